@@ -1,0 +1,35 @@
+"""pipecompile: an unmodified PyTorch transformer -> a pipeline-parallel training program.
+
+    pipe = pipecompile.compile(model, n_stages=4, dp=2)
+    loss = pipe.step(batch)
+
+Everything is imported when first used, so that `pipecompile --help` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler import errors
+    from .compiler.api import compile
+    from .compiler.plan import Plan
+    from .runtime.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "Plan", "__version__", "compile", "errors"]
+
+_HOMES = {
+    "compile": "compiler.api",
+    "Pipeline": "runtime.pipeline",
+    "Plan": "compiler.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module(f"{__name__}.compiler.errors")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,358 @@
+"""An unmodified model -> `JointGraph`: torch.export, then differentiation by AOTAutograd.
+
+AOTAutograd's joint export has no public name. Every import of it is here; it is tried on torch
+2.11 to 2.15. `preserve_node_meta` keeps the module paths that torch.export recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.traceback import preserve_node_meta
+
+from . import batch as batches
+from .batch import BatchSpec
+from .calling import Call, LossFn, bind, find_loss, not_taken
+from .errors import BatchError, CaptureError, LossError, PipecompileError
+from .graph import JointGraph, Phase, storage_root, tensors
+from .skeleton import Skeleton, evaluating, is_fake, tracking_modules
+
+try:
+    from torch._functorch._aot_autograd.descriptors import (
+        BufferAOTInput,
+        GradAOTOutput,
+        InputMutationAOTOutput,
+        ParamAOTInput,
+        PlainAOTInput,
+        PlainAOTOutput,
+        TangentAOTInput,
+    )
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+except ImportError as error:  # a torch that moved what this file is built on
+    raise ImportError(
+        f"pipecompile needs torch 2.11 or later with AOTAutograd's joint export; "
+        f"torch {torch.__version__} has no {error.name}"
+    ) from error
+
+_MODEL = "traced.model."  # where the user's model sits in what is differentiated
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and how to put its results back into the structure that the model returned."""
+
+    graph: JointGraph
+    rebuild: Callable[[list[torch.Tensor]], Any]
+
+
+def capture_training(
+    skeleton: Skeleton, spec: BatchSpec, loss_fn: LossFn | None, device: torch.device
+) -> JointGraph:
+    """Forward, loss and backward of one microbatch, in the mode that the model is in.
+
+    Raises:
+        BatchError, LossError, CaptureError: see each.
+    """
+    trainable = any(p.requires_grad for p in skeleton.module.parameters())
+    if not trainable:
+        raise LossError("no parameter has requires_grad=True: there is nothing to train")
+    with torch.enable_grad():
+        return _capture(skeleton, spec, loss_fn, device, wants="loss").graph
+
+
+def capture_evaluation(
+    skeleton: Skeleton, spec: BatchSpec, loss_fn: LossFn | None, device: torch.device
+) -> JointGraph:
+    """Forward and loss in evaluation mode, without backward."""
+    with evaluating(skeleton.module), torch.no_grad():
+        return _capture(skeleton, spec, loss_fn, device, wants="loss").graph
+
+
+def capture_forward(skeleton: Skeleton, spec: BatchSpec, device: torch.device) -> Captured:
+    """All that the model returns, in evaluation mode, without backward."""
+    with evaluating(skeleton.module), torch.no_grad():
+        return _capture(skeleton, spec, None, device, wants="results")
+
+
+def _only(values: list[torch.Tensor]) -> torch.Tensor:
+    (value,) = values
+    return value
+
+
+class _Traced(nn.Module):
+    """The function that is traced: batch leaves in, loss or results out."""
+
+    def __init__(self, model: nn.Module, spec: BatchSpec, call: Call, loss_fn: LossFn | None):
+        super().__init__()
+        self.model = model
+        self.spec, self.call, self.loss_fn = spec, call, loss_fn
+        self.wants_loss = True
+        self.found_structure: Callable[[Any], None] = lambda _: None
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch = self.spec.build(leaves)
+        args, kwargs = self.call.arguments(batch)
+        output = self.model(*args, **kwargs)
+        if not self.wants_loss:
+            values, rebuild = batches.flatten_results(output)
+            self.found_structure(rebuild)
+            return tuple(values)
+        loss = find_loss(output, batch, self.loss_fn)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise LossError(
+                "the loss does not depend on any trainable parameter: was it detached, or "
+                "computed under torch.no_grad()?"
+            )
+        return (loss,)
+
+
+class _Interpreted(nn.Module):
+    """Runs an exported graph node by node, so that each keeps its module path."""
+
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *leaves: torch.Tensor) -> Any:
+        with preserve_node_meta():
+            return fx.Interpreter(self.traced).run(*leaves)
+
+
+def _capture(
+    skeleton: Skeleton,
+    spec: BatchSpec,
+    loss_fn: LossFn | None,
+    device: torch.device,
+    wants: str,
+) -> Captured:
+    model = skeleton.module
+    leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
+    call = bind(model, spec.build(leaves), loss_fn)
+    function = _Traced(model, spec, call, loss_fn)
+    function.wants_loss = wants == "loss"
+    structures = [_only]
+    function.found_structure = structures.append
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        where = stack.enter_context(tracking_modules(model))
+        try:
+            exported = torch.export.export(function, leaves, strict=False)
+        except Exception as error:
+            raise _explain(error, type(model).__name__, where()) from error
+        traced = exported.module(check_guards=False)
+        try:
+            joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
+        except Exception as error:
+            raise _explain(error, type(model).__name__, "") from error
+    graph = _Reader(skeleton, traced, joint.graph_module).read(wants)
+    _check_leaves(graph, spec, call, loss_fn, type(model).__name__)
+    return Captured(graph, structures[-1])
+
+
+class _Reader:
+    """Rewrites AOTAutograd's graph into a `JointGraph` with names instead of descriptors."""
+
+    def __init__(self, skeleton: Skeleton, traced: nn.Module, source: fx.GraphModule):
+        self.skeleton, self.traced, self.source = skeleton, traced, source
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.root = nn.Module()
+        self.params: dict[str, fx.Node] = {}
+        self.buffers: dict[str, fx.Node] = {}
+        self.inputs: dict[int, fx.Node] = {}
+        self.tangent: fx.Node | None = None
+
+    def read(self, wants: str) -> JointGraph:
+        for node in self.source.graph.find_nodes(op="placeholder"):
+            self._read_placeholder(node)
+        for node in self.source.graph.nodes:
+            if node.op in ("call_function", "get_attr"):
+                self._read_op(node)
+        joint = JointGraph(
+            fx.GraphModule(self.root, self.graph),
+            self.params,
+            self.buffers,
+            self.inputs,
+            self.tangent,
+        )
+        self._read_outputs(joint, wants)
+        joint.set_output()
+        self.graph.eliminate_dead_code()
+        return joint
+
+    def _read_placeholder(self, node: fx.Node) -> None:
+        desc = node.meta["desc"]
+        if isinstance(desc, (ParamAOTInput, BufferAOTInput)):
+            self.env[node] = self._state(node, desc.target)
+        elif isinstance(desc, PlainAOTInput):
+            self.env[node] = self._placeholder(node, f"batch_{desc.idx}")
+            self.inputs[desc.idx] = self.env[node]
+        elif isinstance(desc, TangentAOTInput):
+            self.env[node] = self._placeholder(node, "tangent")
+            self.env[node].meta["phase"] = Phase.BACKWARD
+            self.tangent = self.env[node]
+        elif node.users:
+            raise CaptureError(f"the graph has an input that pipecompile does not know: {desc}")
+
+    def _state(self, node: fx.Node, target: str) -> fx.Node:
+        if not target.startswith(_MODEL):  # a tensor made while tracing, and stored by export
+            return self._constant(node, _attribute(self.traced, target.removeprefix("traced.")))
+        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        known = self.params if isinstance(node.meta["desc"], ParamAOTInput) else self.buffers
+        if name not in known:
+            known[name] = self._placeholder(node, name.replace(".", "_"))
+        return known[name]
+
+    def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
+        new = self.graph.placeholder(name)
+        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        return new
+
+    def _constant(self, node: fx.Node, value: object) -> fx.Node:
+        if not isinstance(value, torch.Tensor) or is_fake(value):
+            raise CaptureError(f"the constant {node.name} has no value that could be run")
+        name = f"constant_{len(self.root._buffers)}"
+        self.root.register_buffer(name, value.detach())
+        new = self.graph.get_attr(name)
+        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        return new
+
+    def _read_op(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.env[node] = self._constant(node, _attribute(self.source, str(node.target)))
+            return
+        if str(node.target).startswith("aten._assert_"):
+            return  # shapes and dtypes are fixed here, so these hold
+        if node.target is torch.ops.aten.detach.default:
+            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+            return
+        new = self.graph.node_copy(node, lambda n: self.env[n])
+        backward = node.meta.get("partitioner_tag") == "is_backward"
+        modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+        path = next(reversed(modules.values()))[0] if modules else "model"
+        new.meta = {
+            "val": node.meta.get("val"),
+            "phase": Phase.BACKWARD if backward else Phase.FORWARD,
+            "partner": node.meta.get("seq_nr", -1),
+            "module": path.removeprefix("model").removeprefix("."),
+        }
+        if any(not isinstance(n, int) for t in tensors(new.meta["val"]) for n in t.shape):
+            raise CaptureError(
+                f"{new.meta['module'] or 'the model'} makes a tensor whose shape depends on data "
+                f"({node.target}): use masks of a fixed shape instead of selecting elements"
+            )
+        self.env[node] = new
+
+    def _read_outputs(self, joint: JointGraph, wants: str) -> None:
+        (output,) = self.source.graph.find_nodes(op="output")
+        results: dict[int, fx.Node] = {}
+        for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
+            if value is None:
+                continue
+            node = self.env[value]
+            if isinstance(desc, PlainAOTOutput):
+                results[desc.idx] = node
+            elif isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput):
+                self._add_gradient(joint, desc.grad_of.target, node)
+            elif isinstance(desc, InputMutationAOTOutput):
+                mutated = desc.mutated_input
+                if isinstance(mutated, BufferAOTInput):
+                    name = mutated.target.removeprefix(_MODEL)
+                    joint.mutations[self.skeleton.canonical[name]] = node
+        ordered = tuple(results[i] for i in sorted(results))
+        if wants == "loss":
+            joint.loss = ordered[0]
+        else:
+            joint.results = ordered
+
+    def _add_gradient(self, joint: JointGraph, target: str, node: fx.Node) -> None:
+        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        if name in joint.grads:  # one tensor captured under two of its names
+            last = next(reversed(self.graph.nodes))
+            with self.graph.inserting_after(last):
+                earlier = joint.grads[name]
+                node, summand = self.graph.call_function(operator.add, (earlier, node)), node
+            node.target = torch.ops.aten.add.Tensor
+            node.meta = dict(summand.meta)
+        joint.grads[name] = node
+
+
+def _attribute(module: nn.Module, path: str) -> object:
+    return operator.attrgetter(path)(module)
+
+
+def _check_leaves(
+    graph: JointGraph, spec: BatchSpec, call: Call, loss_fn: LossFn | None, name: str
+) -> None:
+    used = {i for i, node in graph.inputs.items() if any(not _is_output(u) for u in node.users)}
+    used |= {i for i, node in graph.inputs.items() if storage_root(node) in graph.results}
+    unused = [
+        key
+        for key in call.doubtful
+        if not any(
+            leaf.name.split(".")[0] == key and i in used for i, leaf in enumerate(spec.leaves)
+        )
+    ]
+    if unused:
+        raise BatchError(not_taken(name, unused))
+
+
+def _is_output(node: fx.Node) -> bool:
+    return node.op == "output"
+
+
+_ADVICE = {
+    "GuardOnDataDependentSymNode": "control flow or a shape depends on the values in a tensor: "
+    "compute both branches and choose with torch.where, or pass the decision in as a Python value",
+    "DataDependentOutputException": "a tensor's value is read in Python (.item(), bool(), int()): "
+    "keep it a tensor, or pass the number in as a Python value",
+    "DynamicOutputShapeException": "an operator's output shape depends on data (nonzero, boolean "
+    "indexing, unique): use masks of a fixed shape",
+    "UnsupportedOperatorException": "this operator has no shape rule: register one with "
+    "torch.library.register_fake",
+}
+
+
+def _explain(error: Exception, model: str, module: str) -> PipecompileError:
+    """The user's own mistake if one is in the chain, else what failed, where, and what to do."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        if cause in chain:
+            break
+        chain.append(cause)
+    for item in chain:
+        if isinstance(item, PipecompileError):
+            return item
+    kinds = [type(item).__name__ for item in chain]
+    kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
+    advice = _ADVICE.get(kind, "make this code traceable by torch.export")
+    first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
+    return CaptureError(
+        f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
+        f"{_user_line(chain)}: {advice} ({kind}: {first_line})"
+    )
+
+
+def _user_line(chain: list[BaseException]) -> str:
+    """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
+    foreign = (Path(torch.__file__).parent, Path(__file__).parent.parent / "compiler")
+    found = "an unknown line"
+    for item in chain:
+        frames = [
+            f
+            for f in traceback.extract_tb(item.__traceback__)
+            if not any(Path(f.filename).is_relative_to(p) for p in foreign)
+            and not f.filename.startswith("<")
+        ]
+        if frames:
+            found = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
+    return found

@@ -1,0 +1,58 @@
+"""One class per user mistake.
+
+Every message gives the numbers or names that clash, and the option or the code to change.
+"""
+
+from __future__ import annotations
+
+
+class PipecompileError(Exception):
+    """Base of every error that pipecompile raises on purpose."""
+
+
+class OptionError(PipecompileError, ValueError):
+    """An option that is unknown, out of range, or has no effect."""
+
+
+class WorldSizeError(PipecompileError, RuntimeError):
+    """The number of processes does not fit n_stages × dp."""
+
+
+class BatchError(PipecompileError, ValueError):
+    """A batch that the model does not take, or that cannot be cut as asked."""
+
+
+class RankMismatchError(PipecompileError, RuntimeError):
+    """Ranks that were given different models, batches or options."""
+
+
+class CaptureError(PipecompileError, RuntimeError):
+    """A model that cannot be turned into one graph."""
+
+
+class LossError(PipecompileError, ValueError):
+    """No loss was found, or it is not a differentiable scalar."""
+
+
+class PartitionError(PipecompileError, ValueError):
+    """The graph cannot be divided as asked."""
+
+
+class SharedStorageError(PipecompileError, ValueError):
+    """Parameters that overlap in memory without being one tensor."""
+
+
+class StateError(PipecompileError, ValueError):
+    """A state dict that does not fit the model."""
+
+
+class NotCompiledError(PipecompileError, RuntimeError):
+    """Something was asked for that exists only after compilation."""
+
+
+class VerificationError(PipecompileError, AssertionError):
+    """A pass left an illegal graph or schedule: a defect of pipecompile, please report it."""
+
+
+class PeerFailedError(PipecompileError, RuntimeError):
+    """Another rank failed first; its traceback is part of the message."""

@@ -1,0 +1,161 @@
+"""What the runtime executes: per stage a forward and a backward program, and who sends what.
+
+A program is a torch.fx GraphModule in the boxed convention (one list of arguments, emptied at
+the start), so that a value is freed as soon as the last operator that reads it has run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import Phase
+
+
+class Role(StrEnum):
+    """Where an argument of a program comes from, or where a result goes."""
+
+    PARAM = "param"  # key: FQN
+    BUFFER = "buffer"  # key: FQN; as a result: its new value
+    BATCH = "batch"  # key: index of the batch leaf
+    CONSTANT = "constant"  # key: value name; made once by the stage's constants program
+    VALUE = "value"  # key: value name; lives in the microbatch's environment
+    SLOT = "slot"  # key: FQN of the parameter whose gradient adds up there
+    TANGENT = "tangent"  # d(total loss)/d(microbatch loss)
+    SEED = "seed"  # an int for the random ops of this microbatch
+    LOSS = "loss"
+    RESULT = "result"  # key: position among what the model returns
+
+
+Key = str | int
+
+
+@dataclass(frozen=True)
+class Port:
+    """One argument or result of a program."""
+
+    role: Role
+    key: Key = ""
+
+    def __str__(self) -> str:
+        return f"{self.role}({self.key})" if self.key != "" else str(self.role)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A boxed graph module with its arguments and results in order."""
+
+    module: fx.GraphModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def empty(self) -> bool:
+        return not self.module.graph.find_nodes(op="call_function") and not self.outputs
+
+    def text(self) -> str:
+        """The program as Python, under a comment that names its arguments and results."""
+        names = [n.name for n in self.module.graph.find_nodes(op="placeholder")]
+        lines = [f"# in   {n}: {p}" for n, p in zip(names, self.inputs, strict=True)]
+        lines += [f"# out  {port}" for port in self.outputs]
+        return "\n".join(lines) + "\n" + self.module.code.strip() + "\n"
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """What the receiver of a value must know to make room for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Message:
+    """The values that one stage sends to another after its forward or backward of a microbatch."""
+
+    src: int
+    dst: int
+    phase: Phase
+    values: tuple[ValueSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.values)
+
+
+Step = tuple[str, int]
+"""("F", -1), ("SEND_F", dst), ("B", -1) or ("SEND_B", dst): a point in a microbatch's life."""
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """All that one stage runs and holds.
+
+    Attributes:
+        constants: made once, when the programs are loaded; results are CONSTANT ports.
+        backward: None in an evaluation program.
+        params, buffers: FQNs that this stage reads.
+        grads: FQNs whose gradients this stage adds up, in parameter order.
+        drops: step -> names of the values that nothing needs after it.
+        stash_bytes: what one microbatch keeps between its forward and its backward.
+        constant_bytes: what the constants take.
+    """
+
+    stage: int
+    constants: Program
+    forward: Program
+    backward: Program | None
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    grads: tuple[str, ...]
+    drops: dict[Step, tuple[str, ...]] = field(default_factory=dict)
+    stash_bytes: int = 0
+    constant_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TiedGradient:
+    """A parameter that several stages hold.
+
+    The stages in ``parts`` each add up a part of its gradient; ``owner`` sums the parts once
+    per step (where it alone adds up, there is nothing to sum) and gives the total to the rest.
+    """
+
+    name: str
+    owner: int
+    parts: tuple[int, ...]
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PipelineProgram:
+    """The stage programs of one graph, with the messages between them."""
+
+    stages: tuple[StageProgram, ...]
+    messages: tuple[Message, ...]
+    tied: tuple[TiedGradient, ...]
+    loss_stage: int
+    loss_dtype: torch.dtype | None
+
+    @property
+    def trains(self) -> bool:
+        return self.stages[0].backward is not None
+
+
+class BoxedCodeGen(fx.graph.CodeGen):
+    """Generates ``forward(self, boxed)``: one list in, emptied before the first operator."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
+        unpack = f"\n    {', '.join(names)}, = boxed; boxed.clear()" if names else ""
+        return f"def {self._func_name}(self, boxed):{unpack}"

@@ -1,0 +1,58 @@
+"""Adds sends, receives and the gradient exchange to a schedule of compute actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..compiler.program import Message, PipelineProgram
+from .schedule.actions import RECV, SEND, Action, Kind, Schedule
+
+
+def add_communication(schedule: Schedule, program: PipelineProgram, dp: int) -> Schedule:
+    """Insert what the programs' messages need.
+
+    A send follows the action that makes its values. A receive is posted one compute action
+    before the one that reads it, so that the transfer runs beside that computation. After the
+    last backward, the parts of tied gradients are summed, then the replicas average.
+    """
+    return tuple(
+        (*_stage(actions, program.messages), *_closing(stage, program, dp))
+        for stage, actions in enumerate(schedule)
+    )
+
+
+def _stage(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
+    result: list[Action] = []
+    received = [_receives(action, messages) for action in actions]
+    for i, action in enumerate(actions):
+        if i == 0:
+            result += received[0]
+        if i + 1 < len(actions):
+            result += received[i + 1]
+        result.append(action)
+        result += [
+            Action(action.stage, SEND[action.kind.phase], action.microbatch, m.dst)
+            for m in messages
+            if m.src == action.stage and m.phase is action.kind.phase
+        ]
+    return result
+
+
+def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
+    return [
+        Action(action.stage, RECV[action.kind.phase], action.microbatch, m.src)
+        for m in messages
+        if m.dst == action.stage and m.phase is action.kind.phase
+    ]
+
+
+def _closing(stage: int, program: PipelineProgram, dp: int) -> list[Action]:
+    if not program.trains:
+        return []
+    closing = []
+    ties = any(stage in tied.holders for tied in program.tied)
+    if ties:
+        closing.append(Action(stage, Kind.SYNC_TIED))
+    if dp > 1 and (ties or program.stages[stage].grads):
+        closing.append(Action(stage, Kind.REDUCE_GRAD))
+    return closing

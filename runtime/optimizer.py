@@ -1,0 +1,70 @@
+"""The user's optimizer over this process's parameters, and clipping by the global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compiler.errors import OptionError
+from .state import ModelState
+
+
+def make_optimizer(
+    factory: Callable[[Iterable[Any]], torch.optim.Optimizer], state: ModelState
+) -> torch.optim.Optimizer:
+    """Call the factory with the named parameters that this process trains.
+
+    A process without any (a stage whose parameters are all frozen) gets an optimizer over one
+    empty parameter, so that schedulers and loops work there too.
+
+    Raises:
+        OptionError: the factory returned something else.
+    """
+    named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
+    if not named:
+        named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
+    optimizer = factory(named)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"optimizer= returned a {type(optimizer).__name__}: give a factory that takes named "
+            "parameters and returns a torch.optim.Optimizer"
+        )
+    if state.has_copies:
+        optimizer.register_step_post_hook(lambda *_: state.spread())
+    return optimizer
+
+
+def clip_gradients(
+    state: ModelState,
+    max_norm: float,
+    order: Sequence[str],
+    agree: Callable[[Any], list[Any]],
+) -> torch.Tensor:
+    """Clip by the 2-norm over all stages, in `torch.nn.utils.clip_grad_norm_`'s arithmetic.
+
+    The norm of the norms is taken over all parameters in the model's order, so that it has the
+    same bits however the model is divided.
+
+    Args:
+        order: all parameter FQNs, in the model's order.
+        agree: exchanges a value between all processes.
+    """
+    mine = {
+        name: torch.linalg.vector_norm(grad, 2.0) for name, grad in state.owned_gradients().items()
+    }
+    device = next(iter(state.ranks.values())).device
+    everywhere: dict[str, torch.Tensor] = {}
+    for part in agree({name: norm.cpu() for name, norm in mine.items()}):
+        everywhere |= part
+    norms = [everywhere[name] for name in order if name in everywhere]
+    if not norms:
+        return torch.zeros((), device=device)
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for _, param in state.named_parameters():
+        if param.grad is not None:
+            param.grad.mul_(scale.to(param.grad.device))
+    return total.to(device)

@@ -1,0 +1,202 @@
+"""The tensors that this process holds: parameters, buffers, gradient buckets; and the state dict.
+
+The model's weights are copied at compile time, each rank's to its device; the user's model is not
+touched and may be deleted. Ranks of one process that share a device share their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..compiler.errors import StateError
+from ..compiler.skeleton import Skeleton, is_fake, named_state
+from .bucket import GradBucket
+from .executor import RankState
+from .mesh import Mesh, device_of
+
+
+class ModelState:
+    """Parameters, buffers and gradients of the ranks that this process plays.
+
+    Args:
+        homes: parameter FQN -> the stages that hold it.
+        device: the type of device; every rank's own is `device_of` it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        skeleton: Skeleton,
+        homes: Mapping[str, tuple[int, ...]],
+        mesh: Mesh,
+        device: torch.device,
+    ):
+        self.skeleton, self.homes, self.mesh = skeleton, homes, mesh
+        source = {skeleton.canonical[name]: t for name, t in named_state(model)}
+        fake = next((name for name, t in source.items() if is_fake(t)), None)
+        if fake is not None:
+            raise StateError(
+                f"{type(model).__name__} has no weights ({fake!r} is on the meta device or fake): "
+                "initialise it or load weights before compiling; `pipecompile inspect` needs none"
+            )
+        self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
+        self.primary: dict[str, tuple[int, nn.Parameter]] = {}
+        self.ranks: dict[int, RankState] = {}
+        trainable = {name for name, p in skeleton.module.named_parameters() if p.requires_grad}
+        for rank in mesh.local_ranks:
+            stage, where = mesh.stage_of(rank), device_of(rank, device, mesh)
+            names = [name for name in skeleton.params if stage in homes[name]]
+            params = {name: self._copy(name, source[name], where) for name in names}
+            buffers = {
+                name: tensor.detach().to(where, copy=True)
+                for name, tensor in source.items()
+                if name not in homes
+            }
+            slots = {name: p for name, p in params.items() if name in trainable}
+            grads = GradBucket(slots, where, mesh.dp)
+            self.ranks[rank] = RankState(rank, mesh, where, params, buffers, grads)
+        for name in skeleton.params:
+            first = self._first_local_rank(name)
+            if first is not None:
+                self.primary[name] = (first, self.ranks[first].params[name])
+
+    def _copy(self, name: str, tensor: torch.Tensor, device: torch.device) -> nn.Parameter:
+        if (name, device) not in self.copies:
+            data = tensor.detach().to(device, copy=True)
+            self.copies[name, device] = nn.Parameter(data, requires_grad=tensor.requires_grad)
+        return self.copies[name, device]
+
+    def _first_local_rank(self, name: str) -> int | None:
+        return next((r for r in self.ranks if self.mesh.stage_of(r) in self.homes[name]), None)
+
+    # -- parameters -------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that this process trains, in the model's order, each once."""
+        for name, (_, param) in self.primary.items():
+            yield name, param
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Give the other copies in this process what the optimizer did to the first one."""
+        for (name, _), copy in self.copies.items():
+            param = self.primary[name][1]
+            if copy is not param:
+                copy.copy_(param)
+
+    @property
+    def has_copies(self) -> bool:
+        return len(self.copies) > len(self.primary)
+
+    # -- gradients --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def open_gradients(self) -> None:
+        """Before a run: slots take up whatever the user left in ``.grad``; None clears them."""
+        for rank, state in self.ranks.items():
+            for name, slot in state.grads.slots.items():
+                first, param = self.primary[name]
+                slot.fresh = param.grad is None
+                if param.grad is not None and param.grad is not slot.tensor:
+                    slot.tensor.copy_(param.grad)
+                if rank == first and param.grad is not None:
+                    param.grad = slot.tensor
+
+    def close_gradients(self) -> None:
+        """After a run: every parameter that got a gradient shows it as ``.grad``."""
+        for name, (rank, param) in self.primary.items():
+            slot = self.ranks[rank].grads.slots.get(name)
+            if slot is not None and not slot.fresh:
+                param.grad = slot.tensor
+
+    def owned_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients that this process reports to the global norm: each once over all stages."""
+        return {
+            name: param.grad
+            for name, (rank, param) in self.primary.items()
+            if param.grad is not None
+            and self.mesh.stage_of(rank) == self.homes[name][0]
+            and self.mesh.replica_of(rank) == 0
+        }
+
+    # -- state dict -------------------------------------------------------------------------
+
+    def state_dict(self, buffer_stage: Mapping[str, int]) -> dict[str, Any]:
+        """Full tensors on the CPU under the model's own names; a collective between processes.
+
+        Args:
+            buffer_stage: buffers that the forward updates -> the stage that does.
+        """
+        held: dict[str, torch.Tensor] = {}
+        result: dict[str, Any] = {}
+        for name, value in self.skeleton.module.state_dict(keep_vars=True).items():
+            first = self.skeleton.canonical.get(name)
+            if first is None:  # extra state, which is no tensor
+                result[name] = value
+                continue
+            if first not in held:
+                stage = self.homes[first][0] if first in self.homes else buffer_stage.get(first, 0)
+                held[first] = self._fetch(first, stage, value)
+            result[name] = held[first]
+        return result
+
+    def _fetch(self, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+        owner = self.mesh.rank_of(0, stage)
+        local = self.ranks.get(owner)
+        if local is not None:
+            tensor = (local.params if name in self.homes else local.buffers)[name].detach()
+        if not self.mesh.distributed:
+            return tensor.cpu().clone()
+        device = next(iter(self.ranks.values())).device
+        if local is None:
+            tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
+        else:
+            tensor = tensor.contiguous()
+        dist.broadcast(tensor, owner)
+        return tensor.cpu().clone()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over tensors from a state dict of the unmodified model.
+
+        Raises:
+            StateError: names or shapes that do not fit; nothing has been changed then.
+        """
+        chosen = self._checked(state)
+        for (name, _), param in self.copies.items():
+            if name in chosen:
+                param.copy_(chosen[name])
+        for rank in self.ranks.values():
+            for name, buffer in rank.buffers.items():
+                if name in chosen:
+                    buffer.copy_(chosen[name])
+
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        wanted = self.skeleton.module.state_dict(keep_vars=True)
+        unexpected = [name for name in state if name not in wanted]
+        chosen: dict[str, torch.Tensor] = {}
+        for name, value in state.items():
+            first = self.skeleton.canonical.get(name)
+            if first is None:
+                continue
+            if tuple(value.shape) != tuple(wanted[name].shape):
+                raise StateError(
+                    f"{name!r} has shape {list(value.shape)} in the state dict and "
+                    f"{list(wanted[name].shape)} in the model"
+                )
+            if first in chosen and not torch.equal(chosen[first], value):
+                raise StateError(f"{name!r} and {first!r} are one tied tensor, with two values")
+            chosen[first] = value
+        missing = [n for n in wanted if self.skeleton.canonical.get(n, n) not in chosen]
+        missing = [n for n in missing if n in self.skeleton.canonical]
+        if unexpected or missing:
+            raise StateError(
+                f"the state dict does not fit the model: missing {missing[:5]}, "
+                f"unexpected {unexpected[:5]}"
+            )
+        return chosen

@@ -1,0 +1,230 @@
+"""How ranks reach each other: through memory in one process, or torch.distributed between many.
+
+Both give the same numbers bit for bit: values keep their strides, and sums over replicas are
+taken in rank order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..compiler.errors import VerificationError
+from ..compiler.program import ValueSpec
+from . import wire
+from .mesh import Mesh
+
+Values = list[torch.Tensor]
+
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending(Protocol):
+    """Something that arrives later."""
+
+    def ready(self) -> bool:
+        """Whether `wait` would return without another rank of this process having to run."""
+        ...
+
+    def wait(self) -> Values: ...
+
+
+class Transport(Protocol):
+    """Point-to-point and collective exchange between ranks.
+
+    Messages from one rank to another arrive in the order in which they were sent.
+    """
+
+    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None: ...
+
+    def receive(
+        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+    ) -> Pending: ...
+
+    def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
+        """Replace every bucket by the mean over the ranks, added in rank order."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        ...
+
+    def progress(self) -> int:
+        """How often one rank has done something for another."""
+        ...
+
+
+def ordered_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """((p0 + p1) + p2 + ...) / n: one order, whoever computes it."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part.to(total.device)
+    return total.div_(len(parts))
+
+
+class Arrived:
+    """A `Pending` that has its values already."""
+
+    def __init__(self, values: Values):
+        self.values = values
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Values:
+        return self.values
+
+
+class _Mail:
+    """A message that another rank of this process has sent, or will."""
+
+    def __init__(self, queue: deque[Values], device: torch.device):
+        self.queue, self.device = queue, device
+
+    def ready(self) -> bool:
+        return bool(self.queue)
+
+    def wait(self) -> Values:
+        return [value.to(self.device) for value in self.queue.popleft()]
+
+
+class _Meeting:
+    """A mean over ranks of this process: complete when every rank has brought its bucket."""
+
+    def __init__(self, ranks: Sequence[int]):
+        self.ranks = tuple(ranks)
+        self.brought: dict[int, torch.Tensor] = {}
+        self.done = False
+
+    def ready(self) -> bool:
+        return len(self.brought) == len(self.ranks)
+
+    def wait(self) -> Values:
+        buckets = [self.brought[rank] for rank in self.ranks]
+        if not self.done:
+            mean = ordered_mean(buckets)
+            for bucket in buckets:
+                bucket.copy_(mean)
+            self.done = True
+        return buckets
+
+
+class Loopback:
+    """All ranks in one process: a message is handed over, a collective computed once."""
+
+    def __init__(self) -> None:
+        self.queues: dict[tuple[int, int], deque[Values]] = defaultdict(deque)
+        self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
+        self.events = 0
+
+    def progress(self) -> int:
+        return self.events
+
+    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+        conformed = [wire.conform(v, s) for v, s in zip(values, specs, strict=True)]
+        self.queues[src, dst].append(conformed)
+        self.events += 1
+
+    def receive(
+        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+    ) -> Pending:
+        return _Mail(self.queues[src, dst], device)
+
+    def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
+        meetings = self.meetings[tuple(ranks)]
+        meeting = next((m for m in meetings if rank not in m.brought), None)
+        if meeting is None:
+            meeting = _Meeting(ranks)
+            meetings.append(meeting)
+        meeting.brought[rank] = bucket
+        self.events += 1
+        return meeting
+
+    def flush(self) -> None:
+        if any(self.queues.values()):
+            unread = [f"{src}→{dst}" for (src, dst), queue in self.queues.items() if queue]
+            raise VerificationError(f"messages that nobody read: {', '.join(unread)}")
+        self.meetings.clear()
+
+
+class _Receipt:
+    """A message under way between processes."""
+
+    def __init__(self, works: list[dist.Work], data: Values, specs: Sequence[ValueSpec]):
+        self.works, self.data, self.specs = works, data, specs
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Values:
+        for work in self.works:
+            work.wait()
+        return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
+
+
+class Processes:
+    """torch.distributed: gloo on CPU, NCCL on CUDA."""
+
+    SEGMENT_BYTES = 64 << 20  # how much of a bucket is exchanged at once: bounds the extra memory
+
+    def __init__(self, mesh: Mesh, device: torch.device):
+        self.device = device
+        self.outbox: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        # every process makes every group, in the same order
+        self.replicas = [
+            dist.new_group(list(mesh.replicas_of(stage))) if mesh.dp > 1 else None
+            for stage in range(mesh.n_stages)
+        ]
+        self.mesh = mesh
+        self.pairs: dict[tuple[int, int], dist.ProcessGroup] = {}
+        if device.type == "cuda":  # one communicator per direction and pair, so none blocks another
+            for replica in range(mesh.dp):
+                for src in range(mesh.n_stages):
+                    for dst in range(mesh.n_stages):
+                        if src != dst:
+                            pair = (mesh.rank_of(replica, src), mesh.rank_of(replica, dst))
+                            self.pairs[pair] = dist.new_group(list(pair))
+
+    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+        while self.outbox and self.outbox[0][0].is_completed():
+            self.outbox.popleft()[0].wait()
+        for value, spec in zip(values, specs, strict=True):
+            data = wire.to_bytes(value, spec)
+            if data.numel():
+                work = dist.isend(data, dst, group=self.pairs.get((src, dst)))
+                assert work is not None
+                self.outbox.append((work, data))
+
+    def receive(
+        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+    ) -> Pending:
+        data = [wire.room_for(spec, device) for spec in specs]
+        works = []
+        for room in data:
+            if room.numel():
+                work = dist.irecv(room, src, group=self.pairs.get((src, dst)))
+                assert work is not None
+                works.append(work)
+        return _Receipt(works, data, specs)
+
+    def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
+        group = self.replicas[self.mesh.stage_of(rank)]
+        segment = self.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
+        for piece in torch.split(bucket, segment):
+            exchanged = torch.empty_like(piece)
+            dist.all_to_all_single(exchanged, piece, group=group)
+            mine = ordered_mean(exchanged.chunk(len(ranks)))
+            _all_gather(piece, mine, group=group)
+        return Arrived([bucket])
+
+    def progress(self) -> int:
+        return 0
+
+    def flush(self) -> None:
+        while self.outbox:
+            self.outbox.popleft()[0].wait()
