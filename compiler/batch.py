@@ -48,9 +48,15 @@ class BatchSpec:
 
     def cut(self, parts: int) -> BatchSpec:
         """The spec of one of ``parts`` equal pieces along dim 0."""
+        return self._with_rows(self.rows // parts)
+
+    def repeat(self, times: int) -> BatchSpec:
+        """The spec of a batch with ``times`` as many rows."""
+        return self._with_rows(self.rows * times)
+
+    def _with_rows(self, rows: int) -> BatchSpec:
         leaves = tuple(
-            Leaf(x.name, (x.shape[0] // parts, *x.shape[1:]), x.dtype) if x.shape else x
-            for x in self.leaves
+            Leaf(x.name, (rows, *x.shape[1:]), x.dtype) if x.shape else x for x in self.leaves
         )
         return BatchSpec(self.tree, leaves, self.constants)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..passes.attention import restore_attention
 from ..passes.base import PassRecord, Recorder
 from ..passes.baselines import solve_dynamic
 from ..passes.communication import add_communication
@@ -28,11 +29,12 @@ from ..passes.verify import (
 from .batch import BatchSpec
 from .capture import Captured, capture_evaluation, capture_forward, capture_training
 from .cost import Cost, node_cost
+from .errors import BatchError
 from .graph import JointGraph, Phase, module_of, phase_of
 from .hardware import Device, device_spec
 from .locality import Locality, locality_of
 from .lower import lower
-from .options import CompileOptions
+from .options import CompileOptions, choose_microbatches
 from .plan import Plan, StagePlan, TiedPlan, Transfer, covered_modules
 from .program import PipelineProgram
 from .simulate import Timeline, simulate
@@ -54,6 +56,7 @@ class Compiled:
 
     Attributes:
         rebuild: puts the results back into the structure that the model returns (FORWARD).
+        batch_dims: per result, the dimension along which microbatches are joined (FORWARD).
         timeline: the simulated step.
     """
 
@@ -61,7 +64,37 @@ class Compiled:
     schedule: Schedule
     plan: Plan
     rebuild: Callable[[list[torch.Tensor]], Any]
+    batch_dims: tuple[int | None, ...]
     timeline: Timeline
+
+
+def divide(
+    spec: BatchSpec, options: CompileOptions, replicas: int, ragged: bool = False
+) -> tuple[BatchSpec, int]:
+    """The spec of one microbatch, and the number of them per replica.
+
+    Args:
+        spec: of a batch that is cut over ``replicas`` first.
+        ragged: take fewer microbatches where the rows do not divide, instead of refusing.
+
+    Raises:
+        BatchError: it cannot be cut into equal parts.
+    """
+    if spec.rows % replicas:
+        raise BatchError(
+            f"a batch of {spec.rows} rows cannot be cut over dp={replicas} replicas: "
+            f"use a multiple of {replicas} rows"
+        )
+    rows = spec.rows // replicas
+    microbatches = options.microbatches or choose_microbatches(rows, options.n_stages)
+    if ragged:
+        microbatches = max(d for d in range(1, microbatches + 1) if rows % d == 0)
+    if rows % microbatches:
+        raise BatchError(
+            f"a replica's batch of {rows} rows cannot be cut into microbatches={microbatches} of "
+            f"equal size: use a multiple of {microbatches} rows, or another number of microbatches"
+        )
+    return spec.cut(replicas * microbatches), microbatches
 
 
 class Builder:
@@ -90,7 +123,8 @@ class Builder:
             captured = self._capture(mode, spec)
             graph = captured.graph
             verify_graph(graph)
-            outcome.note = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
+            counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
+            outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = graph.module.code
         with recorder.record("partition") as outcome:
             locality = locality_of(graph)
@@ -120,7 +154,8 @@ class Builder:
         )
         if recorder.folder is not None:
             (recorder.folder / "plan.json").write_text(plan.to_json())
-        return Compiled(program, schedule, plan, captured.rebuild, timeline)
+        dims = captured.batch_dims
+        return Compiled(program, schedule, plan, captured.rebuild, dims, timeline)
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:
         if self.options.dump_dir is None:
@@ -129,11 +164,11 @@ class Builder:
         return Path(self.options.dump_dir) / f"{mode}-{shape}"
 
     def _capture(self, mode: Mode, spec: BatchSpec) -> Captured:
+        passes = (restore_attention,)
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, self.device)
+            return capture_forward(self.skeleton, spec, self.device, passes)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        graph = capture(self.skeleton, spec, self.options.loss_fn, self.device)
-        return Captured(graph, lambda values: values[0])
+        return capture(self.skeleton, spec, self.options.loss_fn, self.device, passes)
 
     def _place(
         self, graph: JointGraph, locality: Locality, units: list[Unit], microbatches: int
@@ -206,6 +241,7 @@ class Builder:
             microbatches=microbatches,
             microbatch_rows=spec.rows,
             shape=str(spec),
+            device=self.spec.name,
             fingerprint=graph.fingerprint(),
             param_count=sum(sizes[name][0] for name in self.skeleton.params),
             stages=tuple(stages),
@@ -272,7 +308,7 @@ def _placement_text(units: list[Unit], placement: Placement) -> str:
         stage = placement.stage[unit.nodes[0]]
         lines.append(
             f"stage {stage}  unit {unit.index:3d}  {len(unit.nodes):4d} nodes  "
-            f"{(unit.forward.seconds + unit.backward.seconds) * 1e3:9.3f} ms  "
+            f"{unit.seconds * 1e3:9.3f} ms  "
             f"cut {unit.cut_bytes:12,d} bytes  {', '.join(m or '(model)' for m in unit.modules)}"
         )
     return "\n".join(lines) + "\n"

@@ -7,11 +7,15 @@ AOTAutograd's joint export has no public name. Every import of it is here; it is
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import operator
+import re
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from . import batch as batches
 from .batch import BatchSpec
 from .calling import Call, LossFn, bind, find_loss, not_taken
 from .errors import BatchError, CaptureError, LossError, PipecompileError
-from .graph import JointGraph, Phase, storage_root, tensors
+from .graph import JointGraph, Phase, identifier, storage_root, tensors
 from .skeleton import Skeleton, evaluating, is_fake, tracking_modules
 
 try:
@@ -43,21 +47,38 @@ except ImportError as error:  # a torch that moved what this file is built on
         f"torch {torch.__version__} has no {error.name}"
     ) from error
 
+ForwardPass = Callable[[fx.GraphModule], str]
+"""Rewrites an exported forward graph in place; returns a note on what it did, or ""."""
+
 _MODEL = "traced.model."  # where the user's model sits in what is differentiated
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and how to put its results back into the structure that the model returned."""
+    """A graph, and how to put its results back into the structure that the model returned.
+
+    Attributes:
+        batch_dims: per result, the dimension that grows with the batch; None for none.
+        notes: what the passes over the forward graph did.
+    """
 
     graph: JointGraph
     rebuild: Callable[[list[torch.Tensor]], Any]
+    batch_dims: tuple[int | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def capture_training(
-    skeleton: Skeleton, spec: BatchSpec, loss_fn: LossFn | None, device: torch.device
-) -> JointGraph:
+    skeleton: Skeleton,
+    spec: BatchSpec,
+    loss_fn: LossFn | None,
+    device: torch.device,
+    passes: Sequence[ForwardPass] = (),
+) -> Captured:
     """Forward, loss and backward of one microbatch, in the mode that the model is in.
+
+    Args:
+        passes: applied to the exported forward graph, before it is differentiated.
 
     Raises:
         BatchError, LossError, CaptureError: see each.
@@ -66,21 +87,42 @@ def capture_training(
     if not trainable:
         raise LossError("no parameter has requires_grad=True: there is nothing to train")
     with torch.enable_grad():
-        return _capture(skeleton, spec, loss_fn, device, wants="loss").graph
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes)
 
 
 def capture_evaluation(
-    skeleton: Skeleton, spec: BatchSpec, loss_fn: LossFn | None, device: torch.device
-) -> JointGraph:
+    skeleton: Skeleton,
+    spec: BatchSpec,
+    loss_fn: LossFn | None,
+    device: torch.device,
+    passes: Sequence[ForwardPass] = (),
+) -> Captured:
     """Forward and loss in evaluation mode, without backward."""
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, loss_fn, device, wants="loss").graph
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes)
 
 
-def capture_forward(skeleton: Skeleton, spec: BatchSpec, device: torch.device) -> Captured:
-    """All that the model returns, in evaluation mode, without backward."""
+def capture_forward(
+    skeleton: Skeleton,
+    spec: BatchSpec,
+    device: torch.device,
+    passes: Sequence[ForwardPass] = (),
+) -> Captured:
+    """All that the model returns, in evaluation mode, without backward.
+
+    A second capture with twice the rows tells which dimension of each result is the batch's.
+    """
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, None, device, wants="results")
+        captured = _capture(skeleton, spec, None, device, "results", passes)
+        doubled = _capture(skeleton, spec.repeat(2), None, device, "results", ())
+    pairs = zip(captured.graph.results, doubled.graph.results, strict=True)
+    dims = tuple(_grown(a.meta["val"].shape, b.meta["val"].shape) for a, b in pairs)
+    return replace(captured, batch_dims=dims)
+
+
+def _grown(shape: torch.Size, doubled: torch.Size) -> int | None:
+    dims = [d for d, (n, m) in enumerate(zip(shape, doubled, strict=True)) if m == 2 * n != n]
+    return dims[0] if dims else None
 
 
 def _only(values: list[torch.Tensor]) -> torch.Tensor:
@@ -133,6 +175,7 @@ def _capture(
     loss_fn: LossFn | None,
     device: torch.device,
     wants: str,
+    passes: Sequence[ForwardPass],
 ) -> Captured:
     model = skeleton.module
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
@@ -144,18 +187,36 @@ def _capture(
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         where = stack.enter_context(tracking_modules(model))
+        stack.enter_context(_quiet())
         try:
             exported = torch.export.export(function, leaves, strict=False)
         except Exception as error:
             raise _explain(error, type(model).__name__, where()) from error
         traced = exported.module(check_guards=False)
+        notes = tuple(note for note in (apply(traced) for apply in passes) if note)
         try:
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
         except Exception as error:
-            raise _explain(error, type(model).__name__, "") from error
+            culprit = _data_dependent(traced)
+            raise _explain(error, type(model).__name__, *culprit) from error
     graph = _Reader(skeleton, traced, joint.graph_module).read(wants)
     _check_leaves(graph, spec, call, loss_fn, type(model).__name__)
-    return Captured(graph, structures[-1])
+    return Captured(graph, structures[-1], notes=notes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the graph when it gives up; the error says what there is to say."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
 
 
 class _Reader:
@@ -209,7 +270,7 @@ class _Reader:
         name = self.skeleton.canonical[target.removeprefix(_MODEL)]
         known = self.params if isinstance(node.meta["desc"], ParamAOTInput) else self.buffers
         if name not in known:
-            known[name] = self._placeholder(node, name.replace(".", "_"))
+            known[name] = self._placeholder(node, identifier(name))
         return known[name]
 
     def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
@@ -236,9 +297,11 @@ class _Reader:
             self.env[node] = self.env[node.args[0]]  # type: ignore[index]
             return
         new = self.graph.node_copy(node, lambda n: self.env[n])
+        if new.target is torch.ops.aten.view.default:
+            # chosen for the strides that the traced kernel claims; a real one may give others
+            new.target = torch.ops.aten.reshape.default
         backward = node.meta.get("partitioner_tag") == "is_backward"
-        modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-        path = next(reversed(modules.values()))[0] if modules else "model"
+        path = _module_path(node)
         new.meta = {
             "val": node.meta.get("val"),
             "phase": Phase.BACKWARD if backward else Phase.FORWARD,
@@ -286,6 +349,12 @@ class _Reader:
         joint.grads[name] = node
 
 
+def _module_path(node: fx.Node) -> str:
+    """The innermost module that made a node, below the traced function ("model" is the user's)."""
+    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return str(next(reversed(modules.values()))[0]) if modules else "model"
+
+
 def _attribute(module: nn.Module, path: str) -> object:
     return operator.attrgetter(path)(module)
 
@@ -311,8 +380,9 @@ def _is_output(node: fx.Node) -> bool:
 
 
 _ADVICE = {
-    "GuardOnDataDependentSymNode": "control flow or a shape depends on the values in a tensor: "
-    "compute both branches and choose with torch.where, or pass the decision in as a Python value",
+    "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
+    "tensor (if, .item(), float()): compute both sides and choose with torch.where, keep it a "
+    "tensor, or pass it in as a Python value",
     "DataDependentOutputException": "a tensor's value is read in Python (.item(), bool(), int()): "
     "keep it a tensor, or pass the number in as a Python value",
     "DynamicOutputShapeException": "an operator's output shape depends on data (nonzero, boolean "
@@ -322,7 +392,30 @@ _ADVICE = {
 }
 
 
-def _explain(error: Exception, model: str, module: str) -> PipecompileError:
+def _data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
+    """Module and source line of the first operator with a result that only data can tell."""
+    for node in traced.graph.nodes:
+        value = node.meta.get("val")
+        sizes = [n for t in tensors(value) for n in t.shape]
+        if any(
+            isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (value, *sizes)
+        ):
+            return _module_path(node).removeprefix("model").removeprefix("."), _trace_line(node)
+    return "", ""
+
+
+def _trace_line(node: fx.Node) -> str:
+    """Where in the user's code a node was made: the last frame that torch.export noted."""
+    found = ""
+    lines = str(node.meta.get("stack_trace", "")).splitlines()
+    for line, text in pairwise(lines):
+        match = re.match(r'\s*File "(.+)", line (\d+)', line)
+        if match and not _is_foreign(match[1]):
+            found = f"at {match[1]}:{match[2]} ({text.strip()})"
+    return found
+
+
+def _explain(error: Exception, model: str, module: str, line: str = "") -> PipecompileError:
     """The user's own mistake if one is in the chain, else what failed, where, and what to do."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -338,21 +431,23 @@ def _explain(error: Exception, model: str, module: str) -> PipecompileError:
     first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
     return CaptureError(
         f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
-        f"{_user_line(chain)}: {advice} ({kind}: {first_line})"
+        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})"
     )
 
 
 def _user_line(chain: list[BaseException]) -> str:
     """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
-    foreign = (Path(torch.__file__).parent, Path(__file__).parent.parent / "compiler")
     found = "an unknown line"
     for item in chain:
         frames = [
-            f
-            for f in traceback.extract_tb(item.__traceback__)
-            if not any(Path(f.filename).is_relative_to(p) for p in foreign)
-            and not f.filename.startswith("<")
+            f for f in traceback.extract_tb(item.__traceback__) if not _is_foreign(f.filename)
         ]
         if frames:
             found = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
     return found
+
+
+def _is_foreign(filename: str) -> bool:
+    """Whether a file is torch's, pipecompile's compiler, or no file at all."""
+    folders = (Path(torch.__file__).parent, Path(__file__).parent)
+    return filename.startswith("<") or any(Path(filename).is_relative_to(f) for f in folders)

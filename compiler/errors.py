@@ -22,6 +22,10 @@ class BatchError(PipecompileError, ValueError):
     """A batch that the model does not take, or that cannot be cut as asked."""
 
 
+class SpecError(PipecompileError, ValueError):
+    """A SPEC that names no model, or one that cannot be built."""
+
+
 class RankMismatchError(PipecompileError, RuntimeError):
     """Ranks that were given different models, batches or options."""
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -106,6 +107,12 @@ def phase_of(node: fx.Node) -> Phase:
 
 def module_of(node: fx.Node) -> str:
     return str(node.meta.get("module", ""))
+
+
+def identifier(name: str) -> str:
+    """A parameter's or buffer's name as a Python name: ``0.weight`` becomes ``p_0_weight``."""
+    plain = re.sub(r"\W", "_", name)
+    return plain if plain.isidentifier() else f"p_{plain}"
 
 
 def is_getitem(node: fx.Node) -> bool:

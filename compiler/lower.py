@@ -26,7 +26,7 @@ from torch import fx
 
 from . import ops
 from .errors import PartitionError, VerificationError
-from .graph import JointGraph, Phase, is_random, nbytes, phase_of, root_bytes, viewed
+from .graph import JointGraph, Phase, identifier, is_random, nbytes, phase_of, root_bytes, viewed
 from .locality import Locality, is_gradient_sum
 from .program import (
     BoxedCodeGen,
@@ -357,7 +357,7 @@ class _Lowering:
                 env[node] = inputs[self._port(node)] = graph.placeholder(node.name)
                 env[node].meta["val"] = node.meta.get("val")
         for name in (name for node in nodes for name in slots.get(node, ())):
-            inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{name.replace('.', '_')}")
+            inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{identifier(name)}")
         if any(is_random(node) for node in nodes):
             inputs[Port(Role.SEED)] = graph.placeholder("seed")
         for node in nodes:

@@ -61,6 +61,7 @@ class Plan:
 
     Attributes:
         shape: leaves of one microbatch, as text.
+        device: whose peak rates (`compiler.hardware`) the seconds are.
         fingerprint: of the joint graph; two ranks must agree on it.
         schedule: one line of actions per stage.
         param_count: of the model; a parameter that several stages hold counts once.
@@ -74,6 +75,7 @@ class Plan:
     microbatches: int
     microbatch_rows: int
     shape: str
+    device: str
     fingerprint: str
     param_count: int
     stages: tuple[StagePlan, ...]

@@ -151,6 +151,15 @@ class PipelineProgram:
     def trains(self) -> bool:
         return self.stages[0].backward is not None
 
+    @property
+    def routes(self) -> set[tuple[int, int]]:
+        """The pairs of stages (from, to) between which anything is sent."""
+        routes = {(message.src, message.dst) for message in self.messages}
+        for tied in self.tied:
+            routes |= {(part, tied.owner) for part in tied.parts if part != tied.owner}
+            routes |= {(tied.owner, holder) for holder in tied.holders if holder != tied.owner}
+        return routes
+
 
 class BoxedCodeGen(fx.graph.CodeGen):
     """Generates ``forward(self, boxed)``: one list in, emptied before the first operator."""

@@ -30,7 +30,7 @@ class Timeline:
 
     @property
     def makespan_s(self) -> float:
-        return max((row[-1].end_s for row in self.stages if row), default=0.0)
+        return max((row[-1].end_s - row[0].start_s for row in self.stages if row), default=0.0)
 
     def busy_s(self, stage: int) -> float:
         return sum(x.end_s - x.start_s for x in self.stages[stage])

@@ -3,15 +3,17 @@
 The staged forward nodes stand in the order in which the model ran them. Between any two of them
 a number of bytes crosses: values made before and read after. A unit ends where that number has
 a local minimum: after a residual sum, say, so that attention and MLP are units of their own.
+Of several minima without a matrix product between them only the best counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
-from .cost import Cost, node_cost
+from .cost import Cost, node_cost, node_flops
 from .graph import JointGraph, Phase, is_getitem, module_of, nbytes, phase_of
 from .hardware import Device
 from .locality import Locality, backward_places
@@ -34,6 +36,10 @@ class Unit:
     forward: Cost
     backward: Cost
     cut_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.forward.seconds + self.backward.seconds
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -95,10 +101,25 @@ def _good_cuts(nodes: list[fx.Node], crossing: list[int]) -> list[int]:
         if rises_left and rises_right:
             minima.append(legal[start])
         start = end + 1
+    best = _best_between_products(nodes, crossing, minima)
     chosen: list[int] = []
-    for level in sorted({crossing[i] for i in minima}):
-        tier = [i for i in minima if crossing[i] == level]
+    for level in sorted({crossing[i] for i in best}):
+        tier = [i for i in best if crossing[i] == level]
         if chosen and len(chosen) + len(tier) >= MAX_UNITS:
             break
         chosen += tier[: MAX_UNITS - 1 - len(chosen)]
     return sorted(chosen)
+
+
+def _best_between_products(nodes: list[fx.Node], crossing: list[int], cuts: list[int]) -> list[int]:
+    """Of the cuts that have the same matrix products before them, the one that least crosses.
+
+    The others move next to no work: in the middle of a norm, say. Of equals the last.
+    """
+    done = list(accumulate(node_flops(node) for node in nodes))
+    best: dict[int, int] = {}
+    for cut in cuts:
+        other = best.get(done[cut])
+        if other is None or crossing[cut] <= crossing[other]:
+            best[done[cut]] = cut
+    return list(best.values())

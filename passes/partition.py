@@ -59,7 +59,7 @@ def problem_of(units: Sequence[Unit], device: Device, n_stages: int, microbatche
             f"between good cut points): use n_stages={len(units)} or fewer"
         )
     return Problem(
-        tuple(unit.forward.seconds + unit.backward.seconds for unit in units),
+        tuple(unit.seconds for unit in units),
         tuple(2 * unit.cut_bytes / device.link_bytes_per_s for unit in units),
         n_stages,
         microbatches,

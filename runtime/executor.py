@@ -168,7 +168,7 @@ class Executor:
         if bound.seed is not None:
             arguments[bound.seed] = job.seeds[index]
         for name in bound.drops:
-            values.pop(name, None)
+            del values[name]
         made = bound.program.module.forward(arguments)
         for port, value in zip(bound.program.outputs, made, strict=True):
             if port.role is Role.VALUE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,10 +15,10 @@ from torch import nn
 
 from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
-from ..compiler.build import Builder, Compiled, Mode
+from ..compiler.build import Builder, Compiled, Mode, divide
 from ..compiler.errors import BatchError, NotCompiledError, OptionError, RankMismatchError
 from ..compiler.ops import generator_of, mix
-from ..compiler.options import CompileOptions, choose_microbatches
+from ..compiler.options import CompileOptions
 from ..compiler.plan import Plan
 from ..compiler.program import PipelineProgram, Role
 from ..compiler.skeleton import Skeleton, named_state
@@ -27,6 +28,9 @@ from .optimizer import clip_gradients, make_optimizer
 from .state import ModelState
 from .transport import Loopback, Processes, Transport
 from .watchdog import Watchdog
+
+_numbers = itertools.count()
+"""Numbers the pipelines of this process; all ranks make them in the same order."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Pipeline:
         if mesh.rank is None:
             self._transport: Transport = Loopback()
         else:
-            self._watchdog = Watchdog(mesh.rank, self._status)
+            self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), self._status)
             self._transport = Processes(mesh, device_of(first, device, mesh))
             self._control = dist.new_group(backend="gloo") if device.type == "cuda" else None
         seed = torch.initial_seed() if options.seed is None else options.seed
@@ -163,8 +167,8 @@ class Pipeline:
             microbatches joined along dim 0 and scalars averaged; None on other ranks.
 
         Raises:
-            BatchError: an output has another leading dimension than the microbatch, so that
-                pieces cannot be joined.
+            BatchError: an output has no dimension that grows with the batch, so that those of
+                several microbatches cannot be joined.
         """
         with self._guard():
             loaded, jobs = self._prepare(Mode.FORWARD, batch)
@@ -173,8 +177,8 @@ class Pipeline:
             if not last:
                 return None
             pieces = [piece for rank in last for piece in jobs[rank].results]
-            rows = loaded.compiled.plan.microbatch_rows
-            joined = [_join([p[i] for p in pieces], rows) for i in range(len(pieces[0]))]
+            dims = enumerate(loaded.compiled.batch_dims)
+            joined = [_join([piece[i] for piece in pieces], dim) for i, dim in dims]
             return loaded.compiled.rebuild(joined)
 
     # -- state ------------------------------------------------------------------------------
@@ -303,33 +307,15 @@ class Pipeline:
     # -- compiling --------------------------------------------------------------------------
 
     def _load(self, mode: Mode, batch: Any) -> _Loaded:
-        spec, microbatches = self._microbatch_spec(mode, batch)
+        _, whole = batches.flatten(batch)
+        replicas = self._mesh.dp // self.data_shards
+        ragged = mode is not Mode.TRAIN
+        spec, microbatches = divide(whole, self._options, replicas, ragged)
         key = (mode, spec, microbatches)
         self._check_agreement(key)
         if key not in self._loaded:
             self._loaded[key] = self._compile(mode, spec, microbatches, batch)
         return self._loaded[key]
-
-    def _microbatch_spec(self, mode: Mode, batch: Any) -> tuple[BatchSpec, int]:
-        _, spec = batches.flatten(batch)
-        replicas = self._mesh.dp // self.data_shards
-        if spec.rows % replicas:
-            raise BatchError(
-                f"a batch of {spec.rows} rows cannot be cut over dp={replicas} replicas: "
-                f"use a multiple of {replicas} rows"
-            )
-        rows = spec.rows // replicas
-        wanted = self._options.microbatches
-        microbatches = wanted or choose_microbatches(rows, self._mesh.n_stages)
-        if rows % microbatches:
-            if mode is Mode.TRAIN:
-                raise BatchError(
-                    f"a replica's batch of {rows} rows cannot be cut into "
-                    f"microbatches={microbatches} of equal size: use a multiple of "
-                    f"{microbatches} rows, or another number of microbatches"
-                )
-            microbatches = max(d for d in range(1, microbatches) if rows % d == 0)
-        return spec.cut(replicas * microbatches), microbatches
 
     def _check_agreement(self, key: tuple[Mode, BatchSpec, int]) -> None:
         """Every rank is about to run the same program, or all of them stop here."""
@@ -337,17 +323,22 @@ class Pipeline:
             return
         mode, spec, microbatches = key
         text = f"{mode} {spec} {spec.constants!r}"
-        mine = (hashlib.sha256(text.encode()).hexdigest()[:16], microbatches)
-        seen = self._agree((*mine, text))
-        for rank, (digest, count, theirs) in enumerate(seen):
-            if count != seen[0][1]:
+        digest = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
+        mine = torch.tensor([digest])
+        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
+        dist.all_gather(everyone, mine, group=self._control)
+        if all(int(theirs) == digest for theirs in everyone):
+            return
+        first, *others = self._agree((microbatches, text))
+        for rank, (count, theirs) in enumerate(others, 1):
+            if count != first[0]:
                 raise RankMismatchError(
-                    f"rank 0 runs {seen[0][1]} microbatches and rank {rank} {count}: give all "
+                    f"rank 0 runs {first[0]} microbatches and rank {rank} {count}: give all "
                     "ranks the same microbatches= and the same batch size"
                 )
-            if digest != seen[0][0]:
+            if theirs != first[1]:
                 raise RankMismatchError(
-                    f"rank 0 was called with ({seen[0][2]}) and rank {rank} with ({theirs}) per "
+                    f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
                     "microbatch: all ranks must make the same calls with equal shapes"
                 )
 
@@ -364,6 +355,7 @@ class Pipeline:
             self._make_optimizer()
         state = self._state
         assert state is not None
+        self._transport.open(compiled.program.routes)
         executors = {
             rank: Executor(
                 compiled.program,
@@ -429,18 +421,19 @@ class Pipeline:
         }
 
 
-def _join(pieces: list[torch.Tensor], rows: int) -> torch.Tensor:
+def _join(pieces: list[torch.Tensor], dim: int | None) -> torch.Tensor:
     """One output from those of the microbatches."""
     first = pieces[0]
+    here = [piece.to(first.device) for piece in pieces]
     if len(pieces) == 1:
         return first
+    if dim is not None:
+        return torch.cat(here, dim)
     if first.dim() == 0 and first.is_floating_point():
-        return torch.stack([piece.to(first.device) for piece in pieces]).mean()
-    if first.dim() and first.shape[0] == rows:
-        return torch.cat([piece.to(first.device) for piece in pieces])
+        return torch.stack(here).mean()
     raise BatchError(
-        f"forward() got an output of shape {list(first.shape)} from each of {len(pieces)} "
-        f"microbatches of {rows} rows and cannot join them: compile with microbatches=1"
+        f"forward() got an output of shape {list(first.shape)} without a batch dimension from "
+        f"each of {len(pieces)} microbatches and cannot join them: compile with microbatches=1"
     )
 
 

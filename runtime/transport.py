@@ -7,7 +7,7 @@ taken in rank order.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -39,6 +39,10 @@ class Transport(Protocol):
 
     Messages from one rank to another arrive in the order in which they were sent.
     """
+
+    def open(self, routes: Iterable[tuple[int, int]]) -> None:
+        """Prepare for messages between these stages (from, to); the same call on every rank."""
+        ...
 
     def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None: ...
 
@@ -122,6 +126,9 @@ class Loopback:
         self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
         self.events = 0
 
+    def open(self, routes: Iterable[tuple[int, int]]) -> None:
+        """Memory needs no preparation."""
+
     def progress(self) -> int:
         return self.events
 
@@ -182,13 +189,27 @@ class Processes:
         ]
         self.mesh = mesh
         self.pairs: dict[tuple[int, int], dist.ProcessGroup] = {}
-        if device.type == "cuda":  # one communicator per direction and pair, so none blocks another
-            for replica in range(mesh.dp):
-                for src in range(mesh.n_stages):
-                    for dst in range(mesh.n_stages):
-                        if src != dst:
-                            pair = (mesh.rank_of(replica, src), mesh.rank_of(replica, dst))
-                            self.pairs[pair] = dist.new_group(list(pair))
+
+    def open(self, routes: Iterable[tuple[int, int]]) -> None:
+        """On CUDA, one communicator per direction and pair of ranks, so that none blocks another.
+
+        A communicator's first use waits for the other end, so each is used once here, all in
+        the same order on every rank.
+        """
+        if self.device.type != "cuda":
+            return
+        for src_stage, dst_stage in sorted(set(routes)):
+            for replica in range(self.mesh.dp):
+                src = self.mesh.rank_of(replica, src_stage)
+                dst = self.mesh.rank_of(replica, dst_stage)
+                if (src, dst) in self.pairs:
+                    continue
+                group = self.pairs[src, dst] = dist.new_group([src, dst])
+                probe = torch.zeros(1, device=self.device)
+                if self.mesh.rank == src:
+                    dist.send(probe, dst, group=group)
+                elif self.mesh.rank == dst:
+                    dist.recv(probe, src, group=group)
 
     def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
         while self.outbox and self.outbox[0][0].is_completed():

@@ -24,6 +24,8 @@ def empty(spec: ValueSpec, device: torch.device) -> torch.Tensor:
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
+    if 0 in shape:
+        return True
     expected = 1
     for step, size in sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1):
         if step != expected:
@@ -35,11 +37,10 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 def to_bytes(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
     """The memory of a tensor as one row of bytes: itself if dense, else a compact copy."""
     if is_dense(spec.shape, spec.stride):
-        tensor = conform(tensor, spec)
-        flat = tensor.as_strided((tensor.numel(),), (1,))
+        block = conform(tensor, spec)
     else:
-        flat = _distinct(tensor, spec).contiguous().view(-1)
-    return flat.view(torch.uint8)
+        block = _distinct(tensor, spec).contiguous()
+    return block.as_strided((block.numel(),), (1,)).view(torch.uint8)
 
 
 def room_for(spec: ValueSpec, device: torch.device) -> torch.Tensor:

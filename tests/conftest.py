@@ -1,0 +1,28 @@
+"""Fixtures: one thread per process, and gangs of processes that are started once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.gang import Gang
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Callable[[int], Gang]]:
+    """A function from a number of processes to a gang of that size."""
+    gangs: dict[int, Gang] = {}
+
+    def of_size(size: int) -> Gang:
+        if size not in gangs:
+            gangs[size] = Gang(size)
+        return gangs[size]
+
+    yield of_size
+    for each in gangs.values():
+        each.close()

@@ -1,0 +1,78 @@
+"""Real processes over real gloo, started once and used by many tests."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+class Gang:
+    """``size`` processes that have met; each runs the functions that it is told to."""
+
+    def __init__(self, size: int):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.workers = []
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            worker.start()
+            self.pipes.append(mine)
+            self.workers.append(worker)
+
+    def run(self, function: str, *args: Any) -> list[Any]:
+        """Call ``module:function(*args)`` on every process; the results in rank order.
+
+        Raises:
+            AssertionError: with the tracebacks of the processes that failed.
+        """
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(TIMEOUT_S), f"rank {rank} did not answer in {TIMEOUT_S} s"
+            answers.append(pipe.recv())
+        failures = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for worker in self.workers:
+            worker.join(10)
+            worker.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import torch
+
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        module, _, name = function.partition(":")
+        try:
+            result = (True, getattr(importlib.import_module(module), name)(*args))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        pipe.send(result)

@@ -1,0 +1,109 @@
+"""The oracle: gradient accumulation in one plain process, as a textbook writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Trained:
+    """What a run left behind, per step where it is a list."""
+
+    losses: list[torch.Tensor]
+    grads: list[dict[str, torch.Tensor]]
+    norms: list[torch.Tensor]
+    params: dict[str, torch.Tensor]
+
+
+def cut(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    pieces = {key: value.chunk(parts) for key, value in batch.items()}
+    return [{key: piece[i] for key, piece in pieces.items()} for i in range(parts)]
+
+
+def accumulate(
+    model: nn.Module, batch: dict[str, torch.Tensor], dp: int, microbatches: int
+) -> torch.Tensor:
+    """Set ``.grad`` to the mean over replicas of what each accumulates; returns the mean loss."""
+    per_replica, losses = [], []
+    for shard in cut(batch, dp):
+        model.zero_grad()
+        found = []
+        for piece in cut(shard, microbatches):
+            loss = model(**piece).loss
+            (loss / microbatches).backward()
+            found.append(loss.detach())
+        losses.append(torch.stack(found).mean())
+        per_replica.append({n: p.grad for n, p in model.named_parameters()})
+        for param in model.parameters():
+            param.grad = None
+    for name, param in model.named_parameters():
+        grads = [replica[name] for replica in per_replica]
+        if grads[0] is not None:
+            total = grads[0]
+            for grad in grads[1:]:
+                total = total + grad
+            param.grad = total / dp
+    return torch.stack(losses).mean()
+
+
+def train(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    dp: int = 1,
+    microbatches: int = 1,
+    max_norm: float = 0.1,
+) -> Trained:
+    """Several steps with clipping active."""
+    made = optimizer(model.parameters())
+    run = Trained([], [], [], {})
+    for batch in batches:
+        run.losses.append(accumulate(model, batch, dp, microbatches))
+        named = model.named_parameters()
+        run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        made.step()
+    run.params = {name: value.clone() for name, value in model.state_dict().items()}
+    return run
+
+
+def train_pipeline(
+    pipe: Any, batches: list[dict[str, torch.Tensor]], max_norm: float = 0.1
+) -> Trained:
+    """The same loop over a compiled pipeline; each process sees the gradients it holds."""
+    run = Trained([], [], [], {})
+    for batch in batches:
+        share = cut(batch, pipe.data_shards)[pipe.data_shard]
+        run.losses.append(pipe.forward_backward(share).clone())
+        named = pipe.named_parameters()
+        run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        run.norms.append(pipe.clip_grad_norm_(max_norm))
+        pipe.optimizer.step()
+        pipe.zero_grad()
+    run.params = pipe.state_dict()
+    return run
+
+
+def assert_equal(found: Trained, expected: Trained, whole: bool = True) -> None:
+    """Losses, gradients, norms and parameters, bit for bit.
+
+    Args:
+        whole: whether ``found`` has every gradient, and not only one process's.
+    """
+    for step, (a, b) in enumerate(zip(found.losses, expected.losses, strict=True)):
+        assert torch.equal(a, b), f"loss of step {step}: {a} is not {b}"
+    for step, (mine, theirs) in enumerate(zip(found.grads, expected.grads, strict=True)):
+        if whole:
+            assert set(mine) == set(theirs)
+        wrong = [n for n in mine if n not in theirs or not torch.equal(mine[n], theirs[n])]
+        assert not wrong, f"gradients of step {step} differ: {wrong}"
+    for a, b in zip(found.norms, expected.norms, strict=True):
+        assert torch.equal(a, b)
+    assert list(found.params) == list(expected.params)
+    wrong = [n for n in found.params if not torch.equal(found.params[n], expected.params[n])]
+    assert not wrong, f"parameters differ: {wrong}"

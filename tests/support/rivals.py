@@ -1,0 +1,145 @@
+"""One training step three ways: pipecompile, torch.distributed.pipelining, one plain process.
+
+Every process of a gang keeps its rivals between calls, so that a benchmark times steps alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pipecompile
+import torch
+import torch.distributed as dist
+import transformers as hf
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+ROWS, LENGTH, MICROBATCHES, LAYERS, WIDTH, WORDS = 16, 128, 8, 8, 256, 4096
+ADAMW = partial(torch.optim.AdamW, lr=3e-4)
+# Hand-balanced for the rival: the head costs about 1.3 layers, so the first stage takes 5 of 8.
+FIRST_LAYERS = 5
+
+
+def model() -> nn.Module:
+    """GPT-2-like, 8 × 256. Not tied: torch.distributed.pipelining has wrong gradients there."""
+    torch.manual_seed(0)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = hf.GPT2Config(
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_head=8,
+        n_positions=LENGTH,
+        vocab_size=WORDS,
+        use_cache=False,
+        tie_word_embeddings=False,
+        **rates,
+    )
+    return hf.GPT2LMHeadModel(config)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, WORDS, (ROWS, LENGTH))
+    return {"input_ids": ids, "labels": ids}
+
+
+@cache
+def compiled() -> Callable[[], Any]:
+    pipe = pipecompile.compile(model(), 2, microbatches=MICROBATCHES, optimizer=ADAMW)
+    return lambda: pipe.step(batch())
+
+
+class _First(nn.Module):
+    """What a user of torch.distributed.pipelining writes by hand: the first stage of GPT-2."""
+
+    def __init__(self, whole: Any):
+        super().__init__()
+        self.wte, self.wpe = whole.transformer.wte, whole.transformer.wpe
+        self.h = whole.transformer.h[:FIRST_LAYERS]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        for block in self.h:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+class _Second(nn.Module):
+    def __init__(self, whole: Any):
+        super().__init__()
+        self.h = whole.transformer.h[FIRST_LAYERS:]
+        self.ln_f, self.lm_head = whole.transformer.ln_f, whole.lm_head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.h:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.lm_head(self.ln_f(x))
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
+
+
+@cache
+def pipelining() -> Callable[[], Any]:
+    rank = dist.get_rank()
+    part = (_First if rank == 0 else _Second)(model())
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=_loss)
+    optimizer = ADAMW(part.parameters())
+
+    def step() -> list[torch.Tensor]:
+        whole, losses = batch(), []
+        if rank == 0:
+            schedule.step(whole["input_ids"])
+        else:
+            schedule.step(target=whole["labels"], losses=losses)
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses
+
+    return step
+
+
+@cache
+def plain() -> Callable[[], Any]:
+    """One process with one thread; the others wait."""
+    if dist.get_rank():
+        return lambda: None
+    whole = model()
+    optimizer = ADAMW(whole.parameters())
+
+    def step() -> None:
+        pieces = {k: v.chunk(MICROBATCHES) for k, v in batch().items()}
+        for i in range(MICROBATCHES):
+            loss = whole(**{k: v[i] for k, v in pieces.items()}).loss
+            (loss / MICROBATCHES).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+RIVALS = {"pipecompile": compiled, "torch-1f1b": pipelining, "one-process": plain}
+
+
+def step(name: str) -> float:
+    """Seconds of one step, from when all are ready to when all are done."""
+    run = RIVALS[name]()
+    dist.barrier()
+    start = time.perf_counter()
+    run()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def losses() -> tuple[float, float] | None:
+    """The first loss of both pipelines, on the rank that has both: they train the same thing."""
+    mine, theirs = compiled()(), pipelining()()
+    return (float(mine), float(torch.stack(theirs).mean())) if dist.get_rank() == 1 else None

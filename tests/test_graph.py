@@ -1,0 +1,199 @@
+"""Capture and graph passes: what the joint graph and the programs look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipecompile.compiler import batch as batches
+from pipecompile.compiler.build import Builder, Mode
+from pipecompile.compiler.capture import capture_training
+from pipecompile.compiler.errors import VerificationError
+from pipecompile.compiler.graph import JointGraph, Phase, phase_of, storage_root, viewed
+from pipecompile.compiler.hardware import CPU
+from pipecompile.compiler.locality import locality_of
+from pipecompile.compiler.options import CompileOptions
+from pipecompile.compiler.skeleton import skeleton_of, weightless
+from pipecompile.compiler.units import MAX_UNITS, crossing_bytes, units_of
+from pipecompile.passes.attention import restore_attention
+from pipecompile.passes.verify import verify_graph, verify_placement
+from support import jobs, models, plain
+from torch import nn
+
+DEVICE = torch.device("cpu")
+
+
+def captured(name: str, passes: Any = ()) -> JointGraph:
+    spec = batches.flatten(models.batches(name, 2, 1)[0])[1]
+    skeleton = skeleton_of(models.build(name), DEVICE)
+    return capture_training(skeleton, spec, None, DEVICE, passes).graph
+
+
+def calls(graph: JointGraph, part: str) -> list[Any]:
+    return [node for node in graph.ops() if part in str(node.target)]
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_joint_graphs_are_legal_and_complete(name: str) -> None:
+    graph, model = captured(name), models.build(name)
+    verify_graph(graph)
+    assert set(graph.params) == {n for n, _ in model.named_parameters()}
+    assert set(graph.grads) <= set(graph.params)
+    assert len(graph.grads) >= len(graph.params) - 1  # BERT's pooler may go unread
+    assert graph.fingerprint() == captured(name).fingerprint()
+    assert not calls(graph, "_assert")
+    backward = list(graph.ops(Phase.BACKWARD))
+    assert backward
+    assert all(node.meta["partner"] is not None for node in backward)
+
+
+def test_a_verifier_that_can_fail() -> None:
+    graph = captured("llama")
+    forward = next(node for node in graph.ops(Phase.FORWARD) if node.all_input_nodes)
+    forward.meta["phase"] = Phase.BACKWARD
+    with pytest.raises(VerificationError, match="reads"):
+        verify_graph(graph)
+
+
+def test_placement_must_rise_forward_and_fall_backward() -> None:
+    graph = captured("llama")
+    locality = locality_of(graph)
+    stage = dict.fromkeys(locality.staged, 1)
+    verify_placement(graph, stage)
+    stage[locality.staged[0]] = 2
+    with pytest.raises(VerificationError, match="is read by"):
+        verify_placement(graph, stage)
+
+
+def test_constant_causal_masks_become_a_flag() -> None:
+    with_masks, with_flags = captured("gpt2"), captured("gpt2", (restore_attention,))
+    assert calls(with_masks, "cumsum")
+    assert not calls(with_flags, "cumsum")
+    attention = calls(with_flags, "flash_attention_for_cpu.default")
+    assert attention
+    assert all(node.args[4] is True and "attn_mask" not in node.kwargs for node in attention)
+
+
+def test_repeated_heads_become_grouped_attention() -> None:
+    spec = batches.flatten(models.tokens(2))[1]
+    skeleton = skeleton_of(models.llama(), DEVICE)
+    graph = capture_training(skeleton, spec, None, DEVICE, (restore_attention,)).graph
+    attention = calls(graph, "flash_attention_for_cpu.default")
+    assert all(node.args[1].meta["val"].shape[1] == 2 for node in attention)  # of 4 query heads
+
+
+def test_masks_made_from_the_batch_stay() -> None:
+    """Padding is data: llama's test batch has an attention mask."""
+    graph = captured("llama", (restore_attention,))
+    attention = calls(graph, "flash_attention_for_cpu.default")
+    assert all("attn_mask" in node.kwargs for node in attention)
+
+
+def attention_with(kind: str, line: str) -> list[Any]:
+    """What an attention call has for a mask and a flag after the pass."""
+
+    class Model(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            ones = torch.ones(3, 3)
+            hidden = ones.triu(1) == 1
+            made = {
+                "causal": ~hidden,
+                "added": torch.zeros(3, 3).masked_fill(hidden, float("-inf")),
+                "all": ones == 1,
+                "biased": ones.cumsum(0).masked_fill(hidden, float("-inf")),
+                "window": ~hidden & (ones.tril(-2) == 0),
+            }
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=made[kind])
+
+    traced = torch.export.export(Model(), (torch.ones(1, 2, 3, 4),)).module(check_guards=False)
+    for node in traced.graph.nodes:
+        node.meta["stack_trace"] = f'File "model.py", line 1, in forward\n    {line}'
+    restore_attention(traced)
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    (call,) = traced.graph.find_nodes(op="call_function", target=target)
+    masks = [x for x in call.args[3:4] if x is not None]
+    return ["mask"] if masks else list(call.args[3:])
+
+
+TRANSFORMERS = "attn_output, attn_weights = attention_interface("
+
+
+def test_only_exact_masks_are_dropped() -> None:
+    assert attention_with("causal", TRANSFORMERS) == [None, 0.0, True]
+    assert attention_with("added", TRANSFORMERS) == [None, 0.0, True]
+    assert attention_with("all", TRANSFORMERS) == [None, 0.0, False]
+    assert attention_with("biased", TRANSFORMERS) == ["mask"]
+    assert attention_with("window", TRANSFORMERS) == ["mask"]
+
+
+def test_attention_that_transformers_did_not_call_stays() -> None:
+    assert attention_with("causal", "y = F.scaled_dot_product_attention(q, q, q, mask)") == ["mask"]
+
+
+def test_long_sequences_have_the_same_bits_as_untraced_attention() -> None:
+    """Several blocks of the flash kernel: the flag must not change what it computes."""
+    torch.manual_seed(0)
+    model = models.llama(max_position_embeddings=700)
+    batch = models.tokens(2, length=650)
+    pipe = jobs.pipecompile.compile(model, 2, microbatches=2, optimizer=jobs.OPTIMIZERS["sgd"])
+    found = plain.train_pipeline(pipe, [batch])
+    plain.assert_equal(found, plain.train(model, [batch], jobs.OPTIMIZERS["sgd"], 1, 2))
+
+
+def test_views_share_their_roots_memory() -> None:
+    graph = captured("llama")
+    for node in graph.ops():
+        if "aten.view.default" in str(node.target):
+            assert viewed(node) is node.args[0]
+            assert viewed(storage_root(node)) is None
+        if "aten.mm.default" in str(node.target):
+            assert storage_root(node) is node
+
+
+def test_units_end_where_little_crosses() -> None:
+    graph = captured("llama")
+    locality = locality_of(graph)
+    units = units_of(graph, locality, CPU)
+    nodes = [node for node in locality.staged if phase_of(node) is Phase.FORWARD]
+    assert [node for unit in units for node in unit.nodes] == nodes
+    hidden = 2 * 12 * 32 * 4  # (rows, length, width) in fp32
+    assert [unit.cut_bytes for unit in units].count(hidden) >= 2 * 3  # after attention, after MLP
+    assert max(crossing_bytes(nodes)) > hidden
+    assert units[-1].cut_bytes == 0
+
+
+def test_a_hundred_layers_make_no_more_units_than_the_limit() -> None:
+    with weightless():
+        model = models.llama(num_hidden_layers=100)
+        spec = batches.flatten(models.tokens(1, length=4))[1]
+    skeleton = skeleton_of(model, DEVICE)
+    builder = Builder(skeleton, CompileOptions(n_stages=4), DEVICE)
+    compiled = builder.build(Mode.TRAIN, spec, 8)
+    assert 100 <= sum(stage.units for stage in compiled.plan.stages) <= MAX_UNITS
+    layers = [stage.modules for stage in compiled.plan.stages]
+    assert len(layers) == 4
+
+
+def test_a_norm_is_not_split() -> None:
+    """Between the mean of squares and the rest of an RMS norm little crosses, yet more than
+    after the residual sum before it."""
+    with weightless():
+        model = models.llama(hidden_size=512, intermediate_size=1024)
+        spec = batches.flatten(models.tokens(2, length=256))[1]
+    graph = capture_training(skeleton_of(model, DEVICE), spec, None, DEVICE).graph
+    hidden = 2 * 256 * 512 * 4
+    units = units_of(graph, locality_of(graph), CPU)
+    assert units[0].cut_bytes == hidden
+    assert not any(0 < unit.cut_bytes % hidden < hidden // 8 for unit in units)
+
+
+def test_parameter_names_that_are_no_python_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    pipe = jobs.pipecompile.compile(
+        model, 2, loss_fn=lambda out, _: out.mean(), example_batch=torch.ones(2, 4)
+    )
+    pipe.forward_backward(torch.ones(2, 4))
+    assert {n for n, p in pipe.named_parameters() if p.grad is not None} == {
+        n for n, _ in model.named_parameters()
+    }

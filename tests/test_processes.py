@@ -1,0 +1,217 @@
+"""What goes wrong between processes: every rank ends within seconds, the first cause on top."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile import errors
+from support import jobs, models
+from support.gang import Gang
+
+LIMIT_S = 90  # start of the processes included; a hang would take gloo's half hour
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def refused(make: Callable[[], Any]) -> str:
+    """What a call raises, as text; gangs answer with it."""
+    try:
+        make()
+    except errors.PipecompileError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def other_model() -> str:
+    layers = 3 if rank() == 0 else 2
+    model = models.gpt2(n_layer=layers)
+    return refused(lambda: pipecompile.compile(model, 2, example_batch=models.tokens(4)))
+
+
+def other_weights() -> str:
+    torch.manual_seed(rank())
+    model = models.gpt2()
+    torch.manual_seed(0)
+    batch = models.tokens(4)
+    return refused(lambda: pipecompile.compile(model, 2, example_batch=batch))
+
+
+def other_microbatches() -> str:
+    pipe = jobs.pipeline("gpt2", 2, 1, 1 + rank())
+    return refused(lambda: pipe.step(models.batches("gpt2", 4, 1)[0]))
+
+
+def other_shape() -> str:
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    pipe.step(models.batches("gpt2", 4, 1)[0])
+    torch.manual_seed(0)
+    return refused(lambda: pipe.step(models.tokens(4, length=12 + rank())))
+
+
+def other_call() -> str:
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    batch = models.batches("gpt2", 4, 1)[0]
+    return refused(lambda: pipe.evaluate(batch) if rank() else pipe.step(batch))
+
+
+def other_data() -> str:
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    torch.manual_seed(rank())
+    return refused(lambda: pipe.step(models.tokens(4)))
+
+
+def other_options() -> str:
+    model = models.build("gpt2")
+    how = ("per_step", "per_microbatch")[rank()]
+    batch = models.batches("gpt2", 4, 1)[0]
+    return refused(lambda: pipecompile.compile(model, 2, tied_grads=how, example_batch=batch))
+
+
+def wrong_world() -> str:
+    return refused(lambda: pipecompile.compile(models.gpt2(), 3, 2))
+
+
+def goes_on_after_an_error() -> float:
+    """A batch that no rank can use is an error on all ranks, and the next step works."""
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    assert "BatchError" in refused(lambda: pipe.step(models.batches("gpt2", 3, 1)[0]))
+    time.sleep(1.5)
+    return float(pipe.step(models.batches("gpt2", 4, 1)[0]))
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ("other_model", "RankMismatchError: rank 1 captured another graph than rank 0"),
+        ("other_weights", "differs between rank 0 and rank 1: call torch.manual_seed"),
+        ("other_microbatches", "rank 0 runs 1 microbatches and rank 1 2"),
+        ("other_shape", "input_ids: int64[2, 12]"),
+        ("other_call", "rank 0 was called with (train"),
+        ("other_data", "given different data: shard it by pipe.data_shards"),
+        ("other_options", "rank 1 has options"),
+        ("wrong_world", "n_stages=3 × dp=2 needs 6 processes, and there are 2"),
+    ],
+)
+def test_ranks_that_disagree(gang: Callable[[int], Gang], job: str, message: str) -> None:
+    for answer in gang(2).run(f"test_processes:{job}"):
+        assert message in answer
+
+
+def test_an_error_that_was_caught_is_over(gang: Callable[[int], Gang]) -> None:
+    first, second = gang(2).run("test_processes:goes_on_after_an_error")
+    assert first == second
+
+
+def test_shards_follow_the_replicas(gang: Callable[[int], Gang]) -> None:
+    assert gang(4).run("test_processes:shards") == [(2, 0), (2, 0), (2, 1), (2, 1)]
+    one = pipecompile.compile(models.gpt2(), 2, 2)
+    assert (one.data_shards, one.data_shard) == (1, 0)
+
+
+def shards() -> tuple[int, int]:
+    pipe = pipecompile.compile(models.gpt2(), 2, 2)
+    return pipe.data_shards, pipe.data_shard
+
+
+SCRIPT = """
+import os, sys, time, torch
+sys.path.insert(0, {tests!r})
+import pipecompile
+from support import jobs, models
+rank, how = int(os.environ["RANK"]), sys.argv[1]
+pipe = jobs.pipeline("gpt2", 2, 1, 4)
+batch = models.batches("gpt2", 8, 1)[0]
+pipe.step(batch)
+if how in ("inside", "caught") and rank == 1:
+    executor = next(iter(pipe._loaded.values())).executors[1]
+    def boom(*_):
+        raise ArithmeticError("the second stage is out of numbers")
+    executor.program.forward.module.forward = boom
+if how == "between" and rank == 1:
+    raise ArithmeticError("the data loader is out of data")
+if how == "caught" and rank == 1:  # and stays alive, its connections open
+    try:
+        pipe.step(batch)
+    except ArithmeticError:
+        time.sleep(600)
+pipe.step(batch)
+print("finished", rank)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("inside", "ArithmeticError: the second stage is out of numbers"),
+        ("between", "ArithmeticError: the data loader is out of data"),
+        ("caught", "ArithmeticError: the second stage is out of numbers"),
+    ],
+)
+def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, cause: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    port = str(20000 + os.getpid() % 20000)
+    start = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), how],
+            env=os.environ
+            | {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        _, survivor = processes[0].communicate(timeout=LIMIT_S)
+        assert processes[0].returncode != 0
+        assert time.monotonic() - start < LIMIT_S
+        assert "rank 1 failed first" in survivor
+        assert cause in survivor
+        if how != "caught":
+            assert processes[1].wait(timeout=LIMIT_S) != 0
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_parameter_free_rank_still_has_an_optimizer(gang: Callable[[int], Gang]) -> None:
+    assert gang(2).run("test_processes:frozen_first_stage") == [0, 1]
+
+
+def frozen_first_stage() -> int:
+    """Whether this rank's optimizer has any state: rank 0 has nothing to train."""
+    model = models.build("llama")
+    model.model.requires_grad_(False)
+    pipe = pipecompile.compile(
+        model,
+        2,
+        microbatches=2,
+        optimizer=jobs.OPTIMIZERS["adamw"],
+        max_grad_norm=1.0,
+        example_batch=models.batches("llama", 4, 1)[0],
+    )
+    schedule = torch.optim.lr_scheduler.ConstantLR(pipe.optimizer)
+    for batch in models.batches("llama", 4, 2):
+        pipe.step(batch)
+        schedule.step()
+    return int(bool(pipe.optimizer.state))

@@ -1,0 +1,125 @@
+"""Schedules: every generated one is legal, prints and parses; illegal ones are caught."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pipecompile.compiler.errors import VerificationError
+from pipecompile.compiler.graph import Phase
+from pipecompile.compiler.program import Message
+from pipecompile.compiler.simulate import simulate
+from pipecompile.passes.communication import _stage
+from pipecompile.passes.schedule.actions import (
+    Action,
+    Kind,
+    Schedule,
+    from_text,
+    max_in_flight,
+    to_text,
+)
+from pipecompile.passes.schedule.one_f_one_b import forward_only, one_f_one_b
+from pipecompile.passes.verify import verify_in_flight, verify_schedule
+
+GOLDEN_1F1B = """\
+0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3
+1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3
+2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3"""
+
+
+@st.composite
+def routes(draw: st.DrawFn, n_stages: int) -> list[Message]:
+    """Neighbours always talk; some pairs further apart do too."""
+    pairs = {(s, s + 1) for s in range(n_stages - 1)}
+    far = [(a, b) for a in range(n_stages) for b in range(a + 2, n_stages)]
+    pairs |= set(draw(st.lists(st.sampled_from(far), max_size=3))) if far else set()
+    forward = [Message(a, b, Phase.FORWARD, ()) for a, b in sorted(pairs)]
+    backward = [Message(b, a, Phase.BACKWARD, ()) for a, b in sorted(pairs)]
+    return forward + backward
+
+
+def communicating(schedule: Schedule, messages: list[Message]) -> Schedule:
+    return tuple(tuple(_stage(actions, messages)) for actions in schedule)
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 20))
+def test_1f1b_with_communication_is_legal(
+    data: st.DataObject, n_stages: int, microbatches: int
+) -> None:
+    messages = data.draw(routes(n_stages))
+    schedule = communicating(one_f_one_b(n_stages, microbatches), messages)
+    verify_schedule(schedule, messages, microbatches, trains=True)
+    verify_in_flight(schedule, [min(n_stages - s, microbatches) for s in range(n_stages)])
+    assert from_text(to_text(schedule)) == schedule
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 20))
+def test_forward_only_is_legal(data: st.DataObject, n_stages: int, microbatches: int) -> None:
+    messages = [m for m in data.draw(routes(n_stages)) if m.phase is Phase.FORWARD]
+    schedule = communicating(forward_only(n_stages, microbatches), messages)
+    verify_schedule(schedule, messages, microbatches, trains=False)
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 5), st.integers(1, 5))
+def test_1f1b_takes_the_time_of_the_formula(s: int, m: int, forward: int, backward: int) -> None:
+    """(m + S − 1)(f + b) for equal stages and free transfers (Narayanan et al., 2021)."""
+    messages = [Message(a, a + 1, Phase.FORWARD, ()) for a in range(s - 1)]
+    messages += [Message(a + 1, a, Phase.BACKWARD, ()) for a in range(s - 1)]
+    seconds = {(a, Kind.F): float(forward) for a in range(s)}
+    seconds |= {(a, Kind.B): float(backward) for a in range(s)}
+    timeline = simulate(communicating(one_f_one_b(s, m), messages), seconds, {})
+    assert timeline.makespan_s == (m + s - 1) * (forward + backward)
+    assert timeline.bubble == pytest.approx((s - 1) / (m + s - 1))
+
+
+def test_1f1b_is_the_published_one() -> None:
+    assert to_text(one_f_one_b(3, 4)) == GOLDEN_1F1B
+    assert [max_in_flight(actions) for actions in one_f_one_b(3, 4)] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("text", ["2F0", "1SEND_B3→0", "0RECV_B3←1", "2REDUCE_GRAD", "0SYNC_TIED"])
+def test_actions_print_and_parse(text: str) -> None:
+    assert str(Action.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["F0", "2X0", "1SEND_B3←0", "0RECV_F1→2", "", "2F0 "[:1]])
+def test_what_is_no_action_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not an action"):
+        Action.parse(text)
+
+
+TWO = [Message(0, 1, Phase.FORWARD, ()), Message(1, 0, Phase.BACKWARD, ())]
+GOOD = (
+    "0F0 0SEND_F0→1 0F1 0SEND_F1→1 0RECV_B0←1 0B0 0RECV_B1←1 0B1\n"
+    "1RECV_F0←0 1RECV_F1←0 1F0 1B0 1SEND_B0→0 1F1 1B1 1SEND_B1→0"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0F1 0SEND_F1→1", "0SEND_F1→1 0F1", "wrong side"),
+        ("0B1", "0B0", "runs B of microbatches"),
+        ("1RECV_F0←0 1RECV_F1←0", "1RECV_F1←0 1RECV_F0←0", "sent in order"),
+        ("1SEND_B1→0", "", "microbatches .0. are sent"),
+        ("1F1 1B1", "1B1 1F1", "comes before"),
+        ("0RECV_B1←1 0B1", "0B1 0RECV_B1←1", "wrong side"),
+        ("0F1", "0F1 0SEND_B0→1", "has no message"),
+    ],
+)
+def test_illegal_schedules_are_caught(old: str, new: str, message: str) -> None:
+    verify_schedule(from_text(GOOD), TWO, 2, trains=True)
+    with pytest.raises(VerificationError, match=message):
+        verify_schedule(from_text(GOOD.replace(old, new)), TWO, 2, trains=True)
+
+
+def test_a_wait_cycle_is_caught() -> None:
+    both = [Message(0, 1, Phase.FORWARD, ()), Message(1, 0, Phase.FORWARD, ())]
+    text = "0RECV_F0←1 0F0 0SEND_F0→1\n1RECV_F0←0 1F0 1SEND_F0→0"
+    with pytest.raises(VerificationError, match="wait cycle"):
+        verify_schedule(from_text(text), both, 1, trains=False)
+
+
+def test_too_many_microbatches_in_flight_are_caught() -> None:
+    with pytest.raises(VerificationError, match="holds 3 microbatches, planned 2"):
+        verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2])

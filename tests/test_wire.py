@@ -1,0 +1,74 @@
+"""Values cross processes with their strides and bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pipecompile.compiler.program import ValueSpec
+from pipecompile.runtime import wire
+from pipecompile.runtime.transport import Loopback, ordered_mean
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Permuted, sliced, expanded, empty and 0-dim tensors of several dtypes."""
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    tensor = (torch.randn(shape) * 3).to(draw(st.sampled_from(DTYPES)))
+    tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
+    for dim, size in enumerate(tensor.shape):
+        if size and draw(st.booleans()):
+            tensor = tensor.narrow(dim, draw(st.integers(0, size - 1)), 1)
+            if draw(st.booleans()):
+                tensor = tensor.expand(*(3 if d == dim else -1 for d in range(len(shape))))
+    return tensor
+
+
+def spec_of(tensor: torch.Tensor) -> ValueSpec:
+    return ValueSpec("x", tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+@given(tensors())
+def test_bytes_and_back(tensor: torch.Tensor) -> None:
+    spec = spec_of(tensor)
+    data = wire.to_bytes(tensor, spec)
+    room = wire.room_for(spec, CPU)
+    assert data.shape == room.shape
+    back = wire.from_bytes(room.copy_(data), spec)
+    assert torch.equal(back, tensor)
+    assert back.stride() == tensor.stride()
+    assert back.dtype == tensor.dtype
+
+
+@given(tensors())
+def test_other_strides_are_conformed(tensor: torch.Tensor) -> None:
+    spec = spec_of(tensor)
+    if 0 in spec.stride:
+        return  # an expanded value cannot be written to; programs make it themselves
+    other = tensor.contiguous()
+    assert wire.conform(other, spec).stride() == spec.stride
+    assert torch.equal(wire.conform(other, spec), tensor)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_means_are_added_in_rank_order(replicas: int) -> None:
+    parts = [torch.randn(1000) * 10**r for r in range(replicas)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    assert torch.equal(ordered_mean(parts), total / replicas)
+
+
+def test_loopback_delivers_in_order_and_notices_unread_messages() -> None:
+    loopback, tensor = Loopback(), torch.ones(2)
+    first = loopback.receive(0, 1, [spec_of(tensor)], CPU)
+    assert not first.ready()
+    loopback.send(0, 1, [tensor], [spec_of(tensor)])
+    loopback.send(0, 1, [2 * tensor], [spec_of(tensor)])
+    assert torch.equal(first.wait()[0], tensor)
+    with pytest.raises(AssertionError, match="0→1"):
+        loopback.flush()
