@@ -53,7 +53,8 @@ def compile(
             scalar output.
         max_grad_norm: `step` clips the global gradient norm to it.
         lr_scheduler: called with the optimizer; `step` steps what it returns.
-        example_batch: compile now, for batches of this shape; None waits for the first batch.
+        example_batch: compile now, for batches of this shape: what `step` will be given, under
+            torchrun this process's share. None waits for the first batch or `compile_for`.
         device: "cpu" or "cuda"; None takes CUDA if there is one.
         seed: of dropout and other random ops; None takes torch's initial seed (of rank 0).
         tied_grads: how a weight that several stages read gets its gradient. "per_microbatch"

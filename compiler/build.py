@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ..passes.verify import (
 from .batch import BatchSpec
 from .capture import Captured, capture_evaluation, capture_forward, capture_training
 from .cost import Cost, node_cost
-from .errors import BatchError
+from .errors import BatchError, CaptureError, LossError
 from .graph import JointGraph, Phase, module_of, phase_of
 from .hardware import Device, device_spec
 from .locality import Locality, locality_of
@@ -113,10 +114,16 @@ class Builder:
     def build(self, mode: Mode, spec: BatchSpec, microbatches: int, dump: bool = True) -> Compiled:
         """Compile one mode for one microbatch shape.
 
+        The stages are chosen for training where the model can train on such a batch, also when
+        something else is compiled first.
+
         Args:
             spec: of one microbatch.
             dump: write the files that ``dump_dir`` asks for (one rank does).
         """
+        if not self.homes and mode is not Mode.TRAIN:
+            with contextlib.suppress(LossError, CaptureError):
+                self.build(Mode.TRAIN, spec, microbatches, dump=False)
         options = self.options
         recorder = Recorder(self._folder(mode, spec) if dump else None)
         with recorder.record("capture") as outcome:

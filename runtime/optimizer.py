@@ -26,14 +26,20 @@ def make_optimizer(
     named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
     if not named:
         named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
-    optimizer = factory(named)
+    try:
+        optimizer = factory(named)
+    except ValueError as error:
+        if "with/without names" in str(error):
+            raise OptionError(
+                "optimizer= made a parameter group of (name, parameter) pairs that is empty on "
+                "this stage, which torch refuses: put the parameters alone into the groups"
+            ) from error
+        raise
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise OptionError(
             f"optimizer= returned a {type(optimizer).__name__}: give a factory that takes named "
             "parameters and returns a torch.optim.Optimizer"
         )
-    if state.has_copies:
-        optimizer.register_step_post_hook(lambda *_: state.spread())
     return optimizer
 
 

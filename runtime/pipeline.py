@@ -64,6 +64,7 @@ class Pipeline:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
         self._steps = 0
+        self._data_checked = False
         self._at_work: Executor | None = None
         self._watchdog: Watchdog | None = None
         self.data_shards = mesh.dp if mesh.distributed else 1
@@ -80,8 +81,21 @@ class Pipeline:
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = self._agree(seed)[0]
         if options.example_batch is not None:
-            with self._guard():
-                self._load(Mode.TRAIN, options.example_batch)
+            self.compile_for(options.example_batch)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and saves: rank 0, or the only one."""
+        return self._mesh.rank in (None, 0)
+
+    def compile_for(self, batch: Any) -> Plan:
+        """Compile the training step for batches of this shape now, without running it.
+
+        Args:
+            batch: what `step` will be given: its shapes matter, its values do not.
+        """
+        with self._guard():
+            return self._load(Mode.TRAIN, batch).compiled.plan
 
     # -- training ---------------------------------------------------------------------------
 
@@ -233,7 +247,7 @@ class Pipeline:
         if not self._loaded:
             raise NotCompiledError(
                 "nothing is compiled before the first batch: give compile() an example_batch=, "
-                "or run a step first"
+                "call compile_for(batch), or run a step first"
             )
         return next(iter(self._loaded.values()))
 
@@ -264,6 +278,7 @@ class Pipeline:
         """Compile for the batch's shape if need be, and deal the microbatches out."""
         loaded = self._load(mode, batch)
         values, _ = batches.flatten(batch)
+        self._check_data(values)
         microbatches = loaded.compiled.plan.microbatches
         replicas = self._mesh.dp // self.data_shards
         pieces = batches.cut(values, replicas * microbatches)
@@ -280,6 +295,7 @@ class Pipeline:
 
     def _run(self, loaded: _Loaded, jobs: dict[int, Job]) -> None:
         self._at_work = next(iter(loaded.executors.values()))
+        self._require_state().spread()
         runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
         with _kept_generators(loaded):
             drive(runs, self._transport.progress)
@@ -314,7 +330,7 @@ class Pipeline:
         key = (mode, spec, microbatches)
         self._check_agreement(key)
         if key not in self._loaded:
-            self._loaded[key] = self._compile(mode, spec, microbatches, batch)
+            self._loaded[key] = self._compile(mode, spec, microbatches)
         return self._loaded[key]
 
     def _check_agreement(self, key: tuple[Mode, BatchSpec, int]) -> None:
@@ -342,11 +358,11 @@ class Pipeline:
                     "microbatch: all ranks must make the same calls with equal shapes"
                 )
 
-    def _compile(self, mode: Mode, spec: BatchSpec, microbatches: int, batch: Any) -> _Loaded:
+    def _compile(self, mode: Mode, spec: BatchSpec, microbatches: int) -> _Loaded:
         first = not self._builder.homes
-        compiled = self._builder.build(mode, spec, microbatches, dump=self._mesh.rank in (None, 0))
+        compiled = self._builder.build(mode, spec, microbatches, dump=self.is_main)
         if first:
-            self._check_ranks(compiled, batch)
+            self._check_ranks(compiled)
             assert self._model is not None
             self._state = ModelState(
                 self._model, self._skeleton, self._builder.homes, self._mesh, self._device
@@ -377,8 +393,8 @@ class Pipeline:
         if self._options.lr_scheduler is not None:
             self._scheduler = self._options.lr_scheduler(self._optimizer)
 
-    def _check_ranks(self, compiled: Compiled, batch: Any) -> None:
-        """Equal graphs, options and weights on all ranks; equal batches within a replica."""
+    def _check_ranks(self, compiled: Compiled) -> None:
+        """Equal graphs, options and weights on all ranks."""
         if not self._mesh.distributed:
             return
         assert self._model is not None
@@ -387,11 +403,9 @@ class Pipeline:
             options,
             compiled.plan.fingerprint,
             _digests(self._model),
-            _digest(torch.cat([v.reshape(-1).double() for v in batches.flatten(batch)[0]])),
         )
         seen = self._agree(mine)
-        for rank, (theirs, graph, weights, data) in enumerate(seen):
-            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
+        for rank, (theirs, graph, weights) in enumerate(seen):
             if theirs != seen[0][0]:
                 raise RankMismatchError(f"rank {rank} has options {theirs}, rank 0 {seen[0][0]}")
             if graph != seen[0][1]:
@@ -405,11 +419,20 @@ class Pipeline:
                     f"{name!r} differs between rank 0 and rank {rank}: call torch.manual_seed with "
                     "one seed on all ranks before building the model, or load the same weights"
                 )
-            if data != seen[leader][3]:
+
+    def _check_data(self, values: list[torch.Tensor]) -> None:
+        """The first batch that runs is the same on all stages of a replica."""
+        if not self._mesh.distributed or self._data_checked:
+            return
+        seen = self._agree([_digest(value) for value in values])
+        for rank, digests in enumerate(seen):
+            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
+            if digests != seen[leader]:
                 raise RankMismatchError(
                     f"ranks {leader} and {rank} are stages of one replica but were given different "
                     "data: shard it by pipe.data_shards and pipe.data_shard, not by rank"
                 )
+        self._data_checked = True
 
     def _buffer_stages(self) -> dict[str, int]:
         return {

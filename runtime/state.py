@@ -83,15 +83,11 @@ class ModelState:
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Give the other copies in this process what the optimizer did to the first one."""
+        """Give the copies on other devices of this process what the optimizer did to the first."""
         for (name, _), copy in self.copies.items():
             param = self.primary[name][1]
             if copy is not param:
                 copy.copy_(param)
-
-    @property
-    def has_copies(self) -> bool:
-        return len(self.copies) > len(self.primary)
 
     # -- gradients --------------------------------------------------------------------------
 

@@ -230,6 +230,7 @@ def test_asking_before_compilation() -> None:
     for ask in (lambda: pipe.plan, lambda: pipe.optimizer, pipe.state_dict, pipe.parameters):
         with pytest.raises(errors.NotCompiledError, match="example_batch="):
             ask()
+    assert pipe.compile_for(X) is pipe.plan
 
 
 def test_a_model_without_weights() -> None:

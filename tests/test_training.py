@@ -338,9 +338,9 @@ def test_loading_buffers_makes_constants_anew() -> None:
 
 
 def test_masks_are_made_once_and_never_sent() -> None:
-    """Rotary tables and causal masks are constants of every stage that reads them."""
-    pipe = jobs.pipeline("gpt2", 3, 1, 2)
-    pipe.step(models.batches("gpt2", 4, 1)[0])
+    """Rotary tables are constants of every stage with attention; masks are made from the batch."""
+    pipe = jobs.pipeline("llama", 2, 1, 2)
+    pipe.step(models.batches("llama", 4, 1)[0])
     constants = [stage.constants.outputs for stage in pipe.programs.stages]
     assert all(constants)
     floats = {v.dtype for m in pipe.programs.messages for v in m.values}

@@ -1,0 +1,48 @@
+# Every target sets up .venv first; that needs Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo "make demo       train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
+	@echo "make test       the tests that take minutes"
+	@echo "make test-slow  all tests but the timings"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the timings"
+	@echo "make clean      remove .venv and what tools left behind"
+
+demo: $(READY)
+	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-slow: $(READY)
+	$(BIN)/pytest -m "not bench"
+
+bench: $(READY)
+	$(BIN)/pytest tests/bench -m bench
+
+# The repository root is the package, whatever the checkout is called: mypy gets it under its name.
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/pipecompile
+	MYPYPATH=.venv/typed $(BIN)/mypy
+
+# torch first, alone: the version that constraints.txt pins, before anything else asks for one.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; this is %s: make PYTHON=..." % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""What the documents show runs: their Python blocks, and the example, started both ways."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import models
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_the_blocks_of_a_document_run(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one namespace that starts with a tiny model, its batch and an optimizer."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {
+        "__name__": "__main__",
+        "model": models.gpt2(),
+        "batch": models.tokens(16),
+        "adamw": partial(torch.optim.AdamW, lr=1e-3),
+    }
+    text = (ROOT / document).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == len(re.findall(r"^```python", text, re.MULTILINE)) > 0
+    for block in blocks:
+        above = "\n" * text[: block.start(1)].count("\n")  # tracebacks show the document's lines
+        exec(compile(above + block[1], document, "exec"), namespace)
+
+
+def _losses(*start: str) -> list[str]:
+    command = [sys.executable, *start, str(ROOT / "examples/train_gpt2.py"), "--steps", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return re.findall(r"^(?:step|held-out text).*loss \d+\.\d+$", run.stdout, re.MULTILINE)
+
+
+def test_the_example_prints_the_same_losses_in_one_process_and_in_four() -> None:
+    losses = _losses()
+    assert len(losses) == 3  # the first and the last step, and the held-out text
+    assert _losses(*TORCHRUN) == losses
