@@ -54,10 +54,13 @@ def test_evaluation_stashes_nothing_and_changes_nothing() -> None:
 
 
 def test_training_after_evaluating_first() -> None:
-    """The first graph decides the stages, also when it is one without a backward."""
+    """The stages are chosen for training, also when something else comes first."""
     batches = models.batches("t5", 4, 3)
     pipe, model = jobs.pipeline("t5", 3, 1, 2), models.build("t5")
     pipe.forward(batches[0])
+    trained_first = jobs.pipeline("t5", 3, 1, 2)
+    trained_first.compile_for(batches[0])
+    assert [s.params for s in pipe.plan.stages] == [s.params for s in trained_first.plan.stages]
     found = plain.train_pipeline(pipe, batches)
     plain.assert_equal(found, plain.train(model, batches, jobs.OPTIMIZERS["adamw"], 1, 2))
 
@@ -166,6 +169,29 @@ def test_step_clips_schedules_and_clears() -> None:
     assert [g["lr"] for g in pipe.optimizer.param_groups] == [
         g["lr"] for g in optimizer.param_groups
     ]
+
+
+def test_named_groups_that_are_empty_on_a_stage() -> None:
+    """torch refuses them in its own words; ours say what to change."""
+
+    def factory(named: Any) -> torch.optim.Optimizer:
+        named = list(named)
+        heads = [(n, p) for n, p in named if n == "no such parameter"]
+        return torch.optim.SGD([{"params": named}, {"params": heads}], lr=0.1)
+
+    batch = models.batches("gpt2", 4, 1)[0]
+    with pytest.raises(pipecompile.errors.OptionError, match="put the parameters alone"):
+        pipecompile.compile(models.gpt2(), 2, optimizer=factory, example_batch=batch)
+
+
+def test_a_plan_before_the_first_step() -> None:
+    pipe = jobs.pipeline("gpt2", 2, 2, 2)
+    plan = pipe.compile_for(models.tokens(8))
+    assert pipe.is_main
+    assert plan is pipe.plan
+    assert plan.microbatch_rows == 2
+    pipe.step(models.tokens(8))
+    assert len(pipe._loaded) == 1
 
 
 @pytest.mark.parametrize("tied_grads", ["per_microbatch", "per_step"])
