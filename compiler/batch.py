@@ -122,6 +122,12 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
+def flatten_arguments(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a call's arguments, and a function that puts others in their places."""
+    leaves, tree = pytree.tree_flatten(arguments)
+    return leaves, lambda values: pytree.tree_unflatten(values, tree)
+
+
 def flatten_results(
     output: Any,
 ) -> tuple[list[torch.Tensor], Callable[[list[torch.Tensor]], Any]]:

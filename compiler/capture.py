@@ -28,7 +28,14 @@ from .batch import BatchSpec
 from .calling import Call, LossFn, bind, find_loss, not_taken
 from .errors import BatchError, CaptureError, LossError, PipecompileError
 from .graph import JointGraph, Phase, identifier, storage_root, tensors
-from .skeleton import Skeleton, evaluating, is_fake, tracking_modules
+from .skeleton import Skeleton, evaluating, is_fake, tracking_modules, unchanged
+from .tracing import (
+    kept_functions,
+    native_kernels,
+    refused_hooks,
+    restore_functions,
+    untraced_branches,
+)
 
 try:
     from torch._functorch._aot_autograd.descriptors import (
@@ -137,13 +144,14 @@ class _Traced(nn.Module):
         super().__init__()
         self.model = model
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
-        self.wants_loss = True
+        self.wants_loss = self.as_untraced = True
         self.found_structure: Callable[[Any], None] = lambda _: None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
         args, kwargs = self.call.arguments(batch)
-        output = self.model(*args, **kwargs)
+        with untraced_branches() if self.as_untraced else contextlib.nullcontext():
+            output = self.model(*args, **kwargs)
         if not self.wants_loss:
             values, rebuild = batches.flatten_results(output)
             self.found_structure(rebuild)
@@ -186,13 +194,9 @@ def _capture(
     function.found_structure = structures.append
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        where = stack.enter_context(tracking_modules(model))
         stack.enter_context(_quiet())
-        try:
-            exported = torch.export.export(function, leaves, strict=False)
-        except Exception as error:
-            raise _explain(error, type(model).__name__, where()) from error
-        traced = exported.module(check_guards=False)
+        stack.enter_context(native_kernels())
+        traced = _export(function, leaves)
         notes = tuple(note for note in (apply(traced) for apply in passes) if note)
         try:
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
@@ -200,8 +204,35 @@ def _capture(
             culprit = _data_dependent(traced)
             raise _explain(error, type(model).__name__, *culprit) from error
     graph = _Reader(skeleton, traced, joint.graph_module).read(wants)
+    if wants == "loss" and torch.is_grad_enabled() and not graph.trains:
+        raise LossError(
+            "the loss has no gradient once captured: a part of forward runs without gradients"
+        )
     _check_leaves(graph, spec, call, loss_fn, type(model).__name__)
     return Captured(graph, structures[-1], notes=notes)
+
+
+def _export(function: _Traced, leaves: tuple[torch.Tensor, ...]) -> fx.GraphModule:
+    """torch.export, first as if the model were not traced, then as it likes to be traced."""
+    model = function.model
+    failures: list[PipecompileError] = []
+    for function.as_untraced in (True, False):
+        with (
+            unchanged(model),
+            tracking_modules(model) as where,
+            refused_hooks(),
+            kept_functions() as calls,
+        ):
+            try:
+                exported = torch.export.export(function, leaves, strict=False)
+            except Exception as error:
+                failures.append(_explain(error, type(model).__name__, where()))
+                failures[-1].__cause__ = error
+                continue
+        traced = exported.module(check_guards=False)
+        restore_functions(traced, calls)
+        return traced
+    raise failures[-1]
 
 
 @contextlib.contextmanager
@@ -258,6 +289,12 @@ class _Reader:
             self.env[node] = self._placeholder(node, f"batch_{desc.idx}")
             self.inputs[desc.idx] = self.env[node]
         elif isinstance(desc, TangentAOTInput):
+            if isinstance(desc.output, InputMutationAOTOutput):
+                mutated = getattr(desc.output.mutated_input, "target", "a leaf of the batch")
+                raise CaptureError(
+                    f"forward changes {mutated.removeprefix(_MODEL)!r} in place, and it needs a "
+                    "gradient: compute a new tensor, or keep the value in a buffer"
+                )
             self.env[node] = self._placeholder(node, "tangent")
             self.env[node].meta["phase"] = Phase.BACKWARD
             self.tangent = self.env[node]
@@ -328,6 +365,11 @@ class _Reader:
                 self._add_gradient(joint, desc.grad_of.target, node)
             elif isinstance(desc, InputMutationAOTOutput):
                 mutated = desc.mutated_input
+                if isinstance(mutated, ParamAOTInput) and torch.is_grad_enabled():
+                    raise CaptureError(
+                        f"forward changes parameter {mutated.target.removeprefix(_MODEL)!r} in "
+                        "place: do it after the optimizer's step, or make it a buffer"
+                    )
                 if isinstance(mutated, BufferAOTInput):
                     name = mutated.target.removeprefix(_MODEL)
                     joint.mutations[self.skeleton.canonical[name]] = node
@@ -379,10 +421,14 @@ def _is_output(node: fx.Node) -> bool:
     return node.op == "output"
 
 
+_OTHERWISE = (
+    "if the model runs on this batch by itself, tracing takes another branch here: pass optional "
+    "inputs such as attention_mask, or make this code traceable by torch.export"
+)
 _ADVICE = {
     "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
     "tensor (if, .item(), float()): compute both sides and choose with torch.where, keep it a "
-    "tensor, or pass it in as a Python value",
+    "tensor, pass it in as a Python value, or skip a mere check if torch.compiler.is_compiling()",
     "DataDependentOutputException": "a tensor's value is read in Python (.item(), bool(), int()): "
     "keep it a tensor, or pass the number in as a Python value",
     "DynamicOutputShapeException": "an operator's output shape depends on data (nonzero, boolean "
@@ -427,7 +473,9 @@ def _explain(error: Exception, model: str, module: str, line: str = "") -> Pipec
             return item
     kinds = [type(item).__name__ for item in chain]
     kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
-    advice = _ADVICE.get(kind, "make this code traceable by torch.export")
+    advice = _ADVICE.get(kind, _OTHERWISE)
+    if "Unexpected fake buffer" in str(error):
+        advice = "forward reads .data of a parameter or buffer: use .detach()"
     first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
     return CaptureError(
         f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "

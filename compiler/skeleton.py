@@ -49,9 +49,10 @@ def skeleton_of(model: nn.Module, device: torch.device) -> Skeleton:
 
     Raises:
         SharedStorageError: two different parameters overlap in memory.
-        CaptureError: the model cannot be copied.
+        CaptureError: the model cannot be copied, or has gradient hooks.
     """
     _check_storage(model)
+    _check_hooks(model)
     state = dict(named_state(model))
     fakes = [t for t in state.values() if isinstance(t, FakeTensor)]
     mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
@@ -103,6 +104,26 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Take back what a forward assigns to its module: a traced one leaves fake tensors there."""
+    before = [(part, dict(vars(part)), _containers(part)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, containers in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+            for own, kept in containers:  # in place: others may hold the container
+                own.clear()
+                own.extend(kept) if isinstance(own, list) else own.update(kept)
+
+
+def _containers(part: nn.Module) -> list[tuple[Any, Any]]:
+    found = (value for value in vars(part).values() if isinstance(value, (dict, list, set)))
+    return [(value, value.copy()) for value in found]
+
+
+@contextmanager
 def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
     """Yields a function that names the submodule whose forward was entered last and not left."""
     names = {part: name for name, part in module.named_modules()}
@@ -128,6 +149,21 @@ def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(
+                f"parameter {name!r} has a gradient hook, which a compiled backward would not "
+                "run: remove it, and change .grad between forward_backward() and the step"
+            )
+    for name, part in model.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise CaptureError(
+                f"module {name or '(the model itself)'!r} has a backward hook, which a compiled "
+                "backward would not run: remove it, or write it as a torch.autograd.Function"
+            )
 
 
 def _check_storage(model: nn.Module) -> None:

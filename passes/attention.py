@@ -13,6 +13,7 @@ called by transformers stays as its author wrote it.
 
 from __future__ import annotations
 
+import operator
 from enum import Enum
 from typing import Any, cast
 
@@ -112,7 +113,8 @@ def _constant_value(module: fx.GraphModule, wanted: fx.Node) -> torch.Tensor | N
         if node in needed:
             continue
         tags = getattr(node.target, "tags", ())
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in tags:
+        plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if node.op != "call_function" or not plain or torch.Tag.nondeterministic_seeded in tags:
             return None
         needed.add(node)
         pending.extend(node.all_input_nodes)

@@ -1,0 +1,182 @@
+"""What tracing would change about a model, and what pipecompile keeps or refuses.
+
+Each of these once gave other gradients than the untraced model, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile import errors
+from support import jobs, models, plain
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+X = torch.arange(32.0).view(4, 8) / 10 - 1.5
+
+
+class Straight(torch.autograd.Function):
+    """A straight-through estimator: rounds forward, passes gradients on, doubled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.scale = scale
+        return x.round(), x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] * ctx.scale + grads[1], None
+
+
+class Layers(nn.Module):
+    """Two linear layers; subclasses put something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(()))
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x))).square().mean()
+
+
+class Rounding(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        rounded, sign = Straight.apply(y, 2.0)
+        return rounded + 0.1 * sign
+
+
+class Checkpointing(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda z: z.sin() * self.first.bias.detach(), y, use_reentrant=True)
+
+
+class Resizing(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        image = y.view(-1, 1, 2, 4)
+        larger = nn.functional.interpolate(image, (5, 7), mode="bilinear")
+        return nn.functional.interpolate(larger, (2, 4), mode="bicubic").reshape(y.shape)
+
+
+class Caching(Layers):
+    """Keeps a tensor on itself, as models do with masks and rotary tables."""
+
+    table: torch.Tensor | None = None
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if self.table is None or self.table.shape[0] != y.shape[0]:
+            self.table = torch.linspace(0, 1, y.shape[0])[:, None]
+        return y * self.table
+
+
+class Asking(Layers):
+    """Does something else when it is exported, as some models do."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        return y * 3 if torch.compiler.is_exporting() else y.tanh()
+
+
+class Needing(Layers):
+    """Cannot be exported unless it knows that it is."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            return y.relu()
+        return y.relu() if y.sum() > 1e9 else y.clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    "model", [Rounding, Checkpointing, Resizing, Caching, Asking, Needing], ids=lambda m: m.__name__
+)
+@pytest.mark.parametrize("n_stages", [1, 2])
+def test_gradients_are_those_of_the_untraced_model(
+    model: Callable[[], nn.Module], n_stages: int
+) -> None:
+    pipe = pipecompile.compile(model(), n_stages, microbatches=2)
+    expected, oracle = [], model()
+    for piece in X.chunk(2):
+        loss = oracle(piece)
+        (loss / 2).backward()
+        expected.append(loss.detach())
+    assert torch.equal(pipe.forward_backward(X), torch.stack(expected).mean())
+    for name, param in oracle.named_parameters():
+        assert torch.equal(dict(pipe.named_parameters())[name].grad, param.grad), name
+    assert torch.equal(pipe.evaluate(X), torch.stack(expected).mean())
+    pipe.forward_backward(X[:2])  # another shape is another capture of the same model
+
+
+def test_reentrant_checkpointing_in_transformers() -> None:
+    def build() -> Any:
+        model = models.build("gpt2")
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        return model
+
+    batches = models.batches("gpt2", 4, 2)
+    sgd = jobs.OPTIMIZERS["sgd"]
+    found = plain.train_pipeline(
+        pipecompile.compile(build(), 2, microbatches=2, optimizer=sgd), batches
+    )
+    plain.assert_equal(found, plain.train(build(), batches, sgd, 1, 2))
+
+
+class Hooking(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        y.register_hook(lambda grad: grad * 2)
+        return y
+
+
+class Detaching(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.first.weight.clamp_(-1, 1)
+        return y
+
+
+class Holding(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        return Through.apply(self.second, y)
+
+
+class Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return None, grads[0]
+
+
+def with_parameter_hook() -> nn.Module:
+    model = Caching()
+    model.first.weight.register_hook(lambda grad: grad * 2)
+    return model
+
+
+def with_module_hook() -> nn.Module:
+    model = Caching()
+    model.second.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Hooking, "Tensor.register_hook.*torch.autograd.Function"),
+        (Detaching, "forward changes .*'first.weight' in place"),
+        (Holding, "Through.apply is given a Linear"),
+        (with_parameter_hook, "'first.weight' has a gradient hook"),
+        (with_module_hook, "'second' has a backward hook"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(errors.CaptureError, match=message):
+        pipecompile.compile(model(), 1, example_batch=X)
