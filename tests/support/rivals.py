@@ -1,4 +1,4 @@
-"""One training step three ways: pipecompile, torch.distributed.pipelining, one plain process.
+"""One training step by pipecompile, by torch.distributed.pipelining, and by one plain process.
 
 Every process of a gang keeps its rivals between calls, so that a benchmark times steps alone.
 """
@@ -19,8 +19,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 ROWS, LENGTH, MICROBATCHES, LAYERS, WIDTH, WORDS = 16, 128, 8, 8, 256, 4096
 ADAMW = partial(torch.optim.AdamW, lr=3e-4)
-# Hand-balanced for the rival: the head costs about 1.3 layers, so the first stage takes 5 of 8.
-FIRST_LAYERS = 5
+EQUAL, BALANCED = 4, 5  # layers of the first stage; the head costs about 1.3 layers
 
 
 def model() -> nn.Module:
@@ -33,6 +32,8 @@ def model() -> nn.Module:
         n_head=8,
         n_positions=LENGTH,
         vocab_size=WORDS,
+        bos_token_id=1,
+        eos_token_id=2,
         use_cache=False,
         tie_word_embeddings=False,
         **rates,
@@ -55,10 +56,10 @@ def compiled() -> Callable[[], Any]:
 class _First(nn.Module):
     """What a user of torch.distributed.pipelining writes by hand: the first stage of GPT-2."""
 
-    def __init__(self, whole: Any):
+    def __init__(self, whole: Any, layers: int):
         super().__init__()
         self.wte, self.wpe = whole.transformer.wte, whole.transformer.wpe
-        self.h = whole.transformer.h[:FIRST_LAYERS]
+        self.h = whole.transformer.h[:layers]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
@@ -69,9 +70,9 @@ class _First(nn.Module):
 
 
 class _Second(nn.Module):
-    def __init__(self, whole: Any):
+    def __init__(self, whole: Any, layers: int):
         super().__init__()
-        self.h = whole.transformer.h[FIRST_LAYERS:]
+        self.h = whole.transformer.h[layers:]
         self.ln_f, self.lm_head = whole.transformer.ln_f, whole.lm_head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,9 +88,9 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def pipelining() -> Callable[[], Any]:
+def pipelining(layers: int) -> Callable[[], Any]:
     rank = dist.get_rank()
-    part = (_First if rank == 0 else _Second)(model())
+    part = (_First if rank == 0 else _Second)(model(), layers)
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=_loss)
     optimizer = ADAMW(part.parameters())
@@ -126,7 +127,12 @@ def plain() -> Callable[[], Any]:
     return step
 
 
-RIVALS = {"pipecompile": compiled, "torch-1f1b": pipelining, "one-process": plain}
+RIVALS = {
+    "pipecompile": compiled,
+    "torch 1F1B, equal layers": partial(pipelining, EQUAL),
+    "torch 1F1B, balanced by hand": partial(pipelining, BALANCED),
+    "one process, one thread": plain,
+}
 
 
 def step(name: str) -> float:
@@ -141,5 +147,5 @@ def step(name: str) -> float:
 
 def losses() -> tuple[float, float] | None:
     """The first loss of both pipelines, on the rank that has both: they train the same thing."""
-    mine, theirs = compiled()(), pipelining()()
+    mine, theirs = compiled()(), pipelining(EQUAL)()
     return (float(mine), float(torch.stack(theirs).mean())) if dist.get_rank() == 1 else None
