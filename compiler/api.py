@@ -30,6 +30,7 @@ def compile(
     example_batch: Any = None,
     device: str | torch.device | None = None,
     seed: int | None = None,
+    schedule: str = "1f1b",
     tied_grads: str = "per_microbatch",
     dump_dir: str | Path | None = None,
     **unknown: Any,
@@ -57,6 +58,9 @@ def compile(
             torchrun this process's share. None waits for the first batch or `compile_for`.
         device: "cpu" or "cuda"; None takes CUDA if there is one.
         seed: of dropout and other random ops; None takes torch's initial seed (of rank 0).
+        schedule: "1f1b", or "zb_h1", which computes weight gradients a little later than the
+            gradients that other stages wait for: a smaller bubble for some more memory on the
+            later stages. Both give the same bits.
         tied_grads: how a weight that several stages read gets its gradient. "per_microbatch"
             sends its parts with every microbatch and adds them in autograd's order, which makes
             the gradient that of one device bit for bit; "per_step" adds up the parts once per
@@ -81,6 +85,7 @@ def compile(
             example_batch=example_batch,
             device=device,
             seed=seed,
+            schedule=schedule,
             tied_grads=tied_grads,
             dump_dir=dump_dir,
             **unknown,

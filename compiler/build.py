@@ -19,7 +19,7 @@ from ..passes.communication import add_communication
 from ..passes.partition import problem_of
 from ..passes.placement import Placement, Site, follow, place
 from ..passes.schedule.actions import Kind, Schedule, max_in_flight, to_text
-from ..passes.schedule.one_f_one_b import forward_only, one_f_one_b
+from ..passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
 from ..passes.verify import (
     verify_graph,
     verify_in_flight,
@@ -140,21 +140,26 @@ class Builder:
             verify_placement(graph, placement.stage)
             outcome.texts[".txt"] = _placement_text(units, placement)
         with recorder.record("lower") as outcome:
-            program = lower(graph, locality, placement.stage, options.n_stages, options.tied_grads)
+            program = lower(
+                graph,
+                locality,
+                placement.stage,
+                options.n_stages,
+                options.tied_grads,
+                split_backward=options.schedule == "zb_h1" and mode is Mode.TRAIN,
+            )
             verify_program(program)
             values = sum(len(message.values) for message in program.messages)
             outcome.note = f"{values} boundary values in {len(program.messages)} messages"
             outcome.texts |= _program_texts(program)
         self._settle(program, placement)
         with recorder.record("schedule") as outcome:
-            make = one_f_one_b if program.trains else forward_only
-            compute = make(options.n_stages, microbatches)
+            name, compute = self._schedule(program, microbatches)
             schedule = add_communication(compute, program, options.dp)
             verify_schedule(schedule, program.messages, microbatches, program.trains)
-            stages = range(options.n_stages)
-            limits = [min(options.n_stages - s, microbatches) for s in stages]
-            verify_in_flight(schedule, limits if program.trains else [microbatches] * len(limits))
-            outcome.note = f"{make.__name__}, {microbatches} microbatches"
+            if program.trains:
+                verify_in_flight(schedule, self._in_flight_limits(program, microbatches))
+            outcome.note = f"{name}, {microbatches} microbatches"
             outcome.texts[".txt"] = to_text(schedule) + "\n"
         plan, timeline = self._plan(
             graph, units, placement, program, schedule, spec, microbatches, recorder.records
@@ -163,6 +168,23 @@ class Builder:
             (recorder.folder / "plan.json").write_text(plan.to_json())
         dims = captured.batch_dims
         return Compiled(program, schedule, plan, captured.rebuild, dims, timeline)
+
+    def _schedule(self, program: PipelineProgram, microbatches: int) -> tuple[str, Schedule]:
+        n_stages = self.options.n_stages
+        if not program.trains:
+            return "forward only", forward_only(n_stages, microbatches)
+        if self.options.schedule == "zb_h1":
+            splits = [stage.weight is not None for stage in program.stages]
+            return "zb_h1", zb_h1(n_stages, microbatches, splits)
+        return "1f1b", one_f_one_b(n_stages, microbatches)
+
+    def _in_flight_limits(self, program: PipelineProgram, microbatches: int) -> list[int]:
+        """S − s microbatches on stage s, and up to s more that wait for their weight gradients."""
+        n_stages = self.options.n_stages
+        return [
+            min(n_stages if stage.weight else n_stages - stage.stage, microbatches)
+            for stage in program.stages
+        ]
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:
         if self.options.dump_dir is None:
@@ -231,6 +253,7 @@ class Builder:
                     forward_s=forward.seconds,
                     backward_s=backward.seconds,
                     stash_bytes=part.stash_bytes,
+                    carry_bytes=part.carry_bytes,
                     in_flight=max_in_flight(schedule[s]),
                     constant_bytes=part.constant_bytes,
                     sends=tuple(
@@ -240,7 +263,11 @@ class Builder:
                     ),
                 )
             )
-        timeline = self._simulate(program, schedule, costs)
+        weight_s: dict[int, float] = defaultdict(float)
+        for node, stage in placement.stage.items():
+            if node.name in program.weight_nodes:
+                weight_s[stage] += node_cost(node, self.spec).seconds
+        timeline = self._simulate(program, schedule, costs, weight_s)
         plan = Plan(
             model=type(self.skeleton.module).__name__,
             n_stages=self.options.n_stages,
@@ -297,12 +324,16 @@ class Builder:
         program: PipelineProgram,
         schedule: Schedule,
         costs: dict[tuple[int, Phase], Cost],
+        weight_s: dict[int, float],
     ) -> Timeline:
         compute_s = {
             (stage, kind): costs[stage, phase].seconds
             for stage in range(self.options.n_stages)
             for kind, phase in ((Kind.F, Phase.FORWARD), (Kind.B, Phase.BACKWARD))
         }
+        for stage, seconds in weight_s.items():
+            compute_s[stage, Kind.W] = seconds
+            compute_s[stage, Kind.B] -= seconds
         transfer_s = {
             (m.src, m.dst): m.nbytes / self.spec.link_bytes_per_s for m in program.messages
         }
@@ -324,8 +355,9 @@ def _placement_text(units: list[Unit], placement: Placement) -> str:
 def _program_texts(program: PipelineProgram) -> dict[str, str]:
     texts = {}
     for stage in program.stages:
-        parts = {"constants": stage.constants, "forward": stage.forward, "backward": stage.backward}
+        parts = {"constants": stage.constants, "forward": stage.forward}
+        parts |= {"backward": stage.backward} if stage.backward else {}
+        parts |= {"weight": stage.weight} if stage.weight else {}
         for name, part in parts.items():
-            if part is not None:
-                texts[f"_stage{stage.stage}_{name}.py"] = part.text()
+            texts[f"_stage{stage.stage}_{name}.py"] = part.text()
     return texts

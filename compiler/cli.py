@@ -87,6 +87,12 @@ def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         "to 4 per stage)",
     )
     group.add_argument(
+        "--schedule",
+        default="1f1b",
+        metavar="NAME",
+        help="1f1b (default), or zb_h1: weight gradients later, for a smaller bubble",
+    )
+    group.add_argument(
         "--tied-grads",
         default="per_microbatch",
         metavar="WHEN",
@@ -165,6 +171,7 @@ def _compile(args: argparse.Namespace) -> Compiled:
         dp=args.dp,
         microbatches=args.microbatches,
         loss_fn=subject.loss_fn,
+        schedule=args.schedule,
         tied_grads=args.tied_grads,
         dump_dir=args.dump,
     )

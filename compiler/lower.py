@@ -12,7 +12,8 @@ backward of t > s    [4] message s → t in the forward phase, stashed by t
 backward of t < s    [5] stashed by s, message s → t in the backward phase
 ===================  =======================================================================
 
-A backward value goes to the backward of the same stage [1] or of a lower one [5]. Free values
+A backward value goes to the backward of the same stage [1] or of a lower one [5]. Where the weight
+gradients have a program of their own, it gets what the backward made from that [6]. Free values
 (`locality`) are copied into each program that reads them; constants are made once per stage.
 """
 
@@ -31,6 +32,7 @@ from .locality import Locality, is_gradient_sum
 from .program import (
     BoxedCodeGen,
     Message,
+    Part,
     PipelineProgram,
     Port,
     Program,
@@ -41,8 +43,8 @@ from .program import (
     ValueSpec,
 )
 
-Spot = tuple[Phase, int]
-"""Where a value is needed or made: a phase and a stage."""
+Spot = tuple[Part, int]
+"""Where a value is needed or made: a part and a stage."""
 
 
 def lower(
@@ -51,6 +53,7 @@ def lower(
     stage: dict[fx.Node, int],
     n_stages: int,
     tied_grads: str = "per_microbatch",
+    split_backward: bool = False,
 ) -> PipelineProgram:
     """Cut a placed graph into one program set per stage.
 
@@ -59,8 +62,10 @@ def lower(
         tied_grads: "per_microbatch" adds the gradients of a weight that several stages read in
             autograd's own order, by sending them along with every microbatch; "per_step" keeps
             a partial sum on each stage and adds these once per step.
+        split_backward: make a program of its own (W) of what a stage's backward computes that
+            no other stage waits for: most weight gradients.
     """
-    return _Lowering(graph, locality, stage, n_stages, tied_grads).run()
+    return _Lowering(graph, locality, stage, n_stages, tied_grads, split_backward).run()
 
 
 class _Lowering:
@@ -71,6 +76,7 @@ class _Lowering:
         stage: dict[fx.Node, int],
         n_stages: int,
         tied_grads: str,
+        split_backward: bool,
     ):
         self.graph, self.locality, self.stage, self.n_stages = graph, locality, stage, n_stages
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
@@ -86,20 +92,22 @@ class _Lowering:
             for name, node in graph.grads.items()
             for node in self._between(node, set(self.parts[name]))
         }
+        self.weight = self._weight_nodes() if split_backward else frozenset()
         # what must exist where: value -> spots; and per spot the extra results it has to give
         self.readers: dict[fx.Node, set[Spot]] = defaultdict(set)
         self.arrives: dict[Spot, set[fx.Node]] = defaultdict(set)
         self.messages: dict[tuple[int, int, Phase], set[fx.Node]] = defaultdict(set)
         self.stash: dict[int, set[fx.Node]] = defaultdict(set)
+        self.carry: dict[int, set[fx.Node]] = defaultdict(set)
 
     def run(self) -> PipelineProgram:
-        phases = [Phase.FORWARD, *([Phase.BACKWARD] if self.graph.trains else [])]
+        parts = list(Part) if self.graph.trains else [Part.F]
         self.body: dict[Spot, list[fx.Node]] = {
-            (phase, s): [] for phase in phases for s in range(self.n_stages)
+            (part, s): [] for part in parts for s in range(self.n_stages)
         }
         for node in self.locality.staged:
             if node not in self.severed:
-                self.body[phase_of(node), self.stage[node]].append(node)
+                self.body[self._made(node)].append(node)
         for spot in self.body:
             self._close(spot)
         self._route()
@@ -112,7 +120,28 @@ class _Lowering:
             tuple(self._tied(stages)),
             self.n_stages - 1 if loss is None else self.stage.get(loss, self.n_stages - 1),
             None if loss is None else loss.meta["val"].dtype,
+            frozenset(node.name for node in self.weight),
         )
+
+    def _made(self, node: fx.Node) -> Spot:
+        if phase_of(node) is Phase.FORWARD:
+            return Part.F, self.stage[node]
+        return Part.W if node in self.weight else Part.B, self.stage[node]
+
+    def _weight_nodes(self) -> frozenset[fx.Node]:
+        """Backward nodes that nothing on another stage depends on, where anything does."""
+        backward = [
+            node
+            for node in self.locality.staged
+            if phase_of(node) is Phase.BACKWARD and node not in self.severed
+        ]
+        urgent: set[fx.Node] = set()
+        for node in reversed(backward):
+            users = [u for u in node.users if u in self.stage and u not in self.severed]
+            if any(u in urgent or self.stage[u] != self.stage[node] for u in users):
+                urgent.add(node)
+        sending = {self.stage[node] for node in urgent}
+        return frozenset(n for n in backward if n not in urgent and self.stage[n] in sending)
 
     # -- who needs what ---------------------------------------------------------------------
 
@@ -160,8 +189,8 @@ class _Lowering:
 
     def _extra(self, spot: Spot) -> Iterable[fx.Node]:
         """Results of the graph that this spot must return."""
-        phase, s = spot
-        if phase is Phase.BACKWARD:
+        part, s = spot
+        if part is not Part.F:
             return
         if s == self.n_stages - 1:
             yield from self.graph.results
@@ -200,37 +229,40 @@ class _Lowering:
 
     def _route(self) -> None:
         for value, spots in self.readers.items():
-            made = phase_of(value), self.stage[value]
             for spot in spots:
-                self._route_one(value, made, spot)
+                self._route_one(value, self._made(value), spot)
 
     def _route_one(self, value: fx.Node, made: Spot, spot: Spot) -> None:
-        (phase, s), (reads, t) = made, spot
-        if phase is reads:
-            legal = s < t if phase is Phase.FORWARD else s > t
-            if not legal:
-                raise VerificationError(f"{value} goes from {phase} of stage {s} to {t}")
-            self.messages[s, t, phase].add(value)  # [2] [5]
-        elif phase is Phase.BACKWARD:
-            raise VerificationError(f"{value} is a backward value read in a forward")
-        elif s <= t:
+        (part, s), (reads, t) = made, spot
+        if part is Part.F and reads is Part.F:
+            self._send(value, s, t, Phase.FORWARD)  # [2]
+        elif part is Part.F and s <= t:
             if s < t:
-                self.messages[s, t, Phase.FORWARD].add(value)  # [4]
+                self._send(value, s, t, Phase.FORWARD)  # [4]
             self.stash[t].add(value)  # [3]
-        else:
-            self.messages[s, t, Phase.BACKWARD].add(value)  # [5]
+        elif part is Part.F:
+            self._send(value, s, t, Phase.BACKWARD)  # [5]
             self.stash[s].add(value)
+        elif part is Part.B and reads is Part.W and s == t:
+            self.carry[s].add(value)  # [6]
+        elif part is Part.B and reads is not Part.F:
+            self._send(value, s, t, Phase.BACKWARD)  # [5]
+        else:
+            raise VerificationError(f"{value} is made in {part} and read in {reads}")
+
+    def _send(self, value: fx.Node, s: int, t: int, phase: Phase) -> None:
+        if not (s < t if phase is Phase.FORWARD else s > t):
+            raise VerificationError(f"{value} goes from {phase} of stage {s} to {t}")
+        self.messages[s, t, phase].add(value)
 
     # -- programs ---------------------------------------------------------------------------
 
     def _stage(self, s: int) -> StageProgram:
-        shared = self._free_stash(s)
-        self.stash[s] |= shared
-        forward = self._program((Phase.FORWARD, s), set())
-        backward = None
-        if self.graph.trains:
-            backward = self._program((Phase.BACKWARD, s), shared)
-        programs = [p for p in (forward, backward) if p is not None]
+        shared = {part: self._free_stash(part, s) for part in (Part.B, Part.W)}
+        self.stash[s] |= shared[Part.B] | shared[Part.W]
+        parts = [part for part in Part if self._needs_program(part, s)]
+        made = {part: self._program((part, s), shared.get(part, set())) for part in parts}
+        programs = list(made.values())
         used = {port for p in programs for port in p.inputs}
         constants = self._constants({str(p.key) for p in used if p.role is Role.CONSTANT})
         used |= set(constants.inputs)
@@ -242,19 +274,25 @@ class _Lowering:
         return StageProgram(
             s,
             constants,
-            forward,
-            backward,
+            made[Part.F],
+            made.get(Part.B),
+            made.get(Part.W),
             tuple(sorted(params, key=order.__getitem__)),
             tuple(sorted(buffers)),
             tuple(sorted(grads, key=order.__getitem__)),
-            self._drops(s, forward, backward),
+            self._drops(s, made),
             self._stash_bytes(s),
+            root_bytes(self.carry[s]),
             root_bytes(self.names[str(port.key)] for port in constants.outputs),
         )
 
+    def _needs_program(self, part: Part, s: int) -> bool:
+        """Every stage has F, and B if it trains; W only where it has something to do."""
+        return (part, s) in self.body and (part is not Part.W or bool(self.body[part, s]))
+
     def _stash_bytes(self, s: int) -> int:
         """Memory of one microbatch's stash; views of arguments and constants cost nothing."""
-        made = set(self.body[Phase.FORWARD, s])
+        made = set(self.body[Part.F, s])
         roots: set[fx.Node] = set()
         for node in self.stash[s]:
             while node in made and (source := viewed(node)) is not None:
@@ -263,27 +301,23 @@ class _Lowering:
                 roots.add(node)
         return sum(nbytes(root) for root in roots)
 
-    def _free_stash(self, s: int) -> set[fx.Node]:
-        """Free values that both programs of a stage use: kept, not made twice."""
-        if not self.graph.trains:
-            return set()
-        forward = {n for n in self.body[Phase.FORWARD, s] if n not in self.stage}
-        backward = self.body[Phase.BACKWARD, s]
-        read = {a for n in backward for a in n.all_input_nodes}
-        both = [n for n in backward if n in forward and n in read]
-        inner = set(both)
+    def _free_stash(self, part: Part, s: int) -> set[fx.Node]:
+        """Free values that the forward and a later part of a stage use: kept, not made twice."""
+        later = self.body.get((part, s), [])
+        forward = {n for n in self.body[Part.F, s] if n not in self.stage}
+        both = {n for n in later if n in forward}
         # only those that something not itself kept reads
-        return {n for n in both if any(u in backward and u not in inner for u in n.users)}
+        return {n for n in both if any(u in later and u not in both for u in n.users)}
 
     def _program(self, spot: Spot, given: set[fx.Node]) -> Program:
         """The program of a spot; ``given`` are free values that come from the stash."""
-        phase, s = spot
+        part, s = spot
         nodes = [n for n in self.body[spot] if n not in given]
         if given:
             nodes = self._needed(nodes)
         outputs = [(Port(Role.VALUE, n.name), n) for n in self._sorted(self._kept(spot))]
         slots: dict[fx.Node, list[str]] = defaultdict(list)
-        if phase is Phase.FORWARD:
+        if part is Part.F:
             if self.graph.loss is not None and self._loss_here(s):
                 outputs.append((Port(Role.LOSS), self.graph.loss))
             if s == self.n_stages - 1:
@@ -291,9 +325,9 @@ class _Lowering:
                 outputs += [(Port(Role.RESULT, i), node) for i, node in results]
             outputs += [(Port(Role.BUFFER, name), node) for name, node in self._mutations(s)]
         else:
-            for name, parts in self.parts.items():
-                for part in parts:
-                    slots[part].append(name)
+            for name, addends in self.parts.items():
+                for addend in addends:
+                    slots[addend].append(name)
         return self._build(nodes, outputs, slots)
 
     def _loss_here(self, s: int) -> bool:
@@ -309,17 +343,14 @@ class _Lowering:
         return [node for node in nodes if node in kept]
 
     def _kept(self, spot: Spot) -> set[fx.Node]:
-        """Values made in this program that leave it: sent, or stashed for the backward."""
-        phase, s = spot
-        made = set(self.body[spot])
-        leaving = {
-            value
-            for (src, _, sent), values in self.messages.items()
-            if src == s and sent is phase
-            for value in values
-            if value in made
-        }
-        return leaving | (self.stash[s] & made if phase is Phase.FORWARD else set())
+        """Values made in this program that outlive it: sent, or needed by a later part."""
+        part, s = spot
+        phase = Phase.FORWARD if part is Part.F else Phase.BACKWARD
+        wanted = set(self.stash[s]) if part is Part.F else set(self.carry[s])
+        for (src, _, sent), values in self.messages.items():
+            if src == s and sent is phase:
+                wanted |= values
+        return wanted & set(self.body[spot])
 
     def _constants(self, names: set[str]) -> Program:
         wanted = self._sorted(self.names[name] for name in names)
@@ -392,12 +423,10 @@ class _Lowering:
         values = self._sorted(self.messages[src, dst, phase])
         return Message(src, dst, phase, tuple(_spec(value) for value in values))
 
-    def _drops(
-        self, s: int, forward: Program, backward: Program | None
-    ) -> dict[Step, tuple[str, ...]]:
+    def _drops(self, s: int, made: dict[Part, Program]) -> dict[Step, tuple[str, ...]]:
         """For every value in a microbatch's environment, the step after which nothing needs it."""
         last: dict[str, Step] = {}
-        for step, names in self._reads(s, forward, backward):
+        for step, names in self._reads(s, made):
             for name in names:
                 last[name] = step
         drops: dict[Step, list[str]] = defaultdict(list)
@@ -405,19 +434,13 @@ class _Lowering:
             drops[step].append(name)
         return {step: tuple(names) for step, names in drops.items()}
 
-    def _reads(
-        self, s: int, forward: Program, backward: Program | None
-    ) -> Iterable[tuple[Step, list[str]]]:
-        for phase, program, mark in (
-            (Phase.FORWARD, forward, "F"),
-            (Phase.BACKWARD, backward, "B"),
-        ):
-            if program is None:
-                continue
-            yield (mark, -1), [str(p.key) for p in program.inputs if p.role is Role.VALUE]
-            for (src, dst, sent), values in sorted(self.messages.items(), key=lambda x: x[0]):
-                if src == s and sent is phase:
-                    yield (f"SEND_{mark}", dst), [value.name for value in values]
+    def _reads(self, s: int, made: dict[Part, Program]) -> Iterable[tuple[Step, list[str]]]:
+        sent_after = {Part.F: Phase.FORWARD, Part.B: Phase.BACKWARD}
+        for part, program in made.items():
+            yield (part, -1), [str(p.key) for p in program.inputs if p.role is Role.VALUE]
+            for (src, dst, phase), values in sorted(self.messages.items(), key=lambda x: x[0]):
+                if src == s and phase is sent_after.get(part):
+                    yield (f"SEND_{part}", dst), [value.name for value in values]
 
     def _tied(self, stages: tuple[StageProgram, ...]) -> Iterable[TiedGradient]:
         for name, nodes in self.parts.items():

@@ -14,6 +14,7 @@ from .calling import LossFn
 from .errors import OptionError
 
 TIED_GRADS = ("per_microbatch", "per_step")
+SCHEDULES = ("1f1b", "zb_h1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class CompileOptions:
     example_batch: Any = None
     device: str | torch.device | None = None
     seed: int | None = None
+    schedule: str = "1f1b"
     tied_grads: str = "per_microbatch"
     dump_dir: str | Path | None = None
 
@@ -42,10 +44,10 @@ class CompileOptions:
                 raise OptionError(f"{name}={value!r} is not callable: {_WANTED[name]}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise OptionError(f"max_grad_norm={self.max_grad_norm} must be above 0")
-        if self.tied_grads not in TIED_GRADS:
-            raise OptionError(
-                f"tied_grads={self.tied_grads!r}: use {' or '.join(map(repr, TIED_GRADS))}"
-            )
+        for name, known in (("tied_grads", TIED_GRADS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                choices = " or ".join(map(repr, known))
+                raise OptionError(f"{name}={getattr(self, name)!r}: use {choices}")
         if self.optimizer is None:
             for name in ("lr_scheduler", "max_grad_norm"):
                 if getattr(self, name) is not None:

@@ -38,6 +38,7 @@ class StagePlan:
     forward_s: float
     backward_s: float
     stash_bytes: int
+    carry_bytes: int
     in_flight: int
     constant_bytes: int
     sends: tuple[Transfer, ...]

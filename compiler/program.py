@@ -93,8 +93,16 @@ class Message:
         return sum(value.nbytes for value in self.values)
 
 
+class Part(StrEnum):
+    """The programs of a stage; W has the weight gradients that nobody waits for."""
+
+    F = "F"
+    B = "B"
+    W = "W"
+
+
 Step = tuple[str, int]
-"""("F", -1), ("SEND_F", dst), ("B", -1) or ("SEND_B", dst): a point in a microbatch's life."""
+"""(a `Part`, -1), ("SEND_F", dst) or ("SEND_B", dst): a point in a microbatch's life."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,12 @@ class StageProgram:
     Attributes:
         constants: made once, when the programs are loaded; results are CONSTANT ports.
         backward: None in an evaluation program.
+        weight: the part of the backward that no other stage waits for, where it is split off.
         params, buffers: FQNs that this stage reads.
         grads: FQNs whose gradients this stage adds up, in parameter order.
         drops: step -> names of the values that nothing needs after it.
         stash_bytes: what one microbatch keeps between its forward and its backward.
+        carry_bytes: what it keeps besides between backward and weight.
         constant_bytes: what the constants take.
     """
 
@@ -115,12 +125,20 @@ class StageProgram:
     constants: Program
     forward: Program
     backward: Program | None
+    weight: Program | None
     params: tuple[str, ...]
     buffers: tuple[str, ...]
     grads: tuple[str, ...]
     drops: dict[Step, tuple[str, ...]] = field(default_factory=dict)
     stash_bytes: int = 0
+    carry_bytes: int = 0
     constant_bytes: int = 0
+
+    @property
+    def parts(self) -> dict[Part, Program]:
+        """The programs that a microbatch runs, in order."""
+        given = {Part.F: self.forward, Part.B: self.backward, Part.W: self.weight}
+        return {part: program for part, program in given.items() if program is not None}
 
 
 @dataclass(frozen=True)
@@ -139,13 +157,18 @@ class TiedGradient:
 
 @dataclass(frozen=True)
 class PipelineProgram:
-    """The stage programs of one graph, with the messages between them."""
+    """The stage programs of one graph, with the messages between them.
+
+    Attributes:
+        weight_nodes: names of the joint graph's nodes that are in weight programs.
+    """
 
     stages: tuple[StageProgram, ...]
     messages: tuple[Message, ...]
     tied: tuple[TiedGradient, ...]
     loss_stage: int
     loss_dtype: torch.dtype | None
+    weight_nodes: frozenset[str] = frozenset()
 
     @property
     def trains(self) -> bool:

@@ -23,7 +23,7 @@ PLAIN_WIDTH = 120  # of the chart; tables are as wide as what they hold
 SHOWN_VALUES = 4
 
 _IDLE = "·"
-_STYLES = {"F": "cyan", "B": "green", "": "dim"}
+_STYLES = {"F": "cyan", "B": "green", "W": "blue", "": "dim"}
 
 
 def write_report(plan: Plan, timeline: Timeline, stream: TextIO) -> None:
@@ -138,7 +138,8 @@ def _chart(timeline: Timeline, microbatches: int, width: int) -> Text:
         for kind, marks in groupby(_marks(row, columns, span_s), key=itemgetter(0)):
             text.append("".join(mark for _, mark in marks), style=_STYLES[kind])
         text.append(f" {timeline.busy_s(stage) / timeline.makespan_s:4.0%} busy\n")
-    text.append(_legend(microbatches, span_s))
+    kinds = {str(interval.action.kind) for row in timeline.stages for interval in row}
+    text.append(_legend(microbatches, span_s, "W" in kinds))
     return text
 
 
@@ -154,11 +155,11 @@ def _marks(row: Sequence[Interval], columns: int, span_s: float) -> Iterator[tup
             yield "", _IDLE
         else:
             kind = str(current.action.kind)
-            letters = string.ascii_lowercase if kind == "F" else string.ascii_uppercase
+            letters = {"F": string.ascii_lowercase, "B": string.ascii_uppercase}.get(kind, "+")
             yield kind, letters[(current.action.microbatch or 0) % len(letters)]
 
 
-def _legend(microbatches: int, span_s: float) -> str:
+def _legend(microbatches: int, span_s: float, splits: bool) -> str:
     last = min(microbatches, 26) - 1
     lower, upper = string.ascii_lowercase, string.ascii_uppercase
     which = f"microbatches 0–{last}" if last else "microbatch 0"
@@ -166,8 +167,9 @@ def _legend(microbatches: int, span_s: float) -> str:
     again = ", and again from a" if microbatches > 26 else ""
     forward, backward = spans
     return (
-        f"{forward} forward of {which}{again}; {backward} backward; {_IDLE} idle; "
-        f"a column is {_seconds(span_s)}"
+        f"{forward} forward of {which}{again}; {backward} backward; "
+        + ("+ weight gradients; " if splits else "")
+        + f"{_IDLE} idle; a column is {_seconds(span_s)}"
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..compiler.graph import Phase
 from ..compiler.program import Message, PipelineProgram
 from .schedule.actions import RECV, SEND, Action, Kind, Schedule
+
+_MAKES = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
 
 
 def add_communication(schedule: Schedule, program: PipelineProgram, dp: int) -> Schedule:
@@ -33,7 +36,7 @@ def _stage(actions: Sequence[Action], messages: Sequence[Message]) -> list[Actio
         result += [
             Action(action.stage, SEND[action.kind.phase], action.microbatch, m.dst)
             for m in messages
-            if m.src == action.stage and m.phase is action.kind.phase
+            if m.src == action.stage and action.kind is _MAKES[m.phase]
         ]
     return result
 
@@ -42,7 +45,7 @@ def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
     return [
         Action(action.stage, RECV[action.kind.phase], action.microbatch, m.src)
         for m in messages
-        if m.dst == action.stage and m.phase is action.kind.phase
+        if m.dst == action.stage and action.kind is _MAKES[m.phase]
     ]
 
 

@@ -1,7 +1,8 @@
 """What is legal, checked after every pass: graphs, stage programs, schedules.
 
 A schedule is legal when
-  - every stage runs F of every microbatch once and in order, and B (if it trains) after it;
+  - every stage runs F of every microbatch once and in order, B (if it trains) after it, and W
+    (if it has one) after that;
   - every message has one send after the action that makes it and one receive before the action
     that reads it, and both ends agree on the order;
   - no action waits, through others, for itself;
@@ -18,7 +19,7 @@ from torch import fx
 
 from ..compiler.errors import VerificationError
 from ..compiler.graph import JointGraph, Phase, phase_of
-from ..compiler.program import Message, PipelineProgram, Role
+from ..compiler.program import Message, Part, PipelineProgram, Role
 from .schedule.actions import RECV, SEND, Action, Kind, Schedule, max_in_flight
 
 _COMPUTE = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
@@ -59,19 +60,18 @@ def verify_program(program: PipelineProgram) -> None:
     for stage in program.stages:
         known = _received(program, stage.stage, Phase.FORWARD)
         constants = {port.key for port in stage.constants.outputs}
-        for phase, part in ((Phase.FORWARD, stage.forward), (Phase.BACKWARD, stage.backward)):
-            if part is None:
-                continue
-            if phase is Phase.BACKWARD:
+        for part, code in stage.parts.items():
+            phase = Phase.FORWARD if part is Part.F else Phase.BACKWARD
+            if part is Part.B:
                 known |= _received(program, stage.stage, phase)
-            for port in part.inputs:
+            for port in code.inputs:
                 missing = port.role is Role.VALUE and port.key not in known
                 missing |= port.role is Role.CONSTANT and port.key not in constants
                 if missing:
-                    raise VerificationError(f"stage {stage.stage} {phase} reads unknown {port}")
-            known |= {port.key for port in part.outputs if port.role is Role.VALUE}
+                    raise VerificationError(f"stage {stage.stage} {part} reads unknown {port}")
+            known |= {port.key for port in code.outputs if port.role is Role.VALUE}
             for message in program.messages:
-                if message.src == stage.stage and message.phase is phase:
+                if part is not Part.W and (message.src, message.phase) == (stage.stage, phase):
                     lost = {value.name for value in message.values} - known
                     if lost:
                         raise VerificationError(f"{stage.stage}→{message.dst} sends {lost}")
@@ -108,12 +108,17 @@ def _check_compute(stage: int, actions: Sequence[Action], microbatches: int, tra
         found = [a.microbatch for a in actions if a.kind is kind]
         if found != (expected if kind is Kind.F or trains else []):
             raise VerificationError(f"stage {stage} runs {kind} of microbatches {found}")
+    weights = [a.microbatch for a in actions if a.kind is Kind.W]
+    if weights not in ([], expected):
+        raise VerificationError(f"stage {stage} runs W of microbatches {weights}")
     if any(a.stage != stage for a in actions):
         raise VerificationError(f"an action of another stage is in the list of stage {stage}")
     order = {a: i for i, a in enumerate(actions)}
     for i in expected if trains else ():
         if order[Action(stage, Kind.F, i)] > order[Action(stage, Kind.B, i)]:
             raise VerificationError(f"{stage}B{i} comes before {stage}F{i}")
+        if weights and order[Action(stage, Kind.B, i)] > order[Action(stage, Kind.W, i)]:
+            raise VerificationError(f"{stage}W{i} comes before {stage}B{i}")
 
 
 def _check_message(schedule: Schedule, message: Message, microbatches: int) -> None:

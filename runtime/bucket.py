@@ -29,6 +29,8 @@ class GradSlot:
             self.tensor.copy_(grad)
             self.fresh = False
         else:
+            if grad.stride() != self.tensor.stride():  # adding across layouts is up to 20× slower
+                grad = torch.empty_like(self.tensor).copy_(grad)
             self.tensor.add_(grad)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..compiler.errors import VerificationError
 from ..compiler.program import (
     Message,
+    Part,
     PipelineProgram,
     Port,
     Program,
@@ -110,9 +111,8 @@ class Executor:
         if pipeline.loss_dtype is not None:
             one = torch.ones((), dtype=pipeline.loss_dtype, device=state.device)
             self.tangent = one / microbatches
-        for program in (self.program.constants, self.program.forward, self.program.backward):
-            if program is not None:
-                _retarget(program, state.device)
+        for program in (self.program.constants, *self.program.parts.values()):
+            _retarget(program, state.device)
         self.refresh()
 
     @torch.no_grad()
@@ -122,8 +122,10 @@ class Executor:
         arguments = [self.state.buffers[str(port.key)] for port in constants.inputs]
         made = constants.module.forward(arguments)
         values = dict(zip((p.key for p in constants.outputs), made, strict=True))
-        self.forward = self._bind(self.program.forward, values, "F")
-        self.backward = self._bind(self.program.backward, values, "B")
+        self.bound = {
+            Kind(part): self._bind(program, values, part)
+            for part, program in self.program.parts.items()
+        }
 
     def run(self, job: Job) -> Run:
         """Execute every action in order. Call under `torch.no_grad()`."""
@@ -158,8 +160,7 @@ class Executor:
         self.current = None
 
     def _compute(self, kind: Kind, index: int, values: dict[str, torch.Tensor], job: Job) -> None:
-        bound = self.forward if kind is Kind.F else self.backward
-        assert bound is not None
+        bound = self.bound[kind]
         arguments = bound.fixed.copy()
         for position, name in bound.values:
             arguments[position] = values[name]
@@ -247,11 +248,7 @@ class Executor:
 
     # -- binding ----------------------------------------------------------------------------
 
-    def _bind(
-        self, program: Program | None, constants: dict[Any, torch.Tensor], step: str
-    ) -> _Bound | None:
-        if program is None:
-            return None
+    def _bind(self, program: Program, constants: dict[Any, torch.Tensor], part: Part) -> _Bound:
         fixed = [self._fixed(port, constants) for port in program.inputs]
         at = [(i, port) for i, port in enumerate(program.inputs)]
         seeds = [i for i, port in at if port.role is Role.SEED]
@@ -261,7 +258,7 @@ class Executor:
             tuple((i, str(port.key)) for i, port in at if port.role is Role.VALUE),
             tuple((i, int(port.key)) for i, port in at if port.role is Role.BATCH),
             seeds[0] if seeds else None,
-            self.program.drops.get((step, -1), ()),
+            self.program.drops.get((part, -1), ()),
         )
 
     def _fixed(self, port: Port, constants: dict[Any, torch.Tensor]) -> Any:

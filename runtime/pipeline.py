@@ -467,8 +467,7 @@ def _kept_generators(loaded: _Loaded) -> Iterator[None]:
     random = any(
         port.role is Role.SEED
         for p in programs
-        for part in (p.forward, p.backward)
-        if part is not None
+        for part in p.parts.values()
         for port in part.inputs
     )
     devices = {e.state.device for e in loaded.executors.values()} if random else set()

@@ -86,6 +86,7 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
         ({"lr_scheduler": SGD}, "lr_scheduler has no effect without optimizer="),
         ({"optimizer": SGD, "max_grad_norm": 0}, "max_grad_norm=0 must be above 0"),
         ({"tied_grads": "never"}, "tied_grads='never': use 'per_microbatch' or 'per_step'"),
+        ({"schedule": "zb"}, "schedule='zb': use '1f1b' or 'zb_h1'"),
         ({"device": "abacus"}, "device='abacus' is not a device"),
         ({"device": "meta"}, "runs on 'cpu' and 'cuda'"),
         ({"optimizer": lambda params: 3}, "optimizer= returned a int"),

@@ -125,6 +125,7 @@ def hand_made() -> tuple[Plan, Timeline]:
             forward_s=0.5,
             backward_s=1.0,
             stash_bytes=10 * 2**20,
+            carry_bytes=0,
             in_flight=2 - s,
             constant_bytes=0,
             sends=sends if s == 0 else (),

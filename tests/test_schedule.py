@@ -18,7 +18,7 @@ from pipecompile.passes.schedule.actions import (
     max_in_flight,
     to_text,
 )
-from pipecompile.passes.schedule.one_f_one_b import forward_only, one_f_one_b
+from pipecompile.passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
 from pipecompile.passes.verify import verify_in_flight, verify_schedule
 
 GOLDEN_1F1B = """\
@@ -54,6 +54,33 @@ def test_1f1b_with_communication_is_legal(
 
 
 @given(st.data(), st.integers(1, 8), st.integers(1, 20))
+def test_zb_h1_with_communication_is_legal(
+    data: st.DataObject, n_stages: int, microbatches: int
+) -> None:
+    messages = data.draw(routes(n_stages))
+    splits = [data.draw(st.booleans()) for _ in range(n_stages)]
+    schedule = communicating(zb_h1(n_stages, microbatches, splits), messages)
+    verify_schedule(schedule, messages, microbatches, trains=True)
+    verify_in_flight(schedule, [min(n_stages, microbatches)] * n_stages)
+    assert from_text(to_text(schedule)) == schedule
+    for split, actions in zip(splits, schedule, strict=True):
+        assert any(action.kind is Kind.W for action in actions) == split
+
+
+@given(st.integers(2, 6), st.integers(6, 20))
+def test_zb_h1_is_faster_than_1f1b(s: int, m: int) -> None:
+    messages = [Message(a, a + 1, Phase.FORWARD, ()) for a in range(s - 1)]
+    messages += [Message(a + 1, a, Phase.BACKWARD, ()) for a in range(s - 1)]
+    splits = [stage > 0 for stage in range(s)]
+    seconds = {(a, Kind.F): 1.0 for a in range(s)}
+    whole = seconds | {(a, Kind.B): 2.0 for a in range(s)}
+    parts = whole | {(a, k): 1.0 for a in range(1, s) for k in (Kind.B, Kind.W)}
+    plain = simulate(communicating(one_f_one_b(s, m), messages), whole, {})
+    split = simulate(communicating(zb_h1(s, m, splits), messages), parts, {})
+    assert split.makespan_s < plain.makespan_s
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 20))
 def test_forward_only_is_legal(data: st.DataObject, n_stages: int, microbatches: int) -> None:
     messages = [m for m in data.draw(routes(n_stages)) if m.phase is Phase.FORWARD]
     schedule = communicating(forward_only(n_stages, microbatches), messages)
@@ -72,12 +99,22 @@ def test_1f1b_takes_the_time_of_the_formula(s: int, m: int, forward: int, backwa
     assert timeline.bubble == pytest.approx((s - 1) / (m + s - 1))
 
 
+def test_weight_gradients_come_after_their_backward() -> None:
+    text = "0F0 0W0 0B0"
+    with pytest.raises(VerificationError, match="0W0 comes before 0B0"):
+        verify_schedule(from_text(text), [], 1, trains=True)
+    with pytest.raises(VerificationError, match="runs W of microbatches"):
+        verify_schedule(from_text("0F0 0B0 0W0 0F1 0B1"), [], 2, trains=True)
+
+
 def test_1f1b_is_the_published_one() -> None:
     assert to_text(one_f_one_b(3, 4)) == GOLDEN_1F1B
     assert [max_in_flight(actions) for actions in one_f_one_b(3, 4)] == [3, 2, 1]
 
 
-@pytest.mark.parametrize("text", ["2F0", "1SEND_B3→0", "0RECV_B3←1", "2REDUCE_GRAD", "0SYNC_TIED"])
+@pytest.mark.parametrize(
+    "text", ["2F0", "1W4", "1SEND_B3→0", "0RECV_B3←1", "2REDUCE_GRAD", "0SYNC_TIED"]
+)
 def test_actions_print_and_parse(text: str) -> None:
     assert str(Action.parse(text)) == text
 

@@ -52,6 +52,13 @@ PROCESSES = [
     ("llama", 1, 4, 2, "adamw"),
     ("mixtral", 4, 1, 5, "sgd"),
 ]
+ZERO_BUBBLE = [
+    ("gpt2", 3, 1, 5),
+    ("t5", 4, 2, 2),
+    ("bart", 2, 1, 8),
+    ("bert-mlm", 4, 1, 8),
+    ("mixtral", 3, 2, 2),
+]
 STEPS = 5
 
 expected = cache(jobs.train_plainly)
@@ -67,6 +74,19 @@ def test_one_process_equals_plain_training(
     name: str, n_stages: int, dp: int, microbatches: int, optimizer: str
 ) -> None:
     _check(name, n_stages, dp, microbatches, optimizer)
+
+
+@pytest.mark.parametrize(("name", "n_stages", "dp", "microbatches"), ZERO_BUBBLE)
+def test_zero_bubble_equals_plain_training(
+    name: str, n_stages: int, dp: int, microbatches: int
+) -> None:
+    found = jobs.train(name, n_stages, dp, microbatches, "adamw", STEPS, "zb_h1")
+    plain.assert_equal(found, expected(name, dp, microbatches, "adamw", STEPS))
+
+
+def test_zero_bubble_in_processes(gang: Callable[[int], Gang]) -> None:
+    for found in gang(4).run("support.jobs:train", "t5", 4, 1, 5, "adamw", STEPS, "zb_h1"):
+        plain.assert_equal(found, expected("t5", 1, 5, "adamw", STEPS), whole=False)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ class Kind(StrEnum):
 
     F = "F"
     B = "B"
+    W = "W"
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
@@ -30,7 +31,7 @@ class Kind(StrEnum):
 
     @property
     def computes(self) -> bool:
-        return self in (Kind.F, Kind.B)
+        return self in (Kind.F, Kind.B, Kind.W)
 
     @property
     def phase(self) -> Phase:
@@ -40,7 +41,7 @@ class Kind(StrEnum):
 SEND = {Phase.FORWARD: Kind.SEND_F, Phase.BACKWARD: Kind.SEND_B}
 RECV = {Phase.FORWARD: Kind.RECV_F, Phase.BACKWARD: Kind.RECV_B}
 _PATTERN = re.compile(
-    r"(?P<stage>\d+)(?P<kind>SYNC_TIED|REDUCE_GRAD|(?:SEND_|RECV_)?[FB])"
+    r"(?P<stage>\d+)(?P<kind>SYNC_TIED|REDUCE_GRAD|(?:SEND_|RECV_)?[FB]|W)"
     r"(?P<microbatch>\d+)?(?:(?P<arrow>[→←])(?P<peer>\d+))?"
 )
 
@@ -96,9 +97,10 @@ def from_text(text: str) -> Schedule:
 
 
 def max_in_flight(actions: Sequence[Action]) -> int:
-    """The most microbatches that a stage holds between forward and backward at once."""
+    """The most microbatches that a stage holds between forward and its last part at once."""
+    last = Kind.W if any(action.kind is Kind.W for action in actions) else Kind.B
     most = now = 0
     for action in actions:
-        now += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+        now += {Kind.F: 1, last: -1}.get(action.kind, 0)
         most = max(most, now)
     return most

@@ -38,14 +38,19 @@ def test_faster_than_the_rivals(
             took = max(pair.run("support.rivals:step", name))
             if round_ >= WARM_UP:
                 times.append(took)
-    mine = seconds["pipecompile"]
+
+    def ratio(mine: str, other: str) -> float:
+        return median(b / a for a, b in zip(seconds[mine], seconds[other], strict=True))
+
     with capsys.disabled():
-        print()
+        print(f"\n{'':30}{'median':>10}{'1f1b is':>10}{'zb_h1 is':>10}")
         for name, times in seconds.items():
-            ratio = median(other / own for other, own in zip(times, mine, strict=True))
-            print(f"{name:28}  median {median(times) * 1e3:7.1f} ms   pipecompile is {ratio:.2f}×")
-    ratios = [b / a for a, b in zip(mine, seconds["torch 1F1B, equal layers"], strict=True)]
-    assert median(ratios) > 1.1, "the naive prototype was 1.1× as fast as torch's 1F1B"
+            ratios = [ratio(mine, name) for mine in rivals.OURS]
+            shown = "".join(f"{r:9.2f}×" for r in ratios)
+            print(f"{name:30}{median(times) * 1e3:7.1f} ms{shown}")
+    for rival in rivals.RIVALS.keys() - set(rivals.OURS):
+        assert ratio("pipecompile 1f1b", rival) > 1
+    assert ratio("pipecompile 1f1b", "torch 1F1B, its front end") > 1.1
 
 
 def test_the_rivals_train_the_same(gang: Callable[[int], Gang]) -> None:

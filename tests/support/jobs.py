@@ -25,10 +25,18 @@ def pipeline(name: str, n_stages: int, dp: int, microbatches: int, **options: An
 
 
 def train(
-    name: str, n_stages: int, dp: int, microbatches: int, optimizer: str, steps: int
+    name: str,
+    n_stages: int,
+    dp: int,
+    microbatches: int,
+    optimizer: str,
+    steps: int,
+    schedule: str = "1f1b",
 ) -> plain.Trained:
     """Train a test model as this process's rank, or as all ranks."""
-    pipe = pipeline(name, n_stages, dp, microbatches, optimizer=OPTIMIZERS[optimizer])
+    pipe = pipeline(
+        name, n_stages, dp, microbatches, optimizer=OPTIMIZERS[optimizer], schedule=schedule
+    )
     return plain.train_pipeline(pipe, models.batches(name, 2 * dp * microbatches, steps))
 
 

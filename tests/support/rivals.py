@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, SplitPoint, pipeline
 
 ROWS, LENGTH, MICROBATCHES, LAYERS, WIDTH, WORDS = 16, 128, 8, 8, 256, 4096
 ADAMW = partial(torch.optim.AdamW, lr=3e-4)
@@ -48,8 +48,10 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @cache
-def compiled() -> Callable[[], Any]:
-    pipe = pipecompile.compile(model(), 2, microbatches=MICROBATCHES, optimizer=ADAMW)
+def compiled(schedule: str) -> Callable[[], Any]:
+    pipe = pipecompile.compile(
+        model(), 2, microbatches=MICROBATCHES, optimizer=ADAMW, schedule=schedule
+    )
     return lambda: pipe.step(batch())
 
 
@@ -87,13 +89,36 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
 
 
-@cache
-def pipelining(layers: int) -> Callable[[], Any]:
+class _Logits(nn.Module):
+    """The unmodified model, as the front end of torch.distributed.pipelining takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = model()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.whole(input_ids=ids).logits
+
+
+def _by_hand(layers: int) -> PipelineStage:
     rank = dist.get_rank()
     part = (_First if rank == 0 else _Second)(model(), layers)
-    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    return PipelineStage(part, rank, 2, torch.device("cpu"))
+
+
+def _by_front_end() -> Any:
+    ids = batch()["input_ids"].chunk(MICROBATCHES)[0]
+    begin = {f"whole.transformer.h.{EQUAL}": SplitPoint.BEGINNING}
+    cut = pipeline(_Logits(), mb_args=(ids,), split_spec=begin)
+    return cut.build_stage(dist.get_rank(), torch.device("cpu"))
+
+
+@cache
+def pipelining(make_stage: Callable[[], Any]) -> Callable[[], Any]:
+    rank = dist.get_rank()
+    stage = make_stage()
     schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=_loss)
-    optimizer = ADAMW(part.parameters())
+    optimizer = ADAMW(stage.submod.parameters())
 
     def step() -> list[torch.Tensor]:
         whole, losses = batch(), []
@@ -128,15 +153,22 @@ def plain() -> Callable[[], Any]:
 
 
 RIVALS = {
-    "pipecompile": compiled,
-    "torch 1F1B, equal layers": partial(pipelining, EQUAL),
-    "torch 1F1B, balanced by hand": partial(pipelining, BALANCED),
+    "pipecompile 1f1b": partial(compiled, "1f1b"),
+    "pipecompile zb_h1": partial(compiled, "zb_h1"),
+    "torch 1F1B, its front end": partial(pipelining, _by_front_end),
+    "torch 1F1B, rewritten by hand": partial(pipelining, partial(_by_hand, EQUAL)),
+    "the same, balanced by hand": partial(pipelining, partial(_by_hand, BALANCED)),
     "one process, one thread": plain,
 }
 
 
+OURS = ("pipecompile 1f1b", "pipecompile zb_h1")
+
+
 def step(name: str) -> float:
     """Seconds of one step, from when all are ready to when all are done."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     run = RIVALS[name]()
     dist.barrier()
     start = time.perf_counter()
@@ -147,5 +179,5 @@ def step(name: str) -> float:
 
 def losses() -> tuple[float, float] | None:
     """The first loss of both pipelines, on the rank that has both: they train the same thing."""
-    mine, theirs = compiled()(), pipelining(EQUAL)()
+    mine, theirs = compiled("1f1b")(), pipelining(_by_front_end)()
     return (float(mine), float(torch.stack(theirs).mean())) if dist.get_rank() == 1 else None
