@@ -1,7 +1,7 @@
 """An unmodified model -> `JointGraph`: torch.export, then differentiation by AOTAutograd.
 
-AOTAutograd's joint export has no public name. Every import of it is here; it is tried on torch
-2.11 to 2.15. `preserve_node_meta` keeps the module paths that torch.export recorded.
+AOTAutograd's joint export has no public name. Every import of it is here; it is there from torch
+2.11 on, and tested on 2.13. `preserve_node_meta` keeps the module paths that torch.export recorded.
 """
 
 from __future__ import annotations
@@ -185,13 +185,33 @@ def _capture(
     wants: str,
     passes: Sequence[ForwardPass],
 ) -> Captured:
-    model = skeleton.module
+    """Trace the model as if it were not traced; if it cannot be, as it likes to be traced."""
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
-    call = bind(model, spec.build(leaves), loss_fn)
-    function = _Traced(model, spec, call, loss_fn)
+    call = bind(skeleton.module, spec.build(leaves), loss_fn)
+    function = _Traced(skeleton.module, spec, call, loss_fn)
     function.wants_loss = wants == "loss"
+    try:
+        captured = _attempt(skeleton, function, leaves, passes)
+    except CaptureError:
+        function.as_untraced = False
+        captured = _attempt(skeleton, function, leaves, passes)
+    if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
+        raise LossError(
+            "the loss has no gradient once captured: a part of forward runs without gradients"
+        )
+    _check_leaves(captured.graph, spec, call, type(skeleton.module).__name__)
+    return captured
+
+
+def _attempt(
+    skeleton: Skeleton,
+    function: _Traced,
+    leaves: tuple[torch.Tensor, ...],
+    passes: Sequence[ForwardPass],
+) -> Captured:
     structures = [_only]
     function.found_structure = structures.append
+    name = type(skeleton.module).__name__
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stack.enter_context(_quiet())
@@ -201,38 +221,26 @@ def _capture(
         try:
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
         except Exception as error:
-            culprit = _data_dependent(traced)
-            raise _explain(error, type(model).__name__, *culprit) from error
-    graph = _Reader(skeleton, traced, joint.graph_module).read(wants)
-    if wants == "loss" and torch.is_grad_enabled() and not graph.trains:
-        raise LossError(
-            "the loss has no gradient once captured: a part of forward runs without gradients"
-        )
-    _check_leaves(graph, spec, call, loss_fn, type(model).__name__)
+            raise _explain(error, name, *_data_dependent(traced)) from error
+    graph = _Reader(skeleton, traced, joint.graph_module).read(function.wants_loss)
     return Captured(graph, structures[-1], notes=notes)
 
 
 def _export(function: _Traced, leaves: tuple[torch.Tensor, ...]) -> fx.GraphModule:
-    """torch.export, first as if the model were not traced, then as it likes to be traced."""
     model = function.model
-    failures: list[PipecompileError] = []
-    for function.as_untraced in (True, False):
-        with (
-            unchanged(model),
-            tracking_modules(model) as where,
-            refused_hooks(),
-            kept_functions() as calls,
-        ):
-            try:
-                exported = torch.export.export(function, leaves, strict=False)
-            except Exception as error:
-                failures.append(_explain(error, type(model).__name__, where()))
-                failures[-1].__cause__ = error
-                continue
-        traced = exported.module(check_guards=False)
-        restore_functions(traced, calls)
-        return traced
-    raise failures[-1]
+    with (
+        unchanged(model),
+        tracking_modules(model) as where,
+        refused_hooks(),
+        kept_functions() as calls,
+    ):
+        try:
+            exported = torch.export.export(function, leaves, strict=False)
+        except Exception as error:
+            raise _explain(error, type(model).__name__, where()) from error
+    traced = exported.module(check_guards=False)
+    restore_functions(traced, calls)
+    return traced
 
 
 @contextlib.contextmanager
@@ -263,7 +271,7 @@ class _Reader:
         self.inputs: dict[int, fx.Node] = {}
         self.tangent: fx.Node | None = None
 
-    def read(self, wants: str) -> JointGraph:
+    def read(self, wants_loss: bool) -> JointGraph:
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._read_placeholder(node)
         for node in self.source.graph.nodes:
@@ -276,7 +284,7 @@ class _Reader:
             self.inputs,
             self.tangent,
         )
-        self._read_outputs(joint, wants)
+        self._read_outputs(joint, wants_loss)
         joint.set_output()
         self.graph.eliminate_dead_code()
         return joint
@@ -352,7 +360,7 @@ class _Reader:
             )
         self.env[node] = new
 
-    def _read_outputs(self, joint: JointGraph, wants: str) -> None:
+    def _read_outputs(self, joint: JointGraph, wants_loss: bool) -> None:
         (output,) = self.source.graph.find_nodes(op="output")
         results: dict[int, fx.Node] = {}
         for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
@@ -374,7 +382,7 @@ class _Reader:
                     name = mutated.target.removeprefix(_MODEL)
                     joint.mutations[self.skeleton.canonical[name]] = node
         ordered = tuple(results[i] for i in sorted(results))
-        if wants == "loss":
+        if wants_loss:
             joint.loss = ordered[0]
         else:
             joint.results = ordered
@@ -401,9 +409,7 @@ def _attribute(module: nn.Module, path: str) -> object:
     return operator.attrgetter(path)(module)
 
 
-def _check_leaves(
-    graph: JointGraph, spec: BatchSpec, call: Call, loss_fn: LossFn | None, name: str
-) -> None:
+def _check_leaves(graph: JointGraph, spec: BatchSpec, call: Call, name: str) -> None:
     used = {i for i, node in graph.inputs.items() if any(not _is_output(u) for u in node.users)}
     used |= {i for i, node in graph.inputs.items() if storage_root(node) in graph.results}
     unused = [
