@@ -10,13 +10,9 @@ import contextlib
 import io
 import logging
 import operator
-import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +21,9 @@ from torch.fx.traceback import preserve_node_meta
 
 from . import batch as batches
 from .batch import BatchSpec
+from .blame import data_dependent, explain, module_path
 from .calling import Call, LossFn, bind, find_loss, not_taken
-from .errors import BatchError, CaptureError, LossError, PipecompileError
+from .errors import BatchError, CaptureError, LossError
 from .graph import JointGraph, Phase, identifier, storage_root, tensors
 from .skeleton import Skeleton, evaluating, is_fake, tracking_modules, unchanged
 from .tracing import (
@@ -221,7 +218,7 @@ def _attempt(
         try:
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
         except Exception as error:
-            raise _explain(error, name, *_data_dependent(traced)) from error
+            raise explain(error, name, *data_dependent(traced)) from error
     graph = _Reader(skeleton, traced, joint.graph_module).read(function.wants_loss)
     return Captured(graph, structures[-1], notes=notes)
 
@@ -237,7 +234,7 @@ def _export(function: _Traced, leaves: tuple[torch.Tensor, ...]) -> fx.GraphModu
         try:
             exported = torch.export.export(function, leaves, strict=False)
         except Exception as error:
-            raise _explain(error, type(model).__name__, where()) from error
+            raise explain(error, type(model).__name__, where()) from error
     traced = exported.module(check_guards=False)
     restore_functions(traced, calls)
     return traced
@@ -346,7 +343,7 @@ class _Reader:
             # chosen for the strides that the traced kernel claims; a real one may give others
             new.target = torch.ops.aten.reshape.default
         backward = node.meta.get("partitioner_tag") == "is_backward"
-        path = _module_path(node)
+        path = module_path(node)
         new.meta = {
             "val": node.meta.get("val"),
             "phase": Phase.BACKWARD if backward else Phase.FORWARD,
@@ -399,12 +396,6 @@ class _Reader:
         joint.grads[name] = node
 
 
-def _module_path(node: fx.Node) -> str:
-    """The innermost module that made a node, below the traced function ("model" is the user's)."""
-    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return str(next(reversed(modules.values()))[0]) if modules else "model"
-
-
 def _attribute(module: nn.Module, path: str) -> object:
     return operator.attrgetter(path)(module)
 
@@ -425,83 +416,3 @@ def _check_leaves(graph: JointGraph, spec: BatchSpec, call: Call, name: str) -> 
 
 def _is_output(node: fx.Node) -> bool:
     return node.op == "output"
-
-
-_OTHERWISE = (
-    "if the model runs on this batch by itself, tracing takes another branch here: pass optional "
-    "inputs such as attention_mask, or make this code traceable by torch.export"
-)
-_ADVICE = {
-    "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
-    "tensor (if, .item(), float()): compute both sides and choose with torch.where, keep it a "
-    "tensor, pass it in as a Python value, or skip a mere check if torch.compiler.is_compiling()",
-    "DataDependentOutputException": "a tensor's value is read in Python (.item(), bool(), int()): "
-    "keep it a tensor, or pass the number in as a Python value",
-    "DynamicOutputShapeException": "an operator's output shape depends on data (nonzero, boolean "
-    "indexing, unique): use masks of a fixed shape",
-    "UnsupportedOperatorException": "this operator has no shape rule: register one with "
-    "torch.library.register_fake",
-}
-
-
-def _data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
-    """Module and source line of the first operator with a result that only data can tell."""
-    for node in traced.graph.nodes:
-        value = node.meta.get("val")
-        sizes = [n for t in tensors(value) for n in t.shape]
-        if any(
-            isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (value, *sizes)
-        ):
-            return _module_path(node).removeprefix("model").removeprefix("."), _trace_line(node)
-    return "", ""
-
-
-def _trace_line(node: fx.Node) -> str:
-    """Where in the user's code a node was made: the last frame that torch.export noted."""
-    found = ""
-    lines = str(node.meta.get("stack_trace", "")).splitlines()
-    for line, text in pairwise(lines):
-        match = re.match(r'\s*File "(.+)", line (\d+)', line)
-        if match and not _is_foreign(match[1]):
-            found = f"at {match[1]}:{match[2]} ({text.strip()})"
-    return found
-
-
-def _explain(error: Exception, model: str, module: str, line: str = "") -> PipecompileError:
-    """The user's own mistake if one is in the chain, else what failed, where, and what to do."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        if cause in chain:
-            break
-        chain.append(cause)
-    for item in chain:
-        if isinstance(item, PipecompileError):
-            return item
-    kinds = [type(item).__name__ for item in chain]
-    kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
-    advice = _ADVICE.get(kind, _OTHERWISE)
-    if "Unexpected fake buffer" in str(error):
-        advice = "forward reads .data of a parameter or buffer: use .detach()"
-    first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
-    return CaptureError(
-        f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
-        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})"
-    )
-
-
-def _user_line(chain: list[BaseException]) -> str:
-    """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
-    found = "an unknown line"
-    for item in chain:
-        frames = [
-            f for f in traceback.extract_tb(item.__traceback__) if not _is_foreign(f.filename)
-        ]
-        if frames:
-            found = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
-    return found
-
-
-def _is_foreign(filename: str) -> bool:
-    """Whether a file is torch's, pipecompile's compiler, or no file at all."""
-    folders = (Path(torch.__file__).parent, Path(__file__).parent)
-    return filename.startswith("<") or any(Path(filename).is_relative_to(f) for f in folders)

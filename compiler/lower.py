@@ -95,7 +95,6 @@ class _Lowering:
         self.weight = self._weight_nodes() if split_backward else frozenset()
         # what must exist where: value -> spots; and per spot the extra results it has to give
         self.readers: dict[fx.Node, set[Spot]] = defaultdict(set)
-        self.arrives: dict[Spot, set[fx.Node]] = defaultdict(set)
         self.messages: dict[tuple[int, int, Phase], set[fx.Node]] = defaultdict(set)
         self.stash: dict[int, set[fx.Node]] = defaultdict(set)
         self.carry: dict[int, set[fx.Node]] = defaultdict(set)
