@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +15,13 @@ from torch import nn
 from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
 from ..compiler.build import Builder, Compiled, Mode, divide
-from ..compiler.errors import BatchError, NotCompiledError, OptionError, RankMismatchError
+from ..compiler.errors import BatchError, NotCompiledError, OptionError
 from ..compiler.ops import generator_of, mix
 from ..compiler.options import CompileOptions
 from ..compiler.plan import Plan
 from ..compiler.program import PipelineProgram, Role
-from ..compiler.skeleton import Skeleton, named_state
+from ..compiler.skeleton import Skeleton
+from .agreement import Agreement
 from .executor import Executor, Job, drive
 from .mesh import Mesh, connect, device_of
 from .optimizer import clip_gradients, make_optimizer
@@ -64,22 +64,20 @@ class Pipeline:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
         self._steps = 0
-        self._data_checked = False
         self._at_work: Executor | None = None
         self._watchdog: Watchdog | None = None
         self.data_shards = mesh.dp if mesh.distributed else 1
         self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
         first = mesh.local_ranks[0]
         connect(mesh, device_of(first, device, mesh))
-        self._control: Any = None
         if mesh.rank is None:
             self._transport: Transport = Loopback()
         else:
             self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), self._status)
             self._transport = Processes(mesh, device_of(first, device, mesh))
-            self._control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        self._agreement = Agreement(mesh, device)
         seed = torch.initial_seed() if options.seed is None else options.seed
-        self._seed = self._agree(seed)[0]
+        self._seed = self._agreement.gather(seed)[0]
         if options.example_batch is not None:
             self.compile_for(options.example_batch)
 
@@ -149,7 +147,7 @@ class Pipeline:
         """
         state = self._require_state()
         with self._guard():
-            return clip_gradients(state, max_norm, self._skeleton.params, self._agree)
+            return clip_gradients(state, max_norm, self._skeleton.params, self._agreement.gather)
 
     def zero_grad(self) -> None:
         """Drop all gradients (set ``.grad`` to None)."""
@@ -266,19 +264,11 @@ class Pipeline:
         with guard, torch.no_grad():
             yield
 
-    def _agree(self, value: Any) -> list[Any]:
-        """This value of every process, in rank order; one process agrees with itself."""
-        if not self._mesh.distributed:
-            return [value]
-        values: list[Any] = [None] * self._mesh.size
-        dist.all_gather_object(values, value, group=self._control)
-        return values
-
     def _prepare(self, mode: Mode, batch: Any) -> tuple[_Loaded, dict[int, Job]]:
         """Compile for the batch's shape if need be, and deal the microbatches out."""
         loaded = self._load(mode, batch)
         values, _ = batches.flatten(batch)
-        self._check_data(values)
+        self._agreement.check_data(values)
         microbatches = loaded.compiled.plan.microbatches
         replicas = self._mesh.dp // self.data_shards
         pieces = batches.cut(values, replicas * microbatches)
@@ -328,42 +318,18 @@ class Pipeline:
         ragged = mode is not Mode.TRAIN
         spec, microbatches = divide(whole, self._options, replicas, ragged)
         key = (mode, spec, microbatches)
-        self._check_agreement(key)
+        self._agreement.check_program(*key)
         if key not in self._loaded:
             self._loaded[key] = self._compile(mode, spec, microbatches)
         return self._loaded[key]
-
-    def _check_agreement(self, key: tuple[Mode, BatchSpec, int]) -> None:
-        """Every rank is about to run the same program, or all of them stop here."""
-        if not self._mesh.distributed:
-            return
-        mode, spec, microbatches = key
-        text = f"{mode} {spec} {spec.constants!r}"
-        digest = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
-        mine = torch.tensor([digest])
-        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
-        dist.all_gather(everyone, mine, group=self._control)
-        if all(int(theirs) == digest for theirs in everyone):
-            return
-        first, *others = self._agree((microbatches, text))
-        for rank, (count, theirs) in enumerate(others, 1):
-            if count != first[0]:
-                raise RankMismatchError(
-                    f"rank 0 runs {first[0]} microbatches and rank {rank} {count}: give all "
-                    "ranks the same microbatches= and the same batch size"
-                )
-            if theirs != first[1]:
-                raise RankMismatchError(
-                    f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
-                    "microbatch: all ranks must make the same calls with equal shapes"
-                )
 
     def _compile(self, mode: Mode, spec: BatchSpec, microbatches: int) -> _Loaded:
         first = not self._builder.homes
         compiled = self._builder.build(mode, spec, microbatches, dump=self.is_main)
         if first:
-            self._check_ranks(compiled)
             assert self._model is not None
+            fingerprint = compiled.plan.fingerprint
+            self._agreement.check_ranks(fingerprint, self._model, self._options)
             self._state = ModelState(
                 self._model, self._skeleton, self._builder.homes, self._mesh, self._device
             )
@@ -392,47 +358,6 @@ class Pipeline:
         self._optimizer = make_optimizer(self._options.optimizer, state)
         if self._options.lr_scheduler is not None:
             self._scheduler = self._options.lr_scheduler(self._optimizer)
-
-    def _check_ranks(self, compiled: Compiled) -> None:
-        """Equal graphs, options and weights on all ranks."""
-        if not self._mesh.distributed:
-            return
-        assert self._model is not None
-        options = (self._options.n_stages, self._options.dp, self._options.tied_grads)
-        mine = (
-            options,
-            compiled.plan.fingerprint,
-            _digests(self._model),
-        )
-        seen = self._agree(mine)
-        for rank, (theirs, graph, weights) in enumerate(seen):
-            if theirs != seen[0][0]:
-                raise RankMismatchError(f"rank {rank} has options {theirs}, rank 0 {seen[0][0]}")
-            if graph != seen[0][1]:
-                raise RankMismatchError(
-                    f"rank {rank} captured another graph than rank 0: build the same model, in the "
-                    "same mode, on every rank"
-                )
-            if weights != seen[0][2]:
-                name = next(n for n, d in weights.items() if seen[0][2].get(n) != d)
-                raise RankMismatchError(
-                    f"{name!r} differs between rank 0 and rank {rank}: call torch.manual_seed with "
-                    "one seed on all ranks before building the model, or load the same weights"
-                )
-
-    def _check_data(self, values: list[torch.Tensor]) -> None:
-        """The first batch that runs is the same on all stages of a replica."""
-        if not self._mesh.distributed or self._data_checked:
-            return
-        seen = self._agree([_digest(value) for value in values])
-        for rank, digests in enumerate(seen):
-            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
-            if digests != seen[leader]:
-                raise RankMismatchError(
-                    f"ranks {leader} and {rank} are stages of one replica but were given different "
-                    "data: shard it by pipe.data_shards and pipe.data_shard, not by rank"
-                )
-        self._data_checked = True
 
     def _buffer_stages(self) -> dict[str, int]:
         return {
@@ -477,17 +402,3 @@ def _kept_generators(loaded: _Loaded) -> Iterator[None]:
     finally:
         for generator, state in kept:
             generator.set_state(state)
-
-
-def _digests(model: nn.Module) -> dict[str, str]:
-    """Name -> a hash of up to 4096 elements spread over the tensor."""
-    digests = {}
-    for name, tensor in named_state(model):
-        flat = tensor.detach().reshape(-1)
-        digests[name] = _digest(flat[:: max(1, flat.numel() // 4096)])
-    return digests
-
-
-def _digest(values: torch.Tensor) -> str:
-    data = values.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(cast(Any, data.numpy()).tobytes()).hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""Before ranks work together they make sure that they are about to do the same thing."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..compiler.batch import BatchSpec
+from ..compiler.build import Mode
+from ..compiler.errors import RankMismatchError
+from ..compiler.options import CompileOptions
+from ..compiler.skeleton import named_state
+from .mesh import Mesh
+
+
+class Agreement:
+    """Compares what the processes of a run were given; one process agrees with itself.
+
+    Small values travel over gloo, on CUDA too: reading them must not wait for the device.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device):
+        self._mesh = mesh
+        self._data_checked = False
+        separate = mesh.distributed and device.type == "cuda"
+        self._control = dist.new_group(backend="gloo") if separate else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """This value of every process, in rank order; one process agrees with itself."""
+        if not self._mesh.distributed:
+            return [value]
+        values: list[Any] = [None] * self._mesh.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def check_program(self, mode: Mode, spec: BatchSpec, microbatches: int) -> None:
+        """Every rank is about to run the same program, or all of them stop here."""
+        if not self._mesh.distributed:
+            return
+        text = f"{mode} {spec} {spec.constants!r}"
+        digest = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
+        mine = torch.tensor([digest])
+        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
+        dist.all_gather(everyone, mine, group=self._control)
+        if all(int(theirs) == digest for theirs in everyone):
+            return
+        first, *others = self.gather((microbatches, text))
+        for rank, (count, theirs) in enumerate(others, 1):
+            if count != first[0]:
+                raise RankMismatchError(
+                    f"rank 0 runs {first[0]} microbatches and rank {rank} {count}: give all "
+                    "ranks the same microbatches= and the same batch size"
+                )
+            if theirs != first[1]:
+                raise RankMismatchError(
+                    f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
+                    "microbatch: all ranks must make the same calls with equal shapes"
+                )
+
+    def check_ranks(self, fingerprint: str, model: nn.Module, options: CompileOptions) -> None:
+        """Equal graphs, options and weights on all ranks."""
+        if not self._mesh.distributed:
+            return
+        shape = (options.n_stages, options.dp, options.schedule, options.tied_grads)
+        mine = (
+            shape,
+            fingerprint,
+            _digests(model),
+        )
+        seen = self.gather(mine)
+        for rank, (theirs, graph, weights) in enumerate(seen):
+            if theirs != seen[0][0]:
+                raise RankMismatchError(f"rank {rank} has options {theirs}, rank 0 {seen[0][0]}")
+            if graph != seen[0][1]:
+                raise RankMismatchError(
+                    f"rank {rank} captured another graph than rank 0: build the same model, in the "
+                    "same mode, on every rank"
+                )
+            if weights != seen[0][2]:
+                name = next(n for n, d in weights.items() if seen[0][2].get(n) != d)
+                raise RankMismatchError(
+                    f"{name!r} differs between rank 0 and rank {rank}: call torch.manual_seed with "
+                    "one seed on all ranks before building the model, or load the same weights"
+                )
+
+    def check_data(self, values: list[torch.Tensor]) -> None:
+        """The first batch that runs is the same on all stages of a replica."""
+        if not self._mesh.distributed or self._data_checked:
+            return
+        seen = self.gather([_digest(value) for value in values])
+        for rank, digests in enumerate(seen):
+            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
+            if digests != seen[leader]:
+                raise RankMismatchError(
+                    f"ranks {leader} and {rank} are stages of one replica but were given different "
+                    "data: shard it by pipe.data_shards and pipe.data_shard, not by rank"
+                )
+        self._data_checked = True
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Name -> a hash of up to 4096 elements spread over the tensor."""
+    digests = {}
+    for name, tensor in named_state(model):
+        flat = tensor.detach().reshape(-1)
+        digests[name] = _digest(flat[:: max(1, flat.numel() // 4096)])
+    return digests
+
+
+def _digest(values: torch.Tensor) -> str:
+    data = values.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(cast(Any, data.numpy()).tobytes()).hexdigest()[:16]
