@@ -233,13 +233,13 @@ class Builder:
         microbatches: int,
         records: list[PassRecord],
     ) -> tuple[Plan, Timeline]:
-        costs = self._costs(placement)
+        costs = self._costs(placement, program)
         modules = self._modules(placement)
         sizes = self._sizes()
         stages = []
         for part in program.stages:
             s = part.stage
-            forward, backward = costs[s, Phase.FORWARD], costs[s, Phase.BACKWARD]
+            forward, backward = costs[s, Kind.F], costs[s, Kind.B] + costs[s, Kind.W]
             stages.append(
                 StagePlan(
                     stage=s,
@@ -263,11 +263,7 @@ class Builder:
                     ),
                 )
             )
-        weight_s: dict[int, float] = defaultdict(float)
-        for node, stage in placement.stage.items():
-            if node.name in program.weight_nodes:
-                weight_s[stage] += node_cost(node, self.spec).seconds
-        timeline = self._simulate(program, schedule, costs, weight_s)
+        timeline = self._simulate(program, schedule, costs)
         plan = Plan(
             model=type(self.skeleton.module).__name__,
             n_stages=self.options.n_stages,
@@ -287,10 +283,16 @@ class Builder:
         )
         return plan, timeline
 
-    def _costs(self, placement: Placement) -> dict[tuple[int, Phase], Cost]:
-        costs: dict[tuple[int, Phase], Cost] = defaultdict(Cost)
+    def _costs(
+        self, placement: Placement, program: PipelineProgram
+    ) -> dict[tuple[int, Kind], Cost]:
+        """Per stage, what F, B and W take for one microbatch."""
+        costs: dict[tuple[int, Kind], Cost] = defaultdict(Cost)
         for node, stage in placement.stage.items():
-            costs[stage, phase_of(node)] += node_cost(node, self.spec)
+            kind = Kind.F if phase_of(node) is Phase.FORWARD else Kind.B
+            if node.name in program.weight_nodes:
+                kind = Kind.W
+            costs[stage, kind] += node_cost(node, self.spec)
         return costs
 
     def _modules(self, placement: Placement) -> list[list[str]]:
@@ -323,17 +325,13 @@ class Builder:
         self,
         program: PipelineProgram,
         schedule: Schedule,
-        costs: dict[tuple[int, Phase], Cost],
-        weight_s: dict[int, float],
+        costs: dict[tuple[int, Kind], Cost],
     ) -> Timeline:
         compute_s = {
-            (stage, kind): costs[stage, phase].seconds
+            (stage, kind): costs[stage, kind].seconds
             for stage in range(self.options.n_stages)
-            for kind, phase in ((Kind.F, Phase.FORWARD), (Kind.B, Phase.BACKWARD))
+            for kind in (Kind.F, Kind.B, Kind.W)
         }
-        for stage, seconds in weight_s.items():
-            compute_s[stage, Kind.W] = seconds
-            compute_s[stage, Kind.B] -= seconds
         transfer_s = {
             (m.src, m.dst): m.nbytes / self.spec.link_bytes_per_s for m in program.messages
         }

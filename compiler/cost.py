@@ -51,7 +51,3 @@ def node_flops(node: fx.Node) -> int:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     return int(formula(*args, **kwargs, out_val=node.meta["val"]))
-
-
-def total(costs: list[Cost]) -> Cost:
-    return sum(costs, Cost())

@@ -119,12 +119,15 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an ATen overload. Its class has no public name; this is its home."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the op draws from a generator, so that running it twice gives two answers."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    tags = getattr(node.target, "tags", ())
+    return is_operator(node) and torch.Tag.nondeterministic_seeded in tags
 
 
 def tensors(value: object) -> list[torch.Tensor]:

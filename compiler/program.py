@@ -53,10 +53,6 @@ class Program:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
-    @property
-    def empty(self) -> bool:
-        return not self.module.graph.find_nodes(op="call_function") and not self.outputs
-
     def text(self) -> str:
         """The program as Python, under a comment that names its arguments and results."""
         names = [n.name for n in self.module.graph.find_nodes(op="placeholder")]

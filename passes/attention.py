@@ -13,12 +13,13 @@ called by transformers stays as its author wrote it.
 
 from __future__ import annotations
 
-import operator
 from enum import Enum
 from typing import Any, cast
 
 import torch
 from torch import fx
+
+from ..compiler.graph import is_getitem, is_operator, is_random
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN.scaled_dot_product_attention.default
@@ -112,9 +113,7 @@ def _constant_value(module: fx.GraphModule, wanted: fx.Node) -> torch.Tensor | N
         node = pending.pop()
         if node in needed:
             continue
-        tags = getattr(node.target, "tags", ())
-        plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if node.op != "call_function" or not plain or torch.Tag.nondeterministic_seeded in tags:
+        if not (is_operator(node) or is_getitem(node)) or is_random(node):
             return None
         needed.add(node)
         pending.extend(node.all_input_nodes)

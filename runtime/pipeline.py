@@ -93,7 +93,8 @@ class Pipeline:
             batch: what `step` will be given: its shapes matter, its values do not.
         """
         with self._guard():
-            return self._load(Mode.TRAIN, batch).compiled.plan
+            _, whole = batches.flatten(batch)
+            return self._load(Mode.TRAIN, whole).compiled.plan
 
     # -- training ---------------------------------------------------------------------------
 
@@ -266,8 +267,8 @@ class Pipeline:
 
     def _prepare(self, mode: Mode, batch: Any) -> tuple[_Loaded, dict[int, Job]]:
         """Compile for the batch's shape if need be, and deal the microbatches out."""
-        loaded = self._load(mode, batch)
-        values, _ = batches.flatten(batch)
+        values, whole = batches.flatten(batch)
+        loaded = self._load(mode, whole)
         self._agreement.check_data(values)
         microbatches = loaded.compiled.plan.microbatches
         replicas = self._mesh.dp // self.data_shards
@@ -312,8 +313,7 @@ class Pipeline:
 
     # -- compiling --------------------------------------------------------------------------
 
-    def _load(self, mode: Mode, batch: Any) -> _Loaded:
-        _, whole = batches.flatten(batch)
+    def _load(self, mode: Mode, whole: BatchSpec) -> _Loaded:
         replicas = self._mesh.dp // self.data_shards
         ragged = mode is not Mode.TRAIN
         spec, microbatches = divide(whole, self._options, replicas, ragged)
