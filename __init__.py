@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler import errors
     from .compiler.api import compile
+    from .compiler.hardware import Device
     from .compiler.plan import Plan
     from .runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Plan", "__version__", "compile", "errors"]
+__all__ = ["Device", "Pipeline", "Plan", "__version__", "compile", "errors"]
 
 _HOMES = {
     "compile": "compiler.api",
+    "Device": "compiler.hardware",
     "Pipeline": "runtime.pipeline",
     "Plan": "compiler.plan",
 }

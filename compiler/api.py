@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,21 @@ from torch import nn
 
 from .errors import OptionError
 from .options import parse_options
-from .skeleton import skeleton_of
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
+    from .hardware import Device
+    from .plan import Plan
+
+AUTO = "auto"
 
 
 def compile(
     model: nn.Module,
-    n_stages: int,
-    dp: int = 1,
+    n_stages: int | str,
+    dp: int | None = None,
     *,
+    devices: int | None = None,
     microbatches: int | None = None,
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -32,6 +36,14 @@ def compile(
     seed: int | None = None,
     schedule: str = "1f1b",
     tied_grads: str = "per_microbatch",
+    memory: int | str | None = None,
+    remat: str = "auto",
+    pin: Mapping[str, int] | None = None,
+    plan: str | Path | Plan | None = None,
+    costs: str = "auto",
+    hardware: str | Path | Device | None = None,
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
     dump_dir: str | Path | None = None,
     **unknown: Any,
 ) -> Pipeline:
@@ -43,8 +55,11 @@ def compile(
 
     Args:
         model: any module that `torch.export` can trace; it trains in the mode that it is in.
-        n_stages: pipeline stages.
-        dp: data-parallel replicas of the pipeline.
+        n_stages: pipeline stages, or "auto": every division of the devices between stages and
+            replicas is planned for ``example_batch``, which is then the batch of all replicas,
+            and the one with the shortest predicted step is taken.
+        dp: data-parallel replicas of the pipeline; None for 1, or with "auto" for what is best.
+        devices: how many there are, for "auto"; None takes the number of processes, or of GPUs.
         microbatches: into how many a replica's batch is cut; None takes the divisor of its rows
             nearest to 4 × n_stages (1 for one stage).
         optimizer: called with the named parameters of this process: a factory such as
@@ -65,18 +80,33 @@ def compile(
             sends its parts with every microbatch and adds them in autograd's order, which makes
             the gradient that of one device bit for bit; "per_step" adds up the parts once per
             step, which sends less and may differ in the last bits.
+        memory: what a rank may use at its peak, bytes or a text such as "20GiB"; None takes the
+            device's own, shared among the ranks on it.
+        remat: "auto" recomputes in the backward what it takes to fit into ``memory``, chosen
+            together with the stages; "none" nothing; "full" keeps each unit's inputs only.
+        pin: dotted name of a module or parameter -> the stage that its operators go to.
+        plan: a `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote: its
+            stages and recomputation are used as they are.
+        costs: where the planner's seconds come from: "profile" measures each distinct unit on the
+            device at hand (remembered on disk), "roofline" takes peak rates; "auto" measures.
+        hardware: plan for another device: a name ("h100", "h200", "a100", "l4", "cpu"), a
+            `Device`, or the path of a JSON file that describes one. Implies peak rates.
+        solver: of the partitioning problem: "auto", "highs", "cbc" or "dynamic".
+        time_limit_s: seconds after which the solver's best so far is taken.
         dump_dir: write what every pass made, as text, below this folder.
 
     Raises:
         OptionError: an unknown, impossible or ineffective option.
         WorldSizeError: torchrun started another number of processes than n_stages × dp.
+        MemoryBudgetError: no division fits into ``memory``.
+        PlanError: ``plan`` is damaged, or was made for something else.
         SharedStorageError, CaptureError, LossError, BatchError, PartitionError: from compiling,
             at the first batch or with ``example_batch``.
     """
     options = parse_options(
         dict(
-            n_stages=n_stages,
-            dp=dp,
+            n_stages=1 if n_stages == AUTO else n_stages,
+            dp=1 if dp is None else dp,
             microbatches=microbatches,
             optimizer=optimizer,
             loss_fn=loss_fn,
@@ -87,15 +117,35 @@ def compile(
             seed=seed,
             schedule=schedule,
             tied_grads=tied_grads,
+            memory=memory,
+            remat=remat,
+            pin=pin,
+            plan=plan,
+            costs=costs,
+            hardware=hardware,
+            solver=solver,
+            time_limit_s=time_limit_s,
             dump_dir=dump_dir,
             **unknown,
         )
     )
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}: give a torch.nn.Module")
-    from ..runtime.mesh import choose_device, make_mesh
-    from ..runtime.pipeline import Pipeline
+    from ..runtime.start import start, start_best
 
-    mesh = make_mesh(options.n_stages, options.dp)
-    where = choose_device(options.device, mesh)
-    return Pipeline(model, options, skeleton_of(model, where), mesh, where)
+    if n_stages != AUTO:
+        if devices is not None:
+            raise OptionError('devices= has no effect without n_stages="auto"')
+        return start(model, options)
+    if dp is not None:
+        raise OptionError(
+            f'dp={dp} beside n_stages="auto": dp follows from the devices, leave it out'
+        )
+    if options.example_batch is None:
+        raise OptionError(
+            'n_stages="auto" needs example_batch=, the batch of all replicas, to plan for'
+        )
+    for name in ("plan", "pin"):
+        if getattr(options, name) is not None:
+            raise OptionError(f'{name}= names stages: give n_stages a number, not "auto"')
+    return start_best(model, options, devices)

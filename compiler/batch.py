@@ -46,6 +46,10 @@ class BatchSpec:
         """Length of dim 0, which all leaves that have one share."""
         return next(leaf.shape[0] for leaf in self.leaves if leaf.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in self.leaves)
+
     def cut(self, parts: int) -> BatchSpec:
         """The spec of one of ``parts`` equal pieces along dim 0."""
         return self._with_rows(self.rows // parts)

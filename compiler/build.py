@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from ..passes.attention import restore_attention
-from ..passes.base import PassRecord, Recorder
-from ..passes.baselines import solve_dynamic
-from ..passes.communication import add_communication
-from ..passes.partition import problem_of
-from ..passes.placement import Placement, Site, follow, place
-from ..passes.schedule.actions import Kind, Schedule, max_in_flight, to_text
-from ..passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
-from ..passes.verify import (
-    verify_graph,
-    verify_in_flight,
-    verify_placement,
-    verify_program,
-    verify_schedule,
-)
+from ..passes.base import Recorder
+from ..passes.placement import Placement, Site, follow, sites_of
+from ..passes.problem import Problem
+from ..passes.schedule.actions import Schedule
+from ..passes.stash import Body, Stash
+from ..passes.verify import verify_graph
+from . import decision as decisions
+from .assemble import Assembler, Assembly
 from .batch import BatchSpec
 from .capture import Captured, capture_evaluation, capture_forward, capture_training
-from .cost import Cost, node_cost
-from .errors import BatchError, CaptureError, LossError
+from .decision import Decision, Search, UnitPrices
+from .errors import BatchError, CaptureError, LossError, PlanError
+from .footprint import Footprint
 from .graph import JointGraph, Phase, module_of, phase_of
-from .hardware import Device, device_spec
+from .hardware import Device
 from .locality import Locality, locality_of
-from .lower import lower
+from .memory import StageMemory
+from .optimizer_cost import optimizer_seconds
 from .options import CompileOptions, choose_microbatches
-from .plan import Plan, StagePlan, TiedPlan, Transfer, covered_modules
+from .plan import Plan
+from .planner import Planner, roofline
+from .pricing import measured_prices
+from .profile import Profiler
 from .program import PipelineProgram
-from .simulate import Timeline, simulate
+from .simulate import Timeline
 from .skeleton import Skeleton
-from .units import Unit, units_of
+from .summary import Summary
 
 
 class Mode(StrEnum):
@@ -59,6 +59,7 @@ class Compiled:
         rebuild: puts the results back into the structure that the model returns (FORWARD).
         batch_dims: per result, the dimension along which microbatches are joined (FORWARD).
         timeline: the simulated step.
+        search: what the solver says of the stages; None where they follow another graph's.
     """
 
     program: PipelineProgram
@@ -67,16 +68,69 @@ class Compiled:
     rebuild: Callable[[list[torch.Tensor]], Any]
     batch_dims: tuple[int | None, ...]
     timeline: Timeline
+    search: Search | None
+
+
+class Team(Protocol):
+    """The ranks that compile together."""
+
+    def agree(self, fingerprint: str) -> None:
+        """Raise on every rank where graphs, options or weights differ."""
+        ...
+
+    def share(self, decide: Callable[[], Decision]) -> Decision:
+        """Rank 0's decision, on every rank; its error too."""
+        ...
+
+    def pool(self, seconds: list[float]) -> list[float]:
+        """The medians over all ranks."""
+        ...
+
+
+class Alone:
+    """One process: its own decision, its own seconds."""
+
+    def agree(self, fingerprint: str) -> None:
+        pass
+
+    def share(self, decide: Callable[[], Decision]) -> Decision:
+        return decide()
+
+    def pool(self, seconds: list[float]) -> list[float]:
+        return seconds
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled for.
+
+    Attributes:
+        device: where graphs are traced and programs run.
+        spec: whose rates prices are taken from.
+        budget_bytes: memory of a stage; infinity for no limit.
+        profiler: measures instead; None for the roofline.
+    """
+
+    device: torch.device
+    spec: Device
+    budget_bytes: float = math.inf
+    profiler: Profiler | None = None
 
 
 def divide(
-    spec: BatchSpec, options: CompileOptions, replicas: int, ragged: bool = False
+    spec: BatchSpec,
+    options: CompileOptions,
+    replicas: int,
+    ragged: bool = False,
+    finer: int = 1,
 ) -> tuple[BatchSpec, int]:
     """The spec of one microbatch, and the number of them per replica.
 
     Args:
         spec: of a batch that is cut over ``replicas`` first.
         ragged: take fewer microbatches where the rows do not divide, instead of refusing.
+        finer: take so many times as many microbatches; where the options give their number, and
+            where there are too few rows, that is refused.
 
     Raises:
         BatchError: it cannot be cut into equal parts.
@@ -88,6 +142,10 @@ def divide(
         )
     rows = spec.rows // replicas
     microbatches = options.microbatches or choose_microbatches(rows, options.n_stages)
+    if finer > 1:
+        if options.microbatches is not None:
+            raise BatchError(f"microbatches={options.microbatches} is given")
+        microbatches *= finer
     if ragged:
         microbatches = max(d for d in range(1, microbatches + 1) if rows % d == 0)
     if rows % microbatches:
@@ -101,17 +159,42 @@ def divide(
 class Builder:
     """Compiles the graphs of one model. The first graph decides the stages; others follow it.
 
+    Args:
+        why: how the number of stages was chosen, where it was: a note in the plan.
+
     Attributes:
         homes: parameter FQN -> the stages that hold it; empty before the first graph.
+        problem: the partitioning problem that this process solved, if it did.
     """
 
-    def __init__(self, skeleton: Skeleton, options: CompileOptions, device: torch.device):
-        self.skeleton, self.options, self.device = skeleton, options, device
-        self.spec: Device = device_spec(device)
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        options: CompileOptions,
+        target: Target,
+        team: Team | None = None,
+        why: str = "",
+    ):
+        self.skeleton, self.options, self.target = skeleton, options, target
+        self.team: Team = team or Alone()
+        self.footprint = Footprint(skeleton.module, options.optimizer)
         self.sites: dict[Site, int] = {}
+        self.again: frozenset[Site] = frozenset()
         self.homes: dict[str, tuple[int, ...]] = {}
+        self.problem: Problem | None = None
+        self.why = why
+        self.given = (
+            Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
+        )
 
-    def build(self, mode: Mode, spec: BatchSpec, microbatches: int, dump: bool = True) -> Compiled:
+    def build(
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        microbatches: int,
+        dump: bool = True,
+        batch: Sequence[torch.Tensor] = (),
+    ) -> Compiled:
         """Compile one mode for one microbatch shape.
 
         The stages are chosen for training where the model can train on such a batch, also when
@@ -120,71 +203,62 @@ class Builder:
         Args:
             spec: of one microbatch.
             dump: write the files that ``dump_dir`` asks for (one rank does).
+            batch: leaves of one microbatch, to measure with.
         """
         if not self.homes and mode is not Mode.TRAIN:
             with contextlib.suppress(LossError, CaptureError):
-                self.build(Mode.TRAIN, spec, microbatches, dump=False)
-        options = self.options
+                self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
         recorder = Recorder(self._folder(mode, spec) if dump else None)
+        if self.why:
+            with recorder.record("stages") as outcome:
+                outcome.note = self.why
         with recorder.record("capture") as outcome:
             captured = self._capture(mode, spec)
             graph = captured.graph
             verify_graph(graph)
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
-            outcome.texts[".py"] = graph.module.code
+            if recorder.folder is not None:
+                outcome.texts[".py"] = graph.module.code
+        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
         with recorder.record("partition") as outcome:
             locality = locality_of(graph)
-            units = units_of(graph, locality, self.spec)
-            placement, outcome.note = self._place(graph, locality, units, microbatches)
-            verify_placement(graph, placement.stage)
-            outcome.texts[".txt"] = _placement_text(units, placement)
-        with recorder.record("lower") as outcome:
-            program = lower(
-                graph,
-                locality,
-                placement.stage,
-                options.n_stages,
-                options.tied_grads,
-                split_backward=options.schedule == "zb_h1" and mode is Mode.TRAIN,
-            )
-            verify_program(program)
-            values = sum(len(message.values) for message in program.messages)
-            outcome.note = f"{values} boundary values in {len(program.messages)} messages"
-            outcome.texts |= _program_texts(program)
-        self._settle(program, placement)
-        with recorder.record("schedule") as outcome:
-            name, compute = self._schedule(program, microbatches)
-            schedule = add_communication(compute, program, options.dp)
-            verify_schedule(schedule, program.messages, microbatches, program.trains)
-            if program.trains:
-                verify_in_flight(schedule, self._in_flight_limits(program, microbatches))
-            outcome.note = f"{name}, {microbatches} microbatches"
-            outcome.texts[".txt"] = to_text(schedule) + "\n"
-        plan, timeline = self._plan(
-            graph, units, placement, program, schedule, spec, microbatches, recorder.records
+            if self.homes:
+                decision, placement, again = self._follow(graph, locality)
+            else:
+                decision = self._decide(graph, locality, spec, microbatches, assembler, batch)
+                placement, again = decisions.apply(decision, graph, locality)
+            outcome.note = _placement_note(decision)
+            outcome.texts[".txt"] = _placement_text(decision, locality)
+        assembly = assembler.assemble(graph, locality, placement, again, recorder)
+        first = not self.homes
+        self._settle(assembly, placement, again, locality)
+        summary = Summary(
+            self.skeleton,
+            self.options,
+            self.target.spec,
+            self.footprint,
+            placement,
+            assembly,
+            decision,
+            self._closing_s(assembly, first),
+            self.given.costs if self.given else "profile" if self.target.profiler else "roofline",
         )
+        timeline = summary.timeline()
+        budget = self.target.budget_bytes
+        limit = None if math.isinf(budget) else int(budget)
+        plan = summary.plan(spec, microbatches, limit, timeline, recorder.records)
         if recorder.folder is not None:
-            (recorder.folder / "plan.json").write_text(plan.to_json())
-        dims = captured.batch_dims
-        return Compiled(program, schedule, plan, captured.rebuild, dims, timeline)
-
-    def _schedule(self, program: PipelineProgram, microbatches: int) -> tuple[str, Schedule]:
-        n_stages = self.options.n_stages
-        if not program.trains:
-            return "forward only", forward_only(n_stages, microbatches)
-        if self.options.schedule == "zb_h1":
-            splits = [stage.weight is not None for stage in program.stages]
-            return "zb_h1", zb_h1(n_stages, microbatches, splits)
-        return "1f1b", one_f_one_b(n_stages, microbatches)
-
-    def _in_flight_limits(self, program: PipelineProgram, microbatches: int) -> list[int]:
-        """S − s microbatches on stage s, and up to s more that wait for their weight gradients."""
-        n_stages = self.options.n_stages
-        return [
-            min(n_stages if stage.weight else n_stages - stage.stage, microbatches)
-            for stage in program.stages
-        ]
+            plan.save(recorder.folder / "plan.json")
+        return Compiled(
+            assembly.program,
+            assembly.schedule,
+            plan,
+            captured.rebuild,
+            captured.batch_dims,
+            timeline,
+            decision.search if first else None,
+        )
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:
         if self.options.dump_dir is None:
@@ -194,168 +268,182 @@ class Builder:
 
     def _capture(self, mode: Mode, spec: BatchSpec) -> Captured:
         passes = (restore_attention,)
+        device = self.target.device
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, self.device, passes)
+            return capture_forward(self.skeleton, spec, device, passes)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(self.skeleton, spec, self.options.loss_fn, self.device, passes)
+        return capture(self.skeleton, spec, self.options.loss_fn, device, passes)
 
-    def _place(
-        self, graph: JointGraph, locality: Locality, units: list[Unit], microbatches: int
-    ) -> tuple[Placement, str]:
-        if self.homes:
-            placement = follow(graph, locality, self.sites, self.homes)
-            return placement, "stages as in the first graph"
-        problem = problem_of(units, self.spec, self.options.n_stages, microbatches)
-        solution = solve_dynamic(problem)
-        balance = max(solution.stages_s) * len(solution.stages_s) / sum(solution.stages_s)
-        note = f"{len(units)} units, slowest stage {balance:.2f}× the mean"
-        return place(graph, locality, units, solution), note
+    # -- the first graph ----------------------------------------------------------------------
 
-    def _settle(self, program: PipelineProgram, placement: Placement) -> None:
+    def _decide(
+        self,
+        graph: JointGraph,
+        locality: Locality,
+        spec: BatchSpec,
+        microbatches: int,
+        assembler: Assembler,
+        batch: Sequence[torch.Tensor],
+    ) -> Decision:
+        self.team.agree(graph.fingerprint())
+        if self.given is not None:
+            return self._from_plan(self.given, graph, spec, microbatches)
+        planner = Planner(
+            graph,
+            locality,
+            self.options,
+            self.target.spec,
+            self.footprint.held_bytes(),
+            assembler.in_flight(self.options.schedule == "zb_h1"),
+            microbatches,
+            spec.rows,
+            self.target.budget_bytes,
+            self._pinned(graph, locality),
+        )
+        prices = self._prices(graph, locality, planner.bodies, planner.menus, batch)
+
+        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[StageMemory]:
+            assembly = assembler.assemble(graph, locality, placement, again, Recorder(None))
+            assembly.take_apart()
+            return assembly.memory
+
+        decision = self.team.share(lambda: planner.decide(draft, prices))
+        self.problem = planner.solved
+        return decision
+
+    def _from_plan(
+        self, plan: Plan, graph: JointGraph, spec: BatchSpec, microbatches: int
+    ) -> Decision:
+        """The decision of a plan that was made for just this.
+
+        Raises:
+            PlanError: it was made for something else.
+        """
+        options = self.options
+        wanted = {
+            "n_stages": (plan.n_stages, options.n_stages),
+            "dp": (plan.dp, options.dp),
+            "microbatches": (plan.microbatches, microbatches),
+            "schedule": (plan.options.get("schedule"), options.schedule),
+            "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
+        }
+        for name, (theirs, ours) in wanted.items():
+            if theirs != ours:
+                raise PlanError(f"the plan has {name}={theirs}, this run {name}={ours}")
+        if plan.fingerprint != graph.fingerprint():
+            what = (
+                f"microbatches of ({plan.shape}), this run has ({spec})"
+                if plan.shape != str(spec)
+                else "another model, or the same one with other settings or library versions"
+            )
+            raise PlanError(f"the plan was made for {what}: make a new plan")
+        return plan.decision
+
+    def _prices(
+        self,
+        graph: JointGraph,
+        locality: Locality,
+        bodies: Sequence[Body],
+        menus: Sequence[Sequence[Stash]],
+        batch: Sequence[torch.Tensor],
+    ) -> Sequence[UnitPrices]:
+        profiler = self.target.profiler
+        if profiler is None:
+            return roofline(bodies, menus)
+        return measured_prices(graph, locality, bodies, menus, profiler, batch, self.team.pool)
+
+    def _pinned(self, graph: JointGraph, locality: Locality) -> dict[fx.Node, int]:
+        module = self.skeleton.module
+        names = {name for name, _ in module.named_modules()} | set(self.skeleton.canonical)
+        pin = {self.skeleton.canonical.get(n, n): s for n, s in (self.options.pin or {}).items()}
+        return decisions.pinned_nodes(graph, locality, pin, names)
+
+    # -- the others ---------------------------------------------------------------------------
+
+    def _follow(
+        self, graph: JointGraph, locality: Locality
+    ) -> tuple[Decision, Placement, frozenset[fx.Node]]:
+        """Stages and recomputation as in the first graph, operator by operator."""
+        placement = follow(graph, locality, self.sites, self.homes)
+        again = frozenset(n for n, s in sites_of(locality) if s in self.again and graph.trains)
+        stages = [placement.stage[n] for n in locality.staged if phase_of(n) is Phase.FORWARD]
+        search = Search(0.0, 0.0, True, "the first graph")
+        names = tuple(sorted(node.name for node in again))
+        ones = (1,) * len(stages)
+        labels = ("nothing",) * len(stages)
+        made = Decision(graph.fingerprint(), ones, tuple(stages), labels, (), names, search)
+        return made, placement, again
+
+    def _settle(
+        self,
+        assembly: Assembly,
+        placement: Placement,
+        again: Collection[fx.Node],
+        locality: Locality,
+    ) -> None:
         """Remember the first graph's decisions; a parameter that nothing reads lives on stage 0."""
         if self.homes:
             return
         self.sites = placement.sites
+        self.again = frozenset(site for node, site in sites_of(locality) if node in again)
         for name in self.skeleton.params:
-            holders = tuple(p.stage for p in program.stages if name in p.params)
+            holders = tuple(p.stage for p in assembly.program.stages if name in p.params)
             self.homes[name] = holders or (0,)
 
-    # -- the plan ---------------------------------------------------------------------------
+    # -- what it takes ------------------------------------------------------------------------
 
-    def _plan(
-        self,
-        graph: JointGraph,
-        units: list[Unit],
-        placement: Placement,
-        program: PipelineProgram,
-        schedule: Schedule,
-        spec: BatchSpec,
-        microbatches: int,
-        records: list[PassRecord],
-    ) -> tuple[Plan, Timeline]:
-        costs = self._costs(placement, program)
-        modules = self._modules(placement)
-        sizes = self._sizes()
-        stages = []
-        for part in program.stages:
-            s = part.stage
-            forward, backward = costs[s, Kind.F], costs[s, Kind.B] + costs[s, Kind.W]
-            stages.append(
-                StagePlan(
-                    stage=s,
-                    modules=covered_modules(modules[s], modules, s),
-                    units=len({u.index for u in units if placement.stage[u.nodes[0]] == s}),
-                    params=part.params,
-                    param_count=sum(sizes[name][0] for name in part.params),
-                    param_bytes=sum(sizes[name][1] for name in part.params),
-                    forward_flops=forward.flops,
-                    backward_flops=backward.flops,
-                    forward_s=forward.seconds,
-                    backward_s=backward.seconds,
-                    stash_bytes=part.stash_bytes,
-                    carry_bytes=part.carry_bytes,
-                    in_flight=max_in_flight(schedule[s]),
-                    constant_bytes=part.constant_bytes,
-                    sends=tuple(
-                        Transfer(m.dst, m.phase.value, m.nbytes, tuple(v.name for v in m.values))
-                        for m in program.messages
-                        if m.src == s
-                    ),
-                )
-            )
-        timeline = self._simulate(program, schedule, costs)
-        plan = Plan(
-            model=type(self.skeleton.module).__name__,
-            n_stages=self.options.n_stages,
-            dp=self.options.dp,
-            microbatches=microbatches,
-            microbatch_rows=spec.rows,
-            shape=str(spec),
-            device=self.spec.name,
-            fingerprint=graph.fingerprint(),
-            param_count=sum(sizes[name][0] for name in self.skeleton.params),
-            stages=tuple(stages),
-            tied=tuple(self._tied(program)),
-            schedule=tuple(to_text(schedule).splitlines()),
-            step_s=timeline.makespan_s,
-            bubble=timeline.bubble,
-            notes=tuple((record.name, record.note) for record in records),
-        )
-        return plan, timeline
-
-    def _costs(
-        self, placement: Placement, program: PipelineProgram
-    ) -> dict[tuple[int, Kind], Cost]:
-        """Per stage, what F, B and W take for one microbatch."""
-        costs: dict[tuple[int, Kind], Cost] = defaultdict(Cost)
-        for node, stage in placement.stage.items():
-            kind = Kind.F if phase_of(node) is Phase.FORWARD else Kind.B
-            if node.name in program.weight_nodes:
-                kind = Kind.W
-            costs[stage, kind] += node_cost(node, self.spec)
-        return costs
-
-    def _modules(self, placement: Placement) -> list[list[str]]:
-        modules: list[list[str]] = [[] for _ in range(self.options.n_stages)]
-        for node, stage in placement.stage.items():
-            if phase_of(node) is Phase.FORWARD:
-                modules[stage].append(module_of(node))
-        return modules
-
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Parameter FQN -> (elements, bytes)."""
-        named = self.skeleton.module.named_parameters()
-        return {name: (p.numel(), p.numel() * p.element_size()) for name, p in named}
-
-    def _tied(self, program: PipelineProgram) -> list[TiedPlan]:
-        sizes = self._sizes()
-        return [
-            TiedPlan(
-                tied.name,
-                tuple(n for n, first in self.skeleton.canonical.items() if first == tied.name),
-                tied.holders,
-                tied.owner,
-                sizes[tied.name][1],
-                self.options.tied_grads,
-            )
-            for tied in program.tied
+    def _closing_s(self, assembly: Assembly, first: bool) -> list[float]:
+        """Seconds per stage after the last microbatch: gradients reduced, parameters stepped."""
+        if self.given is not None and first:
+            return [stage.closing_s for stage in self.given.stages]
+        if not assembly.program.trains:
+            return [0.0] * self.options.n_stages
+        dp = self.options.dp
+        link = self.target.spec.link_bytes_per_s
+        optimizer_s = self._optimizer_s(assembly)
+        return [  # the replicas' mean is an all-to-all and an all-gather
+            seconds + 2 * memory.static.grads * (dp - 1) / dp / link
+            for seconds, memory in zip(optimizer_s, assembly.memory, strict=True)
         ]
 
-    def _simulate(
-        self,
-        program: PipelineProgram,
-        schedule: Schedule,
-        costs: dict[tuple[int, Kind], Cost],
-    ) -> Timeline:
-        compute_s = {
-            (stage, kind): costs[stage, kind].seconds
-            for stage in range(self.options.n_stages)
-            for kind in (Kind.F, Kind.B, Kind.W)
-        }
-        transfer_s = {
-            (m.src, m.dst): m.nbytes / self.spec.link_bytes_per_s for m in program.messages
-        }
-        return simulate(schedule, compute_s, transfer_s)
+    def _optimizer_s(self, assembly: Assembly) -> list[float]:
+        """Measured, or what the optimizer reads and writes at the peak rate of the memory."""
+        factory, profiler = self.options.optimizer, self.target.profiler
+        if factory is None:
+            return [0.0] * self.options.n_stages
+        if profiler is None:
+            held = [memory.static for memory in assembly.memory]
+            moved = [2 * s.weights + s.grads + 2 * s.states for s in held]
+            return [nbytes / self.target.spec.bytes_per_s for nbytes in moved]
+        params = [self.footprint.trainable(stage.params) for stage in assembly.program.stages]
+        seconds = [self._measured_s(factory, each) for each in params]
+        return self.team.pool(seconds)
+
+    def _measured_s(
+        self, factory: Callable[..., torch.optim.Optimizer], params: dict[str, torch.Tensor]
+    ) -> float:
+        """0 for an optimizer that cannot be made: its error comes where it is needed."""
+        with contextlib.suppress(Exception):
+            return optimizer_seconds(factory, params, self.target.device) if params else 0.0
+        return 0.0
 
 
-def _placement_text(units: list[Unit], placement: Placement) -> str:
-    lines = []
-    for unit in units:
-        stage = placement.stage[unit.nodes[0]]
-        lines.append(
-            f"stage {stage}  unit {unit.index:3d}  {len(unit.nodes):4d} nodes  "
-            f"{unit.seconds * 1e3:9.3f} ms  "
-            f"cut {unit.cut_bytes:12,d} bytes  {', '.join(m or '(model)' for m in unit.modules)}"
-        )
+def _placement_note(decision: Decision) -> str:
+    search = decision.search
+    if not decision.unit_seconds:
+        return "stages as in the first graph"
+    proven = "proven best" if search.proven else f"within {search.gap:.1%} of the best possible"
+    parts = [f"{len(decision.unit_nodes)} units, {proven} ({search.solver})"]
+    return "; ".join(parts + ([search.note] if search.note else []))
+
+
+def _placement_text(decision: Decision, locality: Locality) -> str:
+    nodes = [n for n in locality.staged if phase_of(n) is Phase.FORWARD]
+    lines, at = [], 0
+    for i, (count, stage) in enumerate(zip(decision.unit_nodes, decision.unit_stage, strict=True)):
+        mine = nodes[at : at + count]
+        at += count
+        modules = ", ".join(dict.fromkeys(module_of(n) or "(model)" for n in mine))
+        label = decision.unit_recomputes[i]
+        lines.append(f"stage {stage}  unit {i:3d}  {count:4d} nodes  recomputes {label}  {modules}")
     return "\n".join(lines) + "\n"
-
-
-def _program_texts(program: PipelineProgram) -> dict[str, str]:
-    texts = {}
-    for stage in program.stages:
-        parts = {"constants": stage.constants, "forward": stage.forward}
-        parts |= {"backward": stage.backward} if stage.backward else {}
-        parts |= {"weight": stage.weight} if stage.weight else {}
-        for name, part in parts.items():
-            texts[f"_stage{stage.stage}_{name}.py"] = part.text()
-    return texts

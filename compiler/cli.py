@@ -1,6 +1,7 @@
-"""The command line: `pipecompile inspect`.
+"""The command line: `pipecompile inspect` and `pipecompile solve`.
 
-torch and transformers are imported when a model is asked for, and not for ``--help``.
+One function per command adds its arguments and names what runs it. torch and transformers are
+imported when a model is asked for, and not for ``--help`` or ``solve``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,9 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from .errors import OptionError, PipecompileError
+from .hardware import DEVICES
 
 if TYPE_CHECKING:
-    from .build import Compiled
+    from argparse import _SubParsersAction
+
+    Commands = _SubParsersAction["_Parser"]
 
 _SPEC_HELP = """\
 SPEC is one of
@@ -29,7 +34,22 @@ SPEC is one of
 
 examples
   pipecompile inspect train.py:build --stages 4 --dp 2 --microbatches 8
-  pipecompile inspect hf:llama --stages 8 --seq 4096 --set num_key_value_heads=8
+  pipecompile inspect hf:llama --stages 8 --seq 4096 --set num_key_value_heads=8 --device h100
+  pipecompile inspect hf:gpt2 --stages auto --devices 8 --memory 4GiB
+  pipecompile inspect hf:gpt2 --stages 4 --memory 4GiB --compare uniform,sequential
+  pipecompile inspect hf:gpt2 --plan plan.json
+"""
+
+_FILE_HELP = """\
+FILE is a graph in the JSON format of one of
+  msr-fiddle/dnn-partitioning   operator or layer graphs; the load of a device is its time and
+                                its transfers (Tarnawski et al., NeurIPS 2020)
+  msr-fiddle/piper              layers with and without recomputation (Tarnawski et al.,
+                                NeurIPS 2021)
+A folder stands for its *.json files. The objective is the largest load of a device.
+
+example
+  pipecompile solve graphs/bert24_training.json --stages 6
 """
 
 
@@ -37,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 and one line on stderr for a mistake of the user's."""
     try:
         args = _parser().parse_args(argv)
-        return _inspect(args)
+        code: int = args.run(args)
+        return code
     except PipecompileError as error:
         print(f"pipecompile: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,26 +79,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pipecompile {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    inspect = commands.add_parser(
+    _add_inspect(commands)
+    _add_solve(commands)
+    return parser
+
+
+# -- inspect ------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Commands) -> None:
+    parser = commands.add_parser(
         "inspect",
         help="show how a model is divided, scheduled and what it costs",
-        description="Show how a model is divided into stages, what each costs, and the schedule. "
-        "Needs no weights, no GPU and no other process.",
+        description="Show how a model is divided into stages, what each costs and needs, the "
+        "schedule, and what would help. Needs no weights, no GPU and no other process.",
         epilog=_SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    inspect.add_argument("spec", metavar="SPEC", help="the model: see below")
-    _add_pipeline_options(inspect)
-    _add_model_options(inspect)
-    return parser
+    parser.set_defaults(run=_inspect)
+    parser.add_argument("spec", metavar="SPEC", help="the model: see below")
+    _add_pipeline_options(parser)
+    _add_planner_options(parser)
+    _add_output_options(parser)
+    _add_model_options(parser)
 
 
 def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the pipeline")
-    group.add_argument("--stages", type=_count, required=True, metavar="S", help="pipeline stages")
     group.add_argument(
-        "--dp", type=_count, default=1, metavar="N", help="replicas of the pipeline (default 1)"
+        "--stages",
+        type=_count_or_auto,
+        metavar="S",
+        help="pipeline stages; auto: the division of --devices with the shortest predicted step",
+    )
+    group.add_argument(
+        "--devices", type=_count, metavar="N", help="stages × replicas, for --stages auto"
+    )
+    group.add_argument(
+        "--dp", type=_count, metavar="N", help="replicas of the pipeline (default 1)"
     )
     group.add_argument(
         "--microbatches",
@@ -88,17 +128,81 @@ def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--schedule",
-        default="1f1b",
         metavar="NAME",
         help="1f1b (default), or zb_h1: weight gradients later, for a smaller bubble",
     )
     group.add_argument(
         "--tied-grads",
-        default="per_microbatch",
         metavar="WHEN",
         help="per_microbatch: gradients of tied weights travel with every microbatch, bit-exact "
         "(default); per_step: summed once per step",
     )
+
+
+def _add_planner_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the planner")
+    group.add_argument(
+        "--memory",
+        metavar="BYTES",
+        help="what a stage may use at its peak, for example 20GiB (default: all that --device "
+        "has; without --device no limit)",
+    )
+    group.add_argument(
+        "--remat",
+        default="auto",
+        metavar="WHAT",
+        help="auto: recompute what it takes to fit into the memory (default); none; full: keep "
+        "each unit's inputs only",
+    )
+    group.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        type=_pin,
+        metavar="FQN=STAGE",
+        help="the stage of a module or parameter, by its dotted name; repeatable",
+    )
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"whose peak rates count: {', '.join(DEVICES)}, or a JSON file that describes one "
+        "(default cpu: a generic core)",
+    )
+    group.add_argument(
+        "--optimizer",
+        default="adamw",
+        choices=("adamw", "sgd", "none"),
+        help="its states are part of the memory (default adamw; sgd is without momentum)",
+    )
+    group.add_argument(
+        "--solver", default="auto", metavar="NAME", help="auto (default), highs, cbc or dynamic"
+    )
+    group.add_argument(
+        "--time-limit",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds after which the solver's best so far is taken (default 30)",
+    )
+    group.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="show a saved plan on this model, instead of making one; its stages, replicas, "
+        "microbatches, rows and device need not be given again",
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the output")
+    group.add_argument(
+        "--compare",
+        type=_names,
+        default=(),
+        metavar="NAMES",
+        help="beside the plan, simple strategies at the same prices: uniform, parameters, "
+        "sequential, all-or-nothing, dynamic; separated by commas",
+    )
+    group.add_argument("--save", metavar="FILE", help="write the plan, for --plan and compile()")
     group.add_argument("--dump", metavar="DIR", help="write what every pass made below DIR")
     group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 
@@ -132,6 +236,72 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    with _quiet():
+        from .inspection import Request, inspect
+
+        found = inspect(Request.of(args))
+    if args.json:
+        sys.stdout.write(found.plan.to_json())
+        return 0
+    from .report import write_report
+
+    write_report(found.plan, found.timeline, sys.stdout, found.extras)
+    return 0
+
+
+# -- solve --------------------------------------------------------------------------------------
+
+
+def _add_solve(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "solve",
+        help="divide public graphs into stages: how good is the solver?",
+        description="Divide planning problems of two public collections into stages, and say how "
+        "good the divisions are. Needs no torch.",
+        epilog=_FILE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="see below")
+    parser.add_argument(
+        "--stages", type=_count, metavar="K", help="devices (default: the file's, or 8)"
+    )
+    parser.add_argument(
+        "--memory", type=_positive, metavar="GIB", help="per device (default: the file's, or 8)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=_positive,
+        default=30.0,
+        metavar="S",
+        help="seconds for each graph (default 30)",
+    )
+    parser.add_argument(
+        "--solver",
+        default="auto",
+        metavar="NAME",
+        help="auto (default), highs or cbc: the integer program; dynamic: contiguous divisions",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_solve)
+
+
+def _solve(args: argparse.Namespace) -> int:
+    from .public_problems import files_of, read
+    from .solve_report import outcome_of, write_outcomes
+
+    outcomes = []
+    for path in files_of(args.files):
+        problem = read(path, n_stages=args.stages, memory_gib=args.memory)
+        outcomes.append(outcome_of(path, problem, args.time_limit, args.solver))
+    write_outcomes(outcomes, sys.stdout, as_json=args.json)
+    return 0
+
+
+# -- arguments ----------------------------------------------------------------------------------
+
+
 def _count(text: str) -> int:
     try:
         number = int(text)
@@ -142,44 +312,33 @@ def _count(text: str) -> int:
     return number
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    with _quiet():
-        compiled = _compile(args)
-    if args.json:
-        sys.stdout.write(compiled.plan.to_json())
-        return 0
-    from .report import write_report
-
-    write_report(compiled.plan, compiled.timeline, sys.stdout)
-    return 0
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
 
 
-def _compile(args: argparse.Namespace) -> Compiled:
-    import torch
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
 
-    from .batch import flatten
-    from .build import Builder, Mode, divide
-    from .options import CompileOptions
-    from .skeleton import skeleton_of
-    from .spec import ModelOptions, load
 
-    rows = args.dp * (args.microbatches or 4 * args.stages)
-    shape = ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows)
-    subject = load(args.spec, shape)
-    options = CompileOptions(
-        n_stages=args.stages,
-        dp=args.dp,
-        microbatches=args.microbatches,
-        loss_fn=subject.loss_fn,
-        schedule=args.schedule,
-        tied_grads=args.tied_grads,
-        dump_dir=args.dump,
-    )
-    _, whole = flatten(subject.batch)
-    spec, microbatches = divide(whole, options, options.dp)
-    device = torch.device("cpu")
-    builder = Builder(skeleton_of(subject.model, device), options, device)
-    return builder.build(Mode.TRAIN, spec, microbatches)
+def _positive(text: str) -> float:
+    number = _seconds(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _pin(text: str) -> tuple[str, int]:
+    name, _, stage = text.rpartition("=")
+    if not name or not stage.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as FQN=STAGE, like lm_head=3")
+    return name, int(stage)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 @contextlib.contextmanager

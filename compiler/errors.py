@@ -5,6 +5,11 @@ Every message gives the numbers or names that clash, and the option or the code 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..passes.problem import Solution
+
 
 class PipecompileError(Exception):
     """Base of every error that pipecompile raises on purpose."""
@@ -26,6 +31,10 @@ class SpecError(PipecompileError, ValueError):
     """A SPEC that names no model, or one that cannot be built."""
 
 
+class ProblemFileError(PipecompileError, ValueError):
+    """A file that is no planning problem, or one of a format that is not known."""
+
+
 class RankMismatchError(PipecompileError, RuntimeError):
     """Ranks that were given different models, batches or options."""
 
@@ -40,6 +49,32 @@ class LossError(PipecompileError, ValueError):
 
 class PartitionError(PipecompileError, ValueError):
     """The graph cannot be divided as asked."""
+
+
+class MemoryBudgetError(PartitionError):
+    """No division fits into memory, or none was found that does.
+
+    Attributes:
+        over_bytes: per stage, what the nearest division needs above the budget; 0 if it fits.
+        nearest: the legal division (a `passes.problem.Solution`) with the smallest such excess.
+        proven: no division fits at all.
+    """
+
+    def __init__(
+        self, message: str, over_bytes: tuple[float, ...], nearest: Solution, proven: bool
+    ) -> None:
+        super().__init__(message)
+        self.over_bytes = over_bytes
+        self.nearest = nearest
+        self.proven = proven
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels from rank 0 to the others."""
+        return type(self), (str(self), self.over_bytes, self.nearest, self.proven)
+
+
+class PlanError(PipecompileError, ValueError):
+    """A plan that is damaged, or made for something else."""
 
 
 class SharedStorageError(PipecompileError, ValueError):

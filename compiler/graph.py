@@ -2,18 +2,19 @@
 
 What is legal, and what every pass may rely on:
 
-==================  =======================================================================
-node                meaning
-==================  =======================================================================
-placeholder         a parameter, a buffer, a leaf of the batch, or the tangent of the loss
-get_attr            a constant tensor that the model made while it was captured
-call_function       an ATen overload without side effect, or ``operator.getitem``
-output              loss, results, gradients and buffer updates, in the order of the fields
-``meta["val"]``     a fake tensor: shape, strides and dtype (a tuple of them, an int, ...)
-``meta["phase"]``   a `Phase`; a backward node is one that autograd added
-``meta["partner"]`` the sequence number shared by a forward op and its backward nodes
-``meta["module"]``  dotted path of the module that was running ("" is the model itself)
-==================  =======================================================================
+======================  ===================================================================
+node                    meaning
+======================  ===================================================================
+placeholder             a parameter, a buffer, a leaf of the batch, or the tangent of the loss
+get_attr                a constant tensor that the model made while it was captured
+call_function           an ATen overload without side effect, or ``operator.getitem``
+output                  loss, results, gradients and buffer updates, in the order of the fields
+``meta["val"]``         a fake tensor: shape, strides and dtype (a tuple of them, an int, ...)
+``meta["phase"]``       a `Phase`; a backward node is one that autograd added
+``meta["partner"]``     the sequence number shared by a forward op and its backward nodes
+``meta["recomputes"]``  in a backward node that computes a forward node again: its name
+``meta["module"]``      dotted path of the module that was running ("" is the model itself)
+======================  ===================================================================
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import fx
@@ -125,9 +127,19 @@ def is_operator(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the op draws from a generator, so that running it twice gives two answers."""
+    """Whether the op draws from a generator, so that running it twice gives two answers.
+
+    Attention kernels are tagged as such ops; without dropout they draw nothing.
+    """
     tags = getattr(node.target, "tags", ())
-    return is_operator(node) and torch.Tag.nondeterministic_seeded in tags
+    if not is_operator(node) or torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    called: Any = node.target
+    names = [argument.name for argument in called._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return bool(given.get("dropout_p", 0.0) != 0.0)
 
 
 def tensors(value: object) -> list[torch.Tensor]:

@@ -78,6 +78,7 @@ def is_gradient_sum(node: fx.Node) -> bool:
     """Whether a backward node adds two gradients, as autograd does for a value read twice."""
     return (
         phase_of(node) is Phase.BACKWARD
+        and "recomputes" not in node.meta
         and str(node.target) == "aten.add.Tensor"
         and len(node.args) == 2
         and not node.kwargs

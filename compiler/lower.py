@@ -386,8 +386,9 @@ class _Lowering:
             if node not in inside:
                 env[node] = inputs[self._port(node)] = graph.placeholder(node.name)
                 env[node].meta["val"] = node.meta.get("val")
-        for name in (name for node in nodes for name in slots.get(node, ())):
-            inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{identifier(name)}")
+        for name in dict.fromkeys(name for node in nodes for name in slots.get(node, ())):
+            slot = inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{identifier(name)}")
+            slot.meta["stride"] = self.graph.params[name].meta["val"].stride()
         if any(is_random(node) for node in nodes):
             inputs[Port(Role.SEED)] = graph.placeholder("seed")
         for node in nodes:

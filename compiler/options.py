@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,23 @@ import torch
 
 from .calling import LossFn
 from .errors import OptionError
+from .hardware import Device
+from .plan import Plan
 
 TIED_GRADS = ("per_microbatch", "per_step")
 SCHEDULES = ("1f1b", "zb_h1")
+REMAT = ("auto", "none", "full")
+COSTS = ("auto", "roofline", "profile")
+SOLVERS = ("auto", "highs", "cbc", "dynamic")
+_CHOICES = {
+    "tied_grads": TIED_GRADS,
+    "schedule": SCHEDULES,
+    "remat": REMAT,
+    "costs": COSTS,
+    "solver": SOLVERS,
+}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{prefix}i": 1 << 10 * (i + 1) for i, prefix in enumerate("kmgt")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +49,14 @@ class CompileOptions:
     seed: int | None = None
     schedule: str = "1f1b"
     tied_grads: str = "per_microbatch"
+    memory: int | str | None = None
+    remat: str = "auto"
+    pin: Mapping[str, int] | None = None
+    costs: str = "auto"
+    hardware: str | Path | Device | None = None
+    plan: str | Path | Plan | None = None
+    solver: str = "auto"
+    time_limit_s: float = 30.0
     dump_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -44,10 +68,11 @@ class CompileOptions:
                 raise OptionError(f"{name}={value!r} is not callable: {_WANTED[name]}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise OptionError(f"max_grad_norm={self.max_grad_norm} must be above 0")
-        for name, known in (("tied_grads", TIED_GRADS), ("schedule", SCHEDULES)):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))
                 raise OptionError(f"{name}={getattr(self, name)!r}: use {choices}")
+        self._check_planning()
         if self.optimizer is None:
             for name in ("lr_scheduler", "max_grad_norm"):
                 if getattr(self, name) is not None:
@@ -55,6 +80,43 @@ class CompileOptions:
                         f"{name} has no effect without optimizer=: give one, or call "
                         "clip_grad_norm_ and your scheduler in your own loop"
                     )
+
+    def _check_planning(self) -> None:
+        if self.memory is not None:
+            parse_bytes(self.memory, "memory")
+        if not self.time_limit_s > 0:
+            raise OptionError(f"time_limit_s={self.time_limit_s} must be above 0")
+        for name, stage in (self.pin or {}).items():
+            if not isinstance(stage, int) or not 0 <= stage < self.n_stages:
+                raise OptionError(
+                    f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.n_stages - 1}"
+                )
+        if self.costs == "profile" and self.hardware is not None:
+            raise OptionError(
+                'costs="profile" measures the device at hand: hardware= has no effect beside it'
+            )
+        if self.plan is not None:
+            defaults = {field.name: field.default for field in fields(self)}
+            for name in ("memory", "remat", "pin", "solver", "time_limit_s"):
+                if getattr(self, name) != defaults[name]:
+                    raise OptionError(
+                        f"{name}= has no effect beside plan=: the plan has decided already"
+                    )
+
+    @property
+    def measures(self) -> bool:
+        """Whether prices are measured on the device at hand, and not taken from its peak rates.
+
+        "auto" measures, unless the environment's PIPECOMPILE_COSTS says "roofline", or another
+        device than the one at hand is planned for.
+        """
+        if self.costs != "auto":
+            return self.costs == "profile"
+        return self.hardware is None and os.environ.get("PIPECOMPILE_COSTS") != "roofline"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else parse_bytes(self.memory, "memory")
 
 
 _WANTED = {
@@ -77,6 +139,24 @@ def parse_options(given: dict[str, Any]) -> CompileOptions:
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"unknown option {name!r}: {hint}")
     return CompileOptions(**given)
+
+
+def parse_bytes(given: int | str, name: str) -> int:
+    """Bytes from an int or from a text such as ``"20GiB"``, ``"512 MB"``.
+
+    Raises:
+        OptionError: neither, or not above 0.
+    """
+    match = re.fullmatch(r"([\d_.]+)\s*([kmgt]?i?)b?", str(given).strip().lower())
+    if isinstance(given, bool) or match is None or match[2] not in _UNITS:
+        raise OptionError(f'{name}={given!r}: give bytes, or a text such as "20GiB"')
+    try:
+        number = float(match[1]) * _UNITS[match[2]]
+    except ValueError:
+        raise OptionError(f'{name}={given!r}: give bytes, or a text such as "20GiB"') from None
+    if number < 1:
+        raise OptionError(f"{name}={given!r} must be above 0")
+    return int(number)
 
 
 def _check_count(name: str, value: object, optional: bool) -> None:

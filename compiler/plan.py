@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
-PLAN_VERSION = 1
+from .decision import Decision
+from .errors import PlanError
+
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,33 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes of one stage (`compiler.memory`).
+
+    Attributes:
+        states: of the optimizer.
+        batch: of the stage's share of the batch.
+        peak, peak_at: the most at once, and the action that needs it.
+    """
+
+    weights: int
+    grads: int
+    states: int
+    buffers: int
+    constants: int
+    batch: int
+    peak: int
+    peak_at: str
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage: what it covers, what it costs per microbatch, what it keeps and sends.
 
-    Seconds are the roofline's (`compiler.cost`) and include what forward and backward move.
+    Attributes:
+        forward_s, backward_s, recompute_s: predicted; the backward without recomputation.
+        recomputes: what is recomputed -> in how many of the stage's units.
+        closing_s: once per step, after the last microbatch: the optimizer.
     """
 
     stage: int
@@ -35,12 +62,16 @@ class StagePlan:
     param_bytes: int
     forward_flops: int
     backward_flops: int
+    recompute_flops: int
     forward_s: float
     backward_s: float
+    recompute_s: float
+    closing_s: float
+    recomputes: dict[str, int]
     stash_bytes: int
     carry_bytes: int
     in_flight: int
-    constant_bytes: int
+    memory: MemoryPlan
     sends: tuple[Transfer, ...]
 
 
@@ -62,9 +93,13 @@ class Plan:
 
     Attributes:
         shape: leaves of one microbatch, as text.
-        device: whose peak rates (`compiler.hardware`) the seconds are.
-        fingerprint: of the joint graph; two ranks must agree on it.
+        microbatch_tokens: token ids in it; 0 for other inputs.
+        device, costs: what the seconds are of: a device (`compiler.hardware`) and "roofline" or
+            "profile".
+        budget_bytes: memory of a stage, None for no limit.
+        decision: stages and recomputation; enough to make the same programs again.
         schedule: one line of actions per stage.
+        options: those that the programs depend on.
         param_count: of the model; a parameter that several stages hold counts once.
         step_s, bubble: of the simulated schedule.
         notes: what each pass did.
@@ -76,9 +111,13 @@ class Plan:
     microbatches: int
     microbatch_rows: int
     shape: str
+    microbatch_tokens: int
     device: str
-    fingerprint: str
+    costs: str
+    budget_bytes: int | None
     param_count: int
+    options: dict[str, str]
+    decision: Decision
     stages: tuple[StagePlan, ...]
     tied: tuple[TiedPlan, ...]
     schedule: tuple[str, ...]
@@ -87,12 +126,96 @@ class Plan:
     notes: tuple[tuple[str, str], ...]
     version: int = PLAN_VERSION
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the joint graph; two ranks must agree on it."""
+        return self.decision.fingerprint
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As plain data; how long the search took is left out, so that equal plans are equal."""
+        made = asdict(self)
+        del made["decision"]["search"]["seconds"]
+        return made
 
     def to_json(self) -> str:
         """Sorted keys, two spaces, a newline at the end: equal plans are equal bytes."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON; a file that is there is replaced whole or not at all."""
+        target = Path(path)
+        written = target.with_name(f".{target.name}.new")
+        written.write_text(self.to_json(), encoding="utf-8")
+        written.replace(target)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: no such file, not a plan, or one of another version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error}") from error
+        return Plan.from_json(text, str(path))
+
+    @staticmethod
+    def from_json(text: str, name: str = "plan") -> Plan:
+        """The plan that `to_json` wrote; ``name`` is for messages."""
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{name} is damaged: {error}; make a new plan") from error
+        if not isinstance(given, dict) or "version" not in given:
+            raise PlanError(f"{name} is not a plan: it has no 'version'")
+        if given["version"] != PLAN_VERSION:
+            raise PlanError(
+                f"{name} has version {given['version']}, this pipecompile reads {PLAN_VERSION}: "
+                "make a new plan"
+            )
+        try:
+            plan: Plan = made(Plan, given)
+            plan.decision.check(plan.n_stages)
+        except (TypeError, ValueError, KeyError) as error:
+            raise PlanError(f"{name} is damaged: {error}; make a new plan") from error
+        return plan
+
+
+def made(wanted: Any, value: Any, where: str = "plan") -> Any:
+    """Plain data -> the dataclass, tuple or dict that a type says, checked on the way.
+
+    Raises:
+        TypeError: the data has another type, or fields are missing or unknown.
+    """
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} is {value!r}")
+        types = get_type_hints(wanted)
+        fields_ = {f.name: f for f in fields(wanted)}
+        odd = set(value) ^ set(fields_) - {n for n, f in fields_.items() if _optional(f)}
+        if odd - {n for n, f in fields_.items() if _optional(f)}:
+            raise TypeError(f"{where} lacks or has too many of {', '.join(sorted(odd))}")
+        return wanted(**{k: made(types[k], v, f"{where}.{k}") for k, v in value.items()})
+    if origin is tuple and isinstance(value, list):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(
+            made(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is dict and isinstance(value, dict):
+        return {k: made(inner[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    accepted = tuple(inner) if inner else (wanted,)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+        raise TypeError(f"{where} is {value!r}")
+    return value
+
+
+def _optional(field: Field[Any]) -> bool:
+    return field.default is not MISSING
 
 
 def covered_modules(

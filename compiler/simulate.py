@@ -1,7 +1,8 @@
 """Runs a schedule against costs: when every action starts and ends.
 
 A receive is complete at the sender's end + transfer time; transfers do not occupy the compute
-stream; the makespan is max over stages of (last end − first start).
+stream; the makespan is max over stages of (last end − first start). A step is over when every
+stage has closed it: gradients reduced, optimizer run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Per stage, its compute actions in time."""
+    """Per stage, its compute actions in time, and what it does once per step after them."""
 
     stages: tuple[tuple[Interval, ...], ...]
+    closing_s: tuple[float, ...] = ()
+
+    @property
+    def step_s(self) -> float:
+        """From the first action to the end of the slowest optimizer; clipping waits for all."""
+        end = max((row[-1].end_s for row in self.stages if row), default=0.0)
+        return end + max(self.closing_s, default=0.0)
 
     @property
     def makespan_s(self) -> float:
@@ -47,12 +55,14 @@ def simulate(
     schedule: Schedule,
     compute_s: Mapping[tuple[int, Kind], float],
     transfer_s: Mapping[tuple[int, int], float],
+    closing_s: Sequence[float] = (),
 ) -> Timeline:
     """The timeline of one replica.
 
     Args:
         compute_s: seconds of (stage, F or B) per microbatch.
         transfer_s: seconds of a message from one stage to another; 0 where not given.
+        closing_s: per stage, seconds after its last action.
     """
     rows: list[list[Interval]] = [[] for _ in schedule]
     at = [0] * len(schedule)
@@ -76,7 +86,7 @@ def simulate(
                 moved = True
         if not moved:
             raise VerificationError("the schedule deadlocks")
-    return Timeline(tuple(tuple(row) for row in rows))
+    return Timeline(tuple(tuple(row) for row in rows), tuple(closing_s))
 
 
 def _needs(actions: Sequence[Action]) -> dict[Action, list[Action]]:

@@ -8,8 +8,9 @@ Of several minima without a matrix product between them only the best counts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import fx
 
@@ -46,12 +47,23 @@ class Unit:
         return tuple(dict.fromkeys(module_of(node) for node in self.nodes))
 
 
-def units_of(graph: JointGraph, locality: Locality, device: Device) -> list[Unit]:
-    """Divide the staged forward nodes into at most `MAX_UNITS` units, in execution order."""
+def units_of(
+    graph: JointGraph,
+    locality: Locality,
+    device: Device,
+    pinned: Mapping[fx.Node, int] | None = None,
+) -> list[Unit]:
+    """Divide the staged forward nodes into at most `MAX_UNITS` units, in execution order.
+
+    Args:
+        pinned: nodes whose stage is given: units also end where these begin or end.
+    """
+    labels = pinned or {}
     nodes = [node for node in locality.staged if phase_of(node) is Phase.FORWARD]
     crossing = crossing_bytes(nodes)
     groups: list[list[fx.Node]] = [[]]
     cuts = set(_good_cuts(nodes, crossing))
+    cuts |= {i for i, (a, b) in enumerate(pairwise(nodes)) if labels.get(a) != labels.get(b)}
     for position, node in enumerate(nodes):
         groups[-1].append(node)
         if position in cuts:
@@ -105,9 +117,10 @@ def _good_cuts(nodes: list[fx.Node], crossing: list[int]) -> list[int]:
     chosen: list[int] = []
     for level in sorted({crossing[i] for i in best}):
         tier = [i for i in best if crossing[i] == level]
-        if chosen and len(chosen) + len(tier) >= MAX_UNITS:
+        room = MAX_UNITS - 1 - len(chosen)
+        if chosen and len(tier) > room:
             break
-        chosen += tier[: MAX_UNITS - 1 - len(chosen)]
+        chosen += tier[:: -(-len(tier) // room)]  # every other one, say: units stay alike
     return sorted(chosen)
 
 

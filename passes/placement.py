@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,8 +10,6 @@ from torch import fx
 from ..compiler.errors import PartitionError
 from ..compiler.graph import JointGraph, Phase, module_of, phase_of, storage_root
 from ..compiler.locality import Locality, backward_places
-from ..compiler.units import Unit
-from .partition import Solution
 
 Site = tuple[str, str, int]
 """(module, operator, how many of these ran before): where in the model a node is."""
@@ -25,13 +23,14 @@ class Placement:
     sites: dict[Site, int]
 
 
-def place(
-    graph: JointGraph, locality: Locality, units: Sequence[Unit], solution: Solution
-) -> Placement:
-    """Put every unit's nodes on its stage, and the backward nodes where their partners are."""
-    forward = {node: solution.stage_of(unit.index) for unit in units for node in unit.nodes}
-    sites = {site: forward[node] for node, site in _sites(locality)}
-    return Placement(backward_places(graph, locality, forward), sites)
+def place(graph: JointGraph, locality: Locality, forward: Mapping[fx.Node, int]) -> Placement:
+    """Put the backward nodes where their forward partners are.
+
+    Args:
+        forward: the stage of every staged forward node.
+    """
+    sites = {site: forward[node] for node, site in sites_of(locality)}
+    return Placement(backward_places(graph, locality, dict(forward)), sites)
 
 
 def follow(
@@ -52,7 +51,7 @@ def follow(
     """
     forward: dict[fx.Node, int] = {}
     owner = {node: name for name, node in graph.params.items()}
-    for node, site in _sites(locality):
+    for node, site in sites_of(locality):
         lowest = max((forward[a] for a in node.all_input_nodes if a in forward), default=0)
         names = [owner[root] for a in node.all_input_nodes if (root := storage_root(a)) in owner]
         wanted = max(sites.get(site, lowest), lowest)
@@ -69,7 +68,8 @@ def follow(
     return Placement(backward_places(graph, locality, forward), dict(sites))
 
 
-def _sites(locality: Locality) -> Iterator[tuple[fx.Node, Site]]:
+def sites_of(locality: Locality) -> Iterator[tuple[fx.Node, Site]]:
+    """Every staged forward node with its site."""
     seen: dict[tuple[str, str], int] = {}
     for node in locality.staged:
         if phase_of(node) is Phase.FORWARD:

@@ -65,7 +65,15 @@ class Agreement:
         """Equal graphs, options and weights on all ranks."""
         if not self._mesh.distributed:
             return
-        shape = (options.n_stages, options.dp, options.schedule, options.tied_grads)
+        shape = (
+            options.n_stages,
+            options.dp,
+            options.schedule,
+            options.tied_grads,
+            options.memory_bytes,
+            options.remat,
+            options.pin,
+        )
         mine = (
             shape,
             fingerprint,

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..compiler.memory import ALIGNMENT_BYTES
 from .wire import is_dense
-
-ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 
 
 class GradSlot:

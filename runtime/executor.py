@@ -137,13 +137,13 @@ class Executor:
             kind, index = action.kind, action.microbatch
             if kind.computes:
                 assert index is not None
-                values = alive[index]
                 for message, pending in arriving.pop((kind, index), ()):
                     while not pending.ready():
                         yield
                     names = (spec.name for spec in message.values)
-                    values.update(zip(names, pending.wait(), strict=True))
-                self._compute(kind, index, values, job)
+                    alive[index].update(zip(names, pending.wait(), strict=True))
+                    del pending  # it holds what has arrived
+                self._compute(kind, index, alive[index], job)
             elif kind in SEND.values():
                 assert index is not None
                 self._send(action, alive[index])

@@ -51,18 +51,25 @@ class Mesh:
         return tuple(self.rank_of(replica, stage) for replica in range(self.dp))
 
 
+def world_size() -> int:
+    """The number of processes of this run; 0 where it was started as a single one."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return 0
+
+
 def make_mesh(n_stages: int, dp: int) -> Mesh:
     """The mesh that fits how this process was started: torchrun, or plain python.
 
     Raises:
         WorldSizeError: started as a number of processes that is not n_stages × dp.
     """
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    elif "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    else:
+    world = world_size()
+    if not world:
         return Mesh(n_stages, dp, None)
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
     if world != n_stages * dp:
         raise WorldSizeError(
             f"n_stages={n_stages} × dp={dp} needs {n_stages * dp} processes, and there are "
@@ -96,6 +103,19 @@ def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
         return device
     local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
     return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def ranks_here(mesh: Mesh) -> int:
+    """How many ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) if mesh.distributed else mesh.size
+
+
+def ranks_per_device(device: torch.device, mesh: Mesh) -> int:
+    """How many ranks of this machine share a device and its memory."""
+    here = ranks_here(mesh)
+    if device.type != "cuda" or device.index is not None:
+        return here
+    return -(-here // torch.cuda.device_count())
 
 
 def connect(mesh: Mesh, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,23 @@ from torch import nn
 
 from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
-from ..compiler.build import Builder, Compiled, Mode, divide
+from ..compiler.build import Builder, Compiled, Mode, Target, divide
 from ..compiler.errors import BatchError, NotCompiledError, OptionError
+from ..compiler.hardware import device_spec, parse_device
 from ..compiler.ops import generator_of, mix
 from ..compiler.options import CompileOptions
 from ..compiler.plan import Plan
+from ..compiler.profile import Profiler
 from ..compiler.program import PipelineProgram, Role
 from ..compiler.skeleton import Skeleton
+from ..compiler.timing_cache import default_cache_dir
 from .agreement import Agreement
 from .executor import Executor, Job, drive
-from .mesh import Mesh, connect, device_of
+from .link import measure_link
+from .mesh import Mesh, connect, device_of, ranks_here, ranks_per_device
 from .optimizer import clip_gradients, make_optimizer
 from .state import ModelState
+from .team import Ranks
 from .transport import Loopback, Processes, Transport
 from .watchdog import Watchdog
 
@@ -42,6 +47,9 @@ class _Loaded:
 class Pipeline:
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
+    Args:
+        why: how the number of stages was chosen, where it was.
+
     Attributes:
         data_shards: into how many shares the caller cuts the data: dp between processes, 1 where
             one process plays all ranks (and cuts each batch over the replicas itself).
@@ -55,10 +63,10 @@ class Pipeline:
         skeleton: Skeleton,
         mesh: Mesh,
         device: torch.device,
+        why: str = "",
     ):
         self._model: nn.Module | None = model
         self._options, self._skeleton, self._mesh, self._device = options, skeleton, mesh, device
-        self._builder = Builder(skeleton, options, device)
         self._loaded: dict[tuple[Mode, BatchSpec, int], _Loaded] = {}
         self._state: ModelState | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -76,6 +84,8 @@ class Pipeline:
             self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), self._status)
             self._transport = Processes(mesh, device_of(first, device, mesh))
         self._agreement = Agreement(mesh, device)
+        team = Ranks(mesh, self._agreement, model, options)
+        self._builder = Builder(skeleton, options, self._target(), team, why)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = self._agreement.gather(seed)[0]
         if options.example_batch is not None:
@@ -90,10 +100,10 @@ class Pipeline:
         """Compile the training step for batches of this shape now, without running it.
 
         Args:
-            batch: what `step` will be given: its shapes matter, its values do not.
+            batch: what `step` will be given, or its `BatchSpec`: values do not matter.
         """
         with self._guard():
-            _, whole = batches.flatten(batch)
+            whole = batch if isinstance(batch, BatchSpec) else batches.flatten(batch)[1]
             return self._load(Mode.TRAIN, whole).compiled.plan
 
     # -- training ---------------------------------------------------------------------------
@@ -242,6 +252,21 @@ class Pipeline:
 
     # -- the inside -------------------------------------------------------------------------
 
+    def _target(self) -> Target:
+        """What to compile for; measures the link where there is one and prices are measured."""
+        options, mesh = self._options, self._mesh
+        here = device_of(mesh.local_ranks[0], self._device, mesh)
+        spec = device_spec(here) if options.hardware is None else parse_device(options.hardware)
+        profiler = None
+        if options.measures:
+            beside = ranks_here(mesh) if mesh.distributed else 1
+            profiler = Profiler(here, default_cache_dir(), beside=beside)
+            if mesh.distributed and mesh.size > 1:
+                link = measure_link(mesh, here, self._transport, self._agreement.gather)
+                spec = spec.with_link(*link)
+        budget = options.memory_bytes or spec.memory_bytes // ranks_per_device(self._device, mesh)
+        return Target(self._device, spec, budget, profiler)
+
     def _first(self) -> _Loaded:
         if not self._loaded:
             raise NotCompiledError(
@@ -268,7 +293,7 @@ class Pipeline:
     def _prepare(self, mode: Mode, batch: Any) -> tuple[_Loaded, dict[int, Job]]:
         """Compile for the batch's shape if need be, and deal the microbatches out."""
         values, whole = batches.flatten(batch)
-        loaded = self._load(mode, whole)
+        loaded = self._load(mode, whole, values)
         self._agreement.check_data(values)
         microbatches = loaded.compiled.plan.microbatches
         replicas = self._mesh.dp // self.data_shards
@@ -313,23 +338,24 @@ class Pipeline:
 
     # -- compiling --------------------------------------------------------------------------
 
-    def _load(self, mode: Mode, whole: BatchSpec) -> _Loaded:
+    def _load(self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor] = ()) -> _Loaded:
         replicas = self._mesh.dp // self.data_shards
         ragged = mode is not Mode.TRAIN
         spec, microbatches = divide(whole, self._options, replicas, ragged)
         key = (mode, spec, microbatches)
         self._agreement.check_program(*key)
         if key not in self._loaded:
-            self._loaded[key] = self._compile(mode, spec, microbatches)
+            piece = batches.cut(values, replicas * microbatches)[0] if values else ()
+            self._loaded[key] = self._compile(mode, spec, microbatches, piece)
         return self._loaded[key]
 
-    def _compile(self, mode: Mode, spec: BatchSpec, microbatches: int) -> _Loaded:
+    def _compile(
+        self, mode: Mode, spec: BatchSpec, microbatches: int, piece: Sequence[torch.Tensor]
+    ) -> _Loaded:
         first = not self._builder.homes
-        compiled = self._builder.build(mode, spec, microbatches, dump=self.is_main)
+        compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
         if first:
             assert self._model is not None
-            fingerprint = compiled.plan.fingerprint
-            self._agreement.check_ranks(fingerprint, self._model, self._options)
             self._state = ModelState(
                 self._model, self._skeleton, self._builder.homes, self._mesh, self._device
             )

@@ -6,14 +6,17 @@ taken in rank order.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from ..compiler.errors import VerificationError
+from ..compiler.memory import SEGMENT_BYTES
 from ..compiler.program import ValueSpec
 from . import wire
 from .mesh import Mesh
@@ -174,14 +177,67 @@ class _Receipt:
         return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
 
 
+class _Outbox:
+    """What gloo is sending. Gloo tells that a message has left only to who waits for it.
+
+    So a thread waits, and lets go of the memory; without it a step would keep all that it sent.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._wait, name="pipecompile-outbox", daemon=True).start()
+
+    def add(self, work: dist.Work, data: torch.Tensor) -> None:
+        self._queue.put([work, data])
+
+    def flush(self) -> None:
+        """Wait until all has left.
+
+        Raises:
+            RuntimeError: what gloo says of a message that could not be sent.
+        """
+        done = threading.Event()
+        self._queue.put([done])
+        done.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self) -> None:
+        while True:
+            item = self._queue.get()
+            if isinstance(item[0], threading.Event):
+                item[0].set()
+                continue
+            try:
+                item[0].wait()
+            except RuntimeError as error:
+                self._failure = error
+            del item
+
+
+class _DeviceOutbox:
+    """What NCCL is sending: it tells when that has left."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def add(self, work: dist.Work, data: torch.Tensor) -> None:
+        while self._queue and self._queue[0][0].is_completed():
+            self._queue.popleft()[0].wait()
+        self._queue.append((work, data))
+
+    def flush(self) -> None:
+        while self._queue:
+            self._queue.popleft()[0].wait()
+
+
 class Processes:
     """torch.distributed: gloo on CPU, NCCL on CUDA."""
 
-    SEGMENT_BYTES = 64 << 20  # how much of a bucket is exchanged at once: bounds the extra memory
-
     def __init__(self, mesh: Mesh, device: torch.device):
         self.device = device
-        self.outbox: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
         # every process makes every group, in the same order
         self.replicas = [
             dist.new_group(list(mesh.replicas_of(stage))) if mesh.dp > 1 else None
@@ -212,14 +268,13 @@ class Processes:
                     dist.recv(probe, src, group=group)
 
     def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
-        while self.outbox and self.outbox[0][0].is_completed():
-            self.outbox.popleft()[0].wait()
         for value, spec in zip(values, specs, strict=True):
             data = wire.to_bytes(value, spec)
             if data.numel():
                 work = dist.isend(data, dst, group=self.pairs.get((src, dst)))
                 assert work is not None
-                self.outbox.append((work, data))
+                self.outbox.add(work, data)
+                del work, data  # the outbox alone keeps them
 
     def receive(
         self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
@@ -235,7 +290,7 @@ class Processes:
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         group = self.replicas[self.mesh.stage_of(rank)]
-        segment = self.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
+        segment = SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
         for piece in torch.split(bucket, segment):
             exchanged = torch.empty_like(piece)
             dist.all_to_all_single(exchanged, piece, group=group)
@@ -247,5 +302,4 @@ class Processes:
         return 0
 
     def flush(self) -> None:
-        while self.outbox:
-            self.outbox.popleft()[0].wait()
+        self.outbox.flush()

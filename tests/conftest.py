@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from support.gang import Gang
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a second per compile
 
 
 @pytest.fixture(scope="session")

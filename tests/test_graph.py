@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler import batch as batches
-from pipecompile.compiler.build import Builder, Mode
 from pipecompile.compiler.capture import capture_training
 from pipecompile.compiler.errors import VerificationError
 from pipecompile.compiler.graph import JointGraph, Phase, phase_of, storage_root, viewed
 from pipecompile.compiler.hardware import CPU
 from pipecompile.compiler.locality import locality_of
-from pipecompile.compiler.options import CompileOptions
 from pipecompile.compiler.skeleton import skeleton_of, weightless
 from pipecompile.compiler.units import MAX_UNITS, crossing_bytes, units_of
 from pipecompile.passes.attention import restore_attention
@@ -163,16 +161,25 @@ def test_units_end_where_little_crosses() -> None:
     assert units[-1].cut_bytes == 0
 
 
-def test_a_hundred_layers_make_no_more_units_than_the_limit() -> None:
+def test_many_layers_make_no_more_units_than_the_limit_and_alike() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(400))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(x).relu()
+            return x.sum()
+
     with weightless():
-        model = models.llama(num_hidden_layers=100)
-        spec = batches.flatten(models.tokens(1, length=4))[1]
+        model, (_, spec) = Residual(), batches.flatten(torch.zeros(4, 8))
     skeleton = skeleton_of(model, DEVICE)
-    builder = Builder(skeleton, CompileOptions(n_stages=4), DEVICE)
-    compiled = builder.build(Mode.TRAIN, spec, 8)
-    assert 100 <= sum(stage.units for stage in compiled.plan.stages) <= MAX_UNITS
-    layers = [stage.modules for stage in compiled.plan.stages]
-    assert len(layers) == 4
+    graph = capture_training(skeleton, spec, None, DEVICE).graph
+    units = units_of(graph, locality_of(graph), CPU)
+    assert 100 <= len(units) <= MAX_UNITS
+    sizes = [len(unit.nodes) for unit in units[1:-1]]
+    assert max(sizes) <= 1.5 * min(sizes)
 
 
 def test_a_norm_is_not_split() -> None:

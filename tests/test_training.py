@@ -224,6 +224,17 @@ def test_gradients_that_the_user_changed_are_taken_up() -> None:
         torch.testing.assert_close(param.grad, 4 * once[name])
 
 
+def test_several_parts_of_a_tied_gradient_on_one_stage() -> None:
+    """A weight read three times over two stages, so that one stage adds up two parts."""
+    found = {}
+    for tied_grads in ("per_microbatch", "per_step"):
+        pipe = jobs.pipeline("t5", 2, 1, 2, tied_grads=tied_grads)
+        pipe.forward_backward(models.batches("t5", 4, 1)[0])
+        found[tied_grads] = {name: p.grad for name, p in pipe.named_parameters()}
+    for name, grad in found["per_microbatch"].items():
+        torch.testing.assert_close(found["per_step"][name], grad)
+
+
 def test_tied_gradients_summed_per_step_send_less_and_nearly_agree() -> None:
     """Σ over microbatches of (a + b) against Σ a + Σ b: the same sum in another order.
 
@@ -436,9 +447,9 @@ def test_dumps_are_readable(tmp_path: Any) -> None:
     assert folder.name == "train-2x12"
     names = sorted(path.name for path in folder.iterdir())
     assert names[:2] == ["000_capture.py", "001_partition.txt"]
-    assert {"002_lower_stage1_backward.py", "003_schedule.txt", "plan.json"} <= set(names)
-    assert "def forward(self" in (folder / "002_lower_stage0_forward.py").read_text()
-    assert "0SEND_F0→1" in (folder / "003_schedule.txt").read_text()
+    assert {"003_lower_stage1_backward.py", "004_schedule.txt", "plan.json"} <= set(names)
+    assert "def forward(self" in (folder / "003_lower_stage0_forward.py").read_text()
+    assert "0SEND_F0→1" in (folder / "004_schedule.txt").read_text()
 
 
 def test_every_parameter_of_a_stage_is_read_there() -> None:

@@ -1,0 +1,9 @@
+"""`python -m pipecompile`."""
+
+from __future__ import annotations
+
+import sys
+
+from .compiler.cli import main
+
+sys.exit(main())

@@ -1,0 +1,158 @@
+"""A placed graph -> recomputation, stage programs, schedule, memory: all that needs no choice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..passes.base import Recorder
+from ..passes.communication import add_communication
+from ..passes.placement import Placement
+from ..passes.remat import Remat, rematerialise, undo
+from ..passes.schedule.actions import Schedule, to_text
+from ..passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
+from ..passes.verify import (
+    verify_graph,
+    verify_in_flight,
+    verify_placement,
+    verify_program,
+    verify_schedule,
+)
+from .footprint import Footprint
+from .graph import JointGraph
+from .locality import Locality
+from .lower import lower
+from .memory import StageMemory, stage_memory
+from .options import CompileOptions
+from .program import PipelineProgram
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What follows from a placement.
+
+    Attributes:
+        memory: per stage.
+    """
+
+    graph: JointGraph
+    remat: Remat
+    program: PipelineProgram
+    schedule: Schedule
+    memory: tuple[StageMemory, ...]
+
+    def take_apart(self) -> None:
+        """Take what was inserted into the graph out again, so that it can be placed anew."""
+        undo(self.remat)
+
+
+class Assembler:
+    """Makes the programs of one model.
+
+    Args:
+        batch_bytes: per microbatch.
+    """
+
+    def __init__(
+        self,
+        options: CompileOptions,
+        footprint: Footprint,
+        microbatches: int,
+        batch_bytes: int,
+    ):
+        self.options, self.footprint = options, footprint
+        self.microbatches, self.batch_bytes = microbatches, batch_bytes
+
+    def assemble(
+        self,
+        graph: JointGraph,
+        locality: Locality,
+        placement: Placement,
+        recomputed: Collection[fx.Node],
+        recorder: Recorder,
+    ) -> Assembly:
+        options = self.options
+        splits = options.schedule == "zb_h1" and graph.trains
+        with recorder.record("remat") as outcome:
+            verify_placement(graph, placement.stage)
+            remat = rematerialise(graph, locality, placement.stage, recomputed)
+            verify_graph(graph)
+            verify_placement(graph, remat.stage)
+            outcome.note = f"{len(remat.copies)} operators computed again"
+            outcome.texts[".txt"] = _remat_text(remat)
+        with recorder.record("lower") as outcome:
+            program = lower(
+                graph,
+                remat.locality,
+                remat.stage,
+                options.n_stages,
+                options.tied_grads,
+                split_backward=splits,
+            )
+            verify_program(program)
+            values = sum(len(message.values) for message in program.messages)
+            outcome.note = f"{values} boundary values in {len(program.messages)} messages"
+            if recorder.folder is not None:
+                outcome.texts |= _program_texts(program)
+        with recorder.record("schedule") as outcome:
+            name, compute = self._schedule(program)
+            schedule = add_communication(compute, program, options.dp)
+            verify_schedule(schedule, program.messages, self.microbatches, program.trains)
+            if program.trains:
+                verify_in_flight(schedule, self.in_flight(splits))
+            outcome.note = f"{name}, {self.microbatches} microbatches"
+            outcome.texts[".txt"] = to_text(schedule) + "\n"
+        with recorder.record("memory") as outcome:
+            memory = self._memory(program, schedule)
+            worst = max(memory, key=lambda m: m.peak_bytes)
+            outcome.note = f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
+        return Assembly(graph, remat, program, schedule, memory)
+
+    def in_flight(self, splits: bool) -> tuple[int, ...]:
+        """S − s microbatches on stage s, and up to s more that wait for their weight gradients."""
+        n_stages = self.options.n_stages
+        return tuple(
+            min(n_stages if splits else n_stages - stage, self.microbatches)
+            for stage in range(n_stages)
+        )
+
+    def _schedule(self, program: PipelineProgram) -> tuple[str, Schedule]:
+        n_stages = self.options.n_stages
+        if not program.trains:
+            return "forward only", forward_only(n_stages, self.microbatches)
+        if self.options.schedule == "zb_h1":
+            splits = [stage.weight is not None for stage in program.stages]
+            return "zb_h1", zb_h1(n_stages, self.microbatches, splits)
+        return "1f1b", one_f_one_b(n_stages, self.microbatches)
+
+    def _memory(self, program: PipelineProgram, schedule: Schedule) -> tuple[StageMemory, ...]:
+        options, share = self.options, self.batch_bytes * self.microbatches
+        return tuple(
+            stage_memory(
+                program,
+                stage.stage,
+                schedule[stage.stage],
+                self.footprint.static(stage, share, options.dp),
+                options.dp,
+                self.footprint.optimizer_bytes(stage) if program.trains else 0,
+            )
+            for stage in program.stages
+        )
+
+
+def _remat_text(remat: Remat) -> str:
+    lines = [f"stage {remat.stage[copy]}  {node.name}" for copy, node in remat.copies.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _program_texts(program: PipelineProgram) -> dict[str, str]:
+    texts = {}
+    for stage in program.stages:
+        parts = {"constants": stage.constants, "forward": stage.forward}
+        parts |= {"backward": stage.backward} if stage.backward else {}
+        parts |= {"weight": stage.weight} if stage.weight else {}
+        for name, part in parts.items():
+            texts[f"_stage{stage.stage}_{name}.py"] = part.text()
+    return texts

@@ -1,0 +1,99 @@
+"""Arguments to time a program with, made from what it was traced for.
+
+Times depend on shapes, strides and dtypes, and hardly on values as long as these are ordinary:
+small random numbers, zeros where an index is wanted, masks that mask nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .program import Port, Program, Role
+
+SCALE = 0.02  # what transformers initialise weights with
+_NOISE = 1 << 20  # so many different numbers; more would take longer to draw than to use
+
+
+class AddingSlot:
+    """Adds gradients up as the runtime's slots do after a microbatch's first."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def add(self, grad: torch.Tensor) -> None:
+        if grad.stride() != self.tensor.stride():
+            grad = torch.empty_like(self.tensor).copy_(grad)
+        self.tensor.add_(grad)
+
+
+class Synthesizer:
+    """Makes arguments on a device.
+
+    Args:
+        batch: batch leaf -> a tensor to use as it is, where one is at hand.
+    """
+
+    def __init__(self, device: torch.device, batch: Sequence[torch.Tensor] = ()):
+        self.device, self.batch = device, batch
+        noise = torch.empty(_NOISE, device=device)
+        self.noise = noise.normal_(0, SCALE, generator=torch.Generator(device).manual_seed(0))
+
+    def arguments(
+        self, program: Program, shared: Mapping[Port, Any], made: Collection[Port] = ()
+    ) -> dict[Port, Any]:
+        """An argument for each port of a program that is neither in ``shared`` nor in ``made``."""
+        layouts = _slot_layouts(program, shared)
+        nodes = program.module.graph.find_nodes(op="placeholder")
+        return {
+            port: self._argument(port, node.meta.get("val"), layouts)
+            for port, node in zip(program.inputs, nodes, strict=True)
+            if port not in shared and port not in made
+        }
+
+    def _argument(self, port: Port, value: Any, layouts: Mapping[Port, torch.Tensor]) -> Any:
+        if port.role is Role.SEED:
+            return 1
+        if port.role is Role.SLOT:
+            return AddingSlot(self.tensor(layouts[port]))
+        if port.role is Role.BATCH and int(port.key) < len(self.batch):
+            return self.batch[int(port.key)].to(self.device)
+        if not isinstance(value, torch.Tensor):
+            return value  # a number that an operator returned
+        made = self.tensor(value)
+        return made.fill_(1) if port.role is Role.TANGENT else made
+
+    def tensor(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same shape, strides and dtype, in memory of its own."""
+        steps = zip(like.shape, like.stride(), strict=True)
+        extent = 0 if like.numel() == 0 else 1 + sum((int(n) - 1) * int(s) for n, s in steps)
+        if like.dtype.is_floating_point or like.dtype.is_complex:
+            flat = torch.empty(extent, dtype=like.dtype, device=self.device)
+            for start in range(0, extent, _NOISE):
+                piece = flat[start : start + _NOISE]
+                piece.copy_(self.noise[: piece.numel()])
+        elif like.dtype is torch.bool:
+            flat = torch.ones(extent, dtype=like.dtype, device=self.device)
+        else:
+            flat = torch.zeros(extent, dtype=like.dtype, device=self.device)
+        return flat.as_strided(like.shape, like.stride())
+
+
+def _slot_layouts(program: Program, shared: Mapping[Port, Any]) -> dict[Port, torch.Tensor]:
+    """What each slot looks like: the parameter itself if the unit reads it, else its gradient."""
+    nodes = program.module.graph.find_nodes(op="placeholder")
+    ports = dict(zip(nodes, program.inputs, strict=True))
+    params = {port: node.meta["val"] for node, port in ports.items() if port.role is Role.PARAM}
+    params |= {port: value for port, value in shared.items() if port.role is Role.PARAM}
+    layouts = {}
+    for node in program.module.graph.find_nodes(op="call_function", target=ops.accumulate):
+        slot, grad = node.args
+        assert isinstance(slot, fx.Node)
+        assert isinstance(grad, fx.Node)
+        made = torch.empty(grad.meta["val"].shape, dtype=grad.meta["val"].dtype, device="meta")
+        layouts[ports[slot]] = params.get(Port(Role.PARAM, ports[slot].key), made)
+    return layouts

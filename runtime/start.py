@@ -1,0 +1,66 @@
+"""From options to a running pipeline: how many stages, which ranks, which device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..compiler import batch as batches
+from ..compiler.auto import choose_stages, listed
+from ..compiler.build import Builder, Compiled, Mode, Target, divide
+from ..compiler.errors import OptionError
+from ..compiler.hardware import device_spec, parse_device
+from ..compiler.options import CompileOptions
+from ..compiler.skeleton import skeleton_of
+from .agreement import Agreement
+from .mesh import choose_device, connect, device_of, make_mesh, ranks_per_device, world_size
+from .pipeline import Pipeline
+from .team import Ranks
+
+
+def start(model: nn.Module, options: CompileOptions) -> Pipeline:
+    """The pipeline of n_stages × dp ranks, as this process was started."""
+    mesh = make_mesh(options.n_stages, options.dp)
+    device = choose_device(options.device, mesh)
+    return Pipeline(model, options, skeleton_of(model, device), mesh, device)
+
+
+def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -> Pipeline:
+    """The pipeline whose division of the devices has the shortest predicted step.
+
+    Rank 0 plans them all, by peak rates; the others wait for its choice.
+    """
+    ranks = world_size()
+    count = devices or ranks or torch.cuda.device_count()
+    if not count:
+        raise OptionError('n_stages="auto" needs devices=, as this process sees no GPUs')
+    mesh = make_mesh(count, 1)
+    device = choose_device(options.device, mesh)
+    connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
+    skeleton = skeleton_of(model, device)
+    _, whole = batches.flatten(options.example_batch)
+    spec = device_spec(device) if options.hardware is None else parse_device(options.hardware)
+    budget = options.memory_bytes or spec.memory_bytes // ranks_per_device(device, mesh)
+    target = Target(device, spec, budget)
+
+    def build(n_stages: int, dp: int, finer: int) -> Compiled:
+        tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
+        piece, microbatches = divide(whole, tried, dp, finer=finer)
+        return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches)
+
+    team = Ranks(mesh, Agreement(mesh, device), model, options)
+    best, trials = team.share(lambda: choose_stages(count, build))
+    chosen = replace(
+        options,
+        n_stages=best.n_stages,
+        dp=best.dp,
+        microbatches=best.microbatches,
+        example_batch=None,
+    )
+    mesh = make_mesh(best.n_stages, best.dp)
+    why = f"{best} is the shortest predicted step of {listed(trials)}"
+    pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
+    pipe.compile_for(whole.cut(pipe.data_shards))
+    return pipe

@@ -1,0 +1,42 @@
+"""What a process really holds during a step, counted storage by storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pipecompile.compiler.meter import StorageMeter
+
+from support import jobs, models
+
+
+def held(pipe: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What a process holds between steps."""
+    tensors = list(batch.values())
+    for rank in pipe._state.ranks.values():
+        tensors += [*rank.params.values(), *rank.buffers.values(), *rank.grads.buffers.values()]
+    for states in pipe.optimizer.state.values():
+        tensors += [value for value in states.values() if isinstance(value, torch.Tensor)]
+    for loaded in pipe._loaded.values():
+        for executor in loaded.executors.values():
+            for bound in executor.bound.values():
+                tensors += [value for value in bound.fixed if isinstance(value, torch.Tensor)]
+    return tensors
+
+
+def peak_bytes(pipe: Any, batch: dict[str, torch.Tensor]) -> int:
+    """The most that is alive at once during a step; the first step must have been taken."""
+    meter = StorageMeter()
+    meter.hold(held(pipe, batch))
+    with meter:
+        pipe.step(batch)
+    return meter.peak_bytes
+
+
+def peaks(name: str, microbatches: int, length: int, **options: Any) -> tuple[int, int]:
+    """Measured and predicted peak of this process's stage."""
+    torch.manual_seed(1)
+    batch = models.tokens(2 * microbatches, length)
+    pipe = jobs.pipeline(name, 2, 1, microbatches, example_batch=batch, **options)
+    pipe.step(batch)
+    return peak_bytes(pipe, batch), pipe.plan.stages[pipe._mesh.rank].memory.peak

@@ -1,0 +1,38 @@
+"""Programs to time: a small model lowered with every unit, or everything, as a stage."""
+
+from __future__ import annotations
+
+import torch
+from pipecompile.compiler import batch as batches
+from pipecompile.compiler.capture import capture_training
+from pipecompile.compiler.graph import JointGraph
+from pipecompile.compiler.hardware import CPU
+from pipecompile.compiler.locality import backward_places, locality_of
+from pipecompile.compiler.lower import lower
+from pipecompile.compiler.program import StageProgram
+from pipecompile.compiler.skeleton import skeleton_of
+from pipecompile.compiler.units import units_of
+from torch import nn
+
+from support import models
+
+
+def captured(model: nn.Module, batch: models.Batch) -> JointGraph:
+    device = torch.device("cpu")
+    spec = batches.flatten(batch)[1]
+    return capture_training(skeleton_of(model, device), spec, None, device).graph
+
+
+def programs(graph: JointGraph, whole: bool = False, split: bool = False) -> list[StageProgram]:
+    """A stage program per unit, or one of all.
+
+    Args:
+        split: with weight gradients in programs of their own.
+    """
+    locality = locality_of(graph)
+    units = units_of(graph, locality, CPU)
+    place = {node: 0 if whole else unit.index for unit in units for node in unit.nodes}
+    stages = backward_places(graph, locality, place)
+    return list(
+        lower(graph, locality, stages, max(place.values()) + 1, split_backward=split).stages
+    )

@@ -1,0 +1,151 @@
+"""`pipecompile inspect`: the planner's options, automatic stages, plans in files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pipecompile.compiler.cli import _parser, main
+from pipecompile.compiler.hardware import DEVICES
+from pipecompile.compiler.inspection import Request
+from support.commands import SMALL_GPT2, inspect, plan_of
+
+# -- the planner's options ----------------------------------------------------------------------
+
+
+def test_memory_is_a_bar_and_makes_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspect(f"{SMALL_GPT2} --stages 2 --microbatches 4 --memory 2.9MiB", capsys)
+    assert re.search(r"0B2 +\[█+░*\] 2\.\d of 2\.9$", report, re.MULTILINE)
+    assert re.search(r"memory: at most 2\.\d MiB, on stage \d in .*, \d+% of the budget", report)
+    full = inspect(f"{SMALL_GPT2} --stages 2 --microbatches 4 --remat full", capsys)
+    again = " ".join(full.split("recomputed in the backward")[1].split("tied weights")[0].split())
+    assert re.search(r"stage 0: .*attention.* of \d units? \(of \d\): .*% of its time", again)
+    assert "--remat auto recomputes nothing" in full
+    assert "no limit was given" in full
+
+
+def test_infeasible_memory_is_one_line_with_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *SMALL_GPT2.split(), "--stages", "2", "--memory", "1MiB"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.match(
+        r"pipecompile: error: stage \d needs ([\d.]+) MiB of 1\.0 MiB, ([\d.]+) MiB too much", line
+    )
+    assert found
+    assert float(found[1]) == pytest.approx(1 + float(found[2]), abs=0.11)
+
+
+def test_device_gives_rates_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = plan_of(f"{SMALL_GPT2} --stages 2", capsys)
+    fast = plan_of(f"{SMALL_GPT2} --stages 2 --device h100", capsys)
+    assert (slow["device"], slow["budget_bytes"]) == ("cpu", None)
+    assert (fast["device"], fast["budget_bytes"]) == ("h100", 80 * 10**9)
+    assert fast["step_s"] < slow["step_s"]
+    fields = vars(DEVICES["l4"]) | {"name": "mine", "memory_bytes": 2**30}
+    (tmp_path / "mine.json").write_text(json.dumps(fields))
+    mine = plan_of(f"{SMALL_GPT2} --stages 2 --device {tmp_path / 'mine.json'}", capsys)
+    assert (mine["device"], mine["budget_bytes"]) == ("mine", 2**30)
+
+
+def test_optimizer_states_are_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    states = {
+        name: plan_of(f"{SMALL_GPT2} --stages 1 --optimizer {name}", capsys)["stages"][0]["memory"]
+        for name in ("adamw", "sgd", "none")
+    }
+    weights = states["none"]["weights"]
+    assert states["adamw"]["states"] >= 2 * weights
+    assert states["sgd"]["states"] == states["none"]["states"] == 0
+
+
+def test_pins_move_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(f"{SMALL_GPT2} --stages 2 --pin transformer.h.0=1", capsys)
+    assert "transformer.h" in " ".join(plan["stages"][1]["modules"])
+    assert "transformer.h" not in " ".join(plan["stages"][0]["modules"])
+
+
+def test_solver_and_time_limit_reach_the_planner() -> None:
+    arguments = "inspect hf:gpt2 --stages 2 --solver cbc --time-limit 2.5 --remat none"
+    options = Request.of(_parser().parse_args(arguments.split())).options
+    assert (options.solver, options.time_limit_s, options.remat) == ("cbc", 2.5, "none")
+
+
+def test_automatic_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every division of the same batch; what memory rules out says why."""
+    command = f"{SMALL_GPT2} --stages auto --devices"
+    report = inspect(f"{command} 4 --memory 2.9MiB --dump {tmp_path}", capsys)
+    table = report.split("divisions of 4 devices\n")[1].split("\n\n")[0]
+    assert re.search(r"^ +1 +4 +– +– +stage 0 needs .* of 2\.9 MiB", table, re.MULTILINE)
+    assert "the shortest step: chosen" in table
+    assert "16 rows per step" in report
+    assert len(list(tmp_path.iterdir())) == 1  # of the chosen division only
+    unlimited = inspect(f"{command} 2", capsys)
+    assert "1 stage × dp 2 = 2 ranks" in unlimited
+    assert re.search(r"^ +2 +1 +.* × as long$", unlimited, re.MULTILINE)
+
+
+def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"{SMALL_GPT2} --stages 2 --microbatches 4 --memory 2.9MiB"
+    report = inspect(f"{command} --compare uniform,all-or-nothing", capsys)
+    table = report.split("compared at the problem's prices")[1].split("\n\n")[0]
+    assert re.search(r"^this plan .* 1\.000 × .* yes ", table, re.MULTILINE)
+    assert re.search(r"^uniform .* no, [\d.]+ [KM]iB over +3 3$", table, re.MULTILINE)
+    assert re.search(r"^all-or-nothing ", table, re.MULTILINE)
+
+
+# -- plans in files -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan of the small GPT-2 on two stages."""
+    file = tmp_path_factory.mktemp("plans") / "plan.json"
+    assert (
+        main(["inspect", *SMALL_GPT2.split(), "--stages", "2", "--save", str(file), "--json"]) == 0
+    )
+    return file
+
+
+def test_a_saved_plan_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its stages, replicas, microbatches, rows and budget, and to the byte."""
+    file = tmp_path / "plan.json"
+    shape = "--stages 2 --dp 2 --microbatches 2 --batch 8 --schedule zb_h1 --memory 4MiB"
+    made = inspect(f"{SMALL_GPT2} {shape} --save {file} --json", capsys)
+    assert file.read_text() == made
+    assert inspect(f"{SMALL_GPT2} {shape} --json", capsys) == made
+    assert inspect(f"{SMALL_GPT2} --plan {file} --json", capsys) == made
+    report = inspect(f"{SMALL_GPT2} --plan {file}", capsys)
+    assert "dynamic program, read from a file" in report
+    assert "of 4.0" in report
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("hf:gpt2 --set n_layer=3 --seq 16 --plan {plan}", "the plan was made for microbatches of"),
+        ("{small} --set n_layer=3 --plan {plan}", "the plan was made for another model"),
+        ("{small} --plan {plan} --stages 3", "the plan has n_stages=2, this run .*3"),
+        ("{small} --plan {plan} --stages auto --devices 2", "--plan cannot be given with --stages"),
+        ("{small} --plan {plan} --remat none", "remat= has no effect beside plan="),
+        ("{small} --plan {plan} --memory 1GiB", "memory= has no effect beside plan="),
+        ("{small} --plan {plan} --compare uniform", "--compare has no effect beside --plan"),
+        ("{small} --plan {plan} --device h100", "the plan has device=cpu, this run device=h100"),
+        ("{small} --plan {broken}", "broken.json is damaged: .*; make a new plan"),
+        ("{small} --plan {folder}/list.json", "list.json is not a plan"),
+        ("{small} --plan absent.json", "cannot read the plan 'absent.json'"),
+    ],
+)
+def test_plans_that_do_not_fit(
+    command: str,
+    message: str,
+    saved: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved.with_name("list.json").write_text("[1, 2]")
+    broken = saved.with_name("broken.json")
+    broken.write_text(saved.read_text()[:1000])
+    places = {"plan": saved, "broken": broken, "folder": saved.parent, "small": SMALL_GPT2}
+    assert main(["inspect", *command.format(**places).split()]) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert re.match(f"pipecompile: error: .*{message}", line), line

@@ -1,0 +1,277 @@
+"""The planner's promises: budgets are kept as measured, plans are reused, pins are obeyed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile.compiler.auto import Trial, choose_stages
+from pipecompile.compiler.errors import (
+    MemoryBudgetError,
+    OptionError,
+    PartitionError,
+    PipecompileError,
+    PlanError,
+)
+from pipecompile.compiler.plan import PLAN_VERSION, Plan
+from pipecompile.compiler.planner import Reserves
+from support import jobs, measured, models, plain
+from support.gang import Gang
+
+BATCH = models.batches("llama", 8, 1)[0]
+Change = Callable[[dict[str, Any]], Any]
+
+
+def compiled(name: str = "llama", n_stages: int = 2, **options: Any) -> Any:
+    return jobs.pipeline(
+        name, n_stages, 1, 4, example_batch=models.batches(name, 8, 1)[0], **options
+    )
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("gpt2", {"schedule": "zb_h1", "remat": "full"}),
+        ("t5", {"remat": "full", "tied_grads": "per_step"}),
+    ],
+)
+def test_the_predicted_peak_is_the_measured_one(
+    gang: Callable[[int], Gang], name: str, options: dict[str, Any]
+) -> None:
+    """But for a message on its way out, which the other process takes sooner or later: in models
+    as small as these it is 4 % of everything."""
+    for found, predicted in gang(2).run("test_planner:peaks", name, options):
+        assert predicted == pytest.approx(found, rel=0.05)
+
+
+def peaks(name: str, options: dict[str, Any]) -> tuple[int, int]:
+    return measured.peaks(name, 6, 32, **options)
+
+
+def test_a_tight_budget_is_kept_as_measured(gang: Callable[[int], Gang]) -> None:
+    several = gang(2)
+    loose = max(peak for peak, _ in several.run("test_planner:peaks", "llama", {}))
+    least = max(peak for peak, _ in several.run("test_planner:peaks", "llama", {"remat": "full"}))
+    budget = (loose + 2 * least) // 3
+    for found, _ in several.run("test_planner:peaks", "llama", {"memory": budget}):
+        assert found <= budget
+
+
+def test_a_budget_too_small_is_refused_on_every_rank(gang: Callable[[int], Gang]) -> None:
+    for message in gang(2).run("test_planner:refused"):
+        assert "too much" in message
+        assert "weights, gradients and optimizer states" in message
+
+
+def refused() -> str:
+    with pytest.raises(MemoryBudgetError) as caught:
+        compiled(memory="100 KiB")
+    return str(caught.value)
+
+
+def test_what_would_help_is_said_with_numbers() -> None:
+    with pytest.raises(MemoryBudgetError) as caught:
+        compiled(memory="330KiB")
+    assert caught.value.over_bytes
+    stages = int(str(caught.value).split("n_stages=")[1].split()[0])
+    compiled(n_stages=stages, memory="330KiB")  # it was no empty promise
+
+
+def test_reserves_close_in_between_too_small_and_enough() -> None:
+    class Draft:
+        def __init__(self, peak: int, excess: float):
+            self.peak_bytes, self.excess_bytes = (peak,), [excess]
+
+    reserves, tried = Reserves(1, 100.0), (0.0,)
+    for _ in range(8):  # divisions that fit look 30 cheaper, the others 20 dearer than they are
+        too_small = tried[0] < 13
+        tried = reserves.next(tried, Draft(110, 20.0) if too_small else Draft(90, -30.0))
+    assert 12 < tried[0] < 14
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_equal_bytes_and_made_again_from_them(tmp_path: Path) -> None:
+    first, second = (compiled(remat="full").plan for _ in range(2))
+    assert first.to_json() == second.to_json()
+    first.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").to_json() == first.to_json()
+
+
+def test_a_plan_trains_as_the_run_that_made_it(tmp_path: Path) -> None:
+    made = compiled("t5", 3, remat="full")
+    made.plan.save(tmp_path / "plan.json")
+    again = compiled("t5", 3, plan=tmp_path / "plan.json")
+    assert again.plan.decision.recomputed == made.plan.decision.recomputed
+    assert again.plan.decision.unit_stage == made.plan.decision.unit_stage
+    assert again.plan.step_s == pytest.approx(made.plan.step_s)
+    batches = models.batches("t5", 8, 3)
+    plain.assert_equal(plain.train_pipeline(again, batches), plain.train_pipeline(made, batches))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "bert-mlm"}, "another model, or the same one with other settings"),
+        ({"n_stages": 3}, "the plan has n_stages=2, this run n_stages=3"),
+        ({"schedule": "zb_h1"}, "the plan has schedule=1f1b, this run schedule=zb_h1"),
+        ({"tied_grads": "per_step"}, "tied_grads"),
+        ({"memory": "1GiB"}, "memory= has no effect beside plan="),
+        ({"remat": "none"}, "remat= has no effect beside plan="),
+        ({"pin": {"lm_head": 1}}, "pin= has no effect beside plan="),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(options: dict[str, Any], message: str) -> None:
+    plan = compiled().plan
+    with pytest.raises(PipecompileError, match=message):
+        compiled(**options, plan=plan)
+
+
+def test_a_plan_for_another_shape_names_both() -> None:
+    plan = compiled().plan
+    pipe = jobs.pipeline("llama", 2, 1, 4, plan=plan)
+    with pytest.raises(PlanError, match=r"microbatches of .*\[2, 12\].*this run has .*\[2, 9\]"):
+        pipe.forward_backward(models.tokens(8, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=PLAN_VERSION + 1), "has version"),
+        (lambda d: d.pop("version"), "is not a plan"),
+        (lambda d: d.pop("stages"), "lacks"),
+        (lambda d: d.update(colour="red"), "colour"),
+        (lambda d: d.update(n_stages="two"), "n_stages is 'two'"),
+        (lambda d: d["decision"].update(unit_stage=[0]), "differ in length"),
+        (lambda d: d["decision"]["unit_stage"].__setitem__(0, 9), r"stages \[.*9\] of 2"),
+        (lambda d: d["decision"]["recomputed"].append("nothing_7"), "recomputes 'nothing_7'"),
+        (lambda d: d["decision"]["unit_nodes"].__setitem__(0, 99), "operators"),
+    ],
+)
+def test_a_damaged_plan_is_refused(change: Change, message: str) -> None:
+    data = json.loads(compiled().plan.to_json())
+    change(data)
+    with pytest.raises(PlanError, match=message):
+        compiled(plan=Plan.from_json(json.dumps(data)))
+
+
+def test_a_plan_file_that_is_cut_off_or_missing(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        compiled(plan=path)
+    path.write_text(compiled().plan.to_json()[:500])
+    with pytest.raises(PlanError, match="is damaged"):
+        compiled(plan=path)
+
+
+# -- pins and stages ------------------------------------------------------------------------------
+
+
+def test_pins_are_obeyed() -> None:
+    pin = {"model.layers.0": 0, "model.layers.1.mlp": 1, "lm_head.weight": 2}
+    pipe = compiled(n_stages=3, pin=pin)
+    params = [stage.params for stage in pipe.plan.stages]
+    for fqn, stage in pin.items():
+        for s, names in enumerate(params):
+            assert any(name.startswith(fqn) for name in names) == (s == stage), fqn
+
+
+@pytest.mark.parametrize(
+    ("pin", "error", "message"),
+    [
+        ({"model.layers.9": 0}, OptionError, r"has no 'model.layers.9': did you mean"),
+        ({"lm_head": 2}, OptionError, "stages are 0 to 1"),
+        ({"model.layers.0": 0, "model.layers.0.mlp": 1}, OptionError, "give one"),
+        ({"model.layers.0": 1, "model.layers.2": 0}, PartitionError, "stage"),
+    ],
+)
+def test_pins_that_cannot_be_are_refused(
+    pin: dict[str, int], error: type[PipecompileError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compiled(pin=pin)
+
+
+def test_automatic_stages_train_the_same_and_say_why() -> None:
+    pipe = pipecompile.compile(
+        models.build("llama"),
+        "auto",
+        devices=4,
+        example_batch=BATCH,
+        optimizer=jobs.OPTIMIZERS["sgd"],
+    )
+    plan = pipe.plan
+    assert plan.n_stages * plan.dp == 4
+    (why,) = (note for name, note in plan.notes if name == "stages")
+    assert "shortest predicted step" in why
+    oracle = models.build("llama")
+    loss = plain.accumulate(oracle, BATCH, plan.dp, plan.microbatches)
+    assert torch.equal(pipe.forward_backward(BATCH), loss)
+
+
+def test_automatic_stages_under_a_budget_that_one_stage_exceeds() -> None:
+    one = pipecompile.compile(
+        models.build("llama"), 1, microbatches=8, example_batch=BATCH, remat="full"
+    )
+    budget = int(0.9 * one.plan.stages[0].memory.peak)
+    pipe = pipecompile.compile(
+        models.build("llama"), "auto", devices=2, example_batch=BATCH, memory=budget
+    )
+    assert pipe.plan.n_stages == 2
+    assert "too much" in dict(pipe.plan.notes)["stages"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 4}, "needs example_batch="),
+        ({"devices": 4, "dp": 2, "example_batch": BATCH}, "leave it out"),
+        ({"devices": 4, "pin": {"lm_head": 0}, "example_batch": BATCH}, "names stages"),
+        ({"example_batch": BATCH}, "needs devices="),
+    ],
+)
+def test_automatic_stages_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        pipecompile.compile(models.build("llama"), "auto", **options)
+
+
+def test_devices_without_automatic_stages() -> None:
+    with pytest.raises(OptionError, match="no effect"):
+        pipecompile.compile(models.build("llama"), 2, devices=4)
+
+
+def test_no_division_is_possible() -> None:
+    def build(n_stages: int, dp: int, finer: int) -> Any:
+        raise PartitionError(f"{n_stages} do not fit")
+
+    with pytest.raises(OptionError, match=r"1 × dp 3: 1 do not fit; 3 × dp 1: 3 do not fit"):
+        choose_stages(3, build)
+    assert str(Trial(2, 1, 4, 0.5)) == "2 × dp 1: 0.5 s"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "lots"}, "memory='lots': give bytes"),
+        ({"memory": 0}, "must be above 0"),
+        ({"remat": "some"}, "remat='some': use 'auto' or 'none' or 'full'"),
+        ({"costs": "free"}, "costs='free'"),
+        ({"costs": "profile", "hardware": "h100"}, "no effect"),
+        ({"hardware": "h1000"}, "unknown device 'h1000': did you mean 'h100'"),
+        ({"solver": "abacus"}, "solver='abacus'"),
+        ({"time_limit_s": 0}, "time_limit_s=0 must be above 0"),
+    ],
+)
+def test_bad_planner_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        compiled(**options)

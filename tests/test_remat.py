@@ -1,0 +1,183 @@
+"""Recomputation: fewer bytes, the same bits, nothing computed more often than twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile.compiler import batch as batches
+from pipecompile.compiler.capture import capture_training
+from pipecompile.compiler.errors import MemoryBudgetError
+from pipecompile.compiler.graph import JointGraph, is_random, phase_of, root_bytes
+from pipecompile.compiler.hardware import CPU, H100
+from pipecompile.compiler.locality import Locality, locality_of
+from pipecompile.compiler.lower import lower
+from pipecompile.compiler.skeleton import skeleton_of
+from pipecompile.compiler.units import units_of
+from pipecompile.passes.attention import restore_attention
+from pipecompile.passes.placement import place
+from pipecompile.passes.remat import rematerialise, undo
+from pipecompile.passes.stash import Body, Stash, bodies_of, options_of
+from support import jobs, models, plain
+from support.gang import Gang
+from torch import fx
+
+DEVICE = torch.device("cpu")
+STEPS = 3
+
+expected = cache(jobs.train_plainly)
+
+
+def train(name: str, n_stages: int, dp: int, microbatches: int, **options: Any) -> plain.Trained:
+    pipe = jobs.pipeline(name, n_stages, dp, microbatches, **options)
+    return plain.train_pipeline(pipe, models.batches(name, 2 * dp * microbatches, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_stages", "dp", "microbatches", "schedule"),
+    [
+        ("gpt2", 2, 1, 2, "zb_h1"),
+        ("llama", 3, 1, 5, "1f1b"),
+        ("bert-classifier", 2, 1, 2, "1f1b"),
+        ("bert-mlm", 4, 1, 5, "zb_h1"),
+        ("bart", 3, 2, 2, "1f1b"),
+        ("t5", 4, 1, 5, "zb_h1"),
+        ("mixtral", 2, 1, 2, "1f1b"),
+        ("vit", 1, 1, 2, "1f1b"),
+    ],
+)
+def test_full_recomputation_changes_no_bit(
+    name: str, n_stages: int, dp: int, microbatches: int, schedule: str
+) -> None:
+    found = train(name, n_stages, dp, microbatches, remat="full", schedule=schedule)
+    plain.assert_equal(found, expected(name, dp, microbatches, "adamw", STEPS))
+
+
+@pytest.mark.parametrize(("name", "n_stages"), [("llama", 2), ("t5", 3), ("gpt2", 4)])
+def test_a_tight_budget_changes_no_bit_and_is_kept(name: str, n_stages: int) -> None:
+    spec = models.batches(name, 8, 1)[0]
+    loose = jobs.pipeline(name, n_stages, 1, 4, remat="none", example_batch=spec)
+    peak = max(stage.memory.peak for stage in loose.plan.stages)
+    fixed = max(
+        stage.memory.peak - stage.in_flight * stage.stash_bytes for stage in loose.plan.stages
+    )
+    budget = (peak + fixed) // 2
+    with pytest.raises(MemoryBudgetError, match=r"stage \d needs .* too much: use remat"):
+        jobs.pipeline(name, n_stages, 1, 4, remat="none", memory=budget, example_batch=spec)
+    pipe = jobs.pipeline(name, n_stages, 1, 4, memory=budget)
+    found = plain.train_pipeline(pipe, models.batches(name, 8, STEPS))
+    plain.assert_equal(found, expected(name, 1, 4, "adamw", STEPS))
+    assert pipe.plan.decision.recomputed
+    assert max(stage.memory.peak for stage in pipe.plan.stages) <= budget
+
+
+def test_processes_recompute_alike(gang: Any) -> None:
+    several: Gang = gang(2)
+    for found in several.run("test_remat:train_fully", "llama", 2, 1, 5):
+        plain.assert_equal(found, expected("llama", 1, 5, "adamw", STEPS), whole=False)
+
+
+def train_fully(*shape: Any) -> plain.Trained:
+    return train(*shape, remat="full")
+
+
+def test_dropout_is_drawn_once() -> None:
+    """With and without recomputation, the same masks."""
+    torch.manual_seed(0)
+    model = models.gpt2(dropout=0.2)
+    batch = models.batches("gpt2", 8, 1)[0]
+    grads = []
+    for remat in ("none", "full"):
+        pipe = pipecompile.compile(model, 2, microbatches=4, remat=remat, seed=7)
+        pipe.forward_backward(batch)
+        grads.append({name: p.grad for name, p in pipe.named_parameters()})
+    assert bool(pipe.plan.decision.recomputed)
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_other_shapes_recompute_the_same() -> None:
+    torch.manual_seed(0)
+    pipe = pipecompile.compile(models.llama(), 2, microbatches=2, remat="full")
+    counts = []
+    for length in (12, 7):
+        batch = models.tokens(4, length)
+        pipe.forward_backward(batch)
+        counts.append(len(pipe.compile_for(batch).decision.recomputed))
+    assert counts[0] == counts[1] > 20
+
+
+# -- the pass, and the choices ----------------------------------------------------------------
+
+
+def captured(
+    name: str, **changes: Any
+) -> tuple[JointGraph, Locality, list[Body], dict[fx.Node, int]]:
+    torch.manual_seed(0)
+    build, batch = models.MODELS[name]
+    spec = batches.flatten(batch(2))[1]
+    model = build(**changes) if changes else build()
+    graph = capture_training(
+        skeleton_of(model, DEVICE), spec, None, DEVICE, (restore_attention,)
+    ).graph
+    locality = locality_of(graph)
+    bodies, places = bodies_of(graph, locality, units_of(graph, locality, H100))
+    return graph, locality, bodies, places
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -> None:
+    _, _, bodies, places = captured(name)
+    for menu in options_of(bodies, places, H100):
+        assert not menu[0].recomputed
+        seconds = [stash.recompute_s for stash in menu]
+        assert seconds == sorted(seconds)
+        for stash in menu:
+            assert not any(is_random(node) for node in stash.recomputed)
+            assert not stash.recomputed & stash.exclusive
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart", "t5", "mixtral"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_choice_stashes_what_it_says(name: str, which: int) -> None:
+    """Every unit as a stage of its own: what its program keeps is what the choice announced."""
+    graph, locality, bodies, places = captured(name)
+    menus = [[s for s in menu if not s.forgets] for menu in options_of(bodies, places, CPU)]
+    chosen = [menu[which] for menu in menus]
+    home = {node: body.unit.index for body in bodies for node in body.forward}
+    again = {node for stash in chosen for node in stash.recomputed}
+    remat = rematerialise(graph, locality, place(graph, locality, home).stage, again)
+    program = lower(graph, remat.locality, remat.stage, len(bodies))
+    for stage, stash in zip(program.stages, chosen, strict=True):
+        announced = _announced(stash, bodies[stage.stage])
+        assert stage.stash_bytes >= announced
+        free = stage.stash_bytes - announced  # masks and the like, which are nobody's choice
+        assert free <= 2 * 12 * 12 * 4 * 4, (name, stage.stage)
+
+
+def _announced(stash: Stash, body: Body) -> int:
+    return stash.stash_bytes + root_bytes(stash.shared)
+
+
+def test_each_value_is_recomputed_once_right_before_its_first_reader() -> None:
+    graph, locality, bodies, places = captured("llama")
+    text = str(graph.graph)
+    home = {node: body.unit.index // 4 for body in bodies for node in body.forward}
+    again = {n for menu in options_of(bodies, places, CPU) for n in menu[-1].recomputed}
+    remat = rematerialise(graph, locality, place(graph, locality, home).stage, again)
+    assert remat.copies
+    assert max(Counter(remat.copies.values()).values()) == 1
+    nodes = list(graph.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    for copy, node in remat.copies.items():
+        assert phase_of(copy) != phase_of(node)
+        first = min(order[user] for user in copy.users)
+        between = nodes[order[copy] + 1 : first]
+        assert all(other in remat.copies for other in between)
+    graph.graph.lint()
+    undo(remat)
+    assert str(graph.graph) == text
