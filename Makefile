@@ -6,27 +6,35 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench predictions planner-table clean
 
 help:
-	@echo "make demo       train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
-	@echo "make test       the tests that take minutes"
-	@echo "make test-slow  all tests but the timings"
-	@echo "make lint       ruff and mypy"
-	@echo "make bench      the timings"
-	@echo "make clean      remove .venv and what tools left behind"
+	@echo "make demo           train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
+	@echo "make test           the tests that take minutes"
+	@echo "make test-slow      all tests but the timings"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench          the timings"
+	@echo "make predictions    do predicted step times and memory peaks come true?"
+	@echo "make planner-table  plans of large models against simple strategies"
+	@echo "make clean          remove .venv and what tools left behind"
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"
 
 bench: $(READY)
 	$(BIN)/pytest tests/bench -m bench
+
+predictions: $(READY)
+	$(BIN)/python tests/bench/predictions.py
+
+planner-table: $(READY)
+	$(BIN)/python tests/bench/planner_table.py
 
 # The repository root is the package, whatever the checkout is called: mypy gets it under its name.
 lint: $(READY)

@@ -41,7 +41,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
         )
     held = max(_scaled(problem, 0.0).stages_bytes(nearest.stage, nearest.option))
     found.append(
-        f"or give it more than memory={gib(problem.budget_bytes[0])} (of a stage's need, up to "
+        f"give it more than memory={gib(problem.budget_bytes[0])} (of a stage's need, up to "
         f"{gib(held)} are weights, gradients and optimizer states)"
     )
     return found

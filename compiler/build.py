@@ -86,6 +86,16 @@ class Team(Protocol):
         """The medians over all ranks."""
         ...
 
+    def stages(self, n_stages: int) -> Sequence[int]:
+        """Those that this process plays."""
+        ...
+
+    def pool_stages(
+        self, seconds: dict[int, tuple[float, float]]
+    ) -> dict[int, tuple[float, float]]:
+        """Those of every stage, from the ranks that play it."""
+        ...
+
 
 class Alone:
     """One process: its own decision, its own seconds."""
@@ -97,6 +107,14 @@ class Alone:
         return decide()
 
     def pool(self, seconds: list[float]) -> list[float]:
+        return seconds
+
+    def stages(self, n_stages: int) -> Sequence[int]:
+        return range(n_stages)
+
+    def pool_stages(
+        self, seconds: dict[int, tuple[float, float]]
+    ) -> dict[int, tuple[float, float]]:
         return seconds
 
 
@@ -232,6 +250,8 @@ class Builder:
             outcome.texts[".txt"] = _placement_text(decision, locality)
         assembly = assembler.assemble(graph, locality, placement, again, recorder)
         first = not self.homes
+        if first and self.given is None:
+            decision = self._corrected(decision, assembly.program, batch)
         self._settle(assembly, placement, again, locality)
         summary = Summary(
             self.skeleton,
@@ -358,6 +378,18 @@ class Builder:
         pin = {self.skeleton.canonical.get(n, n): s for n, s in (self.options.pin or {}).items()}
         return decisions.pinned_nodes(graph, locality, pin, names)
 
+    def _corrected(
+        self, decision: Decision, program: PipelineProgram, batch: Sequence[torch.Tensor]
+    ) -> Decision:
+        """With the units' seconds scaled to what their stages take when they run as a whole."""
+        profiler = self.target.profiler
+        if profiler is None or not program.trains:
+            return decision
+        mine = self.team.stages(self.options.n_stages)
+        times = profiler.times([program.stages[s] for s in mine], batch)
+        measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
+        return decision.scaled(self.team.pool_stages(measured))
+
     # -- the others ---------------------------------------------------------------------------
 
     def _follow(
@@ -398,13 +430,20 @@ class Builder:
             return [stage.closing_s for stage in self.given.stages]
         if not assembly.program.trains:
             return [0.0] * self.options.n_stages
-        dp = self.options.dp
-        link = self.target.spec.link_bytes_per_s
-        optimizer_s = self._optimizer_s(assembly)
-        return [  # the replicas' mean is an all-to-all and an all-gather
-            seconds + 2 * memory.static.grads * (dp - 1) / dp / link
-            for seconds, memory in zip(optimizer_s, assembly.memory, strict=True)
+        pairs = zip(self._optimizer_s(assembly), assembly.memory, strict=True)
+        return [
+            seconds + self._exchange_s(assembly.program, stage, memory.static.grads)
+            for stage, (seconds, memory) in enumerate(pairs)
         ]
+
+    def _exchange_s(self, program: PipelineProgram, stage: int, grad_bytes: int) -> float:
+        """Tied gradients, the replicas' mean (an all-to-all and an all-gather), and clipping."""
+        spec, dp = self.target.spec, self.options.dp
+        tied = [t.name for t in program.tied if stage in t.holders]
+        tied_bytes = sum(self.footprint.size(name)[1] for name in tied)
+        sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
+        moved = 3 * tied_bytes + (3 * grad_bytes if self.options.max_grad_norm else 0)
+        return sent / spec.link_bytes_per_s + moved / spec.bytes_per_s
 
     def _optimizer_s(self, assembly: Assembly) -> list[float]:
         """Measured, or what the optimizer reads and writes at the peak rate of the memory."""

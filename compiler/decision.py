@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -77,6 +78,17 @@ class Decision:
     unit_seconds: tuple[tuple[float, float, float], ...]
     recomputed: tuple[str, ...]
     search: Search
+
+    def scaled(self, stages_s: Mapping[int, tuple[float, float]]) -> Decision:
+        """With seconds that add up to those of the stages: forward, and all of the backward."""
+        pairs = list(zip(self.unit_stage, self.unit_seconds, strict=True))
+        seconds: list[tuple[float, float, float]] = []
+        for stage, unit in pairs:
+            mine = [other for s, other in pairs if s == stage]
+            forward = stages_s[stage][0] / (math.fsum(f for f, _, _ in mine) or 1.0)
+            backward = stages_s[stage][1] / (math.fsum(b + r for _, b, r in mine) or 1.0)
+            seconds.append((unit[0] * forward, unit[1] * backward, unit[2] * backward))
+        return replace(self, unit_seconds=tuple(seconds))
 
     def check(self, n_stages: int) -> None:
         """Raises ValueError where the parts do not fit together."""

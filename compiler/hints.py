@@ -26,6 +26,7 @@ from .simulate import Timeline, simulate
 WIDE_BUBBLE = 0.25
 NOTABLE = 0.05  # of a step, or of what is sent: smaller changes are not worth a line
 SMALL = 0.005  # of a step: not seen in three digits
+PRICE_MARGIN = 1.03
 ROOMY = 0.6  # of the budget
 UNEVEN = 1.1  # slowest stage to mean
 MOST_GROWTH = 8  # times as many microbatches
@@ -293,8 +294,10 @@ def _recomputation(subject: Subject) -> str | None:
     free = _solved(replace(problem, budget_bytes=(math.inf,) * problem.n_stages))
     if free is None or free.objective >= own.objective * (1 - NOTABLE):
         return None
+    # prices may be off by a little where the programs are other ones
+    enough = _rounded_up(PRICE_MARGIN * max(free.stages_bytes))
     return (
-        f"{share}: with --memory {_rounded_up(max(free.stages_bytes))} there would be none, and "
+        f"{share}: with --memory {enough} there would be none, and "
         f"the step would take {1 - free.objective / own.objective:.0%} less (problem's prices)"
     )
 

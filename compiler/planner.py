@@ -72,32 +72,35 @@ class Drafted:
 class Reserves:
     """What to add to the prices of each stage so that they are those of its programs.
 
-    The difference depends on the division, so the next reserve that it asks for may bring back a
-    division that does not fit. Then the next one lies halfway between the largest that was too
-    small and the smallest that was enough.
+    The difference depends on the division. Until one fits, a stage is asked for the most that any
+    division has needed there. Then less is tried, to let better ones in: where that brings back
+    one that does not fit, the next reserve lies halfway between the largest that was too small
+    and the smallest that was enough.
     """
 
     def __init__(self, n_stages: int, budget_bytes: float):
         self.budget_bytes = budget_bytes
         self.small = [-math.inf] * n_stages
         self.enough = [math.inf] * n_stages
+        self.most = [-math.inf] * n_stages
 
     def next(self, tried: Sequence[float], drafted: Drafted) -> tuple[float, ...]:
         """The reserves after those that led to a draft."""
-        return tuple(
-            self._next(s, reserve, peak, excess)
-            for s, (reserve, peak, excess) in enumerate(
-                zip(tried, drafted.peak_bytes, drafted.excess_bytes, strict=True)
-            )
-        )
+        wanted = [r + e for r, e in zip(tried, drafted.excess_bytes, strict=True)]
+        again = not any(map(math.isinf, self.most))
+        self.most = [max(pair) for pair in zip(self.most, wanted, strict=True)]
+        fits = drafted.over_bytes(self.budget_bytes) <= 0
+        for s, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
+            if peak > self.budget_bytes:
+                self.small[s] = max(self.small[s], reserve)
+            elif fits:
+                self.enough[s] = min(self.enough[s], reserve)
+        if any(map(math.isinf, self.enough)):
+            return tuple(self.most) if again else tuple(wanted)
+        return tuple(map(self._between, range(len(tried)), wanted))
 
-    def _next(self, s: int, reserve: float, peak: int, excess: float) -> float:
-        if peak > self.budget_bytes:
-            self.small[s] = max(self.small[s], reserve)
-        else:
-            self.enough[s] = min(self.enough[s], reserve)
-        wanted = reserve + excess
-        if self.small[s] < wanted < self.enough[s] or math.isinf(self.small[s] + self.enough[s]):
+    def _between(self, s: int, wanted: float) -> float:
+        if self.small[s] < wanted < self.enough[s] or math.isinf(self.small[s]):
             return wanted
         return (self.small[s] + self.enough[s]) / 2
 

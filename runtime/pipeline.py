@@ -264,7 +264,8 @@ class Pipeline:
             if mesh.distributed and mesh.size > 1:
                 link = measure_link(mesh, here, self._transport, self._agreement.gather)
                 spec = spec.with_link(*link)
-        budget = options.memory_bytes or spec.memory_bytes // ranks_per_device(self._device, mesh)
+        shared = 1 if options.hardware is not None else ranks_per_device(self._device, mesh)
+        budget = options.memory_bytes or spec.memory_bytes // shared
         return Target(self._device, spec, budget, profiler)
 
     def _first(self) -> _Loaded:

@@ -42,7 +42,8 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     skeleton = skeleton_of(model, device)
     _, whole = batches.flatten(options.example_batch)
     spec = device_spec(device) if options.hardware is None else parse_device(options.hardware)
-    budget = options.memory_bytes or spec.memory_bytes // ranks_per_device(device, mesh)
+    shared = 1 if options.hardware is not None else ranks_per_device(device, mesh)
+    budget = options.memory_bytes or spec.memory_bytes // shared
     target = Target(device, spec, budget)
 
     def build(n_stages: int, dp: int, finer: int) -> Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 from typing import TypeVar
@@ -45,6 +46,24 @@ class Ranks:
         if isinstance(made, PipecompileError):
             raise made
         return made
+
+    def stages(self, n_stages: int) -> tuple[int, ...]:
+        """Those of this process's ranks."""
+        ranks = self._mesh.local_ranks
+        return tuple(s for s in range(n_stages) if any(self._mesh.stage_of(r) == s for r in ranks))
+
+    def pool_stages(
+        self, seconds: dict[int, tuple[float, float]]
+    ) -> dict[int, tuple[float, float]]:
+        """The medians over the replicas of each stage."""
+        found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for theirs in self._agreement.gather(seconds):
+            for stage, pair in theirs.items():
+                found[stage].append(pair)
+        return {
+            stage: (median(f for f, _ in pairs), median(b for _, b in pairs))
+            for stage, pairs in found.items()
+        }
 
     def pool(self, seconds: list[float]) -> list[float]:
         """The medians over all ranks: they ran side by side, as they will when they train."""

@@ -91,6 +91,9 @@ def test_reserves_close_in_between_too_small_and_enough() -> None:
         def __init__(self, peak: int, excess: float):
             self.peak_bytes, self.excess_bytes = (peak,), [excess]
 
+        def over_bytes(self, budget_bytes: float) -> float:
+            return self.peak_bytes[0] - budget_bytes
+
     reserves, tried = Reserves(1, 100.0), (0.0,)
     for _ in range(8):  # divisions that fit look 30 cheaper, the others 20 dearer than they are
         too_small = tried[0] < 13
@@ -275,3 +278,34 @@ def test_no_division_is_possible() -> None:
 def test_bad_planner_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         compiled(**options)
+
+
+# -- measured prices ------------------------------------------------------------------------------
+
+
+def profiled(cache: str) -> tuple[plain.Trained, list[tuple[float, float]], str]:
+    """What a run with measured prices trains, and predicts for each stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPECOMPILE_CACHE", cache)
+        pipe = jobs.pipeline("llama", 2, 1, 4, costs="profile", remat="full")
+        trained = plain.train_pipeline(pipe, models.batches("llama", 8, 2))
+    stages = [(stage.forward_s, stage.backward_s + stage.recompute_s) for stage in pipe.plan.stages]
+    return trained, stages, pipe.plan.costs
+
+
+def test_measured_prices_change_no_bit(tmp_path: Path) -> None:
+    found, stages, costs = profiled(str(tmp_path))
+    plain.assert_equal(found, jobs.train_plainly("llama", 1, 4, "adamw", 2))
+    assert costs == "profile"
+    assert all(forward > 0 and backward > forward / 2 for forward, backward in stages)
+    assert list(tmp_path.glob("times-*.json"))
+
+
+def test_processes_measure_side_by_side_and_agree(
+    gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    found = gang(2).run("test_planner:profiled", str(tmp_path))
+    assert found[0][1] == found[1][1]
+    for trained, _, costs in found:
+        assert costs == "profile"
+        plain.assert_equal(trained, jobs.train_plainly("llama", 1, 4, "adamw", 2), whole=False)

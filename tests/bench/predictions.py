@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,8 +22,10 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-STEPS = 9
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
+
+ROUNDS, STEPS = 3, 5
+NOISE = 0.05  # stages whose loads differ by less are as good as equal
 LENGTH = 128
 VOCABULARY = 4096
 
@@ -108,10 +111,10 @@ def build(name: str) -> torch.nn.Module:
 
 
 def measure(setting: Setting, cache: str) -> Found:
-    """Train as this process's rank."""
+    """Train as this process's rank; prices are measured anew if the cache is empty."""
     import pipecompile
-    from pipecompile.compiler.meter import StorageMeter
     from pipecompile.runtime.executor import Executor
+    from support.measured import peak_bytes
 
     torch.set_num_threads(1)
     os.environ["PIPECOMPILE_CACHE"] = cache
@@ -119,7 +122,7 @@ def measure(setting: Setting, cache: str) -> Found:
     ids = torch.randint(VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids.clone()}
 
-    def compiled(**options: Any) -> Any:
+    def compiled(costs: str, **options: Any) -> Any:
         return pipecompile.compile(
             build(setting.model),
             setting.n_stages,
@@ -128,20 +131,21 @@ def measure(setting: Setting, cache: str) -> Found:
             max_grad_norm=1.0,
             tied_grads="per_step",
             example_batch=batch,
-            costs="profile",
+            costs=costs,
             **options,
         )
 
     memory = None
     if setting.share is not None:
         low, high = (
-            max(stage.memory.peak for stage in compiled(remat=remat).plan.stages)
+            max(stage.memory.peak for stage in compiled("roofline", remat=remat).plan.stages)
             for remat in ("full", "none")
         )
         memory = int(low + setting.share * (high - low))
-    pipe = compiled(remat=setting.remat, memory=memory)
-    rank = dist.get_rank()
-    stage = pipe.plan.stages[rank]
+    pipe = compiled("profile", remat=setting.remat, memory=memory)
+    stage = pipe.plan.stages[dist.get_rank()]
+    for _ in range(2):
+        pipe.step(batch)
     busy: list[float] = []
     original = Executor._compute
 
@@ -150,8 +154,6 @@ def measure(setting: Setting, cache: str) -> Found:
         original(self, *args)
         busy.append(time.perf_counter() - start)
 
-    for _ in range(2):
-        pipe.step(batch)
     steps = []
     Executor._compute = timed  # type: ignore[method-assign]
     for _ in range(STEPS):
@@ -160,74 +162,69 @@ def measure(setting: Setting, cache: str) -> Found:
         pipe.step(batch)
         steps.append(time.perf_counter() - start)
     Executor._compute = original  # type: ignore[method-assign]
-    meter = StorageMeter()
-    meter.hold(held(pipe, batch))
-    with meter:
-        pipe.step(batch)
     predicted_busy = stage.forward_s + stage.backward_s + stage.recompute_s
     return Found(
         median(steps),
         pipe.plan.step_s,
-        meter.peak_bytes,
+        peak_bytes(pipe, batch),
         stage.memory.peak,
         sum(busy) / STEPS,
         predicted_busy * setting.microbatches,
     )
 
 
-def held(pipe: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """What a process holds between steps."""
-    tensors = list(batch.values())
-    for rank in pipe._state.ranks.values():
-        tensors += [*rank.params.values(), *rank.buffers.values(), *rank.grads.buffers.values()]
-    for states in pipe.optimizer.state.values():
-        tensors += [value for value in states.values() if isinstance(value, torch.Tensor)]
-    for loaded in pipe._loaded.values():
-        for executor in loaded.executors.values():
-            for bound in executor.bound.values():
-                tensors += [value for value in bound.fixed if isinstance(value, torch.Tensor)]
-    return tensors
+def rounds(setting: Setting) -> list[list[Found]]:
+    """What every process found, in several rounds, each with prices of its own."""
+    from support.gang import Gang
+
+    gang = Gang(setting.n_stages)
+    found = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as cache:
+            found.append(gang.run("bench.predictions:measure", setting, cache))
+    gang.close()
+    return found
 
 
 def main() -> None:
-    from support.gang import Gang
-
-    lines = [
-        f"{'setting':48} {'step ms':>9} {'predicted':>9} {'error':>7}  "
-        "peak MiB by stage (measured, predicted, error)        load order"
-    ]
-    print(lines[0])
-    errors, memory_errors, orders = [], [], []
-    with tempfile.TemporaryDirectory() as cache:
-        for setting in SETTINGS:
-            gang = Gang(setting.n_stages)
-            found = gang.run("bench.predictions:measure", setting, cache)
-            gang.close()
-            step_s = median(each.step_s for each in found)
-            errors.append(found[0].predicted_s / step_s - 1)
-            peaks = []
-            for each in found:
-                memory_errors.append(each.predicted_bytes / each.peak_bytes - 1)
-                peaks.append(
-                    f"{each.peak_bytes / 2**20:6.1f} {each.predicted_bytes / 2**20:6.1f} "
-                    f"{memory_errors[-1]:+.1%}"
-                )
-            stages = range(len(found))
-            real = sorted(stages, key=lambda s: found[s].busy_s)
-            orders.append(real == sorted(stages, key=lambda s: found[s].predicted_busy_s))
-            ratio = found[0].busy_s / found[-1].busy_s
-            print(
-                f"{setting!s:48} {step_s * 1e3:9.1f} {found[0].predicted_s * 1e3:9.1f} "
-                f"{errors[-1]:+7.1%}  {'; '.join(peaks):54} "
-                f"{'right' if orders[-1] else 'wrong'} (first/last {ratio:.2f})",
-                flush=True,
-            )
     print(
-        f"median error of the step {median(map(abs, errors)):.1%}, "
-        f"largest {max(map(abs, errors)):.1%}; "
-        f"largest error of the peak {max(map(abs, memory_errors)):.1%}; "
-        f"order of load right in {sum(orders)} of {len(orders)}"
+        f"medians of {ROUNDS} rounds, each measures prices and then {STEPS} steps\n\n"
+        "| setting | step | predicted | error | peak of each stage | predicted | error "
+        "| busy last : first stage | predicted |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
+    errors, memory_errors, orders = [], [], []
+    for setting in SETTINGS:
+        found = rounds(setting)
+        step_s = [max(each.step_s for each in ranks) for ranks in found]
+        predicted_s = [ranks[0].predicted_s for ranks in found]
+        errors.append(median(p / s - 1 for p, s in zip(predicted_s, step_s, strict=True)))
+        last = found[-1]
+        wrong = [each.predicted_bytes / each.peak_bytes - 1 for each in last]
+        memory_errors += wrong
+        ratios = [(ranks[-1].busy_s / ranks[0].busy_s, _ratio(ranks)) for ranks in found]
+        real, guessed = (median(column) for column in zip(*ratios, strict=True))
+        near = abs(real - 1) < NOISE or abs(guessed - 1) < NOISE
+        orders.append(near or (real > 1) == (guessed > 1))
+        print(
+            f"| {setting} | {median(step_s) * 1e3:.0f} ms | {median(predicted_s) * 1e3:.0f} ms "
+            f"| {errors[-1]:+.1%} | {_mib(each.peak_bytes for each in last)} "
+            f"| {_mib(each.predicted_bytes for each in last)} "
+            f"| {', '.join(f'{w:+.1%}' for w in wrong)} | {real:.2f} | {guessed:.2f} |",
+            flush=True,
+        )
+    print(
+        f"\nstep: median error {median(map(abs, errors)):.1%}, largest "
+        f"{max(map(abs, errors)):.1%}; peak: largest error {max(map(abs, memory_errors)):.2%}; "
+        f"order of load right, or within {NOISE:.0%} of equal, in {sum(orders)} of {len(orders)}"
+    )
+
+
+def _ratio(ranks: list[Found]) -> float:
+    return ranks[-1].predicted_busy_s / ranks[0].predicted_busy_s
+
+
+def _mib(sizes: Iterable[int]) -> str:
+    return ", ".join(f"{size / 2**20:.1f}" for size in sizes) + " MiB"
 
 
 if __name__ == "__main__":

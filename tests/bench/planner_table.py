@@ -1,0 +1,264 @@
+"""What the planner brings over simple strategies, on models of real size. Prints Markdown.
+
+`make planner-table` runs it; names of models (gpt2, llama, bert, t5) as arguments choose among
+them. No weights are made and nothing is trained: seconds are those of the partitioning problem
+at an H100's peak rates in fp32, (m − 1) · slowest stage + Σ stages, without the optimizer. Bytes
+include AdamW's states, and are calibrated to the programs of the planner's own division, as
+`inspect --compare` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import transformers as hf
+from pipecompile.compiler import decision as decisions
+from pipecompile.compiler.assemble import Assembler
+from pipecompile.compiler.batch import flatten
+from pipecompile.compiler.capture import capture_training
+from pipecompile.compiler.compare import solution_in
+from pipecompile.compiler.decision import Decision
+from pipecompile.compiler.errors import MemoryBudgetError
+from pipecompile.compiler.footprint import Footprint
+from pipecompile.compiler.hardware import H100
+from pipecompile.compiler.locality import locality_of
+from pipecompile.compiler.memory import StageMemory
+from pipecompile.compiler.options import CompileOptions
+from pipecompile.compiler.planner import Planner, roofline
+from pipecompile.compiler.skeleton import skeleton_of, weightless
+from pipecompile.passes import baselines
+from pipecompile.passes.attention import restore_attention
+from pipecompile.passes.base import Recorder
+from pipecompile.passes.placement import Placement
+from pipecompile.passes.problem import Problem, Solution, fits, solution_of
+from torch import fx, nn
+
+HOST = torch.device("cpu")
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
+GIB = 2**30
+
+STAGES = (4, 8)
+PER_STAGE = 4  # microbatches
+SHARES = (0.4, 0.1)  # budgets: between the peaks of full recomputation (0) and of none (1)
+SWEPT = "bert", 8, (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05)
+
+
+# -- the models -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the shape of its microbatch."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    rows: int
+    tokens: int
+
+
+def _llama() -> nn.Module:
+    config = hf.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def _bert() -> nn.Module:
+    config = hf.BertConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
+    return hf.BertForMaskedLM(config)
+
+
+def _t5() -> nn.Module:
+    config = hf.T5Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16)
+    config.decoder_start_token_id = 0
+    return hf.T5ForConditionalGeneration(config)
+
+
+def _gpt2() -> nn.Module:
+    return hf.GPT2LMHeadModel(hf.GPT2Config())
+
+
+SUBJECTS = {
+    "gpt2": Subject("GPT-2 small", _gpt2, 8, 1024),
+    "llama": Subject("Llama-3-8B", _llama, 1, 4096),
+    "bert": Subject("BERT-large", _bert, 8, 512),
+    "t5": Subject("T5-large", _t5, 8, 512),
+}
+
+
+# -- planning -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner decided for one budget.
+
+    Attributes:
+        problem: calibrated to the programs of the decision.
+        peak_bytes: of the fullest stage, by these programs.
+        seconds: that planning took, attempts of the memory model included.
+    """
+
+    problem: Problem
+    own: Solution
+    decision: Decision
+    peak_bytes: int
+    seconds: float
+
+
+class Study:
+    """A model, captured once and planned many times."""
+
+    def __init__(self, subject: Subject):
+        with weightless():
+            model = subject.build()
+            ids = torch.zeros(subject.rows, subject.tokens, dtype=torch.long)
+            _, self.spec = flatten({"input_ids": ids, "labels": ids})
+        skeleton = skeleton_of(model, HOST)
+        self.graph = capture_training(skeleton, self.spec, None, HOST, (restore_attention,)).graph
+        self.locality = locality_of(self.graph)
+        self.footprint = Footprint(skeleton.module, ADAMW)
+
+    def plan(self, n_stages: int, remat: str, budget_bytes: float) -> Planned:
+        """Raises MemoryBudgetError where the planner finds nothing that fits."""
+        started = time.perf_counter()
+        m = PER_STAGE * n_stages
+        options = CompileOptions(n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat)
+        assembler = Assembler(options, self.footprint, m, self.spec.nbytes)
+        planner = Planner(
+            self.graph,
+            self.locality,
+            options,
+            H100,
+            self.footprint.held_bytes(),
+            assembler.in_flight(False),
+            m,
+            self.spec.rows,
+            budget_bytes,
+            {},
+        )
+
+        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[StageMemory]:
+            made = assembler.assemble(self.graph, self.locality, placement, again, Recorder(None))
+            made.take_apart()
+            return made.memory
+
+        decision = planner.decide(draft, roofline(planner.bodies, planner.menus))
+        seconds = time.perf_counter() - started
+        memory = draft(*decisions.apply(decision, self.graph, self.locality))
+        assert planner.solved is not None
+        problem = _calibrated(planner.solved, decision, memory)
+        own = solution_in(problem, decision)
+        return Planned(problem, own, decision, max(s.peak_bytes for s in memory), seconds)
+
+    def scale(self, n_stages: int) -> tuple[int, int]:
+        """Peaks of the best divisions that recompute everything, and nothing."""
+        full, none = (self.plan(n_stages, remat, math.inf) for remat in ("full", "none"))
+        return full.peak_bytes, none.peak_bytes
+
+
+def _calibrated(problem: Problem, decision: Decision, memory: Sequence[StageMemory]) -> Problem:
+    """With reserves that make the problem's bytes of a decision those of its programs."""
+    priced = solution_in(problem, decision).stages_bytes
+    rows = zip(memory, problem.reserve_bytes, priced, strict=True)
+    return replace(problem, reserve_bytes=tuple(s.peak_bytes - (p - held) for s, held, p in rows))
+
+
+def _equal_full(problem: Problem) -> Solution:
+    """Equal numbers of units, everything recomputed: what is done by hand when memory is short."""
+    even = baselines.solve_uniform(problem)
+    last = [len(each) - 1 for each in problem.options]
+    return solution_of(problem, even.stage, last, "equal, full")
+
+
+STRATEGIES: Mapping[str, Callable[[Problem], Solution]] = {
+    "sequential": baselines.solve_sequential,
+    "all-or-nothing": baselines.solve_all_or_nothing,
+    "equal units": baselines.solve_uniform,
+    "equal units, full remat": _equal_full,
+    "equal parameters": baselines.solve_parameters,
+}
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _head(first: Iterable[str]) -> list[str]:
+    heads = [*first, "GiB", "slowest ms", "step s", *STRATEGIES, "solver"]
+    return [_line(heads), _line("---" for _ in heads)]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(first: Iterable[str], study: Study, n_stages: int, budget_bytes: float) -> str:
+    start = [*first, f"{budget_bytes / GIB:.2f}"]
+    try:
+        planned = study.plan(n_stages, "auto", budget_bytes)
+    except MemoryBudgetError as error:
+        text = " ".join(str(error).split()).partition(":")[0]
+        return _line([*start, "", "", *("" for _ in STRATEGIES), f"nothing found: {text}"])
+    own, search = planned.own, planned.decision.search
+    others = [_versus(planned.problem, own, find(planned.problem)) for find in STRATEGIES.values()]
+    known = "proven" if search.proven else f"gap {search.gap:.2%}"
+    solver = f"{known}, {search.solver}, {search.seconds:.2f} s of {planned.seconds:.1f} s"
+    return _line(
+        [*start, f"{max(own.stages_s) * 1e3:.1f}", f"{own.objective:.3f}", *others, solver]
+    )
+
+
+def _versus(problem: Problem, own: Solution, found: Solution) -> str:
+    """Slowest stage and step as multiples of the plan's; † does not fit."""
+    slowest, step = max(found.stages_s) / max(own.stages_s), found.objective / own.objective
+    return f"{slowest:.2f} / {step:.2f}" + ("" if fits(problem, found) else " †")
+
+
+def main(names: Sequence[str]) -> None:
+    started = time.perf_counter()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tables: dict[str, list[str]] = {
+        title: _head(("model", "stages"))
+        for title in ("80 GB per stage", *(f"Budget at {share:.0%}" for share in SHARES))
+    }
+    loose, *tight = tables.values()
+    swept = []
+    for name in names:
+        subject = SUBJECTS[name]
+        study = Study(subject)
+        for n_stages in STAGES:
+            full, none = study.scale(n_stages)
+            first = subject.name, str(n_stages)
+            loose.append(_row(first, study, n_stages, H100.memory_bytes))
+            for share, table in zip(SHARES, tight, strict=True):
+                table.append(_row(first, study, n_stages, full + share * (none - full)))
+            if (name, n_stages) == SWEPT[:2]:
+                title = f"{subject.name}, {n_stages} stages, other budgets"
+                swept = [f"\n{title}\n", *_head(["share"])]
+                for share in SWEPT[2]:
+                    budget = full + share * (none - full)
+                    swept.append(_row([f"{share:.0%}"], study, n_stages, budget))
+    for title, lines in tables.items():
+        print(f"\n{title}\n", *lines, sep="\n")
+    print(*swept, sep="\n")
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(SUBJECTS))
