@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -81,7 +82,7 @@ class Assembler:
             verify_graph(graph)
             verify_placement(graph, remat.stage)
             outcome.note = f"{len(remat.copies)} operators computed again"
-            outcome.texts[".txt"] = _remat_text(remat)
+            outcome.texts[".txt"] = partial(_remat_text, remat)
         with recorder.record("lower") as outcome:
             program = lower(
                 graph,
@@ -94,8 +95,7 @@ class Assembler:
             verify_program(program)
             values = sum(len(message.values) for message in program.messages)
             outcome.note = f"{values} boundary values in {len(program.messages)} messages"
-            if recorder.folder is not None:
-                outcome.texts |= _program_texts(program)
+            outcome.texts |= _program_texts(program)
         with recorder.record("schedule") as outcome:
             name, compute = self._schedule(program)
             schedule = add_communication(compute, program, options.dp)
@@ -103,7 +103,7 @@ class Assembler:
             if program.trains:
                 verify_in_flight(schedule, self.in_flight(splits))
             outcome.note = f"{name}, {self.microbatches} microbatches"
-            outcome.texts[".txt"] = to_text(schedule) + "\n"
+            outcome.texts[".txt"] = lambda: to_text(schedule) + "\n"
         with recorder.record("memory") as outcome:
             memory = self._memory(program, schedule)
             worst = max(memory, key=lambda m: m.peak_bytes)
@@ -147,12 +147,12 @@ def _remat_text(remat: Remat) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _program_texts(program: PipelineProgram) -> dict[str, str]:
-    texts = {}
+def _program_texts(program: PipelineProgram) -> dict[str, Callable[[], str]]:
+    texts: dict[str, Callable[[], str]] = {}
     for stage in program.stages:
         parts = {"constants": stage.constants, "forward": stage.forward}
         parts |= {"backward": stage.backward} if stage.backward else {}
         parts |= {"weight": stage.weight} if stage.weight else {}
         for name, part in parts.items():
-            texts[f"_stage{stage.stage}_{name}.py"] = part.text()
+            texts[f"_stage{stage.stage}_{name}.py"] = part.text
     return texts

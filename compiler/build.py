@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +60,6 @@ class Compiled:
         rebuild: puts the results back into the structure that the model returns (FORWARD).
         batch_dims: per result, the dimension along which microbatches are joined (FORWARD).
         timeline: the simulated step.
-        search: what the solver says of the stages; None where they follow another graph's.
     """
 
     program: PipelineProgram
@@ -68,7 +68,6 @@ class Compiled:
     rebuild: Callable[[list[torch.Tensor]], Any]
     batch_dims: tuple[int | None, ...]
     timeline: Timeline
-    search: Search | None
 
 
 class Team(Protocol):
@@ -200,6 +199,7 @@ class Builder:
         self.again: frozenset[Site] = frozenset()
         self.homes: dict[str, tuple[int, ...]] = {}
         self.problem: Problem | None = None
+        self.measured_s: list[float] | None = None
         self.why = why
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
@@ -236,8 +236,7 @@ class Builder:
             verify_graph(graph)
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
-            if recorder.folder is not None:
-                outcome.texts[".py"] = graph.module.code
+            outcome.texts[".py"] = lambda: graph.module.code
         assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
         with recorder.record("partition") as outcome:
             locality = locality_of(graph)
@@ -247,7 +246,7 @@ class Builder:
                 decision = self._decide(graph, locality, spec, microbatches, assembler, batch)
                 placement, again = decisions.apply(decision, graph, locality)
             outcome.note = _placement_note(decision)
-            outcome.texts[".txt"] = _placement_text(decision, locality)
+            outcome.texts[".txt"] = partial(_placement_text, decision, locality)
         assembly = assembler.assemble(graph, locality, placement, again, recorder)
         first = not self.homes
         if first and self.given is None:
@@ -277,7 +276,6 @@ class Builder:
             captured.rebuild,
             captured.batch_dims,
             timeline,
-            decision.search if first else None,
         )
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:
@@ -454,9 +452,11 @@ class Builder:
             held = [memory.static for memory in assembly.memory]
             moved = [2 * s.weights + s.grads + 2 * s.states for s in held]
             return [nbytes / self.target.spec.bytes_per_s for nbytes in moved]
-        params = [self.footprint.trainable(stage.params) for stage in assembly.program.stages]
-        seconds = [self._measured_s(factory, each) for each in params]
-        return self.team.pool(seconds)
+        if self.measured_s is None:  # of all shapes alike
+            params = [self.footprint.trainable(stage.params) for stage in assembly.program.stages]
+            seconds = [self._measured_s(factory, each) for each in params]
+            self.measured_s = self.team.pool(seconds)
+        return self.measured_s
 
     def _measured_s(
         self, factory: Callable[..., torch.optim.Optimizer], params: dict[str, torch.Tensor]

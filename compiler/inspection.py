@@ -133,7 +133,7 @@ def inspect(request: Request) -> Inspection:
     problem = None if builder.problem is None else calibrated(builder.problem, plan)
     rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
-    seconds = compiled.search.seconds if compiled.search and request.given is None else None
+    seconds = plan.decision.search.seconds if request.given is None else None
     return Inspection(plan, compiled.timeline, Extras(seconds, trials, rows, tuple(hints(seen))))
 
 

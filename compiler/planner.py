@@ -158,6 +158,9 @@ class Planner:
             PartitionError: too few units for the stages, or pins that contradict the order.
         """
         problem = self.problem(prices)
+        if math.isinf(self.budget_bytes):
+            self.solved = problem
+            return self._decision(prices, self._solution(problem, self.options.time_limit_s))
         reserves = Reserves(self.options.n_stages, self.budget_bytes)
         best: Drafted | None = None
         for _ in range(ATTEMPTS):
@@ -196,21 +199,25 @@ class Planner:
     def _attempt(
         self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, limit_s: float
     ) -> Drafted:
-        options = self.options
-        limit_s = min(limit_s, options.time_limit_s)
         try:
-            solution = solve(problem, time_limit_s=limit_s, solver=options.solver)
+            solution = self._solution(problem, limit_s)
         except MemoryBudgetError as error:  # by the prices; the programs may still fit
             solution = error.nearest
-        decision = decisions.decision_of(self.fingerprint, self.units, self.menus, prices, solution)
+        decision = self._decision(prices, solution)
         memory = draft(*decisions.apply(decision, self.graph, self.locality))
         peaks = tuple(stage.peak_bytes for stage in memory)
         return Drafted(problem, solution, decision, peaks)
 
+    def _solution(self, problem: Problem, limit_s: float) -> Solution:
+        options = self.options
+        limit_s = min(limit_s, options.time_limit_s)
+        return solve(problem, time_limit_s=limit_s, solver=options.solver)
+
+    def _decision(self, prices: Sequence[UnitPrices], solution: Solution) -> Decision:
+        return decisions.decision_of(self.fingerprint, self.units, self.menus, prices, solution)
+
     def _settled(self, drafted: Drafted) -> bool:
         """Whether better prices could not lead to a better decision."""
-        if math.isinf(self.budget_bytes):
-            return True
         if drafted.over_bytes(self.budget_bytes) > 0:
             return False
         roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.stages_bytes)

@@ -16,11 +16,16 @@ from .errors import VerificationError
 
 @dataclass(frozen=True)
 class Interval:
-    """A compute action's time, in seconds from the start of the step."""
+    """A compute action's time, in seconds from the start of the step.
+
+    Attributes:
+        held_bytes: what the stage holds when it is done; 0 where that was not asked for.
+    """
 
     action: Action
     start_s: float
     end_s: float
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def simulate(
     compute_s: Mapping[tuple[int, Kind], float],
     transfer_s: Mapping[tuple[int, int], float],
     closing_s: Sequence[float] = (),
+    held_bytes: Sequence[Sequence[int]] = (),
 ) -> Timeline:
     """The timeline of one replica.
 
@@ -63,6 +69,7 @@ def simulate(
         compute_s: seconds of (stage, F or B) per microbatch.
         transfer_s: seconds of a message from one stage to another; 0 where not given.
         closing_s: per stage, seconds after its last action.
+        held_bytes: per stage and action, what is held after it.
     """
     rows: list[list[Interval]] = [[] for _ in schedule]
     at = [0] * len(schedule)
@@ -81,7 +88,8 @@ def simulate(
                     free = rows[stage][-1].end_s if rows[stage] else 0.0
                     start = max([free, *arrivals])
                     ends[action] = start + compute_s[stage, action.kind]
-                    rows[stage].append(Interval(action, start, ends[action]))
+                    held = held_bytes[stage][at[stage]] if held_bytes else 0
+                    rows[stage].append(Interval(action, start, ends[action], held))
                 at[stage] += 1
                 moved = True
         if not moved:

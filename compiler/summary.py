@@ -78,7 +78,8 @@ class Summary:
             for m in self.program.messages
         }
         closing_s = [seconds.closing for seconds in self.seconds]
-        return simulate(self.schedule, compute_s, transfer_s, closing_s)
+        held_bytes = [memory.after_bytes for memory in self.assembly.memory]
+        return simulate(self.schedule, compute_s, transfer_s, closing_s, held_bytes)
 
     def plan(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,12 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         header = f"# {name}: {outcome.note} ({seconds:.2f} s)\n"
         for suffix, text in outcome.texts.items():
-            (self.folder / f"{number:03d}_{name}{suffix}").write_text(header + text)
+            (self.folder / f"{number:03d}_{name}{suffix}").write_text(header + text())
 
 
 class Outcome:
-    """What a pass reports: a one-line note, and texts to dump by file name suffix."""
+    """What a pass reports: a one-line note, and what makes its dumps, by file name suffix."""
 
     def __init__(self) -> None:
         self.note = ""
-        self.texts: dict[str, str] = {}
+        self.texts: dict[str, Callable[[], str]] = {}

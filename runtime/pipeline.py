@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
 from ..compiler.build import Builder, Compiled, Mode, Target, divide
 from ..compiler.errors import BatchError, NotCompiledError, OptionError
-from ..compiler.hardware import device_spec, parse_device
 from ..compiler.ops import generator_of, mix
 from ..compiler.options import CompileOptions
 from ..compiler.plan import Plan
@@ -27,9 +26,10 @@ from ..compiler.timing_cache import default_cache_dir
 from .agreement import Agreement
 from .executor import Executor, Job, drive
 from .link import measure_link
-from .mesh import Mesh, connect, device_of, ranks_here, ranks_per_device
+from .mesh import Mesh, connect, device_of, ranks_here
 from .optimizer import clip_gradients, make_optimizer
 from .state import ModelState
+from .target import target_of
 from .team import Ranks
 from .transport import Loopback, Processes, Transport
 from .watchdog import Watchdog
@@ -255,18 +255,18 @@ class Pipeline:
     def _target(self) -> Target:
         """What to compile for; measures the link where there is one and prices are measured."""
         options, mesh = self._options, self._mesh
+        target = target_of(options, self._device, mesh)
+        if not options.measures:
+            return target
         here = device_of(mesh.local_ranks[0], self._device, mesh)
-        spec = device_spec(here) if options.hardware is None else parse_device(options.hardware)
-        profiler = None
-        if options.measures:
-            beside = ranks_here(mesh) if mesh.distributed else 1
-            profiler = Profiler(here, default_cache_dir(), beside=beside)
-            if mesh.distributed and mesh.size > 1:
-                link = measure_link(mesh, here, self._transport, self._agreement.gather)
-                spec = spec.with_link(*link)
-        shared = 1 if options.hardware is not None else ranks_per_device(self._device, mesh)
-        budget = options.memory_bytes or spec.memory_bytes // shared
-        return Target(self._device, spec, budget, profiler)
+        beside = ranks_here(mesh) if mesh.distributed else 1
+        spec = target.spec
+        if mesh.distributed and mesh.size > 1:
+            spec = spec.with_link(
+                *measure_link(mesh, here, self._transport, self._agreement.gather)
+            )
+        profiler = Profiler(here, default_cache_dir(), beside=beside)
+        return replace(target, spec=spec, profiler=profiler)
 
     def _first(self) -> _Loaded:
         if not self._loaded:

@@ -9,14 +9,14 @@ from torch import nn
 
 from ..compiler import batch as batches
 from ..compiler.auto import choose_stages, listed
-from ..compiler.build import Builder, Compiled, Mode, Target, divide
+from ..compiler.build import Builder, Compiled, Mode, divide
 from ..compiler.errors import OptionError
-from ..compiler.hardware import device_spec, parse_device
 from ..compiler.options import CompileOptions
 from ..compiler.skeleton import skeleton_of
 from .agreement import Agreement
-from .mesh import choose_device, connect, device_of, make_mesh, ranks_per_device, world_size
+from .mesh import choose_device, connect, device_of, make_mesh, world_size
 from .pipeline import Pipeline
+from .target import target_of
 from .team import Ranks
 
 
@@ -41,10 +41,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device)
     _, whole = batches.flatten(options.example_batch)
-    spec = device_spec(device) if options.hardware is None else parse_device(options.hardware)
-    shared = 1 if options.hardware is not None else ranks_per_device(device, mesh)
-    budget = options.memory_bytes or spec.memory_bytes // shared
-    target = Target(device, spec, budget)
+    target = target_of(options, device, mesh)
 
     def build(n_stages: int, dp: int, finer: int) -> Compiled:
         tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)

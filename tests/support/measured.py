@@ -33,10 +33,11 @@ def peak_bytes(pipe: Any, batch: dict[str, torch.Tensor]) -> int:
     return meter.peak_bytes
 
 
-def peaks(name: str, microbatches: int, length: int, **options: Any) -> tuple[int, int]:
-    """Measured and predicted peak of this process's stage."""
+def peaks(name: str, microbatches: int, length: int, **options: Any) -> tuple[int, int, int]:
+    """Of this process's stage: measured peak, predicted peak, and bytes of its largest message."""
     torch.manual_seed(1)
     batch = models.tokens(2 * microbatches, length)
     pipe = jobs.pipeline(name, 2, 1, microbatches, example_batch=batch, **options)
     pipe.step(batch)
-    return peak_bytes(pipe, batch), pipe.plan.stages[pipe._mesh.rank].memory.peak
+    stage = pipe.plan.stages[pipe._mesh.rank]
+    return peak_bytes(pipe, batch), stage.memory.peak, max(sent.bytes for sent in stage.sends)
