@@ -16,16 +16,28 @@ if TYPE_CHECKING:
     from .compiler.api import compile
     from .compiler.hardware import Device
     from .compiler.plan import Plan
+    from .compiler.precision import LossScale, Precision
     from .runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Device", "Pipeline", "Plan", "__version__", "compile", "errors"]
+__all__ = [
+    "Device",
+    "LossScale",
+    "Pipeline",
+    "Plan",
+    "Precision",
+    "__version__",
+    "compile",
+    "errors",
+]
 
 _HOMES = {
     "compile": "compiler.api",
     "Device": "compiler.hardware",
     "Pipeline": "runtime.pipeline",
     "Plan": "compiler.plan",
+    "LossScale": "compiler.precision",
+    "Precision": "compiler.precision",
 }
 
 

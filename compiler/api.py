@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
     from .hardware import Device
     from .plan import Plan
+    from .precision import Precision
 
 AUTO = "auto"
 
@@ -38,6 +39,7 @@ def compile(
     tied_grads: str = "per_microbatch",
     memory: int | str | None = None,
     remat: str = "auto",
+    precision: str | Precision | None = None,
     pin: Mapping[str, int] | None = None,
     plan: str | Path | Plan | None = None,
     costs: str = "auto",
@@ -84,6 +86,11 @@ def compile(
             device's own, shared among the ranks on it.
         remat: "auto" recomputes in the backward what it takes to fit into ``memory``, chosen
             together with the stages; "none" nothing; "full" keeps each unit's inputs only.
+        precision: "bf16" or "fp16" computes matrix products, convolutions and attention in that
+            dtype, as `torch.autocast` does on the device; weights, gradients and optimizer
+            states stay in fp32, also those of a model that comes in a reduced dtype. "fp16" comes
+            with dynamic loss scaling. "fp32" computes everything in fp32. None leaves the model's
+            dtypes as they are. A `pipecompile.Precision` says more.
         pin: dotted name of a module or parameter -> the stage that its operators go to.
         plan: a `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote: its
             stages and recomputation are used as they are.
@@ -119,6 +126,7 @@ def compile(
             tied_grads=tied_grads,
             memory=memory,
             remat=remat,
+            precision=precision,
             pin=pin,
             plan=plan,
             costs=costs,

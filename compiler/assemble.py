@@ -8,7 +8,9 @@ from functools import partial
 
 from torch import fx
 
+from ..passes import boundary
 from ..passes.base import Recorder
+from ..passes.boundary import Crossings
 from ..passes.communication import add_communication
 from ..passes.placement import Placement
 from ..passes.remat import Remat, rematerialise, undo
@@ -40,12 +42,14 @@ class Assembly:
 
     graph: JointGraph
     remat: Remat
+    crossings: Crossings
     program: PipelineProgram
     schedule: Schedule
     memory: tuple[StageMemory, ...]
 
     def take_apart(self) -> None:
         """Take what was inserted into the graph out again, so that it can be placed anew."""
+        boundary.undo(self.crossings)
         undo(self.remat)
 
 
@@ -84,10 +88,16 @@ class Assembler:
             outcome.note = f"{len(remat.copies)} operators computed again"
             outcome.texts[".txt"] = partial(_remat_text, remat)
         with recorder.record("lower") as outcome:
+            per_step = options.tied_grads == "per_step"
+            crossings = boundary.narrow_crossings(
+                graph, remat.locality, remat.stage, options.boundary, per_step
+            )
+            verify_graph(graph)
+            verify_placement(graph, crossings.stage)
             program = lower(
                 graph,
-                remat.locality,
-                remat.stage,
+                crossings.locality,
+                crossings.stage,
                 options.n_stages,
                 options.tied_grads,
                 split_backward=splits,
@@ -108,7 +118,7 @@ class Assembler:
             memory = self._memory(program, schedule)
             worst = max(memory, key=lambda m: m.peak_bytes)
             outcome.note = f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
-        return Assembly(graph, remat, program, schedule, memory)
+        return Assembly(graph, remat, crossings, program, schedule, memory)
 
     def in_flight(self, splits: bool) -> tuple[int, ...]:
         """S − s microbatches on stage s, and up to s more that wait for their weight gradients."""

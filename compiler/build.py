@@ -16,7 +16,9 @@ from torch import fx
 
 from ..passes.attention import restore_attention
 from ..passes.base import Recorder
+from ..passes.casts import settle_casts
 from ..passes.placement import Placement, Site, follow, sites_of
+from ..passes.precision import insert_casts
 from ..passes.problem import Problem
 from ..passes.schedule.actions import Schedule
 from ..passes.stash import Body, Stash
@@ -24,12 +26,18 @@ from ..passes.verify import verify_graph
 from . import decision as decisions
 from .assemble import Assembler, Assembly
 from .batch import BatchSpec
-from .capture import Captured, capture_evaluation, capture_forward, capture_training
+from .capture import (
+    Captured,
+    ForwardPass,
+    capture_evaluation,
+    capture_forward,
+    capture_training,
+)
 from .decision import Decision, Search, UnitPrices
 from .errors import BatchError, CaptureError, LossError, PlanError
 from .footprint import Footprint
 from .graph import JointGraph, Phase, module_of, phase_of
-from .hardware import Device
+from .hardware import CPU, Device
 from .locality import Locality, locality_of
 from .memory import StageMemory
 from .optimizer_cost import optimizer_seconds
@@ -133,6 +141,11 @@ class Target:
     budget_bytes: float = math.inf
     profiler: Profiler | None = None
 
+    @property
+    def kind(self) -> str:
+        """ "cpu" or "cuda": what is planned for, if it is not what is at hand."""
+        return "cpu" if self.device.type == "cpu" and self.spec.name == CPU.name else "cuda"
+
 
 def divide(
     spec: BatchSpec,
@@ -181,6 +194,7 @@ class Builder:
 
     Attributes:
         homes: parameter FQN -> the stages that hold it; empty before the first graph.
+        mixes: whether it computes in a dtype narrower than fp32.
         problem: the partitioning problem that this process solved, if it did.
     """
 
@@ -194,12 +208,14 @@ class Builder:
     ):
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
-        self.footprint = Footprint(skeleton.module, options.optimizer)
+        self.precision = options.dtypes
+        self.footprint = Footprint(skeleton.module, options.optimizer, self.precision)
         self.sites: dict[Site, int] = {}
         self.again: frozenset[Site] = frozenset()
         self.homes: dict[str, tuple[int, ...]] = {}
         self.problem: Problem | None = None
         self.measured_s: list[float] | None = None
+        self.mixes = self.precision is not None and self.precision.casts
         self.why = why
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
@@ -237,6 +253,11 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = lambda: graph.module.code
+        if self.mixes:
+            with recorder.record("precision") as outcome:
+                outcome.note = f"{self.precision}: {settle_casts(graph)}"
+                verify_graph(graph)
+                outcome.texts[".py"] = lambda: graph.module.code
         assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
         with recorder.record("partition") as outcome:
             locality = locality_of(graph)
@@ -285,12 +306,16 @@ class Builder:
         return Path(self.options.dump_dir) / f"{mode}-{shape}"
 
     def _capture(self, mode: Mode, spec: BatchSpec) -> Captured:
-        passes = (restore_attention,)
-        device = self.target.device
+        passes: tuple[ForwardPass, ...] = (restore_attention,)
+        device, compute, precision = self.target.device, None, self.precision
+        if precision is not None and self.mixes:
+            compute = precision.compute
+            casting = partial(insert_casts, precision=precision, table=self.target.kind)
+            passes = (*passes, casting)
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, device, passes)
+            return capture_forward(self.skeleton, spec, device, passes, compute)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(self.skeleton, spec, self.options.loss_fn, device, passes)
+        return capture(self.skeleton, spec, self.options.loss_fn, device, passes, compute)
 
     # -- the first graph ----------------------------------------------------------------------
 
@@ -311,7 +336,7 @@ class Builder:
             locality,
             self.options,
             self.target.spec,
-            self.footprint.held_bytes(),
+            self.footprint.held_bytes(graph.copies),
             assembler.in_flight(self.options.schedule == "zb_h1"),
             microbatches,
             spec.rows,
@@ -344,6 +369,7 @@ class Builder:
             "microbatches": (plan.microbatches, microbatches),
             "schedule": (plan.options.get("schedule"), options.schedule),
             "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
+            "precision": (plan.options.get("precision"), str(self.precision or "as it is")),
         }
         for name, (theirs, ours) in wanted.items():
             if theirs != ours:
@@ -450,7 +476,7 @@ class Builder:
             return [0.0] * self.options.n_stages
         if profiler is None:
             held = [memory.static for memory in assembly.memory]
-            moved = [2 * s.weights + s.grads + 2 * s.states for s in held]
+            moved = [2 * s.weights + s.copies + s.grads + 2 * s.states for s in held]
             return [nbytes / self.target.spec.bytes_per_s for nbytes in moved]
         if self.measured_s is None:  # of all shapes alike
             params = [self.footprint.trainable(stage.params) for stage in assembly.program.stages]

@@ -51,8 +51,9 @@ except ImportError as error:  # a torch that moved what this file is built on
         f"torch {torch.__version__} has no {error.name}"
     ) from error
 
-ForwardPass = Callable[[fx.GraphModule], str]
-"""Rewrites an exported forward graph in place; returns a note on what it did, or ""."""
+ForwardPass = Callable[[fx.GraphModule, Sequence[torch.Tensor]], str]
+"""Rewrites an exported forward graph in place, given its arguments (fake); returns a note on what
+it did, or ""."""
 
 _MODEL = "traced.model."  # where the user's model sits in what is differentiated
 
@@ -78,11 +79,13 @@ def capture_training(
     loss_fn: LossFn | None,
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
+    compute: torch.dtype | None = None,
 ) -> Captured:
     """Forward, loss and backward of one microbatch, in the mode that the model is in.
 
     Args:
         passes: applied to the exported forward graph, before it is differentiated.
+        compute: trace under autocast to this dtype, which a pass then has to carry out.
 
     Raises:
         BatchError, LossError, CaptureError: see each.
@@ -91,7 +94,7 @@ def capture_training(
     if not trainable:
         raise LossError("no parameter has requires_grad=True: there is nothing to train")
     with torch.enable_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute)
 
 
 def capture_evaluation(
@@ -100,10 +103,11 @@ def capture_evaluation(
     loss_fn: LossFn | None,
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
+    compute: torch.dtype | None = None,
 ) -> Captured:
     """Forward and loss in evaluation mode, without backward."""
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute)
 
 
 def capture_forward(
@@ -111,14 +115,15 @@ def capture_forward(
     spec: BatchSpec,
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
+    compute: torch.dtype | None = None,
 ) -> Captured:
     """All that the model returns, in evaluation mode, without backward.
 
     A second capture with twice the rows tells which dimension of each result is the batch's.
     """
     with evaluating(skeleton.module), torch.no_grad():
-        captured = _capture(skeleton, spec, None, device, "results", passes)
-        doubled = _capture(skeleton, spec.repeat(2), None, device, "results", ())
+        captured = _capture(skeleton, spec, None, device, "results", passes, compute)
+        doubled = _capture(skeleton, spec.repeat(2), None, device, "results", (), None)
     pairs = zip(captured.graph.results, doubled.graph.results, strict=True)
     dims = tuple(_grown(a.meta["val"].shape, b.meta["val"].shape) for a, b in pairs)
     return replace(captured, batch_dims=dims)
@@ -142,6 +147,7 @@ class _Traced(nn.Module):
         self.model = model
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
         self.wants_loss = self.as_untraced = True
+        self.compute: torch.dtype | None = None
         self.found_structure: Callable[[Any], None] = lambda _: None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -181,12 +187,14 @@ def _capture(
     device: torch.device,
     wants: str,
     passes: Sequence[ForwardPass],
+    compute: torch.dtype | None,
 ) -> Captured:
     """Trace the model as if it were not traced; if it cannot be, as it likes to be traced."""
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
     call = bind(skeleton.module, spec.build(leaves), loss_fn)
     function = _Traced(skeleton.module, spec, call, loss_fn)
     function.wants_loss = wants == "loss"
+    function.compute = compute
     try:
         captured = _attempt(skeleton, function, leaves, passes)
     except CaptureError:
@@ -214,7 +222,7 @@ def _attempt(
         stack.enter_context(_quiet())
         stack.enter_context(native_kernels())
         traced = _export(function, leaves)
-        notes = tuple(note for note in (apply(traced) for apply in passes) if note)
+        notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
         try:
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
         except Exception as error:
@@ -230,6 +238,7 @@ def _export(function: _Traced, leaves: tuple[torch.Tensor, ...]) -> fx.GraphModu
         tracking_modules(model) as where,
         refused_hooks(),
         kept_functions() as calls,
+        _autocast(function.compute, leaves),
     ):
         try:
             exported = torch.export.export(function, leaves, strict=False)
@@ -238,6 +247,14 @@ def _export(function: _Traced, leaves: tuple[torch.Tensor, ...]) -> fx.GraphModu
     traced = exported.module(check_guards=False)
     restore_functions(traced, calls)
     return traced
+
+
+def _autocast(
+    compute: torch.dtype | None, leaves: Sequence[torch.Tensor]
+) -> contextlib.AbstractContextManager[Any]:
+    if compute is None:
+        return contextlib.nullcontext()
+    return torch.autocast(leaves[0].device.type, dtype=compute)
 
 
 @contextlib.contextmanager

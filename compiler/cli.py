@@ -137,6 +137,12 @@ def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         help="per_microbatch: gradients of tied weights travel with every microbatch, bit-exact "
         "(default); per_step: summed once per step",
     )
+    group.add_argument(
+        "--precision",
+        metavar="DTYPE",
+        help="bf16 or fp16: matrix products and attention in that dtype, as torch.autocast has it "
+        "on the device; fp32 (default: as the model comes)",
+    )
 
 
 def _add_planner_options(parser: argparse.ArgumentParser) -> None:

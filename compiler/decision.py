@@ -166,7 +166,7 @@ def pinned_nodes(
         OptionError: an unknown FQN, one that computes nothing, or nodes pinned twice.
     """
     known = set(names)
-    owner = {node: name for name, node in graph.params.items()}
+    owner = graph.owners
     found: dict[fx.Node, tuple[str, int]] = {}
     for name, stage in pin.items():
         if name not in known:

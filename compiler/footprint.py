@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from .memory import Static, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
+from .precision import Precision
 from .program import StageProgram
 
 
@@ -19,11 +20,16 @@ class Footprint:
     Args:
         module: the model, its tensors fake.
         optimizer: the factory; None for no optimizer.
+        precision: in which dtypes gradients add up.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None
+        self,
+        module: nn.Module,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None,
+        precision: Precision | None = None,
     ):
+        self._precision = precision
         self._optimizer = optimizer
         self._params = dict(module.named_parameters())
         self._buffers = sum(b.numel() * b.element_size() for b in module.buffers())
@@ -34,11 +40,18 @@ class Footprint:
         param = self._params[name]
         return param.numel(), param.numel() * param.element_size()
 
-    def held_bytes(self) -> dict[str, int]:
-        """Parameter -> weight, gradient and optimizer states together."""
+    def held_bytes(self, copies: Collection[str] = ()) -> dict[str, int]:
+        """Parameter -> weight, its copy if it has one, gradient and optimizer states together."""
         states = self._memory(self._trainable(self._params)).state_bytes
+        copy = self._precision.compute.itemsize if self._precision else 0
         return {
-            name: self.size(name)[1] * (2 if param.requires_grad else 1) + states.get(name, 0)
+            name: param.numel()
+            * (
+                param.dtype.itemsize
+                + (self._grad_dtype(param).itemsize if param.requires_grad else 0)
+                + (copy if name in copies else 0)
+            )
+            + states.get(name, 0)
             for name, param in self._params.items()
         }
 
@@ -48,11 +61,12 @@ class Footprint:
         Args:
             batch_bytes: of the stage's share of the batch, all microbatches.
         """
-        grads = [
-            (self._params[n].numel(), self._params[n].dtype) for n in self._trainable(stage.params)
-        ]
+        trained = [self._params[n] for n in self._trainable(stage.params)]
+        grads = [(param.numel(), self._grad_dtype(param)) for param in trained]
+        copies = [(self._params[n].numel(), dtype) for n, dtype in stage.copies.items()]
         return Static(
             weights=sum(self.size(name)[1] for name in stage.params),
+            copies=bucket_bytes(copies, dp),
             grads=bucket_bytes(grads, dp),
             states=self._memory(self._trainable(stage.params)).total_state_bytes,
             buffers=self._buffers,
@@ -61,12 +75,18 @@ class Footprint:
         )
 
     def optimizer_bytes(self, stage: StageProgram) -> int:
-        """What the optimizer's step needs for a moment."""
-        return self._memory(self._trainable(stage.params)).transient_bytes
+        """What the optimizer's step needs for a moment, gradients in the weights' dtype too."""
+        names = self._trainable(stage.params)
+        trained = [self._params[name] for name in names]
+        widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
+        return self._memory(names).transient_bytes + sum(widened)
 
     def trainable(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The parameters among these that the optimizer steps, without data."""
         return {name: self._params[name] for name in self._trainable(names)}
+
+    def _grad_dtype(self, param: torch.Tensor) -> torch.dtype:
+        return self._precision.grads_of(param.dtype) if self._precision else param.dtype
 
     def _trainable(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(name for name in names if self._params[name].requires_grad)

@@ -51,6 +51,7 @@ class JointGraph:
         loss: the scalar loss, None where only results are asked for.
         results: tensors the model returns, in pytree order (evaluation graphs).
         grads: parameter FQN -> its gradient.
+        copies: parameter FQN -> placeholder of its copy in the compute dtype.
         mutations: buffer FQN -> its value after the forward pass.
     """
 
@@ -62,11 +63,18 @@ class JointGraph:
     loss: fx.Node | None = None
     results: tuple[fx.Node, ...] = ()
     grads: dict[str, fx.Node] = field(default_factory=dict)
+    copies: dict[str, fx.Node] = field(default_factory=dict)
     mutations: dict[str, fx.Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def owners(self) -> dict[fx.Node, str]:
+        """Placeholder of a parameter or of its copy -> FQN."""
+        pairs = (*self.params.items(), *self.copies.items())
+        return {node: name for name, node in pairs}
 
     @property
     def trains(self) -> bool:
@@ -98,7 +106,8 @@ class JointGraph:
             target = "" if node.op == "placeholder" else str(node.target)
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
             digest.update(f"{node.op} {target} {args} {kwargs} {describe(node)}\n".encode())
-        names = (list(self.params), list(self.buffers), list(self.inputs), list(self.grads))
+        named = (self.params, self.buffers, self.inputs, self.grads, self.copies)
+        names = tuple(list(nodes) for nodes in named)
         digest.update(repr(names).encode())
         return digest.hexdigest()
 

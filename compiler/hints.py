@@ -173,17 +173,17 @@ def _tied_gradients(subject: Subject) -> str | None:
     m = plan.microbatches
     total = m * sum(t.bytes for stage in plan.stages for t in stage.sends)
     for tied in plan.tied:
-        parts = (len(tied.stages) - 1) * tied.bytes
+        parts = (len(tied.stages) - 1) * tied.part_bytes
         if tied.summed != "per_microbatch" or not total or m * parts <= NOTABLE * total:
             continue
         line = (
             f"--tied-grads per_step: the gradient of {tied.name} is {m * parts / total:.0%} of "
             f"all that is sent, {bytes_text(m * parts)} per step, and would be "
-            f"{bytes_text(parts)}; no longer bit-exact"
+            f"{bytes_text((len(tied.stages) - 1) * tied.bytes)}; no longer bit-exact"
         )
         if len(tied.stages) == 2:
             low, high = sorted(tied.stages)
-            then = resimulated(subject, spared_bytes={(high, low): tied.bytes})
+            then = resimulated(subject, spared_bytes={(high, low): tied.part_bytes})
             line += (
                 f"; the step would take {seconds_text(then.step_s)} {_instead(plan)}"
                 if then.step_s < (1 - SMALL) * plan.step_s

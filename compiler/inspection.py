@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .auto import Trial, choose_stages
 from .batch import BatchSpec, flatten
@@ -76,6 +77,7 @@ class Request:
             tied_grads=args.tied_grads or kept.get("tied_grads", "per_microbatch"),
             memory=args.memory,
             remat=args.remat,
+            precision=args.precision,
             pin=_pins(args.pin),
             plan=given,
             costs="roofline",
@@ -121,7 +123,7 @@ def inspect(request: Request) -> Inspection:
     subject = load(request.spec, request.model)
     options = replace(request.options, loss_fn=subject.loss_fn)
     _, whole = flatten(subject.batch)
-    skeleton = skeleton_of(subject.model, HOST)
+    skeleton = skeleton_of(subject.model, HOST, options.dtypes)
     trials: tuple[Trial, ...] = ()
     if request.devices is None:
         builder, compiled = _built(request, options, skeleton, whole)
@@ -134,7 +136,18 @@ def inspect(request: Request) -> Inspection:
     rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
-    return Inspection(plan, compiled.timeline, Extras(seconds, trials, rows, tuple(hints(seen))))
+    fp32 = _in_fp32(builder, subject.model, whole) if builder.mixes else None
+    extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32)
+    return Inspection(plan, compiled.timeline, extras)
+
+
+def _in_fp32(builder: Builder, model: nn.Module, whole: BatchSpec) -> Plan:
+    """The plan of the same stages with all of the model in fp32."""
+    options = replace(builder.options, precision="fp32", plan=None, dump_dir=None)
+    twin = Builder(skeleton_of(model, HOST, options.dtypes), options, builder.target)
+    twin.sites, twin.again, twin.homes = builder.sites, builder.again, builder.homes
+    spec, microbatches = divide(whole, options, options.dp)
+    return twin.build(Mode.TRAIN, spec, microbatches).plan
 
 
 def _built(

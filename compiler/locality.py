@@ -25,7 +25,7 @@ class Locality:
 
 
 def locality_of(graph: JointGraph) -> Locality:
-    params = set(graph.params.values())
+    params = graph.owners
     mutated = {graph.buffers[name] for name in graph.mutations if name in graph.buffers}
     inputs = set(graph.inputs.values())
     constant = set(graph.buffers.values()) - mutated
@@ -82,5 +82,20 @@ def is_gradient_sum(node: fx.Node) -> bool:
         and str(node.target) == "aten.add.Tensor"
         and len(node.args) == 2
         and not node.kwargs
-        and all(isinstance(a, fx.Node) and phase_of(a) is Phase.BACKWARD for a in node.args)
+        and all(
+            isinstance(a, fx.Node) and phase_of(a) is Phase.BACKWARD and "recomputes" not in a.meta
+            for a in node.args
+        )
     )
+
+
+def gradient_sums(graph: JointGraph) -> set[fx.Node]:
+    """The sums that make the gradients of parameters."""
+    found: set[fx.Node] = set()
+    pending = list(graph.grads.values())
+    while pending:
+        node = pending.pop()
+        if is_gradient_sum(node) and node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found

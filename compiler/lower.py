@@ -269,7 +269,8 @@ class _Lowering:
         buffers |= {name for name, _ in self._mutations(s)}
         grads = [name for name, ns in self.parts.items() if any(self.stage[n] == s for n in ns)]
         order = {name: i for i, name in enumerate(self.graph.params)}
-        params = {str(p.key) for p in used if p.role is Role.PARAM} | set(grads)
+        copies = {str(p.key) for p in used if p.role is Role.COPY}
+        params = {str(p.key) for p in used if p.role is Role.PARAM} | copies | set(grads)
         return StageProgram(
             s,
             constants,
@@ -279,6 +280,7 @@ class _Lowering:
             tuple(sorted(params, key=order.__getitem__)),
             tuple(sorted(buffers)),
             tuple(sorted(grads, key=order.__getitem__)),
+            {n: self.graph.copies[n].meta["val"].dtype for n in order if n in copies},
             self._drops(s, made),
             self._stash_bytes(s),
             root_bytes(self.carry[s]),
@@ -388,7 +390,7 @@ class _Lowering:
                 env[node].meta["val"] = node.meta.get("val")
         for name in dict.fromkeys(name for node in nodes for name in slots.get(node, ())):
             slot = inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{identifier(name)}")
-            slot.meta["stride"] = self.graph.params[name].meta["val"].stride()
+            slot.meta["val"] = self.graph.params[name].meta["val"]
         if any(is_random(node) for node in nodes):
             inputs[Port(Role.SEED)] = graph.placeholder("seed")
         for node in nodes:
@@ -452,6 +454,7 @@ class _Lowering:
 
 def _placeholder_ports(graph: JointGraph) -> dict[fx.Node, Port]:
     ports = {node: Port(Role.PARAM, name) for name, node in graph.params.items()}
+    ports |= {node: Port(Role.COPY, name) for name, node in graph.copies.items()}
     ports |= {node: Port(Role.BUFFER, name) for name, node in graph.buffers.items()}
     ports |= {node: Port(Role.BATCH, index) for index, node in graph.inputs.items()}
     if graph.tangent is not None:

@@ -27,9 +27,10 @@ SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
 
 @dataclass(frozen=True)
 class Static:
-    """Bytes that a stage holds all the time."""
+    """Bytes that a stage holds all the time; ``copies`` are weights in the compute dtype."""
 
     weights: int
+    copies: int
     grads: int
     states: int
     buffers: int
@@ -187,9 +188,9 @@ def _scratch(node: fx.Node) -> int:
     slot, grad = node.args
     assert isinstance(slot, fx.Node)
     assert isinstance(grad, fx.Node)
-    value: torch.Tensor = grad.meta["val"]
-    moved = value.stride() != slot.meta["stride"]
-    return value.numel() * value.element_size() if moved else 0
+    made: torch.Tensor = slot.meta["val"]
+    moved = grad.meta["val"].stride() != made.stride()
+    return made.numel() * made.element_size() if moved else 0
 
 
 def _frees(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -16,6 +16,7 @@ from .calling import LossFn
 from .errors import OptionError
 from .hardware import Device
 from .plan import Plan
+from .precision import Precision, parse_precision
 
 TIED_GRADS = ("per_microbatch", "per_step")
 SCHEDULES = ("1f1b", "zb_h1")
@@ -51,6 +52,7 @@ class CompileOptions:
     tied_grads: str = "per_microbatch"
     memory: int | str | None = None
     remat: str = "auto"
+    precision: str | Precision | None = None
     pin: Mapping[str, int] | None = None
     costs: str = "auto"
     hardware: str | Path | Device | None = None
@@ -73,6 +75,7 @@ class CompileOptions:
                 choices = " or ".join(map(repr, known))
                 raise OptionError(f"{name}={getattr(self, name)!r}: use {choices}")
         self._check_planning()
+        parse_precision(self.precision)
         if self.optimizer is None:
             for name in ("lr_scheduler", "max_grad_norm"):
                 if getattr(self, name) is not None:
@@ -102,6 +105,16 @@ class CompileOptions:
                     raise OptionError(
                         f"{name}= has no effect beside plan=: the plan has decided already"
                     )
+
+    @property
+    def dtypes(self) -> Precision | None:
+        """The precision, whole; None where dtypes stay as they are."""
+        return parse_precision(self.precision)
+
+    @property
+    def boundary(self) -> torch.dtype | None:
+        """In which fp32 values travel between stages; None for as they are."""
+        return None if self.dtypes is None else self.dtypes.boundary
 
     @property
     def measures(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .decision import Decision
 from .errors import PlanError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class MemoryPlan:
     """Predicted bytes of one stage (`compiler.memory`).
 
     Attributes:
+        copies: of weights, in the compute dtype.
         states: of the optimizer.
         batch: of the stage's share of the batch.
         peak, peak_at: the most at once, and the action that needs it.
     """
 
     weights: int
+    copies: int
     grads: int
     states: int
     buffers: int
@@ -77,13 +79,19 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class TiedPlan:
-    """A parameter that several stages hold."""
+    """A parameter that several stages hold.
+
+    Attributes:
+        bytes: of its gradient.
+        part_bytes: of what another stage than the owner adds to it, as it is sent.
+    """
 
     name: str
     names: tuple[str, ...]
     stages: tuple[int, ...]
     owner: int
     bytes: int
+    part_bytes: int
     summed: str
 
 

@@ -148,6 +148,7 @@ class Planner:
             self.budget_bytes,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",
+            boundary=options.boundary,
         )
 
     def decide(self, draft: Draft, prices: Sequence[UnitPrices]) -> Decision:

@@ -295,14 +295,12 @@ def _groups(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
 
 
 def _argument_bytes(program: StageProgram) -> int:
-    """Bytes of all arguments; a slot takes what its parameter takes."""
+    """Bytes of all arguments."""
     sizes: dict[Port, int] = {}
     for part in program.parts.values():
         nodes = part.module.graph.find_nodes(op="placeholder")
         for port, node in zip(part.inputs, nodes, strict=True):
             sizes[port] = sum(t.numel() * t.element_size() for t in tensors(node.meta.get("val")))
-    for port in [port for port in sizes if port.role is Role.SLOT]:
-        sizes[port] = sizes.get(Port(Role.PARAM, port.key), 0)
     return sum(sizes.values())
 
 

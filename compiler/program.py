@@ -20,6 +20,7 @@ class Role(StrEnum):
     """Where an argument of a program comes from, or where a result goes."""
 
     PARAM = "param"  # key: FQN
+    COPY = "copy"  # key: FQN of a parameter; the copy of it in the compute dtype
     BUFFER = "buffer"  # key: FQN; as a result: its new value
     BATCH = "batch"  # key: index of the batch leaf
     CONSTANT = "constant"  # key: value name; made once by the stage's constants program
@@ -110,6 +111,7 @@ class StageProgram:
         backward: None in an evaluation program.
         weight: the part of the backward that no other stage waits for, where it is split off.
         params, buffers: FQNs that this stage reads.
+        copies: FQN -> dtype of the parameters that it reads a copy of; among ``params`` too.
         grads: FQNs whose gradients this stage adds up, in parameter order.
         drops: step -> names of the values that nothing needs after it.
         stash_bytes: what one microbatch keeps between its forward and its backward.
@@ -125,6 +127,7 @@ class StageProgram:
     params: tuple[str, ...]
     buffers: tuple[str, ...]
     grads: tuple[str, ...]
+    copies: dict[str, torch.dtype] = field(default_factory=dict)
     drops: dict[Step, tuple[str, ...]] = field(default_factory=dict)
     stash_bytes: int = 0
     carry_bytes: int = 0

@@ -44,12 +44,14 @@ class Extras:
         trials: divisions of the devices, of automatic stages.
         comparison: other strategies at the same prices, the plan's own first.
         hints: what a small change would bring.
+        fp32: the same stages computed in fp32, beside a plan in mixed precision.
     """
 
     search_s: float | None = None
     trials: tuple[Trial, ...] = ()
     comparison: tuple[Comparison, ...] = ()
     hints: tuple[str, ...] = ()
+    fp32: Plan | None = None
 
 
 def write_report(
@@ -94,6 +96,8 @@ class _Report:
         again = [_recomputed(stage) for stage in plan.stages if stage.recomputes]
         if again:
             yield self._lines("recomputed in the backward", again)
+        if extras.fp32:
+            yield self._precision(extras.fp32)
         if plan.tied:
             yield self._lines("tied weights", [_tied(tied) for tied in plan.tied])
         if any(stage.sends for stage in plan.stages):
@@ -148,6 +152,31 @@ class _Report:
             f"{counted(plan.microbatch_rows, 'row')} per replica, {counted(rows, 'row')} per step",
         ]
 
+    def _precision(self, fp32: Plan) -> Group:
+        """What was cast, and what that saves on the same stages."""
+        plans = (self.plan, fp32)
+        sizes = {
+            "stash of a microbatch": [sum(s.stash_bytes for s in p.stages) for p in plans],
+            "sent per microbatch": [sum(map(_sent, p.stages)) for p in plans],
+            "largest peak of a stage": [max(s.memory.peak for s in p.stages) for p in plans],
+        }
+        shown = [[bytes_text(size) for size in pair] for pair in sizes.values()]
+        shown.append([seconds_text(p.step_s) for p in plans])
+        numbers: list[list[float]] = [[*pair] for pair in sizes.values()]
+        numbers.append([p.step_s for p in plans])
+        name = self.plan.options["precision"].partition(" ")[0]
+        table = self._table(
+            {
+                "": [*sizes, "predicted step"],
+                name: [mine for mine, _ in shown],
+                "fp32": [theirs for _, theirs in shown],
+                "change": [f"{m / t - 1:+.0%}" if t else "–" for m, t in numbers],
+            },
+            left=("",),
+        )
+        said = [note for name, note in self.plan.notes if name == "precision"]
+        return Group(self._lines("mixed precision", said), table)
+
     def _trials(self, trials: Sequence[Trial]) -> Group:
         """Divisions of the devices; which one was taken, and why."""
         plan = self.plan
@@ -199,7 +228,7 @@ class _Report:
         held = [s.memory for s in stages]
         scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
         columns: dict[str, list[int]] = {
-            "weights": [m.weights for m in held],
+            "weights": [m.weights + m.copies for m in held],
             "gradients": [m.grads for m in held],
             "optimizer": [m.states for m in held],
             "other": [m.buffers + m.constants + m.batch for m in held],
@@ -328,7 +357,7 @@ def _seconds(stage: StagePlan) -> float:
 def _working(stage: StagePlan) -> int:
     """What is held at the peak beyond what is held all the time."""
     m = stage.memory
-    return m.peak - (m.weights + m.grads + m.states + m.buffers + m.constants + m.batch)
+    return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
 
 
 def _recomputed(stage: StagePlan) -> str:
@@ -351,7 +380,7 @@ def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
 def _tied(tied: TiedPlan) -> str:
     aliases = "".join(f" = {name}" for name in tied.names if name != tied.name)
     where = ", ".join(map(str, tied.stages))
-    amount = f"{len(tied.stages) - 1} × {bytes_text(tied.bytes)}"
+    amount = f"{len(tied.stages) - 1} × {bytes_text(tied.part_bytes)}"
     head = f"{tied.name}{aliases}: on stages {where}, owned by {tied.owner}; the parts of its "
     if tied.summed == "per_step":
         return f"{head}gradient are sent once per step ({amount}), and the sum back"

@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import CaptureError, SharedStorageError
+from .precision import REDUCED, Precision
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class Skeleton:
             return torch.empty(shape, dtype=dtype, device=device)
 
 
-def skeleton_of(model: nn.Module, device: torch.device) -> Skeleton:
+def skeleton_of(
+    model: nn.Module, device: torch.device, precision: Precision | None = None
+) -> Skeleton:
     """Copy a model without its weights; parameters may be real, meta or already fake.
+
+    Args:
+        precision: what is trained in it has fp32 masters, whatever dtype the model has.
 
     Raises:
         SharedStorageError: two different parameters overlap in memory.
@@ -56,7 +62,11 @@ def skeleton_of(model: nn.Module, device: torch.device) -> Skeleton:
     state = dict(named_state(model))
     fakes = [t for t in state.values() if isinstance(t, FakeTensor)]
     mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {id(t): _fake_like(t, mode, device) for t in state.values()}
+    wide = _widened(model, precision)
+    memo: dict[int, Any] = {
+        id(t): _fake_like(t, mode, device, torch.float32 if id(t) in wide else t.dtype)
+        for t in state.values()
+    }
     try:
         module = copy.deepcopy(model, memo)
     except Exception as error:
@@ -139,12 +149,34 @@ def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
             hook.remove()
 
 
-def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
-    if isinstance(tensor, FakeTensor) and tensor.device == device:
+def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
+    """Ids of the tensors that are kept in fp32 though the model has them in a reduced dtype.
+
+    Computing in fp32 widens all; otherwise trainable parameters become fp32 masters, and buffers
+    beside them (a batch norm's) go with them. Frozen weights stay as small as they came.
+    """
+    if precision is None:
+        return set()
+    found: set[int] = set()
+    for part in model.modules():
+        params = [p for p in part.parameters(recurse=False) if p.dtype in REDUCED]
+        buffers = [b for b in part.buffers(recurse=False) if b.dtype in REDUCED]
+        masters = [p for p in params if p.requires_grad]
+        if not precision.casts:
+            found |= {id(t) for t in (*params, *buffers)}
+        elif masters:
+            found |= {id(t) for t in (*masters, *buffers)}
+    return found
+
+
+def _fake_like(
+    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor) and tensor.device == device and tensor.dtype is dtype:
         return tensor
     with mode:
         fake: torch.Tensor = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
+            tensor.size(), tensor.stride(), dtype=dtype, device=device
         )
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)

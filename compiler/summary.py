@@ -17,8 +17,9 @@ from .batch import BatchSpec
 from .cost import Cost, node_cost
 from .decision import Decision
 from .footprint import Footprint
-from .graph import Phase, module_of, phase_of
+from .graph import Phase, module_of, nbytes, phase_of
 from .hardware import Device
+from .locality import is_gradient_sum
 from .memory import StageMemory
 from .options import CompileOptions
 from .plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
@@ -103,7 +104,11 @@ class Summary:
             costs=self.costs,
             budget_bytes=budget_bytes,
             param_count=sum(self.footprint.size(name)[0] for name in self.skeleton.params),
-            options={"schedule": options.schedule, "tied_grads": options.tied_grads},
+            options={
+                "schedule": options.schedule,
+                "tied_grads": options.tied_grads,
+                "precision": str(options.dtypes or "as it is"),
+            },
             decision=self.decision,
             stages=tuple(
                 self._stage(stage.stage, modules, memory)
@@ -153,7 +158,7 @@ class Summary:
     def _work(self) -> dict[tuple[int, str], Cost]:
         """Per stage, the roofline of F, B and W, and of R, what is recomputed in B and W."""
         work: dict[tuple[int, str], Cost] = defaultdict(Cost)
-        for node, stage in self.assembly.remat.stage.items():
+        for node, stage in self.assembly.crossings.stage.items():
             kind = "F" if phase_of(node) is Phase.FORWARD else "B"
             if node.name in self.program.weight_nodes:
                 kind = "W"
@@ -189,10 +194,19 @@ class Summary:
                 tied.holders,
                 tied.owner,
                 self.footprint.size(tied.name)[1],
+                self._part_bytes(tied.name),
                 self.options.tied_grads,
             )
             for tied in self.program.tied
         ]
+
+    def _part_bytes(self, name: str) -> int:
+        """What a part of a tied gradient takes on its way."""
+        if self.options.tied_grads == "per_step":
+            return self.footprint.size(name)[1]
+        grad = self.assembly.graph.grads[name]
+        sizes = [nbytes(n) for n in grad.all_input_nodes] if is_gradient_sum(grad) else []
+        return min(sizes, default=self.footprint.size(name)[1])
 
 
 def _tokens(spec: BatchSpec) -> int:

@@ -10,9 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from . import ops
 from .program import Port, Program, Role
 
 SCALE = 0.02  # what transformers initialise weights with
@@ -47,19 +45,18 @@ class Synthesizer:
         self, program: Program, shared: Mapping[Port, Any], made: Collection[Port] = ()
     ) -> dict[Port, Any]:
         """An argument for each port of a program that is neither in ``shared`` nor in ``made``."""
-        layouts = _slot_layouts(program, shared)
         nodes = program.module.graph.find_nodes(op="placeholder")
         return {
-            port: self._argument(port, node.meta.get("val"), layouts)
+            port: self._argument(port, node.meta.get("val"))
             for port, node in zip(program.inputs, nodes, strict=True)
             if port not in shared and port not in made
         }
 
-    def _argument(self, port: Port, value: Any, layouts: Mapping[Port, torch.Tensor]) -> Any:
+    def _argument(self, port: Port, value: Any) -> Any:
         if port.role is Role.SEED:
             return 1
         if port.role is Role.SLOT:
-            return AddingSlot(self.tensor(layouts[port]))
+            return AddingSlot(self.tensor(value))
         if port.role is Role.BATCH and int(port.key) < len(self.batch):
             return self.batch[int(port.key)].to(self.device)
         if not isinstance(value, torch.Tensor):
@@ -81,19 +78,3 @@ class Synthesizer:
         else:
             flat = torch.zeros(extent, dtype=like.dtype, device=self.device)
         return flat.as_strided(like.shape, like.stride())
-
-
-def _slot_layouts(program: Program, shared: Mapping[Port, Any]) -> dict[Port, torch.Tensor]:
-    """What each slot looks like: the parameter itself if the unit reads it, else its gradient."""
-    nodes = program.module.graph.find_nodes(op="placeholder")
-    ports = dict(zip(nodes, program.inputs, strict=True))
-    params = {port: node.meta["val"] for node, port in ports.items() if port.role is Role.PARAM}
-    params |= {port: value for port, value in shared.items() if port.role is Role.PARAM}
-    layouts = {}
-    for node in program.module.graph.find_nodes(op="call_function", target=ops.accumulate):
-        slot, grad = node.args
-        assert isinstance(slot, fx.Node)
-        assert isinstance(grad, fx.Node)
-        made = torch.empty(grad.meta["val"].shape, dtype=grad.meta["val"].dtype, device="meta")
-        layouts[ports[slot]] = params.get(Port(Role.PARAM, ports[slot].key), made)
-    return layouts

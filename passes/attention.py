@@ -13,6 +13,7 @@ called by transformers stays as its author wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, cast
 
@@ -34,8 +35,9 @@ class _Mask(Enum):
     OTHER = "other"
 
 
-def restore_attention(module: fx.GraphModule) -> str:
+def restore_attention(module: fx.GraphModule, leaves: Sequence[torch.Tensor] = ()) -> str:
     """Rewrite the attention calls whose mask is a constant; returns a note."""
+    del leaves  # shapes are in the graph
     kinds: dict[fx.Node, _Mask] = {}
     changed = 0
     for node in module.graph.find_nodes(op="call_function", target=_ATTENTION):

@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from ..compiler.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..compiler.hardware import Device
-from ..compiler.locality import is_gradient_sum
+from ..compiler.locality import gradient_sums
+from .boundary import crossing_nbytes
 from .problem import Kept, Option, Problem, Users, Value
 from .stash import Body, Stash
 
@@ -27,6 +29,7 @@ class Terms:
         reserve_bytes: per stage, taken by what the problem does not describe.
         pins: unit -> stage.
         tied_per_step: the parts of tied gradients are not sent with every microbatch.
+        boundary: dtype in which fp32 values are sent; None for as they are.
     """
 
     n_stages: int
@@ -37,6 +40,7 @@ class Terms:
     reserve_bytes: tuple[float, ...] = ()
     pins: Mapping[int, int] | None = None
     tied_per_step: bool = False
+    boundary: torch.dtype | None = None
 
 
 def formulate(
@@ -62,7 +66,7 @@ def formulate(
         )
         for i, (menu, costs) in enumerate(zip(menus, seconds, strict=True))
     )
-    edges, values = _traffic(graph, places, device, terms.tied_per_step)
+    edges, values = _traffic(graph, places, device, terms)
     return Problem(
         options,
         edges,
@@ -85,7 +89,7 @@ def _weights(
 ) -> tuple[list[int], list[Kept]]:
     """Static bytes of what one unit alone holds, and the weights that several units read."""
     users: dict[str, set[int]] = defaultdict(set)
-    owner = {node: name for name, node in graph.params.items()}
+    owner = graph.owners
     for node, unit in places.items():
         for source in node.all_input_nodes:
             name = owner.get(storage_root(source))
@@ -105,37 +109,25 @@ def _weights(
 
 
 def _traffic(
-    graph: JointGraph, places: dict[fx.Node, int], device: Device, tied_per_step: bool
+    graph: JointGraph, places: dict[fx.Node, int], device: Device, terms: Terms
 ) -> tuple[tuple[tuple[int, int], ...], tuple[Value, ...]]:
     """The order of the units, and what travels between them, alike values summed up."""
     edges: set[tuple[int, int]] = set()
     bytes_of: dict[tuple[int, tuple[int, ...]], int] = defaultdict(int)
-    severed = _gradient_sums(graph) if tied_per_step else set()
+    severed = gradient_sums(graph) if terms.tied_per_step else set()
     for node, unit in places.items():
         users = [u for u in node.users if u in places and u not in severed]
         readers = {places[u] for u in users} - {unit}
         if phase_of(node) is Phase.FORWARD:
             edges |= {(unit, places[u]) for u in users if phase_of(u) is Phase.FORWARD}
         if readers:
-            bytes_of[unit, tuple(sorted(readers))] += nbytes(node)
+            bytes_of[unit, tuple(sorted(readers))] += crossing_nbytes(node, terms.boundary)
     edges = {(a, b) for a, b in edges if a != b}
     values = (
         Value(unit, readers, receive_s=size / device.link_bytes_per_s)
         for (unit, readers), size in bytes_of.items()
     )
     return tuple(sorted(edges)), tuple(values)
-
-
-def _gradient_sums(graph: JointGraph) -> set[fx.Node]:
-    """The sums that make the gradients of parameters."""
-    found: set[fx.Node] = set()
-    pending = list(graph.grads.values())
-    while pending:
-        node = pending.pop()
-        if is_gradient_sum(node) and node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
 
 
 def _kept(

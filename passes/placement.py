@@ -50,7 +50,7 @@ def follow(
             that does not hold it.
     """
     forward: dict[fx.Node, int] = {}
-    owner = {node: name for name, node in graph.params.items()}
+    owner = graph.owners
     for node, site in sites_of(locality):
         lowest = max((forward[a] for a in node.all_input_nodes if a in forward), default=0)
         names = [owner[root] for a in node.all_input_nodes if (root := storage_root(a)) in owner]

@@ -1,4 +1,7 @@
-"""Gradients of one stage: slots in one contiguous bucket, added to in place, reduced at once."""
+"""Buckets of one stage: what belongs to its parameters, in contiguous memory.
+
+Gradients add up in slots and are reduced at once; copies in the compute dtype are cast at once.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,29 @@ class GradSlot:
             self.tensor.add_(grad)
 
 
-class GradBucket:
-    """The slots of one rank, in one buffer per dtype.
+class Bucket:
+    """A tensor beside each of some parameters, all in one buffer per dtype.
 
     Args:
-        params: FQN -> the parameter whose shape, layout and dtype a slot takes.
+        params: FQN -> the parameter whose shape and layout a view takes.
+        dtypes: FQN -> the dtype of the view.
         parts: every buffer's length is a multiple of this, so that it can be cut over replicas.
+
+    Attributes:
+        views: FQN -> a view into a buffer.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], device: torch.device, parts: int):
-        self.slots: dict[str, GradSlot] = {}
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        parts: int,
+    ):
+        self.views: dict[str, torch.Tensor] = {}
         self.buffers: dict[torch.dtype, torch.Tensor] = {}
-        for dtype in dict.fromkeys(param.dtype for param in params.values()):
-            chosen = {name: p for name, p in params.items() if p.dtype is dtype}
+        for dtype in dict.fromkeys(dtypes[name] for name in params):
+            chosen = {name: p for name, p in params.items() if dtypes[name] is dtype}
             self.buffers[dtype] = self._fill(chosen, dtype, device, parts)
 
     def _fill(
@@ -68,9 +81,35 @@ class GradBucket:
                 view = room.as_strided(param.shape, param.stride(), room.storage_offset())
             else:
                 view = room.view(param.shape)
-            self.slots[name] = GradSlot(view)
+            self.views[name] = view
         return buffer
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class GradBucket(Bucket):
+    """The slots of one rank."""
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        parts: int,
+    ):
+        super().__init__(params, dtypes, device, parts)
+        self.slots = {name: GradSlot(view) for name, view in self.views.items()}
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        for buffer in self.buffers.values():
+            buffer.mul_(factor)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether no gradient is infinite or NaN."""
+        buffers = [buffer for buffer in self.buffers.values() if buffer.numel()]
+        ends = [end for buffer in buffers for end in torch.aminmax(buffer)]
+        return all(bool(torch.isfinite(end)) for end in ends)

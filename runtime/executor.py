@@ -77,6 +77,7 @@ class RankState:
     ):
         self.rank, self.mesh, self.device = rank, mesh, device
         self.params, self.buffers, self.grads = params, buffers, grads
+        self.copies: dict[str, torch.Tensor] = {}
 
     @property
     def stage(self) -> int:
@@ -107,13 +108,19 @@ class Executor:
         self.program = pipeline.stages[state.stage]
         self.current: Action | None = None
         self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
+        self.microbatches = microbatches
         self.tangent: torch.Tensor | None = None
         if pipeline.loss_dtype is not None:
-            one = torch.ones((), dtype=pipeline.loss_dtype, device=state.device)
-            self.tangent = one / microbatches
+            self.tangent = torch.empty((), dtype=pipeline.loss_dtype, device=state.device)
+            self.scale_loss(1.0)
         for program in (self.program.constants, *self.program.parts.values()):
             _retarget(program, state.device)
         self.refresh()
+
+    def scale_loss(self, scale: float) -> None:
+        """Multiply the loss that is differentiated, the mean over microbatches, by a number."""
+        if self.tangent is not None:
+            self.tangent.fill_(scale).div_(self.microbatches)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -264,6 +271,8 @@ class Executor:
     def _fixed(self, port: Port, constants: dict[Any, torch.Tensor]) -> Any:
         if port.role is Role.PARAM:
             return self.state.params[str(port.key)]
+        if port.role is Role.COPY:
+            return self.state.copies[str(port.key)]
         if port.role is Role.BUFFER:
             return self.state.buffers[str(port.key)]
         if port.role is Role.CONSTANT:

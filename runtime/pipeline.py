@@ -26,6 +26,7 @@ from ..compiler.timing_cache import default_cache_dir
 from .agreement import Agreement
 from .executor import Executor, Job, drive
 from .link import measure_link
+from .loss_scaler import LossScaler
 from .mesh import Mesh, connect, device_of, ranks_here
 from .optimizer import clip_gradients, make_optimizer
 from .state import ModelState
@@ -54,6 +55,7 @@ class Pipeline:
         data_shards: into how many shares the caller cuts the data: dp between processes, 1 where
             one process plays all ranks (and cuts each batch over the replicas itself).
         data_shard: which of these this process loads; the same on all stages of a replica.
+        loss_scaler: with precision="fp16"; None otherwise.
     """
 
     def __init__(
@@ -72,6 +74,9 @@ class Pipeline:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
         self._steps = 0
+        precision = options.dtypes
+        scaling = precision.loss_scale if precision is not None else None
+        self.loss_scaler = None if scaling is None else LossScaler(scaling)
         self._at_work: Executor | None = None
         self._watchdog: Watchdog | None = None
         self.data_shards = mesh.dp if mesh.distributed else 1
@@ -117,6 +122,8 @@ class Pipeline:
 
         Returns:
             The mean loss over the microbatches of all replicas, a 0-dim tensor on every rank.
+            Where a scaled fp16 gradient of any stage or replica overflowed, parameters, optimizer
+            and scheduler stay as they were, and the next step has a smaller scale.
 
         Raises:
             OptionError: compiled without ``optimizer=``.
@@ -127,7 +134,10 @@ class Pipeline:
                 "step() needs an optimizer: give compile() one, for example optimizer="
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
+        skipped = self._skipped
         loss = self.forward_backward(batch)
+        if self._skipped > skipped:
+            return loss
         if self._options.max_grad_norm is not None:
             self.clip_grad_norm_(self._options.max_grad_norm)
         self.optimizer.step()
@@ -139,16 +149,34 @@ class Pipeline:
     def forward_backward(self, batch: Any) -> torch.Tensor:
         """Add the gradients of a batch to ``.grad`` of the parameters; returns the mean loss.
 
-        The gradient is the mean over microbatches and replicas.
+        The gradient is the mean over microbatches and replicas. With loss scaling it is unscaled
+        again; where it is not finite, on any rank, all ranks drop theirs (``.grad`` is None), so
+        that the optimizer's step changes nothing.
         """
         with self._guard():
             loaded, jobs = self._prepare(Mode.TRAIN, batch)
-            state = self._require_state()
-            state.open_gradients()
+            state, scaler = self._require_state(), self.loss_scaler
+            scale = 1.0 if scaler is None else scaler.scale
+            for executor in loaded.executors.values():
+                executor.scale_loss(scale)
+            state.open_gradients(scale)
             self._run(loaded, jobs)
-            state.close_gradients()
+            if scaler is None or self._unscaled(state, scaler):
+                state.close_gradients()
+            else:
+                state.drop_gradients()
             self._steps += 1
             return self._mean_loss(loaded, jobs)
+
+    def _unscaled(self, state: ModelState, scaler: LossScaler) -> bool:
+        """Whether all ranks have finite gradients; these are unscaled then."""
+        finite = all(self._agreement.gather(state.unscale_gradients(scaler.scale)))
+        scaler.update(finite)
+        return finite
+
+    @property
+    def _skipped(self) -> int:
+        return 0 if self.loss_scaler is None else self.loss_scaler.skipped
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``.
@@ -358,12 +386,18 @@ class Pipeline:
         if first:
             assert self._model is not None
             self._state = ModelState(
-                self._model, self._skeleton, self._builder.homes, self._mesh, self._device
+                self._model,
+                self._skeleton,
+                self._builder.homes,
+                self._mesh,
+                self._device,
+                self._options.dtypes,
             )
             self._model = None
             self._make_optimizer()
         state = self._state
         assert state is not None
+        state.provide_copies(compiled.program)
         self._transport.open(compiled.program.routes)
         executors = {
             rank: Executor(

@@ -24,7 +24,7 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
     mesh = make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
-    return Pipeline(model, options, skeleton_of(model, device), mesh, device)
+    return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)
 
 
 def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -> Pipeline:
@@ -39,7 +39,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     mesh = make_mesh(count, 1)
     device = choose_device(options.device, mesh)
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
-    skeleton = skeleton_of(model, device)
+    skeleton = skeleton_of(model, device, options.dtypes)
     _, whole = batches.flatten(options.example_batch)
     target = target_of(options, device, mesh)
 

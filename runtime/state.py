@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..compiler.errors import StateError
+from ..compiler.precision import Precision
+from ..compiler.program import PipelineProgram
 from ..compiler.skeleton import Skeleton, is_fake, named_state
-from .bucket import GradBucket
+from .bucket import Bucket, GradBucket, GradSlot
 from .executor import RankState
 from .mesh import Mesh, device_of
 
@@ -26,6 +28,7 @@ class ModelState:
     Args:
         homes: parameter FQN -> the stages that hold it.
         device: the type of device; every rank's own is `device_of` it.
+        precision: in which dtypes gradients add up.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class ModelState:
         homes: Mapping[str, tuple[int, ...]],
         mesh: Mesh,
         device: torch.device,
+        precision: Precision | None = None,
     ):
         self.skeleton, self.homes, self.mesh = skeleton, homes, mesh
         source = {skeleton.canonical[name]: t for name, t in named_state(model)}
@@ -47,18 +51,23 @@ class ModelState:
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
+        self.dtypes = {skeleton.canonical[n]: t.dtype for n, t in named_state(skeleton.module)}
         trainable = {name for name, p in skeleton.module.named_parameters() if p.requires_grad}
+        sums = {
+            name: precision.grads_of(self.dtypes[name]) if precision else self.dtypes[name]
+            for name in trainable
+        }
         for rank in mesh.local_ranks:
             stage, where = mesh.stage_of(rank), device_of(rank, device, mesh)
             names = [name for name in skeleton.params if stage in homes[name]]
             params = {name: self._copy(name, source[name], where) for name in names}
             buffers = {
-                name: tensor.detach().to(where, copy=True)
+                name: tensor.detach().to(where, self.dtypes[name], copy=True)
                 for name, tensor in source.items()
                 if name not in homes
             }
             slots = {name: p for name, p in params.items() if name in trainable}
-            grads = GradBucket(slots, where, mesh.dp)
+            grads = GradBucket(slots, sums, where, mesh.dp)
             self.ranks[rank] = RankState(rank, mesh, where, params, buffers, grads)
         for name in skeleton.params:
             first = self._first_local_rank(name)
@@ -67,7 +76,7 @@ class ModelState:
 
     def _copy(self, name: str, tensor: torch.Tensor, device: torch.device) -> nn.Parameter:
         if (name, device) not in self.copies:
-            data = tensor.detach().to(device, copy=True)
+            data = tensor.detach().to(device, self.dtypes[name], copy=True)
             self.copies[name, device] = nn.Parameter(data, requires_grad=tensor.requires_grad)
         return self.copies[name, device]
 
@@ -81,19 +90,35 @@ class ModelState:
         for name, (_, param) in self.primary.items():
             yield name, param
 
+    def provide_copies(self, program: PipelineProgram) -> None:
+        """Make room for the copies in the compute dtype that a program reads."""
+        for state in self.ranks.values():
+            read = program.stages[state.stage].copies
+            wanted = {name: dtype for name, dtype in read.items() if name not in state.copies}
+            params = {name: state.params[name] for name in wanted}
+            state.copies |= Bucket(params, wanted, state.device, self.mesh.dp).views
+
     @torch.no_grad()
     def spread(self) -> None:
-        """Give the copies on other devices of this process what the optimizer did to the first."""
+        """Give what is made of the parameters what the optimizer, or the user, did to them: the
+        copies on other devices of this process, and those in the compute dtype."""
         for (name, _), copy in self.copies.items():
             param = self.primary[name][1]
             if copy is not param:
                 copy.copy_(param)
+        for state in self.ranks.values():
+            for name, narrow in state.copies.items():
+                narrow.copy_(state.params[name])
 
     # -- gradients --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def open_gradients(self) -> None:
-        """Before a run: slots take up whatever the user left in ``.grad``; None clears them."""
+    def open_gradients(self, scale: float = 1.0) -> None:
+        """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
+
+        Args:
+            scale: of the loss in this run.
+        """
         for rank, state in self.ranks.items():
             for name, slot in state.grads.slots.items():
                 first, param = self.primary[name]
@@ -101,14 +126,32 @@ class ModelState:
                 if param.grad is not None and param.grad is not slot.tensor:
                     slot.tensor.copy_(param.grad)
                 if rank == first and param.grad is not None:
-                    param.grad = slot.tensor
+                    self._show(param, slot)
+                if scale != 1.0 and not slot.fresh:
+                    slot.tensor.mul_(scale)
+
+    def unscale_gradients(self, scale: float) -> bool:
+        """Undo the scaling of the loss; whether all gradients of this process are finite."""
+        for state in self.ranks.values():
+            state.grads.scale(1 / scale)
+        return all(state.grads.is_finite() for state in self.ranks.values())
 
     def close_gradients(self) -> None:
         """After a run: every parameter that got a gradient shows it as ``.grad``."""
         for name, (rank, param) in self.primary.items():
             slot = self.ranks[rank].grads.slots.get(name)
             if slot is not None and not slot.fresh:
-                param.grad = slot.tensor
+                self._show(param, slot)
+
+    def drop_gradients(self) -> None:
+        """As if there had been none, so that no optimizer's step changes anything."""
+        for _, param in self.named_parameters():
+            param.grad = None
+
+    @staticmethod
+    def _show(param: nn.Parameter, slot: GradSlot) -> None:
+        """torch wants a gradient in its parameter's dtype."""
+        param.grad = slot.tensor.to(param.dtype)  # the slot's own tensor where that is its dtype
 
     def owned_gradients(self) -> dict[str, torch.Tensor]:
         """The gradients that this process reports to the global norm: each once over all stages."""

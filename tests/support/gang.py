@@ -32,14 +32,14 @@ class Gang:
             self.pipes.append(mine)
             self.workers.append(worker)
 
-    def run(self, function: str, *args: Any) -> list[Any]:
-        """Call ``module:function(*args)`` on every process; the results in rank order.
+    def run(self, function: str, *args: Any, **options: Any) -> list[Any]:
+        """Call ``module:function(*args, **options)`` on every process; the results in rank order.
 
         Raises:
             AssertionError: with the tracebacks of the processes that failed.
         """
         for pipe in self.pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, options))
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(TIMEOUT_S), f"rank {rank} did not answer in {TIMEOUT_S} s"
@@ -69,10 +69,10 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
 
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:
-        function, args = job
+        function, args, options = job
         module, _, name = function.partition(":")
         try:
-            result = (True, getattr(importlib.import_module(module), name)(*args))
+            result = (True, getattr(importlib.import_module(module), name)(*args, **options))
         except BaseException:
             result = (False, traceback.format_exc())
         pipe.send(result)

@@ -32,16 +32,16 @@ def train(
     optimizer: str,
     steps: int,
     schedule: str = "1f1b",
+    **options: Any,
 ) -> plain.Trained:
     """Train a test model as this process's rank, or as all ranks."""
-    pipe = pipeline(
-        name, n_stages, dp, microbatches, optimizer=OPTIMIZERS[optimizer], schedule=schedule
-    )
+    options |= {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule}
+    pipe = pipeline(name, n_stages, dp, microbatches, **options)
     return plain.train_pipeline(pipe, models.batches(name, 2 * dp * microbatches, steps))
 
 
 def train_plainly(
-    name: str, dp: int, microbatches: int, optimizer: str, steps: int
+    name: str, dp: int, microbatches: int, optimizer: str, steps: int, **options: Any
 ) -> plain.Trained:
     """The oracle for `train`."""
     return plain.train(
@@ -50,4 +50,5 @@ def train_plainly(
         OPTIMIZERS[optimizer],
         dp,
         microbatches,
+        **options,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,33 @@ def cut(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tens
     return [{key: piece[i] for key, piece in pieces.items()} for i in range(parts)]
 
 
+def autocast(dtype: torch.dtype | None) -> Any:
+    """torch's own mixed precision; nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
 def accumulate(
-    model: nn.Module, batch: dict[str, torch.Tensor], dp: int, microbatches: int
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    dp: int,
+    microbatches: int,
+    dtype: torch.dtype | None = None,
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
 ) -> torch.Tensor:
-    """Set ``.grad`` to the mean over replicas of what each accumulates; returns the mean loss."""
+    """Set ``.grad`` to the mean over replicas of what each accumulates; returns the mean loss.
+
+    Args:
+        dtype: computed under autocast to it.
+        scale: the loss before it is differentiated.
+    """
     per_replica, losses = [], []
     for shard in cut(batch, dp):
         model.zero_grad()
         found = []
         for piece in cut(shard, microbatches):
-            loss = model(**piece).loss
-            (loss / microbatches).backward()
+            with autocast(dtype):
+                loss = model(**piece).loss
+            scale(loss / microbatches).backward()
             found.append(loss.detach())
         losses.append(torch.stack(found).mean())
         per_replica.append({n: p.grad for n, p in model.named_parameters()})
@@ -58,16 +75,28 @@ def train(
     dp: int = 1,
     microbatches: int = 1,
     max_norm: float = 0.1,
+    dtype: torch.dtype | None = None,
+    init_scale: float = 2.0**16,
+    interval: int = 2000,
 ) -> Trained:
-    """Several steps with clipping active."""
+    """Several steps with clipping active; under autocast to ``dtype``, with a `GradScaler` for
+    fp16. A step that the scaler skips has no gradients, norm 0."""
     made = optimizer(model.parameters())
+    fp16 = dtype is torch.float16
+    scaler = torch.amp.GradScaler("cpu", init_scale, growth_interval=interval, enabled=fp16)
     run = Trained([], [], [], {})
     for batch in batches:
-        run.losses.append(accumulate(model, batch, dp, microbatches))
-        named = model.named_parameters()
-        run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-        run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-        made.step()
+        run.losses.append(accumulate(model, batch, dp, microbatches, dtype, scaler.scale))
+        scaler.unscale_(made)
+        if any(not p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            run.grads.append({})
+            run.norms.append(torch.zeros(()))
+        else:
+            named = model.named_parameters()
+            run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+            run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        scaler.step(made)
+        scaler.update()
     run.params = {name: value.clone() for name, value in model.state_dict().items()}
     return run
 

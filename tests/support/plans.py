@@ -35,6 +35,7 @@ def hand_made() -> tuple[Plan, Timeline]:
             in_flight=2 - s,
             memory=MemoryPlan(
                 weights=2**30,
+                copies=0,
                 grads=2**30,
                 states=2**31,
                 buffers=2**20,
@@ -83,7 +84,9 @@ def hand_made() -> tuple[Plan, Timeline]:
         ),
         stages=stages,
         tied=(
-            TiedPlan("embed.weight", ("embed.weight", "head.weight"), (0, 1), 0, 99, "per_step"),
+            TiedPlan(
+                "embed.weight", ("embed.weight", "head.weight"), (0, 1), 0, 99, 99, "per_step"
+            ),
         ),
         schedule=(),
         step_s=timeline.step_s,

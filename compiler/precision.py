@@ -1,0 +1,153 @@
+"""In which dtypes a model is computed, its gradients add up, and values cross stages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from .errors import OptionError
+
+NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REDUCED = (torch.bfloat16, torch.float16)
+TABLES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Dynamic loss scaling, which keeps small fp16 gradients from becoming zero.
+
+    The loss is multiplied by a scale before it is differentiated, the gradients are divided by it
+    afterwards. A step with a gradient that is not finite is skipped (Micikevicius et al., Mixed
+    Precision Training, ICLR 2018). The defaults are those of `torch.amp.GradScaler`.
+
+    Attributes:
+        init: the first scale.
+        growth: the scale is multiplied by it after ``interval`` good steps in a row.
+        backoff: the scale is multiplied by it after a skipped step.
+    """
+
+    init: float = 2.0**16
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.init <= 0 or self.growth < 1 or not 0 < self.backoff < 1 or self.interval < 1:
+            raise OptionError(
+                f"{self}: init must be above 0, growth at least 1, backoff between 0 and 1, "
+                "interval at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What ``compile(precision=...)`` takes beside "fp32", "bf16" and "fp16".
+
+    Attributes:
+        compute: of matrix products, convolutions and attention.
+        grads: in which the gradients of the microbatches add up: fp32, or ``compute``.
+        boundary: fp32 values travel between stages in this dtype; None sends them as they are.
+            It rounds what crosses, so that losses depend on where the stages are divided.
+        table: whose operator lists count: "cpu" or "cuda", as in `torch.autocast`; None takes
+            those of the device that is planned for.
+        lower, fp32: names of ATen operators ("softmax", "layer_norm") that are computed in
+            ``compute`` or in fp32 whatever the lists say.
+        fp32_modules: dotted names of modules whose matrix products stay in fp32; ``*`` stands
+            for anything, as in ``"model.layers.*.mlp.gate"``.
+        loss_scale: None for the usual one where ``compute`` is fp16, and for none elsewhere.
+    """
+
+    compute: torch.dtype
+    grads: torch.dtype = torch.float32
+    boundary: torch.dtype | None = None
+    table: str | None = None
+    lower: Collection[str] = ()
+    fp32: Collection[str] = ()
+    fp32_modules: Collection[str] = ()
+    loss_scale: LossScale | None = None
+
+    def __post_init__(self) -> None:
+        if self.compute not in NAMED.values():
+            raise OptionError(f"Precision(compute={self.compute}): {_one_of(NAMED.values())}")
+        if self.grads not in (torch.float32, self.compute):
+            accepted = dict.fromkeys((torch.float32, self.compute))
+            raise OptionError(f"Precision(grads={self.grads}): {_one_of(accepted)}")
+        if self.boundary is not None and self.boundary not in REDUCED:
+            raise OptionError(f"Precision(boundary={self.boundary}): {_one_of(REDUCED)}")
+        if self.table is not None and self.table not in TABLES:
+            raise OptionError(f"Precision(table={self.table!r}): {_one_of(map(repr, TABLES))}")
+        self._check_lists()
+        if self.compute is torch.float16 and self.loss_scale is None:
+            object.__setattr__(self, "loss_scale", LossScale())
+        if self.compute is not torch.float16 and self.loss_scale is not None:
+            raise OptionError(
+                f"Precision(loss_scale=) has no effect with {_short(self.compute)}, which has the "
+                "range of fp32: leave it out"
+            )
+
+    def _check_lists(self) -> None:
+        for option in ("lower", "fp32", "fp32_modules"):
+            given = getattr(self, option)
+            if isinstance(given, str):
+                raise OptionError(f"Precision({option}={given!r}): give a list of names")
+            if given and self.compute is torch.float32:
+                raise OptionError(f"Precision({option}=) has no effect: compute is fp32")
+            object.__setattr__(self, option, tuple(given))
+        for name in (*self.lower, *self.fp32):
+            if not hasattr(torch.ops.aten, name):
+                raise OptionError(f"Precision: there is no ATen operator {name!r}")
+        if both := set(self.lower) & set(self.fp32):
+            raise OptionError(f"Precision: {sorted(both)[0]!r} is in lower and in fp32")
+
+    @property
+    def casts(self) -> bool:
+        """Whether anything is computed in another dtype than fp32."""
+        return self.compute is not torch.float32
+
+    def grads_of(self, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype the gradients of a parameter of some dtype add up."""
+        return self.grads if dtype is torch.float32 else dtype
+
+    def keeps_fp32(self, module: str) -> bool:
+        """Whether a module, or one that it is in, is among ``fp32_modules``."""
+        parts = module.split(".")
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatchcase(p, pattern) for p in prefixes for pattern in self.fp32_modules)
+
+    def __str__(self) -> str:
+        parts = [_short(self.compute)]
+        if self.grads is not torch.float32:
+            parts.append(f"grads={_short(self.grads)}")
+        if self.boundary is not None:
+            parts.append(f"boundary={_short(self.boundary)}")
+        if self.table is not None:
+            parts.append(f"table={self.table}")
+        for option in ("lower", "fp32", "fp32_modules"):
+            if names := getattr(self, option):
+                parts.append(f"{option}={'|'.join(sorted(names))}")
+        return " ".join(parts)
+
+
+def parse_precision(given: object) -> Precision | None:
+    """None (dtypes stay as they are), a name, or a `Precision`.
+
+    Raises:
+        OptionError: none of these.
+    """
+    if given is None or isinstance(given, Precision):
+        return given
+    if isinstance(given, str) and given in NAMED:
+        return Precision(compute=NAMED[given])
+    names = ", ".join(map(repr, NAMED))
+    raise OptionError(f"precision={given!r}: use {names}, or a pipecompile.Precision")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next((name for name, known in NAMED.items() if known is dtype), str(dtype))
+
+
+def _one_of(accepted: object) -> str:
+    return f"use {' or '.join(map(str, accepted))}"  # type: ignore[call-overload]

@@ -1,0 +1,550 @@
+"""Mixed precision is torch.autocast's, bit for bit, on any number of stages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipecompile import LossScale, Precision
+from pipecompile.compiler import batch as batches
+from pipecompile.compiler.capture import capture_training
+from pipecompile.compiler.errors import OptionError, PlanError
+from pipecompile.compiler.graph import JointGraph, tensors
+from pipecompile.compiler.program import Role
+from pipecompile.compiler.skeleton import skeleton_of
+from pipecompile.passes.autocast_tables import TABLES
+from pipecompile.passes.casts import is_cast, settle_casts
+from pipecompile.passes.precision import insert_casts
+from pipecompile.runtime.state import ModelState
+from support import jobs, measured, models, plain
+from support.gang import Gang
+from torch import fx, nn
+
+CPU = torch.device("cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMED = {"bf16": BF16, "fp16": FP16}
+
+
+@functools.cache
+def oracle(name: str, dtype: torch.dtype, dp: int = 1) -> plain.Trained:
+    return jobs.train_plainly(name, dp, 4 // dp, "adamw", 2, dtype=dtype)
+
+
+def assert_equal_gradients(pipe: Any, model: nn.Module) -> None:
+    for name, param in pipe.named_parameters():
+        expected = model.get_parameter(name).grad
+        assert (param.grad is None) == (expected is None), name
+        assert expected is None or torch.equal(param.grad, expected), name
+
+
+# -- bits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_stages", [1, 3])
+@pytest.mark.parametrize("precision", NAMED)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert-mlm", "t5", "mixtral"])
+def test_training_is_that_of_autocast(name: str, precision: str, n_stages: int) -> None:
+    found = jobs.train(name, n_stages, 1, 4, "adamw", 2, precision=precision)
+    plain.assert_equal(found, oracle(name, NAMED[precision]))
+
+
+@pytest.mark.parametrize("precision", NAMED)
+def test_processes_train_as_autocast_does(gang: Callable[[int], Gang], precision: str) -> None:
+    for found in gang(2).run(
+        "support.jobs:train", "llama", 2, 1, 4, "adamw", 2, precision=precision
+    ):
+        plain.assert_equal(found, oracle("llama", NAMED[precision]), whole=False)
+    for found in gang(2).run(
+        "support.jobs:train", "gpt2", 1, 2, 2, "adamw", 2, precision=precision
+    ):
+        plain.assert_equal(found, oracle("gpt2", NAMED[precision], 2))
+
+
+@pytest.mark.parametrize("options", [{"schedule": "zb_h1"}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_schedules_and_recomputation_keep_the_bits(name: str, options: dict[str, Any]) -> None:
+    found = jobs.train(name, 2, 2, 2, "adamw", 2, precision="bf16", **options)
+    plain.assert_equal(found, oracle(name, BF16, 2))
+
+
+def test_evaluation_is_that_of_autocast() -> None:
+    pipe, model = jobs.pipeline("bert-mlm", 2, 1, 2, precision="bf16"), models.build("bert-mlm")
+    batch = models.batches("bert-mlm", 4, 1)[0]
+    model.eval()
+    with torch.no_grad(), plain.autocast(BF16):
+        pieces = [model(**piece) for piece in plain.cut(batch, 2)]
+    assert torch.equal(pipe.evaluate(batch), torch.stack([p.loss for p in pieces]).mean())
+    found = pipe.forward(batch).logits
+    assert found.dtype is BF16
+    assert torch.equal(found, torch.cat([p.logits for p in pieces]))
+
+
+# -- the pass -------------------------------------------------------------------------------------
+
+
+def captured(
+    model: nn.Module, batch: Any, precision: Precision, table: str = "cpu", times: int = 1
+) -> JointGraph:
+    casts = partial(insert_casts, precision=precision, table=table)
+    skeleton, spec = skeleton_of(model, CPU, precision), batches.flatten(batch)[1]
+    made = capture_training(skeleton, spec, None, CPU, (casts,) * times, precision.compute)
+    return made.graph
+
+
+def casts_of(graph: JointGraph) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if is_cast(node)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tables_name_what_torch_registers(table: str) -> None:
+    """Beside what is made of such operators, and in-place and out variants, which stay as they
+    are in autocast too."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[table]
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    registered = {n[6:].partition(".")[0] for n in names if has_kernel(n, key)}
+    known = TABLES[table].lower | TABLES[table].fp32 | TABLES[table].widest
+    assert registered - known == set()
+    assert known - registered <= {
+        "einsum",
+        "tensordot",
+        "cross_entropy_loss",
+        "_convolution",
+        "nll_loss2d",
+        "mkldnn_rnn_layer",
+    }
+    assert not TABLES[table].lower & TABLES[table].fp32
+
+
+class Drawn(nn.Module):
+    """A random program over a few values: products, norms, promotions, casts by hand, integers."""
+
+    def __init__(self, steps: list[tuple[int, int, int]]):
+        super().__init__()
+        self.steps = steps
+        self.linear = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.register_buffer("mask", torch.ones(8, 8).tril())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = [x, self.linear(x)]
+        count = torch.arange(8)
+        for kind, i, j in self.steps:
+            a, b = values[i % len(values)], values[j % len(values)]
+            values.append(self.made(kind, a, b, count))
+        return sum((value.float().square().mean() for value in values), torch.zeros(()))
+
+    def made(
+        self, kind: int, a: torch.Tensor, b: torch.Tensor, count: torch.Tensor
+    ) -> torch.Tensor:
+        if kind == 0:
+            return torch.tanh(self.linear(a))
+        if kind == 1:
+            return a @ (b.transpose(-1, -2) * self.mask)
+        if kind == 2:
+            return torch.softmax(a, -1)
+        if kind == 3:
+            return torch.cat([a, b], -1)[..., ::2]
+        if kind == 4:
+            return a.to(b.dtype) * 0.5
+        if kind == 5:
+            with torch.autocast("cpu", enabled=False):
+                return a.float() @ self.linear.weight
+        if kind == 6:
+            return a.double().sin().to(a.dtype) + count
+        if kind == 7:
+            return a + b
+        return self.norm(a.float())
+
+
+PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(0, 9)), max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROGRAMS)
+def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
+    torch.manual_seed(0)
+    model, x = Drawn(steps), torch.randn(2, 8, 8)
+    pipe = pipecompile.compile(model, 1, microbatches=1, precision="bf16", device="cpu")
+    loss = pipe.forward_backward(x)
+    with plain.autocast(BF16):
+        expected = model(x)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert_equal_gradients(pipe, model)
+
+
+@settings(max_examples=15, deadline=None)
+@given(PROGRAMS, st.sampled_from(list(TABLES)))
+def test_casting_is_idempotent_and_touches_floats_alone(
+    steps: list[tuple[int, int, int]], table: str
+) -> None:
+    model, x = Drawn(steps), torch.randn(2, 8, 8)
+    precision = Precision(compute=BF16)
+    once, twice = (captured(model, x, precision, table, times) for times in (1, 2))
+    assert len(casts_of(once)) == len(casts_of(twice))
+    plainly = captured(model, x, Precision(compute=FP32))
+    for dtype in (torch.float64, torch.int64, torch.bool):
+        found, expected = (_count(graph, dtype) for graph in (once, plainly))
+        assert found == expected
+    settle_casts(once)
+    settled = len(casts_of(once))
+    settle_casts(once)
+    assert len(casts_of(once)) == settled
+
+
+def _count(graph: JointGraph, dtype: torch.dtype) -> int:
+    values = [t for node in graph.graph.nodes for t in tensors(node.meta.get("val"))]
+    return sum(t.dtype is dtype for t in values)
+
+
+def test_one_cast_per_value_and_none_of_a_parameter() -> None:
+    graph = captured(
+        models.build("llama"), models.batches("llama", 2, 1)[0], Precision(compute=BF16)
+    )
+    settle_casts(graph)
+    forward = [n for n in casts_of(graph) if n.meta["phase"] == "forward"]
+    made = [(n.all_input_nodes[0], n.meta["val"].dtype) for n in forward]
+    assert len(made) == len(set(made))
+    assert not [n for n in casts_of(graph) if n.all_input_nodes[0] in graph.owners]
+    assert {graph.copies[name].meta["val"].dtype for name in graph.copies} == {BF16}
+
+
+def test_the_cuda_table_keeps_norms_and_reductions_in_fp32() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softmax(-1))
+
+    def run(table: str) -> set[torch.dtype]:
+        graph = captured(_Summed(model), torch.randn(2, 8), Precision(compute=BF16), table)
+        names = ("native_layer_norm", "_softmax", "sum")
+        nodes = [n for n in graph.ops() if any(name in str(n.target) for name in names)]
+        return {tensors(n.meta["val"])[0].dtype for n in nodes if n.meta["phase"] == "forward"}
+
+    assert run("cuda") == {FP32}
+    assert BF16 in run("cpu")
+
+
+class _Summed(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).sum()
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def test_modules_and_operators_stay_in_fp32_by_name() -> None:
+    batch = models.batches("mixtral", 4, 1)[0]
+
+    def products(precision: Precision) -> list[torch.dtype]:
+        graph = captured(models.build("mixtral"), batch, precision)
+        return [
+            n.meta["val"].dtype
+            for n in graph.ops()
+            if ".mm" in str(n.target) and "gate" in n.meta["module"]
+        ]
+
+    assert FP32 not in products(Precision(compute=BF16))
+    kept = products(Precision(compute=BF16, fp32_modules=["*.mlp.gate"]))
+    assert set(kept) == {FP32}
+    with pytest.raises(OptionError, match="stands for no module of the model"):
+        products(Precision(compute=BF16, fp32_modules=["*.router"]))
+    graph = captured(
+        models.build("gpt2"),
+        models.batches("gpt2", 2, 1)[0],
+        Precision(compute=BF16, lower=["embedding"]),
+    )
+    assert {n.meta["val"].dtype for n in graph.ops() if "embedding.default" in str(n.target)} == {
+        BF16
+    }
+
+
+def test_values_cross_in_the_boundary_dtype() -> None:
+    batch = models.batches("llama", 8, 1)[0]
+
+    def run(precision: Any) -> tuple[float, int, set[torch.dtype]]:
+        pipe = jobs.pipeline("llama", 3, 1, 4, precision=precision)
+        loss = float(pipe.forward_backward(batch))
+        values = [value for message in pipe.programs.messages for value in message.values]
+        sent = sum(t.bytes for stage in pipe.plan.stages for t in stage.sends)
+        return loss, sent, {value.dtype for value in values}
+
+    wide, narrow = run("bf16"), run(Precision(compute=BF16, boundary=BF16))
+    assert wide[2] == {FP32}
+    assert narrow[2] == {BF16}
+    assert 2 * narrow[1] == wide[1]
+    assert narrow[0] == pytest.approx(wide[0], rel=1e-2)
+
+
+def test_what_is_widened_again_crosses_and_is_stashed_narrow() -> None:
+    """A tied weight's gradient from the head is bf16 until it is added to the embedding's."""
+    pipe = jobs.pipeline("gpt2", 2, 1, 4, precision="bf16")
+    pipe.forward_backward(models.batches("gpt2", 8, 1)[0])
+    backward = [m for m in pipe.programs.messages if m.src > m.dst]
+    by_size = {value.shape: value.dtype for message in backward for value in message.values}
+    assert by_size[tuple(models.build("gpt2").transformer.wte.weight.shape)] is BF16
+
+
+def test_gradients_add_up_in_the_dtype_asked_for() -> None:
+    batch = models.batches("gpt2", 8, 1)[0]
+    found = {}
+    for grads in (FP32, BF16):
+        pipe = jobs.pipeline("gpt2", 2, 1, 4, precision=Precision(compute=BF16, grads=grads))
+        pipe.forward_backward(batch)
+        assert all(param.grad.dtype is FP32 for param in pipe.parameters())
+        found[grads] = {n: p.grad.clone() for n, p in pipe.named_parameters()}
+        held = [rank.grads.nbytes for rank in pipe._state.ranks.values()]
+        assert held == [stage.memory.grads for stage in pipe.plan.stages]
+    for name, grad in found[BF16].items():
+        assert torch.equal(grad, grad.to(BF16).float())
+        assert torch.allclose(grad, found[FP32][name], rtol=0.1, atol=1e-3)
+    assert any(not torch.equal(found[FP32][n], found[BF16][n]) for n in found[FP32])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Precision(compute=torch.float64), "compute=torch.float64"),
+        (lambda: Precision(compute=BF16, grads=FP16), "grads=torch.float16"),
+        (lambda: Precision(compute=BF16, boundary=FP32), "boundary=torch.float32"),
+        (lambda: Precision(compute=BF16, table="tpu"), "table='tpu'"),
+        (lambda: Precision(compute=BF16, lower=["softmux"]), "no ATen operator 'softmux'"),
+        (lambda: Precision(compute=BF16, lower="softmax"), "give a list"),
+        (lambda: Precision(compute=BF16, lower=["mm"], fp32=["mm"]), "in lower and in fp32"),
+        (lambda: Precision(compute=FP32, lower=["mm"]), "no effect: compute is fp32"),
+        (lambda: Precision(compute=BF16, loss_scale=LossScale()), "no effect with bf16"),
+        (lambda: LossScale(backoff=2.0), "backoff between 0 and 1"),
+        (lambda: pipecompile.compile(nn.Linear(2, 2), 1, precision="fp8"), "precision='fp8'"),
+        (lambda: pipecompile.compile(nn.Linear(2, 2), 1, precision=BF16), "pipecompile.Precision"),
+    ],
+)
+def test_bad_options_are_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        make()
+
+
+def test_a_plan_is_of_one_precision() -> None:
+    batch = models.batches("gpt2", 8, 1)[0]
+    plan = jobs.pipeline("gpt2", 2, 1, 4, precision="bf16", example_batch=batch).plan
+    assert plan.options["precision"] == "bf16"
+    again = jobs.pipeline("gpt2", 2, 1, 4, precision="bf16", example_batch=batch, plan=plan)
+    assert again.plan.to_json() == plan.to_json()
+    with pytest.raises(PlanError, match="precision"):
+        jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch, plan=plan)
+
+
+# -- models that are not all fp32 -----------------------------------------------------------------
+
+
+def test_a_model_in_bf16_trains_with_fp32_masters() -> None:
+    """As its weights in fp32 do; what is loaded back fits the model."""
+    batch = models.batches("llama", 8, 1)
+    model = models.build("llama").to(BF16)
+    pipe = pipecompile.compile(
+        model, 2, microbatches=4, optimizer=jobs.OPTIMIZERS["sgd"], precision="bf16"
+    )
+    found = plain.train_pipeline(pipe, batch)
+    widened = models.build("llama").to(BF16).to(FP32)
+    expected = plain.train(widened, batch, jobs.OPTIMIZERS["sgd"], 1, 4, dtype=BF16)
+    plain.assert_equal(found, expected)
+    assert {p.dtype for p in pipe.parameters()} == {FP32}
+    model.load_state_dict(pipe.state_dict(), strict=True)
+
+
+def test_a_model_in_bf16_can_train_in_fp32() -> None:
+    batch = models.batches("gpt2", 8, 2)
+    pipe = pipecompile.compile(
+        models.build("gpt2").to(BF16),
+        2,
+        microbatches=4,
+        optimizer=jobs.OPTIMIZERS["sgd"],
+        precision="fp32",
+    )
+    expected = plain.train(
+        models.build("gpt2").to(BF16).float(), batch, jobs.OPTIMIZERS["sgd"], 1, 4
+    )
+    plain.assert_equal(plain.train_pipeline(pipe, batch), expected)
+
+
+def test_frozen_weights_stay_as_small_as_they_came() -> None:
+    model = models.build("llama").to(BF16)
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    pipe = pipecompile.compile(model, 2, microbatches=2, precision="bf16")
+    batch = models.batches("llama", 4, 1)[0]
+    loss = pipe.forward_backward(batch)
+    dtypes = {name: param.dtype for name, param in pipe.named_parameters()}
+    assert dtypes.pop("lm_head.weight") is FP32
+    assert set(dtypes.values()) == {BF16}
+    with torch.no_grad(), plain.autocast(BF16):
+        model.lm_head.float()
+        expected = torch.stack([model(**piece).loss for piece in plain.cut(batch, 2)]).mean()
+    assert torch.equal(loss, expected)
+
+
+class Islands(nn.Module):
+    """A router in fp32, a table in a buffer, a batch norm beside trained weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 1)
+        self.norm = nn.BatchNorm1d(16)
+        self.register_buffer("table", torch.randn(16, 16))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.first(x).float())
+        with torch.autocast("cpu", enabled=False):
+            gates = self.router(hidden).softmax(-1)
+        mixed = (hidden @ self.table) * gates.max(-1, keepdim=True).values
+        self.seen += 1
+        return self.last(mixed).float().square().mean()
+
+
+def test_islands_and_buffers_are_as_autocast_leaves_them() -> None:
+    torch.manual_seed(3)
+    model, x = Islands(), torch.randn(8, 16)
+    pipe = pipecompile.compile(model, 2, microbatches=1, precision="bf16", device="cpu")
+    loss = pipe.forward_backward(x)
+    with plain.autocast(BF16):
+        expected = model(x)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert_equal_gradients(pipe, model)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(pipe.state_dict()[name], buffer), name
+    stages = pipe.programs.stages
+    copied = {name for stage in stages for name in stage.copies}
+    assert "router.weight" not in copied
+    assert "last.weight" in copied
+    constants = [
+        p.key
+        for s in stages
+        for part in s.parts.values()
+        for p in part.inputs
+        if p.role is Role.CONSTANT
+    ]
+    assert constants, "the table is cast once, and not for every microbatch"
+
+
+# -- fp16 -----------------------------------------------------------------------------------------
+
+
+def test_the_scale_falls_until_gradients_are_finite_and_grows_again() -> None:
+    """Step by step what torch's GradScaler does, from a scale that is far too large."""
+    batch = models.batches("gpt2", 4, 6)
+    precision = Precision(compute=FP16, loss_scale=LossScale(init=2.0**21, interval=2))
+    pipe = jobs.pipeline("gpt2", 2, 1, 2, precision=precision)
+    found = plain.train_pipeline(pipe, batch)
+    model = models.build("gpt2")
+    expected = plain.train(
+        model, batch, jobs.OPTIMIZERS["adamw"], 1, 2, dtype=FP16, init_scale=2.0**21, interval=2
+    )
+    plain.assert_equal(found, expected)
+    skipped = sum(not grads for grads in expected.grads)
+    assert pipe.loss_scaler.skipped == skipped > 0
+    assert skipped < len(batch)
+    state = pipe.loss_scaler.state_dict()
+    other = jobs.pipeline("gpt2", 2, 1, 2, precision=precision)
+    other.loss_scaler.load_state_dict(state)
+    assert other.loss_scaler.state_dict() == state
+
+
+def overflowing(rank: int, steps: int, at: int) -> dict[str, Any]:
+    """One gradient of one rank becomes infinite in one step."""
+    batch = models.batches("llama", 8, steps)
+    pipe = jobs.pipeline(
+        "llama", 2, 1, 4, precision="fp16", max_grad_norm=0.1, lr_scheduler=_halving
+    )
+    unscale = ModelState.unscale_gradients
+
+    def broken(state: ModelState, scale: float) -> bool:
+        mine = state.ranks.get(rank)
+        if mine is not None and pipe._steps == at:
+            next(iter(mine.grads.slots.values())).tensor.view(-1)[0] = torch.inf
+        return unscale(state, scale)
+
+    ModelState.unscale_gradients = broken  # type: ignore[method-assign]
+    scales, params = [], []
+    try:
+        for piece in batch:
+            pipe.step(piece)
+            scales.append(pipe.loss_scaler.scale)
+            params.append({n: p.detach().clone() for n, p in pipe.named_parameters()})
+    finally:
+        ModelState.unscale_gradients = unscale  # type: ignore[method-assign]
+    counts = {int(state["step"]) for state in pipe.optimizer.state.values()}
+    return {
+        "scales": scales,
+        "params": params,
+        "counts": counts,
+        "lr": pipe.optimizer.param_groups[0]["lr"],
+    }
+
+
+def _halving(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_overflow_on_one_stage_skips_the_step_on_all(
+    gang: Callable[[int], Gang], rank: int
+) -> None:
+    for found in gang(2).run("test_precision:overflowing", rank, 3, 1):
+        assert found["scales"] == [2.0**16, 2.0**15, 2.0**15]
+        first, second, third = found["params"]
+        assert all(torch.equal(first[n], second[n]) for n in first)
+        assert any(not torch.equal(second[n], third[n]) for n in first)
+        assert found["counts"] == {2}
+        assert found["lr"] == pytest.approx(1e-2 / 4)
+
+
+# -- memory, and what people see ------------------------------------------------------------------
+
+
+def peaks(precision: str) -> tuple[int, int, int]:
+    return measured.peaks("llama", 6, 32, precision=precision)
+
+
+def test_the_predicted_peak_is_the_measured_one(gang: Callable[[int], Gang]) -> None:
+    for found, predicted, message in gang(2).run("test_precision:peaks", "bf16"):
+        assert abs(predicted - found) <= message + 0.01 * found
+
+
+def test_inspect_shows_what_is_cast_and_what_that_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipecompile.compiler.cli import main
+
+    small = [
+        "--set",
+        "n_layer=2",
+        "--set",
+        "n_embd=64",
+        "--set",
+        "n_head=2",
+        "--set",
+        "vocab_size=128",
+    ]
+    assert (
+        main(["inspect", "hf:gpt2", "--stages", "2", "--seq", "16", "--precision", "bf16", *small])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "mixed precision" in said
+    assert "parameters cast once per step" in said
+    for row in (
+        "stash of a microbatch",
+        "sent per microbatch",
+        "largest peak of a stage",
+        "predicted step",
+    ):
+        line = next(line for line in said.splitlines() if line.startswith(row))
+        assert "%" in line
