@@ -35,6 +35,7 @@ def compile(
     example_batch: Any = None,
     device: str | torch.device | None = None,
     seed: int | None = None,
+    weights: str | Path | None = None,
     schedule: str = "1f1b",
     tied_grads: str = "per_microbatch",
     memory: int | str | None = None,
@@ -57,6 +58,9 @@ def compile(
 
     Args:
         model: any module that `torch.export` can trace; it trains in the mode that it is in.
+            Built under ``torch.device("meta")`` it has no weights: each rank then makes those of
+            its own stages, by the model's initialisers (``reset_parameters``, ``_init_weights``)
+            or from ``weights``.
         n_stages: pipeline stages, or "auto": every division of the devices between stages and
             replicas is planned for ``example_batch``, which is then the batch of all replicas,
             and the one with the shortest predicted step is taken.
@@ -74,7 +78,11 @@ def compile(
         example_batch: compile now, for batches of this shape: what `step` will be given, under
             torchrun this process's share. None waits for the first batch or `compile_for`.
         device: "cpu" or "cuda"; None takes CUDA if there is one.
-        seed: of dropout and other random ops; None takes torch's initial seed (of rank 0).
+        seed: of dropout and other random ops, and of weights that are initialised here; None
+            takes torch's initial seed (of rank 0).
+        weights: a ``.safetensors`` file, or a folder with one, or with several and
+            ``model.safetensors.index.json``: each rank reads what its own stages need, cast to
+            the model's dtype. The model's own weights are then ignored.
         schedule: "1f1b", or "zb_h1", which computes weight gradients a little later than the
             gradients that other stages wait for: a smaller bubble for some more memory on the
             later stages. Both give the same bits.
@@ -107,6 +115,7 @@ def compile(
         WorldSizeError: torchrun started another number of processes than n_stages × dp.
         MemoryBudgetError: no division fits into ``memory``.
         PlanError: ``plan`` is damaged, or was made for something else.
+        StateError: ``weights`` does not fit the model, or there is no initialiser.
         SharedStorageError, CaptureError, LossError, BatchError, PartitionError: from compiling,
             at the first batch or with ``example_batch``.
     """
@@ -122,6 +131,7 @@ def compile(
             example_batch=example_batch,
             device=device,
             seed=seed,
+            weights=weights,
             schedule=schedule,
             tied_grads=tied_grads,
             memory=memory,

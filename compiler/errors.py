@@ -82,7 +82,7 @@ class SharedStorageError(PipecompileError, ValueError):
 
 
 class StateError(PipecompileError, ValueError):
-    """A state dict that does not fit the model."""
+    """A state dict, or files, that do not fit the model; or weights that nothing makes."""
 
 
 class NotCompiledError(PipecompileError, RuntimeError):

@@ -1,7 +1,7 @@
 """Counts the bytes of live tensors, storage by storage, as operators make and drop them.
 
-`TorchDispatchMode` is torch's hook below autograd. Its module has no public name, so this file is
-its only home.
+`TorchDispatchMode` is torch's hook below autograd. Its module has no public name, so this file and
+`runtime/draws.py` are its only homes.
 """
 
 from __future__ import annotations

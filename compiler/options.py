@@ -17,6 +17,7 @@ from .errors import OptionError
 from .hardware import Device
 from .plan import Plan
 from .precision import Precision, parse_precision
+from .weight_path import locate_weights
 
 TIED_GRADS = ("per_microbatch", "per_step")
 SCHEDULES = ("1f1b", "zb_h1")
@@ -48,6 +49,7 @@ class CompileOptions:
     example_batch: Any = None
     device: str | torch.device | None = None
     seed: int | None = None
+    weights: str | Path | None = None
     schedule: str = "1f1b"
     tied_grads: str = "per_microbatch"
     memory: int | str | None = None
@@ -74,6 +76,8 @@ class CompileOptions:
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))
                 raise OptionError(f"{name}={getattr(self, name)!r}: use {choices}")
+        if self.weights is not None:
+            locate_weights(self.weights)
         self._check_planning()
         parse_precision(self.precision)
         if self.optimizer is None:

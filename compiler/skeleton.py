@@ -91,6 +91,11 @@ def weightless() -> Iterator[None]:
         yield
 
 
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The same layout on the meta device, also of a fake tensor: no data and no mode."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from torch import nn
 
 from ..compiler.batch import BatchSpec
 from ..compiler.build import Mode
-from ..compiler.errors import RankMismatchError
+from ..compiler.errors import PipecompileError, RankMismatchError
 from ..compiler.options import CompileOptions
-from ..compiler.skeleton import named_state
+from ..compiler.skeleton import is_fake, named_state
 from .mesh import Mesh
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -36,6 +39,23 @@ class Agreement:
         values: list[Any] = [None] * self._mesh.size
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What an action of this process returns, if it succeeds on all.
+
+        Raises:
+            PipecompileError: that of the first rank where it failed, on every rank.
+        """
+        made: T | None = None
+        failure: PipecompileError | None = None
+        try:
+            made = act()
+        except PipecompileError as error:
+            failure = error
+        for theirs in self.gather(failure):
+            if theirs is not None:
+                raise theirs
+        return cast(T, made)
 
     def check_program(self, mode: Mode, spec: BatchSpec, microbatches: int) -> None:
         """Every rank is about to run the same program, or all of them stop here."""
@@ -73,11 +93,12 @@ class Agreement:
             options.memory_bytes,
             options.remat,
             options.pin,
+            options.weights is not None,
         )
         mine = (
             shape,
             fingerprint,
-            _digests(model),
+            _digests(model) if options.weights is None else {},
         )
         seen = self.gather(mine)
         for rank, (theirs, graph, weights) in enumerate(seen):
@@ -95,6 +116,20 @@ class Agreement:
                     "one seed on all ranks before building the model, or load the same weights"
                 )
 
+    def check_copies(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What several ranks hold of one name has the same values."""
+        if not self._mesh.distributed:
+            return
+        seen: dict[str, tuple[int, str]] = {}
+        for rank, digests in enumerate(self.gather({n: _sampled(t) for n, t in tensors.items()})):
+            for name, digest in digests.items():
+                first, theirs = seen.setdefault(name, (rank, digest))
+                if digest != theirs:
+                    raise RankMismatchError(
+                        f"{name!r} differs between rank {first} and rank {rank}: give all machines "
+                        "the same files; initialisers may draw from torch's generators only"
+                    )
+
     def check_data(self, values: list[torch.Tensor]) -> None:
         """The first batch that runs is the same on all stages of a replica."""
         if not self._mesh.distributed or self._data_checked:
@@ -111,12 +146,14 @@ class Agreement:
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
-    """Name -> a hash of up to 4096 elements spread over the tensor."""
-    digests = {}
-    for name, tensor in named_state(model):
-        flat = tensor.detach().reshape(-1)
-        digests[name] = _digest(flat[:: max(1, flat.numel() // 4096)])
-    return digests
+    """Name -> a hash of the tensor's values, empty where it has none."""
+    return {n: "" if is_fake(tensor) else _sampled(tensor) for n, tensor in named_state(model)}
+
+
+def _sampled(tensor: torch.Tensor) -> str:
+    """A hash of up to 4096 elements spread over the tensor."""
+    flat = tensor.detach().reshape(-1)
+    return _digest(flat[:: max(1, flat.numel() // 4096)])
 
 
 def _digest(values: torch.Tensor) -> str:

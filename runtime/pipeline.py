@@ -27,6 +27,7 @@ from .agreement import Agreement
 from .executor import Executor, Job, drive
 from .link import measure_link
 from .loss_scaler import LossScaler
+from .materialize import Source, source_of
 from .mesh import Mesh, connect, device_of, ranks_here
 from .optimizer import clip_gradients, make_optimizer
 from .state import ModelState
@@ -67,7 +68,6 @@ class Pipeline:
         device: torch.device,
         why: str = "",
     ):
-        self._model: nn.Module | None = model
         self._options, self._skeleton, self._mesh, self._device = options, skeleton, mesh, device
         self._loaded: dict[tuple[Mode, BatchSpec, int], _Loaded] = {}
         self._state: ModelState | None = None
@@ -93,6 +93,9 @@ class Pipeline:
         self._builder = Builder(skeleton, options, self._target(), team, why)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = self._agreement.gather(seed)[0]
+        self._source: Source | None = self._agreement.together(
+            lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main)
+        )
         if options.example_batch is not None:
             self.compile_for(options.example_batch)
 
@@ -381,19 +384,11 @@ class Pipeline:
     def _compile(
         self, mode: Mode, spec: BatchSpec, microbatches: int, piece: Sequence[torch.Tensor]
     ) -> _Loaded:
-        first = not self._builder.homes
         compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
-        if first:
-            assert self._model is not None
-            self._state = ModelState(
-                self._model,
-                self._skeleton,
-                self._builder.homes,
-                self._mesh,
-                self._device,
-                self._options.dtypes,
-            )
-            self._model = None
+        if self._state is None:
+            self._state = self._agreement.together(self._make_state)
+            self._agreement.check_copies(self._state.tensors())
+            self._source = None
             self._make_optimizer()
         state = self._state
         assert state is not None
@@ -410,6 +405,17 @@ class Pipeline:
             for rank, rank_state in state.ranks.items()
         }
         return _Loaded(compiled, executors)
+
+    def _make_state(self) -> ModelState:
+        assert self._source is not None
+        return ModelState(
+            self._source,
+            self._skeleton,
+            self._builder.homes,
+            self._mesh,
+            self._device,
+            self._options.dtypes,
+        )
 
     def _make_optimizer(self) -> None:
         state = self._state

@@ -18,6 +18,7 @@ from .mesh import choose_device, connect, device_of, make_mesh, world_size
 from .pipeline import Pipeline
 from .target import target_of
 from .team import Ranks
+from .weight_files import WeightFiles
 
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
@@ -40,6 +41,10 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     device = choose_device(options.device, mesh)
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device, options.dtypes)
+    agreement = Agreement(mesh, device)
+    weights = options.weights
+    if weights is not None:  # refuse what does not fit before planning
+        agreement.together(lambda: WeightFiles(weights, skeleton))
     _, whole = batches.flatten(options.example_batch)
     target = target_of(options, device, mesh)
 
@@ -48,7 +53,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
         piece, microbatches = divide(whole, tried, dp, finer=finer)
         return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches)
 
-    team = Ranks(mesh, Agreement(mesh, device), model, options)
+    team = Ranks(mesh, agreement, model, options)
     best, trials = team.share(lambda: choose_stages(count, build))
     chosen = replace(
         options,

@@ -1,11 +1,12 @@
 """The tensors that this process holds: parameters, buffers, gradient buckets; and the state dict.
 
-The model's weights are copied at compile time, each rank's to its device; the user's model is not
-touched and may be deleted. Ranks of one process that share a device share their parameters.
+Each rank's weights are made at compile time, on its device, from a `Source`; the user's model is
+not touched and may be deleted. Ranks of one process that share a device share their parameters.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import nn
 from ..compiler.errors import StateError
 from ..compiler.precision import Precision
 from ..compiler.program import PipelineProgram
-from ..compiler.skeleton import Skeleton, is_fake, named_state
+from ..compiler.skeleton import Skeleton
 from .bucket import Bucket, GradBucket, GradSlot
 from .executor import RankState
+from .materialize import Source, materialize
 from .mesh import Mesh, device_of
 
 
@@ -26,14 +28,18 @@ class ModelState:
     """Parameters, buffers and gradients of the ranks that this process plays.
 
     Args:
+        source: what the tensors are filled from.
         homes: parameter FQN -> the stages that hold it.
         device: the type of device; every rank's own is `device_of` it.
         precision: in which dtypes gradients add up.
+
+    Raises:
+        StateError: the source lacks one of them.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        source: Source,
         skeleton: Skeleton,
         homes: Mapping[str, tuple[int, ...]],
         mesh: Mesh,
@@ -41,32 +47,22 @@ class ModelState:
         precision: Precision | None = None,
     ):
         self.skeleton, self.homes, self.mesh = skeleton, homes, mesh
-        source = {skeleton.canonical[name]: t for name, t in named_state(model)}
-        fake = next((name for name, t in source.items() if is_fake(t)), None)
-        if fake is not None:
-            raise StateError(
-                f"{type(model).__name__} has no weights ({fake!r} is on the meta device or fake): "
-                "initialise it or load weights before compiling; `pipecompile inspect` needs none"
-            )
+        held = materialize(source, skeleton, self._names(device))
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
-        self.dtypes = {skeleton.canonical[n]: t.dtype for n, t in named_state(skeleton.module)}
-        trainable = {name for name, p in skeleton.module.named_parameters() if p.requires_grad}
-        sums = {
-            name: precision.grads_of(self.dtypes[name]) if precision else self.dtypes[name]
-            for name in trainable
-        }
+        trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
+        sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
         for rank in mesh.local_ranks:
             stage, where = mesh.stage_of(rank), device_of(rank, device, mesh)
             names = [name for name in skeleton.params if stage in homes[name]]
-            params = {name: self._copy(name, source[name], where) for name in names}
+            params = {name: self._copy(name, held[name, where]) for name in names}
             buffers = {
-                name: tensor.detach().to(where, self.dtypes[name], copy=True)
-                for name, tensor in source.items()
-                if name not in homes
+                name: tensor.clone()
+                for (name, place), tensor in held.items()
+                if name not in homes and place == where
             }
-            slots = {name: p for name, p in params.items() if name in trainable}
+            slots = {name: p for name, p in params.items() if name in trained}
             grads = GradBucket(slots, sums, where, mesh.dp)
             self.ranks[rank] = RankState(rank, mesh, where, params, buffers, grads)
         for name in skeleton.params:
@@ -74,14 +70,30 @@ class ModelState:
             if first is not None:
                 self.primary[name] = (first, self.ranks[first].params[name])
 
-    def _copy(self, name: str, tensor: torch.Tensor, device: torch.device) -> nn.Parameter:
-        if (name, device) not in self.copies:
-            data = tensor.detach().to(device, self.dtypes[name], copy=True)
-            self.copies[name, device] = nn.Parameter(data, requires_grad=tensor.requires_grad)
-        return self.copies[name, device]
+    def _names(self, device: torch.device) -> dict[torch.device, list[str]]:
+        """What is held on each device of this process: its stages' parameters, all buffers."""
+        stages = defaultdict(set)
+        for rank in self.mesh.local_ranks:
+            stages[device_of(rank, device, self.mesh)].add(self.mesh.stage_of(rank))
+        names = dict.fromkeys(self.skeleton.canonical.values())
+        return {
+            where: [name for name in names if here.intersection(self.homes.get(name, here))]
+            for where, here in stages.items()
+        }
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
+        if (name, tensor.device) not in self.copies:
+            trained = self.skeleton.module.get_parameter(name).requires_grad
+            self.copies[name, tensor.device] = nn.Parameter(tensor, requires_grad=trained)
+        return self.copies[name, tensor.device]
 
     def _first_local_rank(self, name: str) -> int | None:
         return next((r for r in self.ranks if self.mesh.stage_of(r) in self.homes[name]), None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of this process, each once."""
+        first = next(iter(self.ranks.values()))
+        return first.buffers | {name: param for name, (_, param) in self.primary.items()}
 
     # -- parameters -------------------------------------------------------------------------
 

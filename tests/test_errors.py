@@ -87,6 +87,8 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
         ({"optimizer": SGD, "max_grad_norm": 0}, "max_grad_norm=0 must be above 0"),
         ({"tied_grads": "never"}, "tied_grads='never': use 'per_microbatch' or 'per_step'"),
         ({"schedule": "zb"}, "schedule='zb': use '1f1b' or 'zb_h1'"),
+        ({"weights": 3}, "weights=3: give the path of a .safetensors file"),
+        ({"weights": "gpt2-xl"}, "weights='gpt2-xl' does not exist: .* not the name of a model"),
         ({"device": "abacus"}, "device='abacus' is not a device"),
         ({"device": "meta"}, "runs on 'cpu' and 'cuda'"),
         ({"optimizer": lambda params: 3}, "optimizer= returned a int"),
@@ -237,7 +239,8 @@ def test_asking_before_compilation() -> None:
 def test_a_model_without_weights() -> None:
     with torch.device("meta"):
         model = Tiny()
-    with pytest.raises(errors.StateError, match="has no weights"):
+        model.scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(errors.StateError, match="has no weights, and no initialiser sets 'scale'"):
         compile_(model)
 
 
