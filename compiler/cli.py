@@ -1,4 +1,4 @@
-"""The command line: `pipecompile inspect` and `pipecompile solve`.
+"""The command line: `pipecompile inspect`, `solve`, `export` and `import`.
 
 One function per command adds its arguments and names what runs it. torch and transformers are
 imported when a model is asked for, and not for ``--help`` or ``solve``.
@@ -13,10 +13,11 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import __version__
-from .errors import OptionError, PipecompileError
+from .errors import OptionError, PipecompileError, SpecError
 from .hardware import DEVICES
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_inspect(commands)
     _add_solve(commands)
+    _add_export(commands)
+    _add_import(commands)
     return parser
 
 
@@ -302,6 +305,80 @@ def _solve(args: argparse.Namespace) -> int:
         problem = read(path, n_stages=args.stages, memory_gib=args.memory)
         outcomes.append(outcome_of(path, problem, args.time_limit, args.solver))
     write_outcomes(outcomes, sys.stdout, as_json=args.json)
+    return 0
+
+
+# -- export and import --------------------------------------------------------------------------
+
+
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint's weights for from_pretrained",
+        description="Write the weights of a checkpoint as Hugging Face safetensors files, and the "
+        "model's config.json, for from_pretrained. One tensor at a time is in memory.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_export)
+    parser.add_argument("directory", metavar="DIR", help="what pipe.save() wrote to")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument(
+        "--config",
+        metavar="FILE_OR_SPEC",
+        help="a config.json, or a model as `inspect` takes it, for OUT/config.json (default: the "
+        "configuration of the model that was saved)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        default="5GB",
+        metavar="BYTES",
+        help="the most that one file holds, if no tensor is larger (default 5GB)",
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ..runtime.huggingface import export
+    from .options import parse_bytes
+
+    shard_bytes = parse_bytes(args.shard_size, "--shard-size")
+    config = None if args.config is None else _config(args.config)
+    for path in export(Path(args.directory), Path(args.out), config, shard_bytes):
+        print(path)
+    return 0
+
+
+def _config(source: str) -> dict[str, Any]:
+    """The configuration in a JSON file, or of the model that a SPEC names."""
+    from ..runtime.huggingface import read_object
+    from ..runtime.snapshot import config_of
+    from .spec import ModelOptions, load
+
+    if source.endswith(".json") and not source.startswith("hf:"):
+        return read_object(Path(source))
+    with _quiet():
+        config = config_of(load(source, ModelOptions()).model)
+    if config is None:
+        raise SpecError(f"the model of {source} has no configuration: give a config.json")
+    return config
+
+
+def _add_import(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="make a checkpoint of a model's safetensors files",
+        description="Make a checkpoint of Hugging Face safetensors files: weights alone, with "
+        "which pipe.load() begins a training. One tensor at a time is in memory.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_import)
+    parser.add_argument("source", metavar="SRC", help="a folder of save_pretrained, or a file")
+    parser.add_argument("directory", metavar="DIR", help="a folder without checkpoints")
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ..runtime.huggingface import import_
+
+    print(import_(Path(args.source), Path(args.directory)))
     return 0
 
 

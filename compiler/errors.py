@@ -85,6 +85,10 @@ class StateError(PipecompileError, ValueError):
     """A state dict, or files, that do not fit the model; or weights that nothing makes."""
 
 
+class CheckpointError(PipecompileError, RuntimeError):
+    """A checkpoint that cannot be written, or one that is damaged or of something else."""
+
+
 class NotCompiledError(PipecompileError, RuntimeError):
     """Something was asked for that exists only after compilation."""
 

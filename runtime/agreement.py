@@ -12,7 +12,7 @@ from torch import nn
 
 from ..compiler.batch import BatchSpec
 from ..compiler.build import Mode
-from ..compiler.errors import PipecompileError, RankMismatchError
+from ..compiler.errors import CheckpointError, PipecompileError, RankMismatchError
 from ..compiler.options import CompileOptions
 from ..compiler.skeleton import is_fake, named_state
 from .mesh import Mesh
@@ -40,22 +40,28 @@ class Agreement:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def together(self, act: Callable[[], T]) -> T:
-        """What an action of this process returns, if it succeeds on all.
+    def together(self, act: Callable[[], T], kind: type[PipecompileError] = CheckpointError) -> T:
+        """What ``act`` returns here, once it has succeeded on every rank.
+
+        Args:
+            kind: what errors that are not pipecompile's own become.
 
         Raises:
-            PipecompileError: that of the first rank where it failed, on every rank.
+            PipecompileError: what the first rank raised that failed, on every rank.
         """
-        made: T | None = None
-        failure: PipecompileError | None = None
+        result: T | None = None
+        error: PipecompileError | None = None
+        cause: Exception | None = None
         try:
-            made = act()
-        except PipecompileError as error:
-            failure = error
-        for theirs in self.gather(failure):
-            if theirs is not None:
-                raise theirs
-        return cast(T, made)
+            result = act()
+        except PipecompileError as raised:
+            error = cause = raised
+        except Exception as raised:
+            error, cause = kind(f"{type(raised).__name__}: {raised}"), raised
+        first = next((e for e in self.gather(error) if e is not None), None)
+        if first is not None:
+            raise first from cause
+        return cast(T, result)
 
     def check_program(self, mode: Mode, spec: BatchSpec, microbatches: int) -> None:
         """Every rank is about to run the same program, or all of them stop here."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
 from ..compiler.build import Builder, Compiled, Mode, Target, divide
-from ..compiler.errors import BatchError, NotCompiledError, OptionError
+from ..compiler.errors import BatchError, NotCompiledError, OptionError, StateError
 from ..compiler.ops import generator_of, mix
 from ..compiler.options import CompileOptions
 from ..compiler.plan import Plan
@@ -24,12 +25,14 @@ from ..compiler.program import PipelineProgram, Role
 from ..compiler.skeleton import Skeleton
 from ..compiler.timing_cache import default_cache_dir
 from .agreement import Agreement
+from .checkpoint import Checkpoints
 from .executor import Executor, Job, drive
 from .link import measure_link
 from .loss_scaler import LossScaler
 from .materialize import Source, source_of
 from .mesh import Mesh, connect, device_of, ranks_here
 from .optimizer import clip_gradients, make_optimizer
+from .snapshot import Training, config_of
 from .state import ModelState
 from .target import target_of
 from .team import Ranks
@@ -57,6 +60,9 @@ class Pipeline:
             one process plays all ranks (and cuts each batch over the replicas itself).
         data_shard: which of these this process loads; the same on all stages of a replica.
         loss_scaler: with precision="fp16"; None otherwise.
+        checkpoint_extras: name -> an object with ``state_dict`` and ``load_state_dict``, alike on
+            all ranks, that `save` and `load` include; where a checkpoint has none by that name,
+            the object is left as it is.
     """
 
     def __init__(
@@ -89,12 +95,18 @@ class Pipeline:
             self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), self._status)
             self._transport = Processes(mesh, device_of(first, device, mesh))
         self._agreement = Agreement(mesh, device)
+        self._checkpoints = Checkpoints(mesh, self._agreement)
+        self._config = config_of(model)
+        self.checkpoint_extras: dict[str, Any] = {}
+        if self.loss_scaler is not None:
+            self.checkpoint_extras["loss_scaler"] = self.loss_scaler
         team = Ranks(mesh, self._agreement, model, options)
         self._builder = Builder(skeleton, options, self._target(), team, why)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = self._agreement.gather(seed)[0]
         self._source: Source | None = self._agreement.together(
-            lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main)
+            lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main),
+            StateError,
         )
         if options.example_batch is not None:
             self.compile_for(options.example_batch)
@@ -262,9 +274,79 @@ class Pipeline:
             StateError: names or shapes differ; nothing has been changed then.
         """
         self._require_state().load_state_dict(state_dict)
-        for loaded in self._loaded.values():
-            for executor in loaded.executors.values():
-                executor.refresh()
+        self._refresh()
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        data: Any = None,
+        keep: int | None = None,
+        async_save: bool = False,
+    ) -> Path:
+        """Write a checkpoint, which `load` opens under any number of stages and replicas.
+
+        It has parameters, persistent buffers, optimizer and LR scheduler, the number of steps,
+        and the random states; not gradients that wait for a step. Every rank must call it.
+
+        Args:
+            directory: of the run; this checkpoint becomes ``step-00000012`` in it, and ``latest``
+                names it. All machines must share it.
+            data: an object whose ``state_dict()`` is the position in the data; it is asked for on
+                the first stage of each replica.
+            keep: remove older checkpoints but this many, this one included; None keeps all.
+            async_save: copy to host memory now and write while training goes on. An error is
+                raised by the next save, load or `wait_for_save`. Python does not exit before it
+                is written.
+
+        Returns:
+            The checkpoint's own folder.
+
+        Raises:
+            NotCompiledError: there is nothing to save before the first batch.
+            CheckpointError: it cannot be written; those before it are as they were.
+        """
+        training = self._training(data)
+        with self._guard():
+            return self._checkpoints.save(training, Path(directory), keep, async_save)
+
+    def load(self, directory: str | Path, *, data: Any = None) -> int:
+        """Go on from a checkpoint, whatever stages and replicas it was saved under.
+
+        One of weights alone is loaded as step 0, and the optimizer starts afresh.
+
+        Args:
+            directory: as `save` was given it, for its ``latest`` (or its newest, if that is
+                missing); or the folder of one checkpoint.
+            data: an object whose ``load_state_dict`` takes the position in the data.
+
+        Returns:
+            After how many steps it was saved.
+
+        Raises:
+            NotCompiledError: before the first batch, when there is nothing to load into.
+            CheckpointError: there is none, it is damaged or of something else; on every rank,
+                and nothing has been changed.
+        """
+        training = self._training(data)
+        with self._guard():
+            self._seed, self._steps = self._checkpoints.load(training, Path(directory))
+            self.zero_grad()
+            self._refresh()
+        return self._steps
+
+    def wait_for_save(self) -> None:
+        """Wait until a save with ``async_save=True`` is on the disk; on every rank.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        with self._guard():
+            self._checkpoints.wait()
+
+    # -- what was decided -------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -386,7 +468,7 @@ class Pipeline:
     ) -> _Loaded:
         compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
         if self._state is None:
-            self._state = self._agreement.together(self._make_state)
+            self._state = self._agreement.together(self._make_state, StateError)
             self._agreement.check_copies(self._state.tensors())
             self._source = None
             self._make_optimizer()
@@ -425,6 +507,25 @@ class Pipeline:
         self._optimizer = make_optimizer(self._options.optimizer, state)
         if self._options.lr_scheduler is not None:
             self._scheduler = self._options.lr_scheduler(self._optimizer)
+
+    def _training(self, data: Any) -> Training:
+        return Training(
+            state=self._require_state(),
+            optimizer=self._optimizer,
+            scheduler=self._scheduler,
+            data=data,
+            extras=self.checkpoint_extras,
+            buffer_stages=self._buffer_stages(),
+            seed=self._seed,
+            steps=self._steps,
+            config=self._config,
+        )
+
+    def _refresh(self) -> None:
+        """Make anew what was computed from parameters and buffers that have changed."""
+        for loaded in self._loaded.values():
+            for executor in loaded.executors.values():
+                executor.refresh()
 
     def _buffer_stages(self) -> dict[str, int]:
         return {

@@ -10,7 +10,7 @@ from torch import nn
 from ..compiler import batch as batches
 from ..compiler.auto import choose_stages, listed
 from ..compiler.build import Builder, Compiled, Mode, divide
-from ..compiler.errors import OptionError
+from ..compiler.errors import OptionError, StateError
 from ..compiler.options import CompileOptions
 from ..compiler.skeleton import skeleton_of
 from .agreement import Agreement
@@ -44,7 +44,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     agreement = Agreement(mesh, device)
     weights = options.weights
     if weights is not None:  # refuse what does not fit before planning
-        agreement.together(lambda: WeightFiles(weights, skeleton))
+        agreement.together(lambda: WeightFiles(weights, skeleton), StateError)
     _, whole = batches.flatten(options.example_batch)
     target = target_of(options, device, mesh)
 
