@@ -6,17 +6,20 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint bench predictions planner-table clean
+.PHONY: help demo test test-slow lint bench predictions planner-table \
+	precision-table precision-curves clean
 
 help:
-	@echo "make demo           train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
-	@echo "make test           the tests that take minutes"
-	@echo "make test-slow      all tests but the timings"
-	@echo "make lint           ruff and mypy"
-	@echo "make bench          the timings"
-	@echo "make predictions    do predicted step times and memory peaks come true?"
-	@echo "make planner-table  plans of large models against simple strategies"
-	@echo "make clean          remove .venv and what tools left behind"
+	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
+	@echo "make test              the tests that take minutes"
+	@echo "make test-slow         all tests but the timings"
+	@echo "make lint              ruff and mypy"
+	@echo "make bench             the timings"
+	@echo "make predictions       do predicted step times and memory peaks come true?"
+	@echo "make planner-table     plans of large models against simple strategies"
+	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
+	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
+	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py
@@ -35,6 +38,12 @@ predictions: $(READY)
 
 planner-table: $(READY)
 	$(BIN)/python tests/bench/planner_table.py
+
+precision-table: $(READY)
+	$(BIN)/python tests/bench/precision_table.py
+
+precision-curves: $(READY)
+	$(BIN)/python tests/bench/precision_curves.py
 
 # The repository root is the package, whatever the checkout is called: mypy gets it under its name.
 lint: $(READY)

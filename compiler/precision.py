@@ -96,6 +96,8 @@ class Precision:
             if given and self.compute is torch.float32:
                 raise OptionError(f"Precision({option}=) has no effect: compute is fp32")
             object.__setattr__(self, option, tuple(given))
+        if self.table is not None and self.compute is torch.float32:
+            raise OptionError("Precision(table=) has no effect: compute is fp32")
         for name in (*self.lower, *self.fp32):
             if not hasattr(torch.ops.aten, name):
                 raise OptionError(f"Precision: there is no ATen operator {name!r}")

@@ -46,13 +46,15 @@ def insert_casts(
         table: whose operator lists count where the precision does not say.
 
     Raises:
-        OptionError: a name in ``fp32_modules`` stands for none of the model's modules.
+        OptionError: the precision names a module or an operator that a model in training lacks.
     """
     rules = _Rules(precision, precision.table or table)
     caster = _Caster(module, rules)
+    trains = torch.is_grad_enabled()
     with torch.no_grad():
         caster.run(*leaves, enable_io_processing=False)
-    rules.check_modules()
+    if trains:
+        rules.check_names()
     module.recompile()
     casts, params = rules.counts["cast"], rules.counts["param"]
     return f"{casts + params} casts, {params} of them of parameters" if casts + params else ""
@@ -65,14 +67,15 @@ class _Rules:
         self.precision, self.table = precision, TABLES[table]
         self.counts: Counter[str] = Counter()
         self.modules: set[str] = set()
+        self.operators: set[str] = set()
 
     def dtype_for(self, node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.dtype | None:
         """In which an operator wants its inputs; None for as they are."""
         name = _name(node)
         precision, table = self.precision, self.table
         path = module_path(node).removeprefix("model").removeprefix(".")
-        if precision.fp32_modules:
-            self.modules.add(path)
+        self.modules.add(path)
+        self.operators.add(name)
         if name in precision.fp32:
             return torch.float32
         if name in precision.lower or name in table.lower:
@@ -84,7 +87,13 @@ class _Rules:
             return torch.float32 if wide else precision.compute
         return None
 
-    def check_modules(self) -> None:
+    def check_names(self) -> None:
+        for name in (*self.precision.lower, *self.precision.fp32):
+            if name not in self.operators:
+                raise OptionError(
+                    f"Precision: the model calls no operator {name!r}; it calls "
+                    f"{', '.join(sorted(self.operators - {''}))}"
+                )
         for pattern in self.precision.fp32_modules:
             only = Precision(compute=self.precision.compute, fp32_modules=(pattern,))
             if not any(only.keeps_fp32(path) for path in self.modules):

@@ -5,13 +5,15 @@ Gradients add up in slots and are reduced at once; copies in the compute dtype a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..compiler.memory import ALIGNMENT_BYTES
 from .wire import is_dense
+
+PIECE = 1 << 16  # elements
 
 
 class GradSlot:
@@ -33,7 +35,17 @@ class GradSlot:
         else:
             if grad.stride() != self.tensor.stride():  # adding across layouts is up to 20× slower
                 grad = torch.empty_like(self.tensor).copy_(grad)
-            self.tensor.add_(grad)
+            for total, part in _pieces(self.tensor, grad):
+                total.add_(part)
+
+
+def _pieces(total: torch.Tensor, grad: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """What to add to what. A CPU makes a copy of an addend of another dtype: a small one at a time
+    stays in its cache."""
+    if total.dtype is grad.dtype or total.device.type != "cpu" or not total.is_contiguous():
+        return ((total, grad),)
+    flat = (torch.split(tensor.view(-1), PIECE) for tensor in (total, grad))
+    return zip(*flat, strict=True)
 
 
 class Bucket:
@@ -103,9 +115,10 @@ class GradBucket(Bucket):
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
 
     @torch.no_grad()
-    def scale(self, factor: float) -> None:
-        for buffer in self.buffers.values():
-            buffer.mul_(factor)
+    def scale(self, factor: float, dtype: torch.dtype) -> None:
+        """Multiply the gradients that add up in a dtype."""
+        if dtype in self.buffers:
+            self.buffers[dtype].mul_(factor)
 
     @torch.no_grad()
     def is_finite(self) -> bool:

@@ -177,7 +177,7 @@ class Pipeline:
             state.open_gradients(scale)
             self._run(loaded, jobs)
             if scaler is None or self._unscaled(state, scaler):
-                state.close_gradients()
+                state.close_gradients(scale)
             else:
                 state.drop_gradients()
             self._steps += 1

@@ -135,25 +135,33 @@ class ModelState:
             for name, slot in state.grads.slots.items():
                 first, param = self.primary[name]
                 slot.fresh = param.grad is None
-                if param.grad is not None and param.grad is not slot.tensor:
+                if param.grad is None:
+                    continue
+                if slot.tensor.dtype is not param.dtype:
+                    slot.tensor.copy_(param.grad * scale)
+                    continue
+                if param.grad is not slot.tensor:
                     slot.tensor.copy_(param.grad)
-                if rank == first and param.grad is not None:
-                    self._show(param, slot)
-                if scale != 1.0 and not slot.fresh:
-                    slot.tensor.mul_(scale)
+                if rank == first:
+                    param.grad = slot.tensor
+        if scale != 1.0:
+            for state in self.ranks.values():
+                state.grads.scale(scale, torch.float32)
 
     def unscale_gradients(self, scale: float) -> bool:
-        """Undo the scaling of the loss; whether all gradients of this process are finite."""
+        """Undo the scaling of the loss in fp32 sums; others are widened first, when they are shown.
+        Whether all gradients of this process are finite."""
+        finite = all(state.grads.is_finite() for state in self.ranks.values())
         for state in self.ranks.values():
-            state.grads.scale(1 / scale)
-        return all(state.grads.is_finite() for state in self.ranks.values())
+            state.grads.scale(1 / scale, torch.float32)
+        return finite
 
-    def close_gradients(self) -> None:
+    def close_gradients(self, scale: float = 1.0) -> None:
         """After a run: every parameter that got a gradient shows it as ``.grad``."""
         for name, (rank, param) in self.primary.items():
             slot = self.ranks[rank].grads.slots.get(name)
             if slot is not None and not slot.fresh:
-                self._show(param, slot)
+                self._show(param, slot, scale)
 
     def drop_gradients(self) -> None:
         """As if there had been none, so that no optimizer's step changes anything."""
@@ -161,9 +169,10 @@ class ModelState:
             param.grad = None
 
     @staticmethod
-    def _show(param: nn.Parameter, slot: GradSlot) -> None:
+    def _show(param: nn.Parameter, slot: GradSlot, scale: float = 1.0) -> None:
         """torch wants a gradient in its parameter's dtype."""
-        param.grad = slot.tensor.to(param.dtype)  # the slot's own tensor where that is its dtype
+        same = slot.tensor.dtype is param.dtype
+        param.grad = slot.tensor if same else slot.tensor.to(param.dtype).div_(scale)
 
     def owned_gradients(self) -> dict[str, torch.Tensor]:
         """The gradients that this process reports to the global norm: each once over all stages."""

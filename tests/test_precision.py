@@ -254,6 +254,8 @@ def test_modules_and_operators_stay_in_fp32_by_name() -> None:
         ]
 
     assert FP32 not in products(Precision(compute=BF16))
+    with pytest.raises(OptionError, match=r"calls no operator 'mm'; it calls .*linear"):
+        products(Precision(compute=BF16, fp32=["mm"]))
     kept = products(Precision(compute=BF16, fp32_modules=["*.mlp.gate"]))
     assert set(kept) == {FP32}
     with pytest.raises(OptionError, match="stands for no module of the model"):
@@ -321,6 +323,7 @@ def test_gradients_add_up_in_the_dtype_asked_for() -> None:
         (lambda: Precision(compute=BF16, lower="softmax"), "give a list"),
         (lambda: Precision(compute=BF16, lower=["mm"], fp32=["mm"]), "in lower and in fp32"),
         (lambda: Precision(compute=FP32, lower=["mm"]), "no effect: compute is fp32"),
+        (lambda: Precision(compute=FP32, table="cuda"), "no effect: compute is fp32"),
         (lambda: Precision(compute=BF16, loss_scale=LossScale()), "no effect with bf16"),
         (lambda: LossScale(backoff=2.0), "backoff between 0 and 1"),
         (lambda: pipecompile.compile(nn.Linear(2, 2), 1, precision="fp8"), "precision='fp8'"),
@@ -457,6 +460,22 @@ def test_the_scale_falls_until_gradients_are_finite_and_grows_again() -> None:
     other = jobs.pipeline("gpt2", 2, 1, 2, precision=precision)
     other.loss_scaler.load_state_dict(state)
     assert other.loss_scaler.state_dict() == state
+
+
+@pytest.mark.parametrize("grads", [FP32, FP16])
+def test_gradients_of_several_calls_add_up_unscaled(grads: torch.dtype) -> None:
+    batch = models.batches("gpt2", 8, 1)[0]
+    precision = Precision(compute=FP16, grads=grads, loss_scale=LossScale(init=2.0**10))
+    pipe = jobs.pipeline("gpt2", 2, 2, 2, precision=precision)
+    pipe.forward_backward(batch)
+    once = {name: param.grad.clone() for name, param in pipe.named_parameters()}
+    pipe.forward_backward(batch)
+    for name, param in pipe.named_parameters():
+        assert torch.allclose(param.grad, 2 * once[name], rtol=1e-2, atol=1e-3), name
+    model = models.build("gpt2")
+    plain.accumulate(model, batch, 2, 2)
+    for name, grad in once.items():
+        assert torch.allclose(grad, model.get_parameter(name).grad, rtol=0.05, atol=1e-3), name
 
 
 def overflowing(rank: int, steps: int, at: int) -> dict[str, Any]:

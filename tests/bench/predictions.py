@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
+from bench import models
+
 ROUNDS, STEPS = 3, 5
 NOISE = 0.05  # stages whose loads differ by less are as good as equal
-LENGTH = 128
-VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
@@ -68,48 +67,6 @@ class Found:
     predicted_busy_s: float
 
 
-def build(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if name == "gpt2":
-        return hf.GPT2LMHeadModel(
-            hf.GPT2Config(
-                n_layer=8, n_embd=256, n_head=8, vocab_size=VOCABULARY, n_positions=LENGTH
-            )
-        )
-    if name == "llama":
-        return hf.LlamaForCausalLM(
-            hf.LlamaConfig(
-                num_hidden_layers=6,
-                hidden_size=320,
-                intermediate_size=864,
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                vocab_size=VOCABULARY,
-            )
-        )
-    if name == "bert":
-        return hf.BertForMaskedLM(
-            hf.BertConfig(
-                num_hidden_layers=6,
-                hidden_size=384,
-                intermediate_size=1536,
-                num_attention_heads=6,
-                vocab_size=VOCABULARY,
-            )
-        )
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            d_model=256,
-            d_ff=1024,
-            num_layers=4,
-            num_heads=8,
-            d_kv=32,
-            vocab_size=VOCABULARY,
-            decoder_start_token_id=0,
-        )
-    )
-
-
 def measure(setting: Setting, cache: str) -> Found:
     """Train as this process's rank; prices are measured anew if the cache is empty."""
     import pipecompile
@@ -118,13 +75,11 @@ def measure(setting: Setting, cache: str) -> Found:
 
     torch.set_num_threads(1)
     os.environ["PIPECOMPILE_CACHE"] = cache
-    rows = 2 * setting.microbatches
-    ids = torch.randint(VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
-    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch = models.batch(2 * setting.microbatches)
 
     def compiled(costs: str, **options: Any) -> Any:
         return pipecompile.compile(
-            build(setting.model),
+            models.build(setting.model),
             setting.n_stages,
             microbatches=setting.microbatches,
             optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),

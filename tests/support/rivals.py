@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -17,19 +18,43 @@ import transformers as hf
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, SplitPoint, pipeline
 
-ROWS, LENGTH, MICROBATCHES, LAYERS, WIDTH, WORDS = 16, 128, 8, 8, 256, 4096
+ROWS, LENGTH, MICROBATCHES, WORDS = 16, 128, 8, 4096
 ADAMW = partial(torch.optim.AdamW, lr=3e-4)
-EQUAL, BALANCED = 4, 5  # layers of the first stage; the head costs about 1.3 layers
 
 
-def model() -> nn.Module:
-    """GPT-2-like, 8 × 256. Not tied: torch.distributed.pipelining has wrong gradients there."""
+@dataclass(frozen=True)
+class Size:
+    """Of the model.
+
+    Attributes:
+        balanced: how many layers the first of two stages gets if it is balanced by hand.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    balanced: int
+
+    @property
+    def equal(self) -> int:
+        return self.layers // 2
+
+    def __str__(self) -> str:
+        return f"{self.layers} × {self.width}"
+
+
+NARROW = Size(8, 256, 8, balanced=5)  # the head costs about 1.3 layers
+WIDE = Size(4, 768, 12, balanced=2)  # ... about 0.4
+
+
+def model(size: Size = NARROW) -> nn.Module:
+    """GPT-2-like. Not tied: torch.distributed.pipelining has wrong gradients there."""
     torch.manual_seed(0)
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = hf.GPT2Config(
-        n_layer=LAYERS,
-        n_embd=WIDTH,
-        n_head=8,
+        n_layer=size.layers,
+        n_embd=size.width,
+        n_head=size.heads,
         n_positions=LENGTH,
         vocab_size=WORDS,
         bos_token_id=1,
@@ -48,9 +73,16 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @cache
-def compiled(schedule: str) -> Callable[[], Any]:
+def compiled(
+    schedule: str, size: Size = NARROW, precision: str | pipecompile.Precision | None = None
+) -> Callable[[], Any]:
     pipe = pipecompile.compile(
-        model(), 2, microbatches=MICROBATCHES, optimizer=ADAMW, schedule=schedule
+        model(size),
+        2,
+        microbatches=MICROBATCHES,
+        optimizer=ADAMW,
+        schedule=schedule,
+        precision=precision,
     )
     return lambda: pipe.step(batch())
 
@@ -92,29 +124,35 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class _Logits(nn.Module):
     """The unmodified model, as the front end of torch.distributed.pipelining takes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.whole = model()
+        self.whole = model(size)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.whole(input_ids=ids).logits
 
 
-def _by_hand(layers: int) -> PipelineStage:
+def by_hand(layers: int, size: Size = NARROW) -> PipelineStage:
+    """Stages rewritten by hand, the first with so many layers."""
     rank = dist.get_rank()
-    part = (_First if rank == 0 else _Second)(model(), layers)
+    part = (_First if rank == 0 else _Second)(model(size), layers)
     return PipelineStage(part, rank, 2, torch.device("cpu"))
 
 
-def _by_front_end() -> Any:
+def by_front_end(size: Size = NARROW) -> Any:
+    """Stages that torch.distributed.pipelining cuts out of the model, with as many layers each."""
     ids = batch()["input_ids"].chunk(MICROBATCHES)[0]
-    begin = {f"whole.transformer.h.{EQUAL}": SplitPoint.BEGINNING}
-    cut = pipeline(_Logits(), mb_args=(ids,), split_spec=begin)
+    begin = {f"whole.transformer.h.{size.equal}": SplitPoint.BEGINNING}
+    cut = pipeline(_Logits(size), mb_args=(ids,), split_spec=begin)
     return cut.build_stage(dist.get_rank(), torch.device("cpu"))
 
 
 @cache
-def pipelining(make_stage: Callable[[], Any]) -> Callable[[], Any]:
+def pipelining(
+    make_stage: Callable[[], Any], autocast: torch.dtype | None = None
+) -> Callable[[], Any]:
+    """torch.distributed.pipelining; with autocast around the whole schedule, which casts every
+    weight once per step."""
     rank = dist.get_rank()
     stage = make_stage()
     schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=_loss)
@@ -122,10 +160,11 @@ def pipelining(make_stage: Callable[[], Any]) -> Callable[[], Any]:
 
     def step() -> list[torch.Tensor]:
         whole, losses = batch(), []
-        if rank == 0:
-            schedule.step(whole["input_ids"])
-        else:
-            schedule.step(target=whole["labels"], losses=losses)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            if rank == 0:
+                schedule.step(whole["input_ids"])
+            else:
+                schedule.step(target=whole["labels"], losses=losses)
         optimizer.step()
         optimizer.zero_grad()
         return losses
@@ -155,9 +194,9 @@ def plain() -> Callable[[], Any]:
 RIVALS = {
     "pipecompile 1f1b": partial(compiled, "1f1b"),
     "pipecompile zb_h1": partial(compiled, "zb_h1"),
-    "torch 1F1B, its front end": partial(pipelining, _by_front_end),
-    "torch 1F1B, rewritten by hand": partial(pipelining, partial(_by_hand, EQUAL)),
-    "the same, balanced by hand": partial(pipelining, partial(_by_hand, BALANCED)),
+    "torch 1F1B, its front end": partial(pipelining, by_front_end),
+    "torch 1F1B, rewritten by hand": partial(pipelining, partial(by_hand, NARROW.equal)),
+    "the same, balanced by hand": partial(pipelining, partial(by_hand, NARROW.balanced)),
     "one process, one thread": plain,
 }
 
@@ -166,10 +205,14 @@ OURS = ("pipecompile 1f1b", "pipecompile zb_h1")
 
 
 def step(name: str) -> float:
+    return timed(RIVALS[name])
+
+
+def timed(rival: Callable[[], Callable[[], Any]]) -> float:
     """Seconds of one step, from when all are ready to when all are done."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    run = RIVALS[name]()
+    run = rival()
     dist.barrier()
     start = time.perf_counter()
     run()
@@ -179,5 +222,5 @@ def step(name: str) -> float:
 
 def losses() -> tuple[float, float] | None:
     """The first loss of both pipelines, on the rank that has both: they train the same thing."""
-    mine, theirs = compiled("1f1b")(), pipelining(_by_front_end)()
+    mine, theirs = compiled("1f1b")(), pipelining(by_front_end)()
     return (float(mine), float(torch.stack(theirs).mean())) if dist.get_rank() == 1 else None
