@@ -253,9 +253,9 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = lambda: graph.module.code
-        if self.mixes:
+        if self.precision is not None and self.mixes:
             with recorder.record("precision") as outcome:
-                outcome.note = f"{self.precision}: {settle_casts(graph)}"
+                outcome.note = f"{self.precision}: {settle_casts(graph, self.precision.compute)}"
                 verify_graph(graph)
                 outcome.texts[".py"] = lambda: graph.module.code
         assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)

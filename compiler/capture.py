@@ -23,7 +23,7 @@ from . import batch as batches
 from .batch import BatchSpec
 from .blame import data_dependent, explain, module_path
 from .calling import Call, LossFn, bind, find_loss, not_taken
-from .errors import BatchError, CaptureError, LossError
+from .errors import BatchError, CaptureError, LossError, PipecompileError
 from .graph import JointGraph, Phase, identifier, storage_root, tensors
 from .skeleton import Skeleton, evaluating, is_fake, tracking_modules, unchanged
 from .tracing import (
@@ -222,9 +222,11 @@ def _attempt(
         stack.enter_context(_quiet())
         stack.enter_context(native_kernels())
         traced = _export(function, leaves)
-        notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
         try:
+            notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
             joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), leaves)
+        except PipecompileError:
+            raise
         except Exception as error:
             raise explain(error, name, *data_dependent(traced)) from error
     graph = _Reader(skeleton, traced, joint.graph_module).read(function.wants_loss)

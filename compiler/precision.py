@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from .errors import OptionError
 NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REDUCED = (torch.bfloat16, torch.float16)
 TABLES = ("cpu", "cuda")
+MIN_SCALE, MAX_SCALE = 2.0**-64, 2.0**96  # of a loss: gradients fit into fp32 on either side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,11 @@ class LossScale:
     interval: int = 2000
 
     def __post_init__(self) -> None:
-        if self.init <= 0 or self.growth < 1 or not 0 < self.backoff < 1 or self.interval < 1:
+        fine = MIN_SCALE <= self.init <= MAX_SCALE and 1 <= self.growth < math.inf
+        if not fine or not 0 < self.backoff < 1 or self.interval < 1:
             raise OptionError(
-                f"{self}: init must be above 0, growth at least 1, backoff between 0 and 1, "
-                "interval at least 1"
+                f"{self}: init must be between 2**-64 and 2**96, growth at least 1 and finite, "
+                "backoff between 0 and 1, interval at least 1"
             )
 
 
@@ -49,8 +52,9 @@ class Precision:
     Attributes:
         compute: of matrix products, convolutions and attention.
         grads: in which the gradients of the microbatches add up: fp32, or ``compute``.
-        boundary: fp32 values travel between stages in this dtype; None sends them as they are.
-            It rounds what crosses, so that losses depend on where the stages are divided.
+        boundary: fp32 values travel between stages in bf16, or in fp16 where that is ``compute``
+            and the loss is scaled; None sends them as they are. It rounds what crosses, so that
+            losses depend on where the stages are divided.
         table: whose operator lists count: "cpu" or "cuda", as in `torch.autocast`; None takes
             those of the device that is planned for.
         lower, fp32: names of ATen operators ("softmax", "layer_norm") that are computed in
@@ -75,8 +79,9 @@ class Precision:
         if self.grads not in (torch.float32, self.compute):
             accepted = dict.fromkeys((torch.float32, self.compute))
             raise OptionError(f"Precision(grads={self.grads}): {_one_of(accepted)}")
-        if self.boundary is not None and self.boundary not in REDUCED:
-            raise OptionError(f"Precision(boundary={self.boundary}): {_one_of(REDUCED)}")
+        known = [d for d in REDUCED if d is torch.bfloat16 or d is self.compute]
+        if self.boundary is not None and self.boundary not in known:
+            raise OptionError(f"Precision(boundary={self.boundary}): {_one_of(known)}")
         if self.table is not None and self.table not in TABLES:
             raise OptionError(f"Precision(table={self.table!r}): {_one_of(map(repr, TABLES))}")
         self._check_lists()

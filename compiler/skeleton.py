@@ -157,8 +157,9 @@ def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
 def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
     """Ids of the tensors that are kept in fp32 though the model has them in a reduced dtype.
 
-    Computing in fp32 widens all; otherwise trainable parameters become fp32 masters, and buffers
-    beside them (a batch norm's) go with them. Frozen weights stay as small as they came.
+    Computing in fp32 widens all. Otherwise trainable parameters become fp32 masters, and buffers
+    beside them (a batch norm's) go with them; so do vectors, as norms want theirs in the dtype of
+    what they normalise. Frozen matrices stay as small as they came.
     """
     if precision is None:
         return set()
@@ -166,11 +167,8 @@ def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
     for part in model.modules():
         params = [p for p in part.parameters(recurse=False) if p.dtype in REDUCED]
         buffers = [b for b in part.buffers(recurse=False) if b.dtype in REDUCED]
-        masters = [p for p in params if p.requires_grad]
-        if not precision.casts:
-            found |= {id(t) for t in (*params, *buffers)}
-        elif masters:
-            found |= {id(t) for t in (*masters, *buffers)}
+        wide = [p for p in params if p.requires_grad or p.dim() < 2 or not precision.casts]
+        found |= {id(t) for t in (*wide, *(buffers if wide else ()))}
     return found
 
 

@@ -109,12 +109,17 @@ def _hold_place(
             "parameters that no argument shows: pass the tensors themselves"
         )
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    kinds = {tensor.device.type for tensor in inputs}
+    regions = {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
 
     def call(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
         whole = [next(given) if isinstance(x, torch.Tensor) else x for x in leaves]
         again, named = rebuild(whole)
-        return apply.__get__(None, cls)(*again, **named)
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in regions.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            return apply.__get__(None, cls)(*again, **named)
 
     key = torch._C.DispatchKey.PreDispatch
     include = torch._C._dispatch_tls_local_include_set().remove(key)

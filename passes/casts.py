@@ -28,13 +28,17 @@ from ..compiler.precision import REDUCED
 CAST = torch.ops.aten._to_copy.default
 
 
-def settle_casts(graph: JointGraph) -> str:
-    """Rewrite the graph in place; every value keeps its bits. Returns a note."""
+def settle_casts(graph: JointGraph, compute: torch.dtype) -> str:
+    """Rewrite the graph in place; every value keeps its bits. Returns a note.
+
+    Args:
+        compute: the dtype of the copies of parameters.
+    """
     counts: Counter[str] = Counter()
     for node in list(graph.graph.nodes):
         _skip_widened(graph, node, counts)  # [1]
     _merge(graph, counts)  # [2]
-    _copy_parameters(graph)  # [3]
+    _copy_parameters(graph, compute)  # [3]
     for name, grad in graph.grads.items():  # [4]
         if is_widening(grad) and len(grad.users) == 1:
             graph.grads[name] = grad.all_input_nodes[0]
@@ -102,10 +106,11 @@ def _merge(graph: JointGraph, counts: Counter[str]) -> None:
             first[key] = node
 
 
-def _copy_parameters(graph: JointGraph) -> None:
+def _copy_parameters(graph: JointGraph, compute: torch.dtype) -> None:
     (*_, last) = graph.graph.find_nodes(op="placeholder")
     for name, param in graph.params.items():
-        for node in [u for u in param.users if is_narrowing(u)]:
+        narrow = [u for u in param.users if is_narrowing(u)]
+        for node in [u for u in narrow if u.meta["val"].dtype is compute]:
             with graph.graph.inserting_after(last):
                 copy = last = graph.graph.placeholder(f"{param.name}_copy")
             copy.meta = {**param.meta, "val": node.meta["val"]}

@@ -20,11 +20,12 @@ never cast, nor is the output of any operator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ..compiler.blame import module_path
 from ..compiler.errors import OptionError, VerificationError
@@ -33,6 +34,11 @@ from ..compiler.precision import Precision
 from .autocast_tables import TABLES, TO_FP32_BY_DTYPE
 
 _TO = torch.ops.aten.to.dtype
+_MADE_OF_PRODUCTS = {
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "bilinear"),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+}
+"""Operators without a rule of their own, on CPUs at least, in which autocast finds products."""
 
 
 def insert_casts(
@@ -66,7 +72,7 @@ class _Rules:
     def __init__(self, precision: Precision, table: str):
         self.precision, self.table = precision, TABLES[table]
         self.counts: Counter[str] = Counter()
-        self.modules: set[str] = set()
+        self.kept: set[str] = set()
         self.operators: set[str] = set()
 
     def dtype_for(self, node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.dtype | None:
@@ -74,18 +80,26 @@ class _Rules:
         name = _name(node)
         precision, table = self.precision, self.table
         path = module_path(node).removeprefix("model").removeprefix(".")
-        self.modules.add(path)
         self.operators.add(name)
         if name in precision.fp32:
             return torch.float32
         if name in precision.lower or name in table.lower:
-            return torch.float32 if precision.keeps_fp32(path) else precision.compute
+            if precision.keeps_fp32(path):
+                self.kept.add(path)
+                return torch.float32
+            return precision.compute
         if name in table.fp32:
             return torch.float32
         if name in table.widest:
             wide = any(t.dtype is torch.float32 for t in inputs)
             return torch.float32 if wide else precision.compute
         return None
+
+    def leaves_to_torch(self, node: fx.Node) -> bool:
+        """Whether torch casts inside an operator while it takes it apart."""
+        table, name = self.table, _name(node)
+        ruled = name in table.lower | table.fp32 | table.widest
+        return name in _MADE_OF_PRODUCTS and not ruled
 
     def check_names(self) -> None:
         for name in (*self.precision.lower, *self.precision.fp32):
@@ -96,8 +110,11 @@ class _Rules:
                 )
         for pattern in self.precision.fp32_modules:
             only = Precision(compute=self.precision.compute, fp32_modules=(pattern,))
-            if not any(only.keeps_fp32(path) for path in self.modules):
-                raise OptionError(f"fp32_modules: {pattern!r} stands for no module of the model")
+            if not any(only.keeps_fp32(path) for path in self.kept):
+                raise OptionError(
+                    f"fp32_modules: {pattern!r} stands for no module of the model that would "
+                    "compute in a narrower dtype"
+                )
 
 
 class _Caster(fx.Interpreter):
@@ -123,6 +140,8 @@ class _Caster(fx.Interpreter):
                 return made
             if is_operator(n):
                 self._cast_inputs(n)
+                if self.rules.leaves_to_torch(n):
+                    n.target = _under_autocast(n.target, self.rules.precision.compute)
         made = super().run_node(n)
         _check_no_fp64(n, made)
         return made
@@ -153,6 +172,16 @@ class _Caster(fx.Interpreter):
             self.params[key] = cast
         self.rules.counts["param" if is_param else "cast"] += 1
         return cast
+
+
+def _under_autocast(op: Any, dtype: torch.dtype) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        kind = next(leaf.device.type for leaf in leaves if torch.is_tensor(leaf))
+        with torch.autocast(kind, dtype):
+            return op(*args, **kwargs)
+
+    return call
 
 
 def _name(node: fx.Node) -> str:

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import networkx as nx
+import torch
 from torch import fx
 
 from ..compiler.errors import VerificationError
 from ..compiler.graph import JointGraph, Phase, phase_of
+from ..compiler.precision import REDUCED
 from ..compiler.program import Message, Part, PipelineProgram, Role
 from .schedule.actions import RECV, SEND, Action, Kind, Schedule, max_in_flight
 
@@ -38,10 +40,8 @@ def verify_graph(graph: JointGraph) -> None:
             raise VerificationError(f"the forward node {node} reads {reads_backward[0]}")
     for name, grad in graph.grads.items():
         param, found = graph.params[name].meta["val"], grad.meta["val"]
-        dtypes = {param.dtype} | {
-            graph.copies[n].meta["val"].dtype for n in (name,) if n in graph.copies
-        }
-        if param.shape != found.shape or found.dtype not in dtypes:
+        narrow = param.dtype is torch.float32 and found.dtype in REDUCED  # widened by its sum
+        if param.shape != found.shape or not (param.dtype is found.dtype or narrow):
             raise VerificationError(f"the gradient of {name} is {found.shape}, {found.dtype}")
 
 

@@ -99,6 +99,7 @@ class Agreement:
             options.memory_bytes,
             options.remat,
             options.pin,
+            repr(options.dtypes),
             options.weights is not None,
         )
         mine = (

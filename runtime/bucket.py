@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..compiler.memory import ALIGNMENT_BYTES
+from ..compiler.precision import REDUCED
 from .wire import is_dense
 
 PIECE = 1 << 16  # elements
@@ -115,10 +116,16 @@ class GradBucket(Bucket):
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
 
     @torch.no_grad()
-    def scale(self, factor: float, dtype: torch.dtype) -> None:
-        """Multiply the gradients that add up in a dtype."""
-        if dtype in self.buffers:
-            self.buffers[dtype].mul_(factor)
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients, but for those that add up in a reduced dtype."""
+        for dtype, buffer in self.buffers.items():
+            if dtype not in REDUCED:
+                buffer.mul_(factor)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        for buffer in self.buffers.values():
+            buffer.zero_()
 
     @torch.no_grad()
     def is_finite(self) -> bool:

@@ -1,38 +1,53 @@
-"""Dynamic loss scaling: the number that the loss is multiplied by before it is differentiated."""
+"""Dynamic loss scaling: the number that the loss is multiplied by before it is differentiated.
+
+A step may have several runs, whose gradients add up. One that is not finite spoils the step: the
+runs that follow leave no gradients either, until the step is over. Then the scale is updated.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..compiler.errors import StateError
-from ..compiler.precision import LossScale
+from ..compiler.precision import MAX_SCALE, MIN_SCALE, LossScale
 
 
 class LossScaler:
-    """Grows after good runs, backs off after one with a gradient that is not finite.
+    """Grows after good steps, backs off after one with a gradient that is not finite.
 
     Attributes:
         scale: now.
-        skipped: how many runs had such a gradient.
+        skipped: how many steps had such a gradient.
+        overflowed: whether this step has.
     """
 
     def __init__(self, config: LossScale):
         self.config = config
         self.scale = config.init
         self.skipped = 0
+        self.overflowed = False
         self._good = 0
+        self._runs = 0
 
-    def update(self, finite: bool) -> None:
+    def saw(self, finite: bool) -> None:
         """After a run: were the gradients of all stages and replicas finite?"""
-        if not finite:
-            self.scale *= self.config.backoff
+        self._runs += 1
+        self.overflowed |= not finite
+
+    def end_step(self) -> None:
+        """The optimizer has stepped, or gradients were dropped; nothing if there was no run."""
+        if not self._runs:
+            return
+        if self.overflowed:
+            self.scale = max(self.scale * self.config.backoff, MIN_SCALE)
             self.skipped += 1
             self._good = 0
-            return
-        self._good += 1
+        else:
+            self._good += 1
         if self._good == self.config.interval:
-            self.scale *= self.config.growth
+            self.scale = min(self.scale * self.config.growth, MAX_SCALE)
             self._good = 0
+        self._runs, self.overflowed = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "skipped": self.skipped, "good": self._good}

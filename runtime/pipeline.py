@@ -98,8 +98,6 @@ class Pipeline:
         self._checkpoints = Checkpoints(mesh, self._agreement)
         self._config = config_of(model)
         self.checkpoint_extras: dict[str, Any] = {}
-        if self.loss_scaler is not None:
-            self.checkpoint_extras["loss_scaler"] = self.loss_scaler
         team = Ranks(mesh, self._agreement, model, options)
         self._builder = Builder(skeleton, options, self._target(), team, why)
         seed = torch.initial_seed() if options.seed is None else options.seed
@@ -149,9 +147,9 @@ class Pipeline:
                 "step() needs an optimizer: give compile() one, for example optimizer="
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
-        skipped = self._skipped
         loss = self.forward_backward(batch)
-        if self._skipped > skipped:
+        if self.loss_scaler is not None and self.loss_scaler.overflowed:
+            self.zero_grad()
             return loss
         if self._options.max_grad_norm is not None:
             self.clip_grad_norm_(self._options.max_grad_norm)
@@ -165,8 +163,8 @@ class Pipeline:
         """Add the gradients of a batch to ``.grad`` of the parameters; returns the mean loss.
 
         The gradient is the mean over microbatches and replicas. With loss scaling it is unscaled
-        again; where it is not finite, on any rank, all ranks drop theirs (``.grad`` is None), so
-        that the optimizer's step changes nothing.
+        again; where it is not finite, on any rank, all ranks drop theirs (``.grad`` is None) and
+        those of further calls, until the optimizer's step, which changes nothing, or `zero_grad`.
         """
         with self._guard():
             loaded, jobs = self._prepare(Mode.TRAIN, batch)
@@ -185,13 +183,8 @@ class Pipeline:
 
     def _unscaled(self, state: ModelState, scaler: LossScaler) -> bool:
         """Whether all ranks have finite gradients; these are unscaled then."""
-        finite = all(self._agreement.gather(state.unscale_gradients(scaler.scale)))
-        scaler.update(finite)
-        return finite
-
-    @property
-    def _skipped(self) -> int:
-        return 0 if self.loss_scaler is None else self.loss_scaler.skipped
+        scaler.saw(all(self._agreement.gather(state.unscale_gradients(scaler.scale))))
+        return not scaler.overflowed
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``.
@@ -207,6 +200,8 @@ class Pipeline:
         """Drop all gradients (set ``.grad`` to None)."""
         for _, param in self.named_parameters():
             param.grad = None
+        if self.loss_scaler is not None:
+            self.loss_scaler.end_step()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -323,7 +318,7 @@ class Pipeline:
             data: an object whose ``load_state_dict`` takes the position in the data.
 
         Returns:
-            After how many steps it was saved.
+            After how many calls of `step` or `forward_backward` it was saved.
 
         Raises:
             NotCompiledError: before the first batch, when there is nothing to load into.
@@ -400,6 +395,11 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
+        if torch.is_autocast_enabled(self._device.type):
+            raise OptionError(
+                "torch.autocast is active around the pipeline, where it has no part: leave it out, "
+                'and give compile() precision="bf16" or "fp16"'
+            )
         guard = self._watchdog.guard() if self._watchdog else contextlib.nullcontext()
         with guard, torch.no_grad():
             yield
@@ -505,6 +505,9 @@ class Pipeline:
         if self._options.optimizer is None:
             return
         self._optimizer = make_optimizer(self._options.optimizer, state)
+        scaler = self.loss_scaler
+        if scaler is not None:
+            self._optimizer.register_step_post_hook(lambda *_: scaler.end_step())
         if self._options.lr_scheduler is not None:
             self._scheduler = self._options.lr_scheduler(self._optimizer)
 
@@ -514,12 +517,17 @@ class Pipeline:
             optimizer=self._optimizer,
             scheduler=self._scheduler,
             data=data,
-            extras=self.checkpoint_extras,
+            extras=self._extras,
             buffer_stages=self._buffer_stages(),
             seed=self._seed,
             steps=self._steps,
             config=self._config,
         )
+
+    @property
+    def _extras(self) -> dict[str, Any]:
+        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler}
+        return self.checkpoint_extras | scaler
 
     def _refresh(self) -> None:
         """Make anew what was computed from parameters and buffers that have changed."""

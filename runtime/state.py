@@ -144,16 +144,20 @@ class ModelState:
                     slot.tensor.copy_(param.grad)
                 if rank == first:
                     param.grad = slot.tensor
+        for name, (rank, param) in self.primary.items():
+            own = self.ranks[rank].grads.slots.get(name)
+            if own is not None and own.tensor.dtype is not param.dtype:
+                param.grad = None  # the slot has it
         if scale != 1.0:
             for state in self.ranks.values():
-                state.grads.scale(scale, torch.float32)
+                state.grads.scale(scale)
 
     def unscale_gradients(self, scale: float) -> bool:
-        """Undo the scaling of the loss in fp32 sums; others are widened first, when they are shown.
+        """Undo the scaling of the loss; narrow sums are widened first, when they are shown.
         Whether all gradients of this process are finite."""
         finite = all(state.grads.is_finite() for state in self.ranks.values())
         for state in self.ranks.values():
-            state.grads.scale(1 / scale, torch.float32)
+            state.grads.scale(1 / scale)
         return finite
 
     def close_gradients(self, scale: float = 1.0) -> None:
@@ -165,6 +169,8 @@ class ModelState:
 
     def drop_gradients(self) -> None:
         """As if there had been none, so that no optimizer's step changes anything."""
+        for state in self.ranks.values():
+            state.grads.clear()
         for _, param in self.named_parameters():
             param.grad = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pipecompile import LossScale, Precision
 from pipecompile.compiler import batch as batches
 from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.errors import OptionError, PlanError
+from pipecompile.compiler.errors import OptionError, PlanError, RankMismatchError
 from pipecompile.compiler.graph import JointGraph, tensors
 from pipecompile.compiler.program import Role
 from pipecompile.compiler.skeleton import skeleton_of
@@ -194,9 +195,9 @@ def test_casting_is_idempotent_and_touches_floats_alone(
     for dtype in (torch.float64, torch.int64, torch.bool):
         found, expected = (_count(graph, dtype) for graph in (once, plainly))
         assert found == expected
-    settle_casts(once)
+    settle_casts(once, BF16)
     settled = len(casts_of(once))
-    settle_casts(once)
+    settle_casts(once, BF16)
     assert len(casts_of(once)) == settled
 
 
@@ -209,7 +210,7 @@ def test_one_cast_per_value_and_none_of_a_parameter() -> None:
     graph = captured(
         models.build("llama"), models.batches("llama", 2, 1)[0], Precision(compute=BF16)
     )
-    settle_casts(graph)
+    settle_casts(graph, BF16)
     forward = [n for n in casts_of(graph) if n.meta["phase"] == "forward"]
     made = [(n.all_input_nodes[0], n.meta["val"].dtype) for n in forward]
     assert len(made) == len(set(made))
@@ -258,7 +259,7 @@ def test_modules_and_operators_stay_in_fp32_by_name() -> None:
         products(Precision(compute=BF16, fp32=["mm"]))
     kept = products(Precision(compute=BF16, fp32_modules=["*.mlp.gate"]))
     assert set(kept) == {FP32}
-    with pytest.raises(OptionError, match="stands for no module of the model"):
+    with pytest.raises(OptionError, match="stands for no module of the model that would"):
         products(Precision(compute=BF16, fp32_modules=["*.router"]))
     graph = captured(
         models.build("gpt2"),
@@ -318,6 +319,8 @@ def test_gradients_add_up_in_the_dtype_asked_for() -> None:
         (lambda: Precision(compute=torch.float64), "compute=torch.float64"),
         (lambda: Precision(compute=BF16, grads=FP16), "grads=torch.float16"),
         (lambda: Precision(compute=BF16, boundary=FP32), "boundary=torch.float32"),
+        (lambda: Precision(compute=BF16, boundary=FP16), "boundary=torch.float16"),
+        (lambda: LossScale(init=float("inf")), "init must be between"),
         (lambda: Precision(compute=BF16, table="tpu"), "table='tpu'"),
         (lambda: Precision(compute=BF16, lower=["softmux"]), "no ATen operator 'softmux'"),
         (lambda: Precision(compute=BF16, lower="softmax"), "give a list"),
@@ -385,11 +388,13 @@ def test_frozen_weights_stay_as_small_as_they_came() -> None:
     pipe = pipecompile.compile(model, 2, microbatches=2, precision="bf16")
     batch = models.batches("llama", 4, 1)[0]
     loss = pipe.forward_backward(batch)
-    dtypes = {name: param.dtype for name, param in pipe.named_parameters()}
+    dtypes = {n: p.dtype for n, p in pipe.named_parameters() if p.dim() > 1}
     assert dtypes.pop("lm_head.weight") is FP32
     assert set(dtypes.values()) == {BF16}
+    for param in model.parameters():
+        if param.dim() == 1 or param.requires_grad:
+            param.data = param.data.float()
     with torch.no_grad(), plain.autocast(BF16):
-        model.lm_head.float()
         expected = torch.stack([model(**piece).loss for piece in plain.cut(batch, 2)]).mean()
     assert torch.equal(loss, expected)
 
@@ -476,6 +481,151 @@ def test_gradients_of_several_calls_add_up_unscaled(grads: torch.dtype) -> None:
     plain.accumulate(model, batch, 2, 2)
     for name, grad in once.items():
         assert torch.allclose(grad, model.get_parameter(name).grad, rtol=0.05, atol=1e-3), name
+
+
+class Optional(nn.Module):
+    """Reads a part of its weights only where it is given ``y``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = torch.tanh(self.a(x))
+        return self.b(hidden if y is None else hidden + self.c(y)).square().mean()
+
+
+def small(large: bool = False) -> torch.Tensor:
+    return torch.full((2, 8), 6e4) if large else torch.ones(2, 8)
+
+
+def test_an_overflow_is_forgotten_where_the_next_program_reads_less() -> None:
+    sgd = partial(torch.optim.SGD, lr=1e-3)
+    pipe = pipecompile.compile(
+        Optional(), 1, microbatches=1, precision="fp16", optimizer=sgd, device="cpu"
+    )
+    pipe.step({"x": small(), "y": small(large=True)})
+    assert pipe.loss_scaler.skipped == 1
+    for _ in range(3):
+        pipe.step({"x": small()})
+    assert pipe.loss_scaler.skipped == 1
+
+
+def test_one_overflow_spoils_all_runs_of_a_step() -> None:
+    sgd = partial(torch.optim.SGD, lr=1e-3)
+    scale = LossScale(init=2.0**10, interval=2)
+    precision = Precision(compute=FP16, loss_scale=scale)
+    pipe = pipecompile.compile(
+        _Summed(nn.Linear(8, 8)),
+        1,
+        microbatches=1,
+        precision=precision,
+        optimizer=sgd,
+        device="cpu",
+    )
+
+    def step(*batches: torch.Tensor) -> bool:
+        pipe.compile_for(small())
+        before = [param.detach().clone() for param in pipe.parameters()]
+        for batch in batches:
+            pipe.forward_backward(batch)
+        pipe.optimizer.step()
+        pipe.zero_grad()
+        return any(not torch.equal(a, b) for a, b in zip(before, pipe.parameters(), strict=True))
+
+    assert not step(small(large=True), small())
+    assert pipe.loss_scaler.scale == 2.0**9
+    assert step(small(), small())
+    assert pipe.loss_scaler.scale == 2.0**9
+    assert step(small(), small())
+    assert pipe.loss_scaler.scale == 2.0**10
+
+
+def test_fp64_gradients_are_unscaled_too() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.t = nn.Linear(8, 8), nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.lin(x).double() * self.t).square().mean().float()
+
+    model, x = Mixed(), torch.randn(2, 8)
+    pipe = pipecompile.compile(model, 1, microbatches=1, precision="fp16", device="cpu")
+    pipe.forward_backward(x)
+    with plain.autocast(FP16):
+        loss = model(x)
+    (loss * 2.0**16).backward()
+    for name, param in pipe.named_parameters():
+        assert torch.allclose(param.grad, model.get_parameter(name).grad / 2.0**16, rtol=1e-6), name
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        return grad.float() @ w.T, (x.T @ grad.float()).to(BF16)
+
+
+class Odd(nn.Module):
+    """A Function of its own, recurrent layers, a weight in two dtypes, vmap."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.lin = kind, nn.Linear(8, 8)
+        self.w = nn.Parameter(torch.randn(8, 8) / 4)
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.lin(x)
+        if self.kind == "function":
+            made = made + Scaled.apply(x, self.w)
+        elif self.kind == "recurrent":
+            made = self.rnn(made.unsqueeze(1))[0]
+        elif self.kind == "two dtypes":
+            made = made.float() @ self.lin.weight.to(FP16).float()
+        elif self.kind == "vmap":
+            made = torch.vmap(lambda row: row * row.sum())(made)
+        return made.float().square().mean()
+
+
+@pytest.mark.parametrize("kind", ["function", "recurrent", "two dtypes", "vmap"])
+def test_unusual_operators_are_cast_as_autocast_casts_them(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Odd(kind), torch.randn(4, 8)
+    pipe = pipecompile.compile(model, 1, microbatches=1, precision="bf16", device="cpu")
+    loss = pipe.forward_backward(x)
+    with plain.autocast(BF16):
+        expected = model(x)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert_equal_gradients(pipe, model)
+
+
+def test_autocast_around_the_pipeline_is_refused() -> None:
+    pipe = pipecompile.compile(_Summed(nn.Linear(8, 8)), 1, microbatches=1, device="cpu")
+    with plain.autocast(BF16), pytest.raises(OptionError, match="leave it out"):
+        pipe.forward_backward(small())
+
+
+def in_other_precisions() -> str:
+    precision = Precision(
+        compute=FP16, loss_scale=LossScale(init=2.0 ** (4 + 8 * int(os.environ["RANK"])))
+    )
+    batch = models.batches("gpt2", 4, 1)[0]
+    with pytest.raises(RankMismatchError) as caught:
+        jobs.pipeline("gpt2", 1, 2, 2, precision=precision, example_batch=batch)
+    return str(caught.value)
+
+
+def test_ranks_of_different_precision_are_refused(gang: Callable[[int], Gang]) -> None:
+    for message in gang(2).run("test_precision:in_other_precisions"):
+        assert "rank 1" in message
 
 
 def overflowing(rank: int, steps: int, at: int) -> dict[str, Any]:

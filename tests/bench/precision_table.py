@@ -25,6 +25,7 @@ from typing import Any
 import pipecompile
 import torch
 from pipecompile.compiler.meter import StorageMeter
+from pipecompile.runtime import bucket
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
@@ -107,6 +108,7 @@ def casts_table() -> None:
     for name in models.MODELS:
         theirs = counted(functools.partial(autocast_step, models.build(name)))
         pipe = compiled(name, "bf16")
+        bucket.PIECE = sys.maxsize  # one addition per gradient, to count them
         ours = counted(functools.partial(pipe.forward_backward, models.batch(ROWS)))
         first, second = (casts.total() - casts["sum"] for casts in (theirs, ours))
         print(
@@ -119,19 +121,45 @@ def casts_table() -> None:
 # -- bytes ----------------------------------------------------------------------------------------
 
 
+def autograd_stash(name: str) -> int:
+    """Bytes that autograd saves of a microbatch under autocast, but for weights and their casts."""
+    model = models.build(name)
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    matrices = [p.detach().to(BF16) for p in model.parameters() if p.dim() > 1]
+    casts = [cast for matrix in matrices for cast in (matrix, matrix.mT)]
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alike = (c for c in casts if c.shape == tensor.shape and c.dtype is tensor.dtype)
+        if storage.data_ptr() not in held and not any(torch.equal(tensor, c) for c in alike):
+            saved[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    piece = plain.cut(models.batch(ROWS), MICROBATCHES)[0]
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with torch.autocast("cpu", BF16), hooks:
+        model(**piece)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
 def bytes_table() -> None:
     print(
         "MiB of each stage, predicted: what a microbatch keeps from its forward for its backward, "
-        "what it sends, also with bf16 at the boundary, and the peak with AdamW's states\n\n"
-        "| model | stash, fp32 | bf16 | bf16 : fp32 | sent, fp32 | bf16 | boundary=bf16 "
-        "| peak, fp32 | bf16 | largest, bf16 : fp32 |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "what it sends, also with bf16 at the boundary, and the peak with AdamW's states. "
+        "Autograd: what it saves of the same microbatch of the whole model under torch.autocast\n\n"
+        "| model | stash, fp32 | bf16 | bf16 : fp32 | bf16 : autograd | sent, fp32 | bf16 "
+        "| boundary=bf16 | peak, fp32 | bf16 | largest, bf16 : fp32 |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     for name in models.MODELS:
         plans = [compiled(name, precision).plan for precision in ("fp32", "bf16", NARROW_BOUNDARY)]
         stash = [[s.stash_bytes for s in plan.stages] for plan in plans[:2]]
         sent = [[sum(t.bytes for t in s.sends) for s in plan.stages] for plan in plans]
         peak = [[s.memory.peak for s in plan.stages] for plan in plans[:2]]
-        cells = [*map(_mib, stash), f"{sum(stash[1]) / sum(stash[0]):.0%}", *map(_mib, sent)]
+        mixed = sum(stash[1])
+        cells = [*map(_mib, stash), f"{mixed / sum(stash[0]):.0%}"]
+        cells += [f"{mixed / autograd_stash(name):.0%}", *map(_mib, sent)]
         cells += [*map(_mib, peak), f"{max(peak[1]) / max(peak[0]):.0%}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
