@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow lint bench predictions planner-table \
-	precision-table precision-curves clean
+	precision-table precision-curves zero-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -19,6 +19,7 @@ help:
 	@echo "make planner-table     plans of large models against simple strategies"
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
+	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -44,6 +45,9 @@ precision-table: $(READY)
 
 precision-curves: $(READY)
 	$(BIN)/python tests/bench/precision_curves.py
+
+zero-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
 
 # The repository root is the package, whatever the checkout is called: mypy gets it under its name.
 lint: $(READY)

@@ -41,6 +41,7 @@ def compile(
     memory: int | str | None = None,
     remat: str = "auto",
     precision: str | Precision | None = None,
+    zero: int | str = 0,
     pin: Mapping[str, int] | None = None,
     plan: str | Path | Plan | None = None,
     costs: str = "auto",
@@ -99,6 +100,12 @@ def compile(
             states stay in fp32, also those of a model that comes in a reduced dtype. "fp16" comes
             with dynamic loss scaling. "fp32" computes everything in fp32. None leaves the model's
             dtypes as they are. A `pipecompile.Precision` says more.
+        zero: what the replicas of a stage divide among themselves, by rows of each parameter,
+            instead of holding all of it: 1 the optimizer's states, and fp32 weights of which only
+            a copy in another dtype is computed with; 2 the gradients too; 3 the parameters too,
+            which are fetched layer by layer while the layer before computes. "auto" takes the
+            smallest that fits into ``memory``. From 1 on the optimizer holds this rank's rows, so
+            it must treat every element alone, as SGD and Adam do.
         pin: dotted name of a module or parameter -> the stage that its operators go to.
         plan: a `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote: its
             stages and recomputation are used as they are.
@@ -137,6 +144,7 @@ def compile(
             memory=memory,
             remat=remat,
             precision=precision,
+            zero=zero,
             pin=pin,
             plan=plan,
             costs=costs,

@@ -16,12 +16,14 @@ from ..passes.placement import Placement
 from ..passes.remat import Remat, rematerialise, undo
 from ..passes.schedule.actions import Schedule, to_text
 from ..passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
+from ..passes.sharding import add_sharding, gather_parameters
 from ..passes.verify import (
     verify_graph,
     verify_in_flight,
     verify_placement,
     verify_program,
     verify_schedule,
+    verify_sharding,
 )
 from .footprint import Footprint
 from .graph import JointGraph
@@ -38,6 +40,7 @@ class Assembly:
 
     Attributes:
         memory: per stage.
+        whole: the programs as they are without parameters that are gathered (zero=3).
     """
 
     graph: JointGraph
@@ -46,6 +49,7 @@ class Assembly:
     program: PipelineProgram
     schedule: Schedule
     memory: tuple[StageMemory, ...]
+    whole: PipelineProgram
 
     def take_apart(self) -> None:
         """Take what was inserted into the graph out again, so that it can be placed anew."""
@@ -78,7 +82,7 @@ class Assembler:
         recomputed: Collection[fx.Node],
         recorder: Recorder,
     ) -> Assembly:
-        options = self.options
+        options, zero = self.options, self.footprint.zero
         splits = options.schedule == "zb_h1" and graph.trains
         with recorder.record("remat") as outcome:
             verify_placement(graph, placement.stage)
@@ -101,14 +105,21 @@ class Assembler:
                 options.n_stages,
                 options.tied_grads,
                 split_backward=splits,
+                keep_views=zero < 3,
             )
             verify_program(program)
+            whole = program
+            if zero == 3:
+                program = gather_parameters(program, options.dp)
+                verify_program(program)
             values = sum(len(message.values) for message in program.messages)
             outcome.note = f"{values} boundary values in {len(program.messages)} messages"
             outcome.texts |= _program_texts(program)
         with recorder.record("schedule") as outcome:
             name, compute = self._schedule(program)
-            schedule = add_communication(compute, program, options.dp)
+            schedule = add_communication(compute, program)
+            schedule = add_sharding(schedule, program, options.dp, zero)
+            verify_sharding(schedule, program, options.dp, zero)
             verify_schedule(schedule, program.messages, self.microbatches, program.trains)
             if program.trains:
                 verify_in_flight(schedule, self.in_flight(splits))
@@ -118,7 +129,7 @@ class Assembler:
             memory = self._memory(program, schedule)
             worst = max(memory, key=lambda m: m.peak_bytes)
             outcome.note = f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
-        return Assembly(graph, remat, crossings, program, schedule, memory)
+        return Assembly(graph, remat, crossings, program, schedule, memory, whole)
 
     def in_flight(self, splits: bool) -> tuple[int, ...]:
         """S − s microbatches on stage s, and up to s more that wait for their weight gradients."""
@@ -144,9 +155,10 @@ class Assembler:
                 program,
                 stage.stage,
                 schedule[stage.stage],
-                self.footprint.static(stage, share, options.dp),
+                self.footprint.static(stage, share),
                 options.dp,
                 self.footprint.optimizer_bytes(stage) if program.trains else 0,
+                self.footprint.traffic(program, stage.stage),
             )
             for stage in program.stages
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from .capture import (
     capture_training,
 )
 from .decision import Decision, Search, UnitPrices
-from .errors import BatchError, CaptureError, LossError, PlanError
+from .errors import BatchError, CaptureError, LossError, MemoryBudgetError, PlanError
 from .footprint import Footprint
 from .graph import JointGraph, Phase, module_of, phase_of
 from .hardware import CPU, Device
@@ -47,6 +47,7 @@ from .planner import Planner, roofline
 from .pricing import measured_prices
 from .profile import Profiler
 from .program import PipelineProgram
+from .shards import PARCEL_BYTES
 from .simulate import Timeline
 from .skeleton import Skeleton
 from .summary import Summary
@@ -194,6 +195,7 @@ class Builder:
 
     Attributes:
         homes: parameter FQN -> the stages that hold it; empty before the first graph.
+        zero: what replicas divide among themselves; settled by the first graph.
         mixes: whether it computes in a dtype narrower than fp32.
         problem: the partitioning problem that this process solved, if it did.
     """
@@ -209,7 +211,8 @@ class Builder:
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
         self.precision = options.dtypes
-        self.footprint = Footprint(skeleton.module, options.optimizer, self.precision)
+        self.levels = options.zero_levels
+        self._set_zero(self.levels[0])
         self.sites: dict[Site, int] = {}
         self.again: frozenset[Site] = frozenset()
         self.homes: dict[str, tuple[int, ...]] = {}
@@ -219,6 +222,13 @@ class Builder:
         self.why = why
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
+        )
+
+    def _set_zero(self, level: int) -> None:
+        self.zero = level
+        self.options = replace(self.options, zero=level)
+        self.footprint = Footprint(
+            self.skeleton.module, self.options.optimizer, self.precision, self.options.dp, level
         )
 
     def build(
@@ -258,20 +268,24 @@ class Builder:
                 outcome.note = f"{self.precision}: {settle_casts(graph, self.precision.compute)}"
                 verify_graph(graph)
                 outcome.texts[".py"] = lambda: graph.module.code
-        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
+        chosen = ""
         with recorder.record("partition") as outcome:
             locality = locality_of(graph)
             if self.homes:
                 decision, placement, again = self._follow(graph, locality)
             else:
-                decision = self._decide(graph, locality, spec, microbatches, assembler, batch)
+                decision, chosen = self._decide_all(graph, locality, spec, microbatches, batch)
                 placement, again = decisions.apply(decision, graph, locality)
             outcome.note = _placement_note(decision)
             outcome.texts[".txt"] = partial(_placement_text, decision, locality)
+        if chosen:
+            with recorder.record("zero") as outcome:
+                outcome.note = chosen
+        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
         assembly = assembler.assemble(graph, locality, placement, again, recorder)
         first = not self.homes
         if first and self.given is None:
-            decision = self._corrected(decision, assembly.program, batch)
+            decision = self._corrected(decision, assembly.whole, batch)
         self._settle(assembly, placement, again, locality)
         summary = Summary(
             self.skeleton,
@@ -319,18 +333,45 @@ class Builder:
 
     # -- the first graph ----------------------------------------------------------------------
 
+    def _decide_all(
+        self,
+        graph: JointGraph,
+        locality: Locality,
+        spec: BatchSpec,
+        microbatches: int,
+        batch: Sequence[torch.Tensor],
+    ) -> tuple[Decision, str]:
+        """The decision at the lowest level of ZeRO at which there is one, and why that level.
+
+        Raises:
+            MemoryBudgetError: none fits at the highest.
+        """
+        self.team.agree(graph.fingerprint())
+        levels, failures = self.levels, []
+        for level in levels:
+            self._set_zero(level)
+            if self.given is not None:
+                return self._from_plan(self.given, graph, spec, microbatches), ""
+            try:
+                decision = self._decide(graph, locality, spec, microbatches, batch)
+            except MemoryBudgetError as error:
+                if level == levels[-1]:
+                    raise
+                failures.append(f"at {level} {str(error).partition(':')[0]}")
+            else:
+                why = "; ".join(failures) or "everything fits undivided"
+                return decision, f"zero={level}: {why}" if len(levels) > 1 else ""
+        raise AssertionError("there is a level to try")
+
     def _decide(
         self,
         graph: JointGraph,
         locality: Locality,
         spec: BatchSpec,
         microbatches: int,
-        assembler: Assembler,
         batch: Sequence[torch.Tensor],
     ) -> Decision:
-        self.team.agree(graph.fingerprint())
-        if self.given is not None:
-            return self._from_plan(self.given, graph, spec, microbatches)
+        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
         planner = Planner(
             graph,
             locality,
@@ -370,6 +411,7 @@ class Builder:
             "schedule": (plan.options.get("schedule"), options.schedule),
             "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
             "precision": (plan.options.get("precision"), str(self.precision or "as it is")),
+            "zero": (plan.options.get("zero"), str(self.zero)),
         }
         for name, (theirs, ours) in wanted.items():
             if theirs != ours:
@@ -460,12 +502,24 @@ class Builder:
             for stage, (seconds, memory) in enumerate(pairs)
         ]
 
-    def _exchange_s(self, program: PipelineProgram, stage: int, grad_bytes: int) -> float:
-        """Tied gradients, the replicas' mean (an all-to-all and an all-gather), and clipping."""
-        spec, dp = self.target.spec, self.options.dp
+    def _exchange_s(self, program: PipelineProgram, stage: int, grad_bytes: float) -> float:
+        """Tied gradients, the exchange between replicas that nothing hides, and clipping.
+
+        Without ZeRO the mean is an all-to-all and an all-gather. At level 1 the first half leaves
+        beside the last backward but for its last parcel, and the parameters are gathered; from
+        level 2 on gradients leave beside every backward (`Summary.timeline`).
+        """
+        spec, dp, zero = self.target.spec, self.options.dp, self.zero
         tied = [t.name for t in program.tied if stage in t.holders]
-        tied_bytes = sum(self.footprint.size(name)[1] for name in tied)
-        sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
+        tied_bytes: float = sum(self.footprint.size(name)[1] for name in tied)
+        traffic = self.footprint.traffic(program, stage)
+        if zero:
+            tied_bytes /= dp if zero >= 2 else 1
+            last = grad_bytes * (dp if zero >= 2 else 1)
+            moving = min(last, PARCEL_BYTES) + traffic.unshard_total * dp / (dp + 1)
+            sent = 2 * tied_bytes + moving * (dp - 1) / dp
+        else:
+            sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
         moved = 3 * tied_bytes + (3 * grad_bytes if self.options.max_grad_norm else 0)
         return sent / spec.link_bytes_per_s + moved / spec.bytes_per_s
 
@@ -476,13 +530,20 @@ class Builder:
             return [0.0] * self.options.n_stages
         if profiler is None:
             held = [memory.static for memory in assembly.memory]
-            moved = [2 * s.weights + s.copies + s.grads + 2 * s.states for s in held]
+            moved = [
+                2 * s.weights + s.copies + s.grads / self._readers + 2 * s.states for s in held
+            ]
             return [nbytes / self.target.spec.bytes_per_s for nbytes in moved]
         if self.measured_s is None:  # of all shapes alike
             params = [self.footprint.trainable(stage.params) for stage in assembly.program.stages]
             seconds = [self._measured_s(factory, each) for each in params]
             self.measured_s = self.team.pool(seconds)
         return self.measured_s
+
+    @property
+    def _readers(self) -> int:
+        """Of how many ranks each reads its own share of a bucket of gradients."""
+        return self.options.dp if self.zero == 1 else 1
 
     def _measured_s(
         self, factory: Callable[..., torch.optim.Optimizer], params: dict[str, torch.Tensor]

@@ -147,6 +147,13 @@ def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         "on the device; fp32 (default: as the model comes)",
     )
 
+    group.add_argument(
+        "--zero",
+        metavar="LEVEL",
+        help="what replicas divide among themselves: 1 optimizer states, 2 gradients too, 3 "
+        "parameters too; auto: the smallest that fits into the memory (default 0: nothing)",
+    )
+
 
 def _add_planner_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the planner")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .memory import Static, bucket_bytes
+from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 from .precision import Precision
-from .program import StageProgram
+from .program import PipelineProgram, StageProgram
+from .shards import Item, closing_plan, parcels_of, row_range, shard_numel, stream_plan
 
 
 class Footprint:
@@ -21,6 +22,7 @@ class Footprint:
         module: the model, its tensors fake.
         optimizer: the factory; None for no optimizer.
         precision: in which dtypes gradients add up.
+        dp, zero: how many replicas divide what among themselves.
     """
 
     def __init__(
@@ -28,7 +30,10 @@ class Footprint:
         module: nn.Module,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None,
         precision: Precision | None = None,
+        dp: int = 1,
+        zero: int = 0,
     ):
+        self.dp, self.zero = dp, zero
         self._precision = precision
         self._optimizer = optimizer
         self._params = dict(module.named_parameters())
@@ -44,31 +49,40 @@ class Footprint:
         """Parameter -> weight, its copy if it has one, gradient and optimizer states together."""
         states = self._memory(self._trainable(self._params)).state_bytes
         copy = self._precision.compute.itemsize if self._precision else 0
-        return {
-            name: param.numel()
-            * (
-                param.dtype.itemsize
-                + (self._grad_dtype(param).itemsize if param.requires_grad else 0)
-                + (copy if name in copies else 0)
-            )
-            + states.get(name, 0)
-            for name, param in self._params.items()
-        }
+        found = {}
+        for name, param in self._params.items():
+            shard = shard_numel(tuple(param.shape), self.dp)
+            own, grad = param.dtype.itemsize, self._grad_dtype(param).itemsize
+            count = shard if self._is_shard(name, name not in copies) else param.numel()
+            held = count * own
+            if name in copies and self.zero < 3:
+                held += param.numel() * copy
+            if param.requires_grad:
+                held += (shard if self.zero >= 2 else param.numel()) * grad
+            found[name] = held + states.get(name, 0)
+        return found
 
-    def static(self, stage: StageProgram, batch_bytes: int, dp: int) -> Static:
-        """What a stage holds all the time.
+    def static(self, stage: StageProgram, batch_bytes: int) -> Static:
+        """What a stage holds all the time; where replicas divide it, what the first one holds.
 
         Args:
             batch_bytes: of the stage's share of the batch, all microbatches.
         """
-        trained = [self._params[n] for n in self._trainable(stage.params)]
-        grads = [(param.numel(), self._grad_dtype(param)) for param in trained]
-        copies = [(self._params[n].numel(), dtype) for n, dtype in stage.copies.items()]
+        names = self._trainable(stage.params)
+        trained = [self._params[name] for name in names]
+        streams = self.zero >= 2
+        grads = [
+            (shard_numel(tuple(p.shape), self.dp) if streams else p.numel(), self._grad_dtype(p))
+            for p in trained
+        ]
+        copied = stage.copies.items() if self.zero < 3 else ()
+        copies = [(self._params[n].numel(), dtype) for n, dtype in copied]
+        direct = stage.direct
         return Static(
-            weights=sum(self.size(name)[1] for name in stage.params),
-            copies=bucket_bytes(copies, dp),
-            grads=bucket_bytes(grads, dp),
-            states=self._memory(self._trainable(stage.params)).total_state_bytes,
+            weights=sum(self._weight_bytes(name, name in direct) for name in stage.params),
+            copies=bucket_bytes(copies, self.dp),
+            grads=bucket_bytes(grads, 1 if streams else self.dp),
+            states=self._memory(names).total_state_bytes,
             buffers=self._buffers,
             constants=stage.constant_bytes,
             batch=batch_bytes,
@@ -77,13 +91,58 @@ class Footprint:
     def optimizer_bytes(self, stage: StageProgram) -> int:
         """What the optimizer's step needs for a moment, gradients in the weights' dtype too."""
         names = self._trainable(stage.params)
-        trained = [self._params[name] for name in names]
+        trained = [self._stepped(name) for name in names]
         widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
         return self._memory(names).transient_bytes + sum(widened)
 
+    def traffic(self, program: PipelineProgram, stage: int) -> Traffic:
+        """What the exchange between replicas takes while a step runs."""
+        code = program.stages[stage]
+        if not self.zero:
+            return Traffic()
+        held = [self._params[name] for name in self._trainable(code.params)]
+        items = {
+            name: Item(name, tuple(p.shape), self._grad_dtype(p))
+            for name, p in zip(self._trainable(code.params), held, strict=True)
+        }
+        tied = [t.name for t in program.tied if stage in t.holders]
+        if self.zero >= 2:
+            plan = stream_plan(code, items, self.dp)
+        else:
+            chosen = {n: item for n, item in items.items() if n in code.grads or n in tied}
+            plan = closing_plan(code, chosen, self.dp, tied)
+        wholes: list[list[Item]] = [[], []]
+        for name in self._trainable(code.params) if self.zero < 3 else ():
+            shape = tuple(self._params[name].shape)
+            if name in code.direct:
+                wholes[0].append(Item(name, shape, self._params[name].dtype))
+            if name in code.copies:
+                wholes[1].append(Item(name, shape, code.copies[name]))
+        fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
+        return Traffic(plan, self.zero == 1, max(fetched, default=0), sum(fetched))
+
+    def _is_shard(self, name: str, direct: bool) -> bool:
+        """Whether a replica keeps its own rows of the weight alone."""
+        trained = self._params[name].requires_grad
+        return self.zero == 3 or (self.zero > 0 and trained and not direct)
+
+    def _weight_bytes(self, name: str, direct: bool) -> int:
+        param = self._params[name]
+        if self._is_shard(name, direct):
+            return shard_numel(tuple(param.shape), self.dp) * param.element_size()
+        return param.numel() * param.element_size()
+
+    def _stepped(self, name: str) -> torch.Tensor:
+        """What the optimizer gets of a parameter, without data."""
+        param = self._params[name]
+        if not self.zero:
+            return param
+        shape = (row_range(tuple(param.shape), self.dp, 0)[1], *param.shape[1:])
+        return torch.empty(shape if param.dim() else (), dtype=param.dtype, device="meta")
+
     def trainable(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The parameters among these that the optimizer steps, without data."""
-        return {name: self._params[name] for name in self._trainable(names)}
+        return {name: self._stepped(name) for name in self._trainable(names)}
 
     def _grad_dtype(self, param: torch.Tensor) -> torch.dtype:
         return self._precision.grads_of(param.dtype) if self._precision else param.dtype
@@ -95,7 +154,7 @@ class Footprint:
         if self._optimizer is None or not names:
             return OptimizerMemory({}, 0, 0)
         if names not in self._memories:
-            chosen = {name: self._params[name] for name in names}
+            chosen = self.trainable(names)
             try:
                 self._memories[names] = optimizer_memory(self._optimizer, chosen)
             except Exception:

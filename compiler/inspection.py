@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Request:
             memory=args.memory,
             remat=args.remat,
             precision=args.precision,
+            zero=_zero(args.zero, kept),
             pin=_pins(args.pin),
             plan=given,
             costs="roofline",
@@ -85,6 +86,8 @@ class Request:
             time_limit_s=args.time_limit,
             dump_dir=args.dump,
         )
+        if not auto:
+            options.check_zero()
         rows = (args.devices or dp) * (microbatches or 4 * n_stages)
         if given is not None and not args.microbatches and not args.dp:
             rows *= given.microbatch_rows
@@ -219,6 +222,11 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError("--compare has no effect beside --plan: nothing is solved")
     if args.save is not None and not Path(args.save).absolute().parent.is_dir():
         raise OptionError(f"--save {args.save}: there is no folder {str(Path(args.save).parent)!r}")
+
+
+def _zero(given: str | None, kept: Mapping[str, str]) -> int | str:
+    level = given or kept.get("zero", "0")
+    return int(level) if level.isdigit() else level
 
 
 def _pins(given: Iterable[tuple[str, int]]) -> dict[str, int] | None:

@@ -27,7 +27,17 @@ from torch import fx
 
 from . import ops
 from .errors import PartitionError, VerificationError
-from .graph import JointGraph, Phase, identifier, is_random, nbytes, phase_of, root_bytes, viewed
+from .graph import (
+    JointGraph,
+    Phase,
+    identifier,
+    is_random,
+    nbytes,
+    phase_of,
+    root_bytes,
+    storage_root,
+    viewed,
+)
 from .locality import Locality, is_gradient_sum
 from .program import (
     BoxedCodeGen,
@@ -54,6 +64,7 @@ def lower(
     n_stages: int,
     tied_grads: str = "per_microbatch",
     split_backward: bool = False,
+    keep_views: bool = True,
 ) -> PipelineProgram:
     """Cut a placed graph into one program set per stage.
 
@@ -64,8 +75,11 @@ def lower(
             a partial sum on each stage and adds these once per step.
         split_backward: make a program of its own (W) of what a stage's backward computes that
             no other stage waits for: most weight gradients.
+        keep_views: let the backward read the forward's views of parameters; otherwise it makes
+            its own, and keeps no parameter alive.
     """
-    return _Lowering(graph, locality, stage, n_stages, tied_grads, split_backward).run()
+    made = _Lowering(graph, locality, stage, n_stages, tied_grads, split_backward, keep_views)
+    return made.run()
 
 
 class _Lowering:
@@ -77,8 +91,10 @@ class _Lowering:
         n_stages: int,
         tied_grads: str,
         split_backward: bool,
+        keep_views: bool,
     ):
         self.graph, self.locality, self.stage, self.n_stages = graph, locality, stage, n_stages
+        self.keep_views = keep_views
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.names = {node.name: node for node in self.order}
         self.ports = _placeholder_ports(graph)
@@ -307,6 +323,8 @@ class _Lowering:
         later = self.body.get((part, s), [])
         forward = {n for n in self.body[Part.F, s] if n not in self.stage}
         both = {n for n in later if n in forward}
+        if not self.keep_views:
+            both = {n for n in both if storage_root(n) not in self.graph.owners}
         # only those that something not itself kept reads
         return {n for n in both if any(u in later and u not in both for u in n.users)}
 

@@ -20,6 +20,7 @@ from ..passes.schedule.actions import SEND, Action, Kind
 from . import ops
 from .graph import is_getitem, tensors, viewed
 from .program import Part, PipelineProgram, Program, Role, StageProgram
+from .shards import Entry, GradientPlan
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
 SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
@@ -40,6 +41,27 @@ class Static:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What replicas exchange where they divide gradients and parameters.
+
+    Attributes:
+        plan: in which parcels gradients leave.
+        at_the_end: in the last microbatch alone, and not in every one.
+        unshard_bytes: the most that is sent and received at once to make parameters whole.
+        unshard_total: all of that.
+    """
+
+    plan: GradientPlan = field(default_factory=GradientPlan)
+    at_the_end: bool = False
+    unshard_bytes: int = 0
+    unshard_total: int = 0
+
+    @property
+    def closing(self) -> list[Entry]:
+        return [entry for entries in self.plan.closing.values() for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -65,13 +87,15 @@ def stage_memory(
     static: Static,
     dp: int = 1,
     optimizer_bytes: int = 0,
+    traffic: Traffic | None = None,
 ) -> StageMemory:
     """Run one stage's actions on paper.
 
     Args:
         optimizer_bytes: what the optimizer needs for a moment beyond its states.
     """
-    walk = _Walk(program, program.stages[stage])
+    last = max((action.microbatch or 0 for action in actions), default=0)
+    walk = _Walk(program, program.stages[stage], traffic or Traffic(), last)
     peak, at = static.total + optimizer_bytes, "OPTIM"
     after = []
     for action in actions:
@@ -109,11 +133,13 @@ class _Effect:
         extra_bytes: the most that it holds at once beyond what is there at its start.
         made: output name -> the block in which it lies, None for one that is held anyway.
         sizes: bytes of the blocks that it made.
+        flying_bytes: the parcel of gradients that is under way at the end.
     """
 
     extra_bytes: int = 0
     made: dict[str, Block | None] = field(default_factory=dict)
     sizes: dict[Block, int] = field(default_factory=dict)
+    flying_bytes: int = 0
 
 
 def _effect_of(
@@ -121,6 +147,9 @@ def _effect_of(
     dropped: Iterable[str],
     inputs: Mapping[str, Block | None],
     sizes: Mapping[Block, int],
+    leaving: Sequence[Sequence[Entry]] = (),
+    flying: int = 0,
+    streams: bool = False,
 ) -> _Effect:
     """Walk a program once.
 
@@ -128,6 +157,9 @@ def _effect_of(
         dropped: values of the environment that only this program still reads.
         inputs: value name -> block; several values may lie in one.
         sizes: bytes of these blocks.
+        leaving: per gradient that it adds up, what leaves then.
+        flying: bytes of the parcel that is under way already.
+        streams: gradients are packed, and not added to slots.
     """
     nodes = list(program.module.graph.nodes)
     gone = set(dropped)
@@ -136,7 +168,7 @@ def _effect_of(
     known = dict(sizes)
     effect = _Effect()
     numbers = itertools.count()
-    live = most = 0
+    live = most = added = 0
     for node, port in zip(nodes, program.inputs, strict=False):
         blocks[node] = (inputs[str(port.key)],) if port.role is Role.VALUE else (None,)
         refs.update(blocks[node])
@@ -147,17 +179,36 @@ def _effect_of(
         known |= new
         refs.update(blocks[node])
         live += sum(new.values())
-        most = max(most, live + _scratch(node))
+        most = max(most, live + (0 if streams else _scratch(node)))
+        if node.target is ops.accumulate and leaving:
+            for entry in leaving[added]:
+                live, flying, peak = _leave(entry, live, flying)
+                most = max(most, peak)
+            added += 1
         for value in frees.get(node, ()):
             for block in blocks[value]:
                 refs[block] -= 1
                 if block is not None and refs[block] == 0:
                     live -= known[block]
-    effect.extra_bytes = most
+    effect.extra_bytes, effect.flying_bytes = most, flying
     for value, port in zip(nodes[-1].args[0], program.outputs, strict=True):
         if port.role is Role.VALUE:
             effect.made[str(port.key)] = blocks[value][0]
     return effect
+
+
+def _leave(entry: Entry, live: int, flying: int) -> tuple[int, int, int]:
+    """A gradient is packed: (bytes now, of them under way, the most at once)."""
+    parcel, number = entry
+    sent, received = parcel.scatter_bytes
+    peak = live
+    if number == 0:
+        live += sent
+        peak = live
+    if number == len(parcel.items) - 1:
+        live += received - flying
+        return live, sent + received, max(peak, live)
+    return live, flying, peak
 
 
 def _made(
@@ -216,8 +267,9 @@ Environment = dict[str, int | None]
 class _Walk:
     """The environments of the microbatches of one stage, as blocks of memory."""
 
-    def __init__(self, program: PipelineProgram, stage: StageProgram):
-        self.stage = stage
+    def __init__(self, program: PipelineProgram, stage: StageProgram, traffic: Traffic, last: int):
+        self.stage, self.traffic, self.last = stage, traffic, last
+        self.flying = 0
         self.messages = {(m.src, m.dst, m.phase): m for m in program.messages}
         self.environments: dict[int, Environment] = defaultdict(dict)
         self.arriving: dict[tuple[Kind, int], Environment] = defaultdict(dict)
@@ -226,15 +278,20 @@ class _Walk:
         self.refs: Counter[int] = Counter()
         self.live = 0
         self.numbers = itertools.count()
-        self.effects: dict[Kind, _Effect] = {}  # of all microbatches alike
+        # of all microbatches alike that find the same under way
+        self.effects: dict[tuple[Kind, bool, int], _Effect] = {}
 
     def run(self, action: Action, dp: int, grad_bytes: int) -> int:
         """Apply an action; returns the most bytes that are held at once meanwhile."""
         kind, index = action.kind, action.microbatch
+        if kind is Kind.UNSHARD:
+            return self.live + self.traffic.unshard_bytes
+        if kind is Kind.REDUCE_GRAD and self.traffic.plan.parts:
+            return self._drain()
         if kind is Kind.REDUCE_GRAD:
             segment = min(grad_bytes, SEGMENT_BYTES)
             return self.live + segment + segment // dp
-        if index is None:
+        if index is None or kind in (Kind.REDUCE_B, Kind.REDUCE_W):
             return self.live
         if kind.computes:
             sent, self.outbox = self.outbox, []
@@ -255,10 +312,14 @@ class _Walk:
         values = self.environments[index]
         values.update(self.arriving.pop((kind, index), {}))
         dropped = self.stage.drops.get((kind.value, -1), ())
-        if kind not in self.effects:
-            self.effects[kind] = self._effect(kind, values, dropped)
-        effect = self.effects[kind]
+        leaves = not self.traffic.at_the_end or index == self.last
+        key = (kind, leaves, self.flying)
+        if key not in self.effects:
+            self.effects[key] = self._effect(kind, values, dropped, leaves)
+        effect = self.effects[key]
         most = self.live + effect.extra_bytes
+        self.live += effect.flying_bytes - self.flying
+        self.flying = effect.flying_bytes
         kept = {block for block in effect.made.values() if isinstance(block, int)}
         fresh = {block: self._new(effect.sizes[block]) for block in kept}
         made = {
@@ -274,14 +335,31 @@ class _Walk:
             self._release(block)  # held by its maker until here
         return most
 
-    def _effect(self, kind: Kind, values: Environment, dropped: Iterable[str]) -> _Effect:
+    def _drain(self) -> int:
+        """The gradients that waited for their tied parts leave; then nothing is under way."""
+        most = self.live
+        for entry in self.traffic.closing:
+            self.live, self.flying, peak = _leave(entry, self.live, self.flying)
+            most = max(most, peak)
+        self.live -= self.flying
+        self.flying = 0
+        return most
+
+    def _effect(
+        self, kind: Kind, values: Environment, dropped: Iterable[str], leaves: bool
+    ) -> _Effect:
         names: dict[int, str] = {}
         for name, block in values.items():
             if block is not None:
                 names.setdefault(block, name)
         inputs = {name: None if b is None else names[b] for name, b in values.items()}
         sizes: dict[Block, int] = {name: self.sizes[block] for block, name in names.items()}
-        return _effect_of(self.stage.parts[Part(kind.value)], dropped, inputs, sizes)
+        part = Part(kind.value)
+        leaving = self.traffic.plan.parts.get(part, ()) if leaves else ()
+        streams = bool(leaving) and not self.traffic.at_the_end
+        return _effect_of(
+            self.stage.parts[part], dropped, inputs, sizes, leaving, self.flying, streams
+        )
 
     def _send(self, action: Action, peer: int, values: Environment) -> None:
         message = self.messages[action.stage, peer, action.kind.phase]

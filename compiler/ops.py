@@ -19,6 +19,24 @@ def accumulate(slot: Slot, grad: torch.Tensor) -> None:
     slot.add(grad)
 
 
+class Group(Protocol):
+    """Parameters that become whole together (`passes.sharding`)."""
+
+    def start(self) -> Any: ...
+
+    def finish(self, ticket: Any) -> tuple[torch.Tensor, ...]: ...
+
+
+def gather(group: Group) -> Any:
+    """Begin to fetch the rows that other replicas own; the result is a ticket for `unshard`."""
+    return group.start()
+
+
+def unshard(group: Group, ticket: Any) -> tuple[torch.Tensor, ...]:
+    """Wait for what `gather` has begun: the whole parameters."""
+    return group.finish(ticket)
+
+
 def seeded(seed: int, site: int, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a random op from a seed of its own.
 

@@ -23,6 +23,7 @@ TIED_GRADS = ("per_microbatch", "per_step")
 SCHEDULES = ("1f1b", "zb_h1")
 REMAT = ("auto", "none", "full")
 COSTS = ("auto", "roofline", "profile")
+ZERO = (0, 1, 2, 3)
 SOLVERS = ("auto", "highs", "cbc", "dynamic")
 _CHOICES = {
     "tied_grads": TIED_GRADS,
@@ -55,6 +56,7 @@ class CompileOptions:
     memory: int | str | None = None
     remat: str = "auto"
     precision: str | Precision | None = None
+    zero: int | str = 0
     pin: Mapping[str, int] | None = None
     costs: str = "auto"
     hardware: str | Path | Device | None = None
@@ -78,6 +80,8 @@ class CompileOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r}: use {choices}")
         if self.weights is not None:
             locate_weights(self.weights)
+        if self.zero != "auto" and (isinstance(self.zero, bool) or self.zero not in ZERO):
+            raise OptionError(f'zero={self.zero!r}: use 0, 1, 2, 3 or "auto"')
         self._check_planning()
         parse_precision(self.precision)
         if self.optimizer is None:
@@ -109,6 +113,21 @@ class CompileOptions:
                     raise OptionError(
                         f"{name}= has no effect beside plan=: the plan has decided already"
                     )
+
+    def check_zero(self) -> None:
+        """Raises OptionError where replicas are to divide something and there is only one."""
+        if self.zero not in (0, "auto") and self.dp == 1:
+            raise OptionError(
+                f"zero={self.zero} has no effect with dp=1, as there are no replicas to divide "
+                "anything among: give dp=2 or more, or leave it out"
+            )
+
+    @property
+    def zero_levels(self) -> tuple[int, ...]:
+        """Those to try, in this order."""
+        if self.dp == 1 or self.zero == 0:
+            return (0,)
+        return ZERO if self.zero == "auto" else (int(self.zero),)
 
     @property
     def dtypes(self) -> Precision | None:

@@ -27,6 +27,7 @@ class Role(StrEnum):
     VALUE = "value"  # key: value name; lives in the microbatch's environment
     SLOT = "slot"  # key: FQN of the parameter whose gradient adds up there
     TANGENT = "tangent"  # d(total loss)/d(microbatch loss)
+    GROUP = "group"  # key: number of a group of parameters, which the program makes whole
     SEED = "seed"  # an int for the random ops of this microbatch
     LOSS = "loss"
     RESULT = "result"  # key: position among what the model returns
@@ -102,6 +103,10 @@ Step = tuple[str, int]
 """(a `Part`, -1), ("SEND_F", dst) or ("SEND_B", dst): a point in a microbatch's life."""
 
 
+Group = tuple[Port, ...]
+"""Parameters, and copies of them, that a program makes whole together."""
+
+
 @dataclass(frozen=True)
 class StageProgram:
     """All that one stage runs and holds.
@@ -117,6 +122,7 @@ class StageProgram:
         stash_bytes: what one microbatch keeps between its forward and its backward.
         carry_bytes: what it keeps besides between backward and weight.
         constant_bytes: what the constants take.
+        groups: what GROUP ports stand for, where replicas divide the parameters.
     """
 
     stage: int
@@ -132,6 +138,14 @@ class StageProgram:
     stash_bytes: int = 0
     carry_bytes: int = 0
     constant_bytes: int = 0
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def direct(self) -> set[str]:
+        """Parameters that a program reads themselves, and not a copy of them."""
+        ports = {port for program in self.parts.values() for port in program.inputs}
+        ports |= {port for group in self.groups for port in group}
+        return {str(port.key) for port in ports if port.role is Role.PARAM}
 
     @property
     def parts(self) -> dict[Part, Program]:

@@ -12,6 +12,7 @@ import torch
 from ..passes.base import PassRecord
 from ..passes.placement import Placement
 from ..passes.schedule.actions import Kind, max_in_flight
+from . import ops
 from .assemble import Assembly
 from .batch import BatchSpec
 from .cost import Cost, node_cost
@@ -74,6 +75,7 @@ class Summary:
             compute_s[stage, Kind.F] = seconds.forward
             compute_s[stage, Kind.B] = whole * (1 - split)
             compute_s[stage, Kind.W] = whole * split
+            self._hide(compute_s, stage)
         transfer_s = {
             (m.src, m.dst): self.device.link_latency_s + m.nbytes / self.device.link_bytes_per_s
             for m in self.program.messages
@@ -81,6 +83,29 @@ class Summary:
         closing_s = [seconds.closing for seconds in self.seconds]
         held_bytes = [memory.after_bytes for memory in self.assembly.memory]
         return simulate(self.schedule, compute_s, transfer_s, closing_s, held_bytes)
+
+    def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
+        """What replicas exchange during each program runs beside it: the longer one counts.
+
+        From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
+        parameters.
+        """
+        rate, dp = self.device.link_bytes_per_s, self.options.dp
+        zero = self.footprint.zero
+        if zero < 2 or dp == 1:
+            return
+        traffic = self.footprint.traffic(self.program, stage)
+        for part, program in self.program.stages[stage].parts.items():
+            sent = sum(
+                parcel.scatter_bytes[0] * (dp - 1) / dp
+                for entries in traffic.plan.parts.get(part, ())
+                for parcel, number in entries
+                if number == 0
+            )
+            gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
+            sent += sum(n.meta["val"].numel() * (dp - 1) / (dp + 1) for n in gathers)
+            key = stage, Kind(part.value)
+            compute_s[key] = max(compute_s[key], sent / rate)
 
     def plan(
         self,
@@ -108,6 +133,7 @@ class Summary:
                 "schedule": options.schedule,
                 "tied_grads": options.tied_grads,
                 "precision": str(options.dtypes or "as it is"),
+                "zero": str(options.zero),
             },
             decision=self.decision,
             stages=tuple(

@@ -1,4 +1,4 @@
-"""Adds sends, receives and the gradient exchange to a schedule of compute actions."""
+"""Adds sends and receives to a schedule of compute actions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from .schedule.actions import RECV, SEND, Action, Kind, Schedule
 _MAKES = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
 
 
-def add_communication(schedule: Schedule, program: PipelineProgram, dp: int) -> Schedule:
+def add_communication(schedule: Schedule, program: PipelineProgram) -> Schedule:
     """Insert what the programs' messages need.
 
     A send follows the action that makes its values. A receive is posted one compute action
-    before the one that reads it, so that the transfer runs beside that computation. After the
-    last backward, the parts of tied gradients are summed, then the replicas average.
+    before the one that reads it, so that the transfer runs beside that computation.
     """
-    return tuple(
-        (*_stage(actions, program.messages), *_closing(stage, program, dp))
-        for stage, actions in enumerate(schedule)
-    )
+    return tuple(tuple(_stage(actions, program.messages)) for actions in schedule)
 
 
 def _stage(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
@@ -47,15 +43,3 @@ def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
         for m in messages
         if m.dst == action.stage and action.kind is _MAKES[m.phase]
     ]
-
-
-def _closing(stage: int, program: PipelineProgram, dp: int) -> list[Action]:
-    if not program.trains:
-        return []
-    closing = []
-    ties = any(stage in tied.holders for tied in program.tied)
-    if ties:
-        closing.append(Action(stage, Kind.SYNC_TIED))
-    if dp > 1 and (ties or program.stages[stage].grads):
-        closing.append(Action(stage, Kind.REDUCE_GRAD))
-    return closing

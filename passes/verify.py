@@ -96,6 +96,34 @@ def verify_schedule(
         raise VerificationError("\n".join([str(error), *lines])) from None
 
 
+def verify_sharding(schedule: Schedule, program: PipelineProgram, dp: int, zero: int) -> None:
+    """Replicas exchange gradients when all are added, tied ones where `passes.sharding` says so.
+
+    Raises:
+        VerificationError: with the action that stands in the wrong place.
+    """
+    for stage, actions in enumerate(schedule):
+        kinds = [action.kind for action in actions]
+        computes = [i for i, action in enumerate(actions) if action.kind.computes]
+        if Kind.UNSHARD in kinds and kinds.index(Kind.UNSHARD) > computes[0]:
+            raise VerificationError(f"stage {stage} computes before {stage}UNSHARD")
+        adds = bool(program.stages[stage].grads) and program.trains
+        reduces = [i for i, kind in enumerate(kinds) if kind is Kind.REDUCE_GRAD]
+        if dp > 1 and adds and len(reduces) != 1:
+            raise VerificationError(f"stage {stage} has {len(reduces)} REDUCE_GRAD")
+        if reduces and reduces[0] < computes[-1]:
+            raise VerificationError(f"{stage}REDUCE_GRAD comes before {actions[computes[-1]]}")
+        if reduces and Kind.SYNC_TIED in kinds:
+            summed_first = kinds.index(Kind.SYNC_TIED) < reduces[0]
+            if summed_first != (zero < 2):
+                raise VerificationError(f"{stage}SYNC_TIED is on the wrong side of REDUCE_GRAD")
+        for i, action in enumerate(actions):
+            if action.kind in (Kind.REDUCE_B, Kind.REDUCE_W):
+                made = Action(stage, Kind(action.kind[-1]), action.microbatch)
+                if actions[i - 1] != made:
+                    raise VerificationError(f"{action} does not follow {made}")
+
+
 def _received(program: PipelineProgram, stage: int, phase: Phase) -> set[object]:
     return {
         value.name

@@ -100,6 +100,7 @@ class Agreement:
             options.remat,
             options.pin,
             repr(options.dtypes),
+            options.zero,
             options.weights is not None,
         )
         mine = (

@@ -1,6 +1,6 @@
 """Buckets of one stage: what belongs to its parameters, in contiguous memory.
 
-Gradients add up in slots and are reduced at once; copies in the compute dtype are cast at once.
+Gradients add up in slots (`gradients.py`); copies in the compute dtype are cast at once.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
 
 from ..compiler.memory import ALIGNMENT_BYTES
-from ..compiler.precision import REDUCED
 from .wire import is_dense
 
 PIECE = 1 << 16  # elements
@@ -21,12 +19,14 @@ class GradSlot:
     """Where one parameter's gradient adds up: a view into the bucket in the parameter's layout.
 
     Attributes:
+        owned: the part of it that this rank's optimizer reads.
         fresh: nothing has been added since the gradients were cleared, so the next gradient is
             copied and not added, as autograd does it.
     """
 
-    def __init__(self, tensor: torch.Tensor):
+    def __init__(self, tensor: torch.Tensor, owned: torch.Tensor | None = None):
         self.tensor = tensor
+        self.owned = tensor if owned is None else owned
         self.fresh = True
 
     def add(self, grad: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ class Bucket:
 
     def __init__(
         self,
-        params: Mapping[str, nn.Parameter],
+        params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
         parts: int,
@@ -76,7 +76,7 @@ class Bucket:
 
     def _fill(
         self,
-        params: Mapping[str, nn.Parameter],
+        params: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         device: torch.device,
         parts: int,
@@ -100,36 +100,3 @@ class Bucket:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
-
-
-class GradBucket(Bucket):
-    """The slots of one rank."""
-
-    def __init__(
-        self,
-        params: Mapping[str, nn.Parameter],
-        dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
-        parts: int,
-    ):
-        super().__init__(params, dtypes, device, parts)
-        self.slots = {name: GradSlot(view) for name, view in self.views.items()}
-
-    @torch.no_grad()
-    def scale(self, factor: float) -> None:
-        """Multiply the gradients, but for those that add up in a reduced dtype."""
-        for dtype, buffer in self.buffers.items():
-            if dtype not in REDUCED:
-                buffer.mul_(factor)
-
-    @torch.no_grad()
-    def clear(self) -> None:
-        for buffer in self.buffers.values():
-            buffer.zero_()
-
-    @torch.no_grad()
-    def is_finite(self) -> bool:
-        """Whether no gradient is infinite or NaN."""
-        buffers = [buffer for buffer in self.buffers.values() if buffer.numel()]
-        ends = [end for buffer in buffers for end in torch.aminmax(buffer)]
-        return all(bool(torch.isfinite(end)) for end in ends)

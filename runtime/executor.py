@@ -8,12 +8,11 @@ blocks in the transport instead.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..compiler.errors import VerificationError
 from ..compiler.program import (
@@ -27,8 +26,10 @@ from ..compiler.program import (
     ValueSpec,
 )
 from ..passes.schedule.actions import RECV, SEND, Action, Kind
-from .bucket import GradBucket
+from .gradients import WholeGradients
 from .mesh import Mesh
+from .parcels import GatheredGroup, LocalGroup
+from .shards import Shards
 from .transport import Pending, Transport
 
 Run = Generator[None, None, None]
@@ -64,19 +65,27 @@ class _Bound:
 
 
 class RankState:
-    """What a rank holds between steps, whatever program runs: tensors on its device."""
+    """What a rank holds between steps, whatever program runs: tensors on its device.
+
+    Attributes:
+        params: FQN -> the whole parameter, of those that are kept whole.
+        copies: FQN -> the whole copy in the compute dtype.
+        shards: the parameters that replicas divide; None where they do not.
+    """
 
     def __init__(
         self,
         rank: int,
         mesh: Mesh,
         device: torch.device,
-        params: dict[str, nn.Parameter],
+        params: Mapping[str, torch.Tensor],
         buffers: dict[str, torch.Tensor],
-        grads: GradBucket,
+        grads: WholeGradients,
+        shards: Shards | None = None,
     ):
         self.rank, self.mesh, self.device = rank, mesh, device
-        self.params, self.buffers, self.grads = params, buffers, grads
+        self.params = dict(params)
+        self.buffers, self.grads, self.shards = buffers, grads, shards
         self.copies: dict[str, torch.Tensor] = {}
 
     @property
@@ -108,6 +117,10 @@ class Executor:
         self.program = pipeline.stages[state.stage]
         self.current: Action | None = None
         self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
+        tied = [t.name for t in pipeline.tied if state.stage in t.holders]
+        self.leaving = state.grads.plan(self.program, tied)
+        self.replicas = state.mesh.replicas_of(state.stage)
+        self.groups = self._groups()
         self.microbatches = microbatches
         self.tangent: torch.Tensor | None = None
         if pipeline.loss_dtype is not None:
@@ -150,6 +163,9 @@ class Executor:
                     names = (spec.name for spec in message.values)
                     alive[index].update(zip(names, pending.wait(), strict=True))
                     del pending  # it holds what has arrived
+                if kind is not Kind.F:
+                    last = index == self.microbatches - 1
+                    self.state.grads.begin(self.leaving, Part(kind.value), last)
                 self._compute(kind, index, alive[index], job)
             elif kind in SEND.values():
                 assert index is not None
@@ -162,8 +178,14 @@ class Executor:
                 arriving[reader, index].append((message, self._receive(message)))
             elif kind is Kind.SYNC_TIED:
                 yield from self._sync_tied()
+            elif kind in (Kind.REDUCE_B, Kind.REDUCE_W):
+                yield from self.state.grads.collect(self.transport, self.state.rank, self.replicas)
             elif kind is Kind.REDUCE_GRAD:
-                yield from self._reduce()
+                yield from self.state.grads.reduce(
+                    self.leaving, self.transport, self.state.rank, self.replicas
+                )
+            elif kind is Kind.UNSHARD and self.state.shards is not None:
+                self.state.shards.unshard()
         self.current = None
 
     def _compute(self, kind: Kind, index: int, values: dict[str, torch.Tensor], job: Job) -> None:
@@ -206,12 +228,16 @@ class Executor:
 
     def _restart_parts(self) -> None:
         """A part of a tied gradient is of this run alone: the sum so far is with its owner."""
+        if not self.state.grads.leads:
+            return
         for tied in self.pipeline.tied:
             if self.state.stage in tied.parts and self.state.stage != tied.owner:
                 self.state.grads.slots[tied.name].fresh = True
 
     def _sync_tied(self) -> Run:
         """Parts to the owner, who adds them up in stage order; the total back to all holders."""
+        if not self.state.grads.leads:
+            return
         stage = self.state.stage
         mine = [tied for tied in self.pipeline.tied if stage in tied.holders]
         for tied in mine:
@@ -245,15 +271,14 @@ class Executor:
             yield
         slot.add(pending.wait()[0])
 
-    def _reduce(self) -> Run:
-        ranks = self.state.mesh.replicas_of(self.state.stage)
-        for buffer in self.state.grads.buffers.values():
-            pending = self.transport.mean(self.state.rank, ranks, buffer)
-            while not pending.ready():
-                yield
-            pending.wait()
-
     # -- binding ----------------------------------------------------------------------------
+
+    def _groups(self) -> Sequence[GatheredGroup | LocalGroup]:
+        if self.state.shards is not None:
+            return self.state.shards.groups(self.program)
+        return [
+            LocalGroup([self._fixed(port, {}) for port in group]) for group in self.program.groups
+        ]
 
     def _bind(self, program: Program, constants: dict[Any, torch.Tensor], part: Part) -> _Bound:
         fixed = [self._fixed(port, constants) for port in program.inputs]
@@ -278,7 +303,9 @@ class Executor:
         if port.role is Role.CONSTANT:
             return constants[port.key]
         if port.role is Role.SLOT:
-            return self.state.grads.slots[str(port.key)]
+            return self.state.grads.inlets[str(port.key)]
+        if port.role is Role.GROUP:
+            return self.groups[int(port.key)]
         return self.tangent if port.role is Role.TANGENT else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..compiler.errors import OptionError
+from .elementwise import check_elementwise
 from .state import ModelState
 
 
@@ -21,9 +23,12 @@ def make_optimizer(
     empty parameter, so that schedulers and loops work there too.
 
     Raises:
-        OptionError: the factory returned something else.
+        OptionError: the factory returned something else, or an optimizer that needs whole
+            parameters where replicas divide them.
     """
     named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
+    if state.zero:
+        check_elementwise(factory, state.skeleton, [name for name, _ in named], state.zero)
     if not named:
         named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
     try:
@@ -52,25 +57,43 @@ def clip_gradients(
     """Clip by the 2-norm over all stages, in `torch.nn.utils.clip_grad_norm_`'s arithmetic.
 
     The norm of the norms is taken over all parameters in the model's order, so that it has the
-    same bits however the model is divided.
+    same bits however the model is divided. Where replicas divide the gradients it is that of all
+    elements, summed in fp64.
 
     Args:
         order: all parameter FQNs, in the model's order.
         agree: exchanges a value between all processes.
     """
-    mine = {
-        name: torch.linalg.vector_norm(grad, 2.0) for name, grad in state.owned_gradients().items()
-    }
     device = next(iter(state.ranks.values())).device
-    everywhere: dict[str, torch.Tensor] = {}
-    for part in agree({name: norm.cpu() for name, norm in mine.items()}):
-        everywhere |= part
-    norms = [everywhere[name] for name in order if name in everywhere]
-    if not norms:
-        return torch.zeros((), device=device)
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    total = (_divided_norm(state, agree) if state.zero else _whole_norm(state, order, agree)).to(
+        device
+    )
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for _, param in state.named_parameters():
         if param.grad is not None:
             param.grad.mul_(scale.to(param.grad.device))
-    return total.to(device)
+    return total
+
+
+def _whole_norm(
+    state: ModelState, order: Sequence[str], agree: Callable[[Any], list[Any]]
+) -> torch.Tensor:
+    mine = {
+        name: torch.linalg.vector_norm(grad, 2.0) for name, grad in state.owned_gradients().items()
+    }
+    everywhere: dict[str, torch.Tensor] = {}
+    for part in agree({name: norm.cpu() for name, norm in mine.items()}):
+        everywhere |= part
+    norms = [everywhere[name] for name in order if name in everywhere]
+    return torch.linalg.vector_norm(torch.stack(norms), 2.0) if norms else torch.zeros(())
+
+
+def _divided_norm(state: ModelState, agree: Callable[[Any], list[Any]]) -> torch.Tensor:
+    """From each replica's own rows: squares in fp64, and a sum that has no order."""
+    everywhere: dict[tuple[str, int], float] = {}
+    for part in agree(state.gradient_squares()):
+        everywhere |= {(n, r): value for n, found in part.items() for r, value in found.items()}
+    total = math.sqrt(math.fsum(everywhere.values()))
+    dtypes = [param.dtype for param in state.skeleton.module.parameters()]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.tensor(total, dtype=wide)

@@ -10,10 +10,11 @@ the optimizer: before its first step it has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..compiler.errors import CheckpointError
 from . import tree
@@ -25,6 +26,7 @@ _HOW = ("foreach", "fused", "capturable", "differentiable")
 _NOT_SETTINGS = ("params", "param_names", *_HOW)
 
 Named = Mapping[torch.Tensor, str]
+Stored = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def tensor_name(fqn: str, key: str) -> str:
@@ -32,14 +34,22 @@ def tensor_name(fqn: str, key: str) -> str:
     return f"optimizer.{fqn}.{key}"
 
 
-def tensors_of(optimizer: torch.optim.Optimizer, names: Named) -> dict[str, torch.Tensor]:
+def as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What is stored of a tensor that one rank has whole."""
+    return tensor
+
+
+def tensors_of(
+    optimizer: torch.optim.Optimizer, names: Named, as_stored: Stored = as_it_is
+) -> dict[str, torch.Tensor]:
     """Checkpoint name -> state, of the states that are tensors.
 
     Args:
         names: parameter -> FQN, of those that are wanted.
+        as_stored: (FQN, state of this rank's rows) -> a part of the whole parameter's.
     """
     return {
-        tensor_name(names[param], key): value
+        tensor_name(names[param], key): as_stored(names[param], value)
         for param, states in optimizer.state.items()
         if param in names
         for key, value in states.items()
@@ -92,6 +102,7 @@ class OptimizerLoad:
 
     Args:
         names: parameter -> FQN.
+        as_stored: (FQN, this rank's rows) -> a part of the whole parameter.
 
     Attributes:
         tensors: checkpoint name -> where to read it to.
@@ -106,6 +117,7 @@ class OptimizerLoad:
         names: Named,
         facts: Mapping[str, Any],
         index: Index,
+        as_stored: Stored = as_it_is,
     ):
         kind = type(optimizer).__name__
         if facts["class"] != kind:
@@ -122,7 +134,7 @@ class OptimizerLoad:
                 name = tensor_name(fqn, key)
                 if name not in index.tensors:
                     raise CheckpointError(f"the checkpoint is damaged: it has no tensor {name!r}")
-                self.tensors[name] = _room(param, index, name)
+                self.tensors[name] = _room(as_stored(fqn, param.detach()), index, name)
 
     def finish(self) -> None:
         """Give the optimizer what was read."""
@@ -143,7 +155,7 @@ class OptimizerLoad:
         if fqn is None or fqn not in self._facts["tensors"]:
             return None
         keys = self._facts["tensors"][fqn]
-        tensors = {key: self.tensors[tensor_name(fqn, key)] for key in keys}
+        tensors = {key: _local(self.tensors[tensor_name(fqn, key)]) for key in keys}
         return tensors | self._values.get(fqn, {})
 
     def _settings_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +179,11 @@ class OptimizerLoad:
             known[0] = ""
         found: dict[str, Any] = tree.decode(saved[next(iter(known))]) if known else {}
         return found
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that replicas divide."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _room(param: torch.Tensor, index: Index, name: str) -> torch.Tensor:

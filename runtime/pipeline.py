@@ -469,12 +469,13 @@ class Pipeline:
         compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
         if self._state is None:
             self._state = self._agreement.together(self._make_state, StateError)
-            self._agreement.check_copies(self._state.tensors())
+            self._agreement.check_copies(self._state.whole())
+            self._state.divide(self._builder.zero, compiled.program, self._transport)
             self._source = None
             self._make_optimizer()
         state = self._state
         assert state is not None
-        state.provide_copies(compiled.program)
+        state.provide(compiled.program)
         self._transport.open(compiled.program.routes)
         executors = {
             rank: Executor(

@@ -44,7 +44,9 @@ class Restore:
         _check_ties(training.state, index)
         optimizer, facts = training.optimizer, self._facts["optimizer"]
         if optimizer is not None and facts is not None:
-            self._optimizer = OptimizerLoad(optimizer, training.param_names, facts, index)
+            self._optimizer = OptimizerLoad(
+                optimizer, training.param_names, facts, index, training.state.as_stored
+            )
             self.tensors |= self._optimizer.tensors
             self._plan_scheduler(self._facts["schedulers"])
         self._plan_extras(self._facts["extras"])
@@ -66,7 +68,7 @@ class Restore:
         held: dict[str, torch.Tensor] = dict(state.named_parameters())
         held |= next(iter(state.ranks.values())).buffers
         return {
-            f"model.{source}": held[name].detach()
+            f"model.{source}": state.as_stored(name, held[name].detach())
             for name, source in self._sources.items()
             if name in held
         }

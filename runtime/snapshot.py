@@ -82,14 +82,18 @@ def tensors_of(training: Training) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name in names_of(state):
         if name in state.homes:
-            if name in held and (_is_ours(state, name) or isinstance(held[name], DTensor)):
-                tensors[f"model.{name}"] = held[name].detach()
+            if name in held:
+                tensor = state.as_stored(name, held[name].detach())
+                if _is_ours(state, name) or isinstance(tensor, DTensor):
+                    tensors[f"model.{name}"] = tensor
         else:
             rank = state.mesh.rank_of(0, training.buffer_stages.get(name, 0))
             if rank in state.ranks:
                 tensors[f"model.{name}"] = state.ranks[rank].buffers[name].detach()
     if training.optimizer is not None:
-        found = optimizer_state.tensors_of(training.optimizer, training.param_names)
+        found = optimizer_state.tensors_of(
+            training.optimizer, training.param_names, state.as_stored
+        )
         ours = optimizer_state.tensors_of(training.optimizer, _our_params(training))
         tensors |= {n: t for n, t in found.items() if n in ours or isinstance(t, DTensor)}
     return tensors

@@ -23,6 +23,7 @@ from .weight_files import WeightFiles
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
+    options.check_zero()
     mesh = make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
     return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)

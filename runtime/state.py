@@ -1,7 +1,8 @@
-"""The tensors that this process holds: parameters, buffers, gradient buckets; and the state dict.
+"""The tensors that this process holds: parameters, buffers, gradients; and the state dict.
 
 Each rank's weights are made at compile time, on its device, from a `Source`; the user's model is
-not touched and may be deleted. Ranks of one process that share a device share their parameters.
+not touched and may be deleted. Ranks of one process that share a device share their parameters:
+what replicas in processes divide among themselves (`Shards`), they hold once.
 """
 
 from __future__ import annotations
@@ -17,15 +18,28 @@ from torch import nn
 from ..compiler.errors import StateError
 from ..compiler.precision import Precision
 from ..compiler.program import PipelineProgram
+from ..compiler.shards import rows_of
 from ..compiler.skeleton import Skeleton
-from .bucket import Bucket, GradBucket, GradSlot
+from .bucket import Bucket, GradSlot
 from .executor import RankState
+from .gradients import (
+    ClosingGradients,
+    SharedGradients,
+    StreamGradients,
+    WholeGradients,
+    own_squares,
+    squares,
+)
 from .materialize import Source, materialize
 from .mesh import Mesh, device_of
+from .shards import Shards
+from .transport import Processes, Transport
 
 
 class ModelState:
     """Parameters, buffers and gradients of the ranks that this process plays.
+
+    They are whole at first, so that ranks can compare them; `divide` makes room for gradients.
 
     Args:
         source: what the tensors are filled from.
@@ -47,28 +61,110 @@ class ModelState:
         precision: Precision | None = None,
     ):
         self.skeleton, self.homes, self.mesh = skeleton, homes, mesh
-        held = materialize(source, skeleton, self._names(device))
+        self.device, self.zero = device, 0
+        self._held = materialize(source, skeleton, self._names(device))
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
         trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
-        sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
-        for rank in mesh.local_ranks:
-            stage, where = mesh.stage_of(rank), device_of(rank, device, mesh)
-            names = [name for name in skeleton.params if stage in homes[name]]
-            params = {name: self._copy(name, held[name, where]) for name in names}
+        self._sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
+        self._before: dict[str, torch.Tensor] = {}
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of this process, each once, before `divide`."""
+        found: dict[str, torch.Tensor] = {}
+        for (name, _), tensor in self._held.items():
+            found.setdefault(name, tensor)
+        return found
+
+    def divide(self, zero: int, program: PipelineProgram, transport: Transport) -> None:
+        """Keep of the parameters what this process needs, and make room for gradients.
+
+        Args:
+            zero: what replicas divide among themselves.
+            program: the first one; it tells which parameters it reads whole.
+        """
+        self.zero = zero
+        for rank in self.mesh.local_ranks:
+            where = device_of(rank, self.device, self.mesh)
+            names = [n for n in self.skeleton.params if self.mesh.stage_of(rank) in self.homes[n]]
+            params = {name: self._copy(name, self._held[name, where]) for name in names}
             buffers = {
                 name: tensor.clone()
-                for (name, place), tensor in held.items()
-                if name not in homes and place == where
+                for (name, place), tensor in self._held.items()
+                if name not in self.homes and place == where
             }
-            slots = {name: p for name, p in params.items() if name in trained}
-            grads = GradBucket(slots, sums, where, mesh.dp)
-            self.ranks[rank] = RankState(rank, mesh, where, params, buffers, grads)
-        for name in skeleton.params:
+            made = self._rank(rank, where, params, buffers, program, transport)
+            self.ranks[rank] = made
+        for name in self.skeleton.params:
             first = self._first_local_rank(name)
             if first is not None:
-                self.primary[name] = (first, self.ranks[first].params[name])
+                self.primary[name] = (first, self._master(first, name))
+        self.copies = {key: p for key, p in self.copies.items() if not self._divided(key[0])}
+        self._held = {}
+
+    def _rank(
+        self,
+        rank: int,
+        where: torch.device,
+        params: dict[str, nn.Parameter],
+        buffers: dict[str, torch.Tensor],
+        program: PipelineProgram,
+        transport: Transport,
+    ) -> RankState:
+        mesh, stage, zero = self.mesh, self.mesh.stage_of(rank), self.zero
+        replica = mesh.replica_of(rank)
+        slots = {name: p for name, p in params.items() if name in self._sums}
+        if not zero or not isinstance(transport, Processes):
+            if zero >= 2:
+                leader = self.ranks[mesh.rank_of(0, stage)].grads if replica else None
+                assert leader is None or isinstance(leader, SharedGradients)
+                grads: WholeGradients = SharedGradients(slots, self._sums, where, leader)
+            else:
+                grads = WholeGradients(slots, self._sums, where, mesh.dp)
+            return RankState(rank, mesh, where, params, buffers, grads)
+        divided = params if zero == 3 else slots
+        kept = program.stages[stage].direct & divided.keys() if zero < 3 else ()
+        group = transport.replicas[stage]
+        assert group is not None
+        shards = Shards(divided, kept, transport, rank, replica, mesh.dp, where, group)
+        if zero == 1:
+            grads = ClosingGradients(
+                {name: shards.like[name] for name in slots},
+                self._sums,
+                where,
+                mesh.dp,
+                replica,
+                transport,
+                rank,
+            )
+        else:
+            grads = StreamGradients(
+                {name: shards.masters[name] for name in slots},
+                shards.like,
+                self._sums,
+                where,
+                mesh.dp,
+                replica,
+                transport,
+                rank,
+            )
+        rest = {name: p for name, p in params.items() if name not in divided}
+        return RankState(rank, mesh, where, rest | shards.whole, buffers, grads, shards)
+
+    def _master(self, rank: int, name: str) -> nn.Parameter:
+        """What the optimizer steps."""
+        shards = self.ranks[rank].shards
+        if shards is not None and name in shards.masters:
+            return shards.masters[name]
+        device = self.ranks[rank].device
+        return self.copies[name, device]
+
+    def _divided(self, name: str) -> bool:
+        """Whether this process holds some rows of a parameter only."""
+        rank = self._first_local_rank(name)
+        shards = None if rank is None else self.ranks[rank].shards
+        return shards is not None and name in shards.masters
 
     def _names(self, device: torch.device) -> dict[torch.device, list[str]]:
         """What is held on each device of this process: its stages' parameters, all buffers."""
@@ -90,11 +186,6 @@ class ModelState:
     def _first_local_rank(self, name: str) -> int | None:
         return next((r for r in self.ranks if self.mesh.stage_of(r) in self.homes[name]), None)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of this process, each once."""
-        first = next(iter(self.ranks.values()))
-        return first.buffers | {name: param for name, (_, param) in self.primary.items()}
-
     # -- parameters -------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -102,11 +193,19 @@ class ModelState:
         for name, (_, param) in self.primary.items():
             yield name, param
 
-    def provide_copies(self, program: PipelineProgram) -> None:
+    def provide(self, program: PipelineProgram) -> None:
         """Make room for the copies in the compute dtype that a program reads."""
         for state in self.ranks.values():
-            read = program.stages[state.stage].copies
-            wanted = {name: dtype for name, dtype in read.items() if name not in state.copies}
+            stage = program.stages[state.stage]
+            if state.shards is not None and self.zero < 3:
+                state.shards.provide(stage)
+                state.params |= state.shards.whole
+                state.copies |= state.shards.copies
+            wanted = {
+                name: dtype
+                for name, dtype in stage.copies.items()
+                if name not in state.copies and not (state.shards and self._divided(name))
+            }
             params = {name: state.params[name] for name in wanted}
             state.copies |= Bucket(params, wanted, state.device, self.mesh.dp).views
 
@@ -120,7 +219,8 @@ class ModelState:
                 copy.copy_(param)
         for state in self.ranks.values():
             for name, narrow in state.copies.items():
-                narrow.copy_(state.params[name])
+                if state.shards is None or name not in state.shards.masters:
+                    narrow.copy_(state.params[name])
 
     # -- gradients --------------------------------------------------------------------------
 
@@ -128,19 +228,24 @@ class ModelState:
     def open_gradients(self, scale: float = 1.0) -> None:
         """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
 
+        At zero=1 it is kept aside, as each replica has its own rows of it, and added afterwards.
+
         Args:
             scale: of the loss in this run.
         """
+        if self.zero == 1:
+            self._keep_gradients()
+            return
         for rank, state in self.ranks.items():
-            for name, slot in state.grads.slots.items():
+            for name, slot in state.grads.slots.items() if state.grads.leads else ():
                 first, param = self.primary[name]
                 slot.fresh = param.grad is None
                 if param.grad is None:
                     continue
-                if slot.tensor.dtype is not param.dtype:
+                if slot.owned.dtype is not param.dtype:
                     slot.tensor.copy_(param.grad * scale)
                     continue
-                if param.grad is not slot.tensor:
+                if param.grad is not slot.owned:
                     slot.tensor.copy_(param.grad)
                 if rank == first:
                     param.grad = slot.tensor
@@ -150,14 +255,25 @@ class ModelState:
                 param.grad = None  # the slot has it
         if scale != 1.0:
             for state in self.ranks.values():
-                state.grads.scale(scale)
+                if state.grads.leads:
+                    state.grads.scale(scale)
+
+    def _keep_gradients(self) -> None:
+        for state in self.ranks.values():
+            for slot in state.grads.slots.values():
+                slot.fresh = True
+        for name, param in self.named_parameters():
+            if param.grad is not None:
+                self._before[name] = param.grad.clone()
+                param.grad = None
 
     def unscale_gradients(self, scale: float) -> bool:
         """Undo the scaling of the loss; narrow sums are widened first, when they are shown.
         Whether all gradients of this process are finite."""
         finite = all(state.grads.is_finite() for state in self.ranks.values())
         for state in self.ranks.values():
-            state.grads.scale(1 / scale)
+            if state.grads.leads:
+                state.grads.scale(1 / scale)
         return finite
 
     def close_gradients(self, scale: float = 1.0) -> None:
@@ -166,9 +282,13 @@ class ModelState:
             slot = self.ranks[rank].grads.slots.get(name)
             if slot is not None and not slot.fresh:
                 self._show(param, slot, scale)
+            before = self._before.pop(name, None)
+            if before is not None:
+                param.grad = before if param.grad is None else param.grad.add_(before)
 
     def drop_gradients(self) -> None:
         """As if there had been none, so that no optimizer's step changes anything."""
+        self._before.clear()
         for state in self.ranks.values():
             state.grads.clear()
         for _, param in self.named_parameters():
@@ -177,8 +297,8 @@ class ModelState:
     @staticmethod
     def _show(param: nn.Parameter, slot: GradSlot, scale: float = 1.0) -> None:
         """torch wants a gradient in its parameter's dtype."""
-        same = slot.tensor.dtype is param.dtype
-        param.grad = slot.tensor if same else slot.tensor.to(param.dtype).div_(scale)
+        same = slot.owned.dtype is param.dtype
+        param.grad = slot.owned if same else slot.owned.to(param.dtype).div_(scale)
 
     def owned_gradients(self) -> dict[str, torch.Tensor]:
         """The gradients that this process reports to the global norm: each once over all stages."""
@@ -189,6 +309,19 @@ class ModelState:
             and self.mesh.stage_of(rank) == self.homes[name][0]
             and self.mesh.replica_of(rank) == 0
         }
+
+    def gradient_squares(self) -> dict[str, dict[int, float]]:
+        """Name -> replica -> the sum of the squares of its rows, of those to be reported here."""
+        found: dict[str, dict[int, float]] = {}
+        for name, (rank, param) in self.primary.items():
+            if param.grad is None or self.mesh.stage_of(rank) != self.homes[name][0]:
+                continue
+            replica = self.mesh.replica_of(rank)
+            if not self._divided(name):
+                found[name] = dict(enumerate(squares(param.grad, self.mesh.dp)))
+            elif param.grad.dim() or replica == 0:
+                found[name] = {replica: own_squares(param.grad)}
+        return found
 
     # -- state dict -------------------------------------------------------------------------
 
@@ -212,6 +345,8 @@ class ModelState:
         return result
 
     def _fetch(self, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+        if self.mesh.distributed and self.zero and name in self._shared_out:
+            return self._assemble(name, stage, like)
         owner = self.mesh.rank_of(0, stage)
         local = self.ranks.get(owner)
         if local is not None:
@@ -226,6 +361,33 @@ class ModelState:
         dist.broadcast(tensor, owner)
         return tensor.cpu().clone()
 
+    @property
+    def _shared_out(self) -> set[str]:
+        """The parameters that replicas divide, on any stage."""
+        return set(self.homes) if self.zero == 3 else set(self._sums)
+
+    def _assemble(self, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+        """A divided parameter from its rows, each told by who owns them."""
+        whole = torch.empty(like.shape, dtype=like.dtype)
+        device = next(iter(self.ranks.values())).device
+        for replica in range(self.mesh.dp if like.dim() else 1):
+            rows = rows_of(whole, self.mesh.dp, replica)
+            owner = self.mesh.rank_of(replica, stage)
+            told = torch.empty(rows.shape, dtype=like.dtype, device=device)
+            if owner in self.ranks:
+                told.copy_(self._master(owner, name).detach())
+            if told.numel():
+                dist.broadcast(told, owner)
+            rows.copy_(told)
+        return whole
+
+    def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a parameter, or of a state of its shape, as checkpoints see
+        it: a DTensor where replicas divide it."""
+        rank = self._first_local_rank(name) if name in self.homes else None
+        shards = None if rank is None else self.ranks[rank].shards
+        return tensor if shards is None else shards.as_dtensor(name, tensor)
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over tensors from a state dict of the unmodified model.
@@ -238,6 +400,8 @@ class ModelState:
             if name in chosen:
                 param.copy_(chosen[name])
         for rank in self.ranks.values():
+            if rank.shards is not None:
+                rank.shards.load(chosen)
             for name, buffer in rank.buffers.items():
                 if name in chosen:
                     buffer.copy_(chosen[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,33 @@ class Transport(Protocol):
         """Replace every bucket by the mean over the ranks, added in rank order."""
         ...
 
+    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
+        """Give replica r of this stage the r-th block, of ``sizes[r]`` elements.
+
+        Between processes only. The result is one tensor: what each of them gave this rank.
+        """
+        ...
+
+    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
+        """What each replica of this stage gives, all of one size, as one tensor.
+
+        Between processes only.
+        """
+        ...
+
+    def meet(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        brought: Any,
+        act: Callable[[list[Any]], None],
+    ) -> Pending:
+        """Once all ranks have brought something, one of them acts on it, in rank order.
+
+        Within one process only.
+        """
+        ...
+
     def flush(self) -> None:
         """Wait until everything sent has left."""
         ...
@@ -101,24 +128,29 @@ class _Mail:
 
 
 class _Meeting:
-    """A mean over ranks of this process: complete when every rank has brought its bucket."""
+    """Ranks of this process that do something together, when every one has brought its part."""
 
     def __init__(self, ranks: Sequence[int]):
         self.ranks = tuple(ranks)
-        self.brought: dict[int, torch.Tensor] = {}
-        self.done = False
+        self.brought: dict[int, Any] = {}
+
+    def bring(self, rank: int, brought: Any, act: Callable[[list[Any]], None]) -> None:
+        self.brought[rank] = brought
+        if self.ready():
+            act([self.brought[rank] for rank in self.ranks])
+            self.brought = dict.fromkeys(self.ranks)
 
     def ready(self) -> bool:
         return len(self.brought) == len(self.ranks)
 
     def wait(self) -> Values:
-        buckets = [self.brought[rank] for rank in self.ranks]
-        if not self.done:
-            mean = ordered_mean(buckets)
-            for bucket in buckets:
-                bucket.copy_(mean)
-            self.done = True
-        return buckets
+        return []
+
+
+def _average(buckets: list[torch.Tensor]) -> None:
+    mean = ordered_mean(buckets)
+    for bucket in buckets:
+        bucket.copy_(mean)
 
 
 class Loopback:
@@ -146,14 +178,29 @@ class Loopback:
         return _Mail(self.queues[src, dst], device)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
+        return self.meet(ranks, rank, bucket, _average)
+
+    def meet(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        brought: Any,
+        act: Callable[[list[Any]], None],
+    ) -> Pending:
         meetings = self.meetings[tuple(ranks)]
         meeting = next((m for m in meetings if rank not in m.brought), None)
         if meeting is None:
             meeting = _Meeting(ranks)
             meetings.append(meeting)
-        meeting.brought[rank] = bucket
+        meeting.bring(rank, brought, act)
         self.events += 1
         return meeting
+
+    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
+        raise NotImplementedError("ranks of one process share what they hold")
+
+    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
+        raise NotImplementedError("ranks of one process share what they hold")
 
     def flush(self) -> None:
         if any(self.queues.values()):
@@ -175,6 +222,20 @@ class _Receipt:
         for work in self.works:
             work.wait()
         return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
+
+
+class _Exchange:
+    """A collective under way; what goes out must stay as it is until it is waited for."""
+
+    def __init__(self, work: dist.Work, sent: torch.Tensor, room: torch.Tensor):
+        self.work, self.sent, self.room = work, sent, room
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Values:
+        self.work.wait()
+        return [self.room]
 
 
 class _Outbox:
@@ -297,6 +358,29 @@ class Processes:
             mine = ordered_mean(exchanged.chunk(len(ranks)))
             _all_gather(piece, mine, group=group)
         return Arrived([bucket])
+
+    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
+        mine = [sizes[self.mesh.replica_of(rank)]] * len(sizes)
+        room = blocks.new_empty(sum(mine))
+        group = self.replicas[self.mesh.stage_of(rank)]
+        work = dist.all_to_all_single(room, blocks, mine, list(sizes), group=group, async_op=True)
+        assert work is not None
+        return _Exchange(work, blocks, room)
+
+    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
+        room = mine.new_empty(mine.numel() * self.mesh.dp)
+        group = self.replicas[self.mesh.stage_of(rank)]
+        work = _all_gather(room, mine, group=group, async_op=True)
+        return _Exchange(work, mine, room)
+
+    def meet(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        brought: Any,
+        act: Callable[[list[Any]], None],
+    ) -> Pending:
+        raise NotImplementedError("processes have messages and collectives")
 
     def progress(self) -> int:
         return 0

@@ -3,7 +3,8 @@
 A schedule is a list of actions per stage, the same on every replica. ``2F0`` is stage 2's
 forward of microbatch 0, ``1SEND_B3→0`` sends what stage 1's backward of microbatch 3 owes stage
 0, ``0RECV_B3←1`` is the other end, ``2REDUCE_GRAD`` averages stage 2's gradients over the
-replicas.
+replicas. Where these divide parameters and gradients (`passes.sharding`), ``2UNSHARD`` makes the
+parameters whole, and ``2REDUCE_B0`` averages what the backward of microbatch 0 has made.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ class Kind(StrEnum):
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
     SYNC_TIED = "SYNC_TIED"
+    UNSHARD = "UNSHARD"
+    REDUCE_B = "REDUCE_B"
+    REDUCE_W = "REDUCE_W"
     REDUCE_GRAD = "REDUCE_GRAD"
 
     @property
@@ -41,7 +45,7 @@ class Kind(StrEnum):
 SEND = {Phase.FORWARD: Kind.SEND_F, Phase.BACKWARD: Kind.SEND_B}
 RECV = {Phase.FORWARD: Kind.RECV_F, Phase.BACKWARD: Kind.RECV_B}
 _PATTERN = re.compile(
-    r"(?P<stage>\d+)(?P<kind>SYNC_TIED|REDUCE_GRAD|(?:SEND_|RECV_)?[FB]|W)"
+    r"(?P<stage>\d+)(?P<kind>SYNC_TIED|UNSHARD|REDUCE_GRAD|REDUCE_[BW]|(?:SEND_|RECV_)?[FB]|W)"
     r"(?P<microbatch>\d+)?(?:(?P<arrow>[→←])(?P<peer>\d+))?"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def held(pipe: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     tensors = list(batch.values())
     for rank in pipe._state.ranks.values():
         tensors += [*rank.params.values(), *rank.buffers.values(), *rank.grads.buffers.values()]
+        tensors += rank.shards.masters.values() if rank.shards is not None else ()
     for states in pipe.optimizer.state.values():
         tensors += [value for value in states.values() if isinstance(value, torch.Tensor)]
     for loaded in pipe._loaded.values():
@@ -31,6 +33,38 @@ def peak_bytes(pipe: Any, batch: dict[str, torch.Tensor]) -> int:
     with meter:
         pipe.step(batch)
     return meter.peak_bytes
+
+
+def shares(
+    name: str, n_stages: int, dp: int, microbatches: int, length: int, **options: Any
+) -> dict[str, int]:
+    """Of this process: measured and predicted peak, and what it holds, by kind and predicted."""
+    torch.manual_seed(1)
+    batch = models.tokens(2 * microbatches, length)
+    pipe = jobs.pipeline(name, n_stages, dp, microbatches, example_batch=batch, **options)
+    pipe.step(batch)
+    (rank,) = pipe._state.ranks.values()
+    memory = pipe.plan.stages[rank.stage].memory
+    weights = [*rank.params.values(), *(rank.shards.masters.values() if rank.shards else ())]
+    states = [t for s in pipe.optimizer.state.values() for t in s.values()]
+    return {
+        "peak": peak_bytes(pipe, batch),
+        "predicted peak": memory.peak,
+        "weights": _bytes(weights),
+        "predicted weights": memory.weights,
+        "copies": _bytes(rank.copies.values()),
+        "predicted copies": memory.copies,
+        "grads": rank.grads.nbytes,
+        "predicted grads": memory.grads,
+        "states": _bytes(states),
+        "predicted states": memory.states,
+    }
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Of distinct storages."""
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(kept.values())
 
 
 def peaks(name: str, microbatches: int, length: int, **options: Any) -> tuple[int, int, int]:

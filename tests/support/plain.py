@@ -78,6 +78,7 @@ def train(
     dtype: torch.dtype | None = None,
     init_scale: float = 2.0**16,
     interval: int = 2000,
+    clip: Callable[[Any, float], torch.Tensor] = nn.utils.clip_grad_norm_,
 ) -> Trained:
     """Several steps with clipping active; under autocast to ``dtype``, with a `GradScaler` for
     fp16. A step that the scaler skips has no gradients, norm 0."""
@@ -94,7 +95,7 @@ def train(
         else:
             named = model.named_parameters()
             run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-            run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            run.norms.append(clip(list(model.parameters()), max_norm))
         scaler.step(made)
         scaler.update()
     run.params = {name: value.clone() for name, value in model.state_dict().items()}

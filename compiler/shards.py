@@ -1,0 +1,225 @@
+"""Which rows of a parameter each replica owns, and what travels together.
+
+A parameter is divided along its first dimension as `torch.chunk` and DTensor's ``Shard(0)`` do:
+parts of ceil(rows / dp) rows, the last ones smaller or empty. A number without dimensions is
+owned by every replica.
+
+Gradients and parameters travel in parcels. A parcel has, for each replica, the rows that it owns
+of every item, so that replica r sends or receives one contiguous block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from . import ops
+from .program import Part, StageProgram
+
+PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
+LEAST_BYTES = 1 << 20  # below which its latency would count
+SHARES = 16  # into how many parcels a small stage is cut, so that two under way are little of it
+Shape = tuple[int, ...]
+
+
+def row_range(shape: Shape, dp: int, replica: int) -> tuple[int, int]:
+    """(first row, rows) that a replica owns; of a number the whole, as if it were one row."""
+    rows = shape[0] if shape else 1
+    if not shape:
+        return 0, 1
+    size = -(-rows // dp)
+    start = min(replica * size, rows)
+    return start, min(size, rows - start)
+
+
+def rows_of(tensor: torch.Tensor, dp: int, replica: int) -> torch.Tensor:
+    """A view of the rows that a replica owns."""
+    if not tensor.dim():
+        return tensor
+    return tensor.narrow(0, *row_range(tuple(tensor.shape), dp, replica))
+
+
+def shard_numel(shape: Shape, dp: int, replica: int = 0) -> int:
+    """Elements that a replica owns; none owns more than the first."""
+    per_row = torch.Size(shape[1:]).numel()
+    return row_range(shape, dp, replica)[1] * per_row
+
+
+@dataclass(frozen=True)
+class Item:
+    """Rows of one tensor: all of them, or the ``piece``-th of ``pieces`` of each replica's."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    piece: int = 0
+    pieces: int = 1
+
+    def span(self, dp: int, replica: int) -> tuple[int, int]:
+        """(first row, rows) of a replica's share."""
+        start, rows = row_range(self.shape, dp, replica)
+        first, end = (rows * k // self.pieces for k in (self.piece, self.piece + 1))
+        return start + first, end - first
+
+    def numel(self, dp: int, replica: int) -> int:
+        return self.span(dp, replica)[1] * torch.Size(self.shape[1:]).numel()
+
+    def rows(self, tensor: torch.Tensor, dp: int, replica: int) -> torch.Tensor:
+        """A replica's share, as a view into the whole tensor."""
+        return tensor.narrow(0, *self.span(dp, replica)) if self.shape else tensor
+
+    def own_rows(self, shard: torch.Tensor, dp: int, replica: int) -> torch.Tensor:
+        """The same, as a view into that replica's own rows."""
+        if not self.shape:
+            return shard
+        start, rows = self.span(dp, replica)
+        return shard.narrow(0, start - row_range(self.shape, dp, replica)[0], rows)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Items of one dtype that travel together between ``dp`` replicas."""
+
+    items: tuple[Item, ...]
+    dp: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.items[0].dtype
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements per replica."""
+        return tuple(sum(x.numel(self.dp, r) for x in self.items) for r in range(self.dp))
+
+    @cached_property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """Per replica and item, where the item begins in the replica's block."""
+        table = []
+        for replica in range(self.dp):
+            at, row = 0, []
+            for item in self.items:
+                row.append(at)
+                at += item.numel(self.dp, replica)
+            table.append(tuple(row))
+        return tuple(table)
+
+    @property
+    def scatter_bytes(self) -> tuple[int, int]:
+        """What the first replica sends and receives to learn the sums of its rows."""
+        size = self.dtype.itemsize
+        return sum(self.sizes) * size, self.sizes[0] * self.dp * size
+
+    @property
+    def gather_bytes(self) -> int:
+        """What a replica sends and receives, all blocks of one size, to learn all rows."""
+        return max(self.sizes) * (self.dp + 1) * self.dtype.itemsize
+
+
+def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parcel]:
+    """Items in their order, in parcels of one dtype.
+
+    Args:
+        whole: one parcel per dtype, whatever its size.
+    """
+    chosen = list(items)
+    total = sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in chosen)
+    limit = max(LEAST_BYTES, min(PARCEL_BYTES, total // SHARES))
+    if whole:
+        dtypes = dict.fromkeys(item.dtype for item in chosen)
+        return [Parcel(tuple(x for x in chosen if x.dtype is d), dp) for d in dtypes]
+    made: list[list[Item]] = []
+    held = 0
+    for item in (piece for x in chosen for piece in _pieces(x, dp, limit)):
+        size = sum(item.numel(dp, r) for r in range(dp)) * item.dtype.itemsize
+        if not made or made[-1][0].dtype is not item.dtype or held + size > limit:
+            made.append([])
+            held = 0
+        made[-1].append(item)
+        held += size
+    return [Parcel(tuple(each), dp) for each in made]
+
+
+def _pieces(item: Item, dp: int, limit: int) -> list[Item]:
+    """A tensor that is larger than a parcel, cut along its rows."""
+    rows = row_range(item.shape, dp, 0)[1]
+    size = sum(item.numel(dp, r) for r in range(dp)) * item.dtype.itemsize
+    count = max(1, min(rows, -(-size // limit)))
+    return [Item(item.name, item.shape, item.dtype, k, count) for k in range(count)]
+
+
+Entry = tuple[Parcel, int]
+"""A parcel, and the number of an item in it."""
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """In which parcels the gradients of a stage leave.
+
+    Attributes:
+        parts: per program, for each gradient that it adds up in order, what leaves then.
+        closing: name -> what leaves after the last microbatch.
+    """
+
+    parts: Mapping[Part, tuple[tuple[Entry, ...], ...]] = field(default_factory=dict)
+    closing: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+
+
+def added(stage: StageProgram) -> dict[Part, list[str]]:
+    """Per backward program the parameters whose gradients it adds up, in its order."""
+    found: dict[Part, list[str]] = {}
+    for part, program in stage.parts.items():
+        nodes = program.module.graph.nodes
+        ports = dict(
+            zip(program.module.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+        )
+        names = [str(ports[n.args[0]].key) for n in nodes if n.target is ops.accumulate]
+        if names:
+            found[part] = names
+    return found
+
+
+def stream_plan(stage: StageProgram, like: Mapping[str, Item], dp: int) -> GradientPlan:
+    """Every gradient of every microbatch leaves when it is made."""
+    parts = {part: _entries([like[n] for n in ns], dp) for part, ns in added(stage).items()}
+    return GradientPlan(parts)
+
+
+def closing_plan(
+    stage: StageProgram, like: Mapping[str, Item], dp: int, late: Iterable[str]
+) -> GradientPlan:
+    """A gradient leaves when the last microbatch has added to it.
+
+    Args:
+        late: those that wait until the tied gradients are summed.
+    """
+    last: dict[str, tuple[Part, int]] = {}
+    order = added(stage)
+    for part, names in order.items():
+        last.update({name: (part, i) for i, name in enumerate(names)})
+    waiting = set(late)
+    early = [n for part, ns in order.items() for i, n in enumerate(ns) if last[n] == (part, i)]
+    early = [name for name in early if name not in waiting]
+    leaving = dict(zip(early, _entries([like[n] for n in early], dp), strict=True))
+    parts = {
+        part: tuple(
+            leaving.get(name, ()) if last[name] == (part, i) else () for i, name in enumerate(names)
+        )
+        for part, names in order.items()
+    }
+    rest = [name for name in like if name in waiting]
+    return GradientPlan(parts, dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True)))
+
+
+def _entries(items: Sequence[Item], dp: int) -> tuple[tuple[Entry, ...], ...]:
+    """Per item, where its pieces are."""
+    flat = [(parcel, i) for parcel in parcels_of(items, dp) for i in range(len(parcel.items))]
+    made, at = [], 0
+    for _ in items:
+        count = flat[at][0].items[flat[at][1]].pieces
+        made.append(tuple(flat[at : at + count]))
+        at += count
+    return tuple(made)
