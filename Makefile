@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow lint bench predictions planner-table \
-	precision-table precision-curves zero-table clean
+	precision-table precision-curves zero-table zero-bench clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -20,6 +20,7 @@ help:
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
+	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -48,6 +49,11 @@ precision-curves: $(READY)
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
+
+# DeepSpeed is only measured against: without it the others are. Its operators are not built.
+zero-bench: $(READY)
+	-DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq -c constraints.txt -e '.[rivals]'
+	$(BIN)/python tests/bench/zero_rivals.py
 
 # The repository root is the package, whatever the checkout is called: mypy gets it under its name.
 lint: $(READY)

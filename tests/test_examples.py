@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/guide.md", "docs/checkpoints.md"]
-)
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/checkpoints.md"])
 def test_the_blocks_of_a_document_run(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

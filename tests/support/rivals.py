@@ -66,8 +66,8 @@ def model(size: Size = NARROW) -> nn.Module:
     return hf.GPT2LMHeadModel(config)
 
 
-def batch() -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
+def batch(seed: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
     ids = torch.randint(0, WORDS, (ROWS, LENGTH))
     return {"input_ids": ids, "labels": ids}
 
@@ -116,7 +116,12 @@ class _Second(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
-def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def half(stage: int, layers: int, size: Size = NARROW) -> nn.Module:
+    """One of two stages, the first with so many layers."""
+    return (_Second if stage else _First)(model(size), layers)
+
+
+def next_word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
 
@@ -135,8 +140,7 @@ class _Logits(nn.Module):
 def by_hand(layers: int, size: Size = NARROW) -> PipelineStage:
     """Stages rewritten by hand, the first with so many layers."""
     rank = dist.get_rank()
-    part = (_First if rank == 0 else _Second)(model(size), layers)
-    return PipelineStage(part, rank, 2, torch.device("cpu"))
+    return PipelineStage(half(rank, layers, size), rank, 2, torch.device("cpu"))
 
 
 def by_front_end(size: Size = NARROW) -> Any:
@@ -155,7 +159,7 @@ def pipelining(
     weight once per step."""
     rank = dist.get_rank()
     stage = make_stage()
-    schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=_loss)
+    schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=next_word_loss)
     optimizer = ADAMW(stage.submod.parameters())
 
     def step() -> list[torch.Tensor]:
