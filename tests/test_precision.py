@@ -48,7 +48,7 @@ def assert_equal_gradients(pipe: Any, model: nn.Module) -> None:
 # -- bits -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_stages", [1, 3])
+@pytest.mark.parametrize("n_stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("precision", NAMED)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert-mlm", "t5", "mixtral"])
 def test_training_is_that_of_autocast(name: str, precision: str, n_stages: int) -> None:
@@ -168,7 +168,7 @@ class Drawn(nn.Module):
 PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(0, 9)), max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(PROGRAMS)
 def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, i
     assert_equal_gradients(pipe, model)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(PROGRAMS, st.sampled_from(list(TABLES)))
 def test_casting_is_idempotent_and_touches_floats_alone(
     steps: list[tuple[int, int, int]], table: str
