@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
@@ -37,7 +37,6 @@ from .decision import Decision, Search, UnitPrices
 from .errors import BatchError, CaptureError, LossError, MemoryBudgetError, PlanError
 from .footprint import Footprint
 from .graph import JointGraph, Phase, module_of, phase_of
-from .hardware import CPU, Device
 from .locality import Locality, locality_of
 from .memory import StageMemory
 from .optimizer_cost import optimizer_seconds
@@ -45,12 +44,13 @@ from .options import CompileOptions, choose_microbatches
 from .plan import Plan
 from .planner import Planner, roofline
 from .pricing import measured_prices
-from .profile import Profiler
 from .program import PipelineProgram
 from .shards import PARCEL_BYTES
 from .simulate import Timeline
 from .skeleton import Skeleton
 from .summary import Summary
+from .target import Target
+from .team import Alone, Team
 
 
 class Mode(StrEnum):
@@ -77,75 +77,6 @@ class Compiled:
     rebuild: Callable[[list[torch.Tensor]], Any]
     batch_dims: tuple[int | None, ...]
     timeline: Timeline
-
-
-class Team(Protocol):
-    """The ranks that compile together."""
-
-    def agree(self, fingerprint: str) -> None:
-        """Raise on every rank where graphs, options or weights differ."""
-        ...
-
-    def share(self, decide: Callable[[], Decision]) -> Decision:
-        """Rank 0's decision, on every rank; its error too."""
-        ...
-
-    def pool(self, seconds: list[float]) -> list[float]:
-        """The medians over all ranks."""
-        ...
-
-    def stages(self, n_stages: int) -> Sequence[int]:
-        """Those that this process plays."""
-        ...
-
-    def pool_stages(
-        self, seconds: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
-        """Those of every stage, from the ranks that play it."""
-        ...
-
-
-class Alone:
-    """One process: its own decision, its own seconds."""
-
-    def agree(self, fingerprint: str) -> None:
-        pass
-
-    def share(self, decide: Callable[[], Decision]) -> Decision:
-        return decide()
-
-    def pool(self, seconds: list[float]) -> list[float]:
-        return seconds
-
-    def stages(self, n_stages: int) -> Sequence[int]:
-        return range(n_stages)
-
-    def pool_stages(
-        self, seconds: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
-        return seconds
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is compiled for.
-
-    Attributes:
-        device: where graphs are traced and programs run.
-        spec: whose rates prices are taken from.
-        budget_bytes: memory of a stage; infinity for no limit.
-        profiler: measures instead; None for the roofline.
-    """
-
-    device: torch.device
-    spec: Device
-    budget_bytes: float = math.inf
-    profiler: Profiler | None = None
-
-    @property
-    def kind(self) -> str:
-        """ "cpu" or "cuda": what is planned for, if it is not what is at hand."""
-        return "cpu" if self.device.type == "cpu" and self.spec.name == CPU.name else "cuda"
 
 
 def divide(
@@ -196,7 +127,6 @@ class Builder:
     Attributes:
         homes: parameter FQN -> the stages that hold it; empty before the first graph.
         zero: what replicas divide among themselves; settled by the first graph.
-        mixes: whether it computes in a dtype narrower than fp32.
         problem: the partitioning problem that this process solved, if it did.
     """
 
@@ -218,7 +148,6 @@ class Builder:
         self.homes: dict[str, tuple[int, ...]] = {}
         self.problem: Problem | None = None
         self.measured_s: list[float] | None = None
-        self.mixes = self.precision is not None and self.precision.casts
         self.why = why
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
@@ -263,9 +192,9 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = lambda: graph.module.code
-        if self.precision is not None and self.mixes:
+        if mixed := self.options.mixed:
             with recorder.record("precision") as outcome:
-                outcome.note = f"{self.precision}: {settle_casts(graph, self.precision.compute)}"
+                outcome.note = f"{mixed}: {settle_casts(graph, mixed.compute)}"
                 verify_graph(graph)
                 outcome.texts[".py"] = lambda: graph.module.code
         chosen = ""
@@ -321,10 +250,10 @@ class Builder:
 
     def _capture(self, mode: Mode, spec: BatchSpec) -> Captured:
         passes: tuple[ForwardPass, ...] = (restore_attention,)
-        device, compute, precision = self.target.device, None, self.precision
-        if precision is not None and self.mixes:
-            compute = precision.compute
-            casting = partial(insert_casts, precision=precision, table=self.target.kind)
+        device, compute = self.target.device, None
+        if mixed := self.options.mixed:
+            compute = mixed.compute
+            casting = partial(insert_casts, precision=mixed, table=self.target.kind)
             passes = (*passes, casting)
         if mode is Mode.FORWARD:
             return capture_forward(self.skeleton, spec, device, passes, compute)

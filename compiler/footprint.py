@@ -100,22 +100,18 @@ class Footprint:
         code = program.stages[stage]
         if not self.zero:
             return Traffic()
-        held = [self._params[name] for name in self._trainable(code.params)]
-        items = {
-            name: Item(name, tuple(p.shape), self._grad_dtype(p))
-            for name, p in zip(self._trainable(code.params), held, strict=True)
-        }
+        trained = {name: self._params[name] for name in self._trainable(code.params)}
+        items = {n: Item(n, tuple(p.shape), self._grad_dtype(p)) for n, p in trained.items()}
         tied = [t.name for t in program.tied if stage in t.holders]
         if self.zero >= 2:
             plan = stream_plan(code, items, self.dp)
         else:
-            chosen = {n: item for n, item in items.items() if n in code.grads or n in tied}
-            plan = closing_plan(code, chosen, self.dp, tied)
+            plan = closing_plan(code, items, self.dp, tied)
         wholes: list[list[Item]] = [[], []]
-        for name in self._trainable(code.params) if self.zero < 3 else ():
-            shape = tuple(self._params[name].shape)
+        for name, param in trained.items() if self.zero < 3 else ():
+            shape = tuple(param.shape)
             if name in code.direct:
-                wholes[0].append(Item(name, shape, self._params[name].dtype))
+                wholes[0].append(Item(name, shape, param.dtype))
             if name in code.copies:
                 wholes[1].append(Item(name, shape, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .auto import Trial, choose_stages
 from .batch import BatchSpec, flatten
-from .build import Builder, Compiled, Mode, Target, divide
+from .build import Builder, Compiled, Mode, divide
 from .compare import calibrated, check_names, compare
 from .errors import OptionError, PlanError
 from .hardware import Device, parse_device
@@ -25,6 +25,7 @@ from .report import Extras
 from .simulate import Timeline
 from .skeleton import Skeleton, skeleton_of
 from .spec import ModelOptions, load
+from .target import Target
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -139,7 +140,7 @@ def inspect(request: Request) -> Inspection:
     rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
-    fp32 = _in_fp32(builder, subject.model, whole) if builder.mixes else None
+    fp32 = _in_fp32(builder, subject.model, whole) if options.mixed else None
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32)
     return Inspection(plan, compiled.timeline, extras)
 

@@ -62,10 +62,10 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # which gets what `torch.tensor` made
-            for storage in _storages((args, kwargs)):
+            for storage in storages_of((args, kwargs)):
                 self._is_new(storage)
         result = self._call(func, args, kwargs)
-        for storage in _storages(result):
+        for storage in storages_of(result):
             if self._is_new(storage) or id(storage) in self._sizes:
                 self._count(storage)
         return result
@@ -94,5 +94,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
+def storages_of(values: Any) -> list[torch.UntypedStorage]:
+    """Of the tensors in a tree of values, in order."""
     return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+PIECE = 1 << 16  # elements
+
 
 class Slot(Protocol):
     """Where the gradient of one parameter adds up."""
@@ -17,6 +19,22 @@ class Slot(Protocol):
 def accumulate(slot: Slot, grad: torch.Tensor) -> None:
     """Add one microbatch's gradient to its slot, as autograd's AccumulateGrad does."""
     slot.add(grad)
+
+
+def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add to a sum of gradients, whatever layout and dtype the addend has.
+
+    Adding across layouts is up to 20 times slower than copying first. A CPU makes a copy of an
+    addend of another dtype: a small one at a time stays in its cache.
+    """
+    if grad.stride() != total.stride():
+        grad = torch.empty_like(total).copy_(grad)
+    if total.dtype is grad.dtype or total.device.type != "cpu" or not total.is_contiguous():
+        total.add_(grad)
+        return
+    pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (total, grad))
+    for part, addend in zip(*pieces, strict=True):
+        part.add_(addend)
 
 
 class Group(Protocol):

@@ -135,6 +135,12 @@ class CompileOptions:
         return parse_precision(self.precision)
 
     @property
+    def mixed(self) -> Precision | None:
+        """The precision, if it computes in a dtype narrower than fp32."""
+        dtypes = self.dtypes
+        return dtypes if dtypes is not None and dtypes.casts else None
+
+    @property
     def boundary(self) -> torch.dtype | None:
         """In which fp32 values travel between stages; None for as they are."""
         return None if self.dtypes is None else self.dtypes.boundary

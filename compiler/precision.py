@@ -118,11 +118,11 @@ class Precision:
         """In which dtype the gradients of a parameter of some dtype add up."""
         return self.grads if dtype is torch.float32 else dtype
 
-    def keeps_fp32(self, module: str) -> bool:
-        """Whether a module, or one that it is in, is among ``fp32_modules``."""
+    def fp32_patterns(self, module: str) -> set[str]:
+        """Those of ``fp32_modules`` that stand for a module, or for one that it is in."""
         parts = module.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatchcase(p, pattern) for p in prefixes for pattern in self.fp32_modules)
+        return {name for name in self.fp32_modules if any(fnmatchcase(p, name) for p in prefixes)}
 
     def __str__(self) -> str:
         parts = [_short(self.compute)]

@@ -79,6 +79,11 @@ class Item:
         return shard.narrow(0, start - row_range(self.shape, dp, replica)[0], rows)
 
 
+def items_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Item]:
+    """All rows of each."""
+    return {name: Item(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Parcel:
     """Items of one dtype that travel together between ``dp`` replicas."""

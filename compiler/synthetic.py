@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .ops import add_gradient
 from .program import Port, Program, Role
 
 SCALE = 0.02  # what transformers initialise weights with
@@ -24,9 +25,7 @@ class AddingSlot:
         self.tensor = tensor
 
     def add(self, grad: torch.Tensor) -> None:
-        if grad.stride() != self.tensor.stride():
-            grad = torch.empty_like(self.tensor).copy_(grad)
-        self.tensor.add_(grad)
+        add_gradient(self.tensor, grad)
 
 
 class Synthesizer:

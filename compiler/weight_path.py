@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import OptionError
 
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 
 
 def locate_weights(path: str | Path) -> Path:
@@ -35,7 +35,7 @@ def locate_weights(path: str | Path) -> Path:
             f"weights={str(path)!r} does not exist: give the path of a .safetensors file or its "
             "folder, not the name of a model"
         )
-    for name in (_SINGLE, INDEX):
+    for name in (SINGLE, INDEX):
         if (given / name).is_file():
             return given / name
     files = sorted(given.glob("*.safetensors"))

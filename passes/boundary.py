@@ -18,7 +18,7 @@ from torch import fx
 
 from ..compiler.graph import JointGraph, Phase, nbytes, phase_of
 from ..compiler.locality import Locality, gradient_sums
-from .casts import CAST, is_widening
+from .casts import CAST, is_widening, widen_for
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def narrow_crossings(
             away = [u for u in away if u not in sums]
             source = _narrow(made, node, boundary)
         for group in _groups(away, stage):
-            _widen(made, node, source, group, stage[group[0]])
+            wide = widen_for(group, node, source)
+            made.inserted[wide], made.stage[wide] = node, stage[group[0]]
     unread = {n for n in made.inserted.values() if not n.users}
     staged = (set(locality.staged) | set(made.inserted)) - unread
     placed = tuple(node for node in graph.graph.nodes if node in staged)
@@ -118,23 +119,3 @@ def _narrow(made: Crossings, node: fx.Node, dtype: torch.dtype | None) -> fx.Nod
     made.inserted[narrow] = node
     made.stage[narrow] = made.stage[node]
     return narrow
-
-
-def _widen(
-    made: Crossings, node: fx.Node, source: fx.Node, readers: list[fx.Node], stage: int
-) -> None:
-    place = min(readers)
-    with node.graph.inserting_before(place):
-        wide = node.graph.call_function(CAST, (source,), {"dtype": node.meta["val"].dtype})
-    wide.meta = {
-        **node.meta,
-        "phase": phase_of(place),
-        "partner": place.meta["partner"],
-        "val": source.meta["val"].to(node.meta["val"].dtype),
-    }
-    if phase_of(place) is Phase.BACKWARD:
-        wide.meta["recomputes"] = node.name
-    for reader in readers:
-        reader.replace_input_with(node, wide)
-    made.inserted[wide] = node
-    made.stage[wide] = stage

@@ -128,7 +128,7 @@ def _widen_again(node: fx.Node) -> None:
         if user.op != "output" and phase_of(user) is Phase.BACKWARD:
             readers[user.meta["partner"]].append(user)
     for group in readers.values():
-        repeat_before(min(group), node, group, Phase.BACKWARD)
+        widen_for(group, node, source)
 
 
 def _leave_to_sum(node: fx.Node) -> None:
@@ -144,16 +144,26 @@ def _leave_to_sum(node: fx.Node) -> None:
             return
 
 
-def repeat_before(place: fx.Node, node: fx.Node, readers: list[fx.Node], phase: Phase) -> fx.Node:
-    """Copy a node to another place, for some of its readers."""
+def widen_for(readers: list[fx.Node], node: fx.Node, source: fx.Node) -> fx.Node:
+    """Let some readers of a value read a cast of another to its dtype, made right before them.
+
+    Args:
+        readers: of one phase and place.
+    """
+    place = min(readers)
     with place.graph.inserting_before(place):
-        copy = place.graph.node_copy(node)
-    copy.meta = {**node.meta, "phase": phase, "partner": readers[0].meta["partner"]}
-    if phase is Phase.BACKWARD:
-        copy.meta["recomputes"] = node.name
+        wide = place.graph.call_function(CAST, (source,), {"dtype": node.meta["val"].dtype})
+    wide.meta = {
+        **node.meta,
+        "phase": phase_of(place),
+        "partner": place.meta["partner"],
+        "val": source.meta["val"].to(node.meta["val"].dtype),
+    }
+    if phase_of(place) is Phase.BACKWARD:
+        wide.meta["recomputes"] = node.name
     for reader in readers:
-        reader.replace_input_with(node, copy)
-    return copy
+        reader.replace_input_with(node, wide)
+    return wide
 
 
 def _replace(graph: JointGraph, node: fx.Node, other: fx.Node) -> None:

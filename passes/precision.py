@@ -72,7 +72,7 @@ class _Rules:
     def __init__(self, precision: Precision, table: str):
         self.precision, self.table = precision, TABLES[table]
         self.counts: Counter[str] = Counter()
-        self.kept: set[str] = set()
+        self.met: set[str] = set()
         self.operators: set[str] = set()
 
     def dtype_for(self, node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.dtype | None:
@@ -84,10 +84,9 @@ class _Rules:
         if name in precision.fp32:
             return torch.float32
         if name in precision.lower or name in table.lower:
-            if precision.keeps_fp32(path):
-                self.kept.add(path)
-                return torch.float32
-            return precision.compute
+            patterns = precision.fp32_patterns(path)
+            self.met |= patterns
+            return torch.float32 if patterns else precision.compute
         if name in table.fp32:
             return torch.float32
         if name in table.widest:
@@ -109,8 +108,7 @@ class _Rules:
                     f"{', '.join(sorted(self.operators - {''}))}"
                 )
         for pattern in self.precision.fp32_modules:
-            only = Precision(compute=self.precision.compute, fp32_modules=(pattern,))
-            if not any(only.keeps_fp32(path) for path in self.kept):
+            if pattern not in self.met:
                 raise OptionError(
                     f"fp32_modules: {pattern!r} stands for no module of the model that would "
                     "compute in a narrower dtype"

@@ -5,14 +5,13 @@ Gradients add up in slots (`gradients.py`); copies in the compute dtype are cast
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from ..compiler.memory import ALIGNMENT_BYTES
+from ..compiler.ops import add_gradient
 from .wire import is_dense
-
-PIECE = 1 << 16  # elements
 
 
 class GradSlot:
@@ -34,19 +33,7 @@ class GradSlot:
             self.tensor.copy_(grad)
             self.fresh = False
         else:
-            if grad.stride() != self.tensor.stride():  # adding across layouts is up to 20× slower
-                grad = torch.empty_like(self.tensor).copy_(grad)
-            for total, part in _pieces(self.tensor, grad):
-                total.add_(part)
-
-
-def _pieces(total: torch.Tensor, grad: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """What to add to what. A CPU makes a copy of an addend of another dtype: a small one at a time
-    stays in its cache."""
-    if total.dtype is grad.dtype or total.device.type != "cpu" or not total.is_contiguous():
-        return ((total, grad),)
-    flat = (torch.split(tensor.view(-1), PIECE) for tensor in (total, grad))
-    return zip(*flat, strict=True)
+            add_gradient(self.tensor, grad)
 
 
 class Bucket:

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..compiler.meter import storages_of
 from ..compiler.ops import mix, seeded
 
 _RANDOM = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random")
@@ -67,7 +67,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = next((self._names[s] for s in _storages((args, kwargs)) if s in self._names), None)
+        name = next((self._names[s] for s in storages_of((args, kwargs)) if s in self._names), None)
         target = args[0] if _overwrites(func) else kwargs.get("out")
         if isinstance(target, torch.Tensor) and target.untyped_storage() in self._targets:
             self.written[self._targets[target.untyped_storage()]] += target.numel()
@@ -76,7 +76,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = func(*args, **kwargs)
         if name is not None:
-            for storage in _storages(result):
+            for storage in storages_of(result):
                 self._names.setdefault(storage, name)
         return result
 
@@ -95,7 +95,3 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _overwrites(func: Any) -> bool:
     return func.overloadpacket.__name__ in _OVERWRITING
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]

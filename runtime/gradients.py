@@ -25,12 +25,13 @@ from ..compiler.shards import (
     GradientPlan,
     Item,
     closing_plan,
+    items_of,
     rows_of,
     stream_plan,
 )
 from .bucket import Bucket, GradSlot
 from .parcels import Outgoing
-from .transport import Transport
+from .transport import Loopback, Processes, Transport, ordered_mean_
 
 Run = Generator[None, None, None]
 
@@ -124,7 +125,7 @@ class ClosingGradients(WholeGradients):
         device: torch.device,
         dp: int,
         replica: int,
-        transport: Transport,
+        transport: Processes,
         rank: int,
     ):
         super().__init__(params, dtypes, device, dp)
@@ -136,9 +137,8 @@ class ClosingGradients(WholeGradients):
         self._leaving: list[tuple[Entry, ...]] = []
 
     def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
-        held = set(tied)
-        chosen = {n: s.tensor for n, s in self.slots.items() if n in stage.grads or n in held}
-        return closing_plan(stage, _items(chosen), self._dp, held)
+        slots = {name: slot.tensor for name, slot in self.slots.items()}
+        return closing_plan(stage, items_of(slots), self._dp, tied)
 
     def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
         self._leaving = list(plan.parts.get(part, ()))[::-1] if last else []
@@ -181,7 +181,7 @@ class StreamGradients(WholeGradients):
         device: torch.device,
         dp: int,
         replica: int,
-        transport: Transport,
+        transport: Processes,
         rank: int,
     ):
         super().__init__(shards, dtypes, device, 1)
@@ -245,6 +245,7 @@ class SharedGradients(WholeGradients):
         self._made.append((name, grad))
 
     def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
+        assert isinstance(transport, Loopback)
         made, self._made = self._made, []
         meeting = transport.meet(ranks, rank, made, self._add)
         while not meeting.ready():
@@ -259,10 +260,8 @@ class SharedGradients(WholeGradients):
     def _add(self, brought: list[list[tuple[str, torch.Tensor]]]) -> None:
         for grads in zip(*brought, strict=True):
             slot = self.slots[grads[0][0]]
-            mean = torch.empty_like(slot.tensor).copy_(grads[0][1])
-            for _, other in grads[1:]:
-                mean += other.to(device=mean.device, dtype=mean.dtype)
-            slot.add(mean.div_(len(brought)))
+            first = torch.empty_like(slot.tensor).copy_(grads[0][1])
+            slot.add(ordered_mean_(first, [grad for _, grad in grads[1:]]))
 
 
 def squares(grad: torch.Tensor, dp: int) -> list[float]:
@@ -282,7 +281,3 @@ def own_squares(rows: torch.Tensor) -> float:
     for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
         total += piece.double().square_().sum()
     return float(total)
-
-
-def _items(tensors: Mapping[str, torch.Tensor]) -> dict[str, Item]:
-    return {name: Item(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}

@@ -18,14 +18,13 @@ import torch
 
 from .. import __version__
 from ..compiler.errors import CheckpointError
+from ..compiler.weight_path import INDEX, SINGLE
 from . import tensor_file
 from .index import Chunk, Entry, Index, file_name, read_index
 from .step_folder import Draft, find, published
 from .storage import check_files, reading
 from .tensor_file import DTYPES, TensorSpec
 
-_SINGLE = "model.safetensors"
-_WEIGHT_MAP = "model.safetensors.index.json"
 _CONFIG = "config.json"
 
 
@@ -53,7 +52,7 @@ def export(
         for file, tensors in files.items():
             tensor_file.write(temporary / file, tensors, lambda name: read(f"model.{name}"))
         if len(files) > 1:
-            _write_json(temporary / _WEIGHT_MAP, _weight_map(files))
+            _write_json(temporary / INDEX, _weight_map(files))
         if config is not None:
             _write_json(temporary / _CONFIG, config | _dtype(index.model))
     return sorted(out.iterdir())
@@ -110,7 +109,7 @@ def _split(model: Mapping[str, TensorSpec], most_bytes: int) -> dict[str, dict[s
         shards[-1][name] = spec
         size += spec.nbytes
     if len(shards) == 1:
-        return {_SINGLE: shards[0]}
+        return {SINGLE: shards[0]}
     count = len(shards)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
@@ -142,16 +141,16 @@ def _copy(source: Path, target: Path) -> dict[str, Entry]:
 def _files_of(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (source / _WEIGHT_MAP).is_file():
-        found = read_object(source / _WEIGHT_MAP).get("weight_map")
+    if (source / INDEX).is_file():
+        found = read_object(source / INDEX).get("weight_map")
         names = sorted(set(found.values())) if isinstance(found, dict) else []
         if not names or any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{source / _WEIGHT_MAP} is damaged: it names no files beside it")
+            raise CheckpointError(f"{source / INDEX} is damaged: it names no files beside it")
         return [source / name for name in names]
-    if (source / _SINGLE).is_file():
-        return [source / _SINGLE]
+    if (source / SINGLE).is_file():
+        return [source / SINGLE]
     raise CheckpointError(
-        f"{source} has neither {_SINGLE} nor {_WEIGHT_MAP}: give a folder that save_pretrained "
+        f"{source} has neither {SINGLE} nor {INDEX}: give a folder that save_pretrained "
         "wrote, or a .safetensors file"
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from ..compiler.program import Port, Role
 from ..compiler.shards import Entry, Item, Parcel, parcels_of
-from .transport import Pending, Transport, Values
+from .transport import Pending, Processes, Values, ordered_mean_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the mean of this rank's rows of an item."""
@@ -24,7 +24,7 @@ class Outgoing:
         settle: called with every item of this rank's rows, in the order in which they left.
     """
 
-    def __init__(self, transport: Transport, rank: int, replica: int, settle: Settle):
+    def __init__(self, transport: Processes, rank: int, replica: int, settle: Settle):
         self._transport, self._rank, self._replica = transport, rank, replica
         self._settle_item = settle
         self._filling: torch.Tensor | None = None
@@ -48,10 +48,8 @@ class Outgoing:
         (parcel, pending), self._flying = self._flying, None
         replica, size = self._replica, parcel.sizes[self._replica]
         (room,) = pending.wait()
-        mean, *others = torch.split(room, size) if size else (room,)
-        for other in others:  # in rank order, as `ordered_mean` adds
-            mean += other
-        mean.div_(parcel.dp)
+        first, *others = torch.split(room, size) if size else (room,)
+        mean = ordered_mean_(first, others)
         for item, at in zip(parcel.items, parcel.offsets[replica], strict=True):
             self._settle_item(item, mean[at : at + item.numel(parcel.dp, replica)])
 
@@ -81,7 +79,7 @@ class Gathering:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Processes,
         rank: int,
         replica: int,
         masters: Mapping[str, torch.Tensor],

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compiler import batch as batches
 from ..compiler.batch import BatchSpec
-from ..compiler.build import Builder, Compiled, Mode, Target, divide
+from ..compiler.build import Builder, Compiled, Mode, divide
 from ..compiler.errors import BatchError, NotCompiledError, OptionError, StateError
 from ..compiler.ops import generator_of, mix
 from ..compiler.options import CompileOptions
@@ -23,6 +23,7 @@ from ..compiler.plan import Plan
 from ..compiler.profile import Profiler
 from ..compiler.program import PipelineProgram, Role
 from ..compiler.skeleton import Skeleton
+from ..compiler.target import Target
 from ..compiler.timing_cache import default_cache_dir
 from .agreement import Agreement
 from .checkpoint import Checkpoints

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..compiler.program import StageProgram
-from ..compiler.shards import Item, Parcel, parcels_of, rows_of
+from ..compiler.shards import Parcel, items_of, parcels_of, rows_of
 from .bucket import Bucket
 from .parcels import GatheredGroup, Gathering
-from .transport import Transport
+from .transport import Processes
 
 
 class Shards:
@@ -43,7 +43,7 @@ class Shards:
         self,
         params: Mapping[str, torch.Tensor],
         kept: Collection[str],
-        transport: Transport,
+        transport: Processes,
         rank: int,
         replica: int,
         dp: int,
@@ -80,7 +80,7 @@ class Shards:
         self._parcels = [
             (parcel, kind)
             for kind in (self.whole, self.copies)
-            for parcel in parcels_of(_items(kind), self.dp)
+            for parcel in parcels_of(items_of(kind).values(), self.dp)
         ]
 
     @torch.no_grad()
@@ -117,7 +117,3 @@ class Shards:
             rows, self._mesh, [place], run_check=False, shape=like.shape, stride=like.stride()
         )
         return made
-
-
-def _items(tensors: Mapping[str, torch.Tensor]) -> list[Item]:
-    return [Item(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..compiler.build import Target
 from ..compiler.hardware import device_spec, parse_device
 from ..compiler.options import CompileOptions
+from ..compiler.target import Target
 from .mesh import Mesh, device_of, ranks_per_device
 
 

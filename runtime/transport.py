@@ -57,33 +57,6 @@ class Transport(Protocol):
         """Replace every bucket by the mean over the ranks, added in rank order."""
         ...
 
-    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give replica r of this stage the r-th block, of ``sizes[r]`` elements.
-
-        Between processes only. The result is one tensor: what each of them gave this rank.
-        """
-        ...
-
-    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
-        """What each replica of this stage gives, all of one size, as one tensor.
-
-        Between processes only.
-        """
-        ...
-
-    def meet(
-        self,
-        ranks: Sequence[int],
-        rank: int,
-        brought: Any,
-        act: Callable[[list[Any]], None],
-    ) -> Pending:
-        """Once all ranks have brought something, one of them acts on it, in rank order.
-
-        Within one process only.
-        """
-        ...
-
     def flush(self) -> None:
         """Wait until everything sent has left."""
         ...
@@ -95,10 +68,14 @@ class Transport(Protocol):
 
 def ordered_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """((p0 + p1) + p2 + ...) / n: one order, whoever computes it."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part.to(total.device)
-    return total.div_(len(parts))
+    return ordered_mean_(parts[0].clone(), parts[1:])
+
+
+def ordered_mean_(first: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same, in the first one's memory and dtype."""
+    for part in others:
+        first += part.to(first)
+    return first.div_(1 + len(others))
 
 
 class Arrived:
@@ -187,6 +164,7 @@ class Loopback:
         brought: Any,
         act: Callable[[list[Any]], None],
     ) -> Pending:
+        """Once all ranks have brought something, one of them acts on it, in rank order."""
         meetings = self.meetings[tuple(ranks)]
         meeting = next((m for m in meetings if rank not in m.brought), None)
         if meeting is None:
@@ -195,12 +173,6 @@ class Loopback:
         meeting.bring(rank, brought, act)
         self.events += 1
         return meeting
-
-    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        raise NotImplementedError("ranks of one process share what they hold")
-
-    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
-        raise NotImplementedError("ranks of one process share what they hold")
 
     def flush(self) -> None:
         if any(self.queues.values()):
@@ -360,6 +332,10 @@ class Processes:
         return Arrived([bucket])
 
     def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
+        """Give replica r of this stage the r-th block, of ``sizes[r]`` elements.
+
+        The result is one tensor: what each of them gave this rank.
+        """
         mine = [sizes[self.mesh.replica_of(rank)]] * len(sizes)
         room = blocks.new_empty(sum(mine))
         group = self.replicas[self.mesh.stage_of(rank)]
@@ -368,19 +344,11 @@ class Processes:
         return _Exchange(work, blocks, room)
 
     def gather(self, rank: int, mine: torch.Tensor) -> Pending:
+        """What each replica of this stage gives, all of one size, as one tensor."""
         room = mine.new_empty(mine.numel() * self.mesh.dp)
         group = self.replicas[self.mesh.stage_of(rank)]
         work = _all_gather(room, mine, group=group, async_op=True)
         return _Exchange(work, mine, room)
-
-    def meet(
-        self,
-        ranks: Sequence[int],
-        rank: int,
-        brought: Any,
-        act: Callable[[list[Any]], None],
-    ) -> Pending:
-        raise NotImplementedError("processes have messages and collectives")
 
     def progress(self) -> int:
         return 0

@@ -38,11 +38,19 @@ def oracle(name: str, dtype: torch.dtype, dp: int = 1) -> plain.Trained:
     return jobs.train_plainly(name, dp, 4 // dp, "adamw", 2, dtype=dtype)
 
 
-def assert_equal_gradients(pipe: Any, model: nn.Module) -> None:
+def trained_as_autocast(model: nn.Module, x: torch.Tensor, n_stages: int) -> Any:
+    """A pipeline of a model after one run, whose loss and gradients are those of autocast."""
+    pipe = pipecompile.compile(model, n_stages, microbatches=1, precision="bf16", device="cpu")
+    loss = pipe.forward_backward(x)
+    with plain.autocast(BF16):
+        expected = model(x)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
     for name, param in pipe.named_parameters():
-        expected = model.get_parameter(name).grad
-        assert (param.grad is None) == (expected is None), name
-        assert expected is None or torch.equal(param.grad, expected), name
+        theirs = model.get_parameter(name).grad
+        assert (param.grad is None) == (theirs is None), name
+        assert theirs is None or torch.equal(param.grad, theirs), name
+    return pipe
 
 
 # -- bits -----------------------------------------------------------------------------------------
@@ -173,13 +181,7 @@ PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(
 def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
     model, x = Drawn(steps), torch.randn(2, 8, 8)
-    pipe = pipecompile.compile(model, 1, microbatches=1, precision="bf16", device="cpu")
-    loss = pipe.forward_backward(x)
-    with plain.autocast(BF16):
-        expected = model(x)
-    expected.backward()
-    assert torch.equal(loss, expected.detach())
-    assert_equal_gradients(pipe, model)
+    trained_as_autocast(model, x, 1)
 
 
 @settings(max_examples=8, deadline=None)
@@ -421,13 +423,7 @@ class Islands(nn.Module):
 def test_islands_and_buffers_are_as_autocast_leaves_them() -> None:
     torch.manual_seed(3)
     model, x = Islands(), torch.randn(8, 16)
-    pipe = pipecompile.compile(model, 2, microbatches=1, precision="bf16", device="cpu")
-    loss = pipe.forward_backward(x)
-    with plain.autocast(BF16):
-        expected = model(x)
-    expected.backward()
-    assert torch.equal(loss, expected.detach())
-    assert_equal_gradients(pipe, model)
+    pipe = trained_as_autocast(model, x, 2)
     for name, buffer in model.named_buffers():
         assert torch.equal(pipe.state_dict()[name], buffer), name
     stages = pipe.programs.stages
@@ -598,13 +594,7 @@ class Odd(nn.Module):
 def test_unusual_operators_are_cast_as_autocast_casts_them(kind: str) -> None:
     torch.manual_seed(0)
     model, x = Odd(kind), torch.randn(4, 8)
-    pipe = pipecompile.compile(model, 1, microbatches=1, precision="bf16", device="cpu")
-    loss = pipe.forward_backward(x)
-    with plain.autocast(BF16):
-        expected = model(x)
-    expected.backward()
-    assert torch.equal(loss, expected.detach())
-    assert_equal_gradients(pipe, model)
+    trained_as_autocast(model, x, 1)
 
 
 def test_autocast_around_the_pipeline_is_refused() -> None:

@@ -24,8 +24,8 @@ from typing import Any
 
 import pipecompile
 import torch
+from pipecompile.compiler import ops
 from pipecompile.compiler.meter import StorageMeter
-from pipecompile.runtime import bucket
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
@@ -108,7 +108,7 @@ def casts_table() -> None:
     for name in models.MODELS:
         theirs = counted(functools.partial(autocast_step, models.build(name)))
         pipe = compiled(name, "bf16")
-        bucket.PIECE = sys.maxsize  # one addition per gradient, to count them
+        ops.PIECE = sys.maxsize  # one addition per gradient, to count them
         ours = counted(functools.partial(pipe.forward_backward, models.batch(ROWS)))
         first, second = (casts.total() - casts["sum"] for casts in (theirs, ours))
         print(
