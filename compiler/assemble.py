@@ -12,6 +12,7 @@ from ..passes import boundary
 from ..passes.base import Recorder
 from ..passes.boundary import Crossings
 from ..passes.communication import add_communication
+from ..passes.inplace import reuse_memory
 from ..passes.placement import Placement
 from ..passes.remat import Remat, rematerialise, undo
 from ..passes.schedule.actions import Schedule, to_text
@@ -24,6 +25,7 @@ from ..passes.verify import (
     verify_program,
     verify_schedule,
     verify_sharding,
+    verify_writes,
 )
 from .footprint import Footprint
 from .graph import JointGraph
@@ -62,6 +64,7 @@ class Assembler:
 
     Args:
         batch_bytes: per microbatch.
+        device: the type that the programs run on.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Assembler:
         footprint: Footprint,
         microbatches: int,
         batch_bytes: int,
+        device: str,
     ):
-        self.options, self.footprint = options, footprint
+        self.options, self.footprint, self.device = options, footprint, device
         self.microbatches, self.batch_bytes = microbatches, batch_bytes
 
     def assemble(
@@ -108,13 +112,21 @@ class Assembler:
                 keep_views=zero < 3,
             )
             verify_program(program)
-            whole = program
-            if zero == 3:
-                program = gather_parameters(program, options.dp)
-                verify_program(program)
             values = sum(len(message.values) for message in program.messages)
             outcome.note = f"{values} boundary values in {len(program.messages)} messages"
             outcome.texts |= _program_texts(program)
+        with recorder.record("inplace") as outcome:
+            outcome.note = str(reuse_memory(program, self.device))
+            verify_writes(program)
+            outcome.texts |= _program_texts(program)
+        whole = program
+        if zero == 3:
+            with recorder.record("gather") as outcome:
+                program = gather_parameters(program, options.dp)
+                verify_program(program)
+                groups = sum(len(stage.groups) for stage in program.stages)
+                outcome.note = f"{groups} groups of parameters are made whole when they are read"
+                outcome.texts |= _program_texts(program)
         with recorder.record("schedule") as outcome:
             name, compute = self._schedule(program)
             schedule = add_communication(compute, program)

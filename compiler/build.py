@@ -210,7 +210,7 @@ class Builder:
         if chosen:
             with recorder.record("zero") as outcome:
                 outcome.note = chosen
-        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
+        assembler = self._assembler(microbatches, spec)
         assembly = assembler.assemble(graph, locality, placement, again, recorder)
         first = not self.homes
         if first and self.given is None:
@@ -260,6 +260,10 @@ class Builder:
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
         return capture(self.skeleton, spec, self.options.loss_fn, device, passes, compute)
 
+    def _assembler(self, microbatches: int, spec: BatchSpec) -> Assembler:
+        options, device = self.options, self.target.kind
+        return Assembler(options, self.footprint, microbatches, spec.nbytes, device)
+
     # -- the first graph ----------------------------------------------------------------------
 
     def _decide_all(
@@ -300,7 +304,7 @@ class Builder:
         microbatches: int,
         batch: Sequence[torch.Tensor],
     ) -> Decision:
-        assembler = Assembler(self.options, self.footprint, microbatches, spec.nbytes)
+        assembler = self._assembler(microbatches, spec)
         planner = Planner(
             graph,
             locality,

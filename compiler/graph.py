@@ -208,6 +208,17 @@ def viewed(node: fx.Node) -> fx.Node | None:
     return source if alias is not None and not alias.is_write else None
 
 
+def overwritten(node: fx.Node) -> fx.Node | None:
+    """The node over whose value a node of a stage program writes its own (`passes.inplace`)."""
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            source = node.kwargs[argument.name] if argument.kwarg_only else node.args[i]
+            assert isinstance(source, fx.Node)
+            return source
+    return None
+
+
 def root_bytes(nodes: Iterable[fx.Node]) -> int:
     """Bytes that keeping all of these values alive costs; what shares memory counts once."""
     return sum(nbytes(root) for root in dict.fromkeys(storage_root(node) for node in nodes))

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..passes.schedule.actions import SEND, Action, Kind
 from . import ops
-from .graph import is_getitem, tensors, viewed
+from .graph import is_getitem, overwritten, tensors, viewed
 from .program import Part, PipelineProgram, Program, Role, StageProgram
 from .shards import Entry, GradientPlan
 
@@ -215,7 +215,7 @@ def _made(
     node: fx.Node, blocks: Mapping[fx.Node, tuple[Block | None, ...]], numbers: Iterator[int]
 ) -> tuple[tuple[Block | None, ...], dict[Block, int]]:
     """The blocks in which a node's value lies, and those of them that are new."""
-    source = viewed(node)
+    source = viewed(node) or overwritten(node)
     if source is not None:
         return blocks[source], {}
     if is_getitem(node):

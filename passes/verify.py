@@ -18,8 +18,9 @@ import networkx as nx
 import torch
 from torch import fx
 
+from ..compiler import ops
 from ..compiler.errors import VerificationError
-from ..compiler.graph import JointGraph, Phase, phase_of
+from ..compiler.graph import JointGraph, Phase, overwritten, phase_of, viewed
 from ..compiler.precision import REDUCED
 from ..compiler.program import Message, Part, PipelineProgram, Role
 from .schedule.actions import RECV, SEND, Action, Kind, Schedule, max_in_flight
@@ -78,6 +79,39 @@ def verify_program(program: PipelineProgram) -> None:
                     lost = {value.name for value in message.values} - known
                     if lost:
                         raise VerificationError(f"{stage.stage}→{message.dst} sends {lost}")
+
+
+def verify_writes(program: PipelineProgram) -> None:
+    """No operator of a stage program writes over what somebody still reads, or has from outside."""
+    for stage in program.stages:
+        for part, code in stage.parts.items():
+            try:
+                _check_writes(list(code.module.graph.nodes))
+            except VerificationError as error:
+                raise VerificationError(f"stage {stage.stage} {part}: {error}") from None
+
+
+def _check_writes(nodes: Sequence[fx.Node]) -> None:
+    found: dict[fx.Node, tuple[fx.Node, int]] = {}  # node -> (who made its memory, which value)
+    newest: dict[fx.Node, int] = {}
+    given: set[fx.Node] = set()
+    for node in nodes:
+        for source in node.all_input_nodes:
+            block, version = found[source]
+            if version != newest[block]:
+                raise VerificationError(f"{node} reads {source}, which was written over")
+        if (target := overwritten(node)) is not None:
+            block = found[target][0]
+            if block.op != "call_function" or block in given:
+                raise VerificationError(f"{node} writes over {target}, which others have")
+            newest[block] += 1
+            found[node] = (block, newest[block])
+        elif (viewed_node := viewed(node)) is not None:
+            found[node] = found[viewed_node]
+        else:
+            found[node], newest[node] = (node, 0), 0
+        if node.target is ops.accumulate:
+            given.add(found[node.all_input_nodes[1]][0])
 
 
 def verify_schedule(

@@ -140,7 +140,7 @@ class Study:
         started = time.perf_counter()
         m = PER_STAGE * n_stages
         options = CompileOptions(n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat)
-        assembler = Assembler(options, self.footprint, m, self.spec.nbytes)
+        assembler = Assembler(options, self.footprint, m, self.spec.nbytes, "cpu")
         planner = Planner(
             self.graph,
             self.locality,
