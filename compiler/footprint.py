@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ class Footprint:
             if name in code.copies:
                 wholes[1].append(Item(name, shape, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
-        return Traffic(plan, self.zero == 1, max(fetched, default=0), sum(fetched))
+        at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
+        return Traffic(plan, self.zero == 1, at_once, sum(fetched))
 
     def _is_shard(self, name: str, direct: bool) -> bool:
         """Whether a replica keeps its own rows of the weight alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,18 +40,22 @@ def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:
 class Group(Protocol):
     """Parameters that become whole together (`passes.sharding`)."""
 
-    def start(self) -> Any: ...
+    def start(self) -> Sequence[Any]: ...
 
-    def finish(self, ticket: Any) -> tuple[torch.Tensor, ...]: ...
+    def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]: ...
 
 
-def gather(group: Group) -> Any:
-    """Begin to fetch the rows that other replicas own; the result is a ticket for `unshard`."""
+def gather(group: Group) -> Sequence[Any]:
+    """Begin to fetch the rows that other replicas own.
+
+    Returns:
+        The ticket for `unshard`: what is under way, then the parameters that arrive in place.
+    """
     return group.start()
 
 
-def unshard(group: Group, ticket: Any) -> tuple[torch.Tensor, ...]:
-    """Wait for what `gather` has begun: the whole parameters."""
+def unshard(group: Group, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Wait for what `gather` has begun: the parameters that arrived in parcels."""
     return group.finish(ticket)
 
 

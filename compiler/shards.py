@@ -21,6 +21,7 @@ from .program import Part, StageProgram
 
 PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
 LEAST_BYTES = 1 << 20  # below which its latency would count
+ALONE = 16  # a share of LEAST_BYTES that is worth a collective of its own, if that spares copies
 SHARES = 16  # into how many parcels a small stage is cut, so that two under way are little of it
 Shape = tuple[int, ...]
 
@@ -114,9 +115,9 @@ class Parcel:
 
     @property
     def scatter_bytes(self) -> tuple[int, int]:
-        """What the first replica sends and receives to learn the sums of its rows."""
+        """What the first replica packs, its own rows too, and receives to learn their sums."""
         size = self.dtype.itemsize
-        return sum(self.sizes) * size, self.sizes[0] * self.dp * size
+        return sum(self.sizes) * size, self.sizes[0] * (self.dp - 1) * size
 
     @property
     def gather_bytes(self) -> int:
@@ -146,6 +147,15 @@ def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parc
         made[-1].append(item)
         held += size
     return [Parcel(tuple(each), dp) for each in made]
+
+
+def lies_in_shares(whole: torch.Tensor, dp: int) -> bool:
+    """Whether a parameter is gathered into its own memory, without a parcel.
+
+    The replicas' rows then stand one after another in it, all as many, and are worth it.
+    """
+    even = whole.dim() > 0 and whole.shape[0] % dp == 0
+    return even and whole.is_contiguous() and whole.nbytes >= LEAST_BYTES // ALONE
 
 
 def _pieces(item: Item, dp: int, limit: int) -> list[Item]:

@@ -103,7 +103,7 @@ class Summary:
                 if number == 0
             )
             gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
-            sent += sum(n.meta["val"].numel() * (dp - 1) / (dp + 1) for n in gathers)
+            sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
             key = stage, Kind(part.value)
             compute_s[key] = max(compute_s[key], sent / rate)
 

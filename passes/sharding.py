@@ -36,7 +36,7 @@ from ..compiler.program import (
     Role,
     StageProgram,
 )
-from ..compiler.shards import Item, added, parcels_of
+from ..compiler.shards import Item, added, lies_in_shares, parcels_of
 from .schedule.actions import Action, Kind, Schedule
 
 _SHARDED = (Role.PARAM, Role.COPY)
@@ -117,14 +117,14 @@ def _rewritten(program: Program, dp: int, groups: list[Group]) -> Program:
         inputs[Port(Role.GROUP, len(groups))] = handles[-1]
         groups.append(tuple(ports[member] for member in members))
     waiting = iter(zip(chosen, handles, strict=True))
-    ticket = _gather(graph, next(waiting), dp)
+    ticket = _gather(graph, next(waiting), dp, ports)
     for node in nodes[len(ports) :]:
         for source in node.all_input_nodes:
             if source not in env:
                 members, handle, started = ticket
-                env |= _unshard(graph, members, handle, started, ports)
+                env |= _unshard(graph, members, handle, started, dp)
                 following = next(waiting, None)
-                ticket = ticket if following is None else _gather(graph, following, dp)
+                ticket = ticket if following is None else _gather(graph, following, dp, ports)
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], env.__getitem__))
         else:
@@ -151,15 +151,23 @@ def layer_of(name: str) -> str:
 
 
 def _gather(
-    graph: fx.Graph, group: tuple[list[fx.Node], fx.Node], dp: int
+    graph: fx.Graph,
+    group: tuple[list[fx.Node], fx.Node],
+    dp: int,
+    ports: Mapping[fx.Node, Port],
 ) -> tuple[list[fx.Node], fx.Node, fx.Node]:
-    """Begin to fetch a group; the ticket is as large as what is sent and received."""
+    """Begin to fetch a group: a ticket as large as its parcels and the rows that are cast, and the
+    parameters that need no parcel."""
     members, handle = group
-    values = [member.meta["val"] for member in members]
-    items = [Item("", tuple(value.shape), value.dtype) for value in values]
+    values = {member: member.meta["val"] for member in members}
+    direct = {m: value for m, value in values.items() if lies_in_shares(value, dp)}
+    rest = [value for m, value in values.items() if m not in direct]
+    items = [Item("", tuple(value.shape), value.dtype) for value in rest]
     size = sum(parcel.gather_bytes for parcel in parcels_of(items, dp, whole=True))
+    size += sum(v.nbytes // dp for m, v in direct.items() if ports[m].role is Role.COPY)
     ticket = graph.call_function(ops.gather, (handle,))
-    ticket.meta["val"] = torch.empty(size, dtype=torch.uint8, device="meta")
+    ticket.meta["val"] = (torch.empty(size, dtype=torch.uint8, device="meta"), *direct.values())
+    ticket.meta["whole_bytes"] = sum(value.nbytes for value in values.values())
     return members, handle, ticket
 
 
@@ -168,13 +176,18 @@ def _unshard(
     members: Sequence[fx.Node],
     handle: fx.Node,
     ticket: fx.Node,
-    ports: Mapping[fx.Node, Port],
+    dp: int,
 ) -> dict[fx.Node, fx.Node]:
     """Wait for a group: the node of each member."""
+    direct = [m for m in members if lies_in_shares(m.meta["val"], dp)]
+    rest = [m for m in members if m not in direct]
     whole = graph.call_function(ops.unshard, (handle, ticket))
-    whole.meta["val"] = tuple(member.meta["val"] for member in members)
+    whole.meta["val"] = tuple(member.meta["val"] for member in rest)
     made = {}
-    for i, member in enumerate(members):
-        made[member] = graph.create_node("call_function", getitem, (whole, i), name=member.name)
-        made[member].meta["val"] = member.meta["val"]
+    for source, first, chosen in ((ticket, 1, direct), (whole, 0, rest)):
+        for i, member in enumerate(chosen, first):
+            made[member] = graph.create_node(
+                "call_function", getitem, (source, i), name=member.name
+            )
+            made[member].meta["val"] = member.meta["val"]
     return made

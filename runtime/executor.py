@@ -277,7 +277,8 @@ class Executor:
         if self.state.shards is not None:
             return self.state.shards.groups(self.program)
         return [
-            LocalGroup([self._fixed(port, {}) for port in group]) for group in self.program.groups
+            LocalGroup([self._fixed(port, {}) for port in group], self.state.mesh.dp)
+            for group in self.program.groups
         ]
 
     def _bind(self, program: Program, constants: dict[Any, torch.Tensor], part: Part) -> _Bound:

@@ -31,7 +31,7 @@ from ..compiler.shards import (
 )
 from .bucket import Bucket, GradSlot
 from .parcels import Outgoing
-from .transport import Loopback, Processes, Transport, ordered_mean_
+from .transport import Loopback, Processes, Transport, add_mean_, ordered_sum_
 
 Run = Generator[None, None, None]
 
@@ -157,9 +157,9 @@ class ClosingGradients(WholeGradients):
         self._outgoing.drain()
         yield from ()
 
-    def _settle(self, item: Item, mean: torch.Tensor) -> None:
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
         rows = item.rows(self.slots[item.name].tensor, self._dp, self._replica)
-        rows.copy_(mean.view(rows.shape))
+        add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
 
     def _owned(self) -> list[torch.Tensor]:
         return [slot.owned for slot in self.slots.values()]
@@ -210,14 +210,12 @@ class StreamGradients(WholeGradients):
         self._outgoing.drain()
         yield from ()
 
-    def _settle(self, item: Item, mean: torch.Tensor) -> None:
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
         slot = self.slots[item.name]
         rows = item.own_rows(slot.tensor, self._dp, self._replica)
-        if slot.fresh:
-            rows.copy_(mean.view(rows.shape))
-            slot.fresh = item.piece < item.pieces - 1  # the pieces of a gradient come in order
-        else:
-            rows.add_(mean.view(rows.shape))
+        add_mean_(rows, total.view(rows.shape), self._dp, slot.fresh)
+        # the pieces of a gradient come in order
+        slot.fresh = slot.fresh and item.piece < item.pieces - 1
 
 
 class SharedGradients(WholeGradients):
@@ -261,7 +259,9 @@ class SharedGradients(WholeGradients):
         for grads in zip(*brought, strict=True):
             slot = self.slots[grads[0][0]]
             first = torch.empty_like(slot.tensor).copy_(grads[0][1])
-            slot.add(ordered_mean_(first, [grad for _, grad in grads[1:]]))
+            total = ordered_sum_(first, [grad for _, grad in grads[1:]])
+            add_mean_(slot.tensor, total, len(brought), slot.fresh)
+            slot.fresh = False
 
 
 def squares(grad: torch.Tensor, dp: int) -> list[float]:

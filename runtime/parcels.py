@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..compiler.program import Port, Role
-from ..compiler.shards import Entry, Item, Parcel, parcels_of
-from .transport import Pending, Processes, Values, ordered_mean_
+from ..compiler.shards import Entry, Item, Parcel, lies_in_shares, parcels_of
+from .transport import Pending, Processes, Values, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
-"""Takes the mean of this rank's rows of an item."""
+"""Takes the sum over the replicas of this rank's rows of an item."""
 
 
 class Outgoing:
-    """Sends parcels of gradients, and takes the mean of what arrives.
+    """Sends parcels of gradients, and adds up what arrives, in rank order.
 
     A parcel leaves as soon as it is full, while the backward goes on. Before the next one leaves
     it is waited for: at most one is under way, and one is being filled.
@@ -26,17 +27,15 @@ class Outgoing:
 
     def __init__(self, transport: Processes, rank: int, replica: int, settle: Settle):
         self._transport, self._rank, self._replica = transport, rank, replica
-        self._settle_item = settle
-        self._filling: torch.Tensor | None = None
-        self._flying: tuple[Parcel, Pending] | None = None
+        self._settle = settle
+        self._filling: list[torch.Tensor] = []
+        self._flying: tuple[Parcel, torch.Tensor, Pending] | None = None
 
     def put(self, entries: Sequence[Entry], grad: torch.Tensor) -> None:
         """Pack a gradient; what is full then leaves."""
         for parcel, number in entries:
             if number == 0:
-                dtype = parcel.dtype
-                self._filling = torch.empty(sum(parcel.sizes), dtype=dtype, device=grad.device)
-            assert self._filling is not None
+                self._filling = self._empty(parcel, grad.device)
             _pack(parcel, number, grad, self._filling)
             if number == len(parcel.items) - 1:
                 self._launch(parcel)
@@ -45,28 +44,36 @@ class Outgoing:
         """Wait for the last one."""
         if self._flying is None:
             return
-        (parcel, pending), self._flying = self._flying, None
-        replica, size = self._replica, parcel.sizes[self._replica]
+        (parcel, own, pending), self._flying = self._flying, None
         (room,) = pending.wait()
-        first, *others = torch.split(room, size) if size else (room,)
-        mean = ordered_mean_(first, others)
-        for item, at in zip(parcel.items, parcel.offsets[replica], strict=True):
-            self._settle_item(item, mean[at : at + item.numel(parcel.dp, replica)])
+        parts = list(room.view(parcel.dp - 1, parcel.sizes[self._replica]))
+        parts.insert(self._replica, own)
+        total = ordered_sum_(parts[0], parts[1:])
+        for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
+            self._settle(item, total[at : at + item.numel(parcel.dp, self._replica)])
+
+    def _empty(self, parcel: Parcel, device: torch.device) -> list[torch.Tensor]:
+        """Per replica a block; those of the others one after another."""
+        own, sizes = parcel.sizes[self._replica], list(parcel.sizes)
+        sizes[self._replica] = 0
+        others = torch.empty(sum(sizes), dtype=parcel.dtype, device=device)
+        blocks = list(torch.split(others, sizes))
+        blocks[self._replica] = torch.empty(own, dtype=parcel.dtype, device=device)
+        return [*blocks, others]
 
     def _launch(self, parcel: Parcel) -> None:
         self.drain()
-        assert self._filling is not None
-        blocks, self._filling = self._filling, None
-        self._flying = parcel, self._transport.scatter(self._rank, blocks, parcel.sizes)
+        *blocks, others = self._filling
+        self._filling = []
+        pending = self._transport.scatter(self._rank, others, parcel.sizes)
+        self._flying = parcel, blocks[self._replica], pending
 
 
-def _pack(parcel: Parcel, number: int, grad: torch.Tensor, blocks: torch.Tensor) -> None:
-    item, start = parcel.items[number], 0
+def _pack(parcel: Parcel, number: int, grad: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
+    item = parcel.items[number]
     for replica in range(parcel.dp):
-        rows = item.rows(grad, parcel.dp, replica)
-        at = start + parcel.offsets[replica][number]
-        blocks[at : at + rows.numel()].view(rows.shape).copy_(rows)
-        start += parcel.sizes[replica]
+        rows, at = item.rows(grad, parcel.dp, replica), parcel.offsets[replica][number]
+        blocks[replica][at : at + rows.numel()].view(rows.shape).copy_(rows)
 
 
 class Gathering:
@@ -97,6 +104,11 @@ class Gathering:
             mine[at : at + rows.numel()].view(rows.shape).copy_(rows)
         return self._transport.gather(self._rank, mine)
 
+    def start_into(self, name: str, whole: torch.Tensor) -> Pending:
+        """Send this rank's rows of a parameter, and receive all of them where they belong."""
+        rows = self._masters[name].detach().to(whole.dtype)
+        return self._transport.gather(self._rank, rows.view(-1), whole.view(-1))
+
     def finish(self, parcel: Parcel, pending: Pending, whole: Sequence[torch.Tensor]) -> None:
         """Wait, and write all replicas' rows of each item."""
         (room,) = pending.wait()
@@ -116,38 +128,56 @@ class GatheredGroup:
         copies: Mapping[str, torch.dtype],
         dp: int,
     ):
-        self._gathering, self._ports = gathering, ports
-        self._dtypes = [
-            copies[str(p.key)] if p.role is Role.COPY else gathering.like[str(p.key)].dtype
-            for p in ports
+        self._gathering = gathering
+        like = {port: _whole(gathering, port, copies) for port in ports}
+        self._direct = {port: w for port, w in like.items() if lies_in_shares(w, dp)}
+        self._rest = [whole for port, whole in like.items() if port not in self._direct]
+        items = [
+            Item(str(port.key), tuple(whole.shape), whole.dtype)
+            for port, whole in like.items()
+            if port not in self._direct
         ]
-        shapes = [tuple(gathering.like[str(port.key)].shape) for port in ports]
-        named = zip(ports, shapes, self._dtypes, strict=True)
-        items = [Item(str(port.key), shape, dtype) for port, shape, dtype in named]
         self._parcels = parcels_of(items, dp, whole=True)
 
-    def start(self) -> list[tuple[Parcel, Pending]]:
-        return [(parcel, self._gathering.start(parcel)) for parcel in self._parcels]
+    def start(self) -> list[Any]:
+        rooms = self._rooms(self._direct.values())
+        direct = [
+            self._gathering.start_into(str(port.key), room)
+            for port, room in zip(self._direct, rooms, strict=True)
+        ]
+        parcels = [(parcel, self._gathering.start(parcel)) for parcel in self._parcels]
+        return [(direct, parcels), *rooms]
 
-    def finish(self, ticket: list[tuple[Parcel, Pending]]) -> tuple[torch.Tensor, ...]:
-        made = []
-        for port, dtype in zip(self._ports, self._dtypes, strict=True):
-            like = self._gathering.like[str(port.key)]
-            made.append(torch.empty_like(like, dtype=dtype, device=self._gathering.device))
-        for parcel, pending in ticket:
-            whole = [t for t, d in zip(made, self._dtypes, strict=True) if d is parcel.dtype]
+    def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        direct, parcels = ticket[0]
+        made = self._rooms(self._rest)
+        for parcel, pending in parcels:
+            whole = [tensor for tensor in made if tensor.dtype is parcel.dtype]
             self._gathering.finish(parcel, pending, whole)
+        for pending in direct:
+            pending.wait()
         return tuple(made)
+
+    def _rooms(self, like: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.empty_like(whole, device=self._gathering.device) for whole in like]
+
+
+def _whole(gathering: Gathering, port: Port, copies: Mapping[str, torch.dtype]) -> torch.Tensor:
+    """What a port of a group stands for, without data."""
+    name = str(port.key)
+    dtype = copies[name] if port.role is Role.COPY else None
+    return torch.empty_like(gathering.like[name], dtype=dtype)
 
 
 class LocalGroup:
     """The same where ranks of one process share whole parameters."""
 
-    def __init__(self, whole: Values):
-        self._whole = tuple(whole)
+    def __init__(self, whole: Values, dp: int):
+        self._direct = [tensor for tensor in whole if lies_in_shares(tensor, dp)]
+        self._rest = tuple(tensor for tensor in whole if not lies_in_shares(tensor, dp))
 
-    def start(self) -> None:
-        return None
+    def start(self) -> list[Any]:
+        return [None, *self._direct]
 
-    def finish(self, ticket: None) -> tuple[torch.Tensor, ...]:
-        return self._whole
+    def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        return self._rest

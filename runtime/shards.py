@@ -11,7 +11,8 @@ is read, and at level 3, the rows stand alone and the whole parameter is freed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -85,11 +86,17 @@ class Shards:
 
     @torch.no_grad()
     def unshard(self) -> None:
-        """Every replica's rows to all of them (UNSHARD)."""
+        """Every replica's rows to all of them (UNSHARD): one parcel is packed and unpacked while
+        another is under way."""
+        started: list[Callable[[], None]] = []
         for parcel, kind in self._parcels:
             pending = self.gathering.start(parcel)
             whole = [kind[item.name] for item in parcel.items]
-            self.gathering.finish(parcel, pending, whole)
+            started.append(partial(self.gathering.finish, parcel, pending, whole))
+            if len(started) > 1:
+                started.pop(0)()
+        for finish in started:
+            finish()
 
     def groups(self, stage: StageProgram) -> list[GatheredGroup]:
         """What the GROUP ports of a stage stand for."""

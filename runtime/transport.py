@@ -73,9 +73,27 @@ def ordered_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def ordered_mean_(first: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same, in the first one's memory and dtype."""
+    return ordered_sum_(first, others).div_(1 + len(others))
+
+
+def ordered_sum_(first: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
     for part in others:
         first += part.to(first)
-    return first.div_(1 + len(others))
+    return first
+
+
+def add_mean_(total: torch.Tensor, parts: torch.Tensor, count: int, fresh: bool) -> None:
+    """Add the mean to a total, given the sum of its parts, which is overwritten.
+
+    Args:
+        fresh: there is no total yet.
+    """
+    if fresh:
+        torch.div(parts, count, out=total)
+    elif count & (count - 1):
+        total += parts.div_(count)
+    else:  # a power of two divides exactly, so that both are done in one pass
+        total.add_(parts, alpha=1 / count)
 
 
 class Arrived:
@@ -332,20 +350,27 @@ class Processes:
         return Arrived([bucket])
 
     def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give replica r of this stage the r-th block, of ``sizes[r]`` elements.
+        """Give every other replica r of this stage its block, of ``sizes[r]`` elements.
 
         The result is one tensor: what each of them gave this rank.
         """
-        mine = [sizes[self.mesh.replica_of(rank)]] * len(sizes)
-        room = blocks.new_empty(sum(mine))
+        me = self.mesh.replica_of(rank)
+        sent = [0 if r == me else size for r, size in enumerate(sizes)]
+        received = [0 if r == me else sizes[me] for r in range(len(sizes))]
+        room = blocks.new_empty(sum(received))
         group = self.replicas[self.mesh.stage_of(rank)]
-        work = dist.all_to_all_single(room, blocks, mine, list(sizes), group=group, async_op=True)
+        work = dist.all_to_all_single(room, blocks, received, sent, group=group, async_op=True)
         assert work is not None
         return _Exchange(work, blocks, room)
 
-    def gather(self, rank: int, mine: torch.Tensor) -> Pending:
-        """What each replica of this stage gives, all of one size, as one tensor."""
-        room = mine.new_empty(mine.numel() * self.mesh.dp)
+    def gather(self, rank: int, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
+        """What each replica of this stage gives, all of one size, as one tensor.
+
+        Args:
+            room: where to write it.
+        """
+        if room is None:
+            room = mine.new_empty(mine.numel() * self.mesh.dp)
         group = self.replicas[self.mesh.stage_of(rank)]
         work = _all_gather(room, mine, group=group, async_op=True)
         return _Exchange(work, mine, room)

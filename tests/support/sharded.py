@@ -46,20 +46,21 @@ def compiled(zero: int, optimizer: Optimizer) -> Step:
     return lambda: pipe.step(rows)
 
 
-def fsdp(per_block: bool, optimizer: Optimizer) -> Step:
+def fsdp(per_block: bool, reshard: bool, optimizer: Optimizer) -> Step:
     """Stages rewritten and balanced by hand, sharded over the replicas, under torch's 1F1B.
 
-    Parameters stay whole from a step's first forward to its last backward, and gradients are
-    reduced once, after that: `reshard_after_forward=False` is the one, the schedule the other.
+    Gradients stay whole, and are reduced once, after a step's last backward: torch's schedule has
+    it so.
 
     Args:
         per_block: communicate layer by layer, as FSDP's documentation has it, or stage by stage.
+        reshard: let parameters go after each forward, and not after the last backward only.
     """
     mesh = init_device_mesh("cpu", (REPLICAS, STAGES), mesh_dim_names=("dp", "pp"))
     stage, replica = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
     part: Any = rivals.half(stage, rivals.NARROW.balanced)
     for module in (*(part.h if per_block else ()), part):
-        fully_shard(module, mesh=mesh["dp"], reshard_after_forward=False)
+        fully_shard(module, mesh=mesh["dp"], reshard_after_forward=reshard)
     placed = PipelineStage(part, stage, STAGES, torch.device("cpu"), group=mesh["pp"].get_group())
     schedule = Schedule1F1B(placed, rivals.MICROBATCHES, loss_fn=rivals.next_word_loss)
     stepper = optimizer(part.parameters())
@@ -80,8 +81,9 @@ def fsdp(per_block: bool, optimizer: Optimizer) -> Step:
 
 OURS = {f"pipecompile, zero={level}": partial(compiled, level) for level in range(4)}
 TORCH = {
-    "torch FSDP2 per layer, 1F1B": partial(fsdp, True),
-    "torch FSDP2 per stage, 1F1B": partial(fsdp, False),
+    "torch FSDP2 per layer, 1F1B": partial(fsdp, True, False),
+    "torch FSDP2 per stage, 1F1B": partial(fsdp, False, False),
+    "torch FSDP2 per layer, resharding": partial(fsdp, True, True),
 }
 DEEPSPEED = {
     "DeepSpeed ZeRO-1, balanced by hand": partial(deepspeed_rival.pipeline, "uniform"),
