@@ -90,7 +90,7 @@ def read(model: nn.Module, path: Path) -> State:
     skeleton = skeleton_of(model, CPU)
     files = WeightFiles(path, skeleton)
     names = [name for name in dict.fromkeys(skeleton.canonical.values()) if files.has(name)]
-    return {n: t for (n, _), t in materialize(files, skeleton, {CPU: names}).items()}
+    return {n: p.held[CPU] for n, p in materialize(files, skeleton, {CPU: names}).items()}
 
 
 def test_more_than_the_model_has_is_left_out_aloud(tmp_path: Path) -> None:
