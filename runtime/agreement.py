@@ -15,6 +15,7 @@ from ..compiler.build import Mode
 from ..compiler.errors import CheckpointError, PipecompileError, RankMismatchError
 from ..compiler.options import CompileOptions
 from ..compiler.skeleton import is_fake, named_state
+from .digest import digest, sample
 from .mesh import Mesh
 
 T = TypeVar("T")
@@ -68,11 +69,11 @@ class Agreement:
         if not self._mesh.distributed:
             return
         text = f"{mode} {spec} {spec.constants!r}"
-        digest = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
-        mine = torch.tensor([digest])
+        number = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
+        mine = torch.tensor([number])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
-        if all(int(theirs) == digest for theirs in everyone):
+        if all(int(theirs) == number for theirs in everyone):
             return
         first, *others = self.gather((microbatches, text))
         for rank, (count, theirs) in enumerate(others, 1):
@@ -124,15 +125,19 @@ class Agreement:
                     "one seed on all ranks before building the model, or load the same weights"
                 )
 
-    def check_copies(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """What several ranks hold of one name has the same values."""
+    def check_copies(self, digests: Mapping[str, str]) -> None:
+        """What several ranks hold, or hold rows of, was taken from equal values.
+
+        Args:
+            digests: name -> a hash of the whole tensor.
+        """
         if not self._mesh.distributed:
             return
         seen: dict[str, tuple[int, str]] = {}
-        for rank, digests in enumerate(self.gather({n: _sampled(t) for n, t in tensors.items()})):
-            for name, digest in digests.items():
-                first, theirs = seen.setdefault(name, (rank, digest))
-                if digest != theirs:
+        for rank, others in enumerate(self.gather(digests)):
+            for name, other in others.items():
+                first, expected = seen.setdefault(name, (rank, other))
+                if other != expected:
                     raise RankMismatchError(
                         f"{name!r} differs between rank {first} and rank {rank}: give all machines "
                         "the same files; initialisers may draw from torch's generators only"
@@ -142,7 +147,7 @@ class Agreement:
         """The first batch that runs is the same on all stages of a replica."""
         if not self._mesh.distributed or self._data_checked:
             return
-        seen = self.gather([_digest(value) for value in values])
+        seen = self.gather([digest(value) for value in values])
         for rank, digests in enumerate(seen):
             leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
             if digests != seen[leader]:
@@ -155,15 +160,4 @@ class Agreement:
 
 def _digests(model: nn.Module) -> dict[str, str]:
     """Name -> a hash of the tensor's values, empty where it has none."""
-    return {n: "" if is_fake(tensor) else _sampled(tensor) for n, tensor in named_state(model)}
-
-
-def _sampled(tensor: torch.Tensor) -> str:
-    """A hash of up to 4096 elements spread over the tensor."""
-    flat = tensor.detach().reshape(-1)
-    return _digest(flat[:: max(1, flat.numel() // 4096)])
-
-
-def _digest(values: torch.Tensor) -> str:
-    data = values.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(cast(Any, data.numpy()).tobytes()).hexdigest()[:16]
+    return {n: "" if is_fake(t) else digest(sample(t)) for n, t in named_state(model)}

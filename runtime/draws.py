@@ -41,11 +41,11 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, seed: int, tensors: Mapping[str, torch.Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
-        self._targets: dict[torch.UntypedStorage, str] = {}
+        # Weak: a storage's Python object lives as long as it does.
+        self._targets: WeakKeyDictionary[torch.UntypedStorage, str] = WeakKeyDictionary()
         for name, tensor in tensors.items():  # a shared one goes by the first of its names
             self._targets.setdefault(tensor.untyped_storage(), name)
-        # These, and what is made from them. A storage's Python object lives as long as it does.
-        self._names = WeakKeyDictionary(self._targets)
+        self._names = WeakKeyDictionary(self._targets)  # and of what is made from them
         self._module = ""
         self._counts: Counter[str] = Counter()
         self.written: Counter[str] = Counter()

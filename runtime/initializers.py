@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch import nn
 from ..compiler.errors import PipecompileError, StateError
 from ..compiler.skeleton import Skeleton, meta_like, named_state
 from .draws import Draws
+from .place import Place
 
+RUNS = 16  # at least so many, unless single tensors are larger; each passes over the whole model
 _DONE = "_is_hf_initialized"  # transformers marks what it has initialised, also without data
 
 
@@ -37,20 +39,36 @@ class Initializers:
     def has(self, name: str) -> bool:
         return True
 
-    def fill(self, places: Mapping[str, torch.Tensor]) -> None:
-        """Run every initialiser once.
+    def fill(self, places: Mapping[str, Place]) -> None:
+        """Run every initialiser, once if all tensors are kept whole, else once for each group.
+
+        Those that read one tensor to set another make all at once.
 
         Raises:
             StateError: an initialiser failed, or left one of the tensors as it was.
         """
-        model = self._stand_in(places)
-        draws = Draws(self._seed, dict(named_state(model)))
-        devices = {place.device for place in places.values() if place.is_cuda}
+        groups = _groups(places)
+        if len(groups) > 1:
+            with suppress(StateError):
+                for group in groups:
+                    self._run(group)
+                return
+        self._run(places)
+
+    def _run(self, places: Mapping[str, Place]) -> None:
+        rooms = {name: place.room() for name, place in places.items()}
+        model = self._stand_in(rooms)
+        state = dict(named_state(model))
+        draws = Draws(self._seed, state)
+        devices = {room.device for room in rooms.values() if room.is_cuda}
         with torch.random.fork_rng(tuple(devices)), torch.no_grad(), draws:
             _initialize(model, draws)
         for name, place in places.items():
-            if draws.written[name] < place.numel():
+            if draws.written[name] < place.like.numel():
                 raise StateError(self._missing(name))
+            place.take(rooms.pop(name))
+            if not place.whole:  # a cycle of references may keep the copy of the model
+                state[name].data = state[name].new_empty(0)
 
     def _stand_in(self, places: Mapping[str, torch.Tensor]) -> nn.Module:
         memo: dict[int, Any] = {}
@@ -73,6 +91,23 @@ class Initializers:
             f"{type(self._model).__name__} has no weights, and no initialiser sets {name!r}: "
             f"{files}give {kind} a reset_parameters() that does, or assign a tensor with data to it"
         )
+
+
+def _groups(places: Mapping[str, Place]) -> list[dict[str, Place]]:
+    """What is made in one run: first what is kept whole, and then a few that are divided, so that
+    they are as large as the largest, or a sixteenth of all."""
+    groups = [{name: place for name, place in places.items() if place.whole}]
+    divided = {name: place for name, place in places.items() if not place.whole}
+    sizes = {name: place.like.nbytes for name, place in divided.items()}
+    limit = max([*sizes.values(), sum(sizes.values()) // RUNS])
+    held = limit
+    for name, place in divided.items():
+        if held + sizes[name] > limit:
+            groups.append({})
+            held = 0
+        groups[-1][name] = place
+        held += sizes[name]
+    return [group for group in groups if group]
 
 
 def _stand_in(tensor: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:

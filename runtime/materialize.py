@@ -1,14 +1,16 @@
 """Where a model's values come from, and only those that this process holds.
 
-skeleton (shapes, strides, dtypes)  ->  empty tensors on the ranks' devices
-Source                              ->  fills them in place: there is no second copy
+skeleton (shapes, strides, dtypes)  ->  a place for each tensor, or for this process's rows of it
+Source                              ->  fills them, one after the other: there is no second copy
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 
 from ..compiler.skeleton import Skeleton, is_fake, meta_like, named_state
 from .initializers import Initializers
+from .place import Cut, Place
 from .weight_files import WeightFiles
 
 
@@ -24,11 +27,11 @@ class Source(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def fill(self, places: Mapping[str, torch.Tensor]) -> None:
-        """Write values into tensors, which have the model's shapes and dtypes.
+    def fill(self, places: Mapping[str, Place]) -> None:
+        """Give every place its tensor. At most a few are whole at once where rows are wanted.
 
         Raises:
-            StateError: there are none for one of them.
+            StateError: there is none for one of them.
         """
         ...
 
@@ -43,9 +46,9 @@ class LiveWeights:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def fill(self, places: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, places: Mapping[str, Place]) -> None:
         for name, place in places.items():
-            place.copy_(self._tensors[name])
+            place.take(self._tensors[name])
 
 
 class FirstOf:
@@ -57,7 +60,7 @@ class FirstOf:
     def has(self, name: str) -> bool:
         return any(source.has(name) for source in self._sources)
 
-    def fill(self, places: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, places: Mapping[str, Place]) -> None:
         rest = dict(places)
         for source in self._sources:
             chosen = {name: rest.pop(name) for name in tuple(rest) if source.has(name)}
@@ -92,27 +95,27 @@ def source_of(
 
 @torch.no_grad()
 def materialize(
-    source: Source, skeleton: Skeleton, names: Mapping[torch.device, Collection[str]]
-) -> dict[tuple[str, torch.device], torch.Tensor]:
-    """Tensors with the source's values and the model's layouts.
+    source: Source,
+    skeleton: Skeleton,
+    names: Mapping[torch.device, Collection[str]],
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
+) -> dict[str, Place]:
+    """Places with the source's values, in the model's layouts.
 
     Args:
         names: device -> first names of the tensors that are wanted there.
+        cuts: name -> what is kept of it, of those that are not kept whole.
 
     Raises:
         StateError: the source has none for one of them.
     """
     like = dict(named_state(skeleton.module))
-    made = {
-        (name, device): torch.empty_like(meta_like(like[name]), device=device)
-        for device, wanted in names.items()
-        for name in wanted
+    devices: dict[str, list[torch.device]] = defaultdict(list)
+    for device, wanted in names.items():
+        for name in wanted:
+            devices[name].append(device)
+    places = {
+        name: Place(meta_like(like[name]), where, cuts.get(name)) for name, where in devices.items()
     }
-    first: dict[str, torch.Tensor] = {}
-    for (name, _), tensor in made.items():
-        first.setdefault(name, tensor)
-    source.fill(first)
-    for (name, _), tensor in made.items():
-        if tensor is not first[name]:
-            tensor.copy_(first[name])
-    return made
+    source.fill(places)
+    return places

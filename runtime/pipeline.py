@@ -469,10 +469,9 @@ class Pipeline:
     ) -> _Loaded:
         compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
         if self._state is None:
-            self._state = self._agreement.together(self._make_state, StateError)
-            self._agreement.check_copies(self._state.whole())
-            self._state.divide(self._builder.zero, compiled.program, self._transport)
-            self._source = None
+            made = self._agreement.together(lambda: self._make_state(compiled.program), StateError)
+            self._agreement.check_copies(made.digests)
+            self._state, self._source = made, None
             self._make_optimizer()
         state = self._state
         assert state is not None
@@ -490,7 +489,7 @@ class Pipeline:
         }
         return _Loaded(compiled, executors)
 
-    def _make_state(self) -> ModelState:
+    def _make_state(self, program: PipelineProgram) -> ModelState:
         assert self._source is not None
         return ModelState(
             self._source,
@@ -499,6 +498,9 @@ class Pipeline:
             self._mesh,
             self._device,
             self._options.dtypes,
+            self._builder.zero,
+            program,
+            self._transport,
         )
 
     def _make_optimizer(self) -> None:

@@ -6,7 +6,7 @@ them by itself. Checkpoints see the rows as DTensors (`Shards.as_dtensor`), and 
 
 What the optimizer holds is a view into the whole parameter where the whole one is kept anyway:
 at levels 1 and 2, if a program reads it in its own dtype. Where only the copy in the compute dtype
-is read, and at level 3, the rows stand alone and the whole parameter is freed.
+is read, and at level 3, the rows stand alone, and there never is a whole parameter.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..compiler.program import StageProgram
 from ..compiler.shards import Parcel, items_of, parcels_of, rows_of
+from ..compiler.skeleton import meta_like
 from .bucket import Bucket
 from .parcels import GatheredGroup, Gathering
 from .transport import Processes
@@ -31,8 +32,9 @@ class Shards:
     """The divided parameters of one rank.
 
     Args:
-        params: FQN -> the whole parameter, of all that are divided.
-        kept: which of these stay whole on this rank.
+        params: FQN -> a parameter like the whole one, of all that are divided.
+        held: FQN -> its values: of those in ``kept`` all of them, of the others this rank's rows.
+        kept: which stay whole on this rank.
         group: the replicas of this stage.
 
     Attributes:
@@ -42,7 +44,8 @@ class Shards:
 
     def __init__(
         self,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, nn.Parameter],
+        held: Mapping[str, torch.Tensor],
         kept: Collection[str],
         transport: Processes,
         rank: int,
@@ -54,12 +57,11 @@ class Shards:
         self.dp, self.replica, self._device = dp, replica, device
         self._group = group
         self._mesh: DeviceMesh | None = None
-        self.like = {n: torch.empty_like(p.detach(), device="meta") for n, p in params.items()}
-        self.whole = {name: p.detach() for name, p in params.items() if name in kept}
+        self.like = {name: torch.empty_like(meta_like(p)) for name, p in params.items()}
+        self.whole = {name: held[name] for name in params if name in kept}
         self.masters: dict[str, nn.Parameter] = {}
         for name, param in params.items():
-            rows = rows_of(param.detach(), dp, replica)
-            rows = rows if name in self.whole else rows.contiguous().clone()
+            rows = rows_of(held[name], dp, replica) if name in self.whole else held[name]
             self.masters[name] = nn.Parameter(rows, requires_grad=param.requires_grad)
         self.copies: dict[str, torch.Tensor] = {}
         self.gathering = Gathering(transport, rank, replica, self.masters, self.like)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .gradients import (
 )
 from .materialize import Source, materialize
 from .mesh import Mesh, device_of
+from .place import Cut
 from .shards import Shards
 from .transport import Processes, Transport
 
@@ -39,13 +41,16 @@ from .transport import Processes, Transport
 class ModelState:
     """Parameters, buffers and gradients of the ranks that this process plays.
 
-    They are whole at first, so that ranks can compare them; `divide` makes room for gradients.
-
     Args:
         source: what the tensors are filled from.
         homes: parameter FQN -> the stages that hold it.
         device: the type of device; every rank's own is `device_of` it.
         precision: in which dtypes gradients add up.
+        zero: what replicas divide among themselves.
+        program: the first one; it tells which parameters it reads whole.
+
+    Attributes:
+        digests: name -> a hash of the whole tensor that this process has taken values from.
 
     Raises:
         StateError: the source lacks one of them.
@@ -58,64 +63,58 @@ class ModelState:
         homes: Mapping[str, tuple[int, ...]],
         mesh: Mesh,
         device: torch.device,
-        precision: Precision | None = None,
+        precision: Precision | None,
+        zero: int,
+        program: PipelineProgram,
+        transport: Transport,
     ):
-        self.skeleton, self.homes, self.mesh = skeleton, homes, mesh
-        self.device, self.zero = device, 0
-        self._held = materialize(source, skeleton, self._names(device))
+        self.skeleton, self.homes, self.mesh, self.zero = skeleton, homes, mesh, zero
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
         trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
         self._sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
         self._before: dict[str, torch.Tensor] = {}
-
-    def whole(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of this process, each once, before `divide`."""
-        found: dict[str, torch.Tensor] = {}
-        for (name, _), tensor in self._held.items():
-            found.setdefault(name, tensor)
-        return found
-
-    def divide(self, zero: int, program: PipelineProgram, transport: Transport) -> None:
-        """Keep of the parameters what this process needs, and make room for gradients.
-
-        Args:
-            zero: what replicas divide among themselves.
-            program: the first one; it tells which parameters it reads whole.
-        """
-        self.zero = zero
-        for rank in self.mesh.local_ranks:
-            where = device_of(rank, self.device, self.mesh)
-            names = [n for n in self.skeleton.params if self.mesh.stage_of(rank) in self.homes[n]]
-            params = {name: self._copy(name, self._held[name, where]) for name in names}
-            buffers = {
-                name: tensor.clone()
-                for (name, place), tensor in self._held.items()
-                if name not in self.homes and place == where
-            }
-            made = self._rank(rank, where, params, buffers, program, transport)
-            self.ranks[rank] = made
-        for name in self.skeleton.params:
+        places = materialize(source, skeleton, self._names(device), self._cuts(program))
+        self.digests = {name: place.digest for name, place in places.items()}
+        for rank in mesh.local_ranks:
+            where = device_of(rank, device, mesh)
+            held = {n: place.held[where] for n, place in places.items() if where in place.held}
+            self.ranks[rank] = self._rank(rank, where, held, program, transport)
+        for name in skeleton.params:
             first = self._first_local_rank(name)
             if first is not None:
                 self.primary[name] = (first, self._master(first, name))
-        self.copies = {key: p for key, p in self.copies.items() if not self._divided(key[0])}
-        self._held = {}
+
+    def _cuts(self, program: PipelineProgram) -> dict[str, Cut]:
+        """How this process's rows are cut, of the parameters that it never has whole."""
+        if self.mesh.rank is None or not self.zero:
+            return {}
+        replica = self.mesh.replica_of(self.mesh.rank)
+        cut = partial(rows_of, dp=self.mesh.dp, replica=replica)
+        whole = self._kept(self.mesh.stage_of(self.mesh.rank), program)
+        return dict.fromkeys(self._shared_out - whole, cut)
+
+    def _kept(self, stage: int, program: PipelineProgram) -> set[str]:
+        """The divided parameters that a stage's ranks keep whole, for its program reads them."""
+        return self._shared_out & program.stages[stage].direct if self.zero < 3 else set()
 
     def _rank(
         self,
         rank: int,
         where: torch.device,
-        params: dict[str, nn.Parameter],
-        buffers: dict[str, torch.Tensor],
+        held: Mapping[str, torch.Tensor],
         program: PipelineProgram,
         transport: Transport,
     ) -> RankState:
         mesh, stage, zero = self.mesh, self.mesh.stage_of(rank), self.zero
         replica = mesh.replica_of(rank)
-        slots = {name: p for name, p in params.items() if name in self._sums}
+        shared = any(state.device == where for state in self.ranks.values())
+        buffers = {n: t.clone() if shared else t for n, t in held.items() if n not in self.homes}
+        names = [name for name in self.skeleton.params if stage in self.homes[name]]
         if not zero or not isinstance(transport, Processes):
+            params = {name: self._copy(name, held[name]) for name in names}
+            slots = {name: p for name, p in params.items() if name in self._sums}
             if zero >= 2:
                 leader = self.ranks[mesh.rank_of(0, stage)].grads if replica else None
                 assert leader is None or isinstance(leader, SharedGradients)
@@ -123,14 +122,14 @@ class ModelState:
             else:
                 grads = WholeGradients(slots, self._sums, where, mesh.dp)
             return RankState(rank, mesh, where, params, buffers, grads)
-        divided = params if zero == 3 else slots
-        kept = program.stages[stage].direct & divided.keys() if zero < 3 else ()
-        group = transport.replicas[stage]
+        like = {name: self._like(name) for name in names if name in self._shared_out}
+        kept, group = self._kept(stage, program), transport.replicas[stage]
         assert group is not None
-        shards = Shards(divided, kept, transport, rank, replica, mesh.dp, where, group)
+        shards = Shards(like, held, kept, transport, rank, replica, mesh.dp, where, group)
+        trained = [name for name in names if name in self._sums]
         if zero == 1:
             grads = ClosingGradients(
-                {name: shards.like[name] for name in slots},
+                {name: shards.like[name] for name in trained},
                 self._sums,
                 where,
                 mesh.dp,
@@ -140,7 +139,7 @@ class ModelState:
             )
         else:
             grads = StreamGradients(
-                {name: shards.masters[name] for name in slots},
+                {name: shards.masters[name] for name in trained},
                 shards.like,
                 self._sums,
                 where,
@@ -149,8 +148,11 @@ class ModelState:
                 transport,
                 rank,
             )
-        rest = {name: p for name, p in params.items() if name not in divided}
+        rest = {name: self._copy(name, held[name]) for name in names if name not in like}
         return RankState(rank, mesh, where, rest | shards.whole, buffers, grads, shards)
+
+    def _like(self, name: str) -> nn.Parameter:
+        return self.skeleton.module.get_parameter(name)
 
     def _master(self, rank: int, name: str) -> nn.Parameter:
         """What the optimizer steps."""
@@ -179,7 +181,7 @@ class ModelState:
 
     def _copy(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
         if (name, tensor.device) not in self.copies:
-            trained = self.skeleton.module.get_parameter(name).requires_grad
+            trained = self._like(name).requires_grad
             self.copies[name, tensor.device] = nn.Parameter(tensor, requires_grad=trained)
         return self.copies[name, tensor.device]
 

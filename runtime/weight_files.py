@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..compiler.errors import StateError
 from ..compiler.skeleton import Skeleton
 from ..compiler.weight_path import locate_weights
+from .place import Place
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
@@ -67,8 +68,8 @@ class WeightFiles:
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def fill(self, places: Mapping[str, torch.Tensor]) -> None:
-        """Read tensors one after the other.
+    def fill(self, places: Mapping[str, Place]) -> None:
+        """Read tensors one after the other, and of those that are divided the rows alone.
 
         Raises:
             StateError: a file cannot be read, or tied names have two values.
@@ -81,6 +82,7 @@ class WeightFiles:
                 with _readable(file, f"{name!r} in "):
                     if file not in files:
                         files[file] = stack.enter_context(_open(file))
+                    # A view into the mapped file, of which is read what is used.
                     tensor: torch.Tensor = files[file].get_tensor(name)
                 return tensor
 
@@ -93,7 +95,7 @@ class WeightFiles:
                             f"{self.path}: {name!r} and {other!r} have two values, and are one "
                             "tied tensor in the model: untie them, or leave one out of the file"
                         )
-                place.copy_(value)
+                place.take(value)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         entry = self._entries[name]

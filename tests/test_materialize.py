@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pipecompile
 import pytest
 import torch
 from pipecompile import errors
-from pipecompile.compiler.meter import StorageMeter
+from pipecompile.compiler.shards import rows_of
 from pipecompile.compiler.skeleton import Skeleton, skeleton_of, weightless
+from pipecompile.runtime.digest import digest, sample
 from pipecompile.runtime.initializers import Initializers
 from pipecompile.runtime.materialize import materialize, source_of
 from support import jobs, models, plain
 from support.gang import Gang
+from support.measured import RealMeter
 from support.weightless import CPU, State, Tiny, assert_same, compiled, empty, saved
 from torch import nn
 
@@ -25,7 +28,7 @@ def drawn(model: nn.Module, names: list[str] | None = None, seed: int = 3) -> St
     skeleton = skeleton_of(model, CPU)
     chosen = list(dict.fromkeys(skeleton.canonical.values())) if names is None else names
     made = materialize(Initializers(model, skeleton, seed), skeleton, {CPU: chosen})
-    return {name: tensor for (name, _), tensor in made.items()}
+    return {name: place.held[CPU] for name, place in made.items()}
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -132,8 +135,8 @@ def test_what_has_data_keeps_it() -> None:
         skeleton,
         {CPU: ["transformer.ln_f.weight", "transformer.ln_f.bias"]},
     )
-    assert torch.equal(made["transformer.ln_f.weight", CPU], torch.full((32,), 7.0))
-    assert torch.equal(made["transformer.ln_f.bias", CPU], torch.zeros(32))
+    assert torch.equal(made["transformer.ln_f.weight"].held[CPU], torch.full((32,), 7.0))
+    assert torch.equal(made["transformer.ln_f.bias"].held[CPU], torch.zeros(32))
 
 
 class Scaled(Tiny):
@@ -238,15 +241,35 @@ def test_a_models_own_scheme(kind: Callable[[], nn.Module]) -> None:
         assert torch.equal(drawn(model, [name])[name], tensor)
 
 
+class Mirrored(Tiny):
+    """An initialiser that reads another tensor."""
+
+    def reset_parameters(self) -> None:
+        self.second.weight.copy_(self.first.weight.t())
+
+
+@pytest.mark.parametrize("kind", [Applying, Calling, Mirrored])
+def test_rows_are_those_of_whole_tensors(kind: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        model = kind()
+    whole, skeleton = drawn(model), skeleton_of(model, CPU)
+    source = Initializers(model, skeleton, 3)
+    for replica in range(3):
+        cuts = dict.fromkeys(whole, partial(rows_of, dp=3, replica=replica))
+        for name, place in materialize(source, skeleton, {CPU: list(whole)}, cuts).items():
+            assert torch.equal(place.held[CPU], rows_of(whole[name], 3, replica))
+            assert place.digest == digest(whole[name].reshape(-1))
+
+
+def test_samples_reach_from_the_first_to_the_last_element() -> None:
+    for count in (1, 4096, 4097, 100_003):
+        values = sample(torch.arange(count))
+        assert len(values) <= 4096
+        assert values[0] == 0
+        assert values[-1] >= count - 64
+
+
 # -- memory ------------------------------------------------------------------------------------
-
-
-class RealMeter(StorageMeter):
-    """Leaves out what has no data."""
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage.device.type != "meta":
-            super()._count(storage)
 
 
 def held(skeleton: Skeleton, homes: dict[str, tuple[int, ...]], stages: set[int]) -> list[str]:
@@ -273,7 +296,9 @@ def test_no_rank_ever_holds_the_model(tmp_path: Path, files: bool) -> None:
                 skeleton,
                 {CPU: held(skeleton, homes, stages)},
             )
-        mine = sum(tensor.nbytes for tensor in made.values())
+        tensors = {name: place.held[CPU] for name, place in made.items()}
+        mine = sum(tensor.nbytes for tensor in tensors.values())
         assert mine < share * total
         assert mine <= meter.peak_bytes <= mine + 4 * largest
-        assert all(torch.equal(t, pipe.state_dict()[n]) for (n, _), t in made.items() if n in homes)
+        whole = pipe.state_dict()
+        assert all(torch.equal(tensors[name], whole[name]) for name in tensors if name in homes)

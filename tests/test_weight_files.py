@@ -90,7 +90,7 @@ def read(model: nn.Module, path: Path) -> State:
     skeleton = skeleton_of(model, CPU)
     files = WeightFiles(path, skeleton)
     names = [name for name in dict.fromkeys(skeleton.canonical.values()) if files.has(name)]
-    return {n: t for (n, _), t in materialize(files, skeleton, {CPU: names}).items()}
+    return {n: p.held[CPU] for n, p in materialize(files, skeleton, {CPU: names}).items()}
 
 
 def test_more_than_the_model_has_is_left_out_aloud(tmp_path: Path) -> None:
@@ -219,34 +219,36 @@ def test_paths(tmp_path: Path, files: list[str], given: str, message: str) -> No
         pipecompile.compile(Tiny(), 1, weights=tmp_path / given)
 
 
-def refused(folder: Path, dp: int) -> str:
+def refused(folder: Path, dp: int, zero: int) -> str:
     """Each rank's own file; what compiling raises."""
     torch.manual_seed(0)
     model, path = models.gpt2(), folder / os.environ["RANK"]
     try:
-        compiled(model, 2 // dp, dp, weights=path)
+        compiled(model, 2 // dp, dp, weights=path, zero=zero)
     except errors.PipecompileError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
 @pytest.mark.parametrize(
-    ("dp", "damage", "message"),
+    ("dp", "zero", "damage", "message"),
     [
-        (1, truncate, "StateError: .*1/model.safetensors cannot be read"),
-        (2, one(lambda s: s["transformer.wpe.weight"].add_(1)), "'transformer.wpe.weight' differs"),
+        (1, 0, truncate, "StateError: .*1/model.safetensors cannot be read"),
+        (2, 0, one(lambda s: s["transformer.wpe.weight"].add_(1)), "'transformer.wpe.weight' diff"),
+        (2, 3, one(lambda s: s["transformer.wpe.weight"].add_(1)), "'transformer.wpe.weight' diff"),
     ],
 )
 def test_one_ranks_error_is_everyones(
     gang: Callable[[int], Gang],
     tmp_path: Path,
     dp: int,
+    zero: int,
     damage: Callable[[Path], None],
     message: str,
 ) -> None:
     for rank in "01":
         models.build("gpt2").save_pretrained(tmp_path / rank)
     damage(tmp_path / "1")
-    first, second = gang(2).run("test_weight_files:refused", tmp_path, dp)
+    first, second = gang(2).run("test_weight_files:refused", tmp_path, dp, zero)
     assert first == second
     assert re.search(message, first)

@@ -20,7 +20,7 @@ from pipecompile.compiler.shards import Item, parcels_of, row_range, rows_of
 from pipecompile.passes.schedule.actions import Action, Kind, from_text, to_text
 from pipecompile.passes.sharding import layer_of
 from pipecompile.passes.verify import verify_sharding
-from support import jobs, models, plain
+from support import jobs, measured, models, plain
 from support.gang import Gang
 from torch import nn
 
@@ -369,6 +369,46 @@ def test_what_ranks_hold_is_what_the_plan_says(
     for found in gang(2).run("support.measured:shares", "llama", 1, 2, **options):
         for kind in ("weights", "copies", "grads", "states", "peak"):
             assert found[f"predicted {kind}"] == pytest.approx(found[kind], rel=0.03), kind
+
+
+def wide() -> nn.Module:
+    """Its embeddings are the largest tensors."""
+    torch.manual_seed(0)
+    return models.llama(num_hidden_layers=4, vocab_size=512)
+
+
+def loaded(source: str, dp: int, folder: Path, **options: Any) -> tuple[int, int, Any]:
+    """While a pipeline is loaded the peak in bytes, what is left of it, and the values."""
+    with torch.device("cpu" if source == "model" else "meta"):
+        model = wide()
+    weights = folder if source == "files" else None
+    pipe = pipecompile.compile(
+        model, 1, dp, microbatches=2, seed=3, weights=weights, device="cpu", **options
+    )
+    return *measured.loading(pipe, models.tokens(4)), pipe.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("initialisers", {"zero": 3}),
+        ("initialisers", {"zero": 1, "precision": "bf16"}),
+        ("files", {"zero": 3}),
+        ("model", {"zero": 3}),
+    ],
+    ids=str,
+)
+def test_loading_needs_own_rows_and_one_tensor(
+    gang: Callable[[int], Gang], tmp_path: Path, source: str, options: dict[str, Any]
+) -> None:
+    """With bf16 at level 1 embedding and norms are whole, as they are read in fp32."""
+    wide().save_pretrained(tmp_path)
+    _, total, expected = loaded(source, 1, tmp_path)
+    largest = max(tensor.nbytes for tensor in expected.values())
+    for peak, held, values in gang(2).run("test_zero:loaded", source, 2, tmp_path, **options):
+        assert held <= total // 2 + (largest // 2 if options["zero"] == 1 else 0) + 2048
+        assert peak <= held + largest + (20 << 10) < total
+        assert all(torch.equal(values[name], expected[name]) for name in expected)
 
 
 # -- layout ---------------------------------------------------------------------------------------

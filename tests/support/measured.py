@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 from pipecompile.compiler.meter import StorageMeter
+from pipecompile.runtime import state
 
 from support import jobs, models
 
@@ -59,6 +61,30 @@ def shares(
         "states": _bytes(states),
         "predicted states": memory.states,
     }
+
+
+class RealMeter(StorageMeter):
+    """Leaves out what has no data."""
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def loading(pipe: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Bytes beyond those of the user's model, while a pipeline's values are made: the most that
+    are alive at once, and what is left of them afterwards."""
+    meter, materialize, kept = RealMeter(), state.materialize, []
+
+    def watched(*args: Any) -> Any:
+        with meter:
+            made = materialize(*args)
+        kept.append(meter.current_bytes)
+        return made
+
+    with mock.patch.object(state, "materialize", watched):
+        pipe.compile_for(batch)
+    return meter.peak_bytes, kept[0]
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
