@@ -33,7 +33,7 @@ NAMED = {None: None, "bf16": BF16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Bounds:
     """Differences after 5 steps: of losses and norms, relative; of the worst element, and of a
-    tensor's mean. Each is about three times the largest of `test_all_divisions_train_as_one`."""
+    tensor's mean. Each is two to three times the largest in `test_all_divisions_train_as_one`."""
 
     loss: float
     norm: float
@@ -46,11 +46,17 @@ class Bounds:
 # gradient is rounding alone, as that of a key's bias is (softmax takes no notice of it), moves by
 # its noise over eps=1e-8 in fp32. In bf16 the noise is far above eps, and such an element makes
 # steps of the learning rate (0.01) in either direction; other copies round the other way.
-ROUNDING = {
-    ("sgd", None): Bounds(3e-7, 3e-7, 2e-8, 3e-10),
+CLIPPED = {
+    ("sgd", None): Bounds(3e-7, 3e-7, 2e-8, 4e-10),
     ("sgd", "bf16"): Bounds(3e-7, 1e-5, 1e-6, 4e-8),
-    ("adamw", None): Bounds(3e-7, 1e-6, 2.5e-5, 1e-6),
-    ("adamw", "bf16"): Bounds(2e-4, 2e-2, 4e-2, 3e-3),
+    ("adamw", None): Bounds(3e-7, 1.2e-6, 2.5e-5, 8e-7),
+    ("adamw", "bf16"): Bounds(2e-4, 2e-2, 3e-2, 2.5e-3),
+}
+UNCLIPPED = {
+    ("sgd", None): Bounds(3e-7, 3e-7, 3e-8, 3e-9),
+    ("sgd", "bf16"): Bounds(2e-5, 1e-3, 1.5e-4, 1e-5),
+    ("adamw", None): Bounds(3e-7, 2e-6, 6e-5, 6e-6),
+    ("adamw", "bf16"): Bounds(2e-4, 2e-2, 4e-2, 5e-3),
 }
 # torch's fused AdamW rounds otherwise at the end of a vector, and rows end elsewhere than
 # parameters: an ulp per step, which a key's bias again turns into more.
@@ -200,8 +206,8 @@ def compare(gang: Callable[[int], Gang], setting: Any, zero: int, max_norm: floa
     if zero <= 1:
         assert_equal(alone, expected)
     else:
-        bounds = ROUNDING[optimizer.replace("fused", "adamw"), precision]
-        assert_close(alone, expected, bounds)
+        bounds = CLIPPED if max_norm < 1 else UNCLIPPED
+        assert_close(alone, expected, bounds[optimizer.replace("fused", "adamw"), precision])
     for found in gang(n_stages * dp).run("test_zero:train", *args, **options):
         if optimizer == "fused" and zero:
             assert_close(found, alone, FUSED)
@@ -213,7 +219,7 @@ def test_the_norm_is_that_of_one_process_but_for_rounding() -> None:
     own = oracle("gpt2", 2, "adamw", None, 0.1, True)
     fp64 = oracle("gpt2", 2, "adamw", None, 0.1, False)
     assert torch.allclose(own.norms[0], fp64.norms[0], rtol=1e-6, atol=0)
-    assert_close(fp64, own, ROUNDING["adamw", None])
+    assert_close(fp64, own, CLIPPED["adamw", None])
 
 
 TIED, SPLIT = {"tied_grads": "per_step"}, {"schedule": "zb_h1"}
@@ -234,7 +240,7 @@ def test_schedules_and_tied_sums(
 ) -> None:
     alone = train("gpt2", 2, 2, "adamw", zero, **options)
     expected = oracle("gpt2", 2, "adamw", None, 0.1, False)
-    assert_close(alone, expected, ROUNDING["adamw", None])
+    assert_close(alone, expected, CLIPPED["adamw", None])
     for found in gang(4).run("test_zero:train", "gpt2", 2, 2, "adamw", zero, **options):
         assert all(torch.equal(found.params[n], alone.params[n]) for n in alone.params)
 
