@@ -15,7 +15,7 @@ import torch
 from support import models
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/checkpoints.md"])
@@ -39,15 +39,17 @@ def test_the_blocks_of_a_document_run(
         exec(compile(above + block[1], document, "exec"), namespace)
 
 
-def _losses(*start: str) -> list[str]:
-    command = [sys.executable, *start, str(ROOT / "examples/train_gpt2.py"), "--steps", "3"]
+def _losses(dp: int, *start: str) -> list[str]:
+    example = str(ROOT / "examples/train_gpt2.py")
+    command = [sys.executable, *start, example, "--steps", "2", "--dp", str(dp)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return re.findall(r"^(?:step|held-out text).*loss \d+\.\d+$", run.stdout, re.MULTILINE)
 
 
-def test_the_example_prints_the_same_losses_in_one_process_and_in_four() -> None:
-    losses = _losses()
+@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_example_prints_the_same_losses_in_one_process_and_in_many(dp: int) -> None:
+    losses = _losses(dp)
     assert len(losses) == 3  # the first and the last step, and the held-out text
-    assert _losses(*TORCHRUN) == losses
+    assert _losses(dp, *TORCHRUN, str(2 * dp)) == losses

@@ -165,7 +165,7 @@ def test_many_layers_make_no_more_units_than_the_limit_and_alike() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(400))
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(200))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def compiled(name: str = "llama", n_stages: int = 2, **options: Any) -> Any:
     return jobs.pipeline(
         name, n_stages, 1, 4, example_batch=models.batches(name, 8, 1)[0], **options
     )
+
+
+@cache
+def plan_of_two_stages() -> Plan:
+    plan: Plan = compiled().plan
+    return plan
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -145,13 +152,13 @@ def test_a_plan_trains_as_the_run_that_made_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_plan_for_something_else_is_refused(options: dict[str, Any], message: str) -> None:
-    plan = compiled().plan
+    plan = plan_of_two_stages()
     with pytest.raises(PipecompileError, match=message):
         compiled(**options, plan=plan)
 
 
 def test_a_plan_for_another_shape_names_both() -> None:
-    plan = compiled().plan
+    plan = plan_of_two_stages()
     pipe = jobs.pipeline("llama", 2, 1, 4, plan=plan)
     with pytest.raises(PlanError, match=r"microbatches of .*\[2, 12\].*this run has .*\[2, 9\]"):
         pipe.forward_backward(models.tokens(8, 9))
@@ -172,7 +179,7 @@ def test_a_plan_for_another_shape_names_both() -> None:
     ],
 )
 def test_a_damaged_plan_is_refused(change: Change, message: str) -> None:
-    data = json.loads(compiled().plan.to_json())
+    data = json.loads(plan_of_two_stages().to_json())
     change(data)
     with pytest.raises(PlanError, match=message):
         compiled(plan=Plan.from_json(json.dumps(data)))
@@ -182,7 +189,7 @@ def test_a_plan_file_that_is_cut_off_or_missing(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match="cannot read the plan"):
         compiled(plan=path)
-    path.write_text(compiled().plan.to_json()[:500])
+    path.write_text(plan_of_two_stages().to_json()[:500])
     with pytest.raises(PlanError, match="is damaged"):
         compiled(plan=path)
 
@@ -233,13 +240,10 @@ def test_automatic_stages_train_the_same_and_say_why() -> None:
 
 
 def test_automatic_stages_under_a_budget_that_one_stage_exceeds() -> None:
-    one = pipecompile.compile(
-        models.build("llama"), 1, microbatches=8, example_batch=BATCH, remat="full"
-    )
+    model = models.llama(num_hidden_layers=1)
+    one = pipecompile.compile(model, 1, microbatches=8, example_batch=BATCH, remat="full")
     budget = int(0.9 * one.plan.stages[0].memory.peak)
-    pipe = pipecompile.compile(
-        models.build("llama"), "auto", devices=2, example_batch=BATCH, memory=budget
-    )
+    pipe = pipecompile.compile(model, "auto", devices=2, example_batch=BATCH, memory=budget)
     assert pipe.plan.n_stages == 2
     assert "too much" in dict(pipe.plan.notes)["stages"]
 

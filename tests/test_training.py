@@ -55,10 +55,10 @@ def test_evaluation_stashes_nothing_and_changes_nothing() -> None:
 
 def test_training_after_evaluating_first() -> None:
     """The stages are chosen for training, also when something else comes first."""
-    batches = models.batches("t5", 4, 3)
-    pipe, model = jobs.pipeline("t5", 3, 1, 2), models.build("t5")
+    batches = models.batches("gpt2", 4, 3)
+    pipe, model = jobs.pipeline("gpt2", 3, 1, 2), models.build("gpt2")
     pipe.forward(batches[0])
-    trained_first = jobs.pipeline("t5", 3, 1, 2)
+    trained_first = jobs.pipeline("gpt2", 3, 1, 2)
     trained_first.compile_for(batches[0])
     assert [s.params for s in pipe.plan.stages] == [s.params for s in trained_first.plan.stages]
     found = plain.train_pipeline(pipe, batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,38 @@ LEVELS = (1, 2, 3)
 BF16 = torch.bfloat16
 NAMED = {None: None, "bf16": BF16, "fp16": torch.float16}
 
-# Sums of products differ in their order from those of one process: at level 2 and 3 the replicas'
-# mean is added up per microbatch, and the norm is taken of all elements at once. AdamW divides by
-# the root of the second moment, so that an element whose gradient is near zero may move the other
-# way, by up to twice the learning rate (0.01 here) per step; a bf16 copy rounds the other way.
-FEW_ULP = 1e-6
-TYPICAL = {None: 1e-5, "bf16": 1e-3}  # the mean difference of a tensor after 5 steps
-WORST = 2.5e-2
+
+@dataclass(frozen=True)
+class Bounds:
+    """Differences after 5 steps: of losses and norms, relative; of the worst element, and of a
+    tensor's mean. Each is two to three times the largest in `test_all_divisions_train_as_one`."""
+
+    loss: float
+    norm: float
+    worst: float
+    mean: float
+
+
+# At levels 2 and 3 the replicas' mean is added up per microbatch, in another order than in one
+# process. SGD leaves it at that. AdamW divides by the root of the second moment: an element whose
+# gradient is rounding alone, as that of a key's bias is (softmax takes no notice of it), moves by
+# its noise over eps=1e-8 in fp32. In bf16 the noise is far above eps, and such an element makes
+# steps of the learning rate (0.01) in either direction; other copies round the other way.
+CLIPPED = {
+    ("sgd", None): Bounds(3e-7, 3e-7, 2e-8, 4e-10),
+    ("sgd", "bf16"): Bounds(3e-7, 1e-5, 1e-6, 4e-8),
+    ("adamw", None): Bounds(3e-7, 1.2e-6, 2.5e-5, 8e-7),
+    ("adamw", "bf16"): Bounds(2e-4, 2e-2, 3e-2, 2.5e-3),
+}
+UNCLIPPED = {
+    ("sgd", None): Bounds(3e-7, 3e-7, 3e-8, 3e-9),
+    ("sgd", "bf16"): Bounds(2e-5, 1e-3, 1.5e-4, 1e-5),
+    ("adamw", None): Bounds(3e-7, 2e-6, 6e-5, 6e-6),
+    ("adamw", "bf16"): Bounds(2e-4, 2e-2, 4e-2, 5e-3),
+}
+# torch's fused AdamW rounds otherwise at the end of a vector, and rows end elsewhere than
+# parameters: an ulp per step, which a key's bias again turns into more.
+FUSED = Bounds(3e-7, 3e-7, 5e-6, 5e-7)
 
 
 def grouped(named: Any, make: Callable[[Any], torch.optim.Optimizer]) -> torch.optim.Optimizer:
@@ -112,29 +138,25 @@ def oracle(
     )
 
 
-def assert_close(
-    found: plain.Trained, expected: plain.Trained, precision: str | None = None
-) -> None:
-    """The first step's loss is equal; then the bounds above."""
+def assert_close(found: plain.Trained, expected: plain.Trained, bounds: Bounds) -> None:
+    """The first step's loss is equal; then the bounds."""
     assert torch.equal(found.losses[0], expected.losses[0])
     for a, b in zip(found.losses, expected.losses, strict=True):
-        assert torch.allclose(a, b, rtol=1e-2)
-    assert torch.allclose(found.norms[0], expected.norms[0], rtol=1e-5)
+        assert torch.allclose(a, b, rtol=bounds.loss, atol=0)
+    for a, b in zip(found.norms, expected.norms, strict=True):
+        assert torch.allclose(a, b, rtol=bounds.norm, atol=0)
     for name, value in expected.params.items():
         if value.is_floating_point():
             difference = (found.params[name] - value).abs()
-            assert difference.max() <= WORST, name
-            assert difference.mean() <= TYPICAL[precision], name
+            assert difference.max() <= bounds.worst, name
+            assert difference.mean() <= bounds.mean, name
 
 
-def check(found: plain.Trained, expected: plain.Trained, zero: int, precision: str | None) -> None:
-    if zero <= 1:
-        assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(found.norms, expected.norms, strict=True))
-        wrong = [n for n, p in expected.params.items() if not torch.equal(found.params[n], p)]
-        assert not wrong
-    else:
-        assert_close(found, expected, precision)
+def assert_equal(found: plain.Trained, expected: plain.Trained) -> None:
+    """Losses, norms and parameters, bit for bit."""
+    assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.norms, expected.norms, strict=True))
+    assert not [n for n, p in expected.params.items() if not torch.equal(found.params[n], p)]
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -146,13 +168,16 @@ QUICK = [
     (("llama", 1, 3, "sgd", "bf16"), 2),
 ]
 FULL = [
-    (name, n_stages, dp, optimizer, precision)
+    ((name, n_stages, dp, optimizer, precision), zero, max_norm)
     for name in ("gpt2", "llama")
     for n_stages in (1, 2, 3)
     for dp in (1, 2, 3)
     for optimizer in OPTIMIZERS
     for precision in (None, "bf16")
-    if n_stages * dp <= 6 and n_stages * dp > 1
+    for zero in ((0, *LEVELS) if dp > 1 else (0,))
+    for max_norm in (0.1, 1e9)
+    if n_stages * dp < 9 or optimizer == "adamw"  # 9 processes, one kind of training
+    if max_norm < 1 or ((n_stages, dp) in ((1, 3), (2, 2)) and optimizer != "fused")
 ]
 
 
@@ -164,14 +189,12 @@ def test_processes_train_as_one(gang: Callable[[int], Gang], setting: Any, zero:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_norm", [0.1, 1e9])
-@pytest.mark.parametrize("zero", [0, *LEVELS])
-@pytest.mark.parametrize("setting", FULL, ids=str)
+@pytest.mark.parametrize(("setting", "zero", "max_norm"), FULL, ids=str)
 def test_all_divisions_train_as_one(
     gang: Callable[[int], Gang], setting: Any, zero: int, max_norm: float
 ) -> None:
-    if setting[2] > 1 or zero == 0:
-        compare(gang, setting, zero, max_norm)
+    """Unclipped (1e9) for two of the divisions: one process clips all of them alike."""
+    compare(gang, setting, zero, max_norm)
 
 
 def compare(gang: Callable[[int], Gang], setting: Any, zero: int, max_norm: float) -> None:
@@ -180,30 +203,35 @@ def compare(gang: Callable[[int], Gang], setting: Any, zero: int, max_norm: floa
     args = (name, n_stages, dp, optimizer, zero)
     expected = oracle(name, dp, optimizer, precision, max_norm, zero == 0)
     alone = train(*args, **options)
-    check(alone, expected, zero, precision)
+    if zero <= 1:
+        assert_equal(alone, expected)
+    else:
+        bounds = CLIPPED if max_norm < 1 else UNCLIPPED
+        assert_close(alone, expected, bounds[optimizer.replace("fused", "adamw"), precision])
     for found in gang(n_stages * dp).run("test_zero:train", *args, **options):
-        if optimizer == "fused" and zero:  # its kernel rounds otherwise at the end of a vector,
-            assert_close(found, alone, precision)  # and rows end elsewhere than parameters
-            continue
-        assert all(torch.equal(a, b) for a, b in zip(found.losses, alone.losses, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(found.norms, alone.norms, strict=True))
-        assert all(torch.equal(found.params[n], alone.params[n]) for n in alone.params)
+        if optimizer == "fused" and zero:
+            assert_close(found, alone, FUSED)
+        else:
+            assert_equal(found, alone)
 
 
 def test_the_norm_is_that_of_one_process_but_for_rounding() -> None:
     own = oracle("gpt2", 2, "adamw", None, 0.1, True)
     fp64 = oracle("gpt2", 2, "adamw", None, 0.1, False)
-    assert torch.allclose(own.norms[0], fp64.norms[0], rtol=FEW_ULP)
-    assert_close(fp64, own)
+    assert torch.allclose(own.norms[0], fp64.norms[0], rtol=1e-6, atol=0)
+    assert_close(fp64, own, CLIPPED["adamw", None])
+
+
+TIED, SPLIT = {"tied_grads": "per_step"}, {"schedule": "zb_h1"}
+ONE_BY_ONE = [(1, TIED), (2, TIED), (1, SPLIT), (3, SPLIT)]
 
 
 @pytest.mark.parametrize(
     ("zero", "options"),
     [
-        (1, {"tied_grads": "per_step"}),
-        (2, {"tied_grads": "per_step"}),
-        (1, {"schedule": "zb_h1"}),
-        (3, {"schedule": "zb_h1"}),
+        (1, TIED | SPLIT),
+        (3, TIED | SPLIT),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ONE_BY_ONE),
     ],
     ids=str,
 )
@@ -211,7 +239,8 @@ def test_schedules_and_tied_sums(
     gang: Callable[[int], Gang], zero: int, options: dict[str, Any]
 ) -> None:
     alone = train("gpt2", 2, 2, "adamw", zero, **options)
-    assert_close(alone, oracle("gpt2", 2, "adamw", None, 0.1, False))
+    expected = oracle("gpt2", 2, "adamw", None, 0.1, False)
+    assert_close(alone, expected, CLIPPED["adamw", None])
     for found in gang(4).run("test_zero:train", "gpt2", 2, 2, "adamw", zero, **options):
         assert all(torch.equal(found.params[n], alone.params[n]) for n in alone.params)
 
@@ -332,20 +361,22 @@ DIVISIONS: list[tuple[int, int, int, str | None]] = [
 ]
 
 
-SLOWLY = [pytest.param(first, marks=pytest.mark.slow) for first in ((2, 1, 0, None), DIVISIONS[0])]
+QUICKLY = (DIVISIONS[1], (DIVISIONS[0], DIVISIONS[2]))
+SLOWLY = [
+    pytest.param(first, [each for each in DIVISIONS if each != first], marks=pytest.mark.slow)
+    for first in ((2, 1, 0, None), *DIVISIONS[:2])
+]
 
 
-@pytest.mark.parametrize("first", [DIVISIONS[1], *SLOWLY], ids=str)
+@pytest.mark.parametrize(("first", "others"), [QUICKLY, *SLOWLY], ids=str)
 def test_checkpoints_open_under_any_division(
-    gang: Callable[[int], Gang], tmp_path: Path, first: Any
+    gang: Callable[[int], Gang], tmp_path: Path, first: Any, others: Any
 ) -> None:
     folder = str(tmp_path)
     kept = gang(first[0] * first[1]).run("test_zero:saved", folder, *first)[0]
     whole = resumed(folder, 1, 1, 0, None)
     assert all(torch.equal(whole[0][name], kept[name]) for name in kept)
-    for division in DIVISIONS:
-        if division == first:
-            continue
+    for division in others:
         for loaded, states, loss in gang(division[0] * division[1]).run(
             "test_zero:resumed", folder, *division
         ):
@@ -510,20 +541,27 @@ def test_optimizers_that_need_whole_parameters_are_refused(optimizer: Any) -> No
 
 def test_auto_takes_the_smallest_level_that_fits() -> None:
     batch = models.batches("llama", 8, 1)[0]
-    options: dict[str, Any] = {"example_batch": batch, "remat": "none"}
-    peaks = [
-        jobs.pipeline("llama", 1, 4, 2, zero=z, **options).plan.stages[0].memory.peak
-        for z in (0, 1)
-    ]
+
+    def plan(zero: Any, dp: int = 4, **options: Any) -> Any:
+        return pipecompile.compile(
+            models.llama(num_hidden_layers=1),
+            1,
+            dp,
+            microbatches=2,
+            optimizer=jobs.OPTIMIZERS["adamw"],
+            zero=zero,
+            example_batch=batch,
+            **options,
+        ).plan
+
+    peaks = [plan(zero, remat="none").stages[0].memory.peak for zero in (0, 1)]
     assert peaks[1] < peaks[0]
-    roomy = jobs.pipeline("llama", 1, 4, 2, zero="auto", memory=peaks[0], **options).plan
-    tight = jobs.pipeline("llama", 1, 4, 2, zero="auto", memory=peaks[0] - 1, **options).plan
+    roomy = plan("auto", memory=peaks[0], remat="none")
+    tight = plan("auto", memory=peaks[0] - 1, remat="none")
     assert (roomy.options["zero"], tight.options["zero"]) == ("0", "1")
     assert dict(roomy.notes)["zero"] == "zero=0: everything fits undivided"
     assert "too much" in dict(tight.notes)["zero"]
-    again = jobs.pipeline("llama", 1, 4, 2, zero=1, example_batch=batch, plan=tight)
-    assert again.plan.decision == tight.decision
+    assert plan(1, plan=tight).decision == tight.decision
     with pytest.raises(PlanError, match="zero"):
-        jobs.pipeline("llama", 1, 4, 2, zero=2, example_batch=batch, plan=tight)
-    alone = jobs.pipeline("llama", 1, 1, 2, zero="auto", example_batch=batch).plan
-    assert alone.options["zero"] == "0"
+        plan(2, plan=tight)
+    assert plan("auto", dp=1).options["zero"] == "0"
