@@ -507,6 +507,35 @@ def test_actions_print_parse_and_stand_where_they_must() -> None:
                 verify_sharding((early, *schedule[1:]), program, 2, zero)
 
 
+def departures(zero: int) -> list[str]:
+    """During which actions this process's parcels of gradients leave."""
+    before, shards.LEAST_BYTES = shards.LEAST_BYTES, 4 << 10
+    try:
+        pipe = jobs.pipeline("llama", 1, 2, 2, zero=zero)
+        (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
+        pipe.compile_for(share)
+        transport, (executor,) = pipe._transport, pipe._first().executors.values()
+        scatter, seen = transport.scatter, []
+
+        def watched(*args: Any) -> Any:
+            seen.append(str(executor.current))
+            return scatter(*args)
+
+        transport.scatter = watched
+        pipe.forward_backward(share)
+        return seen
+    finally:
+        shards.LEAST_BYTES = before
+
+
+def test_gradients_leave_while_the_backward_runs(gang: Callable[[int], Gang]) -> None:
+    """Level 1 during the last microbatch's, level 2 during each, and not when it is over."""
+    for zero, backwards in ((1, {"0B1"}), (2, {"0B0", "0B1"})):
+        for seen in gang(2).run("test_zero:departures", zero):
+            assert len(seen) > 2 * len(backwards)
+            assert set(seen) == backwards
+
+
 # -- options --------------------------------------------------------------------------------------
 
 
