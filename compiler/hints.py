@@ -291,7 +291,10 @@ def _recomputation(subject: Subject) -> str | None:
     if problem is None:
         return None
     own = solution_in(problem, plan.decision)
-    free = _solved(replace(problem, budget_bytes=(math.inf,) * problem.n_stages))
+    # what programs spare where they recompute says nothing about others
+    reserves = tuple(max(0.0, reserve) for reserve in problem.reserve_bytes)
+    unlimited = (math.inf,) * problem.n_stages
+    free = _solved(replace(problem, budget_bytes=unlimited, reserve_bytes=reserves))
     if free is None or free.objective >= own.objective * (1 - NOTABLE):
         return None
     # prices may be off by a little where the programs are other ones
