@@ -90,7 +90,7 @@ def trained(name: str, n_stages: int) -> tuple[State, plain.Trained]:
     return pipe.state_dict(), plain.train_pipeline(pipe, models.batches(name, 4, 2))
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert-mlm"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow), "bert-mlm"])
 def test_training_from_them_is_training_from_their_state_dict(
     gang: Callable[[int], Gang], name: str
 ) -> None:

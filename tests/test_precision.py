@@ -77,7 +77,7 @@ def test_processes_train_as_autocast_does(gang: Callable[[int], Gang], precision
 
 
 @pytest.mark.parametrize("options", [{"schedule": "zb_h1"}, {"remat": "full"}], ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_schedules_and_recomputation_keep_the_bits(name: str, options: dict[str, Any]) -> None:
     found = jobs.train(name, 2, 2, 2, "adamw", 2, precision="bf16", **options)
     plain.assert_equal(found, oracle(name, BF16, 2))

@@ -156,7 +156,11 @@ print("finished", rank)
     ("how", "cause"),
     [
         ("inside", "ArithmeticError: the second stage is out of numbers"),
-        ("between", "ArithmeticError: the data loader is out of data"),
+        pytest.param(
+            "between",
+            "ArithmeticError: the data loader is out of data",
+            marks=pytest.mark.slow,
+        ),
         ("caught", "ArithmeticError: the second stage is out of numbers"),
     ],
 )

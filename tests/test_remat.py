@@ -57,7 +57,9 @@ def test_full_recomputation_changes_no_bit(
     plain.assert_equal(found, expected(name, dp, microbatches, "adamw", STEPS))
 
 
-@pytest.mark.parametrize(("name", "n_stages"), [("llama", 2), ("t5", 3), ("gpt2", 4)])
+@pytest.mark.parametrize(
+    ("name", "n_stages"), [pytest.param("llama", 2, marks=pytest.mark.slow), ("t5", 3), ("gpt2", 4)]
+)
 def test_a_tight_budget_changes_no_bit_and_is_kept(name: str, n_stages: int) -> None:
     spec = models.batches(name, 8, 1)[0]
     loose = jobs.pipeline(name, n_stages, 1, 4, remat="none", example_batch=spec)
