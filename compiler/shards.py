@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ LEAST_BYTES = 1 << 20  # below which its latency would count
 ALONE = 16  # a share of LEAST_BYTES that is worth a collective of its own, if that spares copies
 SHARES = 16  # into how many parcels a small stage is cut, so that two under way are little of it
 Shape = tuple[int, ...]
+K = TypeVar("K")
 
 
 def row_range(shape: Shape, dp: int, replica: int) -> tuple[int, int]:
@@ -132,11 +134,11 @@ def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parc
         whole: one parcel per dtype, whatever its size.
     """
     chosen = list(items)
-    total = sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in chosen)
-    limit = max(LEAST_BYTES, min(PARCEL_BYTES, total // SHARES))
     if whole:
         dtypes = dict.fromkeys(item.dtype for item in chosen)
         return [Parcel(tuple(x for x in chosen if x.dtype is d), dp) for d in dtypes]
+    total = sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in chosen)
+    limit = max(LEAST_BYTES, min(PARCEL_BYTES, total // SHARES))
     made: list[list[Item]] = []
     held = 0
     for item in (piece for x in chosen for piece in _pieces(x, dp, limit)):
@@ -149,13 +151,18 @@ def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parc
     return [Parcel(tuple(each), dp) for each in made]
 
 
-def lies_in_shares(whole: torch.Tensor, dp: int) -> bool:
-    """Whether a parameter is gathered into its own memory, without a parcel.
+def apart(wholes: Mapping[K, torch.Tensor], dp: int) -> tuple[dict[K, torch.Tensor], ...]:
+    """Parameters that are gathered into their own memory, and those that travel in parcels.
 
-    The replicas' rows then stand one after another in it, all as many, and are worth it.
+    The replicas' rows of the former stand one after another, all as many, and are worth it.
     """
-    even = whole.dim() > 0 and whole.shape[0] % dp == 0
-    return even and whole.is_contiguous() and whole.nbytes >= LEAST_BYTES // ALONE
+
+    def alone(whole: torch.Tensor) -> bool:
+        even = whole.dim() > 0 and whole.shape[0] % dp == 0
+        return even and whole.is_contiguous() and whole.nbytes >= LEAST_BYTES // ALONE
+
+    direct = {key: whole for key, whole in wholes.items() if alone(whole)}
+    return direct, {key: whole for key, whole in wholes.items() if key not in direct}
 
 
 def _pieces(item: Item, dp: int, limit: int) -> list[Item]:

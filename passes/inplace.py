@@ -26,25 +26,30 @@ from ..compiler.program import PipelineProgram, Program
 _ATEN = torch.ops.aten
 _COMMUTES = {_ATEN.mul.Tensor, _ATEN.add.Tensor}
 _OUT = {
-    _ATEN.elu_backward.default: (_ATEN.elu_backward.grad_input, "grad_input"),
-    _ATEN.gelu_backward.default: (_ATEN.gelu_backward.grad_input, "grad_input"),
-    _ATEN.hardsigmoid_backward.default: (_ATEN.hardsigmoid_backward.grad_input, "grad_input"),
-    _ATEN.hardtanh_backward.default: (_ATEN.hardtanh_backward.grad_input, "grad_input"),
-    _ATEN.leaky_relu_backward.default: (_ATEN.leaky_relu_backward.grad_input, "grad_input"),
-    _ATEN.mse_loss_backward.default: (_ATEN.mse_loss_backward.grad_input, "grad_input"),
-    _ATEN.sigmoid_backward.default: (_ATEN.sigmoid_backward.grad_input, "grad_input"),
-    _ATEN.silu_backward.default: (_ATEN.silu_backward.grad_input, "grad_input"),
-    _ATEN.softplus_backward.default: (_ATEN.softplus_backward.grad_input, "grad_input"),
-    _ATEN.tanh_backward.default: (_ATEN.tanh_backward.grad_input, "grad_input"),
-    _ATEN.threshold_backward.default: (_ATEN.threshold_backward.grad_input, "grad_input"),
-    _ATEN.where.self: (_ATEN.where.self_out, "out"),
-}
-"""Operators without an in-place twin -> the overload that is told where to write."""
+    packet.default: packet.grad_input
+    for packet in (
+        _ATEN.elu_backward,
+        _ATEN.gelu_backward,
+        _ATEN.hardsigmoid_backward,
+        _ATEN.hardtanh_backward,
+        _ATEN.leaky_relu_backward,
+        _ATEN.mse_loss_backward,
+        _ATEN.sigmoid_backward,
+        _ATEN.silu_backward,
+        _ATEN.softplus_backward,
+        _ATEN.tanh_backward,
+        _ATEN.threshold_backward,
+    )
+} | {_ATEN.where.self: _ATEN.where.self_out}
+"""Operators without an in-place twin -> the overload whose last argument tells where to write."""
 _ROWS = {
-    _ATEN._softmax.default: (_ATEN._softmax.out, "out"),
-    _ATEN._log_softmax.default: (_ATEN._log_softmax.out, "out"),
-    _ATEN._softmax_backward_data.default: (_ATEN._softmax_backward_data.out, "grad_input"),
-    _ATEN._log_softmax_backward_data.default: (_ATEN._log_softmax_backward_data.out, "out"),
+    packet.default: packet.out
+    for packet in (
+        _ATEN._softmax,
+        _ATEN._log_softmax,
+        _ATEN._softmax_backward_data,
+        _ATEN._log_softmax_backward_data,
+    )
 }
 """Not elementwise, but CPU kernels read a row of a contiguous tensor before they write to it."""
 
@@ -159,8 +164,8 @@ def _write_over(node: fx.Node, source: fx.Node) -> bool:
     """Let a node write its value over a source's; whether there is an overload for it."""
     target: Any = node.target
     if target in _OUT or target in _ROWS:
-        node.target, name = (_OUT | _ROWS)[target]
-        node.kwargs = {**node.kwargs, name: source}
+        node.target = (_OUT | _ROWS)[target]
+        node.kwargs = {**node.kwargs, node.target._schema.arguments[-1].name: source}
         return True
     twin = _twin(target)
     if twin is None:

@@ -36,7 +36,7 @@ from ..compiler.program import (
     Role,
     StageProgram,
 )
-from ..compiler.shards import Item, added, lies_in_shares, parcels_of
+from ..compiler.shards import Item, added, apart, parcels_of
 from .schedule.actions import Action, Kind, Schedule
 
 _SHARDED = (Role.PARAM, Role.COPY)
@@ -160,9 +160,8 @@ def _gather(
     parameters that need no parcel."""
     members, handle = group
     values = {member: member.meta["val"] for member in members}
-    direct = {m: value for m, value in values.items() if lies_in_shares(value, dp)}
-    rest = [value for m, value in values.items() if m not in direct]
-    items = [Item("", tuple(value.shape), value.dtype) for value in rest]
+    direct, rest = apart(values, dp)
+    items = [Item("", tuple(value.shape), value.dtype) for value in rest.values()]
     size = sum(parcel.gather_bytes for parcel in parcels_of(items, dp, whole=True))
     size += sum(v.nbytes // dp for m, v in direct.items() if ports[m].role is Role.COPY)
     ticket = graph.call_function(ops.gather, (handle,))
@@ -179,10 +178,9 @@ def _unshard(
     dp: int,
 ) -> dict[fx.Node, fx.Node]:
     """Wait for a group: the node of each member."""
-    direct = [m for m in members if lies_in_shares(m.meta["val"], dp)]
-    rest = [m for m in members if m not in direct]
+    direct, rest = apart({member: member.meta["val"] for member in members}, dp)
     whole = graph.call_function(ops.unshard, (handle, ticket))
-    whole.meta["val"] = tuple(member.meta["val"] for member in rest)
+    whole.meta["val"] = tuple(rest.values())
     made = {}
     for source, first, chosen in ((ticket, 1, direct), (whole, 0, rest)):
         for i, member in enumerate(chosen, first):

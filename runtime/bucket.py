@@ -23,9 +23,8 @@ class GradSlot:
             copied and not added, as autograd does it.
     """
 
-    def __init__(self, tensor: torch.Tensor, owned: torch.Tensor | None = None):
-        self.tensor = tensor
-        self.owned = tensor if owned is None else owned
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = self.owned = tensor
         self.fresh = True
 
     def add(self, grad: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not ta
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
@@ -108,46 +109,35 @@ class WholeGradients(Bucket):
 class Inlet:
     """Takes the gradients of one parameter on behalf of a bucket that exchanges them."""
 
-    def __init__(self, bucket: ClosingGradients | StreamGradients | SharedGradients, name: str):
+    def __init__(self, bucket: SentGradients | SharedGradients, name: str):
         self._bucket, self._name = bucket, name
 
     def add(self, grad: torch.Tensor) -> None:
         self._bucket.take(self._name, grad)
 
 
-class ClosingGradients(WholeGradients):
-    """zero=1: the mean of a replica's rows is written over these, and the others are left."""
+class SentGradients(WholeGradients, ABC):
+    """What leaves in parcels, between processes, while a backward runs."""
 
     def __init__(
         self,
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
-        dp: int,
-        replica: int,
+        parts: int,
         transport: Processes,
-        rank: int,
     ):
-        super().__init__(params, dtypes, device, dp)
-        self._dp, self._replica = dp, replica
-        for slot in self.slots.values():
-            slot.owned = rows_of(slot.tensor, dp, replica)
+        super().__init__(params, dtypes, device, parts)
+        self._dp, self._replica = transport.dp, transport.replica
         self.inlets = {name: Inlet(self, name) for name in self.slots}
-        self._outgoing = Outgoing(transport, rank, replica, self._settle)
+        self._outgoing = Outgoing(transport, self._settle)
         self._leaving: list[tuple[Entry, ...]] = []
 
-    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
-        slots = {name: slot.tensor for name, slot in self.slots.items()}
-        return closing_plan(stage, items_of(slots), self._dp, tied)
-
     def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
-        self._leaving = list(plan.parts.get(part, ()))[::-1] if last else []
+        self._leaving = list(plan.parts.get(part, ()))[::-1]
 
     def take(self, name: str, grad: torch.Tensor) -> None:
-        slot = self.slots[name]
-        slot.add(grad)
-        if self._leaving:
-            self._outgoing.put(self._leaving.pop(), slot.tensor)
+        self._outgoing.put(self._leaving.pop(), grad)
 
     def reduce(
         self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
@@ -157,6 +147,38 @@ class ClosingGradients(WholeGradients):
         self._outgoing.drain()
         yield from ()
 
+    @abstractmethod
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
+        """Take the sum over the replicas of this rank's rows."""
+
+
+class ClosingGradients(SentGradients):
+    """zero=1: the mean of a replica's rows is written over these, and the others are left."""
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        transport: Processes,
+    ):
+        super().__init__(params, dtypes, device, transport.dp, transport)
+        for slot in self.slots.values():
+            slot.owned = rows_of(slot.tensor, self._dp, self._replica)
+
+    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+        slots = {name: slot.tensor for name, slot in self.slots.items()}
+        return closing_plan(stage, items_of(slots), self._dp, tied)
+
+    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
+        super().begin(plan if last else GradientPlan(), part, last)
+
+    def take(self, name: str, grad: torch.Tensor) -> None:
+        slot = self.slots[name]
+        slot.add(grad)
+        if self._leaving:
+            super().take(name, slot.tensor)
+
     def _settle(self, item: Item, total: torch.Tensor) -> None:
         rows = item.rows(self.slots[item.name].tensor, self._dp, self._replica)
         add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
@@ -165,7 +187,7 @@ class ClosingGradients(WholeGradients):
         return [slot.owned for slot in self.slots.values()]
 
 
-class StreamGradients(WholeGradients):
+class StreamGradients(SentGradients):
     """zero=2 and 3: slots have a replica's own rows.
 
     Args:
@@ -179,36 +201,13 @@ class StreamGradients(WholeGradients):
         whole: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
-        dp: int,
-        replica: int,
         transport: Processes,
-        rank: int,
     ):
-        super().__init__(shards, dtypes, device, 1)
-        self._dp, self._replica = dp, replica
-        self._whole, self._dtypes = whole, dtypes
-        self.inlets = {name: Inlet(self, name) for name in self.slots}
-        self._outgoing = Outgoing(transport, rank, replica, self._settle)
-        self._leaving: list[tuple[Entry, ...]] = []
+        super().__init__(shards, dtypes, device, 1, transport)
+        self._items = {n: Item(n, tuple(whole[n].shape), dtypes[n]) for n in self.slots}
 
     def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
-        items = {
-            name: Item(name, tuple(self._whole[name].shape), self._dtypes[name])
-            for name in self.slots
-        }
-        return stream_plan(stage, items, self._dp)
-
-    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
-        self._leaving = list(plan.parts.get(part, ()))[::-1]
-
-    def take(self, name: str, grad: torch.Tensor) -> None:
-        self._outgoing.put(self._leaving.pop(), grad)
-
-    def reduce(
-        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
-    ) -> Run:
-        self._outgoing.drain()
-        yield from ()
+        return stream_plan(stage, self._items, self._dp)
 
     def _settle(self, item: Item, total: torch.Tensor) -> None:
         slot = self.slots[item.name]

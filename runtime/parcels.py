@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compiler.program import Port, Role
-from ..compiler.shards import Entry, Item, Parcel, lies_in_shares, parcels_of
+from ..compiler.shards import Entry, Item, Parcel, apart, parcels_of
 from .transport import Pending, Processes, Values, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
@@ -25,9 +25,8 @@ class Outgoing:
         settle: called with every item of this rank's rows, in the order in which they left.
     """
 
-    def __init__(self, transport: Processes, rank: int, replica: int, settle: Settle):
-        self._transport, self._rank, self._replica = transport, rank, replica
-        self._settle = settle
+    def __init__(self, transport: Processes, settle: Settle):
+        self._transport, self._replica, self._settle = transport, transport.replica, settle
         self._filling: list[torch.Tensor] = []
         self._flying: tuple[Parcel, torch.Tensor, Pending] | None = None
 
@@ -65,7 +64,7 @@ class Outgoing:
         self.drain()
         *blocks, others = self._filling
         self._filling = []
-        pending = self._transport.scatter(self._rank, others, parcel.sizes)
+        pending = self._transport.scatter(others, parcel.sizes)
         self._flying = parcel, blocks[self._replica], pending
 
 
@@ -87,12 +86,10 @@ class Gathering:
     def __init__(
         self,
         transport: Processes,
-        rank: int,
-        replica: int,
         masters: Mapping[str, torch.Tensor],
         like: Mapping[str, torch.Tensor],
     ):
-        self._transport, self._rank, self._replica = transport, rank, replica
+        self._transport, self._replica, self.dp = transport, transport.replica, transport.dp
         self._masters, self.like = masters, like
         self.device = next(iter(masters.values())).device
 
@@ -102,12 +99,12 @@ class Gathering:
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
             rows = item.own_rows(self._masters[item.name].detach(), parcel.dp, self._replica)
             mine[at : at + rows.numel()].view(rows.shape).copy_(rows)
-        return self._transport.gather(self._rank, mine)
+        return self._transport.gather(mine)
 
     def start_into(self, name: str, whole: torch.Tensor) -> Pending:
         """Send this rank's rows of a parameter, and receive all of them where they belong."""
         rows = self._masters[name].detach().to(whole.dtype)
-        return self._transport.gather(self._rank, rows.view(-1), whole.view(-1))
+        return self._transport.gather(rows.view(-1), whole.view(-1))
 
     def finish(self, parcel: Parcel, pending: Pending, whole: Sequence[torch.Tensor]) -> None:
         """Wait, and write all replicas' rows of each item."""
@@ -126,18 +123,12 @@ class GatheredGroup:
         gathering: Gathering,
         ports: Sequence[Port],
         copies: Mapping[str, torch.dtype],
-        dp: int,
     ):
         self._gathering = gathering
         like = {port: _whole(gathering, port, copies) for port in ports}
-        self._direct = {port: w for port, w in like.items() if lies_in_shares(w, dp)}
-        self._rest = [whole for port, whole in like.items() if port not in self._direct]
-        items = [
-            Item(str(port.key), tuple(whole.shape), whole.dtype)
-            for port, whole in like.items()
-            if port not in self._direct
-        ]
-        self._parcels = parcels_of(items, dp, whole=True)
+        self._direct, self._rest = apart(like, gathering.dp)
+        items = [Item(str(port.key), tuple(w.shape), w.dtype) for port, w in self._rest.items()]
+        self._parcels = parcels_of(items, gathering.dp, whole=True)
 
     def start(self) -> list[Any]:
         rooms = self._rooms(self._direct.values())
@@ -150,7 +141,7 @@ class GatheredGroup:
 
     def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         direct, parcels = ticket[0]
-        made = self._rooms(self._rest)
+        made = self._rooms(self._rest.values())
         for parcel, pending in parcels:
             whole = [tensor for tensor in made if tensor.dtype is parcel.dtype]
             self._gathering.finish(parcel, pending, whole)
@@ -173,11 +164,10 @@ class LocalGroup:
     """The same where ranks of one process share whole parameters."""
 
     def __init__(self, whole: Values, dp: int):
-        self._direct = [tensor for tensor in whole if lies_in_shares(tensor, dp)]
-        self._rest = tuple(tensor for tensor in whole if not lies_in_shares(tensor, dp))
+        self._direct, self._rest = apart(dict(enumerate(whole)), dp)
 
     def start(self) -> list[Any]:
-        return [None, *self._direct]
+        return [None, *self._direct.values()]
 
     def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        return self._rest
+        return tuple(self._rest.values())

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -35,7 +34,6 @@ class Shards:
         params: FQN -> a parameter like the whole one, of all that are divided.
         held: FQN -> its values: of those in ``kept`` all of them, of the others this rank's rows.
         kept: which stay whole on this rank.
-        group: the replicas of this stage.
 
     Attributes:
         masters: FQN -> this rank's rows.
@@ -48,23 +46,19 @@ class Shards:
         held: Mapping[str, torch.Tensor],
         kept: Collection[str],
         transport: Processes,
-        rank: int,
-        replica: int,
-        dp: int,
         device: torch.device,
-        group: dist.ProcessGroup,
     ):
-        self.dp, self.replica, self._device = dp, replica, device
-        self._group = group
+        self.dp, self.replica, self._device = transport.dp, transport.replica, device
+        self._group = transport.group
         self._mesh: DeviceMesh | None = None
         self.like = {name: torch.empty_like(meta_like(p)) for name, p in params.items()}
         self.whole = {name: held[name] for name in params if name in kept}
         self.masters: dict[str, nn.Parameter] = {}
         for name, param in params.items():
-            rows = rows_of(held[name], dp, replica) if name in self.whole else held[name]
+            rows = rows_of(held[name], self.dp, self.replica) if name in self.whole else held[name]
             self.masters[name] = nn.Parameter(rows, requires_grad=param.requires_grad)
         self.copies: dict[str, torch.Tensor] = {}
-        self.gathering = Gathering(transport, rank, replica, self.masters, self.like)
+        self.gathering = Gathering(transport, self.masters, self.like)
         self._parcels: list[tuple[Parcel, Mapping[str, torch.Tensor]]] = []
 
     def provide(self, stage: StageProgram) -> None:
@@ -102,7 +96,7 @@ class Shards:
 
     def groups(self, stage: StageProgram) -> list[GatheredGroup]:
         """What the GROUP ports of a stage stand for."""
-        return [GatheredGroup(self.gathering, g, stage.copies, self.dp) for g in stage.groups]
+        return [GatheredGroup(self.gathering, g, stage.copies) for g in stage.groups]
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -119,6 +113,7 @@ class Shards:
         if name not in self.masters or rows.shape != self.masters[name].shape:
             return rows
         if self._mesh is None:
+            assert self._group is not None
             self._mesh = DeviceMesh.from_group(self._group, self._device.type)
         like = torch.empty(self.like[name].shape, device="meta")
         place: Placement = Shard(0) if like.dim() else Replicate()

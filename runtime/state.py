@@ -123,31 +123,14 @@ class ModelState:
                 grads = WholeGradients(slots, self._sums, where, mesh.dp)
             return RankState(rank, mesh, where, params, buffers, grads)
         like = {name: self._like(name) for name in names if name in self._shared_out}
-        kept, group = self._kept(stage, program), transport.replicas[stage]
-        assert group is not None
-        shards = Shards(like, held, kept, transport, rank, replica, mesh.dp, where, group)
+        shards = Shards(like, held, self._kept(stage, program), transport, where)
         trained = [name for name in names if name in self._sums]
         if zero == 1:
-            grads = ClosingGradients(
-                {name: shards.like[name] for name in trained},
-                self._sums,
-                where,
-                mesh.dp,
-                replica,
-                transport,
-                rank,
-            )
+            whole = {name: shards.like[name] for name in trained}
+            grads = ClosingGradients(whole, self._sums, where, transport)
         else:
-            grads = StreamGradients(
-                {name: shards.masters[name] for name in trained},
-                shards.like,
-                self._sums,
-                where,
-                mesh.dp,
-                replica,
-                transport,
-                rank,
-            )
+            rows = {name: shards.masters[name] for name in trained}
+            grads = StreamGradients(rows, shards.like, self._sums, where, transport)
         rest = {name: self._copy(name, held[name]) for name in names if name not in like}
         return RankState(rank, mesh, where, rest | shards.whole, buffers, grads, shards)
 

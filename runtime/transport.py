@@ -284,7 +284,12 @@ class _DeviceOutbox:
 
 
 class Processes:
-    """torch.distributed: gloo on CPU, NCCL on CUDA."""
+    """torch.distributed: gloo on CPU, NCCL on CUDA.
+
+    Attributes:
+        dp, replica: how many replicas there are, and which of them this process's rank is in.
+        group: the replicas of its stage; None where there is one.
+    """
 
     def __init__(self, mesh: Mesh, device: torch.device):
         self.device = device
@@ -294,7 +299,9 @@ class Processes:
             dist.new_group(list(mesh.replicas_of(stage))) if mesh.dp > 1 else None
             for stage in range(mesh.n_stages)
         ]
-        self.mesh = mesh
+        assert mesh.rank is not None
+        self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
+        self.group = self.replicas[mesh.stage_of(mesh.rank)]
         self.pairs: dict[tuple[int, int], dist.ProcessGroup] = {}
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
@@ -340,39 +347,36 @@ class Processes:
         return _Receipt(works, data, specs)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
-        group = self.replicas[self.mesh.stage_of(rank)]
         segment = SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
         for piece in torch.split(bucket, segment):
             exchanged = torch.empty_like(piece)
-            dist.all_to_all_single(exchanged, piece, group=group)
+            dist.all_to_all_single(exchanged, piece, group=self.group)
             mine = ordered_mean(exchanged.chunk(len(ranks)))
-            _all_gather(piece, mine, group=group)
+            _all_gather(piece, mine, group=self.group)
         return Arrived([bucket])
 
-    def scatter(self, rank: int, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
+    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
         """Give every other replica r of this stage its block, of ``sizes[r]`` elements.
 
         The result is one tensor: what each of them gave this rank.
         """
-        me = self.mesh.replica_of(rank)
+        me = self.replica
         sent = [0 if r == me else size for r, size in enumerate(sizes)]
         received = [0 if r == me else sizes[me] for r in range(len(sizes))]
         room = blocks.new_empty(sum(received))
-        group = self.replicas[self.mesh.stage_of(rank)]
-        work = dist.all_to_all_single(room, blocks, received, sent, group=group, async_op=True)
+        work = dist.all_to_all_single(room, blocks, received, sent, group=self.group, async_op=True)
         assert work is not None
         return _Exchange(work, blocks, room)
 
-    def gather(self, rank: int, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
+    def gather(self, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
         """What each replica of this stage gives, all of one size, as one tensor.
 
         Args:
             room: where to write it.
         """
         if room is None:
-            room = mine.new_empty(mine.numel() * self.mesh.dp)
-        group = self.replicas[self.mesh.stage_of(rank)]
-        work = _all_gather(room, mine, group=group, async_op=True)
+            room = mine.new_empty(mine.numel() * self.dp)
+        work = _all_gather(room, mine, group=self.group, async_op=True)
         return _Exchange(work, mine, room)
 
     def progress(self) -> int:
