@@ -12,11 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compiler import errors
     from .compiler.api import compile
-    from .compiler.hardware import Device
-    from .compiler.plan import Plan
-    from .compiler.precision import LossScale, Precision
+    from .compiler.costs.hardware import Device
+    from .compiler.ir import errors
+    from .compiler.ir.precision import LossScale, Precision
+    from .compiler.plan.plan import Plan
     from .runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
@@ -33,17 +33,17 @@ __all__ = [
 
 _HOMES = {
     "compile": "compiler.api",
-    "Device": "compiler.hardware",
+    "Device": "compiler.costs.hardware",
     "Pipeline": "runtime.pipeline",
-    "Plan": "compiler.plan",
-    "LossScale": "compiler.precision",
-    "Precision": "compiler.precision",
+    "Plan": "compiler.plan.plan",
+    "LossScale": "compiler.ir.precision",
+    "Precision": "compiler.ir.precision",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
-        return importlib.import_module(f"{__name__}.compiler.errors")
+        return importlib.import_module(f"{__name__}.compiler.ir.errors")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

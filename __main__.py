@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from .compiler.cli import main
+from .compiler.cli.main import main
 
 sys.exit(main())

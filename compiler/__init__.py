@@ -1,0 +1,1 @@
+"""A model and a batch in; stage programs, a schedule and a plan out; `api` is the one call."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import OptionError
-from .options import parse_options
+from .ir.errors import OptionError
+from .options.options import parse_options
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
-    from .hardware import Device
-    from .plan import Plan
-    from .precision import Precision
+    from .costs.hardware import Device
+    from .ir.precision import Precision
+    from .plan.plan import Plan
 
 AUTO = "auto"
 

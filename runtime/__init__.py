@@ -1,0 +1,1 @@
+"""Runs what was compiled: `pipeline` is the object that users hold."""

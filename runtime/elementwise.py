@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiler.errors import OptionError
-from ..compiler.skeleton import Skeleton
+from ..compiler.capture.skeleton import Skeleton
+from ..compiler.ir.errors import OptionError
 
 _ROWS, _COLUMNS = 6, 4  # of the parameters that it is tried on; half of the rows are stepped alone
 _STEPS = 3

@@ -8,14 +8,20 @@ blocks in the transport instead.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..compiler.errors import VerificationError
-from ..compiler.program import (
+from ..compiler.ir.actions import (
+    RECV,
+    SEND,
+    Action,
+    Kind,
+)
+from ..compiler.ir.errors import VerificationError
+from ..compiler.ir.program import (
     Message,
     Part,
     PipelineProgram,
@@ -25,12 +31,9 @@ from ..compiler.program import (
     TiedGradient,
     ValueSpec,
 )
-from ..passes.schedule.actions import RECV, SEND, Action, Kind
-from .gradients import WholeGradients
-from .mesh import Mesh
-from .parcels import GatheredGroup, LocalGroup
-from .shards import Shards
-from .transport import Pending, Transport
+from .exchange.parcels import GatheredGroup, LocalGroup
+from .exchange.transport import Pending, Transport
+from .state.rank_state import RankState
 
 Run = Generator[None, None, None]
 
@@ -62,39 +65,6 @@ class _Bound:
     batch: tuple[tuple[int, int], ...]
     seed: int | None
     drops: tuple[str, ...]
-
-
-class RankState:
-    """What a rank holds between steps, whatever program runs: tensors on its device.
-
-    Attributes:
-        params: FQN -> the whole parameter, of those that are kept whole.
-        copies: FQN -> the whole copy in the compute dtype.
-        shards: the parameters that replicas divide; None where they do not.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        mesh: Mesh,
-        device: torch.device,
-        params: Mapping[str, torch.Tensor],
-        buffers: dict[str, torch.Tensor],
-        grads: WholeGradients,
-        shards: Shards | None = None,
-    ):
-        self.rank, self.mesh, self.device = rank, mesh, device
-        self.params = dict(params)
-        self.buffers, self.grads, self.shards = buffers, grads, shards
-        self.copies: dict[str, torch.Tensor] = {}
-
-    @property
-    def stage(self) -> int:
-        return self.mesh.stage_of(self.rank)
-
-    def peer(self, stage: int) -> int:
-        """The rank of another stage in the same replica."""
-        return self.mesh.rank_of(self.mesh.replica_of(self.rank), stage)
 
 
 class Executor:

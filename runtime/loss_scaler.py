@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compiler.errors import StateError
-from ..compiler.precision import MAX_SCALE, MIN_SCALE, LossScale
+from ..compiler.ir.errors import StateError
+from ..compiler.ir.precision import MAX_SCALE, MIN_SCALE, LossScale
 
 
 class LossScaler:

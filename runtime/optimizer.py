@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiler.errors import OptionError
+from ..compiler.ir.errors import OptionError
 from .elementwise import check_elementwise
-from .state import ModelState
+from .state.model_state import ModelState
 
 
 def make_optimizer(

@@ -13,32 +13,47 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..compiler import batch as batches
-from ..compiler.batch import BatchSpec
-from ..compiler.build import Builder, Compiled, Mode, divide
-from ..compiler.errors import BatchError, NotCompiledError, OptionError, StateError
-from ..compiler.ops import generator_of, mix
-from ..compiler.options import CompileOptions
-from ..compiler.plan import Plan
-from ..compiler.profile import Profiler
-from ..compiler.program import PipelineProgram, Role
-from ..compiler.skeleton import Skeleton
-from ..compiler.target import Target
-from ..compiler.timing_cache import default_cache_dir
-from .agreement import Agreement
-from .checkpoint import Checkpoints
+from ..compiler.capture import batch as batches
+from ..compiler.capture.batch import BatchSpec
+from ..compiler.capture.skeleton import Skeleton
+from ..compiler.driver.builder import (
+    Builder,
+    Compiled,
+    Mode,
+    divide,
+)
+from ..compiler.ir.errors import (
+    BatchError,
+    NotCompiledError,
+    OptionError,
+    StateError,
+)
+from ..compiler.ir.ops import generator_of, mix
+from ..compiler.ir.program import PipelineProgram, Role
+from ..compiler.options.options import CompileOptions
+from ..compiler.plan.plan import Plan
+from ..compiler.planning.target import Target
+from ..compiler.profiling.profile import Profiler
+from ..compiler.profiling.timing_cache import default_cache_dir
+from .checkpoint.checkpoint import Checkpoints
+from .checkpoint.snapshot import Training, config_of
+from .exchange.agreement import Agreement
+from .exchange.link import measure_link
+from .exchange.mesh import (
+    Mesh,
+    connect,
+    device_of,
+    ranks_here,
+)
+from .exchange.ranks import Ranks
+from .exchange.transport import Loopback, Processes, Transport
+from .exchange.watchdog import Watchdog
 from .executor import Executor, Job, drive
-from .link import measure_link
 from .loss_scaler import LossScaler
-from .materialize import Source, source_of
-from .mesh import Mesh, connect, device_of, ranks_here
 from .optimizer import clip_gradients, make_optimizer
-from .snapshot import Training, config_of
-from .state import ModelState
+from .state.model_state import ModelState
 from .target import target_of
-from .team import Ranks
-from .transport import Loopback, Processes, Transport
-from .watchdog import Watchdog
+from .weights.materialize import Source, source_of
 
 _numbers = itertools.count()
 """Numbers the pipelines of this process; all ranks make them in the same order."""

@@ -7,18 +7,29 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..compiler import batch as batches
-from ..compiler.auto import choose_stages, listed
-from ..compiler.build import Builder, Compiled, Mode, divide
-from ..compiler.errors import OptionError, StateError
-from ..compiler.options import CompileOptions
-from ..compiler.skeleton import skeleton_of
-from .agreement import Agreement
-from .mesh import choose_device, connect, device_of, make_mesh, world_size
+from ..compiler.capture import batch as batches
+from ..compiler.capture.skeleton import skeleton_of
+from ..compiler.driver.auto import choose_stages, listed
+from ..compiler.driver.builder import (
+    Builder,
+    Compiled,
+    Mode,
+    divide,
+)
+from ..compiler.ir.errors import OptionError, StateError
+from ..compiler.options.options import CompileOptions
+from .exchange.agreement import Agreement
+from .exchange.mesh import (
+    choose_device,
+    connect,
+    device_of,
+    make_mesh,
+    world_size,
+)
+from .exchange.ranks import Ranks
 from .pipeline import Pipeline
 from .target import target_of
-from .team import Ranks
-from .weight_files import WeightFiles
+from .weights.weight_files import WeightFiles
 
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..compiler.hardware import device_spec, parse_device
-from ..compiler.options import CompileOptions
-from ..compiler.target import Target
-from .mesh import Mesh, device_of, ranks_per_device
+from ..compiler.costs.hardware import device_spec, parse_device
+from ..compiler.options.options import CompileOptions
+from ..compiler.planning.target import Target
+from .exchange.mesh import Mesh, device_of, ranks_per_device
 
 
 def target_of(options: CompileOptions, device: torch.device, mesh: Mesh) -> Target:

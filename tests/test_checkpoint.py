@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from pipecompile import errors
-from pipecompile.runtime import background, step_folder, storage, tensor_file
-from pipecompile.runtime.index import Index, read_index
+from pipecompile.runtime.checkpoint import background, step_folder, storage, tensor_file
+from pipecompile.runtime.checkpoint.index import Index, read_index
 from support import jobs, models, plain
 from support.gang import Gang
 from torch import nn

@@ -6,16 +6,16 @@ import math
 from dataclasses import replace
 
 import pytest
-from pipecompile.compiler.compare import (
+from pipecompile.compiler.ir.errors import OptionError
+from pipecompile.compiler.ir.problem import Option, Problem
+from pipecompile.compiler.plan.decision import Decision, Search
+from pipecompile.compiler.report.compare import (
     STRATEGIES,
     calibrated,
     check_names,
     compare,
     solution_in,
 )
-from pipecompile.compiler.decision import Decision, Search
-from pipecompile.compiler.errors import OptionError
-from pipecompile.passes.problem import Option, Problem
 from support.plans import hand_made
 
 # Four units in a row, 10 s together; the last may halve its stash for 1 s more.

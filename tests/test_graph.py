@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler import batch as batches
-from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.errors import VerificationError
-from pipecompile.compiler.graph import JointGraph, Phase, phase_of, storage_root, viewed
-from pipecompile.compiler.hardware import CPU
-from pipecompile.compiler.locality import locality_of
-from pipecompile.compiler.skeleton import skeleton_of, weightless
-from pipecompile.compiler.units import MAX_UNITS, crossing_bytes, units_of
-from pipecompile.passes.attention import restore_attention
-from pipecompile.passes.verify import verify_graph, verify_placement
+from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
+from pipecompile.compiler.costs.hardware import CPU
+from pipecompile.compiler.ir.errors import VerificationError
+from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
+from pipecompile.compiler.ir.locality import locality_of
+from pipecompile.compiler.planning.units import MAX_UNITS, crossing_bytes, units_of
+from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.programs.verify import verify_graph, verify_placement
 from support import jobs, models, plain
 from torch import nn
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.cost import node_cost, node_flops, total_cost
-from pipecompile.compiler.errors import OptionError
-from pipecompile.compiler.hardware import (
+from pipecompile.compiler.capture.skeleton import weightless
+from pipecompile.compiler.costs.cost import node_cost, node_flops, total_cost
+from pipecompile.compiler.costs.hardware import (
     A100,
     CPU,
     DEVICES,
@@ -28,7 +28,7 @@ from pipecompile.compiler.hardware import (
     gpu_spec,
     parse_device,
 )
-from pipecompile.compiler.skeleton import weightless
+from pipecompile.compiler.ir.errors import OptionError
 from torch import fx
 
 
@@ -138,7 +138,7 @@ def test_the_device_at_hand_has_its_own_memory() -> None:
 
 
 def test_specifications_need_no_torch() -> None:
-    code = "import sys, pipecompile.compiler.hardware; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipecompile.compiler.costs.hardware; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

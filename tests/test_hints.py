@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pipecompile.compiler.batch import flatten
-from pipecompile.compiler.build import Builder, Compiled, Mode, divide
-from pipecompile.compiler.compare import calibrated
-from pipecompile.compiler.hardware import CPU, Device
-from pipecompile.compiler.hints import Subject, hints, resimulated
-from pipecompile.compiler.options import CompileOptions, parse_bytes
-from pipecompile.compiler.quantities import bytes_text, seconds_text
-from pipecompile.compiler.skeleton import skeleton_of
-from pipecompile.compiler.target import Target
+from pipecompile.compiler.capture.batch import flatten
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.hardware import CPU, Device
+from pipecompile.compiler.driver.builder import Builder, Compiled, Mode, divide
+from pipecompile.compiler.options.options import CompileOptions, parse_bytes
+from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.report.compare import calibrated
+from pipecompile.compiler.report.hints import Subject, hints, resimulated
+from pipecompile.compiler.report.quantities import bytes_text, seconds_text
 from support import models
 from support.plans import hand_made
 from torch import nn

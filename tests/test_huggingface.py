@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from pipecompile import errors
-from pipecompile.compiler.cli import main
+from pipecompile.compiler.cli.main import main
 from support import jobs, models
 from test_checkpoint import equal
 from torch import nn

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipecompile.compiler.errors import VerificationError
-from pipecompile.compiler.graph import overwritten
-from pipecompile.compiler.program import Program
-from pipecompile.passes import inplace
-from pipecompile.passes.verify import _check_writes
+from pipecompile.compiler.ir.errors import VerificationError
+from pipecompile.compiler.ir.graph import overwritten
+from pipecompile.compiler.ir.program import Program
+from pipecompile.passes.programs import inplace
+from pipecompile.passes.programs.verify import _check_writes
 from torch import fx, nn
 from torch.nn import functional
 

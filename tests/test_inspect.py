@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.cli import main
-from pipecompile.compiler.errors import PipecompileError
-from pipecompile.compiler.plan import PLAN_VERSION
-from pipecompile.compiler.report import write_report
-from pipecompile.compiler.skeleton import is_fake
-from pipecompile.compiler.spec import ModelOptions, Subject, load
+from pipecompile.compiler.capture.skeleton import is_fake
+from pipecompile.compiler.cli.main import main
+from pipecompile.compiler.cli.spec import ModelOptions, Subject, load
+from pipecompile.compiler.ir.errors import PipecompileError
+from pipecompile.compiler.plan.plan import PLAN_VERSION
+from pipecompile.compiler.report.report import write_report
 from support.commands import SMALL_GPT2, inspect
 from support.plans import EXTRAS, hand_made
 
@@ -319,7 +319,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["--version"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom pipecompile.compiler.cli import main\n"
+        "import sys\nfrom pipecompile.compiler.cli.main import main\n"
         f"try:\n    main({arguments!r})\n"
         "finally:\n    assert not {'torch', 'transformers', 'rich'} & set(sys.modules)\n"
     )
@@ -343,7 +343,7 @@ def test_a_billion_parameters_take_no_memory(tmp_path: Path) -> None:
         "    return Big(), torch.ones(8, 16384)\n"
     )
     code = (
-        "import re\nfrom pipecompile.compiler.cli import main\n"
+        "import re\nfrom pipecompile.compiler.cli.main import main\n"
         f"assert main(['inspect', {str(tmp_path / 'big.py:build')!r}, '--stages', '2']) == 0\n"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
     )

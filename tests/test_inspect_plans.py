@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from pipecompile.compiler.cli import _parser, main
-from pipecompile.compiler.hardware import DEVICES
-from pipecompile.compiler.inspection import Request
+from pipecompile.compiler.cli.inspection import Request
+from pipecompile.compiler.cli.main import _parser, main
+from pipecompile.compiler.costs.hardware import DEVICES
 from support.commands import SMALL_GPT2, inspect, plan_of
 
 # -- the planner's options ----------------------------------------------------------------------

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pipecompile.runtime import link
-from pipecompile.runtime.agreement import Agreement
-from pipecompile.runtime.mesh import connect, make_mesh
-from pipecompile.runtime.transport import Processes
+from pipecompile.runtime.exchange import link
+from pipecompile.runtime.exchange.agreement import Agreement
+from pipecompile.runtime.exchange.mesh import connect, make_mesh
+from pipecompile.runtime.exchange.transport import Processes
 from support.gang import Gang
 
 

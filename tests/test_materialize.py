@@ -11,11 +11,11 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
-from pipecompile.compiler.shards import rows_of
-from pipecompile.compiler.skeleton import Skeleton, skeleton_of, weightless
-from pipecompile.runtime.digest import digest, sample
-from pipecompile.runtime.initializers import Initializers
-from pipecompile.runtime.materialize import materialize, source_of
+from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of, weightless
+from pipecompile.compiler.ir.shards import rows_of
+from pipecompile.runtime.exchange.digest import digest, sample
+from pipecompile.runtime.weights.initializers import Initializers
+from pipecompile.runtime.weights.materialize import materialize, source_of
 from support import jobs, models, plain
 from support.gang import Gang
 from support.measured import RealMeter

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.meter import StorageMeter
-from pipecompile.compiler.skeleton import weightless
-from pipecompile.compiler.synthetic import Synthesizer
+from pipecompile.compiler.capture.skeleton import weightless
+from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.compiler.profiling.synthetic import Synthesizer
 from support import models, units
 from torch.profiler import ProfilerActivity, profile
 

@@ -13,13 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipecompile.compiler import cli
-from pipecompile.compiler.errors import MemoryBudgetError, OptionError, PartitionError
-from pipecompile.passes import baselines, dominance, ideals, ilp
-from pipecompile.passes.baselines import solve_dynamic
-from pipecompile.passes.partition import solve
-from pipecompile.passes.presolve import reduce
-from pipecompile.passes.problem import (
+from pipecompile.compiler.cli import main as cli
+from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
+from pipecompile.compiler.ir.problem import (
     Kept,
     Option,
     Problem,
@@ -30,7 +26,11 @@ from pipecompile.passes.problem import (
     solution_of,
     validate,
 )
-from pipecompile.passes.windows import windows
+from pipecompile.passes.partition import baselines, dominance, ideals, ilp
+from pipecompile.passes.partition.baselines import solve_dynamic
+from pipecompile.passes.partition.presolve import reduce
+from pipecompile.passes.partition.solve import solve
+from pipecompile.passes.partition.windows import windows
 
 GIB = 2.0**30
 SIMPLE = [
@@ -133,7 +133,7 @@ def test_the_integer_program_alone_does(problem: Problem) -> None:
         raise PartitionError("switched off")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipecompile.passes.partition.solve_dynamic", nothing)
+        patch.setattr("pipecompile.passes.partition.solve.solve_dynamic", nothing)
         check_against_all(problem, "highs")
 
 

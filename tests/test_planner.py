@@ -11,16 +11,16 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.auto import Trial, choose_stages
-from pipecompile.compiler.errors import (
+from pipecompile.compiler.driver.auto import Trial, choose_stages
+from pipecompile.compiler.ir.errors import (
     MemoryBudgetError,
     OptionError,
     PartitionError,
     PipecompileError,
     PlanError,
 )
-from pipecompile.compiler.plan import PLAN_VERSION, Plan
-from pipecompile.compiler.planner import Reserves
+from pipecompile.compiler.plan.plan import PLAN_VERSION, Plan
+from pipecompile.compiler.planning.planner import Reserves
 from support import jobs, measured, models, plain
 from support.gang import Gang
 

@@ -14,16 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipecompile import LossScale, Precision
-from pipecompile.compiler import batch as batches
-from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.errors import OptionError, PlanError, RankMismatchError
-from pipecompile.compiler.graph import JointGraph, tensors
-from pipecompile.compiler.program import Role
-from pipecompile.compiler.skeleton import skeleton_of
-from pipecompile.passes.autocast_tables import TABLES
-from pipecompile.passes.casts import is_cast, settle_casts
-from pipecompile.passes.precision import insert_casts
-from pipecompile.runtime.state import ModelState
+from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.ir.errors import OptionError, PlanError, RankMismatchError
+from pipecompile.compiler.ir.graph import JointGraph, tensors
+from pipecompile.compiler.ir.program import Role
+from pipecompile.passes.graph.autocast import insert_casts
+from pipecompile.passes.graph.autocast_tables import TABLES
+from pipecompile.passes.graph.casts import is_cast, settle_casts
+from pipecompile.runtime.state.model_state import ModelState
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from torch import fx, nn
@@ -680,7 +680,7 @@ def test_the_predicted_peak_is_the_measured_one(gang: Callable[[int], Gang]) -> 
 
 
 def test_inspect_shows_what_is_cast_and_what_that_saves(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipecompile.compiler.cli import main
+    from pipecompile.compiler.cli.main import main
 
     small = [
         "--set",

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler import timing_cache
-from pipecompile.compiler.optimizer_cost import optimizer_memory, optimizer_seconds
-from pipecompile.compiler.profile import Profiler, program_hash
-from pipecompile.compiler.program import Part, StageProgram
-from pipecompile.compiler.timing_cache import TimingCache, default_cache_dir
+from pipecompile.compiler.costs.optimizer_cost import optimizer_memory, optimizer_seconds
+from pipecompile.compiler.ir.program import Part, StageProgram
+from pipecompile.compiler.profiling import timing_cache
+from pipecompile.compiler.profiling.profile import Profiler, program_hash
+from pipecompile.compiler.profiling.timing_cache import TimingCache, default_cache_dir
 from support import models, units
 
 CPU = torch.device("cpu")

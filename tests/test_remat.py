@@ -9,19 +9,19 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler import batch as batches
-from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.errors import MemoryBudgetError
-from pipecompile.compiler.graph import JointGraph, is_random, phase_of, root_bytes
-from pipecompile.compiler.hardware import CPU, H100
-from pipecompile.compiler.locality import Locality, locality_of
-from pipecompile.compiler.lower import lower
-from pipecompile.compiler.skeleton import skeleton_of
-from pipecompile.compiler.units import units_of
-from pipecompile.passes.attention import restore_attention
-from pipecompile.passes.placement import place
-from pipecompile.passes.remat import rematerialise, undo
-from pipecompile.passes.stash import Body, Stash, bodies_of, options_of
+from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.hardware import CPU, H100
+from pipecompile.compiler.ir.errors import MemoryBudgetError
+from pipecompile.compiler.ir.graph import JointGraph, is_random, phase_of, root_bytes
+from pipecompile.compiler.ir.locality import Locality, locality_of
+from pipecompile.compiler.planning.stash import Body, Stash, bodies_of, options_of
+from pipecompile.compiler.planning.units import units_of
+from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.graph.placement import place
+from pipecompile.passes.graph.remat import rematerialise, undo
+from pipecompile.passes.programs.lower import lower
 from support import jobs, models, plain
 from support.gang import Gang
 from torch import fx

@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.errors import VerificationError
-from pipecompile.compiler.graph import Phase
-from pipecompile.compiler.program import Message
-from pipecompile.compiler.simulate import simulate
-from pipecompile.passes.communication import _stage
-from pipecompile.passes.schedule.actions import (
+from pipecompile.compiler.costs.simulate import simulate
+from pipecompile.compiler.ir.actions import (
     Action,
     Kind,
     Schedule,
@@ -18,8 +14,12 @@ from pipecompile.passes.schedule.actions import (
     max_in_flight,
     to_text,
 )
+from pipecompile.compiler.ir.errors import VerificationError
+from pipecompile.compiler.ir.graph import Phase
+from pipecompile.compiler.ir.program import Message
+from pipecompile.passes.programs.verify import verify_in_flight, verify_schedule
+from pipecompile.passes.schedule.communication import _stage
 from pipecompile.passes.schedule.one_f_one_b import forward_only, one_f_one_b, zb_h1
-from pipecompile.passes.verify import verify_in_flight, verify_schedule
 
 GOLDEN_1F1B = """\
 0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3

@@ -13,9 +13,9 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
-from pipecompile.compiler.skeleton import skeleton_of
-from pipecompile.runtime.materialize import materialize, source_of
-from pipecompile.runtime.weight_files import WeightFiles
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.runtime.weights.materialize import materialize, source_of
+from pipecompile.runtime.weights.weight_files import WeightFiles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import models
@@ -73,7 +73,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     save_file(Tiny().state_dict(), tmp_path / "model.safetensors")
     skeleton = skeleton_of(Tiny(), CPU)
     files = WeightFiles(tmp_path, skeleton)
-    monkeypatch.setattr("pipecompile.runtime.weight_files._open", Watched)
+    monkeypatch.setattr("pipecompile.runtime.weights.weight_files._open", Watched)
     materialize(files, skeleton, {CPU: ["second.weight", "first.bias"]})
     assert read == ["second.weight", "first.bias"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.program import ValueSpec
-from pipecompile.runtime import wire
-from pipecompile.runtime.transport import Loopback, ordered_mean
+from pipecompile.compiler.ir.program import ValueSpec
+from pipecompile.runtime.exchange import wire
+from pipecompile.runtime.exchange.transport import Loopback, ordered_mean
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]

@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler import shards
-from pipecompile.compiler.errors import OptionError, PlanError, VerificationError
-from pipecompile.compiler.shards import Item, parcels_of, row_range, rows_of
-from pipecompile.passes.schedule.actions import Action, Kind, from_text, to_text
-from pipecompile.passes.sharding import layer_of
-from pipecompile.passes.verify import verify_sharding
+from pipecompile.compiler.ir import shards
+from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
+from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
+from pipecompile.compiler.ir.shards import Item, parcels_of, row_range, rows_of
+from pipecompile.passes.programs.sharding import layer_of
+from pipecompile.passes.programs.verify import verify_sharding
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from torch import nn

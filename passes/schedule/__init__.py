@@ -1,0 +1,1 @@
+"""Lists of actions per rank: generated, completed by communication, proven legal."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .actions import Action, Kind, Schedule
+from ...compiler.ir.actions import Action, Kind, Schedule
 
 
 def one_f_one_b(n_stages: int, microbatches: int) -> Schedule:

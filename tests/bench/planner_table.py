@@ -19,25 +19,26 @@ from dataclasses import dataclass, replace
 
 import torch
 import transformers as hf
-from pipecompile.compiler import decision as decisions
-from pipecompile.compiler.assemble import Assembler
-from pipecompile.compiler.batch import flatten
-from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.compare import solution_in
-from pipecompile.compiler.decision import Decision
-from pipecompile.compiler.errors import MemoryBudgetError
-from pipecompile.compiler.footprint import Footprint
-from pipecompile.compiler.hardware import H100
-from pipecompile.compiler.locality import locality_of
-from pipecompile.compiler.memory import StageMemory
-from pipecompile.compiler.options import CompileOptions
-from pipecompile.compiler.planner import Planner, roofline
-from pipecompile.compiler.skeleton import skeleton_of, weightless
-from pipecompile.passes import baselines
-from pipecompile.passes.attention import restore_attention
-from pipecompile.passes.base import Recorder
-from pipecompile.passes.placement import Placement
-from pipecompile.passes.problem import Problem, Solution, fits, solution_of
+from pipecompile.compiler.capture.batch import flatten
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
+from pipecompile.compiler.costs.footprint import Footprint
+from pipecompile.compiler.costs.hardware import H100
+from pipecompile.compiler.costs.memory import StageMemory
+from pipecompile.compiler.driver.assembly import Assembler
+from pipecompile.compiler.driver.record import Recorder
+from pipecompile.compiler.ir.errors import MemoryBudgetError
+from pipecompile.compiler.ir.locality import locality_of
+from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.plan.decision import Decision
+from pipecompile.compiler.planning import decide
+from pipecompile.compiler.planning.planner import Planner
+from pipecompile.compiler.planning.pricing import roofline
+from pipecompile.compiler.report.compare import solution_in
+from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.graph.placement import Placement
+from pipecompile.passes.partition import baselines
 from torch import fx, nn
 
 HOST = torch.device("cpu")
@@ -161,7 +162,7 @@ class Study:
 
         decision = planner.decide(draft, roofline(planner.bodies, planner.menus))
         seconds = time.perf_counter() - started
-        memory = draft(*decisions.apply(decision, self.graph, self.locality))
+        memory = draft(*decide.apply(decision, self.graph, self.locality))
         assert planner.solved is not None
         problem = _calibrated(planner.solved, decision, memory)
         own = solution_in(problem, decision)

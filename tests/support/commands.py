@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from pipecompile.compiler.cli import main
+from pipecompile.compiler.cli.main import main
 
 SMALL_GPT2 = "hf:gpt2 --set n_layer=2 --set n_embd=64 --set n_head=2 --set vocab_size=512 --seq 32"
 

@@ -7,8 +7,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pipecompile.compiler.meter import StorageMeter
-from pipecompile.runtime import state
+from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.runtime.state import model_state as state
 
 from support import jobs, models
 

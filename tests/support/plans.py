@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipecompile.compiler.auto import Trial
-from pipecompile.compiler.compare import Comparison
-from pipecompile.compiler.decision import Decision, Search
-from pipecompile.compiler.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
-from pipecompile.compiler.report import Extras
-from pipecompile.compiler.simulate import Interval, Timeline
-from pipecompile.passes.schedule.actions import Action, Kind
+from pipecompile.compiler.costs.simulate import Interval, Timeline
+from pipecompile.compiler.driver.auto import Trial
+from pipecompile.compiler.ir.actions import Action, Kind
+from pipecompile.compiler.plan.decision import Decision, Search
+from pipecompile.compiler.plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
+from pipecompile.compiler.report.compare import Comparison
+from pipecompile.compiler.report.report import Extras
 
 
 def hand_made() -> tuple[Plan, Timeline]:

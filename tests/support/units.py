@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from pipecompile.compiler import batch as batches
-from pipecompile.compiler.capture import capture_training
-from pipecompile.compiler.graph import JointGraph
-from pipecompile.compiler.hardware import CPU
-from pipecompile.compiler.locality import backward_places, locality_of
-from pipecompile.compiler.lower import lower
-from pipecompile.compiler.program import StageProgram
-from pipecompile.compiler.skeleton import skeleton_of
-from pipecompile.compiler.units import units_of
+from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.hardware import CPU
+from pipecompile.compiler.ir.graph import JointGraph
+from pipecompile.compiler.ir.locality import backward_places, locality_of
+from pipecompile.compiler.ir.program import StageProgram
+from pipecompile.compiler.planning.units import units_of
+from pipecompile.passes.programs.lower import lower
 from torch import nn
 
 from support import models

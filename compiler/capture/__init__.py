@@ -1,0 +1,1 @@
+"""An unmodified model -> one joint graph of forward, loss and backward."""

@@ -1,0 +1,149 @@
+"""Batches as flat lists of tensors: what is cut into microbatches, what a program is made for.
+
+pytree is torch's own container traversal. It has no public name, so this file is its only home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ir.errors import BatchError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a batch: its key, shape and dtype. A 0-dim leaf is never cut."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Structure of a batch without its data; hashable, so that programs can be kept by it.
+
+    Attributes:
+        tree: pytree structure in which every non-tensor stands as itself.
+        leaves: the tensors, in pytree order.
+        constants: (position among all leaves, value) of what is not a tensor.
+    """
+
+    tree: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+    constants: tuple[tuple[int, Any], ...]
+
+    @property
+    def rows(self) -> int:
+        """Length of dim 0, which all leaves that have one share."""
+        return next(leaf.shape[0] for leaf in self.leaves if leaf.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in self.leaves)
+
+    def cut(self, parts: int) -> BatchSpec:
+        """The spec of one of ``parts`` equal pieces along dim 0."""
+        return self._with_rows(self.rows // parts)
+
+    def repeat(self, times: int) -> BatchSpec:
+        """The spec of a batch with ``times`` as many rows."""
+        return self._with_rows(self.rows * times)
+
+    def _with_rows(self, rows: int) -> BatchSpec:
+        leaves = tuple(
+            Leaf(x.name, (rows, *x.shape[1:]), x.dtype) if x.shape else x for x in self.leaves
+        )
+        return BatchSpec(self.tree, leaves, self.constants)
+
+    def build(self, values: Sequence[torch.Tensor]) -> Any:
+        """The batch in its own structure, from one value per leaf."""
+        whole: list[Any] = list(values)
+        for position, value in self.constants:
+            whole.insert(position, value)
+        return pytree.tree_unflatten(whole, self.tree)
+
+    def __str__(self) -> str:
+        return ", ".join(str(leaf) for leaf in self.leaves)
+
+    def __hash__(self) -> int:
+        return hash((self.leaves, repr(self.constants)))
+
+
+def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
+    """Split a batch (dict, tuple, list or tensor) into tensors and their spec.
+
+    Raises:
+        BatchError: no tensor in it, or leaves that disagree on the length of dim 0.
+    """
+    if isinstance(batch, Mapping):
+        batch = dict(batch)  # a BatchEncoding and its like
+    elif isinstance(batch, list):
+        batch = tuple(batch)
+    paths, tree = pytree.tree_flatten_with_path(batch)
+    values: list[torch.Tensor] = []
+    leaves: list[Leaf] = []
+    constants: list[tuple[int, Any]] = []
+    for position, (path, value) in enumerate(paths):
+        if isinstance(value, torch.Tensor):
+            values.append(value)
+            leaves.append(Leaf(_name(path), tuple(value.shape), value.dtype))
+        else:
+            constants.append((position, value))
+    if not any(leaf.shape for leaf in leaves):
+        raise BatchError(
+            f"the batch (a {type(batch).__name__}) holds no tensor with a batch dimension: "
+            "pass a dict, a tuple or a tensor whose dim 0 counts samples"
+        )
+    spec = BatchSpec(tree, tuple(leaves), tuple(constants))
+    odd = next((x for x in leaves if x.shape and x.shape[0] != spec.rows), None)
+    if odd is not None:
+        raise BatchError(
+            f"batch leaves disagree on dim 0, along which the batch is cut: "
+            f"{odd.name!r} has {odd.shape[0]} rows, the first leaf {spec.rows}"
+        )
+    return values, spec
+
+
+def cut(values: Sequence[torch.Tensor], parts: int) -> list[list[torch.Tensor]]:
+    """Cut every tensor into ``parts`` equal views along dim 0; 0-dim tensors go to every part."""
+    pieces = [v.chunk(parts) if v.dim() else (v,) * parts for v in values]
+    return [[piece[i] for piece in pieces] for i in range(parts)]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    if not path:
+        return "batch"
+    parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+    return ".".join(parts)
+
+
+def flatten_arguments(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a call's arguments, and a function that puts others in their places."""
+    leaves, tree = pytree.tree_flatten(arguments)
+    return leaves, lambda values: pytree.tree_unflatten(values, tree)
+
+
+def flatten_results(
+    output: Any,
+) -> tuple[list[torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
+    """The tensors in what a model returned, and a function that puts others in their places."""
+    leaves, tree = pytree.tree_flatten(output)
+    others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    size = len(leaves)
+
+    def rebuild(values: list[torch.Tensor]) -> Any:
+        rest = iter(values)
+        return pytree.tree_unflatten(
+            [others[i] if i in others else next(rest) for i in range(size)], tree
+        )
+
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], rebuild

@@ -1,0 +1,93 @@
+"""Why a model could not be captured: the module, the user's line, and what to change."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from ..ir.errors import CaptureError, PipecompileError
+from ..ir.graph import module_path, tensors
+
+_OTHERWISE = (
+    "if the model runs on this batch by itself, tracing takes another branch here: pass optional "
+    "inputs such as attention_mask, or make this code traceable by torch.export"
+)
+_ADVICE = {
+    "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
+    "tensor (if, .item(), float()): compute both sides and choose with torch.where, keep it a "
+    "tensor, pass it in as a Python value, or skip a mere check if torch.compiler.is_compiling()",
+    "DataDependentOutputException": "a tensor's value is read in Python (.item(), bool(), int()): "
+    "keep it a tensor, or pass the number in as a Python value",
+    "DynamicOutputShapeException": "an operator's output shape depends on data (nonzero, boolean "
+    "indexing, unique): use masks of a fixed shape",
+    "UnsupportedOperatorException": "this operator has no shape rule: register one with "
+    "torch.library.register_fake",
+}
+
+
+def data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
+    """Module and source line of the first operator with a result that only data can tell."""
+    for node in traced.graph.nodes:
+        value = node.meta.get("val")
+        sizes = [n for t in tensors(value) for n in t.shape]
+        if any(
+            isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (value, *sizes)
+        ):
+            return module_path(node).removeprefix("model").removeprefix("."), _trace_line(node)
+    return "", ""
+
+
+def _trace_line(node: fx.Node) -> str:
+    """Where in the user's code a node was made: the last frame that torch.export noted."""
+    found = ""
+    lines = str(node.meta.get("stack_trace", "")).splitlines()
+    for line, text in pairwise(lines):
+        match = re.match(r'\s*File "(.+)", line (\d+)', line)
+        if match and not _is_foreign(match[1]):
+            found = f"at {match[1]}:{match[2]} ({text.strip()})"
+    return found
+
+
+def explain(error: Exception, model: str, module: str, line: str = "") -> PipecompileError:
+    """The user's own mistake if one is in the chain, else what failed, where, and what to do."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        if cause in chain:
+            break
+        chain.append(cause)
+    for item in chain:
+        if isinstance(item, PipecompileError):
+            return item
+    kinds = [type(item).__name__ for item in chain]
+    kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
+    advice = _ADVICE.get(kind, _OTHERWISE)
+    if "Unexpected fake buffer" in str(error):
+        advice = "forward reads .data of a parameter or buffer: use .detach()"
+    first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
+    return CaptureError(
+        f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
+        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})"
+    )
+
+
+def _user_line(chain: list[BaseException]) -> str:
+    """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
+    found = "an unknown line"
+    for item in chain:
+        frames = [
+            f for f in traceback.extract_tb(item.__traceback__) if not _is_foreign(f.filename)
+        ]
+        if frames:
+            found = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
+    return found
+
+
+def _is_foreign(filename: str) -> bool:
+    """Whether a file is torch's, pipecompile's compiler, or no file at all."""
+    folders = (Path(torch.__file__).parent, Path(__file__).parent)
+    return filename.startswith("<") or any(Path(filename).is_relative_to(f) for f in folders)

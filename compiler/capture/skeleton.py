@@ -1,0 +1,223 @@
+"""A copy of the user's model without its weights, which is all that compiling needs.
+
+The copy is traced, switched to evaluation, given other flags; the user's model is left alone.
+
+`FakeTensorMode` is torch's own stand-in for tensors with shapes and no data. It has no public
+name, so this file is its only home.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ..ir.errors import CaptureError, SharedStorageError
+from ..ir.precision import REDUCED, Precision
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A weightless copy of a model.
+
+    Attributes:
+        module: the copy; every parameter and buffer is a fake tensor on the target device.
+        mode: what made the fakes; inputs must come from the same mode.
+        canonical: every parameter and buffer name -> the first name of the same tensor.
+        params: canonical parameter names, in ``named_parameters()`` order.
+    """
+
+    module: nn.Module
+    mode: FakeTensorMode
+    canonical: dict[str, str]
+    params: tuple[str, ...]
+
+    def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """A contiguous fake tensor, for an input of the model."""
+        with self.mode:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+
+def skeleton_of(
+    model: nn.Module, device: torch.device, precision: Precision | None = None
+) -> Skeleton:
+    """Copy a model without its weights; parameters may be real, meta or already fake.
+
+    Args:
+        precision: what is trained in it has fp32 masters, whatever dtype the model has.
+
+    Raises:
+        SharedStorageError: two different parameters overlap in memory.
+        CaptureError: the model cannot be copied, or has gradient hooks.
+    """
+    _check_storage(model)
+    _check_hooks(model)
+    state = dict(named_state(model))
+    fakes = [t for t in state.values() if isinstance(t, FakeTensor)]
+    mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+    wide = _widened(model, precision)
+    memo: dict[int, Any] = {
+        id(t): _fake_like(t, mode, device, torch.float32 if id(t) in wide else t.dtype)
+        for t in state.values()
+    }
+    try:
+        module = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}): "
+            "pipecompile traces a copy without weights; make its attributes copyable"
+        ) from error
+    for part in module.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # a cache is an output that training does not read
+    first: dict[int, str] = {}
+    canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
+    params = tuple(name for name, _ in module.named_parameters())
+    return Skeleton(module, mode, canonical, params)
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Build models and batches inside this block without memory for their data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The same layout on the meta device, also of a fake tensor: no data and no mode."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, then buffers, under every name that they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, and each one's own mode back afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Take back what a forward assigns to its module: a traced one leaves fake tensors there."""
+    before = [(part, dict(vars(part)), _containers(part)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, containers in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+            for own, kept in containers:  # in place: others may hold the container
+                own.clear()
+                own.extend(kept) if isinstance(own, list) else own.update(kept)
+
+
+def _containers(part: nn.Module) -> list[tuple[Any, Any]]:
+    found = (value for value in vars(part).values() if isinstance(value, (dict, list, set)))
+    return [(value, value.copy()) for value in found]
+
+
+@contextmanager
+def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
+    """Yields a function that names the submodule whose forward was entered last and not left."""
+    names = {part: name for name, part in module.named_modules()}
+    stack: list[str] = []
+    hooks = []
+    for part, name in names.items():
+        hooks.append(part.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        hooks.append(part.register_forward_hook(lambda *_: (stack.pop(), None)[1]))
+    try:
+        yield lambda: stack[-1] if stack else ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
+    """Ids of the tensors that are kept in fp32 though the model has them in a reduced dtype.
+
+    Computing in fp32 widens all. Otherwise trainable parameters become fp32 masters, and buffers
+    beside them (a batch norm's) go with them; so do vectors, as norms want theirs in the dtype of
+    what they normalise. Frozen matrices stay as small as they came.
+    """
+    if precision is None:
+        return set()
+    found: set[int] = set()
+    for part in model.modules():
+        params = [p for p in part.parameters(recurse=False) if p.dtype in REDUCED]
+        buffers = [b for b in part.buffers(recurse=False) if b.dtype in REDUCED]
+        wide = [p for p in params if p.requires_grad or p.dim() < 2 or not precision.casts]
+        found |= {id(t) for t in (*wide, *(buffers if wide else ()))}
+    return found
+
+
+def _fake_like(
+    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor) and tensor.device == device and tensor.dtype is dtype:
+        return tensor
+    with mode:
+        fake: torch.Tensor = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=dtype, device=device
+        )
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(
+                f"parameter {name!r} has a gradient hook, which a compiled backward would not "
+                "run: remove it, and change .grad between forward_backward() and the step"
+            )
+    for name, part in model.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise CaptureError(
+                f"module {name or '(the model itself)'!r} has a backward hook, which a compiled "
+                "backward would not run: remove it, or write it as a torch.autograd.Function"
+            )
+
+
+def _check_storage(model: nn.Module) -> None:
+    spans: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
+    for name, param in model.named_parameters():
+        if is_fake(param) or param.numel() == 0:
+            continue
+        start = int(param.storage_offset()) * param.element_size()
+        extent = (
+            sum((int(n) - 1) * int(s) for n, s in zip(param.shape, param.stride(), strict=True)) + 1
+        )
+        key = (param.device, param.untyped_storage().data_ptr())
+        spans.setdefault(key, []).append((start, start + extent * param.element_size(), name))
+    for group in spans.values():
+        group.sort()
+        for (_, end, first), (start, _, second) in pairwise(group):
+            if start < end:
+                raise SharedStorageError(
+                    f"parameters {first!r} and {second!r} overlap in memory but are two tensors, "
+                    "so neither a tied nor a separate weight describes them: tie them by "
+                    f"assigning one Parameter to both names, or clone one of them"
+                )

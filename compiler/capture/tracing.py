@@ -1,0 +1,160 @@
+"""What torch.export would change about a model, kept as it is when nobody traces.
+
+While a graph is traced, torch decomposes some operators, differentiates what a
+`torch.autograd.Function` does instead of calling its backward, and forgets hooks; and models ask
+whether they are traced and take other branches. Any of these changes gradients, if only in their
+last bits. These context managers stand around the call of torch.export.
+
+torch has no public way to any of it; every import for it is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._ops import _get_dispatch_mode_pre_dispatch
+from torch.export.custom_ops import (
+    _call_custom_autograd_function_in_pre_dispatch as _placeholder_call,
+)
+from torch.fx.experimental.proxy_tensor import track_tensor_tree
+from torch.utils.checkpoint import CheckpointFunction
+
+from ..ir.errors import CaptureError
+from . import batch as batches
+
+Call = Callable[..., Any]
+_dispatch_mode = cast(Call, _get_dispatch_mode_pre_dispatch)
+
+
+@contextlib.contextmanager
+def untraced_branches() -> Iterator[None]:
+    """`torch.compiler.is_exporting()` says no, so that models do what they do untraced."""
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
+
+
+@contextlib.contextmanager
+def native_kernels() -> Iterator[None]:
+    """While tracing, resizing (`interpolate`) stays one operator.
+
+    torch decomposes it in Python whenever a graph is traced; what comes out is slower than the
+    kernel and rounds differently.
+    """
+    keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
+    removed: list[tuple[Any, dict[Any, Any]]] = []
+    for name in dir(torch.ops.aten):
+        if re.match(r"_?upsample_", name):
+            packet = getattr(torch.ops.aten, name)
+            for op in (getattr(packet, overload) for overload in packet.overloads()):
+                found = {key: op.py_kernels.pop(key) for key in keys if key in op.py_kernels}
+                removed.append((op, found))
+                op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, found in removed:
+            op.py_kernels.update(found)
+            op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def kept_functions() -> Iterator[list[Call]]:
+    """While torch.export traces, every `torch.autograd.Function` stays one call in the graph.
+
+    Yields the calls, which `restore_functions` puts in the places that were held for them.
+    Reentrant checkpointing is such a Function too; it is called through, as what to keep and
+    what to recompute is not the model's to say here.
+    """
+    apply = torch.autograd.Function.__dict__["apply"]
+    calls: list[Call] = []
+
+    def kept(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        if mode is None or not torch.is_grad_enabled():
+            return apply.__get__(None, cls)(*args, **kwargs)
+        if cls is CheckpointFunction:  # (function, preserve_rng_state, *arguments)
+            return args[0](*args[2:])
+        return _hold_place(cls, apply, mode, calls, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(kept)  # type: ignore[assignment, method-assign]
+    try:
+        yield calls
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def _hold_place(
+    cls: type[torch.autograd.Function],
+    apply: Any,
+    mode: Any,
+    calls: list[Call],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a Function on fake tensors, and leave one node for it in the graph."""
+    leaves, rebuild = batches.flatten_arguments((args, kwargs))
+    opaque = [x for x in leaves if callable(x) and not isinstance(x, (type, torch.Tensor))]
+    if opaque:
+        raise CaptureError(
+            f"{cls.__name__}.apply is given a {type(opaque[0]).__name__}, which may hold "
+            "parameters that no argument shows: pass the tensors themselves"
+        )
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    kinds = {tensor.device.type for tensor in inputs}
+    regions = {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
+
+    def call(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        whole = [next(given) if isinstance(x, torch.Tensor) else x for x in leaves]
+        again, named = rebuild(whole)
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in regions.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            return apply.__get__(None, cls)(*again, **named)
+
+    key = torch._C.DispatchKey.PreDispatch
+    include = torch._C._dispatch_tls_local_include_set().remove(key)
+    exclude = torch._C._dispatch_tls_local_exclude_set() | torch._C.DispatchKeySet(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        output = call(*inputs)
+    calls.append(call)
+    proxies = [mode.tracer.unwrap_proxy(tensor) for tensor in inputs]
+    held = (str(len(calls) - 1), *proxies)
+    proxy = mode.tracer.create_proxy("call_function", _placeholder_call, held, {})
+    track_tensor_tree(output, proxy, constant=None, tracer=mode.tracer)
+    return output
+
+
+def restore_functions(traced: fx.GraphModule, calls: list[Call]) -> None:
+    """Put the calls of autograd Functions into the places held for them."""
+    for graph in (m.graph for m in traced.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph.find_nodes(op="call_function", target=_placeholder_call):
+            node.target = calls[int(node.args[0])]
+            node.args = node.args[1:]
+
+
+@contextlib.contextmanager
+def refused_hooks() -> Iterator[None]:
+    """A gradient hook that forward sets would be lost: say so."""
+    register = torch.Tensor.register_hook
+
+    def refuse(tensor: torch.Tensor, hook: Any) -> Any:
+        raise CaptureError(
+            "forward calls Tensor.register_hook, and a compiled backward runs no hooks: write it "
+            "as a torch.autograd.Function, whose backward is kept"
+        )
+
+    torch.Tensor.register_hook = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_hook = register  # type: ignore[method-assign]

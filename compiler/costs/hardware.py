@@ -1,0 +1,269 @@
+"""Device specifications: what a node takes at a device's peak, what fits, what the link carries.
+
+Needs no torch to be imported: the command line lists devices before it loads anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates and capacity of one device, and of the link to its neighbour.
+
+    Attributes:
+        flops_per_s: torch dtype name ("float32", "bfloat16", ...) -> FLOP/s of dense matrix
+            products of such operands; "tf32" is float32 where TF32 is allowed (`with_tf32`).
+        bytes_per_s: memory bandwidth.
+        memory_bytes: memory capacity.
+        link_bytes_per_s: bandwidth of one direction to the next stage.
+        link_latency_s: seconds of a message of no bytes.
+        launch_s: seconds that one operator costs however small it is.
+    """
+
+    name: str
+    flops_per_s: Mapping[str, float] = field(hash=False)
+    bytes_per_s: float
+    memory_bytes: int
+    link_bytes_per_s: float
+    link_latency_s: float
+    launch_s: float
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of a dtype; a dtype without a figure computes as float32."""
+        return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
+
+    def with_link(self, bytes_per_s: float, latency_s: float) -> Device:
+        """The same device on another link (one direction)."""
+        return replace(self, link_bytes_per_s=bytes_per_s, link_latency_s=latency_s)
+
+    def with_tf32(self) -> Device:
+        """The same device with float32 products in TF32, where it has it."""
+        fast = self.flops_per_s.get("tf32", self.peak("float32"))
+        return replace(self, flops_per_s={**self.flops_per_s, "float32": fast})
+
+
+# Data sheets give tensor-core rates with 2:4 sparsity and NVLink as both directions together: here
+# stands half of either. No data sheet gives latencies: `link_latency_s` is the order of what NCCL's
+# send and receive take for a few bytes, `launch_s` that of one eager operator.
+
+_HOPPER = {
+    "float64": 67 * TERA,  # tensor cores
+    "float32": 67 * TERA,
+    "tf32": 989 / 2 * TERA,
+    "bfloat16": 1979 / 2 * TERA,
+    "float16": 1979 / 2 * TERA,
+    "float8_e4m3fn": 3958 / 2 * TERA,
+    "float8_e5m2": 3958 / 2 * TERA,
+}
+
+H100 = Device(
+    "h100",
+    _HOPPER,  # NVIDIA H100 data sheet, column SXM
+    bytes_per_s=3.35 * TERA,  # the same: HBM3
+    memory_bytes=int(80 * GIGA),  # the same
+    link_bytes_per_s=900 / 2 * GIGA,  # the same: NVLink 4
+    link_latency_s=10e-6,
+    launch_s=4e-6,
+)
+
+H200 = Device(
+    "h200",
+    _HOPPER,  # NVIDIA H200 data sheet, column SXM: the rates of the H100
+    bytes_per_s=4.8 * TERA,  # the same: HBM3e
+    memory_bytes=int(141 * GIGA),  # the same
+    link_bytes_per_s=900 / 2 * GIGA,  # the same: NVLink 4
+    link_latency_s=10e-6,
+    launch_s=4e-6,
+)
+
+A100 = Device(
+    "a100",
+    {  # NVIDIA A100 data sheet, column 80GB SXM; it has no FP8
+        "float64": 19.5 * TERA,  # tensor cores
+        "float32": 19.5 * TERA,
+        "tf32": 312 / 2 * TERA,
+        "bfloat16": 624 / 2 * TERA,
+        "float16": 624 / 2 * TERA,
+    },
+    bytes_per_s=2039 * GIGA,  # the same: HBM2e
+    memory_bytes=int(80 * GIGA),  # the same
+    link_bytes_per_s=600 / 2 * GIGA,  # the same: NVLink 3
+    link_latency_s=10e-6,
+    launch_s=4e-6,
+)
+
+L4 = Device(
+    "l4",
+    {  # NVIDIA L4 data sheet
+        "float64": 30.3 / 64 * TERA,  # NVIDIA Ada architecture white paper: 1/64 of FP32
+        "float32": 30.3 * TERA,
+        "tf32": 120 / 2 * TERA,
+        "bfloat16": 242 / 2 * TERA,
+        "float16": 242 / 2 * TERA,
+        "float8_e4m3fn": 485 / 2 * TERA,
+        "float8_e5m2": 485 / 2 * TERA,
+    },
+    bytes_per_s=300 * GIGA,  # the same: GDDR6
+    memory_bytes=int(24 * GIGA),  # the same
+    link_bytes_per_s=64 / 2 * GIGA,  # the same: PCIe Gen4 x16, 64 GB/s both directions
+    link_latency_s=20e-6,
+    launch_s=4e-6,
+)
+
+# One core of a current server: 2 AVX-512 FMA units at about 2 GHz reach 128 GFLOP/s on paper, and
+# BLAS about 60 % of it; its matrix unit (AMX) is five times as fast in bf16. Memory and link
+# (loopback TCP) are what one core can move; the capacity is that of a small machine, which
+# `device_spec` replaces by what is there.
+CPU = Device(
+    "cpu",
+    {"float64": 40 * GIGA, "float32": 80 * GIGA, "bfloat16": 400 * GIGA},
+    bytes_per_s=10 * GIGA,
+    memory_bytes=16 << 30,
+    link_bytes_per_s=2 * GIGA,
+    link_latency_s=100e-6,
+    launch_s=3e-6,
+)
+
+DEVICES = {device.name: device for device in (CPU, H100, H200, A100, L4)}
+
+# Words of the name that CUDA reports. The figures are those of SXM modules: other boards of the
+# same chip, and slices of one, are made from their properties.
+_WORDS = (
+    ({"H200"}, H200),
+    ({"H100", "HBM3"}, H100),
+    ({"A100", "SXM4", "80GB"}, A100),
+    ({"L4"}, L4),
+)
+_OTHER_BOARDS = {"PCIE", "NVL", "MIG"}
+
+
+def parse_device(wanted: str | Path | Device) -> Device:
+    """A device by name, from a JSON file with the fields of `Device`, or as it is.
+
+    Raises:
+        OptionError: no such device or file, or a file that does not describe a device.
+    """
+    if isinstance(wanted, Device):
+        return wanted
+    text = str(wanted)
+    if text.lower() in DEVICES:
+        return DEVICES[text.lower()]
+    path = Path(text).expanduser()
+    if path.suffix == ".json" or path.is_file():
+        return _from_json(path)
+    close = difflib.get_close_matches(text.lower(), DEVICES, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise OptionError(
+        f"unknown device {text!r}: {hint}known are {', '.join(DEVICES)}, or give the path of a "
+        "JSON file that describes one"
+    )
+
+
+def _from_json(path: Path) -> Device:
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"device file {path}: {error}") from error
+    if not isinstance(given, dict):
+        raise OptionError(f"device file {path}: not a JSON object")
+    known = [f.name for f in fields(Device)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise OptionError(f"device file {path}: unknown field {name!r}: {hint}")
+    for name in known:
+        if name not in given:
+            raise OptionError(f"device file {path}: field {name!r} is missing")
+    rates = given["flops_per_s"]
+    if not isinstance(rates, dict) or "float32" not in rates:
+        raise OptionError(
+            f"device file {path}: flops_per_s must map dtype names to FLOP/s, 'float32' among them"
+        )
+    numbers = {k: v for k, v in given.items() if k not in ("name", "flops_per_s")}
+    for name, value in (numbers | {f"flops_per_s[{k!r}]": v for k, v in rates.items()}).items():
+        may_be_zero = name in ("link_latency_s", "launch_s")
+        if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
+            least = "of 0 or more" if may_be_zero else "above 0"
+            raise OptionError(f"device file {path}: {name}={value!r} must be a number {least}")
+    return Device(
+        **given | {"name": str(given["name"]), "memory_bytes": int(given["memory_bytes"])}
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def device_spec(device: torch.device) -> Device:
+    """The specification of a torch device of this machine, with the memory that it really has.
+
+    A GPU without a data sheet here gets careful figures made from its properties; float32 is TF32
+    where `torch.set_float32_matmul_precision` allows it.
+    """
+    if device.type != "cuda":
+        return replace(CPU, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    import torch
+
+    spec = gpu_spec(torch.cuda.get_device_properties(device))
+    fast = torch.get_float32_matmul_precision() != "highest"
+    return spec.with_tf32() if fast else spec
+
+
+def gpu_spec(properties: Any) -> Device:
+    """The specification of a GPU.
+
+    Args:
+        properties: what `torch.cuda.get_device_properties` returns.
+    """
+    words = set(re.findall(r"[A-Z0-9]+", properties.name.upper()))
+    for wanted, spec in _WORDS:
+        if wanted <= words and not words & _OTHER_BOARDS:
+            return replace(spec, memory_bytes=properties.total_memory)
+    # What every NVIDIA GPU since Volta has at least, per multiprocessor and cycle: 64 FMAs in
+    # float32 and 8 times as many in 16 bits (V100 white paper).
+    cycles_per_s = 1e3 * getattr(properties, "clock_rate", 1_200_000)
+    float32 = properties.multi_processor_count * 64 * 2 * cycles_per_s
+    half = {"float16": 8 * float32} | ({"bfloat16": 8 * float32} if properties.major >= 8 else {})
+    transfers_per_s = 2 * 1e3 * getattr(properties, "memory_clock_rate", 0)  # double data rate
+    memory = transfers_per_s * getattr(properties, "memory_bus_width", 0) / 8
+    return Device(
+        properties.name,
+        {"float64": float32 / 64, "float32": float32, **half},
+        bytes_per_s=memory or 300 * GIGA,
+        memory_bytes=properties.total_memory,
+        link_bytes_per_s=12 * GIGA,  # what PCIe Gen3 x16 carries in one direction
+        link_latency_s=20e-6,
+        launch_s=4e-6,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device at hand calls itself: times measured on one hold for others of that name."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,396 @@
+"""Peak memory of a stage: what it holds all the time, and what its actions hold at once.
+
+The programs are walked operator by operator. A value is freed after its last reader, as the
+generated code frees it; a view keeps the memory that it looks into; what a program leaves in a
+microbatch's environment stays until the step after which nothing needs it (`StageProgram.drops`).
+What kernels allocate inside themselves is not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ..ir import ops
+from ..ir.actions import SEND, Action, Kind
+from ..ir.graph import (
+    is_getitem,
+    overwritten,
+    tensors,
+    viewed,
+)
+from ..ir.program import (
+    Part,
+    PipelineProgram,
+    Program,
+    Role,
+    StageProgram,
+)
+from ..ir.shards import Entry, GradientPlan
+
+ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
+SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes that a stage holds all the time; ``copies`` are weights in the compute dtype."""
+
+    weights: int
+    copies: int
+    grads: int
+    states: int
+    buffers: int
+    constants: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What replicas exchange where they divide gradients and parameters.
+
+    Attributes:
+        plan: in which parcels gradients leave.
+        at_the_end: in the last microbatch alone, and not in every one.
+        unshard_bytes: the most that is sent and received at once to make parameters whole.
+        unshard_total: all of that.
+    """
+
+    plan: GradientPlan = field(default_factory=GradientPlan)
+    at_the_end: bool = False
+    unshard_bytes: int = 0
+    unshard_total: int = 0
+
+    @property
+    def closing(self) -> list[Entry]:
+        return [entry for entries in self.plan.closing.values() for entry in entries]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage through a step.
+
+    Attributes:
+        peak_bytes: the most at once.
+        peak_at: the action that needs them ("OPTIM" for the optimizer's step).
+        after_bytes: per action of the stage, what is held when it is done.
+    """
+
+    static: Static
+    peak_bytes: int
+    peak_at: str
+    after_bytes: tuple[int, ...]
+
+
+def stage_memory(
+    program: PipelineProgram,
+    stage: int,
+    actions: Sequence[Action],
+    static: Static,
+    dp: int = 1,
+    optimizer_bytes: int = 0,
+    traffic: Traffic | None = None,
+) -> StageMemory:
+    """Run one stage's actions on paper.
+
+    Args:
+        optimizer_bytes: what the optimizer needs for a moment beyond its states.
+    """
+    last = max((action.microbatch or 0 for action in actions), default=0)
+    walk = _Walk(program, program.stages[stage], traffic or Traffic(), last)
+    peak, at = static.total + optimizer_bytes, "OPTIM"
+    after = []
+    for action in actions:
+        most = static.total + walk.run(action, dp, static.grads)
+        if most >= peak:
+            peak, at = most, str(action)
+        after.append(static.total + walk.live)
+    return StageMemory(static, peak, at, tuple(after))
+
+
+def bucket_bytes(specs: Iterable[tuple[int, torch.dtype]], parts: int) -> int:
+    """Bytes of the buffers in which a rank adds up gradients of (elements, dtype)."""
+    ends: dict[torch.dtype, int] = defaultdict(int)
+    for count, dtype in specs:
+        align = max(1, ALIGNMENT_BYTES // dtype.itemsize)
+        ends[dtype] += -(-count // align) * align
+    total = 0
+    for dtype, end in ends.items():
+        whole = max(1, ALIGNMENT_BYTES // dtype.itemsize) * parts
+        total += -(-end // whole) * whole * dtype.itemsize
+    return total
+
+
+# -- one part -------------------------------------------------------------------------------------
+
+Block = int | str
+"""A block of memory: the name of an input that lies in it, or a number if the program made it."""
+
+
+@dataclass
+class _Effect:
+    """What running a program does to memory.
+
+    Attributes:
+        extra_bytes: the most that it holds at once beyond what is there at its start.
+        made: output name -> the block in which it lies, None for one that is held anyway.
+        sizes: bytes of the blocks that it made.
+        flying_bytes: the parcel of gradients that is under way at the end.
+    """
+
+    extra_bytes: int = 0
+    made: dict[str, Block | None] = field(default_factory=dict)
+    sizes: dict[Block, int] = field(default_factory=dict)
+    flying_bytes: int = 0
+
+
+def _effect_of(
+    program: Program,
+    dropped: Iterable[str],
+    inputs: Mapping[str, Block | None],
+    sizes: Mapping[Block, int],
+    leaving: Sequence[Sequence[Entry]] = (),
+    flying: int = 0,
+    streams: bool = False,
+) -> _Effect:
+    """Walk a program once.
+
+    Args:
+        dropped: values of the environment that only this program still reads.
+        inputs: value name -> block; several values may lie in one.
+        sizes: bytes of these blocks.
+        leaving: per gradient that it adds up, what leaves then.
+        flying: bytes of the parcel that is under way already.
+        streams: gradients are packed, and not added to slots.
+    """
+    nodes = list(program.module.graph.nodes)
+    gone = set(dropped)
+    refs = Counter(block for name, block in inputs.items() if name not in gone)
+    blocks: dict[fx.Node, tuple[Block | None, ...]] = {}
+    known = dict(sizes)
+    effect = _Effect()
+    numbers = itertools.count()
+    live = most = added = 0
+    for node, port in zip(nodes, program.inputs, strict=False):
+        blocks[node] = (inputs[str(port.key)],) if port.role is Role.VALUE else (None,)
+        refs.update(blocks[node])
+    frees = _frees(nodes)
+    for node in nodes[len(program.inputs) : -1]:
+        blocks[node], new = _made(node, blocks, numbers)
+        effect.sizes |= new
+        known |= new
+        refs.update(blocks[node])
+        live += sum(new.values())
+        most = max(most, live + (0 if streams else _scratch(node)))
+        if node.target is ops.accumulate and leaving:
+            for entry in leaving[added]:
+                live, flying, peak = _leave(entry, live, flying)
+                most = max(most, peak)
+            added += 1
+        for value in frees.get(node, ()):
+            for block in blocks[value]:
+                refs[block] -= 1
+                if block is not None and refs[block] == 0:
+                    live -= known[block]
+    effect.extra_bytes, effect.flying_bytes = most, flying
+    for value, port in zip(nodes[-1].args[0], program.outputs, strict=True):
+        if port.role is Role.VALUE:
+            effect.made[str(port.key)] = blocks[value][0]
+    return effect
+
+
+def _leave(entry: Entry, live: int, flying: int) -> tuple[int, int, int]:
+    """A gradient is packed: (bytes now, of them under way, the most at once)."""
+    parcel, number = entry
+    sent, received = parcel.scatter_bytes
+    peak = live
+    if number == 0:
+        live += sent
+        peak = live
+    if number == len(parcel.items) - 1:
+        live += received - flying
+        return live, sent + received, max(peak, live)
+    return live, flying, peak
+
+
+def _made(
+    node: fx.Node, blocks: Mapping[fx.Node, tuple[Block | None, ...]], numbers: Iterator[int]
+) -> tuple[tuple[Block | None, ...], dict[Block, int]]:
+    """The blocks in which a node's value lies, and those of them that are new."""
+    source = viewed(node) or overwritten(node)
+    if source is not None:
+        return blocks[source], {}
+    if is_getitem(node):
+        whole, index = node.args
+        assert isinstance(whole, fx.Node)
+        assert isinstance(index, int)
+        return blocks[whole][index : index + 1], {}
+    if node.op == "get_attr" or node.target is ops.accumulate:
+        return (None,), {}
+    value = node.meta["val"]
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    made = tuple(next(numbers) if tensors(item) else None for item in items)
+    pairs = zip(made, items, strict=True)
+    return made, {b: item.numel() * item.element_size() for b, item in pairs if b is not None}
+
+
+def _scratch(node: fx.Node) -> int:
+    """A gradient in another layout than its slot is copied before it is added."""
+    if node.target is not ops.accumulate:
+        return 0
+    slot, grad = node.args
+    assert isinstance(slot, fx.Node)
+    assert isinstance(grad, fx.Node)
+    made: torch.Tensor = slot.meta["val"]
+    moved = grad.meta["val"].stride() != made.stride()
+    return made.numel() * made.element_size() if moved else 0
+
+
+def _frees(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that the generated code lets go after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.op not in ("placeholder", "output"):
+            last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    frees: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for value, node in last.items():
+        frees[node].append(value)
+    return frees
+
+
+# -- one stage ------------------------------------------------------------------------------------
+
+Environment = dict[str, int | None]
+"""Of one microbatch: value name -> the block in which it lies."""
+
+
+class _Walk:
+    """The environments of the microbatches of one stage, as blocks of memory."""
+
+    def __init__(self, program: PipelineProgram, stage: StageProgram, traffic: Traffic, last: int):
+        self.stage, self.traffic, self.last = stage, traffic, last
+        self.flying = 0
+        self.messages = {(m.src, m.dst, m.phase): m for m in program.messages}
+        self.environments: dict[int, Environment] = defaultdict(dict)
+        self.arriving: dict[tuple[Kind, int], Environment] = defaultdict(dict)
+        self.outbox: list[int | None] = []  # sent after the last computation
+        self.sizes: dict[int, int] = {}
+        self.refs: Counter[int] = Counter()
+        self.live = 0
+        self.numbers = itertools.count()
+        # of all microbatches alike that find the same under way
+        self.effects: dict[tuple[Kind, bool, int], _Effect] = {}
+
+    def run(self, action: Action, dp: int, grad_bytes: int) -> int:
+        """Apply an action; returns the most bytes that are held at once meanwhile."""
+        kind, index = action.kind, action.microbatch
+        if kind is Kind.UNSHARD:
+            return self.live + self.traffic.unshard_bytes
+        if kind is Kind.REDUCE_GRAD and self.traffic.plan.parts:
+            return self._drain()
+        if kind is Kind.REDUCE_GRAD:
+            segment = min(grad_bytes, SEGMENT_BYTES)
+            return self.live + segment + segment // dp
+        if index is None or kind in (Kind.REDUCE_B, Kind.REDUCE_W):
+            return self.live
+        if kind.computes:
+            sent, self.outbox = self.outbox, []
+            most = self._compute(kind, index)
+            for block in sent:  # it left meanwhile
+                self._release(block)
+            return most
+        assert action.peer is not None
+        if kind in SEND.values():
+            self._send(action, action.peer, self.environments[index])
+        else:
+            reader = Kind.F if kind is Kind.RECV_F else Kind.B
+            for spec in self.messages[action.peer, action.stage, kind.phase].values:
+                self.arriving[reader, index][spec.name] = self._new(spec.nbytes)
+        return self.live
+
+    def _compute(self, kind: Kind, index: int) -> int:
+        values = self.environments[index]
+        values.update(self.arriving.pop((kind, index), {}))
+        dropped = self.stage.drops.get((kind.value, -1), ())
+        leaves = not self.traffic.at_the_end or index == self.last
+        key = (kind, leaves, self.flying)
+        if key not in self.effects:
+            self.effects[key] = self._effect(kind, values, dropped, leaves)
+        effect = self.effects[key]
+        most = self.live + effect.extra_bytes
+        self.live += effect.flying_bytes - self.flying
+        self.flying = effect.flying_bytes
+        kept = {block for block in effect.made.values() if isinstance(block, int)}
+        fresh = {block: self._new(effect.sizes[block]) for block in kept}
+        made = {
+            n: fresh[b] if isinstance(b, int) else values[b]
+            for n, b in effect.made.items()
+            if b is not None
+        }
+        self.refs.update(block for block in made.values() if block is not None)
+        for name in dropped:
+            self._release(values.pop(name))
+        values.update(dict.fromkeys(effect.made) | made)
+        for block in fresh.values():
+            self._release(block)  # held by its maker until here
+        return most
+
+    def _drain(self) -> int:
+        """The gradients that waited for their tied parts leave; then nothing is under way."""
+        most = self.live
+        for entry in self.traffic.closing:
+            self.live, self.flying, peak = _leave(entry, self.live, self.flying)
+            most = max(most, peak)
+        self.live -= self.flying
+        self.flying = 0
+        return most
+
+    def _effect(
+        self, kind: Kind, values: Environment, dropped: Iterable[str], leaves: bool
+    ) -> _Effect:
+        names: dict[int, str] = {}
+        for name, block in values.items():
+            if block is not None:
+                names.setdefault(block, name)
+        inputs = {name: None if b is None else names[b] for name, b in values.items()}
+        sizes: dict[Block, int] = {name: self.sizes[block] for block, name in names.items()}
+        part = Part(kind.value)
+        leaving = self.traffic.plan.parts.get(part, ()) if leaves else ()
+        streams = bool(leaving) and not self.traffic.at_the_end
+        return _effect_of(
+            self.stage.parts[part], dropped, inputs, sizes, leaving, self.flying, streams
+        )
+
+    def _send(self, action: Action, peer: int, values: Environment) -> None:
+        message = self.messages[action.stage, peer, action.kind.phase]
+        sent = [values[spec.name] for spec in message.values]
+        self.outbox += sent
+        self.refs.update(block for block in sent if block is not None)
+        for name in self.stage.drops.get((action.kind.value, peer), ()):
+            self._release(values.pop(name))
+
+    def _new(self, size: int) -> int:
+        block = next(self.numbers)
+        self.sizes[block] = size
+        self.refs[block] = 1
+        self.live += size
+        return block
+
+    def _release(self, block: int | None) -> None:
+        if block is None:
+            return
+        self.refs[block] -= 1
+        if self.refs[block] == 0:
+            self.live -= self.sizes.pop(block)
+            del self.refs[block]

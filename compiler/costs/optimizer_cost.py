@@ -1,0 +1,185 @@
+"""What a user's optimizer takes: bytes of its states, bytes during a step, seconds per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..capture.skeleton import is_fake, weightless
+from .meter import StorageMeter
+
+Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+# Of dummy parameters; gradients and states come on top. With less than this a large optimizer step
+# seems up to twice as fast as it is: its temporaries come from pages that are there already.
+SAMPLE_BYTES = 64 << 20
+STEPS = 5
+_STEP = 100.0  # what a fake step counter reads: late enough for what optimizers do after a warm-up
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes that an optimizer needs beyond parameters and gradients.
+
+    Attributes:
+        state_bytes: parameter name -> bytes of its states, kept between steps.
+        shared_bytes: kept besides, for no parameter in particular.
+        transient_bytes: at most alive during a step, beyond parameters, gradients and states.
+        exact: computed for the true shapes; False if scaled up from smaller parameters.
+    """
+
+    state_bytes: dict[str, int]
+    shared_bytes: int
+    transient_bytes: int
+    exact: bool = True
+
+    @property
+    def total_state_bytes(self) -> int:
+        return sum(self.state_bytes.values()) + self.shared_bytes
+
+
+def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+    """Bytes of an optimizer over parameters of which shapes, strides and dtypes are known.
+
+    Runs two steps on fake tensors: the first makes the states, the second is measured. An optimizer
+    that cannot run without data runs on small parameters instead, and their bytes are scaled.
+
+    Args:
+        factory: called with named parameters, as `pipecompile.compile` does.
+        params: FQN -> a tensor, real, fake or meta; only its shape, strides, dtype and device
+            matter. Give those of one stage for the bytes during a step of that stage.
+    """
+    try:
+        with weightless():
+            return _memory(factory, params)
+    except Exception:
+        share = _share(params)
+        small = _shrunk(params, share)
+        cpu = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in small.items()}
+        found = _memory(factory, cpu)
+        scale = {name: p.numel() / max(1, small[name].numel()) for name, p in params.items()}
+        states = {name: round(n * scale[name]) for name, n in found.state_bytes.items()}
+        rest = round(found.shared_bytes / share), round(found.transient_bytes / share)
+        return OptimizerMemory(states, *rest, exact=False)
+
+
+def _answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator; one that asks for the value of a fake tensor gets a number."""
+    if func is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
+        return _STEP if args[0].is_floating_point() else 1
+    return func(*args, **kwargs)
+
+
+def _memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+    named = _parameters(params)
+    held = [t for p in named.values() for t in (p, p.grad) if t is not None]
+    with StorageMeter(_answering) as meter:
+        optimizer = factory(list(named.items()))
+        _choose_foreach(optimizer)
+        optimizer.step()
+        before = meter.current_bytes
+        meter.restart()
+        optimizer.step()
+        transient = meter.peak_bytes - before
+    mine = {t.untyped_storage() for t in held}
+    states = {}
+    for name, param in named.items():
+        found = {
+            leaf.untyped_storage()
+            for leaf in tree_leaves(optimizer.state.get(param, {}))
+            if isinstance(leaf, torch.Tensor)
+        }
+        states[name] = sum(storage.nbytes() for storage in found - mine)
+        mine |= found
+    shared = max(0, before - sum(states.values()))
+    return OptimizerMemory(states, shared, transient)
+
+
+def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
+    """On CUDA torch takes the foreach kernels for plain tensors, but not for fake ones."""
+    for group in optimizer.param_groups:
+        on_gpu = all(p.device.type == "cuda" for p in group["params"])
+        undecided = "foreach" in group and group["foreach"] is None and not group.get("fused")
+        if on_gpu and undecided and not group.get("differentiable"):
+            group["foreach"] = True
+
+
+def optimizer_seconds(
+    factory: Factory, params: Mapping[str, torch.Tensor], device: torch.device
+) -> float:
+    """Seconds of one step, measured on dummy parameters and scaled by bytes.
+
+    A step takes so much per parameter and so much per byte; two sizes of the same parameters, cut
+    along their first dimension, tell one from the other.
+
+    Args:
+        params: FQN -> a tensor of which only shape and dtype matter.
+        device: where to measure.
+    """
+    share = _share(params)
+    large = _shrunk(params, share)
+    large_s = _step_seconds(factory, large, device)
+    if share == 1:
+        return large_s
+    small = _shrunk(params, share / 4)
+    small_s = _step_seconds(factory, small, device)
+    step_bytes = _nbytes(large) - _nbytes(small)
+    per_byte = max(0.0, large_s - small_s) / step_bytes if step_bytes > 0 else 0.0
+    return large_s + per_byte * (_nbytes(params) - _nbytes(large))
+
+
+def _step_seconds(
+    factory: Factory, params: Mapping[str, torch.Tensor], device: torch.device
+) -> float:
+    real = {
+        name: torch.full(p.shape, 0.02, dtype=p.dtype, device=device) for name, p in params.items()
+    }
+    optimizer = factory(list(_parameters(real).items()))
+    seconds = []
+    for _ in range(1 + STEPS):
+        start = time.perf_counter()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])  # the first makes the states
+
+
+def _parameters(params: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    """New parameters of the same shapes, with gradients; fake where fakes are made."""
+    made = {}
+    for name, like in params.items():
+        room = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=like.device
+        ).fill_(0.02)
+        made[name] = nn.Parameter(room)
+        made[name].grad = torch.full_like(room, 0.01)
+    return made
+
+
+def _share(params: Mapping[str, torch.Tensor]) -> float:
+    """The share of the first dimensions that leaves about `SAMPLE_BYTES`."""
+    return min(1.0, SAMPLE_BYTES / max(1, _nbytes(params)))
+
+
+def _shrunk(params: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """The same parameters, shorter along the first dimension; without data."""
+    return {
+        name: torch.empty(_shorter(p.shape, share), dtype=p.dtype, device="meta")
+        for name, p in params.items()
+    }
+
+
+def _shorter(shape: torch.Size, share: float) -> tuple[int, ...]:
+    return tuple(shape) if not shape else (max(1, round(shape[0] * share)), *shape[1:])
+
+
+def _nbytes(params: Mapping[str, torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in params.values())

@@ -1,0 +1,254 @@
+"""A compiled graph -> the plan that people read, and the simulated step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...passes.graph.placement import Placement
+from ..capture.batch import BatchSpec
+from ..capture.skeleton import Skeleton
+from ..costs.cost import Cost, node_cost
+from ..costs.footprint import Footprint
+from ..costs.hardware import Device
+from ..costs.memory import StageMemory
+from ..costs.simulate import Timeline, simulate
+from ..ir import ops
+from ..ir.actions import Kind, max_in_flight
+from ..ir.graph import (
+    Phase,
+    module_of,
+    nbytes,
+    phase_of,
+)
+from ..ir.locality import is_gradient_sum
+from ..options.options import CompileOptions
+from ..plan.decision import Decision
+from ..plan.plan import (
+    MemoryPlan,
+    Plan,
+    StagePlan,
+    TiedPlan,
+    Transfer,
+    covered_modules,
+)
+from .assembly import Assembly
+from .record import PassRecord
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one stage and microbatch; ``closing`` once per step."""
+
+    forward: float
+    backward: float
+    recompute: float
+    closing: float
+
+
+class Summary:
+    """Everything that the plan of one graph says.
+
+    Args:
+        decision: of the graph; one that follows another graph's stages has units without seconds.
+        closing_s: per stage, seconds after its last microbatch.
+        costs: where seconds come from.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        options: CompileOptions,
+        device: Device,
+        footprint: Footprint,
+        placement: Placement,
+        assembly: Assembly,
+        decision: Decision,
+        closing_s: Sequence[float],
+        costs: str,
+    ):
+        self.skeleton, self.options, self.device = skeleton, options, device
+        self.footprint, self.placement, self.assembly = footprint, placement, assembly
+        self.decision, self.costs = decision, costs
+        self.program, self.schedule = assembly.program, assembly.schedule
+        self.work = self._work()
+        self.seconds = [self._seconds(s, closing_s[s]) for s in range(options.n_stages)]
+
+    def timeline(self) -> Timeline:
+        compute_s: dict[tuple[int, Kind], float] = {}
+        for stage, seconds in enumerate(self.seconds):
+            weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
+            split = weight / (weight + rest) if weight else 0.0
+            whole = seconds.backward + seconds.recompute
+            compute_s[stage, Kind.F] = seconds.forward
+            compute_s[stage, Kind.B] = whole * (1 - split)
+            compute_s[stage, Kind.W] = whole * split
+            self._hide(compute_s, stage)
+        transfer_s = {
+            (m.src, m.dst): self.device.link_latency_s + m.nbytes / self.device.link_bytes_per_s
+            for m in self.program.messages
+        }
+        closing_s = [seconds.closing for seconds in self.seconds]
+        held_bytes = [memory.after_bytes for memory in self.assembly.memory]
+        return simulate(self.schedule, compute_s, transfer_s, closing_s, held_bytes)
+
+    def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
+        """What replicas exchange during each program runs beside it: the longer one counts.
+
+        From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
+        parameters.
+        """
+        rate, dp = self.device.link_bytes_per_s, self.options.dp
+        zero = self.footprint.zero
+        if zero < 2 or dp == 1:
+            return
+        traffic = self.footprint.traffic(self.program, stage)
+        for part, program in self.program.stages[stage].parts.items():
+            sent = sum(
+                parcel.scatter_bytes[0] * (dp - 1) / dp
+                for entries in traffic.plan.parts.get(part, ())
+                for parcel, number in entries
+                if number == 0
+            )
+            gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
+            sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
+            key = stage, Kind(part.value)
+            compute_s[key] = max(compute_s[key], sent / rate)
+
+    def plan(
+        self,
+        spec: BatchSpec,
+        microbatches: int,
+        budget_bytes: int | None,
+        timeline: Timeline,
+        records: Sequence[PassRecord],
+    ) -> Plan:
+        modules = self._modules()
+        options = self.options
+        return Plan(
+            model=type(self.skeleton.module).__name__,
+            n_stages=options.n_stages,
+            dp=options.dp,
+            microbatches=microbatches,
+            microbatch_rows=spec.rows,
+            shape=str(spec),
+            microbatch_tokens=_tokens(spec),
+            device=self.device.name,
+            costs=self.costs,
+            budget_bytes=budget_bytes,
+            param_count=sum(self.footprint.size(name)[0] for name in self.skeleton.params),
+            options={
+                "schedule": options.schedule,
+                "tied_grads": options.tied_grads,
+                "precision": str(options.dtypes or "as it is"),
+                "zero": str(options.zero),
+            },
+            decision=self.decision,
+            stages=tuple(
+                self._stage(stage.stage, modules, memory)
+                for stage, memory in zip(self.program.stages, self.assembly.memory, strict=True)
+            ),
+            tied=tuple(self._tied()),
+            schedule=tuple(" ".join(map(str, actions)) for actions in self.schedule),
+            step_s=timeline.step_s,
+            bubble=timeline.bubble,
+            notes=tuple((record.name, record.note) for record in records),
+        )
+
+    def _stage(self, s: int, modules: Sequence[Sequence[str]], memory: StageMemory) -> StagePlan:
+        part, seconds = self.program.stages[s], self.seconds[s]
+        sizes = [self.footprint.size(name) for name in part.params]
+        backward = self.work[s, "B"] + self.work[s, "W"]
+        mine = [i for i, stage in enumerate(self.decision.unit_stage) if stage == s]
+        labels = Counter(self.decision.unit_recomputes[i] for i in mine)
+        return StagePlan(
+            stage=s,
+            modules=covered_modules(modules[s], modules, s),
+            units=len(mine),
+            params=part.params,
+            param_count=sum(count for count, _ in sizes),
+            param_bytes=sum(size for _, size in sizes),
+            forward_flops=self.work[s, "F"].flops,
+            backward_flops=backward.flops - self.work[s, "R"].flops,
+            recompute_flops=self.work[s, "R"].flops,
+            forward_s=seconds.forward,
+            backward_s=seconds.backward,
+            recompute_s=seconds.recompute,
+            closing_s=seconds.closing,
+            recomputes={label: n for label, n in sorted(labels.items()) if label != "nothing"},
+            stash_bytes=part.stash_bytes,
+            carry_bytes=part.carry_bytes,
+            in_flight=max_in_flight(self.schedule[s]),
+            memory=MemoryPlan(
+                **vars(memory.static), peak=memory.peak_bytes, peak_at=memory.peak_at
+            ),
+            sends=tuple(
+                Transfer(m.dst, m.phase.value, m.nbytes, tuple(v.name for v in m.values))
+                for m in self.program.messages
+                if m.src == s
+            ),
+        )
+
+    def _work(self) -> dict[tuple[int, str], Cost]:
+        """Per stage, the roofline of F, B and W, and of R, what is recomputed in B and W."""
+        work: dict[tuple[int, str], Cost] = defaultdict(Cost)
+        for node, stage in self.assembly.crossings.stage.items():
+            kind = "F" if phase_of(node) is Phase.FORWARD else "B"
+            if node.name in self.program.weight_nodes:
+                kind = "W"
+            cost = node_cost(node, self.device)
+            work[stage, kind] += cost
+            if node in self.assembly.remat.copies:
+                work[stage, "R"] += cost
+        return work
+
+    def _seconds(self, stage: int, closing: float) -> Seconds:
+        decision = self.decision
+        if not decision.unit_seconds:
+            again = self.work[stage, "R"].seconds
+            backward_s = self.work[stage, "B"].seconds + self.work[stage, "W"].seconds - again
+            return Seconds(self.work[stage, "F"].seconds, backward_s, again, closing)
+        pairs = zip(decision.unit_seconds, decision.unit_stage, strict=True)
+        units = [seconds for seconds, s in pairs if s == stage]
+        forward, backward, recompute = (math.fsum(unit[i] for unit in units) for i in range(3))
+        return Seconds(forward, backward, recompute, closing)
+
+    def _modules(self) -> list[list[str]]:
+        modules: list[list[str]] = [[] for _ in range(self.options.n_stages)]
+        for node, stage in self.placement.stage.items():
+            if phase_of(node) is Phase.FORWARD:
+                modules[stage].append(module_of(node))
+        return modules
+
+    def _tied(self) -> list[TiedPlan]:
+        return [
+            TiedPlan(
+                tied.name,
+                tuple(n for n, first in self.skeleton.canonical.items() if first == tied.name),
+                tied.holders,
+                tied.owner,
+                self.footprint.size(tied.name)[1],
+                self._part_bytes(tied.name),
+                self.options.tied_grads,
+            )
+            for tied in self.program.tied
+        ]
+
+    def _part_bytes(self, name: str) -> int:
+        """What a part of a tied gradient takes on its way."""
+        if self.options.tied_grads == "per_step":
+            return self.footprint.size(name)[1]
+        grad = self.assembly.graph.grads[name]
+        sizes = [nbytes(n) for n in grad.all_input_nodes] if is_gradient_sum(grad) else []
+        return min(sizes, default=self.footprint.size(name)[1])
+
+
+def _tokens(spec: BatchSpec) -> int:
+    """Ids in the first leaf, if it is one of (rows, tokens)."""
+    first = spec.leaves[0]
+    ids = len(first.shape) == 2 and first.dtype in (torch.int64, torch.int32)
+    return torch.Size(first.shape).numel() if ids else 0

@@ -1,0 +1,1 @@
+"""What flows through the compiler, as data: graphs, programs, actions, problems, errors."""

@@ -1,0 +1,110 @@
+"""Actions: the instructions of a schedule, as data that prints and parses.
+
+A schedule is a list of actions per stage, the same on every replica. ``2F0`` is stage 2's
+forward of microbatch 0, ``1SEND_B3→0`` sends what stage 1's backward of microbatch 3 owes stage
+0, ``0RECV_B3←1`` is the other end, ``2REDUCE_GRAD`` averages stage 2's gradients over the
+replicas. Where these divide parameters and gradients (`passes.schedule.exchange`), ``2UNSHARD``
+makes the parameters whole, and ``2REDUCE_B0`` averages what the backward of microbatch 0 made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .graph import Phase
+
+
+class Kind(StrEnum):
+    """What an action does."""
+
+    F = "F"
+    B = "B"
+    W = "W"
+    SEND_F = "SEND_F"
+    RECV_F = "RECV_F"
+    SEND_B = "SEND_B"
+    RECV_B = "RECV_B"
+    SYNC_TIED = "SYNC_TIED"
+    UNSHARD = "UNSHARD"
+    REDUCE_B = "REDUCE_B"
+    REDUCE_W = "REDUCE_W"
+    REDUCE_GRAD = "REDUCE_GRAD"
+
+    @property
+    def computes(self) -> bool:
+        return self in (Kind.F, Kind.B, Kind.W)
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.FORWARD if self.value.endswith("F") else Phase.BACKWARD
+
+
+SEND = {Phase.FORWARD: Kind.SEND_F, Phase.BACKWARD: Kind.SEND_B}
+RECV = {Phase.FORWARD: Kind.RECV_F, Phase.BACKWARD: Kind.RECV_B}
+_PATTERN = re.compile(
+    r"(?P<stage>\d+)(?P<kind>SYNC_TIED|UNSHARD|REDUCE_GRAD|REDUCE_[BW]|(?:SEND_|RECV_)?[FB]|W)"
+    r"(?P<microbatch>\d+)?(?:(?P<arrow>[→←])(?P<peer>\d+))?"
+)
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One instruction of one stage; ``peer`` is the other stage of a send or receive."""
+
+    stage: int
+    kind: Kind
+    microbatch: int | None = None
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        number = "" if self.microbatch is None else str(self.microbatch)
+        arrow = "←" if self.kind in RECV.values() else "→"
+        peer = "" if self.peer is None else f"{arrow}{self.peer}"
+        return f"{self.stage}{self.kind}{number}{peer}"
+
+    @staticmethod
+    def parse(text: str) -> Action:
+        """The action that prints as ``text``.
+
+        Raises:
+            ValueError: the text is not an action.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not an action like 2F0 or 1SEND_B3→0")
+        number, peer = match["microbatch"], match["peer"]
+        action = Action(
+            int(match["stage"]),
+            Kind(match["kind"]),
+            None if number is None else int(number),
+            None if peer is None else int(peer),
+        )
+        if str(action) != text.strip():
+            raise ValueError(f"{text!r} is not an action; did you mean {action}?")
+        return action
+
+
+Schedule = tuple[tuple[Action, ...], ...]
+"""Per stage, its actions in order."""
+
+
+def to_text(schedule: Schedule) -> str:
+    """One line per stage."""
+    return "\n".join(" ".join(str(action) for action in actions) for actions in schedule)
+
+
+def from_text(text: str) -> Schedule:
+    return tuple(tuple(Action.parse(word) for word in line.split()) for line in text.splitlines())
+
+
+def max_in_flight(actions: Sequence[Action]) -> int:
+    """The most microbatches that a stage holds between forward and its last part at once."""
+    last = Kind.W if any(action.kind is Kind.W for action in actions) else Kind.B
+    most = now = 0
+    for action in actions:
+        now += {Kind.F: 1, last: -1}.get(action.kind, 0)
+        most = max(most, now)
+    return most

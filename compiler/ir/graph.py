@@ -1,0 +1,230 @@
+"""The joint graph: forward, loss and backward of one microbatch in one flat torch.fx graph.
+
+What is legal, and what every pass may rely on:
+
+======================  ===================================================================
+node                    meaning
+======================  ===================================================================
+placeholder             a parameter, a buffer, a leaf of the batch, or the tangent of the loss
+get_attr                a constant tensor that the model made while it was captured
+call_function           an ATen overload without side effect, or ``operator.getitem``
+output                  loss, results, gradients and buffer updates, in the order of the fields
+``meta["val"]``         a fake tensor: shape, strides and dtype (a tuple of them, an int, ...)
+``meta["phase"]``       a `Phase`; a backward node is one that autograd added
+``meta["partner"]``     the sequence number shared by a forward op and its backward nodes
+``meta["recomputes"]``  in a backward node that computes a forward node again: its name
+``meta["module"]``      dotted path of the module that was running ("" is the model itself)
+======================  ===================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class Phase(StrEnum):
+    """Whether a node belongs to the model or to its derivative."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass
+class JointGraph:
+    """One microbatch's computation, with names for everything that enters and leaves it.
+
+    Attributes:
+        module: holds the graph and its constant tensors.
+        params: parameter FQN (of a tied group: the first name) -> placeholder.
+        buffers: buffer FQN -> placeholder.
+        inputs: index of a batch leaf -> placeholder.
+        tangent: placeholder of d(total)/d(loss), None in a graph without backward.
+        loss: the scalar loss, None where only results are asked for.
+        results: tensors the model returns, in pytree order (evaluation graphs).
+        grads: parameter FQN -> its gradient.
+        copies: parameter FQN -> placeholder of its copy in the compute dtype.
+        mutations: buffer FQN -> its value after the forward pass.
+    """
+
+    module: fx.GraphModule
+    params: dict[str, fx.Node]
+    buffers: dict[str, fx.Node]
+    inputs: dict[int, fx.Node]
+    tangent: fx.Node | None = None
+    loss: fx.Node | None = None
+    results: tuple[fx.Node, ...] = ()
+    grads: dict[str, fx.Node] = field(default_factory=dict)
+    copies: dict[str, fx.Node] = field(default_factory=dict)
+    mutations: dict[str, fx.Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def owners(self) -> dict[fx.Node, str]:
+        """Placeholder of a parameter or of its copy -> FQN."""
+        pairs = (*self.params.items(), *self.copies.items())
+        return {node: name for name, node in pairs}
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.tangent is not None
+
+    def ops(self, phase: Phase | None = None) -> Iterator[fx.Node]:
+        """The nodes that compute (constants included), in order; of one phase if given."""
+        for node in self.graph.nodes:
+            if node.op in ("call_function", "get_attr") and phase in (None, phase_of(node)):
+                yield node
+
+    def set_output(self) -> None:
+        """Write the output node anew from the fields."""
+        for node in self.graph.find_nodes(op="output"):
+            self.graph.erase_node(node)
+        loss = () if self.loss is None else (self.loss,)
+        values = (*loss, *self.results, *self.grads.values(), *self.mutations.values())
+        self.graph.output(values)
+
+    def fingerprint(self) -> str:
+        """A hash that is equal on two ranks exactly when they captured the same graph."""
+        digest = hashlib.sha256()
+        index: dict[fx.Node, int] = {}
+        for node in self.graph.nodes:
+            index[node] = len(index)
+            args = fx.node.map_arg(node.args, lambda n: f"%{index[n]}")
+            kwargs = fx.node.map_arg(node.kwargs, lambda n: f"%{index[n]}")
+            target = "" if node.op == "placeholder" else str(node.target)
+            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+            digest.update(f"{node.op} {target} {args} {kwargs} {describe(node)}\n".encode())
+        named = (self.params, self.buffers, self.inputs, self.grads, self.copies)
+        names = tuple(list(nodes) for nodes in named)
+        digest.update(repr(names).encode())
+        return digest.hexdigest()
+
+
+def phase_of(node: fx.Node) -> Phase:
+    return Phase(node.meta.get("phase", Phase.FORWARD))
+
+
+def module_of(node: fx.Node) -> str:
+    return str(node.meta.get("module", ""))
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module that made a node, below the traced function ("model" is the user's)."""
+    modules = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return str(next(reversed(modules.values()))[0]) if modules else "model"
+
+
+def identifier(name: str) -> str:
+    """A parameter's or buffer's name as a Python name: ``0.weight`` becomes ``p_0_weight``."""
+    plain = re.sub(r"\W", "_", name)
+    return plain if plain.isidentifier() else f"p_{plain}"
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an ATen overload. Its class has no public name; this is its home."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the op draws from a generator, so that running it twice gives two answers.
+
+    Attention kernels are tagged as such ops; without dropout they draw nothing.
+    """
+    tags = getattr(node.target, "tags", ())
+    if not is_operator(node) or torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    called: Any = node.target
+    names = [argument.name for argument in called._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return bool(given.get("dropout_p", 0.0) != 0.0)
+
+
+def tensors(value: object) -> list[torch.Tensor]:
+    """The tensors in a node's ``val``."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of the tensors a node stands for, each counted dense."""
+    return sum(t.numel() * t.element_size() for t in tensors(node.meta.get("val")))
+
+
+def describe(node: fx.Node) -> str:
+    """Shape and dtype, like ``f32[4, 16, 64]``."""
+    shown = [f"{_short(t.dtype)}{list(t.shape)}" for t in tensors(node.meta.get("val"))]
+    return ", ".join(shown)
+
+
+def _short(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        if name.startswith(long):
+            return short + name.removeprefix(long)
+    return name
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value lies in: itself unless it is a view.
+
+    Keeping a view alive keeps its root alive, so bytes are counted by root.
+    """
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The node that a node is a view of, None if it has memory of its own."""
+    if node.op != "call_function" or not node.args:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return None
+    if is_getitem(node):
+        # an item of a view op's list aliases what the op viewed; of any other op it is its own
+        return source if viewed(source) is not None else None
+    if node.target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default):
+        return source
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.returns:
+        return None
+    alias = schema.returns[0].alias_info
+    return source if alias is not None and not alias.is_write else None
+
+
+def overwritten(node: fx.Node) -> fx.Node | None:
+    """The node over whose value one of a program writes its own (`passes.programs.inplace`)."""
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            source = node.kwargs[argument.name] if argument.kwarg_only else node.args[i]
+            assert isinstance(source, fx.Node)
+            return source
+    return None
+
+
+def root_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Bytes that keeping all of these values alive costs; what shares memory counts once."""
+    return sum(nbytes(root) for root in dict.fromkeys(storage_root(node) for node in nodes))

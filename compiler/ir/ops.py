@@ -1,0 +1,89 @@
+"""The instructions that stage programs have beyond ATen; each is one call in a lowered graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+PIECE = 1 << 16  # elements
+
+
+class Slot(Protocol):
+    """Where the gradient of one parameter adds up."""
+
+    def add(self, grad: torch.Tensor) -> None: ...
+
+
+def accumulate(slot: Slot, grad: torch.Tensor) -> None:
+    """Add one microbatch's gradient to its slot, as autograd's AccumulateGrad does."""
+    slot.add(grad)
+
+
+def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add to a sum of gradients, whatever layout and dtype the addend has.
+
+    Adding across layouts is up to 20 times slower than copying first. A CPU makes a copy of an
+    addend of another dtype: a small one at a time stays in its cache.
+    """
+    if grad.stride() != total.stride():
+        grad = torch.empty_like(total).copy_(grad)
+    if total.dtype is grad.dtype or total.device.type != "cpu" or not total.is_contiguous():
+        total.add_(grad)
+        return
+    pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (total, grad))
+    for part, addend in zip(*pieces, strict=True):
+        part.add_(addend)
+
+
+class Group(Protocol):
+    """Parameters that become whole together (`passes.programs.sharding`)."""
+
+    def start(self) -> Sequence[Any]: ...
+
+    def finish(self, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]: ...
+
+
+def gather(group: Group) -> Sequence[Any]:
+    """Begin to fetch the rows that other replicas own.
+
+    Returns:
+        The ticket for `unshard`: what is under way, then the parameters that arrive in place.
+    """
+    return group.start()
+
+
+def unshard(group: Group, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Wait for what `gather` has begun: the parameters that arrived in parcels."""
+    return group.finish(ticket)
+
+
+def seeded(seed: int, site: int, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a random op from a seed of its own.
+
+    The draw depends on ``seed`` (run, step, replica, microbatch) and ``site`` (which random op
+    of the model), so it is the same for every number of stages and every schedule.
+    """
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    generator_of(device or kwargs.get("device") or torch.device("cpu")).manual_seed(mix(seed, site))
+    return op(*args, **kwargs)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The default generator of a device, which ATen's random ops draw from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit number from several, well spread (the finaliser of SplitMix64)."""
+    mask = (1 << 64) - 1
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1

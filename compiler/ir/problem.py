@@ -1,0 +1,255 @@
+"""The partitioning problem as plain data, what a solution of it costs, and what makes one legal.
+
+Units have to be put on stages 0 to S − 1, and each unit has to take one of its options. Numbers
+only: any graph can be fed to the solvers (`passes.partition.solve`, `passes.partition.baselines`).
+
+    seconds of stage s   T_s = Σ option seconds of its units + what it sends and receives
+    bytes of stage s     Σ static + in_flight[s] · Σ stash + what is kept once per stage
+                         + the largest transient of its units + reserve_bytes[s]
+    objective            max_weight · max T_s + sum_weight · Σ T_s
+
+For 1F1B with m microbatches the makespan is (m − 1) · max T_s + Σ T_s (Narayanan et al., SC 2021,
+section 2.2); max_weight = 1, sum_weight = 0 is the time per microbatch in the long run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .errors import PartitionError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a unit.
+
+    Attributes:
+        seconds: forward, backward and recomputation of one microbatch.
+        stash_bytes: kept by every microbatch in flight, by no other unit.
+        static_bytes: held all the time: weights, gradients, optimizer states.
+        transient_bytes: the most that the unit needs besides while it runs.
+        name: what it recomputes, for people.
+    """
+
+    seconds: float
+    stash_bytes: float = 0.0
+    static_bytes: float = 0.0
+    transient_bytes: float = 0.0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one unit makes and others read: it travels to every other stage that reads it.
+
+    Attributes:
+        source, readers: units; a reader may come before the source (gradients).
+        send_s: paid once by the source's stage if any reader is elsewhere.
+        receive_s: paid once by every other stage that has a reader.
+    """
+
+    source: int
+    readers: tuple[int, ...]
+    send_s: float = 0.0
+    receive_s: float = 0.0
+
+
+Users = tuple[tuple[int, frozenset[int] | None], ...]
+"""(unit, its options that count; None for all of them)."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that several units share: taken once on every stage where any user is.
+
+    Attributes:
+        per_microbatch: times the stage's microbatches in flight (a stashed value), or once (a
+            weight that several units read).
+        unless: not on a stage where one of these is: the value is recomputed there.
+    """
+
+    bytes: float
+    users: Users
+    per_microbatch: bool = True
+    unless: Users = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Units, their options and order, and what they share.
+
+    Attributes:
+        options: per unit, at least one.
+        edges: (u, v): the stage of u is at most that of v. Together they have no cycle.
+        together: groups of units that go to one stage.
+        pins: unit -> its stage.
+        in_flight: per stage, microbatches between forward and backward at once.
+        budget_bytes: per stage; `math.inf` for no limit.
+        reserve_bytes: per stage, held besides.
+        min_units: fewest units of a stage.
+        labels: per unit, for messages.
+    """
+
+    options: tuple[tuple[Option, ...], ...]
+    edges: tuple[tuple[int, int], ...]
+    n_stages: int
+    values: tuple[Value, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    together: tuple[tuple[int, ...], ...] = ()
+    pins: Mapping[int, int] = field(default_factory=dict)
+    in_flight: tuple[int, ...] = ()
+    budget_bytes: tuple[float, ...] = ()
+    reserve_bytes: tuple[float, ...] = ()
+    max_weight: float = 1.0
+    sum_weight: float = 0.0
+    min_units: int = 0
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, default in (
+            ("in_flight", 1),
+            ("budget_bytes", math.inf),
+            ("reserve_bytes", 0.0),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (default,) * self.n_stages)
+
+    @property
+    def n_units(self) -> int:
+        return len(self.options)
+
+    def label(self, unit: int) -> str:
+        return self.labels[unit] if self.labels else f"unit {unit}"
+
+    def objective(self, stages_s: Sequence[float]) -> float:
+        return self.max_weight * max(stages_s) + self.sum_weight * math.fsum(stages_s)
+
+    def stages_s(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
+        """Seconds of every stage, per microbatch."""
+        terms: list[list[float]] = [[] for _ in range(self.n_stages)]
+        for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
+            terms[s].append(self.options[unit][k].seconds)
+        for value in self.values:
+            source = stage[value.source]
+            elsewhere = {stage[r] for r in value.readers} - {source}
+            if elsewhere:
+                terms[source].append(value.send_s)
+            for s in elsewhere:
+                terms[s].append(value.receive_s)
+        return tuple(math.fsum(term) for term in terms)
+
+    def stages_bytes(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
+        """Peak bytes of every stage."""
+        totals = list(self.reserve_bytes)
+        transient = [0.0] * self.n_stages
+        for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
+            chosen = self.options[unit][k]
+            totals[s] += chosen.static_bytes + self.in_flight[s] * chosen.stash_bytes
+            transient[s] = max(transient[s], chosen.transient_bytes)
+        for kept in self.kept:
+            for s in self.kept_on(kept, stage, option):
+                totals[s] += kept.bytes * (self.in_flight[s] if kept.per_microbatch else 1)
+        return tuple(a + b for a, b in zip(totals, transient, strict=True))
+
+    def kept_on(self, kept: Kept, stage: Sequence[int], option: Sequence[int]) -> set[int]:
+        """The stages on which shared bytes are taken."""
+
+        def places(users: Users) -> set[int]:
+            return {stage[u] for u, which in users if which is None or option[u] in which}
+
+        return places(kept.users) - places(kept.unless)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A legal assignment and what is known of it.
+
+    Attributes:
+        stage, option: per unit.
+        stages_s, stages_bytes: per stage.
+        bound: no solution has a smaller objective.
+        proven: the gap to the bound is closed.
+        solver: what found it.
+        seconds: that the search took.
+        note: what the search has to say: a time limit, a fallback.
+    """
+
+    stage: tuple[int, ...]
+    option: tuple[int, ...]
+    stages_s: tuple[float, ...]
+    stages_bytes: tuple[float, ...]
+    objective: float
+    bound: float
+    proven: bool
+    solver: str
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def gap(self) -> float:
+        """(objective − bound) / objective."""
+        return (self.objective - self.bound) / self.objective if self.objective else 0.0
+
+
+def solution_of(
+    problem: Problem,
+    stage: Sequence[int],
+    option: Sequence[int],
+    solver: str,
+    *,
+    bound: float = -math.inf,
+    proven: bool = False,
+    seconds: float = 0.0,
+    note: str = "",
+) -> Solution:
+    """Evaluate an assignment; it need not fit into memory.
+
+    Raises:
+        PartitionError: it breaks an order, a group, a pin or the fewest units of a stage.
+    """
+    validate(problem, stage, option)
+    stages_s = problem.stages_s(stage, option)
+    return Solution(
+        tuple(stage),
+        tuple(option),
+        stages_s,
+        problem.stages_bytes(stage, option),
+        problem.objective(stages_s),
+        bound,
+        proven,
+        solver,
+        seconds,
+        note,
+    )
+
+
+def validate(problem: Problem, stage: Sequence[int], option: Sequence[int]) -> None:
+    """Raises PartitionError where an assignment is not legal, memory apart."""
+    if len(stage) != problem.n_units or len(option) != problem.n_units:
+        raise PartitionError(f"{len(stage)} stages for {problem.n_units} units")
+    for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
+        if not 0 <= s < problem.n_stages or not 0 <= k < len(problem.options[unit]):
+            raise PartitionError(f"{problem.label(unit)} is on stage {s} with option {k}")
+    for u, v in problem.edges:
+        if stage[u] > stage[v]:
+            raise PartitionError(
+                f"{problem.label(u)} (stage {stage[u]}) must not come after {problem.label(v)} "
+                f"(stage {stage[v]})"
+            )
+    for group in problem.together:
+        if len({stage[u] for u in group}) > 1:
+            raise PartitionError(f"{problem.label(group[0])} is apart from its group")
+    for unit, s in problem.pins.items():
+        if stage[unit] != s:
+            raise PartitionError(f"{problem.label(unit)} is pinned to stage {s}")
+    for s in range(problem.n_stages):
+        if sum(1 for t in stage if t == s) < problem.min_units:
+            raise PartitionError(f"stage {s} has fewer than {problem.min_units} units")
+
+
+def fits(problem: Problem, solution: Solution, tolerance: float = 1e-9) -> bool:
+    """Whether every stage is within its budget."""
+    pairs = zip(solution.stages_bytes, problem.budget_bytes, strict=True)
+    return all(used <= limit * (1 + tolerance) for used, limit in pairs)

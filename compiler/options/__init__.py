@@ -1,0 +1,1 @@
+"""What users ask for, declared once and checked before anything is started."""

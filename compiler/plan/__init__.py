@@ -1,0 +1,1 @@
+"""What was decided, as data that travels between ranks and into files."""

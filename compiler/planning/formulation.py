@@ -1,0 +1,172 @@
+"""Units with their options -> the partitioning problem as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...passes.graph.boundary import crossing_nbytes
+from ..costs.hardware import Device
+from ..ir.graph import (
+    JointGraph,
+    Phase,
+    nbytes,
+    phase_of,
+    storage_root,
+)
+from ..ir.locality import gradient_sums
+from ..ir.problem import (
+    Kept,
+    Option,
+    Problem,
+    Users,
+    Value,
+)
+from .stash import Body, Stash
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the problem has besides the graph.
+
+    Attributes:
+        param_bytes: parameter FQN -> what holding it takes: weight, gradient, optimizer states.
+        in_flight: per stage, microbatches between forward and backward at once.
+        budget_bytes: per stage; infinity for no limit.
+        reserve_bytes: per stage, taken by what the problem does not describe.
+        pins: unit -> stage.
+        tied_per_step: the parts of tied gradients are not sent with every microbatch.
+        boundary: dtype in which fp32 values are sent; None for as they are.
+    """
+
+    n_stages: int
+    microbatches: int
+    param_bytes: Mapping[str, int]
+    in_flight: tuple[int, ...]
+    budget_bytes: float = math.inf
+    reserve_bytes: tuple[float, ...] = ()
+    pins: Mapping[int, int] | None = None
+    tied_per_step: bool = False
+    boundary: torch.dtype | None = None
+
+
+def formulate(
+    graph: JointGraph,
+    bodies: Sequence[Body],
+    places: dict[fx.Node, int],
+    menus: Sequence[Sequence[Stash]],
+    seconds: Sequence[Sequence[float]],
+    device: Device,
+    terms: Terms,
+) -> Problem:
+    """The problem of one graph.
+
+    Args:
+        menus: per unit, its ways to run.
+        seconds: of each of these, forward, backward and recomputation of a microbatch.
+    """
+    alone, weights = _weights(graph, places, terms.param_bytes)
+    options = tuple(
+        tuple(
+            Option(s, stash.stash_bytes, alone[i], stash.transient_bytes, stash.label)
+            for stash, s in zip(menu, costs, strict=True)
+        )
+        for i, (menu, costs) in enumerate(zip(menus, seconds, strict=True))
+    )
+    edges, values = _traffic(graph, places, device, terms)
+    return Problem(
+        options,
+        edges,
+        terms.n_stages,
+        values,
+        (*weights, *_kept(bodies, places, menus)),
+        pins=terms.pins or {},
+        in_flight=terms.in_flight,
+        budget_bytes=(terms.budget_bytes,) * terms.n_stages,
+        reserve_bytes=terms.reserve_bytes,
+        max_weight=terms.microbatches - 1,
+        sum_weight=1.0,
+        min_units=1,
+        labels=tuple(", ".join(body.unit.modules) or "(model)" for body in bodies),
+    )
+
+
+def _weights(
+    graph: JointGraph, places: dict[fx.Node, int], param_bytes: Mapping[str, int]
+) -> tuple[list[int], list[Kept]]:
+    """Static bytes of what one unit alone holds, and the weights that several units read."""
+    users: dict[str, set[int]] = defaultdict(set)
+    owner = graph.owners
+    for node, unit in places.items():
+        for source in node.all_input_nodes:
+            name = owner.get(storage_root(source))
+            if name is not None:
+                users[name].add(unit)
+    alone = [0] * (1 + max(places.values(), default=0))
+    shared: dict[frozenset[int], int] = defaultdict(int)
+    for name, units in users.items():
+        if len(units) == 1:
+            alone[next(iter(units))] += param_bytes[name]
+        else:
+            shared[frozenset(units)] += param_bytes[name]
+    return alone, [
+        Kept(size, tuple((u, None) for u in sorted(units)), per_microbatch=False)
+        for units, size in shared.items()
+    ]
+
+
+def _traffic(
+    graph: JointGraph, places: dict[fx.Node, int], device: Device, terms: Terms
+) -> tuple[tuple[tuple[int, int], ...], tuple[Value, ...]]:
+    """The order of the units, and what travels between them, alike values summed up."""
+    edges: set[tuple[int, int]] = set()
+    bytes_of: dict[tuple[int, tuple[int, ...]], int] = defaultdict(int)
+    severed = gradient_sums(graph) if terms.tied_per_step else set()
+    for node, unit in places.items():
+        users = [u for u in node.users if u in places and u not in severed]
+        readers = {places[u] for u in users} - {unit}
+        if phase_of(node) is Phase.FORWARD:
+            edges |= {(unit, places[u]) for u in users if phase_of(u) is Phase.FORWARD}
+        if readers:
+            bytes_of[unit, tuple(sorted(readers))] += crossing_nbytes(node, terms.boundary)
+    edges = {(a, b) for a, b in edges if a != b}
+    values = (
+        Value(unit, readers, receive_s=size / device.link_bytes_per_s)
+        for (unit, readers), size in bytes_of.items()
+    )
+    return tuple(sorted(edges)), tuple(values)
+
+
+def _kept(
+    bodies: Sequence[Body], places: dict[fx.Node, int], menus: Sequence[Sequence[Stash]]
+) -> list[Kept]:
+    """The stashed values that several units read, and those that only some options read."""
+    users: dict[fx.Node, dict[int, frozenset[int]]] = defaultdict(dict)
+    unless: dict[fx.Node, dict[int, frozenset[int]]] = defaultdict(dict)
+    for body, menu in zip(bodies, menus, strict=True):
+        index = body.unit.index
+        for found, field in ((users, "shared"), (unless, "forgets")):
+            for root in {root for stash in menu for root in getattr(stash, field)}:
+                which = frozenset(k for k, s in enumerate(menu) if root in getattr(s, field))
+                found[root][index] = which
+    for body in bodies:  # what a lower unit's backward reads is kept in any case
+        for root in body.abroad:
+            readers = {places[u] for u in root.users if u in places}
+            if readers and min(readers) < body.unit.index:
+                users[root][body.unit.index] = frozenset(range(len(menus[body.unit.index])))
+
+    def listed(chosen: dict[int, frozenset[int]]) -> Users:
+        return tuple(
+            (unit, None if len(which) == len(menus[unit]) else which)
+            for unit, which in sorted(chosen.items())
+        )
+
+    total: dict[tuple[Users, Users], int] = defaultdict(int)
+    for root, chosen in users.items():
+        total[listed(chosen), listed(unless[root])] += nbytes(root)
+    return [Kept(size, reads, unless=without) for (reads, without), size in total.items()]

@@ -1,0 +1,230 @@
+"""Chooses stages and recomputation for the first graph of a model.
+
+The solver works on units and their prices (`compiler.ir.problem`); the programs that follow from
+its answer are then walked operator by operator (`compiler.costs.memory`). Where the two differ, the
+difference is given to the solver as a reserve, and it is asked again: at most `ATTEMPTS` times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ...passes.graph.placement import Placement
+from ...passes.partition.solve import solve
+from ..costs.hardware import Device
+from ..costs.memory import StageMemory
+from ..ir.errors import MemoryBudgetError
+from ..ir.graph import JointGraph
+from ..ir.locality import Locality
+from ..ir.problem import Problem, Solution
+from ..options.options import CompileOptions
+from ..plan.decision import Decision
+from . import decide
+from .advice import advice, gib
+from .formulation import Terms, formulate
+from .pricing import UnitPrices
+from .stash import (
+    bodies_of,
+    options_of,
+)
+from .units import Unit, units_of
+
+ATTEMPTS = 6
+QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
+CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
+ROOMY = 0.8  # of the budget: stages below it were not shaped by it
+
+Draft = Callable[[Placement, Collection[fx.Node]], Sequence[StageMemory]]
+"""Memory of the programs that would follow from stages and recomputed nodes."""
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A decision, and what its programs really need."""
+
+    problem: Problem
+    solution: Solution
+    decision: Decision
+    peak_bytes: tuple[int, ...]
+
+    @property
+    def excess_bytes(self) -> list[float]:
+        """Per stage, what it needs beyond its price."""
+        pairs = zip(self.peak_bytes, self.solution.stages_bytes, strict=True)
+        return [real - priced for real, priced in pairs]
+
+    def over_bytes(self, budget_bytes: float) -> float:
+        return max(self.peak_bytes) - budget_bytes
+
+
+class Reserves:
+    """What to add to the prices of each stage so that they are those of its programs.
+
+    The difference depends on the division. Until one fits, a stage is asked for the most that any
+    division has needed there. Then less is tried, to let better ones in: where that brings back
+    one that does not fit, the next reserve lies halfway between the largest that was too small
+    and the smallest that was enough.
+    """
+
+    def __init__(self, n_stages: int, budget_bytes: float):
+        self.budget_bytes = budget_bytes
+        self.small = [-math.inf] * n_stages
+        self.enough = [math.inf] * n_stages
+        self.most = [-math.inf] * n_stages
+
+    def next(self, tried: Sequence[float], drafted: Drafted) -> tuple[float, ...]:
+        """The reserves after those that led to a draft."""
+        wanted = [r + e for r, e in zip(tried, drafted.excess_bytes, strict=True)]
+        again = not any(map(math.isinf, self.most))
+        self.most = [max(pair) for pair in zip(self.most, wanted, strict=True)]
+        fits = drafted.over_bytes(self.budget_bytes) <= 0
+        for s, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
+            if peak > self.budget_bytes:
+                self.small[s] = max(self.small[s], reserve)
+            elif fits:
+                self.enough[s] = min(self.enough[s], reserve)
+        if any(map(math.isinf, self.enough)):
+            return tuple(self.most) if again else tuple(wanted)
+        return tuple(map(self._between, range(len(tried)), wanted))
+
+    def _between(self, s: int, wanted: float) -> float:
+        if self.small[s] < wanted < self.enough[s] or math.isinf(self.small[s]):
+            return wanted
+        return (self.small[s] + self.enough[s]) / 2
+
+
+class Planner:
+    """One graph's decision.
+
+    Attributes:
+        solved: the problem whose solution was taken; None before.
+
+    Args:
+        held_bytes: parameter FQN -> weight, gradient and optimizer states.
+        in_flight: per stage, microbatches between forward and backward at once.
+        rows: of a microbatch.
+        budget_bytes: memory of a stage; infinity for no limit.
+        pinned: forward nodes whose stage is given.
+    """
+
+    def __init__(
+        self,
+        graph: JointGraph,
+        locality: Locality,
+        options: CompileOptions,
+        device: Device,
+        held_bytes: Mapping[str, int],
+        in_flight: tuple[int, ...],
+        microbatches: int,
+        rows: int,
+        budget_bytes: float,
+        pinned: Mapping[fx.Node, int],
+    ):
+        self.graph, self.locality, self.options, self.device = graph, locality, options, device
+        self.budget_bytes = budget_bytes if graph.trains else math.inf
+        self.fingerprint = graph.fingerprint()
+        self.rows = rows
+        self.solved: Problem | None = None
+        self.units: list[Unit] = units_of(graph, locality, device, pinned)
+        self.bodies, self.places = bodies_of(graph, locality, self.units)
+        self.menus = options_of(self.bodies, self.places, device, options.remat)
+        self.terms = Terms(
+            options.n_stages,
+            microbatches,
+            held_bytes,
+            in_flight,
+            self.budget_bytes,
+            pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
+            tied_per_step=options.tied_grads == "per_step",
+            boundary=options.boundary,
+        )
+
+    def decide(self, draft: Draft, prices: Sequence[UnitPrices]) -> Decision:
+        """The decision with the smallest predicted step that fits into memory.
+
+        Raises:
+            MemoryBudgetError: none does.
+            PartitionError: too few units for the stages, or pins that contradict the order.
+        """
+        problem = self.problem(prices)
+        if math.isinf(self.budget_bytes):
+            self.solved = problem
+            return self._decision(prices, self._solution(problem, self.options.time_limit_s))
+        reserves = Reserves(self.options.n_stages, self.budget_bytes)
+        best: Drafted | None = None
+        for _ in range(ATTEMPTS):
+            drafted = self._attempt(problem, prices, draft, QUICK_S)
+            best = self._better(best, drafted)
+            if self._settled(drafted):
+                break
+            tried = problem.reserve_bytes
+            problem = replace(problem, reserve_bytes=reserves.next(tried, drafted))
+            if problem.reserve_bytes == tried:
+                break
+        if best is None or not best.solution.proven:
+            last = problem if best is None else best.problem
+            drafted = self._attempt(last, prices, draft, self.options.time_limit_s)
+            best = self._better(best, drafted)
+        if best is None:
+            raise self._too_small(drafted)
+        self.solved = best.problem
+        return best.decision
+
+    def _better(self, best: Drafted | None, drafted: Drafted) -> Drafted | None:
+        """The better one of those that fit; of equals the newer, of which more is known."""
+        if drafted.over_bytes(self.budget_bytes) > 0:
+            return best
+        if best is not None and best.solution.objective < drafted.solution.objective:
+            return best
+        return drafted
+
+    def problem(self, prices: Sequence[UnitPrices]) -> Problem:
+        """The partitioning problem at these prices."""
+        seconds = [[p.forward_s + p.backward_s + r for r in p.recompute_s] for p in prices]
+        return formulate(
+            self.graph, self.bodies, self.places, self.menus, seconds, self.device, self.terms
+        )
+
+    def _attempt(
+        self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, limit_s: float
+    ) -> Drafted:
+        try:
+            solution = self._solution(problem, limit_s)
+        except MemoryBudgetError as error:  # by the prices; the programs may still fit
+            solution = error.nearest
+        decision = self._decision(prices, solution)
+        memory = draft(*decide.apply(decision, self.graph, self.locality))
+        peaks = tuple(stage.peak_bytes for stage in memory)
+        return Drafted(problem, solution, decision, peaks)
+
+    def _solution(self, problem: Problem, limit_s: float) -> Solution:
+        options = self.options
+        limit_s = min(limit_s, options.time_limit_s)
+        return solve(problem, time_limit_s=limit_s, solver=options.solver)
+
+    def _decision(self, prices: Sequence[UnitPrices], solution: Solution) -> Decision:
+        return decide.decision_of(self.fingerprint, self.units, self.menus, prices, solution)
+
+    def _settled(self, drafted: Drafted) -> bool:
+        """Whether better prices could not lead to a better decision."""
+        if drafted.over_bytes(self.budget_bytes) > 0:
+            return False
+        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.stages_bytes)
+        close = all(-b < CLOSE * self.budget_bytes for b in drafted.excess_bytes)
+        return close or (roomy and not drafted.decision.recomputed)
+
+    def _too_small(self, drafted: Drafted) -> MemoryBudgetError:
+        over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
+        worst = max(range(len(over)), key=over.__getitem__)
+        helps = advice(drafted.problem, drafted.solution, self.options, self.rows)
+        return MemoryBudgetError(
+            f"stage {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
+            f"{gib(over[worst])} too much: {'; '.join(helps)}",
+            tuple(max(0.0, b) for b in over),
+            drafted.solution,
+            False,
+        )

@@ -1,0 +1,114 @@
+"""Seconds of units: by peak rates, or measured, each option timed as a stage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ...passes.graph.placement import place
+from ...passes.graph.remat import rematerialise, undo
+from ...passes.programs.lower import lower
+from ..ir.graph import JointGraph
+from ..ir.locality import Locality
+from ..profiling.profile import Profiler, UnitTimes
+from .stash import Body, Stash
+
+LEAST = 0.25  # of its estimate: what recomputation costs at least, however noisy the clock
+
+
+@dataclass(frozen=True)
+class UnitPrices:
+    """Seconds of one unit per microbatch.
+
+    Attributes:
+        recompute_s: of each option.
+    """
+
+    forward_s: float
+    backward_s: float
+    recompute_s: tuple[float, ...]
+
+    def of(self, option: int) -> tuple[float, float, float]:
+        return self.forward_s, self.backward_s, float(self.recompute_s[option])
+
+
+def roofline(bodies: Sequence[Body], menus: Sequence[Sequence[Stash]]) -> list[UnitPrices]:
+    """The prices of a device's peak rates."""
+    return [
+        UnitPrices(
+            body.unit.forward.seconds,
+            body.unit.backward.seconds,
+            tuple(stash.recompute_s for stash in menu),
+        )
+        for body, menu in zip(bodies, menus, strict=True)
+    ]
+
+
+class Pooled(Protocol):
+    """Seconds from those of all ranks, which measure at the same time."""
+
+    def __call__(self, seconds: list[float], /) -> list[float]: ...
+
+
+def measured_prices(
+    graph: JointGraph,
+    locality: Locality,
+    bodies: Sequence[Body],
+    menus: Sequence[Sequence[Stash]],
+    profiler: Profiler,
+    batch: Sequence[torch.Tensor],
+    pooled: Pooled,
+) -> list[UnitPrices]:
+    """Prices of all units and options.
+
+    What a forgetful option makes later units compute again is not in any one unit: it is priced
+    by the roofline, in proportion to what the unit's forward really takes.
+
+    Args:
+        batch: the leaves of one microbatch.
+    """
+    every = max(len(menu) for menu in menus)
+    rows = [_times(graph, locality, bodies, menus, k, profiler, batch) for k in range(every)]
+    flat = pooled([x for row in rows for t in row for x in (t.forward_s, t.backward_s)])
+    n = len(bodies)
+    times = [
+        [UnitTimes(*flat[2 * (k * n + i) : 2 * (k * n + i) + 2]) for i in range(n)]
+        for k in range(every)
+    ]
+    prices = []
+    for i, (body, menu) in enumerate(zip(bodies, menus, strict=True)):
+        plain = times[0][i]
+        start = menu[0].recompute_s  # remat="full" has no option that keeps everything
+        scale = plain.forward_s / body.unit.forward.seconds if body.unit.forward.seconds else 1.0
+        again = []
+        for k, stash in enumerate(menu):
+            estimate = (stash.recompute_s - start) * scale
+            found = times[k][i].backward_s - plain.backward_s
+            again.append(estimate if stash.forgets else max(found, LEAST * estimate))
+        prices.append(UnitPrices(plain.forward_s, plain.backward_s, tuple(again)))
+    return prices
+
+
+def _times(
+    graph: JointGraph,
+    locality: Locality,
+    bodies: Sequence[Body],
+    menus: Sequence[Sequence[Stash]],
+    k: int,
+    profiler: Profiler,
+    batch: Sequence[torch.Tensor],
+) -> list[UnitTimes]:
+    """With option k of every unit, or its last."""
+    home = {node: body.unit.index for body in bodies for node in body.forward}
+    placement = place(graph, locality, home)
+    chosen = [menu[min(k, len(menu) - 1)] for menu in menus]
+    again = {node for stash in chosen for node in stash.recomputed}
+    remat = rematerialise(graph, locality, placement.stage, again)
+    try:
+        program = lower(graph, remat.locality, remat.stage, len(bodies))
+        return profiler.times(program.stages, batch)
+    finally:
+        undo(remat)

@@ -1,0 +1,33 @@
+"""What is compiled for: a device, its rates, its memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..costs.hardware import CPU, Device
+from ..profiling.profile import Profiler
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled for.
+
+    Attributes:
+        device: where graphs are traced and programs run.
+        spec: whose rates prices are taken from.
+        budget_bytes: memory of a stage; infinity for no limit.
+        profiler: measures instead; None for the roofline.
+    """
+
+    device: torch.device
+    spec: Device
+    budget_bytes: float = math.inf
+    profiler: Profiler | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "cpu" or "cuda": what is planned for, if it is not what is at hand."""
+        return "cpu" if self.device.type == "cpu" and self.spec.name == CPU.name else "cuda"

@@ -1,0 +1,1 @@
+"""Seconds of programs, measured on the device at hand."""

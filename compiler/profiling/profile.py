@@ -1,0 +1,346 @@
+"""Measured seconds of programs on the device at hand.
+
+Programs run here as the executor runs them: boxed, under no_grad, backward after forward on the
+values that the forward made. Programs that are equal up to names are timed once: a transformer
+has few kinds of layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..costs.cost import total_cost
+from ..costs.hardware import device_spec
+from ..ir import ops
+from ..ir.graph import tensors
+from ..ir.program import (
+    Part,
+    Port,
+    Program,
+    Role,
+    StageProgram,
+)
+from .synthetic import Synthesizer
+from .timing_cache import TimingCache
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 15  # after one to warm up
+STEADY = 0.1  # rounds end when the middle half of the samples lies this close to the median
+GROUP_BYTES = 1 << 30  # of arguments: units that take turns, so that each finds cold caches
+RUNS = 5  # back to back on CUDA, where one run is too short for its clock
+
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """Seconds of one microbatch; backward with the weight gradients."""
+
+    forward_s: float
+    backward_s: float
+
+
+@dataclass
+class _Unit:
+    """A stage program that is being timed.
+
+    Attributes:
+        keys: part -> the hash of its program.
+        fixed: what goes into every run.
+    """
+
+    program: StageProgram
+    keys: dict[Part, str]
+    fixed: dict[Port, Any] = field(default_factory=dict)
+
+
+class Profiler:
+    """Times programs and remembers the times.
+
+    Args:
+        device: where to run; this process must not be running anything else there.
+        cache_dir: where times are kept between processes (`timing_cache.default_cache_dir`);
+            None keeps them in this object only.
+        budget_s: when it is used up, what is left gets its roofline seconds times the ratio of
+            measured to roofline seconds so far. One round may overrun it.
+        beside: processes that measure on this machine at once, this one included.
+
+    Attributes:
+        note: what the last call of `times` did, in one line.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        cache_dir: Path | None,
+        budget_s: float = 60.0,
+        beside: int = 1,
+    ):
+        self.device, self.budget_s = device, budget_s
+        self.note = ""
+        self._spec = device_spec(device)
+        self._cache = TimingCache(device, cache_dir, beside)
+
+    def times(
+        self, programs: Sequence[StageProgram], batch: Sequence[torch.Tensor] = ()
+    ) -> list[UnitTimes]:
+        """The seconds of each stage program.
+
+        Args:
+            batch: the leaves of one microbatch; where not given, indices are zero.
+        """
+        deadline = time.perf_counter() + self.budget_s
+        units = [_Unit(p, {q: program_hash(r) for q, r in p.parts.items()}) for p in programs]
+        every = {
+            key: p
+            for u in units
+            for key, p in zip(u.keys.values(), u.program.parts.values(), strict=True)
+        }
+        roofline = {
+            k: total_cost(p.module.graph.nodes, self._spec).seconds for k, p in every.items()
+        }
+        known = {key: s for key, s in self._cache.seconds.items() if key in every}
+        chosen = _chosen(units, set(every) - set(known), roofline)
+        samples, failures = self._measure(chosen, roofline, batch, deadline)
+        measured = {key: _typical(times) for key, times in samples.items() if key not in known}
+        if measured:
+            self._cache.add(measured)
+        seconds = known | measured
+        ratio = _ratio(seconds, roofline)
+        estimated = {key: roofline[key] * ratio for key in every if key not in seconds}
+        seconds |= estimated
+        self.note = _note(known, measured, estimated, failures, self.budget_s)
+        return [_unit_times(unit, seconds) for unit in units]
+
+    def _measure(
+        self,
+        units: Sequence[_Unit],
+        roofline: dict[str, float],
+        batch: Sequence[torch.Tensor],
+        deadline: float,
+    ) -> tuple[dict[str, list[float]], list[str]]:
+        """Samples per program, and what went wrong with units that could not be run."""
+        samples: dict[str, list[float]] = defaultdict(list)
+        failures: list[str] = []
+        if not units:
+            return samples, failures
+        left = sum(_expected(unit, roofline) for unit in units)
+        synthesizer = Synthesizer(self.device, batch)
+        with torch.no_grad(), self._at_home():
+            for group in _groups(units):
+                now = time.perf_counter()
+                if now > deadline:
+                    break
+                mine = sum(_expected(unit, roofline) for unit in group)
+                until = now + (deadline - now) * mine / max(left, 1e-9)
+                left -= mine
+                self._rounds(group, synthesizer, samples, failures, until, deadline)
+        return samples, failures
+
+    def _rounds(
+        self,
+        group: Sequence[_Unit],
+        synthesizer: Synthesizer,
+        samples: dict[str, list[float]],
+        failures: list[str],
+        until: float,
+        deadline: float,
+    ) -> None:
+        """Run the units of a group in turn: each once, then until steady or ``until``."""
+        running = []
+        for unit in group:
+            if time.perf_counter() > deadline:
+                break
+            try:
+                unit.fixed = _fixed(unit.program, synthesizer)
+                self._run(unit, samples)
+                running.append(unit)
+            except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+                first_line = str(error).partition("\n")[0]
+                failures.append(f"{type(error).__name__}: {first_line}")
+                unit.fixed.clear()
+        keys = {key for unit in running for key in unit.keys.values()}
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
+                break
+            for unit in running:
+                if time.perf_counter() > until:
+                    break
+                self._run(unit, samples)
+        for unit in group:
+            unit.fixed.clear()
+
+    def _run(self, unit: _Unit, samples: dict[str, list[float]]) -> None:
+        """One microbatch through one unit, as `runtime.executor` computes it."""
+        values: dict[Port, Any] = {}
+        for part, program in unit.program.parts.items():
+            arguments = [values[p] if p in values else unit.fixed[p] for p in program.inputs]
+            for name in unit.program.drops.get((part.value, -1), ()):
+                values.pop(Port(Role.VALUE, name), None)
+            seconds, made = self._time(program, arguments)
+            samples[unit.keys[part]].append(seconds)
+            values |= {
+                port: value
+                for port, value in zip(program.outputs, made, strict=True)
+                if port.role is Role.VALUE
+            }
+            del made
+
+    def _time(self, program: Program, arguments: list[Any]) -> tuple[float, Sequence[Any]]:
+        forward = program.module.forward
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            made = forward(arguments)
+            return time.perf_counter() - start, made
+        event: Any = torch.cuda.Event
+        first, last = event(enable_timing=True), event(enable_timing=True)
+        first.record()
+        for _ in range(RUNS):
+            made = forward(arguments.copy())
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3 / RUNS, made
+
+    @contextlib.contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """On the device, and with its generators as they were afterwards."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device), torch.random.fork_rng([self.device]):
+                yield
+        else:
+            with torch.random.fork_rng([]):
+                yield
+
+
+def program_hash(program: Program) -> str:
+    """Equal for programs that do the same work: operators, shapes, strides, dtypes and roles.
+
+    Names do not count, nor which parameter or value a port carries, nor the number that tells
+    one random operator from another, nor the index of the device.
+    """
+    digest = hashlib.sha256()
+    index: dict[fx.Node, int] = {}
+    ports = iter(program.inputs)
+    for node in program.module.graph.nodes:
+        index[node] = len(index)
+        if node.op == "placeholder":
+            digest.update(f"{next(ports).role} {_layout(node)}\n".encode())
+            continue
+        args = node.args[:1] + node.args[2:] if node.target is ops.seeded else node.args
+        kwargs = {key: value for key, value in node.kwargs.items() if key != "device"}
+        shown = fx.node.map_arg((args, kwargs), lambda n: f"%{index[n]}")
+        target = _layout(node) if node.op == "get_attr" else _name(node.target)
+        digest.update(f"{node.op} {target} {shown}\n".encode())
+    digest.update(repr([port.role for port in program.outputs]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _name(target: Any) -> str:
+    """A function's name without its address in memory."""
+    return str(target) if " at 0x" not in str(target) else f"{target.__module__}.{target.__name__}"
+
+
+def _layout(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    found = [f"{t.dtype}{tuple(t.shape)}{tuple(t.stride())}" for t in tensors(value)]
+    return " ".join(found) or repr(value)
+
+
+def _unit_times(unit: _Unit, seconds: dict[str, float]) -> UnitTimes:
+    forward, *backward = (seconds[key] for key in unit.keys.values())
+    return UnitTimes(forward, sum(backward))
+
+
+def _fixed(unit: StageProgram, synthesizer: Synthesizer) -> dict[Port, Any]:
+    """The arguments of all parts that no earlier part makes."""
+    fixed: dict[Port, Any] = {}
+    made: set[Port] = set()
+    for program in unit.parts.values():
+        fixed |= synthesizer.arguments(program, fixed, made)
+        made |= {port for port in program.outputs if port.role is Role.VALUE}
+    return fixed
+
+
+def _chosen(units: list[_Unit], missing: set[str], roofline: dict[str, float]) -> list[_Unit]:
+    """Units that together have every missing program; those that weigh most in the sum first."""
+    count = Counter(key for unit in units for key in unit.keys.values())
+
+    def weight(unit: _Unit) -> float:
+        return sum(roofline[key] * count[key] for key in unit.keys.values())
+
+    chosen, covered = [], set[str]()
+    for unit in sorted(units, key=weight, reverse=True):
+        new = set(unit.keys.values()) & missing - covered
+        if new:
+            chosen.append(unit)
+            covered |= new
+    return chosen
+
+
+def _groups(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
+    """Neighbours whose arguments together take at most `GROUP_BYTES`, or one unit."""
+    group: list[_Unit] = []
+    held = 0
+    for unit in units:
+        nbytes = _argument_bytes(unit.program)
+        if group and held + nbytes > GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(unit)
+        held += nbytes
+    if group:
+        yield group
+
+
+def _argument_bytes(program: StageProgram) -> int:
+    """Bytes of all arguments."""
+    sizes: dict[Port, int] = {}
+    for part in program.parts.values():
+        nodes = part.module.graph.find_nodes(op="placeholder")
+        for port, node in zip(part.inputs, nodes, strict=True):
+            sizes[port] = sum(t.numel() * t.element_size() for t in tensors(node.meta.get("val")))
+    return sum(sizes.values())
+
+
+def _expected(unit: _Unit, roofline: dict[str, float]) -> float:
+    return sum(roofline[key] for key in unit.keys.values())
+
+
+def _is_steady(times: Sequence[float]) -> bool:
+    if len(times) <= MIN_ROUNDS:
+        return False
+    low, middle, high = quantiles(times[1:], n=4)
+    return high - low <= STEADY * middle
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The median without the first run, which warms up, unless there was no other."""
+    return median(times[1:] or times)
+
+
+def _ratio(seconds: dict[str, float], roofline: dict[str, float]) -> float:
+    """How much longer programs really take than their roofline says."""
+    expected = sum(roofline[key] for key in seconds)
+    return sum(seconds.values()) / expected if expected else 1.0
+
+
+def _note(
+    known: dict[str, float],
+    measured: dict[str, float],
+    estimated: dict[str, float],
+    failures: Sequence[str],
+    budget_s: float,
+) -> str:
+    parts = [f"{len(measured)} programs measured, {len(known)} known from before"]
+    if estimated:
+        why = f"could not be run ({failures[0]})" if failures else f"budget of {budget_s:g} s is up"
+        parts.append(f"{len(estimated)} estimated: {why}")
+    return "; ".join(parts)

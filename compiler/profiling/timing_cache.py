@@ -1,0 +1,84 @@
+"""Measured seconds on disk, one file per device, so that a second run need not measure again.
+
+A file holds for one (device, threads, torch version). Processes may write it at once: each write
+replaces the whole file and keeps what others had added; at worst something is measured twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..costs.hardware import device_name
+
+VERSION = 1  # of the format, and of how programs are hashed and timed
+
+
+def default_cache_dir() -> Path:
+    """``PIPECOMPILE_CACHE``, else ``XDG_CACHE_HOME/pipecompile``, else ``~/.cache/pipecompile``."""
+    if chosen := os.environ.get("PIPECOMPILE_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pipecompile"
+
+
+class TimingCache:
+    """Program hash -> seconds.
+
+    Args:
+        folder: where the file is; None keeps the times in this process only.
+        beside: processes that run on this machine at once; they share caches and memory.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None, beside: int = 1):
+        self._header: dict[str, object] = {
+            "version": VERSION,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "processes": beside,
+            "torch": torch.__version__,
+        }
+        name = "-".join(re.sub(r"[^\w.]+", "_", str(part)) for part in self._header.values())
+        self.path = None if folder is None else folder / f"times-{name}.json"
+        self.seconds = self._load()
+
+    def _load(self) -> dict[str, float]:
+        """What the file says; nothing if it is missing, damaged or of another kind."""
+        if self.path is None:
+            return {}
+        try:
+            found = json.loads(self.path.read_text())
+            if {key: found[key] for key in self._header} != self._header:
+                return {}
+            return {str(key): float(value) for key, value in found["seconds"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+
+    def add(self, seconds: Mapping[str, float]) -> bool:
+        """Keep new times; whether they are on disk (a folder may be read-only)."""
+        self.seconds |= seconds
+        if self.path is None:
+            return False
+        self.seconds = self._load() | self.seconds
+        text = json.dumps({**self._header, "seconds": self.seconds}, indent=1)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".times-")
+        except OSError:
+            return False
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            Path(name).replace(self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            return False
+        return True

@@ -1,0 +1,77 @@
+"""Pictures made of characters: the schedule in time, bars."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from .quantities import seconds_text
+
+if TYPE_CHECKING:
+    from ..costs.simulate import Interval, Timeline
+
+BAR_WIDTH = 12
+
+_IDLE = "·"
+_STYLES = {"F": "cyan", "B": "green", "W": "blue", "": "dim"}
+_LEVELS = ((0.8, "green"), (0.95, "yellow"), (1.0, "red"))
+
+
+def bar(part: float, whole: float, room: int = BAR_WIDTH) -> Text:
+    """``[██████░░]``; coloured as it fills, shorter where there is no room."""
+    width = max(4, min(BAR_WIDTH, room))
+    share = min(part / whole, 1.0) if whole else 0.0
+    full = round(share * width)
+    style = next((style for limit, style in _LEVELS if share <= limit), "red")
+    return Text.assemble("[", ("█" * full, style), ("░" * (width - full), "dim"), "]")
+
+
+def schedule_chart(timeline: Timeline, microbatches: int, width: int) -> Text:
+    """One line per stage; each column shows what runs in the middle of its span of time."""
+    digits = len(str(len(timeline.stages) - 1))
+    columns = max(width - digits - len("stage   100 % busy "), 20)
+    span_s = timeline.makespan_s / columns
+    text = Text.assemble(("schedule", "bold"), "\n")
+    for stage, row in enumerate(timeline.stages):
+        text.append(f"stage {stage:>{digits}} ")
+        for kind, marks in groupby(_marks(row, columns, span_s), key=itemgetter(0)):
+            text.append("".join(mark for _, mark in marks), style=_STYLES[kind])
+        text.append(f" {timeline.busy_s(stage) / timeline.makespan_s:4.0%} busy\n")
+    kinds = {str(interval.action.kind) for row in timeline.stages for interval in row}
+    text.append(_legend(microbatches, span_s, "W" in kinds))
+    return text
+
+
+def _marks(row: Sequence[Interval], columns: int, span_s: float) -> Iterator[tuple[str, str]]:
+    """Per column, the kind of the action that runs, and the letter of its microbatch."""
+    intervals = iter(row)
+    current = next(intervals, None)
+    for column in range(columns):
+        now_s = (column + 0.5) * span_s
+        while current is not None and current.end_s <= now_s:
+            current = next(intervals, None)
+        if current is None or current.start_s > now_s:
+            yield "", _IDLE
+        else:
+            kind = str(current.action.kind)
+            letters = {"F": string.ascii_lowercase, "B": string.ascii_uppercase}.get(kind, "+")
+            yield kind, letters[(current.action.microbatch or 0) % len(letters)]
+
+
+def _legend(microbatches: int, span_s: float, splits: bool) -> str:
+    last = min(microbatches, 26) - 1
+    lower, upper = string.ascii_lowercase, string.ascii_uppercase
+    which = f"microbatches 0–{last}" if last else "microbatch 0"
+    spans = (f"{a[0]}–{a[last]}" if last else a[0] for a in (lower, upper))
+    again = ", and again from a" if microbatches > 26 else ""
+    forward, backward = spans
+    return (
+        f"{forward} forward of {which}{again}; {backward} backward; "
+        + ("+ weight gradients; " if splits else "")
+        + f"{_IDLE} idle; a column is {seconds_text(span_s)}"
+    )

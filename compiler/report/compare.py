@@ -1,0 +1,118 @@
+"""How a plan stands against what people do by hand, all at the same prices.
+
+The prices are those of the partitioning problem (`compiler.ir.problem`): seconds of a step are
+(m − 1) · max T_s + Σ T_s with every transfer counted in full and without the optimizer. Bytes are
+those of the units, and what the plan's programs turned out to need beyond them (`calibrated`).
+The plan's own row is priced alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ...passes.partition import baselines
+from ..ir.errors import OptionError, PartitionError
+from ..ir.problem import (
+    Problem,
+    Solution,
+    fits,
+    solution_of,
+)
+from ..plan.decision import Decision
+from ..plan.plan import Plan
+
+STRATEGIES: Mapping[str, Callable[[Problem], Solution]] = {
+    "uniform": baselines.solve_uniform,
+    "parameters": baselines.solve_parameters,
+    "sequential": baselines.solve_sequential,
+    "all-or-nothing": baselines.solve_all_or_nothing,
+    "dynamic": baselines.solve_dynamic,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One strategy at the problem's prices.
+
+    Attributes:
+        units: per stage.
+        bottleneck_s: of the slowest stage, per microbatch.
+        step_s: of all microbatches.
+        ratio: ``step_s`` to the plan's own.
+        peak_bytes, peak_stage: of the fullest stage.
+        over_bytes: how much the worst stage is above its budget; 0 where all fit.
+        reason: why there is no such division; the numbers are 0 then.
+    """
+
+    name: str
+    units: tuple[int, ...] = ()
+    bottleneck_s: float = 0.0
+    step_s: float = 0.0
+    ratio: float = 0.0
+    peak_bytes: float = 0.0
+    peak_stage: int = 0
+    over_bytes: float = 0.0
+    reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason and not self.over_bytes
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises OptionError for a strategy that does not exist, or stands twice."""
+    for i, name in enumerate(names):
+        if name not in STRATEGIES:
+            raise OptionError(f"--compare {name!r}: known are {', '.join(STRATEGIES)}")
+        if name in names[:i]:
+            raise OptionError(f"--compare names {name} twice")
+
+
+def compare(problem: Problem, decision: Decision, names: Sequence[str]) -> tuple[Comparison, ...]:
+    """The plan's own row, and one per strategy."""
+    own = solution_in(problem, decision)
+    rows = [_row("this plan", problem, own, own.objective)]
+    for name in names:
+        try:
+            found = STRATEGIES[name](problem)
+        except PartitionError as error:
+            rows.append(Comparison(name, reason=" ".join(str(error).split())))
+        else:
+            rows.append(_row(name, problem, found, own.objective))
+    return tuple(rows)
+
+
+def calibrated(problem: Problem, plan: Plan) -> Problem:
+    """The problem with reserves that make its bytes of the plan those of the plan's programs."""
+    own = solution_in(problem, plan.decision).stages_bytes
+    rows = zip(plan.stages, problem.reserve_bytes, own, strict=True)
+    reserve = tuple(stage.memory.peak - (priced - held) for stage, held, priced in rows)
+    return replace(problem, reserve_bytes=reserve)
+
+
+def solution_in(problem: Problem, decision: Decision) -> Solution:
+    """A decision as a solution of the problem that it came from.
+
+    A decision says what a unit's option takes, which tells the unit's options apart.
+    """
+    option = []
+    for menu, seconds in zip(problem.options, decision.unit_seconds, strict=True):
+        whole = sum(seconds)
+        option.append(min(range(len(menu)), key=lambda k: abs(menu[k].seconds - whole)))
+    return solution_of(problem, decision.unit_stage, option, decision.search.solver)
+
+
+def _row(name: str, problem: Problem, found: Solution, own_s: float) -> Comparison:
+    over = max(b - limit for b, limit in zip(found.stages_bytes, problem.budget_bytes, strict=True))
+    fullest = max(range(problem.n_stages), key=found.stages_bytes.__getitem__)
+    return Comparison(
+        name,
+        tuple(found.stage.count(s) for s in range(problem.n_stages)),
+        max(found.stages_s),
+        found.objective,
+        found.objective / own_s if own_s else 1.0,
+        found.stages_bytes[fullest],
+        fullest,
+        0.0 if fits(problem, found) else over,
+    )

@@ -1,0 +1,407 @@
+"""A plan as text for people: with rich in a terminal, in plain columns when piped."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..plan.plan import (
+    Plan,
+    StagePlan,
+    TiedPlan,
+    Transfer,
+)
+from .charts import bar, schedule_chart
+from .quantities import (
+    bytes_scale,
+    bytes_text,
+    count_scale,
+    counted,
+    flops_text,
+    rate_text,
+    seconds_scale,
+    seconds_text,
+)
+
+if TYPE_CHECKING:
+    from ..costs.simulate import Timeline
+    from ..driver.auto import Trial
+    from .compare import Comparison
+
+PLAIN_WIDTH = 120
+SHOWN_VALUES = 4
+_TIMES = {"highs": "HiGHS", "cbc": "CBC", "dynamic": "dynamic program"}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is said of a plan and does not stand in it.
+
+    Attributes:
+        search_s: how long the solver took; None for a plan that was made before.
+        trials: divisions of the devices, of automatic stages.
+        comparison: other strategies at the same prices, the plan's own first.
+        hints: what a small change would bring.
+        fp32: the same stages computed in fp32, beside a plan in mixed precision.
+    """
+
+    search_s: float | None = None
+    trials: tuple[Trial, ...] = ()
+    comparison: tuple[Comparison, ...] = ()
+    hints: tuple[str, ...] = ()
+    fp32: Plan | None = None
+
+
+def write_report(
+    plan: Plan, timeline: Timeline, stream: TextIO, extras: Extras | None = None
+) -> None:
+    """Write everything that a plan says, as wide as the terminal."""
+    plain = not stream.isatty()
+    if not plain:
+        console = Console(file=stream)
+    else:
+        console = Console(
+            file=io.StringIO(), width=PLAIN_WIDTH, color_system=None, force_terminal=False
+        )
+    report = _Report(plan, timeline, extras or Extras(), console.width, plain)
+    if not plain:
+        for section in report.sections():
+            console.print(section, "", sep="\n")
+        return
+    with console.capture() as captured:
+        for section in report.sections():
+            console.print(section, "", sep="\n")
+    lines = [line.rstrip() for line in captured.get().rstrip().splitlines()]
+    stream.write("\n".join(lines) + "\n")
+
+
+class _Report:
+    """The sections of a report."""
+
+    def __init__(self, plan: Plan, timeline: Timeline, extras: Extras, width: int, plain: bool):
+        self.plan, self.timeline, self.extras = plan, timeline, extras
+        self.width, self.plain = width, plain
+
+    def sections(self) -> Iterator[RenderableType]:
+        plan, extras = self.plan, self.extras
+        yield self._lines(f"{plan.model}: {plan.param_count:,} parameters", self._header())
+        if extras.trials:
+            yield self._trials(extras.trials)
+        yield self._stages()
+        covered = [f"stage {s.stage}: {', '.join(s.modules)}" for s in plan.stages]
+        yield self._lines("modules", covered)
+        yield self._memory()
+        again = [_recomputed(stage) for stage in plan.stages if stage.recomputes]
+        if again:
+            yield self._lines("recomputed in the backward", again)
+        if extras.fp32:
+            yield self._precision(extras.fp32)
+        if plan.tied:
+            yield self._lines("tied weights", [_tied(tied) for tied in plan.tied])
+        if any(stage.sends for stage in plan.stages):
+            yield self._transfers()
+        yield schedule_chart(self.timeline, plan.microbatches, self.width)
+        yield self._lines("totals", [*self._speed(), *self._amounts(), *self._origin()])
+        if extras.comparison:
+            yield self._comparison(extras.comparison)
+        if extras.hints:
+            yield self._lines("hints", extras.hints, mark="- ")
+        yield self._lines("passes", [f"{name}: {note}" for name, note in plan.notes])
+
+    # -- layout -------------------------------------------------------------------------------
+
+    def _lines(self, title: str, lines: Sequence[str] = (), mark: str = "") -> Text:
+        text = Text(title, style="bold")
+        for line in lines:
+            wrapped = textwrap.wrap(
+                line,
+                self.width,
+                initial_indent=f"  {mark}",
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            text.append("\n" + "\n".join(wrapped), style="not bold")
+        return text
+
+    def _table(self, columns: dict[str, Sequence[object]], left: Sequence[str] = ()) -> Table:
+        """One column per header; the last one may wrap, the others do not."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in columns:
+            table.add_column(
+                name,
+                justify="left" if name in left else "right",
+                no_wrap=name != list(columns)[-1],
+                overflow="fold",
+            )
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        return table
+
+    # -- sections -----------------------------------------------------------------------------
+
+    def _header(self) -> list[str]:
+        plan = self.plan
+        ranks, rows = plan.n_stages * plan.dp, plan.microbatches * plan.microbatch_rows * plan.dp
+        return [
+            f"microbatch: {plan.shape}",
+            f"{counted(plan.n_stages, 'stage')} × dp {plan.dp} = {counted(ranks, 'rank')}; "
+            f"{counted(plan.microbatches, 'microbatch')} of "
+            f"{counted(plan.microbatch_rows, 'row')} per replica, {counted(rows, 'row')} per step",
+        ]
+
+    def _precision(self, fp32: Plan) -> Group:
+        """What was cast, and what that saves on the same stages."""
+        plans = (self.plan, fp32)
+        sizes = {
+            "stash of a microbatch": [sum(s.stash_bytes for s in p.stages) for p in plans],
+            "sent per microbatch": [sum(map(_sent, p.stages)) for p in plans],
+            "largest peak of a stage": [max(s.memory.peak for s in p.stages) for p in plans],
+        }
+        shown = [[bytes_text(size) for size in pair] for pair in sizes.values()]
+        shown.append([seconds_text(p.step_s) for p in plans])
+        numbers: list[list[float]] = [[*pair] for pair in sizes.values()]
+        numbers.append([p.step_s for p in plans])
+        name = self.plan.options["precision"].partition(" ")[0]
+        table = self._table(
+            {
+                "": [*sizes, "predicted step"],
+                name: [mine for mine, _ in shown],
+                "fp32": [theirs for _, theirs in shown],
+                "change": [f"{m / t - 1:+.0%}" if t else "–" for m, t in numbers],
+            },
+            left=("",),
+        )
+        said = [note for name, note in self.plan.notes if name == "precision"]
+        return Group(self._lines("mixed precision", said), table)
+
+    def _trials(self, trials: Sequence[Trial]) -> Group:
+        """Divisions of the devices; which one was taken, and why."""
+        plan = self.plan
+        best = min(t.step_s for t in trials if t.step_s is not None)
+        rows = plan.microbatches * plan.microbatch_rows * plan.dp
+        said = [_verdict(t, t.n_stages == plan.n_stages, best) for t in trials]
+        table = self._table(
+            {
+                "stages": [t.n_stages for t in trials],
+                "dp": [t.dp for t in trials],
+                "step": ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials],
+                "rows/s": ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials],
+                "": said,
+            },
+            left=("",),
+        )
+        return Group(
+            self._lines(f"divisions of {trials[0].n_stages * trials[0].dp} devices"), table
+        )
+
+    def _stages(self) -> Table:
+        """One row per stage; seconds, stash and sends are of one microbatch."""
+        stages = self.plan.stages
+        count = count_scale([s.param_count for s in stages])
+        time = seconds_scale([max(s.forward_s, s.backward_s, s.recompute_s) for s in stages])
+        stash = bytes_scale([s.stash_bytes for s in stages])
+        sent = bytes_scale([_sent(s) for s in stages])
+        weights = bytes_scale([s.param_bytes for s in stages])
+        return self._table(
+            {
+                "stage": [s.stage for s in stages],
+                "units": [s.units for s in stages],
+                f"params\n{count.unit}": [count.text(s.param_count) for s in stages],
+                f"weights\n{weights.unit}": [weights.text(s.param_bytes) for s in stages],
+                f"forward\n{time.unit}": [time.text(s.forward_s) for s in stages],
+                f"backward\n{time.unit}": [time.text(s.backward_s) for s in stages],
+                f"recompute\n{time.unit}": [time.text(s.recompute_s) for s in stages],
+                f"stash × in flight\n{stash.unit}": [
+                    f"{stash.text(s.stash_bytes)} × {s.in_flight}" for s in stages
+                ],
+                f"sends\n{sent.unit}": [sent.text(_sent(s)) for s in stages],
+            }
+        )
+
+    def _memory(self) -> Group:
+        """Bytes of each stage's fullest moment; "other" is buffers, constants and batch."""
+        budget = self.plan.budget_bytes
+        stages = self.plan.stages
+        held = [s.memory for s in stages]
+        scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
+        columns: dict[str, list[int]] = {
+            "weights": [m.weights + m.copies for m in held],
+            "gradients": [m.grads for m in held],
+            "optimizer": [m.states for m in held],
+            "other": [m.buffers + m.constants + m.batch for m in held],
+            "activations": [_working(s) for s in stages],
+        }
+        shown: dict[str, Sequence[object]] = {"stage": [s.stage for s in stages]}
+        shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
+        shown["peak in"] = [m.peak_at for m in held]
+        title = f"memory of a stage at its peak, {scale.unit}"
+        if budget is None:
+            shown["peak"] = [scale.text(m.peak) for m in held]
+        else:
+            of = f"of {scale.text(budget)}"
+            room = self.width - 88 - len(of)
+            shown["peak"] = [
+                Text.assemble(bar(m.peak, budget, room), f" {scale.text(m.peak)} {of}")
+                for m in held
+            ]
+        return Group(self._lines(title), self._table(shown, left=("peak in",)))
+
+    def _transfers(self) -> Table:
+        sends = [(stage.stage, t) for stage in self.plan.stages for t in stage.sends]
+        return self._table(
+            {
+                "from": [src for src, _ in sends],
+                "to": [t.dst for _, t in sends],
+                "phase": [t.phase for _, t in sends],
+                "bytes": [bytes_text(t.bytes) for _, t in sends],
+                "values": [_values(t) for _, t in sends],
+            },
+            left=("phase", "values"),
+        )
+
+    def _comparison(self, rows: Sequence[Comparison]) -> Group:
+        limited = self.plan.budget_bytes is not None
+        title = self._lines(
+            "compared at the problem's prices: (m−1) · slowest + Σ, transfers in full, no optimizer"
+        )
+        table = self._table(
+            {
+                "strategy": [r.name for r in rows],
+                "slowest\nstage": ["–" if r.reason else seconds_text(r.bottleneck_s) for r in rows],
+                "step": ["–" if r.reason else seconds_text(r.step_s) for r in rows],
+                "to this\nplan": ["–" if r.reason else f"{r.ratio:.3f} ×" for r in rows],
+                "peak": ["–" if r.reason else bytes_text(r.peak_bytes) for r in rows],
+                "on\nstage": ["–" if r.reason else r.peak_stage for r in rows],
+                "fits": [_fit(r, limited) for r in rows],
+                "units per stage": [r.reason or " ".join(map(str, r.units)) for r in rows],
+            },
+            left=("strategy", "fits", "units per stage"),
+        )
+        return Group(title, table)
+
+    # -- totals -------------------------------------------------------------------------------
+
+    def _speed(self) -> list[str]:
+        plan = self.plan
+        stages = [_seconds(stage) for stage in plan.stages]
+        slowest = max(range(len(stages)), key=stages.__getitem__)
+        mean = sum(stages) / len(stages)
+        closing = max(self.timeline.closing_s, default=0.0)
+        ideal = (plan.n_stages - 1) / (plan.microbatches + plan.n_stages - 1)
+        made = plan.microbatches * plan.dp
+        rows = f"{rate_text(made * plan.microbatch_rows / plan.step_s)} rows/s"
+        tokens = f"{rate_text(made * plan.microbatch_tokens / plan.step_s)} tokens/s, "
+        return [
+            f"step: {seconds_text(plan.step_s)} predicted, {seconds_text(closing)} of it "
+            f"{'optimizer and gradient exchange' if plan.dp > 1 else 'optimizer'}; "
+            f"{tokens if plan.microbatch_tokens else ''}{rows}",
+            f"bottleneck: stage {slowest}, {seconds_text(stages[slowest])} per microbatch, "
+            f"{stages[slowest] / mean if mean else 1:.2f} × the mean",
+            f"bubble: {plan.bubble:.1%}; with equal stages and free transfers "
+            f"(S−1)/(m+S−1) = {ideal:.1%}",
+        ]
+
+    def _amounts(self) -> list[str]:
+        plan = self.plan
+        stages, m = plan.stages, plan.microbatches
+        forward, backward, again = (
+            m * plan.dp * sum(getattr(stage, f"{phase}_flops") for stage in stages)
+            for phase in ("forward", "backward", "recompute")
+        )
+        fullest = max(stages, key=lambda stage: stage.memory.peak)
+        budget = plan.budget_bytes
+        share = f", {fullest.memory.peak / budget:.0%} of the budget" if budget else ""
+        return [
+            f"compute: {flops_text(forward)} forward, {flops_text(backward)} backward"
+            + (f", {flops_text(again)} recomputed" if again else "")
+            + " per step of all replicas",
+            f"transfers: {bytes_text(m * sum(map(_sent, stages)))} per step of one replica",
+            f"memory: at most {bytes_text(fullest.memory.peak)}, on stage {fullest.stage} in "
+            f"{fullest.memory.peak_at}{share or '; no limit was given'}",
+        ]
+
+    def _origin(self) -> list[str]:
+        """How the plan was found, and where its seconds come from."""
+        plan, search = self.plan, self.plan.decision.search
+        sure = (
+            "proven best" if search.proven else f"at most {search.gap:.1%} from the best possible"
+        )
+        took = self.extras.search_s
+        when = "read from a file" if took is None else f"in {seconds_text(took)}"
+        parts = [f"{sure} at the problem's prices", _TIMES.get(search.solver, search.solver), when]
+        costs = (
+            f"peak rates of {plan.device} (roofline): nothing runs faster than that"
+            if plan.costs == "roofline"
+            else f"measured ({plan.costs})"
+        )
+        return [
+            f"division: {', '.join(parts + ([search.note] if search.note else []))}",
+            f"seconds: {costs}",
+        ]
+
+
+# -- texts --------------------------------------------------------------------------------------
+
+
+def _sent(stage: StagePlan) -> int:
+    return sum(message.bytes for message in stage.sends)
+
+
+def _seconds(stage: StagePlan) -> float:
+    return stage.forward_s + stage.backward_s + stage.recompute_s
+
+
+def _working(stage: StagePlan) -> int:
+    """What is held at the peak beyond what is held all the time."""
+    m = stage.memory
+    return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
+
+
+def _recomputed(stage: StagePlan) -> str:
+    what = "; ".join(
+        f"{label} of {counted(n, 'unit')}"
+        for label, n in sorted(stage.recomputes.items(), key=lambda item: -item[1])
+    )
+    return (
+        f"stage {stage.stage}: {what} (of {stage.units}): {seconds_text(stage.recompute_s)}, "
+        f"{stage.recompute_s / _seconds(stage) if _seconds(stage) else 0:.1%} of its time"
+    )
+
+
+def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
+    if trial.step_s is None:
+        return trial.reason
+    return "the shortest step: chosen" if chosen else f"{trial.step_s / best_s:.2f} × as long"
+
+
+def _tied(tied: TiedPlan) -> str:
+    aliases = "".join(f" = {name}" for name in tied.names if name != tied.name)
+    where = ", ".join(map(str, tied.stages))
+    amount = f"{len(tied.stages) - 1} × {bytes_text(tied.part_bytes)}"
+    head = f"{tied.name}{aliases}: on stages {where}, owned by {tied.owner}; the parts of its "
+    if tied.summed == "per_step":
+        return f"{head}gradient are sent once per step ({amount}), and the sum back"
+    return (
+        f"{head}gradient are sent with every microbatch ({amount}), and the sum back once per "
+        'step; tied_grads="per_step" sends less, but is no longer bit-exact'
+    )
+
+
+def _values(message: Transfer) -> str:
+    shown = ", ".join(message.values[:SHOWN_VALUES])
+    more = len(message.values) - SHOWN_VALUES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _fit(row: Comparison, limited: bool) -> str:
+    if row.reason or not limited:
+        return "–"
+    return "yes" if row.fits else f"no, {bytes_text(row.over_bytes)} over"

@@ -1,0 +1,1 @@
+"""The partitioning problem's solvers, as a library: numbers in, a typed solution out, no torch."""

@@ -1,0 +1,326 @@
+"""The simple strategies, beside the optimal one: what people do by hand, and its oracle.
+
+solve_dynamic          contiguous divisions and options jointly; exact where units are a chain
+solve_uniform          equal numbers of units
+solve_parameters       equal static bytes
+solve_sequential       divided first as if memory were free, options afterwards
+solve_all_or_nothing   a stage's units take all their first option, or all their last
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from ...compiler.ir.errors import PartitionError
+from ...compiler.ir.problem import (
+    Option,
+    Problem,
+    Solution,
+    solution_of,
+)
+from .excess import infeasible
+from .knapsack import Knapsack
+from .segments import (
+    Division,
+    Floats,
+    Line,
+    best_division,
+    ends_within,
+    lower_bounds,
+)
+
+PROVEN_GAP = 2e-6  # (objective − bound) / objective of a solution that counts as proven
+
+_CAPS = (24, 1024, 16384)  # choices kept per segment, see Knapsack.cap
+
+
+def solve_dynamic(
+    problem: Problem, *, time_limit_s: float = 10.0, positions: Sequence[Sequence[int]] = ()
+) -> Solution:
+    """The best division of the units' order into runs, with the best options, within memory.
+
+    Where the order is the only one that the edges allow, that is the optimum, and ``proven``
+    says so; ``bound`` then holds for every division, and is −∞ otherwise.
+
+    Args:
+        time_limit_s: when to take the best so far.
+        positions: the units in another order that the edges allow, groups kept together.
+
+    Raises:
+        MemoryBudgetError: no division into runs fits into memory, or none was found.
+        PartitionError: the order, groups, pins and fewest units allow no division into runs.
+    """
+    started = time.perf_counter()
+    line = Line(problem, positions or in_order(problem))
+    found, upper, chain = None, math.inf, _is_chain(line)
+    for cap in _CAPS:  # a quick solution first: it limits what the next search looks at
+        search = _LazySearch(line, started + time_limit_s, upper, cap)
+        found, upper = search.run() or found, search.upper
+        if upper - search.bound <= PROVEN_GAP * abs(upper) or time.perf_counter() > search.deadline:
+            break
+    if found is None:
+        nearest = _nearest(line)
+        if nearest is None:
+            raise PartitionError("no division into runs of units keeps to the pins and groups")
+        raise infeasible(problem, nearest, proven=chain and search.finished)
+    stage, option = found
+    result = solution_of(problem, stage, option, "dynamic", seconds=time.perf_counter() - started)
+    bound = min(search.bound, result.objective) if chain else -math.inf
+    exact = result.objective - search.bound <= PROVEN_GAP * abs(result.objective)
+    note = "" if exact else "not all choices compared"
+    return replace(result, bound=bound, proven=chain and exact, note=note)
+
+
+def solve_uniform(problem: Problem) -> Solution:
+    """Equal numbers of units per stage: what splitting by layer count does."""
+    return _balanced(problem, [1.0] * problem.n_units, "uniform")
+
+
+def solve_parameters(problem: Problem) -> Solution:
+    """Equal static bytes per stage: what splitting by parameter count does."""
+    static = [each[0].static_bytes for each in problem.options]
+    return _balanced(problem, static, "parameters")
+
+
+def solve_sequential(problem: Problem) -> Solution:
+    """The best division where everything is kept; then, stage by stage, options that fit."""
+    line = Line(problem, in_order(problem))
+    cuts = _division(line, [0] * problem.n_units).cuts
+    option = [0] * problem.n_units
+    for s, (i, j) in enumerate(pairwise(cuts)):
+        fitting = Knapsack(line, s, _CAPS[-1]).options(i, j)
+        if fitting is None:  # the fewest bytes that there are
+            fitting = {u: _leanest(problem, u, s) for units in line.positions[i:j] for u in units}
+        for unit, k in fitting.items():
+            option[unit] = k
+    return solution_of(problem, _stages(line, cuts), option, "sequential")
+
+
+def solve_all_or_nothing(problem: Problem) -> Solution:
+    """The best division where each stage keeps all it can, or recomputes all it can."""
+    line = Line(problem, in_order(problem))
+    last = [len(each) - 1 for each in problem.options]
+    costs, kept = [], []
+    for s in range(problem.n_stages):
+        keep, redo = (_uniform_costs(line, s, ks) for ks in ([0] * problem.n_units, last))
+        costs.append(np.minimum(keep, redo))
+        kept.append(keep <= redo)
+    found = best_division(costs, problem.max_weight, problem.sum_weight)
+    cuts = found.cuts if found else _division(line, last).cuts
+    option = list(last)
+    for s, (i, j) in enumerate(pairwise(cuts)):
+        if found and kept[s][i, j]:
+            for unit in (u for units in line.positions[i:j] for u in units):
+                option[unit] = 0
+    return solution_of(problem, _stages(line, cuts), option, "all-or-nothing")
+
+
+def in_order(problem: Problem) -> list[tuple[int, ...]]:
+    """The units by number, a group at the place of its first."""
+    group_of = {unit: tuple(sorted(group)) for group in problem.together for unit in group}
+    groups = dict.fromkeys(group_of.get(unit, (unit,)) for unit in range(problem.n_units))
+    return list(groups)
+
+
+class _LazySearch:
+    """The best division, where the time of a segment is found when a division wants it.
+
+    Bounds stand in for segments that are not known; the best division on them is exact once all
+    of its segments are known, and a lower bound until then.
+
+    Attributes:
+        lows, costs: per stage, [i, j]: no options are faster; these fit (infinite: not known).
+        bound: no division into runs has a smaller objective.
+        finished: not stopped by the deadline.
+        upper: an objective that is known to be reached.
+    """
+
+    def __init__(self, line: Line, deadline: float, upper: float, cap: int) -> None:
+        problem = line.problem
+        self.line, self.deadline, self.upper = line, deadline, upper
+        self.lows = [lower_bounds(line, s) for s in range(problem.n_stages)]
+        self.sacks = [
+            Knapsack(line, s, cap) if math.isfinite(budget) else None
+            for s, budget in enumerate(problem.budget_bytes)
+        ]
+        self.costs = [
+            low if sack is None else np.full_like(low, math.inf)
+            for low, sack in zip(self.lows, self.sacks, strict=True)
+        ]
+        self.known: set[tuple[int, int]] = set()  # (stage, i): all j are known
+        self.best: Division | None = None
+        self.bound, self.finished = -math.inf, False
+
+    def run(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Stages and options; None if nothing fits that beats ``upper``."""
+        problem = self.line.problem
+        while not self.finished:
+            found = best_division(self.lows, problem.max_weight, problem.sum_weight)
+            self.bound = min(found.objective if found else math.inf, self.upper)
+            self.finished = self.bound >= self.upper or not (found and self._learn(found))
+            if found:
+                self._offer(found)
+            if time.perf_counter() > self.deadline:
+                break
+        return self._assignment(self.best) if self.best else None
+
+    def _learn(self, found: Division) -> bool:
+        """Find the times of a division's segments; whether there were any to find."""
+        limit_s = largest_stage_s(self.line.problem, self.upper)
+        ends = ends_within(self.lows, limit_s)
+        news = False
+        for s, i, _ in found.segments():
+            sack, transfer_s = self.sacks[s], self.line.transfer_s[i]
+            if sack is None or (s, i) in self.known:
+                continue
+            self.known.add((s, i))
+            room_s = limit_s - float(transfer_s[max(i, ends[s]) :].min())
+            seconds, error = sack.seconds(i, ends[s], room_s)
+            allowed = np.isfinite(self.lows[s][i])
+            self.costs[s][i] = np.where(allowed, seconds + transfer_s, math.inf)
+            self.lows[s][i] = np.maximum(self.lows[s][i], self.costs[s][i] - error)
+            news = True
+        return news
+
+    def _offer(self, found: Division) -> None:
+        each = [float(self.costs[s][i, j]) for s, i, j in found.segments()]
+        value = self.line.problem.objective(each)
+        if value < self.upper:
+            self.best, self.upper = Division(value, found.cuts), value
+
+    def _assignment(self, best: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        problem = self.line.problem
+        option = [each.index(min(each, key=_seconds)) for each in problem.options]
+        for s, i, j in best.segments():
+            sack = self.sacks[s]
+            if sack is None:
+                continue
+            seconds = float(self.costs[s][i, j] - self.line.transfer_s[i, j])
+            limits = (seconds * (1 + 1e-9), seconds * 1.01, math.inf)
+            tries = (sack.options(i, j, limit_s) for limit_s in limits)
+            for unit, k in (next((some for some in tries if some is not None), None) or {}).items():
+                option[unit] = k
+        return _stages(self.line, best.cuts), tuple(option)
+
+
+def _seconds(option: Option) -> float:
+    return option.seconds
+
+
+def largest_stage_s(problem: Problem, objective: float) -> float:
+    """No stage takes longer in a solution with at most this objective."""
+    if not math.isfinite(objective):
+        return math.inf
+    fastest = math.fsum(min(o.seconds for o in each) for each in problem.options)
+    limit = math.inf
+    if problem.max_weight:
+        limit = (objective - problem.sum_weight * fastest) / problem.max_weight
+    if problem.sum_weight:
+        limit = min(limit, objective / problem.sum_weight)
+    return limit * (1 + 1e-9) + 1e-9 * abs(objective)
+
+
+def _is_chain(line: Line) -> bool:
+    """Whether the edges allow no other order of the positions."""
+    linked = {(line.place[u], line.place[v]) for u, v in line.problem.edges}
+    return all((p, p + 1) in linked for p in range(line.n - 1))
+
+
+def _stages(line: Line, cuts: Sequence[int]) -> tuple[int, ...]:
+    stage = [0] * line.problem.n_units
+    for s, (i, j) in enumerate(pairwise(cuts)):
+        for unit in (u for units in line.positions[i:j] for u in units):
+            stage[unit] = s
+    return tuple(stage)
+
+
+def _uniform_costs(line: Line, stage: int, option: Sequence[int]) -> Floats:
+    """[i, j]: seconds of the segment with given options; infinite where it does not fit."""
+    fixed = tuple((each[k],) for each, k in zip(line.problem.options, option, strict=True))
+    kept = tuple(
+        replace(
+            item,
+            users=tuple(
+                (u, None) for u, which in item.users if which is None or option[u] in which
+            ),
+            unless=tuple(
+                (u, None) for u, which in item.unless if which is None or option[u] in which
+            ),
+        )
+        for item in line.problem.kept
+    )
+    alone = Line(replace(line.problem, options=fixed, kept=kept), line.positions)
+    costs = lower_bounds(alone, stage)
+    if alone.linked and math.isfinite(line.problem.budget_bytes[stage]):
+        sack = Knapsack(alone, stage, 1)
+        for i in range(line.n + 1):
+            exact = sack.seconds(i, i, math.inf)[0] + alone.transfer_s[i]
+            costs[i] = np.where(np.isfinite(costs[i]), exact, math.inf)
+    return costs
+
+
+def _division(line: Line, option: Sequence[int]) -> Division:
+    """The best division with given options, memory apart."""
+    problem = line.problem
+    free = replace(
+        problem,
+        options=tuple((each[k],) for each, k in zip(problem.options, option, strict=True)),
+        kept=(),
+        budget_bytes=(math.inf,) * problem.n_stages,
+    )
+    alone = Line(free, line.positions)
+    costs = [lower_bounds(alone, s) for s in range(problem.n_stages)]
+    found = best_division(costs, problem.max_weight, problem.sum_weight)
+    if found is None:
+        raise PartitionError("no division into runs of units keeps to the pins and groups")
+    return found
+
+
+def _leanest(problem: Problem, unit: int, stage: int) -> int:
+    each = problem.options[unit]
+    return min(
+        range(len(each)),
+        key=lambda k: each[k].static_bytes + problem.in_flight[stage] * each[k].stash_bytes,
+    )
+
+
+def _nearest(line: Line) -> Solution | None:
+    """The division whose largest excess over a budget is small; every unit at its leanest."""
+    problem = line.problem
+    over = []
+    for s, budget in enumerate(problem.budget_bytes):
+        held = [
+            min(o.static_bytes + problem.in_flight[s] * o.stash_bytes for o in each)
+            for each in problem.options
+        ]
+        used = line.sums(held) + line.fixed_bytes(s)
+        limit = budget if math.isfinite(budget) else used.max()
+        over.append(np.where(line.allowed(s), used - limit, math.inf))
+    lowest = min(float(each[np.isfinite(each)].min(initial=0.0)) for each in over)
+    found = best_division([each - lowest for each in over], 1.0, 0.0)
+    if found is None:
+        return None
+    stage = _stages(line, found.cuts)
+    option = [_leanest(problem, unit, s) for unit, s in enumerate(stage)]
+    return solution_of(problem, stage, option, "dynamic")
+
+
+def _balanced(problem: Problem, weight: Sequence[float], name: str) -> Solution:
+    """Runs whose weights are as even as rounding to whole units makes them; first options."""
+    line = Line(problem, in_order(problem))
+    each = [math.fsum(weight[u] for u in units) for units in line.positions]
+    total, stages = math.fsum(each) or 1.0, problem.n_stages
+    middle = [after - w / 2 for w, after in zip(each, accumulate(each), strict=True)]
+    cuts = [0, *(sum(m < total * s / stages for m in middle) for s in range(1, stages)), line.n]
+    if problem.min_units:
+        for s in range(1, stages):
+            cuts[s] = max(cuts[s], cuts[s - 1] + problem.min_units)
+        for s in reversed(range(1, stages)):
+            cuts[s] = min(cuts[s], cuts[s + 1] - problem.min_units)
+    return solution_of(problem, _stages(line, cuts), [0] * problem.n_units, name)

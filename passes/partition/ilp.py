@@ -1,0 +1,378 @@
+"""The partitioning problem as an integer linear program; the only file that knows PuLP.
+
+    y[u, s] = 1         the stage of unit u is at most s; y[v, s] ≤ y[u, s] for an edge (u, v)
+    x[u, s]             y[u, s] − y[u, s − 1]: u is on s
+    z[u, s, k]          u is on s with option k; Σ_k z = x
+    send, receive       of a value and stage; ≥ x of the one end − x of the other
+    kept[w, s]          ≥ z of a user − Σ z of what recomputes it
+    transient[s]        ≥ Σ_k transient_k · z of every unit
+
+Stages are ordered, so no two solutions differ only in the names of devices; that and windows of
+stages for every unit (`passes.partition.windows`) are what makes it solvable.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pulp  # type: ignore[import-untyped]
+
+from ...compiler.ir.problem import Problem, Users
+from .windows import Window, leaders
+
+GAP = 1e-6  # (objective − bound) / objective at which a solution counts as proven
+SCALE = 1000.0  # of objective and budget: solvers' tolerances are absolute
+
+Terms = dict[Any, float]  # variable -> coefficient; None -> the constant
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an integer solver says.
+
+    Attributes:
+        stage, option: per unit; None where it found nothing.
+        bound: no solution has a smaller objective (infinite: there is no solution).
+        finished: it was not stopped by its time limit.
+    """
+
+    stage: tuple[int, ...] | None
+    option: tuple[int, ...] | None
+    bound: float
+    finished: bool
+
+
+@dataclass
+class _Model:
+    """The program while it is built.
+
+    Attributes:
+        unit_s: seconds that one unit of time in the program stands for.
+        over: largest excess over the budget, for programs that minimise it.
+        offset: part of the objective that no variable changes.
+    """
+
+    problem: Problem
+    windows: Sequence[Window]
+    unit_s: float
+    program: Any = field(default_factory=lambda: pulp.LpProblem("partition", pulp.LpMinimize))
+    y: dict[tuple[int, int], Any] = field(default_factory=dict)
+    z: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+    over: Any = None
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.leader = leaders(self.problem)
+
+    def variable(self, name: str, upper: float | None = None, *, whole: bool = False) -> Any:
+        kind = pulp.LpInteger if whole else pulp.LpContinuous
+        return self.program.add_variable(name, 0, upper, cat=kind)
+
+    def require(self, terms: Terms, at_least: float = 0.0) -> None:
+        """Σ terms ≥ at_least."""
+        low = at_least - terms.pop(None, 0.0)
+        terms = {variable: factor for variable, factor in terms.items() if factor}
+        if not terms and low > 0:
+            terms = {self.variable("never", 0.0): 1.0}
+        if terms:
+            expression = pulp.LpAffineExpression(terms)
+            self.program.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintGE, rhs=low))
+
+    def x(self, unit: int, stage: int) -> Terms:
+        """Unit on stage."""
+        terms: Terms = {}
+        _add(terms, self._up_to(unit, stage))
+        _add(terms, self._up_to(unit, stage - 1), -1.0)
+        return terms
+
+    def chosen(self, unit: int, stage: int, option: int) -> Terms:
+        """Unit on stage with option."""
+        first, last = self.windows[unit]
+        if len(self.problem.options[unit]) == 1 or not first <= stage <= last:
+            return self.x(unit, stage)
+        return {self.z[unit, stage, option]: 1.0}
+
+    def _up_to(self, unit: int, stage: int) -> Terms:
+        first, last = self.windows[unit]
+        if stage < first:
+            return {}
+        return {None: 1.0} if stage >= last else {self.y[self.leader[unit], stage]: 1.0}
+
+
+def _add(terms: Terms, more: Terms, factor: float = 1.0) -> None:
+    for variable, value in more.items():
+        terms[variable] = terms.get(variable, 0.0) + factor * value
+
+
+def _dense(parts: Iterable[tuple[float, Terms]]) -> Terms:
+    total: Terms = {}
+    for factor, terms in parts:
+        _add(total, terms, factor)
+    return total
+
+
+def minimise_time(
+    problem: Problem,
+    windows: Sequence[Window],
+    start: tuple[Sequence[int], Sequence[int]] | None,
+    upper: float,
+    *,
+    solver: str,
+    time_limit_s: float,
+) -> Answer:
+    """The assignment with the smallest objective that fits into memory.
+
+    Args:
+        windows: stages that every unit can be on (`passes.partition.windows`).
+        start: stages and options to start from; in the windows.
+        upper: an objective that is known to be reached, or infinite.
+        solver: highs or cbc.
+
+    Raises:
+        SolverError: it is not installed, or crashed.
+    """
+    typical = sum(min(o.seconds for o in each) for each in problem.options) / problem.n_stages
+    weight = problem.max_weight + problem.sum_weight * problem.n_stages
+    scale = upper if math.isfinite(upper) and upper > 0 else (typical * weight or 1.0)
+    model = _Model(problem, windows, scale / SCALE)
+    _order(model)
+    _times(model)
+    _memory(model)
+    return _run(model, start, solver, time_limit_s)
+
+
+def minimise_excess(
+    problem: Problem,
+    windows: Sequence[Window],
+    start: tuple[Sequence[int], Sequence[int]] | None,
+    *,
+    solver: str,
+    time_limit_s: float,
+) -> Answer:
+    """The assignment whose largest excess over a stage's budget is smallest; bound in bytes.
+
+    Raises:
+        SolverError: the solver is not installed, or crashed.
+    """
+    largest = max(budget for budget in problem.budget_bytes if math.isfinite(budget))
+    model = _Model(problem, windows, largest / SCALE)
+    _order(model)
+    model.over = model.variable("over")
+    total = _memory(model)
+    model.program.setObjective(pulp.LpAffineExpression({model.over: 1.0, **total}))
+    return _run(model, start, solver, time_limit_s)
+
+
+def _order(model: _Model) -> None:
+    """Which stage, which option; at least so many units on a stage."""
+    problem, leader = model.problem, model.leader
+    for unit, (first, last) in enumerate(model.windows):
+        if leader[unit] == unit:
+            for s in range(first, last):
+                model.y[unit, s] = model.variable(f"y_{unit}_{s}", 1, whole=True)
+            for s in range(first + 1, last):
+                model.require({model.y[unit, s]: 1.0, model.y[unit, s - 1]: -1.0})
+        count = len(problem.options[unit])
+        for s in range(first, last + 1) if count > 1 else ():
+            for k in range(count):
+                model.z[unit, s, k] = model.variable(f"z_{unit}_{s}_{k}", 1, whole=True)
+            each = {model.z[unit, s, k]: 1.0 for k in range(count)}
+            _equal(model, each, model.x(unit, s))
+    for u, v in problem.edges:
+        for s in range(problem.n_stages - 1):
+            model.require(_dense([(1.0, model._up_to(u, s)), (-1.0, model._up_to(v, s))]))
+    for s in range(problem.n_stages if problem.min_units else 0):
+        on_stage = _dense((1.0, model.x(unit, s)) for unit in range(problem.n_units))
+        model.require(on_stage, problem.min_units)
+
+
+def _equal(model: _Model, left: Terms, right: Terms) -> None:
+    model.require(_dense([(1.0, left), (-1.0, right)]))
+    model.require(_dense([(-1.0, left), (1.0, right)]))
+
+
+def _times(model: _Model) -> None:
+    """Objective: stage times, with what the stages send and receive."""
+    problem = model.problem
+    longest = model.variable("max_s")
+    objective: Terms = {longest: problem.max_weight}
+    loads: list[Terms] = [{} for _ in range(problem.n_stages)]
+    for unit, options in enumerate(problem.options):
+        first, last = model.windows[unit]
+        for s in range(first, last + 1):
+            for k, option in enumerate(options):
+                _add(loads[s], model.chosen(unit, s, k), option.seconds / model.unit_s)
+    for number in range(len(problem.values)):
+        _transfer(model, number, loads)
+    for load in loads:
+        model.require(_dense([(1.0, {longest: 1.0}), (-1.0, load)]))
+        if problem.sum_weight:
+            _add(objective, load, problem.sum_weight)
+    model.offset = objective.pop(None, 0.0)  # PuLP does not pass it on to HiGHS
+    model.program.setObjective(pulp.LpAffineExpression(objective))
+
+
+def _transfer(model: _Model, number: int, loads: list[Terms]) -> None:
+    """What a value adds to the time of every stage: sent if read elsewhere, received once."""
+    value = model.problem.values[number]
+    ends = [model.windows[unit] for unit in (value.source, *value.readers)]
+    if all(first == last == ends[0][0] for first, last in ends):
+        return
+    first, last = model.windows[value.source]
+    for s in range(first, last + 1) if value.send_s else ():
+        send = model.variable(f"send_{number}_{s}", 1)
+        for reader in value.readers:
+            here, there = model.x(value.source, s), model.x(reader, s)
+            model.require(_dense([(1.0, {send: 1.0}), (-1.0, here), (1.0, there)]))
+        _add(loads[s], {send: 1.0}, value.send_s / model.unit_s)
+    for s in range(model.problem.n_stages) if value.receive_s else ():
+        near = [u for u in value.readers if model.windows[u][0] <= s <= model.windows[u][1]]
+        receive = model.variable(f"receive_{number}_{s}", 1)
+        for reader in near:
+            here, there = model.x(reader, s), model.x(value.source, s)
+            model.require(_dense([(1.0, {receive: 1.0}), (-1.0, here), (1.0, there)]))
+        if near:
+            _add(loads[s], {receive: 1.0}, value.receive_s / model.unit_s)
+
+
+def _memory(model: _Model) -> Terms:
+    """Bytes of every stage within its budget; the excess of all stages if that is allowed."""
+    problem, excess = model.problem, {}
+    for s, budget in enumerate(problem.budget_bytes):
+        if not math.isfinite(budget):
+            continue
+        unit_bytes = (budget or 1.0) / SCALE
+        transient = model.variable(f"transient_{s}")
+        used: Terms = {None: problem.reserve_bytes[s] / unit_bytes, transient: 1.0}
+        for unit, options in enumerate(problem.options):
+            first, last = model.windows[unit]
+            if not first <= s <= last:
+                continue
+            peak: Terms = {transient: 1.0}
+            for k, option in enumerate(options):
+                held = option.static_bytes + problem.in_flight[s] * option.stash_bytes
+                _add(used, model.chosen(unit, s, k), held / unit_bytes)
+                _add(peak, model.chosen(unit, s, k), -option.transient_bytes / unit_bytes)
+            model.require(peak)
+        _shared(model, s, used, unit_bytes)
+        if model.over is not None:
+            more = model.variable(f"over_{s}")
+            excess[more] = 1e-3 / problem.n_stages
+            _add(used, {more: -model.unit_s / unit_bytes})
+            model.require({model.over: 1.0, more: -1.0})
+        model.require({variable: -factor for variable, factor in used.items()}, -SCALE)
+    return excess
+
+
+def _shared(model: _Model, s: int, used: Terms, unit_bytes: float) -> None:
+    for number, kept in enumerate(model.problem.kept):
+        users = _on(model, kept.users, s)
+        size = kept.bytes * (model.problem.in_flight[s] if kept.per_microbatch else 1)
+        if not users or not size:
+            continue
+        held = model.variable(f"kept_{number}_{s}", 1)
+        recomputed = _dense((1.0, terms) for terms in _on(model, kept.unless, s))
+        for terms in users:
+            model.require(_dense([(1.0, {held: 1.0}), (-1.0, terms), (1.0, recomputed)]))
+        _add(used, {held: 1.0}, size / unit_bytes)
+
+
+def _on(model: _Model, users: Users, s: int) -> list[Terms]:
+    """Per user that can be on a stage: whether it is, with an option that counts."""
+    found = []
+    for unit, which in users:
+        first, last = model.windows[unit]
+        if first <= s <= last and which is None:
+            found.append(model.x(unit, s))
+        elif first <= s <= last and which:
+            found.append(_dense((1.0, model.chosen(unit, s, k)) for k in sorted(which)))
+    return found
+
+
+class SolverError(Exception):
+    """A solver is not installed, or crashed."""
+
+
+class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
+    """HiGHS, started from the variables' initial values; it remembers its bound."""
+
+    bound = -math.inf
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802
+        start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
+        if start:
+            lp.solverModel.setSolution(len(start), list(start), list(start.values()))
+        lp.solverModel.run()
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        self.bound = lp.solverModel.getInfo().mip_dual_bound
+        if not lp.solverModel.getSolution().value_valid:
+            names = lp.solverModel.modelStatusToString(lp.solverModel.getModelStatus())
+            if "nfeasible" in names:
+                return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
+            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
+        status: tuple[int, int] = super().findSolutionValues(lp)
+        return status
+
+
+def _solver(name: str, time_limit_s: float, warm: bool) -> Any:
+    limit = max(time_limit_s, 0.1)
+    if name == "highs":
+        return _WarmHighs(msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2)
+    with warnings.catch_warnings():  # PuLP 3.3 says that 4 will not bring CBC along
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pulp.PULP_CBC_CMD(
+            msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2, warmStart=warm
+        )
+
+
+def _run(
+    model: _Model,
+    start: tuple[Sequence[int], Sequence[int]] | None,
+    name: str,
+    time_limit_s: float,
+) -> Answer:
+    solver = _solver(name, time_limit_s, start is not None)
+    if not solver.available():
+        raise SolverError(f"{name} is not installed")
+    if start is not None:
+        for (unit, s), variable in model.y.items():
+            variable.setInitialValue(int(start[0][unit] <= s))
+        for (unit, s, k), variable in model.z.items():
+            variable.setInitialValue(int(start[0][unit] == s and start[1][unit] == k))
+    try:
+        model.program.solve(solver)
+        found = model.program.sol_status
+    except Exception as error:  # whatever a solver's binding raises
+        raise SolverError(f"{name} failed: {error}") from error
+    if found in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded):
+        return Answer(None, None, math.inf, True)
+    proven = found == pulp.LpSolutionOptimal
+    bound = getattr(solver, "bound", -math.inf)
+    if proven:  # without a tree, HiGHS may not set its bound
+        bound = max(bound, (1 - GAP) * pulp.value(model.program.objective))
+    bound = (bound + model.offset) * model.unit_s
+    if found not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Answer(None, None, bound, False)
+    return Answer(*_assignment(model), bound, proven)
+
+
+def _assignment(model: _Model) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rounded: solvers may leave values that are not quite whole."""
+    stages, options = [], []
+    for unit, (first, last) in enumerate(model.windows):
+        lead = model.leader[unit]
+        s = next((s for s in range(first, last) if _value(model.y[lead, s]) > 0.5), last)
+        stages.append(s)
+        count = len(model.problem.options[unit])
+        each = [_value(model.z[unit, s, k]) for k in range(count)] if count > 1 else [1.0]
+        options.append(each.index(max(each)))
+    return tuple(stages), tuple(options)
+
+
+def _value(variable: Any) -> float:
+    return float(variable.varValue or 0.0)

@@ -1,0 +1,250 @@
+"""What runs of consecutive units cost on each stage, and the best way to cut a line of units.
+
+A segment [i, j) holds the positions i to j − 1 of a line; a position is a unit, or a group that
+stays together. With options and memory, the time of a segment is a multiple-choice knapsack: a
+Lagrangian bound is there for all segments at once, the exact value for one start at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...compiler.ir.problem import Problem, Value
+
+Floats = npt.NDArray[np.float64]
+_MULTIPLIERS = 24
+
+
+class Line:
+    """A problem along an order of its units.
+
+    Attributes:
+        positions: groups of units, in order.
+        transfer_s: [i, j]: what the segment sends and receives.
+        once_bytes, microbatch_bytes: [i, j]: shared bytes that no option decides.
+        linked: per kept item that options decide, its number in the problem.
+    """
+
+    def __init__(self, problem: Problem, positions: Sequence[Sequence[int]]) -> None:
+        self.problem = problem
+        self.positions = [tuple(units) for units in positions]
+        self.place = {u: p for p, units in enumerate(self.positions) for u in units}
+        self.n = len(self.positions)
+        self.transfer_s = self._transfers(problem.values)
+        self.linked = [
+            number
+            for number, kept in enumerate(problem.kept)
+            if kept.unless or any(which is not None for _, which in kept.users)
+        ]
+        self.once_bytes = self._shared(per_microbatch=False)
+        self.microbatch_bytes = self._shared(per_microbatch=True)
+
+    def sums(self, per_unit: Sequence[float] | Floats) -> Floats:
+        """[i, j]: the sum of a quantity over the segment's units."""
+        total = np.zeros(self.n + 1)
+        total[1:] = np.cumsum([math.fsum(per_unit[u] for u in units) for units in self.positions])
+        return total[None, :] - total[:, None]
+
+    def allowed(self, stage: int) -> npt.NDArray[np.bool_]:
+        """[i, j]: the segment is not reversed, has enough units, and no pin keeps it away."""
+        units = self.sums([1.0] * self.problem.n_units)
+        foreign = [0.0] * self.problem.n_units
+        for unit, pinned in self.problem.pins.items():
+            foreign[unit] = float(pinned != stage)
+        ordered = np.triu(np.ones((self.n + 1, self.n + 1), dtype=bool))
+        result: npt.NDArray[np.bool_] = (
+            ordered & (units >= self.problem.min_units - 0.5) & (self.sums(foreign) < 0.5)
+        )
+        return result
+
+    def fixed_bytes(self, stage: int) -> Floats:
+        """[i, j]: shared bytes that no option decides, and the stage's reserve."""
+        shared = self.once_bytes + self.problem.in_flight[stage] * self.microbatch_bytes
+        return shared + self.problem.reserve_bytes[stage]
+
+    def _transfers(self, values: Sequence[Value]) -> Floats:
+        area = _Area(self.n)
+        for value in values:
+            source = self.place[value.source]
+            readers = sorted({self.place[reader] for reader in value.readers} - {source})
+            if not readers:
+                continue
+            low, high = min(source, readers[0]), max(source, readers[-1])
+            area.add(0, source, source + 1, self.n, value.send_s)
+            area.add(0, low, high + 1, self.n, -value.send_s)
+            later = [source, *(r for r in readers if r > source)]
+            for before, r in itertools.pairwise(later):
+                area.add(before + 1, r, r + 1, self.n, value.receive_s)
+            earlier = [*(r for r in readers if r < source), source]
+            for r, after in itertools.pairwise(earlier):
+                area.add(0, r, r + 1, after, value.receive_s)
+        return area.total()
+
+    def _shared(self, *, per_microbatch: bool) -> Floats:
+        area = _Area(self.n)
+        decided = set(self.linked)
+        for number, kept in enumerate(self.problem.kept):
+            if kept.per_microbatch == per_microbatch and number not in decided:
+                users = sorted({self.place[unit] for unit, _ in kept.users})
+                for before, r in zip([-1, *users], users, strict=False):
+                    area.add(before + 1, r, r + 1, self.n, kept.bytes)
+        return area.total()
+
+
+class _Area:
+    """A table [i, j] to which rectangles are added."""
+
+    def __init__(self, n: int) -> None:
+        self.steps = np.zeros((n + 2, n + 2))
+
+    def add(self, i: int, last_i: int, j: int, last_j: int, amount: float) -> None:
+        self.steps[i, j] += amount
+        self.steps[last_i + 1, j] -= amount
+        self.steps[i, last_j + 1] -= amount
+        self.steps[last_i + 1, last_j + 1] += amount
+
+    def total(self) -> Floats:
+        full: Floats = self.steps.cumsum(axis=0).cumsum(axis=1)[:-1, :-1]
+        return np.maximum(full, 0.0)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Where a line is cut: stage s has the positions ``cuts[s]`` to ``cuts[s + 1]`` − 1."""
+
+    objective: float
+    cuts: tuple[int, ...]
+
+    def segments(self) -> Iterator[tuple[int, int, int]]:
+        """(stage, i, j)."""
+        return ((s, *ends) for s, ends in enumerate(zip(self.cuts, self.cuts[1:], strict=False)))
+
+
+def best_division(costs: Sequence[Floats], max_weight: float, sum_weight: float) -> Division | None:
+    """The cuts with the smallest max_weight · max + sum_weight · Σ of the segments' costs.
+
+    The smallest sum for a limit on the largest cost is one dynamic program; limits that could
+    still pay are tried from the loosest one down.
+
+    Args:
+        costs: per stage, [i, j]; infinite where a segment is not allowed.
+    """
+    lowest = _smallest_max(costs)
+    if not math.isfinite(lowest):
+        return None
+    best = _smallest_sum(costs, lowest * (1 + 1e-12))
+    if best is None:
+        return None
+
+    def valued(found: Division) -> Division:
+        each = [costs[s][i, j] for s, i, j in found.segments()]
+        return Division(max_weight * max(each) + sum_weight * math.fsum(each), found.cuts)
+
+    best = valued(best)
+    free = _smallest_sum(costs, math.inf) if sum_weight else None
+    if free is None:
+        return best
+    slack = best.objective - sum_weight * free.objective
+    limit = slack / max_weight if max_weight else math.inf
+    while (found := _smallest_sum(costs, limit)) is not None:
+        if max_weight * lowest + sum_weight * found.objective >= best.objective * (1 - 1e-12):
+            break
+        best = min(best, valued(found), key=lambda division: division.objective)
+        largest = max(costs[s][i, j] for s, i, j in found.segments())
+        limit = largest * (1 - 1e-9)
+    return best
+
+
+def ends_within(costs: Sequence[Floats], limit: float) -> list[int]:
+    """Per stage, its first end from which the later stages can go on within a limit each."""
+    n = len(costs[0]) - 1
+    reached: npt.NDArray[np.bool_] = np.arange(n + 1) == n
+    ends = [n]
+    for cost in reversed(costs[1:]):
+        reached = np.any((cost <= limit) & reached[None, :], axis=1)
+        ends.append(int(reached.argmax()) if reached.any() else n)
+    return ends[::-1]
+
+
+def _smallest_max(costs: Sequence[Floats]) -> float:
+    reached = costs[0][0]
+    for cost in costs[1:]:
+        reached = np.maximum(reached[:, None], cost).min(axis=0)
+    return float(reached[-1])
+
+
+def _smallest_sum(costs: Sequence[Floats], limit: float) -> Division | None:
+    """The cuts with the smallest sum where no segment costs more than a limit."""
+    reached = np.where(costs[0][0] <= limit, costs[0][0], math.inf)
+    sources = []
+    for cost in costs[1:]:
+        total = reached[:, None] + np.where(cost <= limit, cost, math.inf)
+        sources.append(total.argmin(axis=0))
+        reached = total.min(axis=0)
+    if not math.isfinite(reached[-1]):
+        return None
+    cuts = [len(reached) - 1]
+    for source in reversed(sources):
+        cuts.append(int(source[cuts[-1]]))
+    return Division(float(reached[-1]), (0, *reversed(cuts)))
+
+
+def lower_bounds(line: Line, stage: int) -> Floats:
+    """[i, j]: no options of the segment fit in less time (infinite: none fit).
+
+    Lagrange: for every multiplier λ ≥ 0, min Σ seconds ≥ min Σ (seconds + λ · bytes) − λ · room.
+    """
+    problem = line.problem
+    seconds = line.sums([min(o.seconds for o in each) for each in problem.options])
+    bounds = np.where(line.allowed(stage), seconds, math.inf)
+    budget = problem.budget_bytes[stage]
+    if not math.isfinite(budget):
+        return bounds + line.transfer_s
+    held, times = option_table(problem, stage)
+    peak = np.array([min(o.transient_bytes for o in each) for each in problem.options])
+    room = budget - line.fixed_bytes(stage) - _running_max(line, peak)
+    fewest = line.sums(held.min(axis=1))
+    bounds[fewest > room + 1e-9 * budget] = math.inf
+    for rate in exchange_rates(held, times):
+        relaxed = (times + rate * held).min(axis=1)
+        bounds = np.maximum(bounds, line.sums(relaxed) - rate * room)
+    return bounds + line.transfer_s
+
+
+def option_table(problem: Problem, stage: int) -> tuple[Floats, Floats]:
+    """(bytes, seconds) of every unit's options; those that a unit lacks cost infinitely much."""
+    most = max(len(each) for each in problem.options)
+    held = np.full((problem.n_units, most), math.inf)
+    times = held.copy()
+    for unit, each in enumerate(problem.options):
+        for k, option in enumerate(each):
+            held[unit, k] = option.static_bytes + problem.in_flight[stage] * option.stash_bytes
+            times[unit, k] = option.seconds
+    return held, times
+
+
+def exchange_rates(held: Floats, times: Floats) -> list[float]:
+    """Seconds per byte at which units change their option: quantiles of all such rates."""
+    fastest = times.argmin(axis=1)[:, None]
+    saved = np.take_along_axis(held, fastest, 1) - np.where(np.isfinite(held), held, math.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rates = (times - np.take_along_axis(times, fastest, 1)) / saved
+    rates = rates[(saved > 0) & np.isfinite(rates) & (rates > 0)]
+    if not rates.size:
+        return []
+    return sorted(set(np.quantile(rates, np.linspace(0, 1, _MULTIPLIERS)).tolist()))
+
+
+def _running_max(line: Line, per_unit: Floats) -> Floats:
+    """[i, j]: the largest of a quantity over the segment's units."""
+    table = np.zeros((line.n + 1, line.n + 1))
+    each = np.array([max(per_unit[u] for u in units) for units in line.positions])
+    for i in range(line.n):
+        table[i, i + 1 :] = np.maximum.accumulate(each[i:])
+    return table

@@ -1,0 +1,1 @@
+"""A placed graph -> stage programs, and rewrites of these."""

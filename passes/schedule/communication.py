@@ -1,0 +1,51 @@
+"""Adds sends and receives to a schedule of compute actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...compiler.ir.actions import (
+    RECV,
+    SEND,
+    Action,
+    Kind,
+    Schedule,
+)
+from ...compiler.ir.graph import Phase
+from ...compiler.ir.program import Message, PipelineProgram
+
+_MAKES = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
+
+
+def add_communication(schedule: Schedule, program: PipelineProgram) -> Schedule:
+    """Insert what the programs' messages need.
+
+    A send follows the action that makes its values. A receive is posted one compute action
+    before the one that reads it, so that the transfer runs beside that computation.
+    """
+    return tuple(tuple(_stage(actions, program.messages)) for actions in schedule)
+
+
+def _stage(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
+    result: list[Action] = []
+    received = [_receives(action, messages) for action in actions]
+    for i, action in enumerate(actions):
+        if i == 0:
+            result += received[0]
+        if i + 1 < len(actions):
+            result += received[i + 1]
+        result.append(action)
+        result += [
+            Action(action.stage, SEND[action.kind.phase], action.microbatch, m.dst)
+            for m in messages
+            if m.src == action.stage and action.kind is _MAKES[m.phase]
+        ]
+    return result
+
+
+def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
+    return [
+        Action(action.stage, RECV[action.kind.phase], action.microbatch, m.src)
+        for m in messages
+        if m.dst == action.stage and action.kind is _MAKES[m.phase]
+    ]

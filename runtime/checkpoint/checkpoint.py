@@ -1,0 +1,191 @@
+"""Checkpoints of a pipeline: written by all ranks at once, opened under any division.
+
+    [1] every rank takes its part       snapshot.py, optimizer_state.py
+    [2] DCP writes it                   storage.py -> tensor_file.py, index.py
+    [3] one rename publishes it         step_folder.py
+    [4] another run reads what it needs restore.py
+
+torch.distributed.checkpoint (DCP) plans who writes and reads what, under names that know nothing
+of stages and replicas, so that no checkpoint needs conversion. The files are our own, safetensors
+and JSON, because DCP's index is a pickle: see storage.py. Nothing is unpickled, and no name in a
+checkpoint leads out of its folder.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from ... import __version__
+from ...compiler.ir.errors import CheckpointError, OptionError
+from ..exchange.agreement import Agreement
+from ..exchange.mesh import Mesh
+from . import snapshot
+from .background import Background
+from .index import Entry, Index, read_index
+from .restore import Restore
+from .snapshot import Training
+from .step_folder import Draft, find, step_name
+from .storage import Reader, Writer, check_files
+
+# One process that plays all ranks is meant to save alone.
+warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled, unavailable or uninit")
+
+
+class Checkpoints:
+    """Saves and loads what a pipeline trains; every rank makes the same calls."""
+
+    def __init__(self, mesh: Mesh, agreement: Agreement):
+        self._mesh, self._agreement = mesh, agreement
+        self._rank = mesh.rank or 0
+        self._background = Background()
+        self._group: dist.ProcessGroup | None = None
+
+    def save(
+        self, training: Training, directory: Path, keep: int | None, in_background: bool
+    ) -> Path:
+        """Write a checkpoint of this moment; the folder that it is, or will be, in.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before, in the background, could
+                not; on every rank.
+            OptionError: ``keep`` is not at least 1.
+        """
+        if keep is not None and (isinstance(keep, bool) or keep < 1):
+            raise OptionError(f"keep={keep} must be at least 1, or None to keep all")
+        self.wait()
+        directory = Path(self._agreement.gather(str(directory.absolute()))[0])
+        facts = self._agreement.together(lambda: snapshot.facts_of(training))
+        merged = snapshot.merge(self._agreement.gather(facts), training)
+        tensors = snapshot.tensors_of(training)
+        if in_background:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        draft = self._begin(directory, training.steps)
+        index = partial(
+            Index,
+            step=training.steps,
+            tied=snapshot.tied_names(training.state),
+            config=training.config,
+            training=merged,
+            producer={"pipecompile": __version__, "torch": torch.__version__},
+        )
+
+        def finish(entries: dict[str, Entry]) -> None:
+            assert isinstance(draft, Draft)
+            index(tensors=entries).write(draft.path)
+            draft.publish(keep)
+
+        path = draft.path if isinstance(draft, Draft) else draft
+        writer = Writer(path, self._rank, finish)
+        write = partial(_write, tensors, writer, self._meeting(), draft)
+        if in_background:
+            self._background.start(write)
+        else:
+            write()
+        return directory / step_name(training.steps)
+
+    def wait(self) -> None:
+        """Until the save in the background is done.
+
+        Raises:
+            CheckpointError: it failed; on every rank.
+        """
+        self._agreement.together(self._background.wait)
+
+    def load(self, training: Training, directory: Path) -> tuple[int, int]:
+        """Read a checkpoint into a pipeline; its seed and number of steps.
+
+        Raises:
+            CheckpointError: there is none, or none of this model; on every rank, and nothing has
+                been changed.
+        """
+        self.wait()
+        folder = self._find(directory)
+
+        def prepare() -> tuple[Index, Restore]:
+            index = read_index(folder)
+            try:
+                restore = Restore(training, index, self._rank)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise CheckpointError(f"{folder} is damaged: {error!r}") from error
+            check_files(folder, index, set(restore.tensors))
+            return index, restore
+
+        index, restore = self._agreement.together(prepare)
+        _translated(
+            lambda: dcp_load(
+                restore.tensors,
+                storage_reader=Reader(folder, index),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                **self._meeting(),
+            )
+        )
+        self._agreement.together(restore.finish)
+        return restore.seed, restore.steps
+
+    def _find(self, directory: Path) -> Path:
+        """The folder that rank 0 finds, seen by every rank."""
+        main = self._rank == 0
+        found = self._agreement.together(lambda: str(find(directory.absolute())) if main else "")
+        return Path(self._agreement.gather(found)[0])
+
+    def _begin(self, directory: Path, step: int) -> Draft | Path:
+        """A new temporary folder: on rank 0 the draft, elsewhere its path."""
+        main = self._rank == 0
+        draft = self._agreement.together(lambda: Draft.begin(directory, step) if main else None)
+        path = Path(self._agreement.gather(str(draft.path) if draft else "")[0])
+        try:
+            self._agreement.together(lambda: _see(path))
+        except CheckpointError:
+            if draft is not None:
+                draft.discard()
+            raise
+        return draft or path
+
+    def _meeting(self) -> dict[str, Any]:
+        """How DCP's ranks meet: over a group of their own, for training goes on beside it."""
+        if not self._mesh.distributed:
+            return {"no_dist": True}
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return {"process_group": self._group}
+
+
+def _write(
+    tensors: dict[str, torch.Tensor], writer: Writer, meeting: dict[str, Any], draft: Draft | Path
+) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        _translated(lambda: dcp_save(tensors, storage_writer=writer, planner=planner, **meeting))
+    finally:
+        if isinstance(draft, Draft):
+            draft.discard()
+
+
+def _translated(act: Callable[[], Any]) -> None:
+    """DCP's report on all ranks' failures as one error: the first rank's."""
+    try:
+        act()
+    except CheckpointException as report:
+        rank, (error, _) = min(report.failures.items())
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(str(error)) from report
+        raise CheckpointError(f"rank {rank} failed: {type(error).__name__}: {error}") from report
+
+
+def _see(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"rank 0 has made {path} and another rank does not see it: save to a folder that all "
+            "machines share"
+        )

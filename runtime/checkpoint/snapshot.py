@@ -1,0 +1,159 @@
+"""What of a training run goes into a checkpoint, as this process's part of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...compiler.ir.ops import generator_of
+from ..state.model_state import ModelState
+from . import optimizer_state, tree
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a checkpoint keeps, or is loaded into.
+
+    Attributes:
+        data: what knows the position in the data; None if nobody does.
+        extras: name -> further objects with ``state_dict`` and ``load_state_dict``, alike on all
+            ranks.
+        buffer_stages: buffers that the forward updates -> the stage that does.
+        seed, steps: what dropout is drawn from.
+        config: the model's configuration as JSON data, if it had one.
+    """
+
+    state: ModelState
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    data: Any
+    extras: Mapping[str, Any]
+    buffer_stages: Mapping[str, int]
+    seed: int
+    steps: int
+    config: dict[str, Any] | None
+
+    @property
+    def param_names(self) -> dict[torch.Tensor, str]:
+        """The parameters that this process trains -> their FQNs."""
+        return {param: name for name, param in self.state.named_parameters()}
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """A model's configuration as `from_pretrained` wants it; None for a model without one."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    fields = json.loads(json.dumps(config.to_dict(), default=str, skipkeys=True))
+    return {**fields, "architectures": [type(model).__name__]}
+
+
+def names_of(state: ModelState) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by their first names -> a fake of each."""
+    canonical = state.skeleton.canonical
+    return {
+        canonical[name]: fake
+        for name, fake in state.skeleton.module.state_dict(keep_vars=True).items()
+        if name in canonical  # and not extra state, which is no tensor
+    }
+
+
+def tied_names(state: ModelState) -> dict[str, str]:
+    """The further names of tied tensors -> their first."""
+    canonical = state.skeleton.canonical
+    wanted = names_of(state)
+    return {name: first for name, first in canonical.items() if name != first and first in wanted}
+
+
+def tensors_of(training: Training) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> tensor, of those that this process writes.
+
+    Of what several ranks hold, replica 0 of the first stage that does writes it; of a DTensor
+    every rank gives its own part, and DCP drops copies.
+    """
+    state = training.state
+    held = dict(state.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names_of(state):
+        if name in state.homes:
+            if name in held:
+                tensor = state.as_stored(name, held[name].detach())
+                if _is_ours(state, name) or isinstance(tensor, DTensor):
+                    tensors[f"model.{name}"] = tensor
+        else:
+            rank = state.mesh.rank_of(0, training.buffer_stages.get(name, 0))
+            if rank in state.ranks:
+                tensors[f"model.{name}"] = state.ranks[rank].buffers[name].detach()
+    if training.optimizer is not None:
+        found = optimizer_state.tensors_of(
+            training.optimizer, training.param_names, state.as_stored
+        )
+        ours = optimizer_state.tensors_of(training.optimizer, _our_params(training))
+        tensors |= {n: t for n, t in found.items() if n in ours or isinstance(t, DTensor)}
+    return tensors
+
+
+def facts_of(training: Training) -> dict[str, Any]:
+    """This process's part of what is no model tensor, as JSON data."""
+    state, optimizer = training.state, training.optimizer
+    facts: dict[str, Any] = {"stage": None, "optimizer": None, "scheduler": None, "data": None}
+    rank = next(iter(state.ranks))
+    if state.mesh.replica_of(rank) == 0:
+        facts["stage"] = state.mesh.stage_of(rank)
+    if state.mesh.stage_of(rank) == 0 and training.data is not None:
+        facts["data"] = tree.encode(training.data.state_dict(), "the state of data=")
+    if optimizer is not None:
+        facts["optimizer"] = optimizer_state.facts_of(optimizer, _our_params(training))
+    if training.scheduler is not None:
+        facts["scheduler"] = tree.encode(training.scheduler.state_dict(), "the LR scheduler")
+    facts["random"] = {
+        device.type: tree.encode(generator_of(device).get_state(), "the random state")
+        for device in {torch.device("cpu"), state.ranks[rank].device}
+    }
+    facts["extras"] = {
+        name: tree.encode(extra.state_dict(), f"the state of {name}")
+        for name, extra in training.extras.items()
+    }
+    return facts
+
+
+def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]:
+    """The parts of all processes, in rank order, as a checkpoint keeps them.
+
+    Schedulers are kept per stage (their groups may differ), data per share, random states per
+    process.
+    """
+    first_replica = [part for part in parts if part["stage"] is not None]
+    return {
+        "seed": training.seed,
+        "steps": training.steps,
+        "optimizer": _merged(part["optimizer"] for part in parts),
+        "schedulers": _present(part["scheduler"] for part in first_replica),
+        "data": _present(part["data"] for part in parts),
+        "random": [part["random"] for part in parts],
+        "extras": parts[0]["extras"],
+    }
+
+
+def _merged(parts: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+    present = _present(parts)
+    return optimizer_state.merge(present) if present else None
+
+
+def _present(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if value is not None]
+
+
+def _is_ours(state: ModelState, name: str) -> bool:
+    return state.mesh.rank_of(0, state.homes[name][0]) in state.ranks
+
+
+def _our_params(training: Training) -> dict[torch.Tensor, str]:
+    names = training.param_names
+    return {param: name for param, name in names.items() if _is_ours(training.state, name)}

@@ -1,0 +1,192 @@
+"""The folder of a run's checkpoints: what is published in it, and how something new gets there.
+
+    DIR/step-00000012/              a published checkpoint, complete
+    DIR/latest                      the name of the one to resume from
+    DIR/.step-00000012.tmp-1a2b3c/  one that is being written, or is left of a run that died
+
+A checkpoint is written under a temporary name and published by one rename, which is atomic;
+``latest`` follows, by another. So whatever is killed when, a name ``step-*`` stands for a
+complete checkpoint. Only in saving the same step again is there a moment without that name: the
+old one is ``step-*.replaced`` then, and is taken if it is all there is.
+
+While a temporary is being written its ``lock`` file is locked; a dead process holds no lock, so
+the next save knows what to clear away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import IO
+
+from ...compiler.ir.errors import CheckpointError
+
+INDEX = "checkpoint.json"
+LATEST = "latest"
+_STEP = re.compile(r"step-(\d{8,18})")
+_REPLACED = ".replaced"
+_LOCK = "lock"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def published(directory: Path) -> dict[int, Path]:
+    """Step -> its complete checkpoint, oldest first."""
+    found: dict[int, Path] = {}
+    for path in directory.iterdir():
+        match = _STEP.fullmatch(path.name.removesuffix(_REPLACED))
+        if match is None or not (path / INDEX).is_file():
+            continue
+        step = int(match[1])
+        if step not in found or not path.name.endswith(_REPLACED):
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+def find(directory: Path) -> Path:
+    """The checkpoint to load: ``directory`` itself, its ``latest``, or the newest in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"there is no folder {directory}: give one that save() wrote to")
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is a file: give the folder that save() was given, or a step-* in it"
+        )
+    if (directory / INDEX).is_file():
+        return directory
+    known = published(directory)
+    match = _STEP.fullmatch(_read_latest(directory))
+    if match is not None and int(match[1]) in known:
+        return known[int(match[1])]
+    if not known:
+        raise CheckpointError(
+            f"{directory} has no complete checkpoint: neither {INDEX} nor a folder step-* with one"
+        )
+    return list(known.values())[-1]
+
+
+def _read_latest(directory: Path) -> str:
+    try:
+        return (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+class Draft:
+    """A checkpoint that is being written, under a temporary name."""
+
+    def __init__(self, path: Path, step: int, lock: IO[bytes]):
+        self.path, self._step, self._lock = path, step, lock
+
+    @classmethod
+    def begin(cls, directory: Path, step: int) -> Draft:
+        """Make a temporary folder, once what dead runs have left is cleared away.
+
+        Raises:
+            CheckpointError: the folder cannot be made or written to.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _clear(directory)
+            path = directory / f".{step_name(step)}.tmp-{secrets.token_hex(4)}"
+            path.mkdir()
+            lock = (path / _LOCK).open("wb")
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write a checkpoint to {directory}: {error.strerror}"
+            ) from error
+        return cls(path, step, lock)
+
+    def publish(self, keep: int | None) -> Path:
+        """Give it its name, point ``latest`` at it, and remove what is not to be kept.
+
+        Args:
+            keep: how many to keep up to this step, itself included; None for all. Later steps
+                (of a run that went on from an earlier checkpoint than this) are left alone.
+
+        Raises:
+            OSError: it is not published then, or ``latest`` not yet changed.
+        """
+        directory = self.path.parent
+        final = directory / step_name(self._step)
+        (self.path / _LOCK).unlink()
+        sync(self.path)
+        replaced = directory / (final.name + _REPLACED)
+        if final.exists():
+            _remove(replaced)
+            final.rename(replaced)
+        self.path.rename(final)
+        sync(directory)
+        self._lock.close()
+        _point_latest(directory, final.name)
+        _remove(replaced)
+        if keep is not None:
+            older = [path for step, path in published(directory).items() if step <= self._step]
+            for path in older[:-keep]:
+                _remove(path)
+        return final
+
+    def discard(self) -> None:
+        """Remove it, unless it has been published."""
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point_latest(directory: Path, name: str) -> None:
+    temporary = directory / f".{LATEST}.tmp-{secrets.token_hex(4)}"
+    try:
+        temporary.write_text(name + "\n", encoding="utf-8")
+        sync(temporary)
+        temporary.replace(directory / LATEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(directory)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; half removed, it does not look like one."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what dead runs have left."""
+    for path in directory.glob(".step-*.tmp-*"):
+        if not _is_locked(path / _LOCK):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f".{LATEST}.tmp-*"):
+        path.unlink(missing_ok=True)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # locked, or there are no locks: then nobody knows
+        return True
+    return False

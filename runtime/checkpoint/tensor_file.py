@@ -1,0 +1,155 @@
+"""safetensors files: written tensor by tensor, synced to the disk; read in part.
+
+The library's own writer wants all tensors of a file in host memory at once; this one wants one at
+a time. Layout: 8 bytes with the header's length, a JSON header of name -> dtype, shape and
+offsets, the data. Reading is the library's: it checks that header and file size agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...compiler.ir.errors import CheckpointError
+
+# dtype's name -> dtype, its name in the format
+DTYPES: dict[str, tuple[torch.dtype, str]] = {
+    str(dtype).removeprefix("torch."): (dtype, code)
+    for dtype, code in (
+        (torch.float64, "F64"),
+        (torch.float32, "F32"),
+        (torch.float16, "F16"),
+        (torch.bfloat16, "BF16"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.complex64, "C64"),
+        (torch.int64, "I64"),
+        (torch.int32, "I32"),
+        (torch.int16, "I16"),
+        (torch.int8, "I8"),
+        (torch.uint64, "U64"),
+        (torch.uint32, "U32"),
+        (torch.uint16, "U16"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+    )
+}
+_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+_CODES = {code: name for name, (_, code) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype (by name, such as "float32") of a tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0].itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name in `DTYPES`.
+
+    Raises:
+        CheckpointError: safetensors has no such dtype.
+    """
+    if dtype not in _NAMES:
+        raise CheckpointError(f"{dtype} has no place in a safetensors file: use another dtype")
+    return _NAMES[dtype]
+
+
+def write(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], torch.Tensor]) -> None:
+    """Write a new file and wait until it is on the disk.
+
+    Args:
+        specs: tensor name -> what it is, in any order.
+        read: name -> the tensor, on any device; called once for each.
+
+    Raises:
+        OSError: for example no space left.
+    """
+    # Wide dtypes first, so that all data is aligned, as the format recommends.
+    order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
+    with path.open("xb") as file:
+        _write_header(file, {name: specs[name] for name in order})
+        for name in order:
+            data = read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(cast(Any, data.numpy()).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, spec in specs.items():
+        end = start + spec.nbytes
+        header[name] = {
+            "dtype": DTYPES[spec.dtype][1],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+class TensorFile:
+    """An open file; tensors are read when asked for."""
+
+    def __init__(self, path: Path, opened: Any):
+        self._path, self._opened = path, opened
+        self.names: frozenset[str] = frozenset(opened.keys())
+
+    def spec(self, name: str) -> TensorSpec:
+        """Of one tensor.
+
+        Raises:
+            CheckpointError: the file has no such tensor, or one of an unknown dtype.
+        """
+        if name not in self.names:
+            raise CheckpointError(f"{self._path} is damaged: it has no tensor {name!r}")
+        found = self._opened.get_slice(name)
+        code = found.get_dtype()
+        if code not in _CODES:
+            raise CheckpointError(f"{self._path}: {name!r} has dtype {code}, which is not known")
+        return TensorSpec(_CODES[code], tuple(found.get_shape()))
+
+    def read(
+        self, name: str, start: tuple[int, ...] = (), lengths: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """A tensor, or the box of it that begins at ``start``."""
+        if lengths is None or not lengths:
+            return cast(torch.Tensor, self._opened.get_tensor(name))
+        box = tuple(slice(a, a + n) for a, n in zip(start, lengths, strict=True))
+        return cast(torch.Tensor, self._opened.get_slice(name)[box])
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TensorFile]:
+    """Open a file for reading.
+
+    Raises:
+        CheckpointError: it is missing, cut off, or no safetensors file.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged") from error
+    with file:
+        yield TensorFile(path, file)

@@ -1,0 +1,163 @@
+"""Before ranks work together they make sure that they are about to do the same thing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...compiler.capture.batch import BatchSpec
+from ...compiler.capture.skeleton import is_fake, named_state
+from ...compiler.driver.builder import Mode
+from ...compiler.ir.errors import CheckpointError, PipecompileError, RankMismatchError
+from ...compiler.options.options import CompileOptions
+from .digest import digest, sample
+from .mesh import Mesh
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """Compares what the processes of a run were given; one process agrees with itself.
+
+    Small values travel over gloo, on CUDA too: reading them must not wait for the device.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device):
+        self._mesh = mesh
+        self._data_checked = False
+        separate = mesh.distributed and device.type == "cuda"
+        self._control = dist.new_group(backend="gloo") if separate else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """This value of every process, in rank order; one process agrees with itself."""
+        if not self._mesh.distributed:
+            return [value]
+        values: list[Any] = [None] * self._mesh.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def together(self, act: Callable[[], T], kind: type[PipecompileError] = CheckpointError) -> T:
+        """What ``act`` returns here, once it has succeeded on every rank.
+
+        Args:
+            kind: what errors that are not pipecompile's own become.
+
+        Raises:
+            PipecompileError: what the first rank raised that failed, on every rank.
+        """
+        result: T | None = None
+        error: PipecompileError | None = None
+        cause: Exception | None = None
+        try:
+            result = act()
+        except PipecompileError as raised:
+            error = cause = raised
+        except Exception as raised:
+            error, cause = kind(f"{type(raised).__name__}: {raised}"), raised
+        first = next((e for e in self.gather(error) if e is not None), None)
+        if first is not None:
+            raise first from cause
+        return cast(T, result)
+
+    def check_program(self, mode: Mode, spec: BatchSpec, microbatches: int) -> None:
+        """Every rank is about to run the same program, or all of them stop here."""
+        if not self._mesh.distributed:
+            return
+        text = f"{mode} {spec} {spec.constants!r}"
+        number = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
+        mine = torch.tensor([number])
+        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
+        dist.all_gather(everyone, mine, group=self._control)
+        if all(int(theirs) == number for theirs in everyone):
+            return
+        first, *others = self.gather((microbatches, text))
+        for rank, (count, theirs) in enumerate(others, 1):
+            if count != first[0]:
+                raise RankMismatchError(
+                    f"rank 0 runs {first[0]} microbatches and rank {rank} {count}: give all "
+                    "ranks the same microbatches= and the same batch size"
+                )
+            if theirs != first[1]:
+                raise RankMismatchError(
+                    f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
+                    "microbatch: all ranks must make the same calls with equal shapes"
+                )
+
+    def check_ranks(self, fingerprint: str, model: nn.Module, options: CompileOptions) -> None:
+        """Equal graphs, options and weights on all ranks."""
+        if not self._mesh.distributed:
+            return
+        shape = (
+            options.n_stages,
+            options.dp,
+            options.schedule,
+            options.tied_grads,
+            options.memory_bytes,
+            options.remat,
+            options.pin,
+            repr(options.dtypes),
+            options.zero,
+            options.weights is not None,
+        )
+        mine = (
+            shape,
+            fingerprint,
+            _digests(model) if options.weights is None else {},
+        )
+        seen = self.gather(mine)
+        for rank, (theirs, graph, weights) in enumerate(seen):
+            if theirs != seen[0][0]:
+                raise RankMismatchError(f"rank {rank} has options {theirs}, rank 0 {seen[0][0]}")
+            if graph != seen[0][1]:
+                raise RankMismatchError(
+                    f"rank {rank} captured another graph than rank 0: build the same model, in the "
+                    "same mode, on every rank"
+                )
+            if weights != seen[0][2]:
+                name = next(n for n, d in weights.items() if seen[0][2].get(n) != d)
+                raise RankMismatchError(
+                    f"{name!r} differs between rank 0 and rank {rank}: call torch.manual_seed with "
+                    "one seed on all ranks before building the model, or load the same weights"
+                )
+
+    def check_copies(self, digests: Mapping[str, str]) -> None:
+        """What several ranks hold, or hold rows of, was taken from equal values.
+
+        Args:
+            digests: name -> a hash of the whole tensor.
+        """
+        if not self._mesh.distributed:
+            return
+        seen: dict[str, tuple[int, str]] = {}
+        for rank, others in enumerate(self.gather(digests)):
+            for name, other in others.items():
+                first, expected = seen.setdefault(name, (rank, other))
+                if other != expected:
+                    raise RankMismatchError(
+                        f"{name!r} differs between rank {first} and rank {rank}: give all machines "
+                        "the same files; initialisers may draw from torch's generators only"
+                    )
+
+    def check_data(self, values: list[torch.Tensor]) -> None:
+        """The first batch that runs is the same on all stages of a replica."""
+        if not self._mesh.distributed or self._data_checked:
+            return
+        seen = self.gather([digest(value) for value in values])
+        for rank, digests in enumerate(seen):
+            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
+            if digests != seen[leader]:
+                raise RankMismatchError(
+                    f"ranks {leader} and {rank} are stages of one replica but were given different "
+                    "data: shard it by pipe.data_shards and pipe.data_shard, not by rank"
+                )
+        self._data_checked = True
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Name -> a hash of the tensor's values, empty where it has none."""
+    return {n: "" if is_fake(t) else digest(sample(t)) for n, t in named_state(model)}

@@ -1,0 +1,134 @@
+"""dp × pp: which process runs which stage of which replica, and on which device."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ...compiler.ir.errors import OptionError, WorldSizeError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run. The stages of one replica are neighbours in rank order.
+
+    Attributes:
+        rank: this process's rank; None where one process plays all ranks.
+    """
+
+    n_stages: int
+    dp: int
+    rank: int | None
+
+    @property
+    def size(self) -> int:
+        return self.n_stages * self.dp
+
+    @property
+    def distributed(self) -> bool:
+        return self.rank is not None
+
+    @property
+    def local_ranks(self) -> tuple[int, ...]:
+        """The ranks that this process plays."""
+        return tuple(range(self.size)) if self.rank is None else (self.rank,)
+
+    def stage_of(self, rank: int) -> int:
+        return rank % self.n_stages
+
+    def replica_of(self, rank: int) -> int:
+        return rank // self.n_stages
+
+    def rank_of(self, replica: int, stage: int) -> int:
+        return replica * self.n_stages + stage
+
+    def replicas_of(self, stage: int) -> tuple[int, ...]:
+        """The ranks that hold a stage, one per replica."""
+        return tuple(self.rank_of(replica, stage) for replica in range(self.dp))
+
+
+def world_size() -> int:
+    """The number of processes of this run; 0 where it was started as a single one."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return 0
+
+
+def make_mesh(n_stages: int, dp: int) -> Mesh:
+    """The mesh that fits how this process was started: torchrun, or plain python.
+
+    Raises:
+        WorldSizeError: started as a number of processes that is not n_stages × dp.
+    """
+    world = world_size()
+    if not world:
+        return Mesh(n_stages, dp, None)
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+    if world != n_stages * dp:
+        raise WorldSizeError(
+            f"n_stages={n_stages} × dp={dp} needs {n_stages * dp} processes, and there are "
+            f"{world}: start it with torchrun --nproc-per-node {n_stages * dp}, or choose "
+            f"n_stages and dp whose product is {world}"
+        )
+    return Mesh(n_stages, dp, rank)
+
+
+def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
+    """The type of device to run on, with an index only where all ranks share it.
+
+    Raises:
+        OptionError: a device that this machine does not have, or that has no runtime here.
+    """
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"device={wanted!r} is not a device: use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={wanted!r}, but this torch sees no CUDA device: use 'cpu'")
+    return device
+
+
+def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
+    """Where a rank computes: on CUDA, rank r of this machine takes device r mod count."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def ranks_here(mesh: Mesh) -> int:
+    """How many ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) if mesh.distributed else mesh.size
+
+
+def ranks_per_device(device: torch.device, mesh: Mesh) -> int:
+    """How many ranks of this machine share a device and its memory."""
+    here = ranks_here(mesh)
+    if device.type != "cuda" or device.index is not None:
+        return here
+    return -(-here // torch.cuda.device_count())
+
+
+def connect(mesh: Mesh, device: torch.device) -> None:
+    """Join the other processes, unless the script has already done so."""
+    if not mesh.distributed:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

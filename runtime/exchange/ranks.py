@@ -1,0 +1,70 @@
+"""The ranks of a run while they compile: rank 0 decides, all measure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+from typing import TypeVar
+
+from torch import nn
+
+from ...compiler.ir.errors import PipecompileError
+from ...compiler.options.options import CompileOptions
+from .agreement import Agreement
+from .mesh import Mesh
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A `compiler.driver.builder.Team` between processes; every rank makes the same calls."""
+
+    def __init__(self, mesh: Mesh, agreement: Agreement, model: nn.Module, options: CompileOptions):
+        self._mesh, self._agreement, self._options = mesh, agreement, options
+        self._model: nn.Module | None = model
+
+    def agree(self, fingerprint: str) -> None:
+        """Equal graphs, options and weights on all ranks, or an error on all; asked once."""
+        if self._model is not None:
+            self._agreement.check_ranks(fingerprint, self._model, self._options)
+            self._model = None
+
+    def share(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank.
+
+        Raises:
+            PipecompileError: what rank 0 raised, on every rank.
+        """
+        mine: T | PipecompileError | None = None
+        if self._mesh.rank in (None, 0):
+            try:
+                mine = decide()
+            except PipecompileError as error:
+                mine = error
+        made: T | PipecompileError = self._agreement.gather(mine)[0]
+        if isinstance(made, PipecompileError):
+            raise made
+        return made
+
+    def stages(self, n_stages: int) -> tuple[int, ...]:
+        """Those of this process's ranks."""
+        ranks = self._mesh.local_ranks
+        return tuple(s for s in range(n_stages) if any(self._mesh.stage_of(r) == s for r in ranks))
+
+    def pool_stages(
+        self, seconds: dict[int, tuple[float, float]]
+    ) -> dict[int, tuple[float, float]]:
+        """The medians over the replicas of each stage."""
+        found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for theirs in self._agreement.gather(seconds):
+            for stage, pair in theirs.items():
+                found[stage].append(pair)
+        return {
+            stage: (median(f for f, _ in pairs), median(b for _, b in pairs))
+            for stage, pairs in found.items()
+        }
+
+    def pool(self, seconds: list[float]) -> list[float]:
+        """The medians over all ranks: they ran side by side, as they will when they train."""
+        return [median(each) for each in zip(*self._agreement.gather(seconds), strict=True)]

@@ -1,0 +1,1 @@
+"""Which tensors a rank holds: parameters, copies, buffers, gradients."""

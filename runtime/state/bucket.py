@@ -1,0 +1,88 @@
+"""Buckets of one stage: what belongs to its parameters, in contiguous memory.
+
+Gradients add up in slots (`gradients.py`); copies in the compute dtype are cast at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...compiler.costs.memory import ALIGNMENT_BYTES
+from ...compiler.ir.ops import add_gradient
+from ..exchange.wire import is_dense
+
+
+class GradSlot:
+    """Where one parameter's gradient adds up: a view into the bucket in the parameter's layout.
+
+    Attributes:
+        owned: the part of it that this rank's optimizer reads.
+        fresh: nothing has been added since the gradients were cleared, so the next gradient is
+            copied and not added, as autograd does it.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = self.owned = tensor
+        self.fresh = True
+
+    def add(self, grad: torch.Tensor) -> None:
+        if self.fresh:
+            self.tensor.copy_(grad)
+            self.fresh = False
+        else:
+            add_gradient(self.tensor, grad)
+
+
+class Bucket:
+    """A tensor beside each of some parameters, all in one buffer per dtype.
+
+    Args:
+        params: FQN -> the parameter whose shape and layout a view takes.
+        dtypes: FQN -> the dtype of the view.
+        parts: every buffer's length is a multiple of this, so that it can be cut over replicas.
+
+    Attributes:
+        views: FQN -> a view into a buffer.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        parts: int,
+    ):
+        self.views: dict[str, torch.Tensor] = {}
+        self.buffers: dict[torch.dtype, torch.Tensor] = {}
+        for dtype in dict.fromkeys(dtypes[name] for name in params):
+            chosen = {name: p for name, p in params.items() if dtypes[name] is dtype}
+            self.buffers[dtype] = self._fill(chosen, dtype, device, parts)
+
+    def _fill(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: int,
+    ) -> torch.Tensor:
+        align = max(1, ALIGNMENT_BYTES // dtype.itemsize)
+        offsets, end = {}, 0
+        for name, param in params.items():
+            offsets[name] = end
+            end += -(-param.numel() // align) * align
+        whole = -(-end // (align * parts)) * align * parts
+        buffer = torch.zeros(whole, dtype=dtype, device=device)
+        for name, param in params.items():
+            room = buffer[offsets[name] : offsets[name] + param.numel()]
+            if is_dense(tuple(param.shape), param.stride()):
+                view = room.as_strided(param.shape, param.stride(), room.storage_offset())
+            else:
+                view = room.view(param.shape)
+            self.views[name] = view
+        return buffer
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())

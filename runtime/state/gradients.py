@@ -1,0 +1,288 @@
+"""Where the gradients of one rank add up, and how replicas exchange them.
+
+=================  ===========================================================================
+`WholeGradients`   all rows on every replica; one mean per step. zero=0, and zero=1 where ranks
+                   share a process
+`ClosingGradients` all rows until the last microbatch, whose backward sends them to their owners
+`StreamGradients`  a replica's own rows alone: what a backward makes leaves at once (zero=2, 3)
+`SharedGradients`  the same sums where the replicas of a stage share a process
+=================  ===========================================================================
+
+Every sum over replicas is taken in rank order, so processes and ranks of one process agree bit
+for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not taken of the sums.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Mapping, Sequence
+
+import torch
+
+from ...compiler.ir.precision import REDUCED
+from ...compiler.ir.program import Part, StageProgram
+from ...compiler.ir.shards import (
+    Entry,
+    GradientPlan,
+    Item,
+    closing_plan,
+    items_of,
+    rows_of,
+    stream_plan,
+)
+from ..exchange.parcels import Outgoing
+from ..exchange.transport import (
+    Loopback,
+    Processes,
+    Transport,
+    add_mean_,
+    ordered_sum_,
+)
+from .bucket import Bucket, GradSlot
+
+Run = Generator[None, None, None]
+
+
+class WholeGradients(Bucket):
+    """One slot per parameter, in a buffer per dtype.
+
+    Attributes:
+        slots: FQN -> where the gradient is once it is complete.
+        inlets: FQN -> what programs add to.
+        leads: whether ``slots`` are this rank's own.
+    """
+
+    leads = True
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        parts: int,
+    ):
+        super().__init__(params, dtypes, device, parts)
+        self.slots = {name: GradSlot(view) for name, view in self.views.items()}
+        self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
+
+    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+        """What leaves when, while a stage program runs.
+
+        Args:
+            tied: the parameters that other stages hold too.
+        """
+        return GradientPlan()
+
+    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
+        """Before a backward program; ``last``: of the last microbatch."""
+
+    def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
+        """After a backward program (REDUCE_B, REDUCE_W)."""
+        yield from ()
+
+    def reduce(
+        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+    ) -> Run:
+        """After all of them (REDUCE_GRAD): every slot has the mean over the replicas."""
+        for buffer in self.buffers.values():
+            pending = transport.mean(rank, ranks, buffer)
+            while not pending.ready():
+                yield
+            pending.wait()
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients, but for those that add up in a reduced dtype."""
+        for tensor in self._owned():
+            if tensor.dtype not in REDUCED:
+                tensor.mul_(factor)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        for tensor in self._owned():
+            tensor.zero_()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether no gradient is infinite or NaN."""
+        ends = [end for tensor in self._owned() if tensor.numel() for end in torch.aminmax(tensor)]
+        return all(bool(torch.isfinite(end)) for end in ends)
+
+    def _owned(self) -> list[torch.Tensor]:
+        return list(self.buffers.values())
+
+
+class Inlet:
+    """Takes the gradients of one parameter on behalf of a bucket that exchanges them."""
+
+    def __init__(self, bucket: SentGradients | SharedGradients, name: str):
+        self._bucket, self._name = bucket, name
+
+    def add(self, grad: torch.Tensor) -> None:
+        self._bucket.take(self._name, grad)
+
+
+class SentGradients(WholeGradients, ABC):
+    """What leaves in parcels, between processes, while a backward runs."""
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        parts: int,
+        transport: Processes,
+    ):
+        super().__init__(params, dtypes, device, parts)
+        self._dp, self._replica = transport.dp, transport.replica
+        self.inlets = {name: Inlet(self, name) for name in self.slots}
+        self._outgoing = Outgoing(transport, self._settle)
+        self._leaving: list[tuple[Entry, ...]] = []
+
+    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
+        self._leaving = list(plan.parts.get(part, ()))[::-1]
+
+    def take(self, name: str, grad: torch.Tensor) -> None:
+        self._outgoing.put(self._leaving.pop(), grad)
+
+    def reduce(
+        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+    ) -> Run:
+        for name, entries in plan.closing.items():
+            self._outgoing.put(entries, self.slots[name].tensor)
+        self._outgoing.drain()
+        yield from ()
+
+    @abstractmethod
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
+        """Take the sum over the replicas of this rank's rows."""
+
+
+class ClosingGradients(SentGradients):
+    """zero=1: the mean of a replica's rows is written over these, and the others are left."""
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        transport: Processes,
+    ):
+        super().__init__(params, dtypes, device, transport.dp, transport)
+        for slot in self.slots.values():
+            slot.owned = rows_of(slot.tensor, self._dp, self._replica)
+
+    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+        slots = {name: slot.tensor for name, slot in self.slots.items()}
+        return closing_plan(stage, items_of(slots), self._dp, tied)
+
+    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
+        super().begin(plan if last else GradientPlan(), part, last)
+
+    def take(self, name: str, grad: torch.Tensor) -> None:
+        slot = self.slots[name]
+        slot.add(grad)
+        if self._leaving:
+            super().take(name, slot.tensor)
+
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
+        rows = item.rows(self.slots[item.name].tensor, self._dp, self._replica)
+        add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
+
+    def _owned(self) -> list[torch.Tensor]:
+        return [slot.owned for slot in self.slots.values()]
+
+
+class StreamGradients(SentGradients):
+    """zero=2 and 3: slots have a replica's own rows.
+
+    Args:
+        shards: FQN -> this rank's rows of the parameter.
+        whole: FQN -> a tensor of the whole parameter's shape.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, torch.Tensor],
+        whole: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        transport: Processes,
+    ):
+        super().__init__(shards, dtypes, device, 1, transport)
+        self._items = {n: Item(n, tuple(whole[n].shape), dtypes[n]) for n in self.slots}
+
+    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+        return stream_plan(stage, self._items, self._dp)
+
+    def _settle(self, item: Item, total: torch.Tensor) -> None:
+        slot = self.slots[item.name]
+        rows = item.own_rows(slot.tensor, self._dp, self._replica)
+        add_mean_(rows, total.view(rows.shape), self._dp, slot.fresh)
+        # the pieces of a gradient come in order
+        slot.fresh = slot.fresh and item.piece < item.pieces - 1
+
+
+class SharedGradients(WholeGradients):
+    """zero=2 and 3 in one process: the first replica has the slots, all meet after a backward.
+
+    Args:
+        leader: the first replica's; None for itself.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        leader: SharedGradients | None,
+    ):
+        super().__init__(params if leader is None else {}, dtypes, device, 1)
+        self.leads = leader is None
+        if leader is not None:
+            self.slots = leader.slots
+        self.inlets = {name: Inlet(self, name) for name in self.slots}
+        self._made: list[tuple[str, torch.Tensor]] = []
+
+    def take(self, name: str, grad: torch.Tensor) -> None:
+        self._made.append((name, grad))
+
+    def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
+        assert isinstance(transport, Loopback)
+        made, self._made = self._made, []
+        meeting = transport.meet(ranks, rank, made, self._add)
+        while not meeting.ready():
+            yield
+        meeting.wait()
+
+    def reduce(
+        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+    ) -> Run:
+        yield from ()
+
+    def _add(self, brought: list[list[tuple[str, torch.Tensor]]]) -> None:
+        for grads in zip(*brought, strict=True):
+            slot = self.slots[grads[0][0]]
+            first = torch.empty_like(slot.tensor).copy_(grads[0][1])
+            total = ordered_sum_(first, [grad for _, grad in grads[1:]])
+            add_mean_(slot.tensor, total, len(brought), slot.fresh)
+            slot.fresh = False
+
+
+def squares(grad: torch.Tensor, dp: int) -> list[float]:
+    """Per replica the sum of the squares of its rows, in fp64.
+
+    They are the same numbers whether one process has all rows or each has its own.
+    """
+    if not grad.dim():
+        return [float(grad.double().square())]
+    return [own_squares(rows_of(grad, dp, replica)) for replica in range(dp)]
+
+
+def own_squares(rows: torch.Tensor) -> float:
+    """The sum of the squares in fp64, without a second copy of all of them."""
+    flat = rows.reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
+        total += piece.double().square_().sum()
+    return float(total)

@@ -1,0 +1,1 @@
+"""Where a rank's tensors get their values from: the model, files, initialisers."""

@@ -1,0 +1,103 @@
+"""Arrows between rooms run one way; every room is small and says what it is for."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ROOMS = (
+    "compiler/ir",
+    "passes/partition",
+    "passes/graph",
+    "passes/programs",
+    "passes/schedule",
+    "compiler/capture",
+    "compiler/plan",
+    "compiler/costs",
+    "compiler/options",
+    "compiler/profiling",
+    "compiler/planning",
+    "compiler/driver",
+    "compiler/report",
+    "runtime/exchange",
+    "runtime/weights",
+    "runtime/state",
+    "runtime/checkpoint",
+    "runtime",
+    "compiler/cli",
+    "compiler",
+)
+"""In the order of the data: a room imports from itself and from those above it."""
+
+FILES = 11  # in a room, at most
+LINES = 600  # in a file, at most
+
+
+def sources() -> list[Path]:
+    folders = {room.split("/")[0] for room in ROOMS}
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[Path, str]]:
+    """The files of ours that a file imports, wherever in it, and the first name taken from each."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = path.parents[node.level - 1]
+        target = folder.joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            found = [target / f"{alias.name}.py", target.with_suffix(".py"), target / "__init__.py"]
+            yield next(each for each in found if each.is_file()), alias.name
+
+
+def wrong_way(rooms: tuple[str, ...]) -> list[str]:
+    rank = {room: i for i, room in enumerate(rooms)}
+    found = []
+    for path in sources():
+        here = str(path.parent.relative_to(ROOT))
+        for target, name in imported(path):
+            there = str(target.parent.relative_to(ROOT))
+            if target.parent != ROOT and rank[there] > rank[here]:
+                files = f"{path.relative_to(ROOT)} imports {name} from {target.relative_to(ROOT)}"
+                found.append(files)
+    return found
+
+
+def test_every_folder_is_a_room() -> None:
+    assert {str(path.parent.relative_to(ROOT)) for path in sources()} - set(ROOMS) <= {"passes"}
+
+
+def test_arrows_run_one_way() -> None:
+    assert not wrong_way(ROOMS), "\n".join(wrong_way(ROOMS))
+
+
+def test_an_arrow_that_runs_back_is_named_with_both_files() -> None:
+    swapped = ("compiler", *ROOMS[:-1])
+    assert "compiler/api.py imports start from runtime/start.py" in wrong_way(swapped)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_small_and_says_what_it_is_for(room: str) -> None:
+    files = [path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= FILES
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+    assert text is not None
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
+    assert not {path: n for path, n in lengths.items() if n > LINES}
+
+
+def test_the_package_that_is_installed_has_every_room() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    wanted = {"pipecompile", "pipecompile.passes"}
+    assert set(listed) == wanted | {f"pipecompile.{room.replace('/', '.')}" for room in ROOMS}
