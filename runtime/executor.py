@@ -14,16 +14,10 @@ from typing import Any
 
 import torch
 
-from ..compiler.ir.actions import (
-    RECV,
-    SEND,
-    Action,
-    Kind,
-)
+from ..compiler.ir.actions import RECV, SEND, Action, Kind
 from ..compiler.ir.errors import VerificationError
 from ..compiler.ir.program import (
     Message,
-    Part,
     PipelineProgram,
     Port,
     Program,
@@ -88,7 +82,7 @@ class Executor:
         self.current: Action | None = None
         self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
         tied = [t.name for t in pipeline.tied if state.stage in t.holders]
-        self.leaving = state.grads.plan(self.program, tied)
+        self.leaving = state.grads.departures(self.program, tied)
         self.replicas = state.mesh.replicas_of(state.stage)
         self.groups = self._groups()
         self.microbatches = microbatches
@@ -113,8 +107,7 @@ class Executor:
         made = constants.module.forward(arguments)
         values = dict(zip((p.key for p in constants.outputs), made, strict=True))
         self.bound = {
-            Kind(part): self._bind(program, values, part)
-            for part, program in self.program.parts.items()
+            part: self._bind(program, values, part) for part, program in self.program.parts.items()
         }
 
     def run(self, job: Job) -> Run:
@@ -135,7 +128,7 @@ class Executor:
                     del pending  # it holds what has arrived
                 if kind is not Kind.F:
                     last = index == self.microbatches - 1
-                    self.state.grads.begin(self.leaving, Part(kind.value), last)
+                    self.state.grads.begin(self.leaving, kind, last)
                 self._compute(kind, index, alive[index], job)
             elif kind in SEND.values():
                 assert index is not None
@@ -251,7 +244,7 @@ class Executor:
             for group in self.program.groups
         ]
 
-    def _bind(self, program: Program, constants: dict[Any, torch.Tensor], part: Part) -> _Bound:
+    def _bind(self, program: Program, constants: dict[Any, torch.Tensor], part: Kind) -> _Bound:
         fixed = [self._fixed(port, constants) for port in program.inputs]
         at = [(i, port) for i, port in enumerate(program.inputs)]
         seeds = [i for i, port in at if port.role is Role.SEED]

@@ -27,8 +27,8 @@ def make_optimizer(
             parameters where replicas divide them.
     """
     named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
-    if state.zero:
-        check_elementwise(factory, state.skeleton, [name for name, _ in named], state.zero)
+    if state.zero.divides_states:
+        check_elementwise(factory, state.skeleton, [name for name, _ in named], state.zero.level)
     if not named:
         named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
     try:
@@ -65,9 +65,11 @@ def clip_gradients(
         agree: exchanges a value between all processes.
     """
     device = next(iter(state.ranks.values())).device
-    total = (_divided_norm(state, agree) if state.zero else _whole_norm(state, order, agree)).to(
-        device
-    )
+    total = (
+        _divided_norm(state, agree)
+        if state.zero.divides_states
+        else _whole_norm(state, order, agree)
+    ).to(device)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for _, param in state.named_parameters():
         if param.grad is not None:

@@ -16,20 +16,13 @@ from torch import nn
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
-from ..compiler.driver.builder import (
-    Builder,
-    Compiled,
-    Mode,
-    divide,
-)
-from ..compiler.ir.errors import (
-    BatchError,
-    NotCompiledError,
-    OptionError,
-    StateError,
-)
+from ..compiler.driver.builder import Builder
+from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.driver.layout import Layout
+from ..compiler.ir.errors import BatchError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.ops import generator_of, mix
 from ..compiler.ir.program import PipelineProgram, Role
+from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
 from ..compiler.plan.plan import Plan
 from ..compiler.planning.target import Target
@@ -39,12 +32,7 @@ from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training, config_of
 from .exchange.agreement import Agreement
 from .exchange.link import measure_link
-from .exchange.mesh import (
-    Mesh,
-    connect,
-    device_of,
-    ranks_here,
-)
+from .exchange.mesh import Mesh, connect, device_of, ranks_here
 from .exchange.ranks import Ranks
 from .exchange.transport import Loopback, Processes, Transport
 from .exchange.watchdog import Watchdog
@@ -93,6 +81,7 @@ class Pipeline:
         self._options, self._skeleton, self._mesh, self._device = options, skeleton, mesh, device
         self._loaded: dict[tuple[Mode, BatchSpec, int], _Loaded] = {}
         self._state: ModelState | None = None
+        self._layout: Layout | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
         self._steps = 0
@@ -482,11 +471,11 @@ class Pipeline:
     def _compile(
         self, mode: Mode, spec: BatchSpec, microbatches: int, piece: Sequence[torch.Tensor]
     ) -> _Loaded:
-        compiled = self._builder.build(mode, spec, microbatches, self.is_main, piece)
+        compiled = self._builder.build(mode, spec, microbatches, self._layout, self.is_main, piece)
         if self._state is None:
-            made = self._agreement.together(lambda: self._make_state(compiled.program), StateError)
+            made = self._agreement.together(lambda: self._make_state(compiled), StateError)
             self._agreement.check_copies(made.digests)
-            self._state, self._source = made, None
+            self._state, self._source, self._layout = made, None, compiled.layout
             self._make_optimizer()
         state = self._state
         assert state is not None
@@ -504,17 +493,17 @@ class Pipeline:
         }
         return _Loaded(compiled, executors)
 
-    def _make_state(self, program: PipelineProgram) -> ModelState:
+    def _make_state(self, compiled: Compiled) -> ModelState:
         assert self._source is not None
         return ModelState(
             self._source,
             self._skeleton,
-            self._builder.homes,
+            compiled.layout.homes,
             self._mesh,
             self._device,
             self._options.dtypes,
-            self._builder.zero,
-            program,
+            compiled.layout.zero,
+            compiled.program,
             self._transport,
         )
 

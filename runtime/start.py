@@ -10,22 +10,13 @@ from torch import nn
 from ..compiler.capture import batch as batches
 from ..compiler.capture.skeleton import skeleton_of
 from ..compiler.driver.auto import choose_stages, listed
-from ..compiler.driver.builder import (
-    Builder,
-    Compiled,
-    Mode,
-    divide,
-)
+from ..compiler.driver.builder import Builder
+from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir.errors import OptionError, StateError
+from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
 from .exchange.agreement import Agreement
-from .exchange.mesh import (
-    choose_device,
-    connect,
-    device_of,
-    make_mesh,
-    world_size,
-)
+from .exchange.mesh import choose_device, connect, device_of, make_mesh, world_size
 from .exchange.ranks import Ranks
 from .pipeline import Pipeline
 from .target import target_of

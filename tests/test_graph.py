@@ -15,7 +15,7 @@ from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_r
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.planning.units import MAX_UNITS, crossing_bytes, units_of
 from pipecompile.passes.graph.attention import restore_attention
-from pipecompile.passes.programs.verify import verify_graph, verify_placement
+from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from support import jobs, models, plain
 from torch import nn
 

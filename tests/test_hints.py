@@ -11,7 +11,9 @@ import torch
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU, Device
-from pipecompile.compiler.driver.builder import Builder, Compiled, Mode, divide
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.compiled import Compiled, Mode
+from pipecompile.compiler.options.microbatches import divide
 from pipecompile.compiler.options.options import CompileOptions, parse_bytes
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.report.compare import calibrated
@@ -36,8 +38,8 @@ def subject(
     spec, microbatches = divide(flatten(models.tokens(rows))[1], given, given.dp)
     builder = Builder(skeleton_of(model, HOST), given, Target(HOST, device, budget))
     compiled = builder.build(Mode.TRAIN, spec, microbatches)
-    assert builder.problem is not None
-    problem = calibrated(builder.problem, compiled.plan)
+    assert compiled.problem is not None
+    problem = calibrated(compiled.problem, compiled.plan)
     return Subject(compiled.plan, compiled.timeline, device, problem, given.remat), compiled
 
 

@@ -76,7 +76,7 @@ def test_a_tight_budget_is_kept_as_measured(gang: Callable[[int], Gang]) -> None
 def test_the_timeline_shows_the_bytes_that_a_stage_holds() -> None:
     """First a growing number of stashes, at the end none; 1F1B holds S − s of them."""
     pipe = compiled()
-    for stage, row in zip(pipe.plan.stages, pipe.compiled.timeline.stages, strict=True):
+    for stage, row in zip(pipe.plan.stages, pipe.compiled.timeline.ranks, strict=True):
         held = [interval.held_bytes for interval in row]
         most = stage.in_flight * stage.stash_bytes
         assert max(held) - held[-1] == pytest.approx(most, rel=0.2)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.costs.optimizer_cost import optimizer_memory, optimizer_seconds
-from pipecompile.compiler.ir.program import Part, StageProgram
+from pipecompile.compiler.ir.actions import Kind
+from pipecompile.compiler.ir.program import StageProgram
 from pipecompile.compiler.profiling import timing_cache
 from pipecompile.compiler.profiling.profile import Profiler, program_hash
 from pipecompile.compiler.profiling.timing_cache import TimingCache, default_cache_dir
@@ -25,7 +26,7 @@ def gpt2() -> list[StageProgram]:
     return units.programs(units.captured(models.gpt2(), models.tokens(2)))
 
 
-def hashes(programs: list[StageProgram]) -> dict[Part, list[str]]:
+def hashes(programs: list[StageProgram]) -> dict[Kind, list[str]]:
     return {part: [program_hash(p.parts[part]) for p in programs] for part in programs[0].parts}
 
 
@@ -35,16 +36,16 @@ def changed(**changes: Any) -> set[str]:
     dtype = changes.pop("dtype", torch.float32)
     model = models.gpt2(n_layer=1, **changes).to(dtype)
     programs = units.programs(units.captured(model, models.tokens(2, length)), whole=True)
-    return set(hashes(programs)[Part.F])
+    return set(hashes(programs)[Kind.F])
 
 
 def test_equal_layers_are_timed_once(gpt2: list[StageProgram]) -> None:
     found = hashes(gpt2)
-    assert len(set(found[Part.F])) < len(gpt2) - 1
-    assert len(set(found[Part.B])) < len(gpt2) - 1
+    assert len(set(found[Kind.F])) < len(gpt2) - 1
+    assert len(set(found[Kind.B])) < len(gpt2) - 1
     profiler = Profiler(CPU, None, 5)
     times = profiler.times(gpt2)
-    distinct = len(set(found[Part.F]) | set(found[Part.B]))
+    distinct = len(set(found[Kind.F]) | set(found[Kind.B]))
     assert profiler.note == f"{distinct} programs measured, 0 known from before"
     pairs = list(zip(*found.values(), times, strict=True))
     assert len({(f, b) for f, b, _ in pairs}) == len({(f, b, t) for f, b, t in pairs})
@@ -67,7 +68,7 @@ def test_a_hash_sees_shapes_types_and_structure_and_not_names() -> None:
 def test_layers_with_dropout_are_equal_though_each_draws_its_own() -> None:
     model = models.gpt2(dropout=0.1)
     found = hashes(units.programs(units.captured(model.train(), models.tokens(2))))
-    assert len(set(found[Part.F])) < len(found[Part.F])
+    assert len(set(found[Kind.F])) < len(found[Kind.F])
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "mixtral", "vit", "bart"])

@@ -419,7 +419,7 @@ def test_dropout_differs_between_microbatches_replicas_and_steps() -> None:
     pipe = dropping(2, 2, seed=1)
     row = models.batches("gpt2", 1, 1)[0]
     batch = {key: value.repeat(4, 1) for key, value in row.items()}
-    loaded, jobs_ = pipe._prepare(pipecompile.compiler.driver.builder.Mode.TRAIN, batch)
+    loaded, jobs_ = pipe._prepare(pipecompile.compiler.driver.compiled.Mode.TRAIN, batch)
     with torch.no_grad():
         pipe._run(loaded, jobs_)
     last = [rank for rank in jobs_ if jobs_[rank].losses]

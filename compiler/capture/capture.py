@@ -19,37 +19,13 @@ import torch
 from torch import fx, nn
 from torch.fx.traceback import preserve_node_meta
 
-from ..ir.errors import (
-    BatchError,
-    CaptureError,
-    LossError,
-    PipecompileError,
-)
-from ..ir.graph import (
-    JointGraph,
-    Phase,
-    identifier,
-    module_path,
-    storage_root,
-    tensors,
-)
+from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError
+from ..ir.graph import JointGraph, Phase, identifier, module_path, storage_root, tensors
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import data_dependent, explain
-from .calling import (
-    Call,
-    LossFn,
-    bind,
-    find_loss,
-    not_taken,
-)
-from .skeleton import (
-    Skeleton,
-    evaluating,
-    is_fake,
-    tracking_modules,
-    unchanged,
-)
+from .calling import Call, LossFn, bind, find_loss, not_taken
+from .skeleton import Skeleton, evaluating, is_fake, tracking_modules, unchanged
 from .tracing import (
     kept_functions,
     native_kernels,
@@ -318,7 +294,8 @@ class _Reader:
             if node.op in ("call_function", "get_attr"):
                 self._read_op(node)
         joint = JointGraph(
-            fx.GraphModule(self.root, self.graph),
+            self.root,
+            self.graph,
             self.params,
             self.buffers,
             self.inputs,

@@ -17,13 +17,10 @@ from ..capture.skeleton import Skeleton, skeleton_of
 from ..costs.hardware import Device, parse_device
 from ..costs.simulate import Timeline
 from ..driver.auto import Trial, choose_stages
-from ..driver.builder import (
-    Builder,
-    Compiled,
-    Mode,
-    divide,
-)
+from ..driver.builder import Builder
+from ..driver.compiled import Compiled, Mode
 from ..ir.errors import OptionError, PlanError
+from ..options.microbatches import divide
 from ..options.options import CompileOptions
 from ..plan.plan import Plan
 from ..planning.target import Target
@@ -135,28 +132,43 @@ def inspect(request: Request) -> Inspection:
     skeleton = skeleton_of(subject.model, HOST, options.dtypes)
     trials: tuple[Trial, ...] = ()
     if request.devices is None:
-        builder, compiled = _built(request, options, skeleton, whole)
+        compiled = _built(request, options, skeleton, whole)
     else:
-        (builder, compiled), trials = _divided(request, options, skeleton, whole, request.devices)
+        compiled, trials = _divided(request, options, skeleton, whole, request.devices)
     plan = compiled.plan
     if request.save is not None:
         _save(plan, request.save)
-    problem = None if builder.problem is None else calibrated(builder.problem, plan)
+    problem = None if compiled.problem is None else calibrated(compiled.problem, plan)
     rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
-    fp32 = _in_fp32(builder, subject.model, whole) if options.mixed else None
+    fp32 = _in_fp32(request, options, compiled, subject.model, whole) if options.mixed else None
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32)
     return Inspection(plan, compiled.timeline, extras)
 
 
-def _in_fp32(builder: Builder, model: nn.Module, whole: BatchSpec) -> Plan:
+def _in_fp32(
+    request: Request,
+    options: CompileOptions,
+    compiled: Compiled,
+    model: nn.Module,
+    whole: BatchSpec,
+) -> Plan:
     """The plan of the same stages with all of the model in fp32."""
-    options = replace(builder.options, precision="fp32", plan=None, dump_dir=None)
-    twin = Builder(skeleton_of(model, HOST, options.dtypes), options, builder.target)
-    twin.sites, twin.again, twin.homes = builder.sites, builder.again, builder.homes
+    plan = compiled.plan
+    options = replace(
+        options,
+        n_stages=plan.n_stages,
+        dp=plan.dp,
+        zero=compiled.layout.zero.level,
+        precision="fp32",
+        plan=None,
+        dump_dir=None,
+    )
+    target = Target(HOST, request.device, request.limit_bytes)
+    builder = Builder(skeleton_of(model, HOST, options.dtypes), options, target)
     spec, microbatches = divide(whole, options, options.dp)
-    return twin.build(Mode.TRAIN, spec, microbatches).plan
+    return builder.build(Mode.TRAIN, spec, microbatches, compiled.layout).plan
 
 
 def _built(
@@ -164,13 +176,11 @@ def _built(
     options: CompileOptions,
     skeleton: Skeleton,
     whole: BatchSpec,
-    dump: bool = True,
     finer: int = 1,
-) -> tuple[Builder, Compiled]:
+) -> Compiled:
     spec, microbatches = divide(whole, options, options.dp, finer=finer)
     target = Target(HOST, request.device, request.limit_bytes)
-    builder = Builder(skeleton, options, target)
-    return builder, builder.build(Mode.TRAIN, spec, microbatches, dump=dump)
+    return Builder(skeleton, options, target).build(Mode.TRAIN, spec, microbatches)
 
 
 def _divided(
@@ -179,14 +189,14 @@ def _divided(
     skeleton: Skeleton,
     whole: BatchSpec,
     devices: int,
-) -> tuple[tuple[Builder, Compiled], tuple[Trial, ...]]:
+) -> tuple[Compiled, tuple[Trial, ...]]:
     """The best division of the devices, and all that were tried."""
-    built: dict[int, tuple[Builder, Compiled]] = {}
+    built: dict[int, Compiled] = {}
 
     def build(n_stages: int, dp: int, finer: int) -> Compiled:
         tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
         built[n_stages] = _built(request, tried, skeleton, whole, finer=finer)
-        return built[n_stages][1]
+        return built[n_stages]
 
     chosen, trials = choose_stages(devices, build)
     if options.dump_dir is not None:  # of the chosen one only

@@ -15,12 +15,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from ..ir import ops
-from ..ir.graph import (
-    is_getitem,
-    nbytes,
-    storage_root,
-    tensors,
-)
+from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from .hardware import Device
 
 

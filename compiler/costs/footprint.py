@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +13,13 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
     Item,
-    closing_plan,
+    closing_departures,
     parcels_of,
     row_range,
     shard_numel,
-    stream_plan,
+    stream_departures,
 )
+from ..ir.zero import WHOLE, Zero
 from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 
@@ -39,7 +40,7 @@ class Footprint:
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None,
         precision: Precision | None = None,
         dp: int = 1,
-        zero: int = 0,
+        zero: Zero = WHOLE,
     ):
         self.dp, self.zero = dp, zero
         self._precision = precision
@@ -63,42 +64,45 @@ class Footprint:
             own, grad = param.dtype.itemsize, self._grad_dtype(param).itemsize
             count = shard if self._is_shard(name, name not in copies) else param.numel()
             held = count * own
-            if name in copies and self.zero < 3:
+            if name in copies and not self.zero.divides_params:
                 held += param.numel() * copy
             if param.requires_grad:
-                held += (shard if self.zero >= 2 else param.numel()) * grad
+                held += (shard if self.zero.divides_grads else param.numel()) * grad
             found[name] = held + states.get(name, 0)
         return found
 
-    def static(self, stage: StageProgram, batch_bytes: int) -> Static:
-        """What a stage holds all the time; where replicas divide it, what the first one holds.
+    def static(self, stages: Sequence[StageProgram], batch_bytes: int) -> Static:
+        """What a rank holds all the time; where replicas divide it, what the first one holds.
 
         Args:
-            batch_bytes: of the stage's share of the batch, all microbatches.
+            stages: of the rank.
+            batch_bytes: of a replica's share of the batch, all microbatches.
         """
-        names = self._trainable(stage.params)
+        params = _union(stage.params for stage in stages)
+        names = self._trainable(params)
         trained = [self._params[name] for name in names]
-        streams = self.zero >= 2
+        streams = self.zero.streams
         grads = [
             (shard_numel(tuple(p.shape), self.dp) if streams else p.numel(), self._grad_dtype(p))
             for p in trained
         ]
-        copied = stage.copies.items() if self.zero < 3 else ()
-        copies = [(self._params[n].numel(), dtype) for n, dtype in copied]
-        direct = stage.direct
+        copied = {n: dtype for stage in stages for n, dtype in stage.copies.items()}
+        kept = () if self.zero.divides_params else copied.items()
+        copies = [(self._params[n].numel(), dtype) for n, dtype in kept]
+        direct = {name for stage in stages for name in stage.direct}
         return Static(
-            weights=sum(self._weight_bytes(name, name in direct) for name in stage.params),
+            weights=sum(self._weight_bytes(name, name in direct) for name in params),
             copies=bucket_bytes(copies, self.dp),
             grads=bucket_bytes(grads, 1 if streams else self.dp),
             states=self._memory(names).total_state_bytes,
             buffers=self._buffers,
-            constants=stage.constant_bytes,
+            constants=sum(stage.constant_bytes for stage in stages),
             batch=batch_bytes,
         )
 
-    def optimizer_bytes(self, stage: StageProgram) -> int:
-        """What the optimizer's step needs for a moment, gradients in the weights' dtype too."""
-        names = self._trainable(stage.params)
+    def optimizer_bytes(self, stages: Sequence[StageProgram]) -> int:
+        """What a rank's optimizer needs for a moment, gradients in the weights' dtype too."""
+        names = self._trainable(_union(stage.params for stage in stages))
         trained = [self._stepped(name) for name in names]
         widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
         return self._memory(names).transient_bytes + sum(widened)
@@ -106,17 +110,17 @@ class Footprint:
     def traffic(self, program: PipelineProgram, stage: int) -> Traffic:
         """What the exchange between replicas takes while a step runs."""
         code = program.stages[stage]
-        if not self.zero:
+        if not self.zero.divides_states:
             return Traffic()
         trained = {name: self._params[name] for name in self._trainable(code.params)}
         items = {n: Item(n, tuple(p.shape), self._grad_dtype(p)) for n, p in trained.items()}
         tied = [t.name for t in program.tied if stage in t.holders]
-        if self.zero >= 2:
-            plan = stream_plan(code, items, self.dp)
+        if self.zero.streams:
+            departures = stream_departures(code, items, self.dp)
         else:
-            plan = closing_plan(code, items, self.dp, tied)
+            departures = closing_departures(code, items, self.dp, tied)
         wholes: list[list[Item]] = [[], []]
-        for name, param in trained.items() if self.zero < 3 else ():
+        for name, param in trained.items() if self.zero.unshards else ():
             shape = tuple(param.shape)
             if name in code.direct:
                 wholes[0].append(Item(name, shape, param.dtype))
@@ -124,12 +128,12 @@ class Footprint:
                 wholes[1].append(Item(name, shape, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
-        return Traffic(plan, self.zero == 1, at_once, sum(fetched))
+        return Traffic(departures, self.zero.closes, at_once, sum(fetched))
 
     def _is_shard(self, name: str, direct: bool) -> bool:
         """Whether a replica keeps its own rows of the weight alone."""
         trained = self._params[name].requires_grad
-        return self.zero == 3 or (self.zero > 0 and trained and not direct)
+        return self.zero.divides_params or (self.zero.divides_states and trained and not direct)
 
     def _weight_bytes(self, name: str, direct: bool) -> int:
         param = self._params[name]
@@ -140,7 +144,7 @@ class Footprint:
     def _stepped(self, name: str) -> torch.Tensor:
         """What the optimizer gets of a parameter, without data."""
         param = self._params[name]
-        if not self.zero:
+        if not self.zero.divides_states:
             return param
         shape = (row_range(tuple(param.shape), self.dp, 0)[1], *param.shape[1:])
         return torch.empty(shape if param.dim() else (), dtype=param.dtype, device="meta")
@@ -167,3 +171,8 @@ class Footprint:
                 # optimizer is made; a plan can do with the states of the usual one
                 self._memories[names] = optimizer_memory(torch.optim.AdamW, chosen)
         return self._memories[names]
+
+
+def _union(names: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Each once, in the order in which they come first."""
+    return tuple(dict.fromkeys(name for each in names for name in each))

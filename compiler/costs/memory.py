@@ -1,4 +1,4 @@
-"""Peak memory of a stage: what it holds all the time, and what its actions hold at once.
+"""Peak memory of a rank: what it holds all the time, and what its actions hold at once.
 
 The programs are walked operator by operator. A value is freed after its last reader, as the
 generated code frees it; a view keeps the memory that it looks into; what a program leaves in a
@@ -12,26 +12,16 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from ..ir import ops
 from ..ir.actions import SEND, Action, Kind
-from ..ir.graph import (
-    is_getitem,
-    overwritten,
-    tensors,
-    viewed,
-)
-from ..ir.program import (
-    Part,
-    PipelineProgram,
-    Program,
-    Role,
-    StageProgram,
-)
-from ..ir.shards import Entry, GradientPlan
+from ..ir.graph import Phase, is_getitem, overwritten, tensors, viewed
+from ..ir.program import PipelineProgram, Program, Role
+from ..ir.shards import Departures, Entry
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
 SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
@@ -39,7 +29,7 @@ SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
 
 @dataclass(frozen=True)
 class Static:
-    """Bytes that a stage holds all the time; ``copies`` are weights in the compute dtype."""
+    """Bytes that a rank holds all the time; ``copies`` are weights in the compute dtype."""
 
     weights: int
     copies: int
@@ -59,30 +49,30 @@ class Traffic:
     """What replicas exchange where they divide gradients and parameters.
 
     Attributes:
-        plan: in which parcels gradients leave.
+        departures: in which parcels gradients leave.
         at_the_end: in the last microbatch alone, and not in every one.
         unshard_bytes: the most that is sent and received at once to make parameters whole.
         unshard_total: all of that.
     """
 
-    plan: GradientPlan = field(default_factory=GradientPlan)
+    departures: Departures = field(default_factory=Departures)
     at_the_end: bool = False
     unshard_bytes: int = 0
     unshard_total: int = 0
 
     @property
     def closing(self) -> list[Entry]:
-        return [entry for entries in self.plan.closing.values() for entry in entries]
+        return [entry for entries in self.departures.closing.values() for entry in entries]
 
 
 @dataclass(frozen=True)
-class StageMemory:
-    """Bytes of one stage through a step.
+class RankMemory:
+    """Bytes of one rank through a step.
 
     Attributes:
         peak_bytes: the most at once.
         peak_at: the action that needs them ("OPTIM" for the optimizer's step).
-        after_bytes: per action of the stage, what is held when it is done.
+        after_bytes: per action of the rank, what is held when it is done.
     """
 
     static: Static
@@ -91,22 +81,24 @@ class StageMemory:
     after_bytes: tuple[int, ...]
 
 
-def stage_memory(
+def rank_memory(
     program: PipelineProgram,
-    stage: int,
     actions: Sequence[Action],
     static: Static,
     dp: int = 1,
     optimizer_bytes: int = 0,
-    traffic: Traffic | None = None,
-) -> StageMemory:
-    """Run one stage's actions on paper.
+    traffic: Mapping[int, Traffic] = MappingProxyType({}),
+) -> RankMemory:
+    """Run one rank's actions on paper.
 
     Args:
+        static: of all stages of the rank.
         optimizer_bytes: what the optimizer needs for a moment beyond its states.
+        traffic: per stage of the rank, where replicas divide gradients or parameters.
     """
     last = max((action.microbatch or 0 for action in actions), default=0)
-    walk = _Walk(program, program.stages[stage], traffic or Traffic(), last)
+    stages = dict.fromkeys(action.stage for action in actions)
+    walk = _Walk(program, {s: traffic.get(s, Traffic()) for s in stages}, last)
     peak, at = static.total + optimizer_bytes, "OPTIM"
     after = []
     for action in actions:
@@ -114,7 +106,7 @@ def stage_memory(
         if most >= peak:
             peak, at = most, str(action)
         after.append(static.total + walk.live)
-    return StageMemory(static, peak, at, tuple(after))
+    return RankMemory(static, peak, at, tuple(after))
 
 
 def bucket_bytes(specs: Iterable[tuple[int, torch.dtype]], parts: int) -> int:
@@ -269,36 +261,45 @@ def _frees(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return frees
 
 
-# -- one stage ------------------------------------------------------------------------------------
+# -- one rank -------------------------------------------------------------------------------------
 
 Environment = dict[str, int | None]
-"""Of one microbatch: value name -> the block in which it lies."""
+"""Of one stage and microbatch: value name -> the block in which it lies."""
+
+_SENT = {Kind.F: (Kind.SEND_F, Phase.FORWARD), Kind.B: (Kind.SEND_B, Phase.BACKWARD)}
 
 
 class _Walk:
-    """The environments of the microbatches of one stage, as blocks of memory."""
+    """The environments of the stages and microbatches of one rank, as blocks of memory.
 
-    def __init__(self, program: PipelineProgram, stage: StageProgram, traffic: Traffic, last: int):
-        self.stage, self.traffic, self.last = stage, traffic, last
+    Args:
+        traffic: of each stage of the rank.
+        last: the number of the last microbatch.
+    """
+
+    def __init__(self, program: PipelineProgram, traffic: Mapping[int, Traffic], last: int):
+        self.traffic, self.last = traffic, last
+        self.stages = {s: program.stages[s] for s in traffic}
         self.flying = 0
         self.messages = {(m.src, m.dst, m.phase): m for m in program.messages}
-        self.environments: dict[int, Environment] = defaultdict(dict)
-        self.arriving: dict[tuple[Kind, int], Environment] = defaultdict(dict)
+        self.environments: dict[tuple[int, int], Environment] = defaultdict(dict)
+        self.arriving: dict[tuple[int, Kind, int], Environment] = defaultdict(dict)
         self.outbox: list[int | None] = []  # sent after the last computation
         self.sizes: dict[int, int] = {}
         self.refs: Counter[int] = Counter()
         self.live = 0
         self.numbers = itertools.count()
         # of all microbatches alike that find the same under way
-        self.effects: dict[tuple[Kind, bool, int], _Effect] = {}
+        self.effects: dict[tuple[int, Kind, bool, int], _Effect] = {}
 
     def run(self, action: Action, dp: int, grad_bytes: int) -> int:
         """Apply an action; returns the most bytes that are held at once meanwhile."""
-        kind, index = action.kind, action.microbatch
+        kind, stage, index = action.kind, action.stage, action.microbatch
+        traffic = self.traffic[stage]
         if kind is Kind.UNSHARD:
-            return self.live + self.traffic.unshard_bytes
-        if kind is Kind.REDUCE_GRAD and self.traffic.plan.parts:
-            return self._drain()
+            return self.live + traffic.unshard_bytes
+        if kind is Kind.REDUCE_GRAD and traffic.departures.parts:
+            return self._drain(traffic)
         if kind is Kind.REDUCE_GRAD:
             segment = min(grad_bytes, SEGMENT_BYTES)
             return self.live + segment + segment // dp
@@ -306,28 +307,26 @@ class _Walk:
             return self.live
         if kind.computes:
             sent, self.outbox = self.outbox, []
-            most = self._compute(kind, index)
+            most = self._compute(stage, kind, index)
             for block in sent:  # it left meanwhile
                 self._release(block)
+            self._hand_over(stage, kind, index)
             return most
         assert action.peer is not None
         if kind in SEND.values():
-            self._send(action, action.peer, self.environments[index])
+            self.outbox += self._take(stage, kind, action.peer, index)
         else:
+            message = self.messages[action.peer, stage, kind.phase]
             reader = Kind.F if kind is Kind.RECV_F else Kind.B
-            for spec in self.messages[action.peer, action.stage, kind.phase].values:
-                self.arriving[reader, index][spec.name] = self._new(spec.nbytes)
+            for spec in message.values:
+                self.arriving[stage, reader, index][spec.name] = self._new(spec.nbytes)
         return self.live
 
-    def _compute(self, kind: Kind, index: int) -> int:
-        values = self.environments[index]
-        values.update(self.arriving.pop((kind, index), {}))
-        dropped = self.stage.drops.get((kind.value, -1), ())
-        leaves = not self.traffic.at_the_end or index == self.last
-        key = (kind, leaves, self.flying)
-        if key not in self.effects:
-            self.effects[key] = self._effect(kind, values, dropped, leaves)
-        effect = self.effects[key]
+    def _compute(self, stage: int, kind: Kind, index: int) -> int:
+        values = self.environments[stage, index]
+        values.update(self.arriving.pop((stage, kind, index), {}))
+        dropped = self.stages[stage].drops.get((kind.value, -1), ())
+        effect = self._effect(stage, kind, index, values, dropped)
         most = self.live + effect.extra_bytes
         self.live += effect.flying_bytes - self.flying
         self.flying = effect.flying_bytes
@@ -346,10 +345,30 @@ class _Walk:
             self._release(block)  # held by its maker until here
         return most
 
-    def _drain(self) -> int:
+    def _hand_over(self, stage: int, kind: Kind, index: int) -> None:
+        """What other stages of this rank read of what was made: the same memory."""
+        if kind not in _SENT:
+            return
+        send, phase = _SENT[kind]
+        for (src, dst, sent), message in self.messages.items():
+            if src == stage and sent is phase and dst in self.stages:
+                blocks = self._take(stage, send, dst, index)
+                names = (spec.name for spec in message.values)
+                self.arriving[dst, kind, index].update(zip(names, blocks, strict=True))
+
+    def _take(self, stage: int, send: Kind, dst: int, index: int) -> list[int | None]:
+        """One more holder for each value of a message; what nothing else needs loses its own."""
+        values = self.environments[stage, index]
+        blocks = [values[spec.name] for spec in self.messages[stage, dst, send.phase].values]
+        self.refs.update(block for block in blocks if block is not None)
+        for name in self.stages[stage].drops.get((send.value, dst), ()):
+            self._release(values.pop(name))
+        return blocks
+
+    def _drain(self, traffic: Traffic) -> int:
         """The gradients that waited for their tied parts leave; then nothing is under way."""
         most = self.live
-        for entry in self.traffic.closing:
+        for entry in traffic.closing:
             self.live, self.flying, peak = _leave(entry, self.live, self.flying)
             most = max(most, peak)
         self.live -= self.flying
@@ -357,28 +376,25 @@ class _Walk:
         return most
 
     def _effect(
-        self, kind: Kind, values: Environment, dropped: Iterable[str], leaves: bool
+        self, stage: int, kind: Kind, index: int, values: Environment, dropped: Iterable[str]
     ) -> _Effect:
-        names: dict[int, str] = {}
-        for name, block in values.items():
-            if block is not None:
-                names.setdefault(block, name)
-        inputs = {name: None if b is None else names[b] for name, b in values.items()}
-        sizes: dict[Block, int] = {name: self.sizes[block] for block, name in names.items()}
-        part = Part(kind.value)
-        leaving = self.traffic.plan.parts.get(part, ()) if leaves else ()
-        streams = bool(leaving) and not self.traffic.at_the_end
-        return _effect_of(
-            self.stage.parts[part], dropped, inputs, sizes, leaving, self.flying, streams
-        )
-
-    def _send(self, action: Action, peer: int, values: Environment) -> None:
-        message = self.messages[action.stage, peer, action.kind.phase]
-        sent = [values[spec.name] for spec in message.values]
-        self.outbox += sent
-        self.refs.update(block for block in sent if block is not None)
-        for name in self.stage.drops.get((action.kind.value, peer), ()):
-            self._release(values.pop(name))
+        traffic = self.traffic[stage]
+        leaves = not traffic.at_the_end or index == self.last
+        key = (stage, kind, leaves, self.flying)
+        if key not in self.effects:
+            names: dict[int, str] = {}
+            for name, block in values.items():
+                if block is not None:
+                    names.setdefault(block, name)
+            inputs = {name: None if b is None else names[b] for name, b in values.items()}
+            sizes: dict[Block, int] = {name: self.sizes[block] for block, name in names.items()}
+            leaving = traffic.departures.parts.get(kind, ()) if leaves else ()
+            streams = bool(leaving) and not traffic.at_the_end
+            program = self.stages[stage].parts[kind]
+            self.effects[key] = _effect_of(
+                program, dropped, inputs, sizes, leaving, self.flying, streams
+            )
+        return self.effects[key]
 
     def _new(self, size: int) -> int:
         block = next(self.numbers)

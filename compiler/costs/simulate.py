@@ -1,8 +1,8 @@
 """Runs a schedule against costs: when every action starts and ends.
 
 A receive is complete at the sender's end + transfer time; transfers do not occupy the compute
-stream; the makespan is max over stages of (last end − first start). A step is over when every
-stage has closed it: gradients reduced, optimizer run.
+stream; the makespan is max over ranks of (last end − first start). A step is over when every
+rank has closed it: gradients reduced, optimizer run.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..ir.actions import (
-    RECV,
-    Action,
-    Kind,
-    Schedule,
-)
+from ..ir.actions import RECV, Action, Kind, Schedule
 from ..ir.errors import VerificationError
 
 
@@ -24,7 +19,7 @@ class Interval:
     """A compute action's time, in seconds from the start of the step.
 
     Attributes:
-        held_bytes: what the stage holds when it is done; 0 where that was not asked for.
+        held_bytes: what the rank holds when it is done; 0 where that was not asked for.
     """
 
     action: Action
@@ -35,29 +30,29 @@ class Interval:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Per stage, its compute actions in time, and what it does once per step after them."""
+    """Per rank of a replica, its compute actions in time, and what it does once per step then."""
 
-    stages: tuple[tuple[Interval, ...], ...]
+    ranks: tuple[tuple[Interval, ...], ...]
     closing_s: tuple[float, ...] = ()
 
     @property
     def step_s(self) -> float:
         """From the first action to the end of the slowest optimizer; clipping waits for all."""
-        end = max((row[-1].end_s for row in self.stages if row), default=0.0)
+        end = max((row[-1].end_s for row in self.ranks if row), default=0.0)
         return end + max(self.closing_s, default=0.0)
 
     @property
     def makespan_s(self) -> float:
-        return max((row[-1].end_s - row[0].start_s for row in self.stages if row), default=0.0)
+        return max((row[-1].end_s - row[0].start_s for row in self.ranks if row), default=0.0)
 
-    def busy_s(self, stage: int) -> float:
-        return sum(x.end_s - x.start_s for x in self.stages[stage])
+    def busy_s(self, rank: int) -> float:
+        return sum(x.end_s - x.start_s for x in self.ranks[rank])
 
     @property
     def bubble(self) -> float:
-        """The share of stage-time in which nothing is computed."""
-        whole = self.makespan_s * len(self.stages)
-        busy = sum(self.busy_s(stage) for stage in range(len(self.stages)))
+        """The share of the ranks' time in which nothing is computed."""
+        whole = self.makespan_s * len(self.ranks)
+        busy = sum(self.busy_s(rank) for rank in range(len(self.ranks)))
         return 1 - busy / whole if whole else 0.0
 
 
@@ -71,41 +66,42 @@ def simulate(
     """The timeline of one replica.
 
     Args:
-        compute_s: seconds of (stage, F or B) per microbatch.
+        compute_s: seconds of (stage, kind that computes) per microbatch.
         transfer_s: seconds of a message from one stage to another; 0 where not given.
-        closing_s: per stage, seconds after its last action.
-        held_bytes: per stage and action, what is held after it.
+        closing_s: per rank, seconds after its last action.
+        held_bytes: per rank and action, what is held after it.
     """
     rows: list[list[Interval]] = [[] for _ in schedule]
     at = [0] * len(schedule)
     ends: dict[Action, float] = {}
-    waiting: list[dict[Action, list[Action]]] = [_needs(actions) for actions in schedule]
-    while any(at[s] < len(schedule[s]) for s in range(len(schedule))):
+    needs = _needs(schedule)
+    while any(at[r] < len(schedule[r]) for r in range(len(schedule))):
         moved = False
-        for stage, actions in enumerate(schedule):
-            while at[stage] < len(actions):
-                action = actions[at[stage]]
+        for rank, actions in enumerate(schedule):
+            while at[rank] < len(actions):
+                action = actions[at[rank]]
                 if action.kind.computes:
-                    senders = waiting[stage].get(action, [])
+                    senders = needs.get(action, [])
                     if any(sender not in ends for sender in senders):
                         break
-                    arrivals = [ends[x] + transfer_s.get((x.stage, stage), 0.0) for x in senders]
-                    free = rows[stage][-1].end_s if rows[stage] else 0.0
+                    pairs = ((x, transfer_s.get((x.stage, action.stage), 0.0)) for x in senders)
+                    arrivals = [ends[sender] + seconds for sender, seconds in pairs]
+                    free = rows[rank][-1].end_s if rows[rank] else 0.0
                     start = max([free, *arrivals])
-                    ends[action] = start + compute_s[stage, action.kind]
-                    held = held_bytes[stage][at[stage]] if held_bytes else 0
-                    rows[stage].append(Interval(action, start, ends[action], held))
-                at[stage] += 1
+                    ends[action] = start + compute_s[action.stage, action.kind]
+                    held = held_bytes[rank][at[rank]] if held_bytes else 0
+                    rows[rank].append(Interval(action, start, ends[action], held))
+                at[rank] += 1
                 moved = True
         if not moved:
             raise VerificationError("the schedule deadlocks")
     return Timeline(tuple(tuple(row) for row in rows), tuple(closing_s))
 
 
-def _needs(actions: Sequence[Action]) -> dict[Action, list[Action]]:
-    """Compute action -> the compute actions of other stages whose messages it reads."""
+def _needs(schedule: Schedule) -> dict[Action, list[Action]]:
+    """Compute action -> the compute actions of other ranks whose messages it reads."""
     needs: dict[Action, list[Action]] = {}
-    for action in actions:
+    for action in (action for actions in schedule for action in actions):
         if action.kind in RECV.values() and action.peer is not None:
             kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
             reader = Action(action.stage, kind, action.microbatch)

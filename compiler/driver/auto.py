@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..ir.errors import (
-    BatchError,
-    MemoryBudgetError,
-    OptionError,
-    PartitionError,
-)
-from .builder import Compiled
+from ..ir.errors import BatchError, MemoryBudgetError, OptionError, PartitionError
+from .compiled import Compiled
 
 FINER = (1, 2, 4, 8)
 

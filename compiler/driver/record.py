@@ -1,21 +1,40 @@
-"""Passes leave a record, and on request a readable dump."""
+"""What passes leave behind: a record each, and on request readable dumps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+Texts = Mapping[str, Callable[[], str]]
+"""What makes a pass's dumps, by file name suffix."""
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did; the note is what `inspect` shows."""
+    """What one pass did.
 
+    Attributes:
+        level: what it worked on.
+        note: in one line; "" for nothing to say.
+        told: whether the note stands in the plan.
+    """
+
+    level: str
     name: str
     seconds: float
     note: str
+    told: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a pass reports while it runs."""
+
+    note: str = ""
+    texts: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -30,25 +49,17 @@ class Recorder:
         self.records: list[PassRecord] = []
 
     @contextmanager
-    def record(self, name: str) -> Iterator[Outcome]:
+    def record(self, level: str, name: str, told: bool = True) -> Iterator[Outcome]:
         """Time a pass; the body fills in the outcome."""
         outcome = Outcome()
         start = time.perf_counter()
         yield outcome
         seconds = time.perf_counter() - start
-        number = len(self.records)
-        self.records.append(PassRecord(name, seconds, outcome.note))
-        if self.folder is None:
+        number = sum(record.level != "forward" for record in self.records)
+        self.records.append(PassRecord(level, name, seconds, outcome.note, told))
+        if self.folder is None or not outcome.texts:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         header = f"# {name}: {outcome.note} ({seconds:.2f} s)\n"
         for suffix, text in outcome.texts.items():
             (self.folder / f"{number:03d}_{name}{suffix}").write_text(header + text())
-
-
-class Outcome:
-    """What a pass reports: a one-line note, and what makes its dumps, by file name suffix."""
-
-    def __init__(self) -> None:
-        self.note = ""
-        self.texts: dict[str, Callable[[], str]] = {}

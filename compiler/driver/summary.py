@@ -13,41 +13,27 @@ from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.cost import Cost, node_cost
-from ..costs.footprint import Footprint
 from ..costs.hardware import Device
-from ..costs.memory import StageMemory
+from ..costs.memory import RankMemory
 from ..costs.simulate import Timeline, simulate
 from ..ir import ops
-from ..ir.actions import Kind, max_in_flight
-from ..ir.graph import (
-    Phase,
-    module_of,
-    nbytes,
-    phase_of,
-)
+from ..ir.actions import Kind, homes_of, max_in_flight
+from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import is_gradient_sum
-from ..options.options import CompileOptions
 from ..plan.decision import Decision
-from ..plan.plan import (
-    MemoryPlan,
-    Plan,
-    StagePlan,
-    TiedPlan,
-    Transfer,
-    covered_modules,
-)
+from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
 from .assembly import Assembly
 from .record import PassRecord
+from .work import Settings
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one stage and microbatch; ``closing`` once per step."""
+    """Of one stage and microbatch."""
 
     forward: float
     backward: float
     recompute: float
-    closing: float
 
 
 class Summary:
@@ -55,28 +41,30 @@ class Summary:
 
     Args:
         decision: of the graph; one that follows another graph's stages has units without seconds.
-        closing_s: per stage, seconds after its last microbatch.
+        closing_s: per rank, seconds after its last microbatch.
         costs: where seconds come from.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        options: CompileOptions,
+        settings: Settings,
         device: Device,
-        footprint: Footprint,
         placement: Placement,
         assembly: Assembly,
         decision: Decision,
         closing_s: Sequence[float],
         costs: str,
     ):
-        self.skeleton, self.options, self.device = skeleton, options, device
-        self.footprint, self.placement, self.assembly = footprint, placement, assembly
+        self.skeleton, self.settings, self.device = skeleton, settings, device
+        self.options, self.footprint = settings.options, settings.footprint
+        self.placement, self.assembly = placement, assembly
         self.decision, self.costs = decision, costs
         self.program, self.schedule = assembly.program, assembly.schedule
+        self.homes = homes_of(self.schedule)
+        self.closing_s = closing_s
         self.work = self._work()
-        self.seconds = [self._seconds(s, closing_s[s]) for s in range(options.n_stages)]
+        self.seconds = [self._seconds(s) for s in range(self.options.n_stages)]
 
     def timeline(self) -> Timeline:
         compute_s: dict[tuple[int, Kind], float] = {}
@@ -92,9 +80,8 @@ class Summary:
             (m.src, m.dst): self.device.link_latency_s + m.nbytes / self.device.link_bytes_per_s
             for m in self.program.messages
         }
-        closing_s = [seconds.closing for seconds in self.seconds]
         held_bytes = [memory.after_bytes for memory in self.assembly.memory]
-        return simulate(self.schedule, compute_s, transfer_s, closing_s, held_bytes)
+        return simulate(self.schedule, compute_s, transfer_s, self.closing_s, held_bytes)
 
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """What replicas exchange during each program runs beside it: the longer one counts.
@@ -104,25 +91,24 @@ class Summary:
         """
         rate, dp = self.device.link_bytes_per_s, self.options.dp
         zero = self.footprint.zero
-        if zero < 2 or dp == 1:
+        if not zero.streams or dp == 1:
             return
         traffic = self.footprint.traffic(self.program, stage)
         for part, program in self.program.stages[stage].parts.items():
             sent = sum(
                 parcel.scatter_bytes[0] * (dp - 1) / dp
-                for entries in traffic.plan.parts.get(part, ())
+                for entries in traffic.departures.parts.get(part, ())
                 for parcel, number in entries
                 if number == 0
             )
             gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
             sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
-            key = stage, Kind(part.value)
+            key = stage, part
             compute_s[key] = max(compute_s[key], sent / rate)
 
     def plan(
         self,
         spec: BatchSpec,
-        microbatches: int,
         budget_bytes: int | None,
         timeline: Timeline,
         records: Sequence[PassRecord],
@@ -133,7 +119,7 @@ class Summary:
             model=type(self.skeleton.module).__name__,
             n_stages=options.n_stages,
             dp=options.dp,
-            microbatches=microbatches,
+            microbatches=self.settings.microbatches,
             microbatch_rows=spec.rows,
             shape=str(spec),
             microbatch_tokens=_tokens(spec),
@@ -149,17 +135,17 @@ class Summary:
             },
             decision=self.decision,
             stages=tuple(
-                self._stage(stage.stage, modules, memory)
-                for stage, memory in zip(self.program.stages, self.assembly.memory, strict=True)
+                self._stage(stage.stage, modules, self.assembly.memory[self.homes[stage.stage]])
+                for stage in self.program.stages
             ),
             tied=tuple(self._tied()),
             schedule=tuple(" ".join(map(str, actions)) for actions in self.schedule),
             step_s=timeline.step_s,
             bubble=timeline.bubble,
-            notes=tuple((record.name, record.note) for record in records),
+            notes=tuple((each.name, each.note) for each in records if each.told),
         )
 
-    def _stage(self, s: int, modules: Sequence[Sequence[str]], memory: StageMemory) -> StagePlan:
+    def _stage(self, s: int, modules: Sequence[Sequence[str]], memory: RankMemory) -> StagePlan:
         part, seconds = self.program.stages[s], self.seconds[s]
         sizes = [self.footprint.size(name) for name in part.params]
         backward = self.work[s, "B"] + self.work[s, "W"]
@@ -178,11 +164,11 @@ class Summary:
             forward_s=seconds.forward,
             backward_s=seconds.backward,
             recompute_s=seconds.recompute,
-            closing_s=seconds.closing,
+            closing_s=self.closing_s[self.homes[s]],
             recomputes={label: n for label, n in sorted(labels.items()) if label != "nothing"},
             stash_bytes=part.stash_bytes,
             carry_bytes=part.carry_bytes,
-            in_flight=max_in_flight(self.schedule[s]),
+            in_flight=max_in_flight(self.schedule[self.homes[s]], s),
             memory=MemoryPlan(
                 **vars(memory.static), peak=memory.peak_bytes, peak_at=memory.peak_at
             ),
@@ -196,26 +182,26 @@ class Summary:
     def _work(self) -> dict[tuple[int, str], Cost]:
         """Per stage, the roofline of F, B and W, and of R, what is recomputed in B and W."""
         work: dict[tuple[int, str], Cost] = defaultdict(Cost)
-        for node, stage in self.assembly.crossings.stage.items():
+        for node, stage in self.assembly.stage.items():
             kind = "F" if phase_of(node) is Phase.FORWARD else "B"
             if node.name in self.program.weight_nodes:
                 kind = "W"
             cost = node_cost(node, self.device)
             work[stage, kind] += cost
-            if node in self.assembly.remat.copies:
+            if node in self.assembly.copies:
                 work[stage, "R"] += cost
         return work
 
-    def _seconds(self, stage: int, closing: float) -> Seconds:
+    def _seconds(self, stage: int) -> Seconds:
         decision = self.decision
         if not decision.unit_seconds:
             again = self.work[stage, "R"].seconds
             backward_s = self.work[stage, "B"].seconds + self.work[stage, "W"].seconds - again
-            return Seconds(self.work[stage, "F"].seconds, backward_s, again, closing)
+            return Seconds(self.work[stage, "F"].seconds, backward_s, again)
         pairs = zip(decision.unit_seconds, decision.unit_stage, strict=True)
         units = [seconds for seconds, s in pairs if s == stage]
         forward, backward, recompute = (math.fsum(unit[i] for unit in units) for i in range(3))
-        return Seconds(forward, backward, recompute, closing)
+        return Seconds(forward, backward, recompute)
 
     def _modules(self) -> list[list[str]]:
         modules: list[list[str]] = [[] for _ in range(self.options.n_stages)]

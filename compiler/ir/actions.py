@@ -1,16 +1,17 @@
 """Actions: the instructions of a schedule, as data that prints and parses.
 
-A schedule is a list of actions per stage, the same on every replica. ``2F0`` is stage 2's
-forward of microbatch 0, ``1SEND_B3→0`` sends what stage 1's backward of microbatch 3 owes stage
-0, ``0RECV_B3←1`` is the other end, ``2REDUCE_GRAD`` averages stage 2's gradients over the
-replicas. Where these divide parameters and gradients (`passes.schedule.exchange`), ``2UNSHARD``
-makes the parameters whole, and ``2REDUCE_B0`` averages what the backward of microbatch 0 made.
+A schedule is a list of actions per rank of a replica, the same in every replica. An action names
+its stage, for a rank may hold several: ``2F0`` is stage 2's forward of microbatch 0,
+``1SEND_B3→0`` sends what stage 1's backward of microbatch 3 owes stage 0, ``0RECV_B3←1`` is the
+other end, ``2REDUCE_GRAD`` averages stage 2's gradients over the replicas. Where these divide
+parameters and gradients (`passes.schedule.exchange`), ``2UNSHARD`` makes the parameters whole, and
+``2REDUCE_B0`` averages what the backward of microbatch 0 made.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,7 +23,7 @@ class Kind(StrEnum):
 
     F = "F"
     B = "B"
-    W = "W"
+    W = "W"  # the weight gradients that no other stage waits for, where they are split off
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
@@ -35,13 +36,15 @@ class Kind(StrEnum):
 
     @property
     def computes(self) -> bool:
-        return self in (Kind.F, Kind.B, Kind.W)
+        """Whether it runs a program of its stage."""
+        return self in COMPUTE
 
     @property
     def phase(self) -> Phase:
         return Phase.FORWARD if self.value.endswith("F") else Phase.BACKWARD
 
 
+COMPUTE = (Kind.F, Kind.B, Kind.W)
 SEND = {Phase.FORWARD: Kind.SEND_F, Phase.BACKWARD: Kind.SEND_B}
 RECV = {Phase.FORWARD: Kind.RECV_F, Phase.BACKWARD: Kind.RECV_B}
 _PATTERN = re.compile(
@@ -88,11 +91,16 @@ class Action:
 
 
 Schedule = tuple[tuple[Action, ...], ...]
-"""Per stage, its actions in order."""
+"""Per rank of a replica, its actions in order."""
+
+
+def homes_of(schedule: Schedule) -> dict[int, int]:
+    """Stage -> the rank of a replica that holds it, in the order of the ranks."""
+    return {action.stage: rank for rank, actions in enumerate(schedule) for action in actions}
 
 
 def to_text(schedule: Schedule) -> str:
-    """One line per stage."""
+    """One line per rank."""
     return "\n".join(" ".join(str(action) for action in actions) for actions in schedule)
 
 
@@ -100,8 +108,9 @@ def from_text(text: str) -> Schedule:
     return tuple(tuple(Action.parse(word) for word in line.split()) for line in text.splitlines())
 
 
-def max_in_flight(actions: Sequence[Action]) -> int:
-    """The most microbatches that a stage holds between forward and its last part at once."""
+def max_in_flight(actions: Iterable[Action], stage: int) -> int:
+    """The most microbatches that a stage holds between forward and its last backward at once."""
+    actions = [action for action in actions if action.stage == stage]
     last = Kind.W if any(action.kind is Kind.W for action in actions) else Kind.B
     most = now = 0
     for action in actions:

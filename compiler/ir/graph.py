@@ -28,7 +28,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 
 class Phase(StrEnum):
@@ -43,7 +43,7 @@ class JointGraph:
     """One microbatch's computation, with names for everything that enters and leaves it.
 
     Attributes:
-        module: holds the graph and its constant tensors.
+        constants: holds the tensors that ``get_attr`` nodes name, as buffers.
         params: parameter FQN (of a tied group: the first name) -> placeholder.
         buffers: buffer FQN -> placeholder.
         inputs: index of a batch leaf -> placeholder.
@@ -55,7 +55,8 @@ class JointGraph:
         mutations: buffer FQN -> its value after the forward pass.
     """
 
-    module: fx.GraphModule
+    constants: nn.Module
+    graph: fx.Graph
     params: dict[str, fx.Node]
     buffers: dict[str, fx.Node]
     inputs: dict[int, fx.Node]
@@ -65,10 +66,6 @@ class JointGraph:
     grads: dict[str, fx.Node] = field(default_factory=dict)
     copies: dict[str, fx.Node] = field(default_factory=dict)
     mutations: dict[str, fx.Node] = field(default_factory=dict)
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
 
     @property
     def owners(self) -> dict[fx.Node, str]:
@@ -94,6 +91,33 @@ class JointGraph:
         loss = () if self.loss is None else (self.loss,)
         values = (*loss, *self.results, *self.grads.values(), *self.mutations.values())
         self.graph.output(values)
+
+    def copy(self) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
+        """Another graph with the same values in it, and each node's twin there."""
+        made = fx.Graph()
+        twin: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op != "output":
+                twin[node] = made.node_copy(node, twin.__getitem__)
+        copied = JointGraph(
+            self.constants,
+            made,
+            {name: twin[node] for name, node in self.params.items()},
+            {name: twin[node] for name, node in self.buffers.items()},
+            {index: twin[node] for index, node in self.inputs.items()},
+            None if self.tangent is None else twin[self.tangent],
+            None if self.loss is None else twin[self.loss],
+            tuple(twin[node] for node in self.results),
+            {name: twin[node] for name, node in self.grads.items()},
+            {name: twin[node] for name, node in self.copies.items()},
+            {name: twin[node] for name, node in self.mutations.items()},
+        )
+        copied.set_output()
+        return copied, twin
+
+    def text(self) -> str:
+        """The graph as Python."""
+        return str(self.graph.python_code("self").src)
 
     def fingerprint(self) -> str:
         """A hash that is equal on two ranks exactly when they captured the same graph."""

@@ -8,18 +8,12 @@ staged    everything else: it is computed on exactly one stage
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from .graph import (
-    JointGraph,
-    Phase,
-    is_getitem,
-    is_random,
-    phase_of,
-    storage_root,
-)
+from .graph import JointGraph, Phase, is_getitem, is_random, phase_of, storage_root
 
 
 @dataclass(frozen=True)
@@ -29,6 +23,12 @@ class Locality:
     constant: frozenset[fx.Node]
     free: frozenset[fx.Node]
     staged: tuple[fx.Node, ...]
+
+    def moved(self, twin: Mapping[fx.Node, fx.Node]) -> Locality:
+        """The same of a copy of the graph."""
+        constant = frozenset(twin[node] for node in self.constant)
+        free = frozenset(twin[node] for node in self.free)
+        return Locality(constant, free, tuple(twin[node] for node in self.staged))
 
 
 def locality_of(graph: JointGraph) -> Locality:

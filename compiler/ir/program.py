@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .actions import Kind
 from .graph import Phase
 
 
@@ -91,16 +92,8 @@ class Message:
         return sum(value.nbytes for value in self.values)
 
 
-class Part(StrEnum):
-    """The programs of a stage; W has the weight gradients that nobody waits for."""
-
-    F = "F"
-    B = "B"
-    W = "W"
-
-
 Step = tuple[str, int]
-"""(a `Part`, -1), ("SEND_F", dst) or ("SEND_B", dst): a point in a microbatch's life."""
+"""(a computing `Kind`, -1), ("SEND_F", dst) or ("SEND_B", dst): a point in a microbatch's life."""
 
 
 Group = tuple[Port, ...]
@@ -148,10 +141,10 @@ class StageProgram:
         return {str(port.key) for port in ports if port.role is Role.PARAM}
 
     @property
-    def parts(self) -> dict[Part, Program]:
+    def parts(self) -> dict[Kind, Program]:
         """The programs that a microbatch runs, in order."""
-        given = {Part.F: self.forward, Part.B: self.backward, Part.W: self.weight}
-        return {part: program for part, program in given.items() if program is not None}
+        given = {Kind.F: self.forward, Kind.B: self.backward, Kind.W: self.weight}
+        return {kind: program for kind, program in given.items() if program is not None}
 
 
 @dataclass(frozen=True)

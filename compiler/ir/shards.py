@@ -18,7 +18,8 @@ from typing import TypeVar
 import torch
 
 from . import ops
-from .program import Part, StageProgram
+from .actions import Kind
+from .program import StageProgram
 
 PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
 LEAST_BYTES = 1 << 20  # below which its latency would count
@@ -178,7 +179,7 @@ Entry = tuple[Parcel, int]
 
 
 @dataclass(frozen=True)
-class GradientPlan:
+class Departures:
     """In which parcels the gradients of a stage leave.
 
     Attributes:
@@ -186,13 +187,13 @@ class GradientPlan:
         closing: name -> what leaves after the last microbatch.
     """
 
-    parts: Mapping[Part, tuple[tuple[Entry, ...], ...]] = field(default_factory=dict)
+    parts: Mapping[Kind, tuple[tuple[Entry, ...], ...]] = field(default_factory=dict)
     closing: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
 
 
-def added(stage: StageProgram) -> dict[Part, list[str]]:
+def added(stage: StageProgram) -> dict[Kind, list[str]]:
     """Per backward program the parameters whose gradients it adds up, in its order."""
-    found: dict[Part, list[str]] = {}
+    found: dict[Kind, list[str]] = {}
     for part, program in stage.parts.items():
         nodes = program.module.graph.nodes
         ports = dict(
@@ -204,21 +205,21 @@ def added(stage: StageProgram) -> dict[Part, list[str]]:
     return found
 
 
-def stream_plan(stage: StageProgram, like: Mapping[str, Item], dp: int) -> GradientPlan:
+def stream_departures(stage: StageProgram, like: Mapping[str, Item], dp: int) -> Departures:
     """Every gradient of every microbatch leaves when it is made."""
     parts = {part: _entries([like[n] for n in ns], dp) for part, ns in added(stage).items()}
-    return GradientPlan(parts)
+    return Departures(parts)
 
 
-def closing_plan(
+def closing_departures(
     stage: StageProgram, like: Mapping[str, Item], dp: int, late: Iterable[str]
-) -> GradientPlan:
+) -> Departures:
     """A gradient leaves when the last microbatch has added to it.
 
     Args:
         late: those that wait until the tied gradients are summed.
     """
-    last: dict[str, tuple[Part, int]] = {}
+    last: dict[str, tuple[Kind, int]] = {}
     order = added(stage)
     for part, names in order.items():
         last.update({name: (part, i) for i, name in enumerate(names)})
@@ -233,7 +234,7 @@ def closing_plan(
         for part, names in order.items()
     }
     rest = [name for name in like if name in waiting]
-    return GradientPlan(parts, dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True)))
+    return Departures(parts, dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True)))
 
 
 def _entries(items: Sequence[Item], dp: int) -> tuple[tuple[Entry, ...], ...]:

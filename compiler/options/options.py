@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class CompileOptions:
     solver: str = "auto"
     time_limit_s: float = 30.0
     dump_dir: str | Path | None = None
+    skip: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("n_stages", "dp", "microbatches"):
@@ -208,15 +209,3 @@ def _check_count(name: str, value: object, optional: bool) -> None:
         raise OptionError(f"{name}={value!r} must be an int")
     if value < 1:
         raise OptionError(f"{name}={value} must be at least 1")
-
-
-def choose_microbatches(rows: int, n_stages: int) -> int:
-    """The divisor of a replica's batch nearest to 4 per stage: a bubble of about a fifth.
-
-    One stage has no bubble to fill, so its batch is left whole.
-    """
-    if n_stages == 1:
-        return 1
-    aim = 4 * n_stages
-    divisors = [d for d in range(1, rows + 1) if rows % d == 0]
-    return min(divisors, key=lambda d: (max(d / aim, aim / d), -d))

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
+from ...passes.schedule.registry import SCHEDULES, ScheduleKind
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
@@ -30,7 +31,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     found = []
     if options.remat != "auto":
         found.append(f'use remat="auto" instead of "{options.remat}", to recompute what it takes')
-    stages = _fewest_stages(problem)
+    stages = _fewest_stages(problem, SCHEDULES[options.schedule])
     if stages is not None:
         found.append(f"n_stages={stages} would fit")
     parts = [p for p in (2, 4, 8) if rows % p == 0]
@@ -47,18 +48,16 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     return found
 
 
-def _fewest_stages(problem: Problem) -> int | None:
+def _fewest_stages(problem: Problem, schedule: ScheduleKind) -> int | None:
     """The fewest stages above the present ones with which the model fits."""
-    n = problem.n_stages
+    n, microbatches = problem.n_stages, round(problem.max_weight) + 1
     top = min(problem.n_units, MAX_STAGES)
     tries = [n + 1, n + 2, *(k for k in (n * 3 // 2, 2 * n, 3 * n, 4 * n) if k > n + 2)]
     for count in (k for k in tries if k <= top):
-        longest = max(problem.in_flight)
-        deepest = count if longest == n else longest
         changed = replace(
             problem,
             n_stages=count,
-            in_flight=tuple(min(count - s, deepest) for s in range(count)),
+            in_flight=schedule.in_flight(count, microbatches),
             budget_bytes=(problem.budget_bytes[0],) * count,
             reserve_bytes=(max(problem.reserve_bytes),) * count,
         )

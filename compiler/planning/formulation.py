@@ -12,21 +12,9 @@ from torch import fx
 
 from ...passes.graph.boundary import crossing_nbytes
 from ..costs.hardware import Device
-from ..ir.graph import (
-    JointGraph,
-    Phase,
-    nbytes,
-    phase_of,
-    storage_root,
-)
+from ..ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..ir.locality import gradient_sums
-from ..ir.problem import (
-    Kept,
-    Option,
-    Problem,
-    Users,
-    Value,
-)
+from ..ir.problem import Kept, Option, Problem, Users, Value
 from .stash import Body, Stash
 
 

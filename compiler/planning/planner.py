@@ -16,7 +16,7 @@ from torch import fx
 from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
-from ..costs.memory import StageMemory
+from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -27,10 +27,7 @@ from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
 from .pricing import UnitPrices
-from .stash import (
-    bodies_of,
-    options_of,
-)
+from .stash import bodies_of, options_of
 from .units import Unit, units_of
 
 ATTEMPTS = 6
@@ -38,7 +35,7 @@ QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options sa
 CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
-Draft = Callable[[Placement, Collection[fx.Node]], Sequence[StageMemory]]
+Draft = Callable[[Placement, Collection[fx.Node]], Sequence[RankMemory]]
 """Memory of the programs that would follow from stages and recomputed nodes."""
 
 

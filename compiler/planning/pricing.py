@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ...passes.graph.placement import place
-from ...passes.graph.remat import rematerialise, undo
+from ...passes.graph.remat import rematerialise
 from ...passes.programs.lower import lower
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -102,13 +102,12 @@ def _times(
     batch: Sequence[torch.Tensor],
 ) -> list[UnitTimes]:
     """With option k of every unit, or its last."""
-    home = {node: body.unit.index for body in bodies for node in body.forward}
-    placement = place(graph, locality, home)
+    own, twin = graph.copy()
+    home = {twin[node]: body.unit.index for body in bodies for node in body.forward}
+    here = locality.moved(twin)
+    placement = place(own, here, home)
     chosen = [menu[min(k, len(menu) - 1)] for menu in menus]
-    again = {node for stash in chosen for node in stash.recomputed}
-    remat = rematerialise(graph, locality, placement.stage, again)
-    try:
-        program = lower(graph, remat.locality, remat.stage, len(bodies))
-        return profiler.times(program.stages, batch)
-    finally:
-        undo(remat)
+    again = {twin[node] for stash in chosen for node in stash.recomputed}
+    remat = rematerialise(own, here, placement.stage, again)
+    program = lower(own, remat.locality, remat.stage, len(bodies))
+    return profiler.times(program.stages, batch)

@@ -16,14 +16,7 @@ from torch import fx
 
 from ..costs.cost import Cost, node_cost, node_flops
 from ..costs.hardware import Device
-from ..ir.graph import (
-    JointGraph,
-    Phase,
-    is_getitem,
-    module_of,
-    nbytes,
-    phase_of,
-)
+from ..ir.graph import JointGraph, Phase, is_getitem, module_of, nbytes, phase_of
 from ..ir.locality import Locality, backward_places
 
 MAX_UNITS = 150

@@ -23,14 +23,9 @@ from torch import fx
 from ..costs.cost import total_cost
 from ..costs.hardware import device_spec
 from ..ir import ops
+from ..ir.actions import Kind
 from ..ir.graph import tensors
-from ..ir.program import (
-    Part,
-    Port,
-    Program,
-    Role,
-    StageProgram,
-)
+from ..ir.program import Port, Program, Role, StageProgram
 from .synthetic import Synthesizer
 from .timing_cache import TimingCache
 
@@ -58,7 +53,7 @@ class _Unit:
     """
 
     program: StageProgram
-    keys: dict[Part, str]
+    keys: dict[Kind, str]
     fixed: dict[Port, Any] = field(default_factory=dict)
 
 

@@ -32,17 +32,18 @@ def bar(part: float, whole: float, room: int = BAR_WIDTH) -> Text:
 
 
 def schedule_chart(timeline: Timeline, microbatches: int, width: int) -> Text:
-    """One line per stage; each column shows what runs in the middle of its span of time."""
-    digits = len(str(len(timeline.stages) - 1))
+    """One line per rank; each column shows what runs in the middle of its span of time."""
+    labels = [",".join(dict.fromkeys(str(x.action.stage) for x in row)) for row in timeline.ranks]
+    digits = max(map(len, labels))
     columns = max(width - digits - len("stage   100 % busy "), 20)
     span_s = timeline.makespan_s / columns
     text = Text.assemble(("schedule", "bold"), "\n")
-    for stage, row in enumerate(timeline.stages):
-        text.append(f"stage {stage:>{digits}} ")
+    for rank, row in enumerate(timeline.ranks):
+        text.append(f"stage {labels[rank]:>{digits}} ")
         for kind, marks in groupby(_marks(row, columns, span_s), key=itemgetter(0)):
             text.append("".join(mark for _, mark in marks), style=_STYLES[kind])
-        text.append(f" {timeline.busy_s(stage) / timeline.makespan_s:4.0%} busy\n")
-    kinds = {str(interval.action.kind) for row in timeline.stages for interval in row}
+        text.append(f" {timeline.busy_s(rank) / timeline.makespan_s:4.0%} busy\n")
+    kinds = {str(interval.action.kind) for row in timeline.ranks for interval in row}
     text.append(_legend(microbatches, span_s, "W" in kinds))
     return text
 

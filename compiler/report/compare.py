@@ -13,12 +13,7 @@ from dataclasses import dataclass, replace
 
 from ...passes.partition import baselines
 from ..ir.errors import OptionError, PartitionError
-from ..ir.problem import (
-    Problem,
-    Solution,
-    fits,
-    solution_of,
-)
+from ..ir.problem import Problem, Solution, fits, solution_of
 from ..plan.decision import Decision
 from ..plan.plan import Plan
 

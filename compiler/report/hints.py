@@ -12,15 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ...passes.partition.solve import solve
-from ...passes.schedule.one_f_one_b import one_f_one_b, zb_h1
+from ...passes.schedule.registry import DEFAULT, SCHEDULES, ScheduleKind
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
-from ..ir.actions import (
-    RECV,
-    Action,
-    Kind,
-    Schedule,
-)
+from ..ir.actions import RECV, Action, Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.graph import Phase
 from ..ir.problem import Problem, Solution
@@ -52,6 +47,17 @@ class Subject:
     device: Device
     problem: Problem | None = None
     remat: str = "auto"
+
+    @property
+    def schedule(self) -> ScheduleKind:
+        return SCHEDULES[self.plan.options.get("schedule", DEFAULT)]
+
+    @property
+    def splits(self) -> list[bool]:
+        """Per stage, whether its backward is split."""
+        actions = (interval.action for row in self.timeline.ranks for interval in row)
+        split = {action.stage for action in actions if action.kind is Kind.W}
+        return [stage in split for stage in range(self.plan.n_stages)]
 
 
 def hints(subject: Subject) -> Iterator[str]:
@@ -97,8 +103,8 @@ def resimulated(
         for t in stage.sends
     }
     compute_s = {
-        (s, interval.action.kind): interval.end_s - interval.start_s
-        for s, row in enumerate(subject.timeline.stages)
+        (interval.action.stage, interval.action.kind): interval.end_s - interval.start_s
+        for row in subject.timeline.ranks
         for interval in row
     }
     return simulate(_schedule(subject, m), compute_s, transfer_s, subject.timeline.closing_s)
@@ -107,11 +113,7 @@ def resimulated(
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
     """The plan's kind of schedule; receives, of which only the pairing counts, come first."""
     plan = subject.plan
-    splits = [any(x.action.kind is Kind.W for x in row) for row in subject.timeline.stages]
-    if plan.options.get("schedule") == "zb_h1":
-        compute = zb_h1(plan.n_stages, microbatches, splits)
-    else:
-        compute = one_f_one_b(plan.n_stages, microbatches)
+    compute = subject.schedule.generate(plan.n_stages, microbatches, subject.splits)
     receives: list[list[Action]] = [[] for _ in compute]
     for stage in plan.stages:
         for t in stage.sends:
@@ -163,10 +165,9 @@ def _fits(subject: Subject, microbatches: int) -> bool:
     if plan.budget_bytes is None:
         return True
     more = microbatches / plan.microbatches - 1
-    for stage, row in zip(plan.stages, subject.timeline.stages, strict=True):
-        splits = any(x.action.kind is Kind.W for x in row)
-        longest = plan.n_stages if splits else plan.n_stages - stage.stage
-        extra = max(0, min(longest, microbatches) - stage.in_flight) * stage.stash_bytes
+    longest = subject.schedule.in_flight(plan.n_stages, microbatches, subject.splits)
+    for stage, most in zip(plan.stages, longest, strict=True):
+        extra = max(0, most - stage.in_flight) * stage.stash_bytes
         if stage.memory.peak + extra + more * stage.memory.batch > plan.budget_bytes:
             return False
     return True
@@ -327,7 +328,7 @@ def _room(subject: Subject) -> str | None:
         return None
     own = solution_in(problem, plan.decision)
     for n in (n for n in range(1, plan.n_stages) if plan.n_stages % n == 0):
-        changed = _with_stages(problem, n, plan.microbatches, plan.options.get("schedule", ""))
+        changed = _with_stages(problem, n, plan.microbatches, subject.schedule)
         found = None if changed is None else _solved(changed)
         if found is None or found.objective >= own.objective * (1 - NOTABLE):
             continue
@@ -342,16 +343,17 @@ def _room(subject: Subject) -> str | None:
     return None
 
 
-def _with_stages(problem: Problem, n: int, microbatches: int, schedule: str) -> Problem | None:
+def _with_stages(
+    problem: Problem, n: int, microbatches: int, schedule: ScheduleKind
+) -> Problem | None:
     """The same batch on fewer stages and as many times more replicas; microbatches stay alike."""
     share, rest = divmod(microbatches * n, problem.n_stages)
     if rest or not share:
         return None
-    longest = [n if schedule == "zb_h1" else n - s for s in range(n)]
     return replace(
         problem,
         n_stages=n,
-        in_flight=tuple(min(k, share) for k in longest),
+        in_flight=schedule.in_flight(n, share),
         budget_bytes=problem.budget_bytes[:1] * n,
         reserve_bytes=(max(problem.reserve_bytes),) * n,
         max_weight=share - 1,

@@ -12,12 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.plan import (
-    Plan,
-    StagePlan,
-    TiedPlan,
-    Transfer,
-)
+from ..plan.plan import Plan, StagePlan, TiedPlan, Transfer
 from .charts import bar, schedule_chart
 from .quantities import (
     bytes_scale,

@@ -16,12 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ...compiler.ir.graph import (
-    JointGraph,
-    Phase,
-    nbytes,
-    phase_of,
-)
+from ...compiler.ir.graph import JointGraph, Phase, nbytes, phase_of
 from ...compiler.ir.locality import Locality, gradient_sums
 from .casts import CAST, is_widening, widen_for
 
@@ -74,13 +69,6 @@ def narrow_crossings(
     placed = tuple(node for node in graph.graph.nodes if node in staged)
     kept = {n: s for n, s in made.stage.items() if n not in unread}
     return replace(made, locality=replace(locality, staged=placed), stage=kept)
-
-
-def undo(crossings: Crossings) -> None:
-    """Take the casts out of the graph again."""
-    for cast, node in reversed(crossings.inserted.items()):
-        cast.replace_all_uses_with(node)
-        cast.graph.erase_node(cast)
 
 
 def sent_as(node: fx.Node, boundary: torch.dtype | None, rounded: list[fx.Node]) -> fx.Node | None:

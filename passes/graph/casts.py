@@ -22,14 +22,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import fx
 
-from ...compiler.ir.graph import (
-    JointGraph,
-    Phase,
-    nbytes,
-    phase_of,
-    storage_root,
-    tensors,
-)
+from ...compiler.ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root, tensors
 from ...compiler.ir.precision import REDUCED
 
 CAST = torch.ops.aten._to_copy.default

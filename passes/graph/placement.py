@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.graph import (
-    JointGraph,
-    Phase,
-    module_of,
-    phase_of,
-    storage_root,
-)
+from ...compiler.ir.graph import JointGraph, Phase, module_of, phase_of, storage_root
 from ...compiler.ir.locality import Locality, backward_places
 
 Site = tuple[str, str, int]

@@ -12,12 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...compiler.ir.graph import (
-    JointGraph,
-    Phase,
-    phase_of,
-    storage_root,
-)
+from ...compiler.ir.graph import JointGraph, Phase, phase_of, storage_root
 from ...compiler.ir.locality import Locality
 
 
@@ -68,10 +63,3 @@ def rematerialise(
     staged = set(locality.staged) | set(copies)
     placed = tuple(node for node in graph.graph.nodes if node in staged)
     return Remat(Locality(locality.constant, locality.free, placed), new_stage, copies)
-
-
-def undo(remat: Remat) -> None:
-    """Take the copies out of the graph again."""
-    for copy, node in reversed(remat.copies.items()):
-        copy.replace_all_uses_with(node)
-        copy.graph.erase_node(copy)

@@ -18,22 +18,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.problem import (
-    Option,
-    Problem,
-    Solution,
-    solution_of,
-)
+from ...compiler.ir.problem import Option, Problem, Solution, solution_of
 from .excess import infeasible
 from .knapsack import Knapsack
-from .segments import (
-    Division,
-    Floats,
-    Line,
-    best_division,
-    ends_within,
-    lower_bounds,
-)
+from .segments import Division, Floats, Line, best_division, ends_within, lower_bounds
 
 PROVEN_GAP = 2e-6  # (objective − bound) / objective of a solution that counts as proven
 

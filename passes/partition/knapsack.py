@@ -17,12 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...compiler.ir.problem import Kept
-from .segments import (
-    Floats,
-    Line,
-    exchange_rates,
-    option_table,
-)
+from .segments import Floats, Line, exchange_rates, option_table
 
 Ints = npt.NDArray[np.int_]
 State = tuple[tuple[int, bool], ...]

@@ -14,13 +14,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.problem import (
-    Kept,
-    Option,
-    Problem,
-    Users,
-    Value,
-)
+from ...compiler.ir.problem import Kept, Option, Problem, Users, Value
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
-from ...compiler.ir.problem import (
-    Problem,
-    Solution,
-    fits,
-    solution_of,
-)
+from ...compiler.ir.problem import Problem, Solution, fits, solution_of
 from . import dominance, ideals, ilp
 from .baselines import PROVEN_GAP, largest_stage_s, solve_dynamic
 from .excess import excess_bytes, infeasible

@@ -20,12 +20,7 @@ import torch
 from torch import fx
 
 from ...compiler.ir import ops
-from ...compiler.ir.graph import (
-    is_getitem,
-    is_operator,
-    nbytes,
-    storage_root,
-)
+from ...compiler.ir.graph import is_getitem, is_operator, nbytes, storage_root
 from ...compiler.ir.program import PipelineProgram, Program
 
 _ATEN = torch.ops.aten

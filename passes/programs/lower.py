@@ -26,6 +26,7 @@ from typing import Any
 from torch import fx
 
 from ...compiler.ir import ops
+from ...compiler.ir.actions import COMPUTE, Kind
 from ...compiler.ir.errors import PartitionError, VerificationError
 from ...compiler.ir.graph import (
     JointGraph,
@@ -42,7 +43,6 @@ from ...compiler.ir.locality import Locality, is_gradient_sum
 from ...compiler.ir.program import (
     BoxedCodeGen,
     Message,
-    Part,
     PipelineProgram,
     Port,
     Program,
@@ -53,7 +53,7 @@ from ...compiler.ir.program import (
     ValueSpec,
 )
 
-Spot = tuple[Part, int]
+Spot = tuple[Kind, int]
 """Where a value is needed or made: a part and a stage."""
 
 
@@ -116,7 +116,7 @@ class _Lowering:
         self.carry: dict[int, set[fx.Node]] = defaultdict(set)
 
     def run(self) -> PipelineProgram:
-        parts = list(Part) if self.graph.trains else [Part.F]
+        parts = list(COMPUTE) if self.graph.trains else [Kind.F]
         self.body: dict[Spot, list[fx.Node]] = {
             (part, s): [] for part in parts for s in range(self.n_stages)
         }
@@ -140,8 +140,8 @@ class _Lowering:
 
     def _made(self, node: fx.Node) -> Spot:
         if phase_of(node) is Phase.FORWARD:
-            return Part.F, self.stage[node]
-        return Part.W if node in self.weight else Part.B, self.stage[node]
+            return Kind.F, self.stage[node]
+        return Kind.W if node in self.weight else Kind.B, self.stage[node]
 
     def _weight_nodes(self) -> frozenset[fx.Node]:
         """Backward nodes that nothing on another stage depends on, where anything does."""
@@ -205,7 +205,7 @@ class _Lowering:
     def _extra(self, spot: Spot) -> Iterable[fx.Node]:
         """Results of the graph that this spot must return."""
         part, s = spot
-        if part is not Part.F:
+        if part is not Kind.F:
             return
         if s == self.n_stages - 1:
             yield from self.graph.results
@@ -249,18 +249,18 @@ class _Lowering:
 
     def _route_one(self, value: fx.Node, made: Spot, spot: Spot) -> None:
         (part, s), (reads, t) = made, spot
-        if part is Part.F and reads is Part.F:
+        if part is Kind.F and reads is Kind.F:
             self._send(value, s, t, Phase.FORWARD)  # [2]
-        elif part is Part.F and s <= t:
+        elif part is Kind.F and s <= t:
             if s < t:
                 self._send(value, s, t, Phase.FORWARD)  # [4]
             self.stash[t].add(value)  # [3]
-        elif part is Part.F:
+        elif part is Kind.F:
             self._send(value, s, t, Phase.BACKWARD)  # [5]
             self.stash[s].add(value)
-        elif part is Part.B and reads is Part.W and s == t:
+        elif part is Kind.B and reads is Kind.W and s == t:
             self.carry[s].add(value)  # [6]
-        elif part is Part.B and reads is not Part.F:
+        elif part is Kind.B and reads is not Kind.F:
             self._send(value, s, t, Phase.BACKWARD)  # [5]
         else:
             raise VerificationError(f"{value} is made in {part} and read in {reads}")
@@ -273,9 +273,9 @@ class _Lowering:
     # -- programs ---------------------------------------------------------------------------
 
     def _stage(self, s: int) -> StageProgram:
-        shared = {part: self._free_stash(part, s) for part in (Part.B, Part.W)}
-        self.stash[s] |= shared[Part.B] | shared[Part.W]
-        parts = [part for part in Part if self._needs_program(part, s)]
+        shared = {part: self._free_stash(part, s) for part in (Kind.B, Kind.W)}
+        self.stash[s] |= shared[Kind.B] | shared[Kind.W]
+        parts = [part for part in COMPUTE if self._needs_program(part, s)]
         made = {part: self._program((part, s), shared.get(part, set())) for part in parts}
         programs = list(made.values())
         used = {port for p in programs for port in p.inputs}
@@ -290,9 +290,9 @@ class _Lowering:
         return StageProgram(
             s,
             constants,
-            made[Part.F],
-            made.get(Part.B),
-            made.get(Part.W),
+            made[Kind.F],
+            made.get(Kind.B),
+            made.get(Kind.W),
             tuple(sorted(params, key=order.__getitem__)),
             tuple(sorted(buffers)),
             tuple(sorted(grads, key=order.__getitem__)),
@@ -303,13 +303,13 @@ class _Lowering:
             root_bytes(self.names[str(port.key)] for port in constants.outputs),
         )
 
-    def _needs_program(self, part: Part, s: int) -> bool:
+    def _needs_program(self, part: Kind, s: int) -> bool:
         """Every stage has F, and B if it trains; W only where it has something to do."""
-        return (part, s) in self.body and (part is not Part.W or bool(self.body[part, s]))
+        return (part, s) in self.body and (part is not Kind.W or bool(self.body[part, s]))
 
     def _stash_bytes(self, s: int) -> int:
         """Memory of one microbatch's stash; views of arguments and constants cost nothing."""
-        made = set(self.body[Part.F, s])
+        made = set(self.body[Kind.F, s])
         roots: set[fx.Node] = set()
         for node in self.stash[s]:
             while node in made and (source := viewed(node)) is not None:
@@ -318,10 +318,10 @@ class _Lowering:
                 roots.add(node)
         return sum(nbytes(root) for root in roots)
 
-    def _free_stash(self, part: Part, s: int) -> set[fx.Node]:
+    def _free_stash(self, part: Kind, s: int) -> set[fx.Node]:
         """Free values that the forward and a later part of a stage use: kept, not made twice."""
         later = self.body.get((part, s), [])
-        forward = {n for n in self.body[Part.F, s] if n not in self.stage}
+        forward = {n for n in self.body[Kind.F, s] if n not in self.stage}
         both = {n for n in later if n in forward}
         if not self.keep_views:
             both = {n for n in both if storage_root(n) not in self.graph.owners}
@@ -336,7 +336,7 @@ class _Lowering:
             nodes = self._needed(nodes)
         outputs = [(Port(Role.VALUE, n.name), n) for n in self._sorted(self._kept(spot))]
         slots: dict[fx.Node, list[str]] = defaultdict(list)
-        if part is Part.F:
+        if part is Kind.F:
             if self.graph.loss is not None and self._loss_here(s):
                 outputs.append((Port(Role.LOSS), self.graph.loss))
             if s == self.n_stages - 1:
@@ -364,8 +364,8 @@ class _Lowering:
     def _kept(self, spot: Spot) -> set[fx.Node]:
         """Values made in this program that outlive it: sent, or needed by a later part."""
         part, s = spot
-        phase = Phase.FORWARD if part is Part.F else Phase.BACKWARD
-        wanted = set(self.stash[s]) if part is Part.F else set(self.carry[s])
+        phase = Phase.FORWARD if part is Kind.F else Phase.BACKWARD
+        wanted = set(self.stash[s]) if part is Kind.F else set(self.carry[s])
         for (src, _, sent), values in self.messages.items():
             if src == s and sent is phase:
                 wanted |= values
@@ -426,7 +426,7 @@ class _Lowering:
                 graph.call_function(ops.accumulate, (inputs[Port(Role.SLOT, name)], env[node]))
         graph.output(tuple(env[node] for _, node in outputs))
         graph.lint()
-        module = fx.GraphModule(self.graph.module, graph)
+        module = fx.GraphModule(self.graph.constants, graph)
         return Program(module, tuple(inputs), tuple(port for port, _ in outputs))
 
     def _port(self, node: fx.Node) -> Port:
@@ -443,7 +443,7 @@ class _Lowering:
         values = self._sorted(self.messages[src, dst, phase])
         return Message(src, dst, phase, tuple(_spec(value) for value in values))
 
-    def _drops(self, s: int, made: dict[Part, Program]) -> dict[Step, tuple[str, ...]]:
+    def _drops(self, s: int, made: dict[Kind, Program]) -> dict[Step, tuple[str, ...]]:
         """For every value in a microbatch's environment, the step after which nothing needs it."""
         last: dict[str, Step] = {}
         for step, names in self._reads(s, made):
@@ -454,8 +454,8 @@ class _Lowering:
             drops[step].append(name)
         return {step: tuple(names) for step, names in drops.items()}
 
-    def _reads(self, s: int, made: dict[Part, Program]) -> Iterable[tuple[Step, list[str]]]:
-        sent_after = {Part.F: Phase.FORWARD, Part.B: Phase.BACKWARD}
+    def _reads(self, s: int, made: dict[Kind, Program]) -> Iterable[tuple[Step, list[str]]]:
+        sent_after = {Kind.F: Phase.FORWARD, Kind.B: Phase.BACKWARD}
         for part, program in made.items():
             yield (part, -1), [str(p.key) for p in program.inputs if p.role is Role.VALUE]
             for (src, dst, phase), values in sorted(self.messages.items(), key=lambda x: x[0]):

@@ -1,32 +1,36 @@
-"""Adds sends and receives to a schedule of compute actions."""
+"""Adds sends and receives to a schedule of compute actions.
+
+Stages of one rank hand their values over in memory: there is nothing to send.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...compiler.ir.actions import (
-    RECV,
-    SEND,
-    Action,
-    Kind,
-    Schedule,
-)
+from ...compiler.ir.actions import RECV, SEND, Action, Kind, Schedule, homes_of
 from ...compiler.ir.graph import Phase
-from ...compiler.ir.program import Message, PipelineProgram
+from ...compiler.ir.program import Message
 
 _MAKES = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
 
 
-def add_communication(schedule: Schedule, program: PipelineProgram) -> Schedule:
-    """Insert what the programs' messages need.
+def add_communication(schedule: Schedule, messages: Sequence[Message]) -> Schedule:
+    """Insert what the messages between programs need.
 
     A send follows the action that makes its values. A receive is posted one compute action
     before the one that reads it, so that the transfer runs beside that computation.
     """
-    return tuple(tuple(_stage(actions, program.messages)) for actions in schedule)
+    between = between_ranks(schedule, messages)
+    return tuple(tuple(_rank(actions, between)) for actions in schedule)
 
 
-def _stage(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
+def between_ranks(schedule: Schedule, messages: Sequence[Message]) -> list[Message]:
+    """Those messages whose ends are on two ranks."""
+    homes = homes_of(schedule)
+    return [m for m in messages if homes[m.src] != homes[m.dst]]
+
+
+def _rank(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
     result: list[Action] = []
     received = [_receives(action, messages) for action in actions]
     for i, action in enumerate(actions):

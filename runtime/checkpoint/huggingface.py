@@ -20,13 +20,7 @@ from ... import __version__
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.options.weight_path import INDEX, SINGLE
 from . import tensor_file
-from .index import (
-    Chunk,
-    Entry,
-    Index,
-    file_name,
-    read_index,
-)
+from .index import Chunk, Entry, Index, file_name, read_index
 from .step_folder import Draft, find, published
 from .storage import check_files, reading
 from .tensor_file import DTYPES, TensorSpec

@@ -38,12 +38,7 @@ from torch.futures import Future
 
 from ...compiler.ir.errors import CheckpointError
 from . import tensor_file
-from .index import (
-    Chunk,
-    Entry,
-    Index,
-    file_name,
-)
+from .index import Chunk, Entry, Index, file_name
 from .tensor_file import DTYPES, TensorSpec, dtype_name
 
 

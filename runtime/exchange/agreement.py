@@ -12,7 +12,7 @@ from torch import nn
 
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.skeleton import is_fake, named_state
-from ...compiler.driver.builder import Mode
+from ...compiler.driver.compiled import Mode
 from ...compiler.ir.errors import CheckpointError, PipecompileError, RankMismatchError
 from ...compiler.options.options import CompileOptions
 from .digest import digest, sample

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A `compiler.driver.builder.Team` between processes; every rank makes the same calls."""
+    """A `compiler.planning.team.Team` between processes; every rank makes the same calls."""
 
     def __init__(self, mesh: Mesh, agreement: Agreement, model: nn.Module, options: CompileOptions):
         self._mesh, self._agreement, self._options = mesh, agreement, options

@@ -19,25 +19,20 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
 
+from ...compiler.ir.actions import Kind
 from ...compiler.ir.precision import REDUCED
-from ...compiler.ir.program import Part, StageProgram
+from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import (
+    Departures,
     Entry,
-    GradientPlan,
     Item,
-    closing_plan,
+    closing_departures,
     items_of,
     rows_of,
-    stream_plan,
+    stream_departures,
 )
 from ..exchange.parcels import Outgoing
-from ..exchange.transport import (
-    Loopback,
-    Processes,
-    Transport,
-    add_mean_,
-    ordered_sum_,
-)
+from ..exchange.transport import Loopback, Processes, Transport, add_mean_, ordered_sum_
 from .bucket import Bucket, GradSlot
 
 Run = Generator[None, None, None]
@@ -65,15 +60,15 @@ class WholeGradients(Bucket):
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
 
-    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
         """What leaves when, while a stage program runs.
 
         Args:
             tied: the parameters that other stages hold too.
         """
-        return GradientPlan()
+        return Departures()
 
-    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
+    def begin(self, departures: Departures, part: Kind, last: bool) -> None:
         """Before a backward program; ``last``: of the last microbatch."""
 
     def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
@@ -81,7 +76,7 @@ class WholeGradients(Bucket):
         yield from ()
 
     def reduce(
-        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
     ) -> Run:
         """After all of them (REDUCE_GRAD): every slot has the mean over the replicas."""
         for buffer in self.buffers.values():
@@ -139,16 +134,16 @@ class SentGradients(WholeGradients, ABC):
         self._outgoing = Outgoing(transport, self._settle)
         self._leaving: list[tuple[Entry, ...]] = []
 
-    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
-        self._leaving = list(plan.parts.get(part, ()))[::-1]
+    def begin(self, departures: Departures, part: Kind, last: bool) -> None:
+        self._leaving = list(departures.parts.get(part, ()))[::-1]
 
     def take(self, name: str, grad: torch.Tensor) -> None:
         self._outgoing.put(self._leaving.pop(), grad)
 
     def reduce(
-        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
     ) -> Run:
-        for name, entries in plan.closing.items():
+        for name, entries in departures.closing.items():
             self._outgoing.put(entries, self.slots[name].tensor)
         self._outgoing.drain()
         yield from ()
@@ -172,12 +167,12 @@ class ClosingGradients(SentGradients):
         for slot in self.slots.values():
             slot.owned = rows_of(slot.tensor, self._dp, self._replica)
 
-    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
+    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
         slots = {name: slot.tensor for name, slot in self.slots.items()}
-        return closing_plan(stage, items_of(slots), self._dp, tied)
+        return closing_departures(stage, items_of(slots), self._dp, tied)
 
-    def begin(self, plan: GradientPlan, part: Part, last: bool) -> None:
-        super().begin(plan if last else GradientPlan(), part, last)
+    def begin(self, departures: Departures, part: Kind, last: bool) -> None:
+        super().begin(departures if last else Departures(), part, last)
 
     def take(self, name: str, grad: torch.Tensor) -> None:
         slot = self.slots[name]
@@ -212,8 +207,8 @@ class StreamGradients(SentGradients):
         super().__init__(shards, dtypes, device, 1, transport)
         self._items = {n: Item(n, tuple(whole[n].shape), dtypes[n]) for n in self.slots}
 
-    def plan(self, stage: StageProgram, tied: Iterable[str]) -> GradientPlan:
-        return stream_plan(stage, self._items, self._dp)
+    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
+        return stream_departures(stage, self._items, self._dp)
 
     def _settle(self, item: Item, total: torch.Tensor) -> None:
         slot = self.slots[item.name]
@@ -256,7 +251,7 @@ class SharedGradients(WholeGradients):
         meeting.wait()
 
     def reduce(
-        self, plan: GradientPlan, transport: Transport, rank: int, ranks: Sequence[int]
+        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
     ) -> Run:
         yield from ()
 

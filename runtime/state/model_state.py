@@ -21,6 +21,7 @@ from ...compiler.ir.errors import StateError
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import rows_of
+from ...compiler.ir.zero import Zero
 from ..exchange.mesh import Mesh, device_of
 from ..exchange.transport import Processes, Transport
 from ..weights.allocation import Cut
@@ -64,7 +65,7 @@ class ModelState:
         mesh: Mesh,
         device: torch.device,
         precision: Precision | None,
-        zero: int,
+        zero: Zero,
         program: PipelineProgram,
         transport: Transport,
     ):
@@ -88,7 +89,7 @@ class ModelState:
 
     def _cuts(self, program: PipelineProgram) -> dict[str, Cut]:
         """How this process's rows are cut, of the parameters that it never has whole."""
-        if self.mesh.rank is None or not self.zero:
+        if self.mesh.rank is None or not self.zero.divides_states:
             return {}
         replica = self.mesh.replica_of(self.mesh.rank)
         cut = partial(rows_of, dp=self.mesh.dp, replica=replica)
@@ -97,7 +98,7 @@ class ModelState:
 
     def _kept(self, stage: int, program: PipelineProgram) -> set[str]:
         """The divided parameters that a stage's ranks keep whole, for its program reads them."""
-        return self._shared_out & program.stages[stage].direct if self.zero < 3 else set()
+        return self._shared_out & program.stages[stage].direct if self.zero.unshards else set()
 
     def _rank(
         self,
@@ -112,10 +113,10 @@ class ModelState:
         shared = any(state.device == where for state in self.ranks.values())
         buffers = {n: t.clone() if shared else t for n, t in held.items() if n not in self.homes}
         names = [name for name in self.skeleton.params if stage in self.homes[name]]
-        if not zero or not isinstance(transport, Processes):
+        if not zero.divides_states or not isinstance(transport, Processes):
             params = {name: self._copy(name, held[name]) for name in names}
             slots = {name: p for name, p in params.items() if name in self._sums}
-            if zero >= 2:
+            if zero.streams:
                 leader = self.ranks[mesh.rank_of(0, stage)].grads if replica else None
                 assert leader is None or isinstance(leader, SharedGradients)
                 grads: WholeGradients = SharedGradients(slots, self._sums, where, leader)
@@ -125,7 +126,7 @@ class ModelState:
         like = {name: self._like(name) for name in names if name in self._shared_out}
         shards = Shards(like, held, self._kept(stage, program), transport, where)
         trained = [name for name in names if name in self._sums]
-        if zero == 1:
+        if zero.closes:
             whole = {name: shards.like[name] for name in trained}
             grads = ClosingGradients(whole, self._sums, where, transport)
         else:
@@ -182,7 +183,7 @@ class ModelState:
         """Make room for the copies in the compute dtype that a program reads."""
         for state in self.ranks.values():
             stage = program.stages[state.stage]
-            if state.shards is not None and self.zero < 3:
+            if state.shards is not None and self.zero.unshards:
                 state.shards.provide(stage)
                 state.params |= state.shards.whole
                 state.copies |= state.shards.copies
@@ -218,7 +219,7 @@ class ModelState:
         Args:
             scale: of the loss in this run.
         """
-        if self.zero == 1:
+        if self.zero.closes:
             self._keep_gradients()
             return
         for rank, state in self.ranks.items():
@@ -330,7 +331,7 @@ class ModelState:
         return result
 
     def _fetch(self, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
-        if self.mesh.distributed and self.zero and name in self._shared_out:
+        if self.mesh.distributed and self.zero.divides_states and name in self._shared_out:
             return self._assemble(name, stage, like)
         owner = self.mesh.rank_of(0, stage)
         local = self.ranks.get(owner)
@@ -349,7 +350,7 @@ class ModelState:
     @property
     def _shared_out(self) -> set[str]:
         """The parameters that replicas divide, on any stage."""
-        return set(self.homes) if self.zero == 3 else set(self._sums)
+        return set(self.homes) if self.zero.divides_params else set(self._sums)
 
     def _assemble(self, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
         """A divided parameter from its rows, each told by who owns them."""

@@ -16,12 +16,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ...compiler.capture.skeleton import (
-    Skeleton,
-    is_fake,
-    meta_like,
-    named_state,
-)
+from ...compiler.capture.skeleton import Skeleton, is_fake, meta_like, named_state
 from .allocation import Cut, Place
 from .initializers import Initializers
 from .weight_files import WeightFiles

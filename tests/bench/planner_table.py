@@ -24,12 +24,14 @@ from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
 from pipecompile.compiler.costs.footprint import Footprint
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import StageMemory
-from pipecompile.compiler.driver.assembly import Assembler
+from pipecompile.compiler.costs.memory import RankMemory
+from pipecompile.compiler.driver.assembly import assemble
 from pipecompile.compiler.driver.record import Recorder
+from pipecompile.compiler.driver.work import Settings
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
+from pipecompile.compiler.ir.zero import WHOLE
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide
@@ -141,23 +143,24 @@ class Study:
         started = time.perf_counter()
         m = PER_STAGE * n_stages
         options = CompileOptions(n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat)
-        assembler = Assembler(options, self.footprint, m, self.spec.nbytes, "cpu")
+        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cpu")
         planner = Planner(
             self.graph,
             self.locality,
             options,
             H100,
             self.footprint.held_bytes(),
-            assembler.in_flight(False),
+            settings.in_flight,
             m,
             self.spec.rows,
             budget_bytes,
             {},
         )
 
-        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[StageMemory]:
-            made = assembler.assemble(self.graph, self.locality, placement, again, Recorder(None))
-            made.take_apart()
+        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
+            made = assemble(
+                settings, self.graph, self.locality, placement.stage, again, Recorder(None)
+            )
             return made.memory
 
         decision = planner.decide(draft, roofline(planner.bodies, planner.menus))
@@ -174,7 +177,7 @@ class Study:
         return full.peak_bytes, none.peak_bytes
 
 
-def _calibrated(problem: Problem, decision: Decision, memory: Sequence[StageMemory]) -> Problem:
+def _calibrated(problem: Problem, decision: Decision, memory: Sequence[RankMemory]) -> Problem:
     """With reserves that make the problem's bytes of a decision those of its programs."""
     priced = solution_in(problem, decision).stages_bytes
     rows = zip(memory, problem.reserve_bytes, priced, strict=True)

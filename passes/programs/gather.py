@@ -1,19 +1,7 @@
-"""ZeRO: what replicas divide among themselves, as actions of a schedule and nodes of programs.
+"""Parameters that replicas divide are whole for as long as a program reads them (ZeRO level 3).
 
-======  =====================================================================================
-level   what is inserted
-======  =====================================================================================
-0       REDUCE_GRAD, once per step: the mean over the replicas, everywhere
-1       UNSHARD before the first computation: every replica's rows of the parameters, to all;
-        REDUCE_GRAD: the mean of a replica's rows, to that replica
-2       the same UNSHARD; REDUCE_B and REDUCE_W after each backward that makes gradients: they
-        are on their way; REDUCE_GRAD: the last of them has arrived
-3       as 2, without UNSHARD: programs gather the parameters of a layer before its first operator
-        and let each go after the last that reads it
-======  =====================================================================================
-
-Tied gradients are summed over the stages before the rows are divided at levels 0 and 1. Above,
-each replica sums its own rows afterwards, which is a share of the traffic.
+A program gathers the parameters of a layer before its first operator, while the layer before
+computes, and lets each go after the last operator that reads it.
 """
 
 from __future__ import annotations
@@ -26,59 +14,19 @@ import torch
 from torch import fx
 
 from ...compiler.ir import ops
-from ...compiler.ir.actions import Action, Kind, Schedule
+from ...compiler.ir.actions import Kind
 from ...compiler.ir.program import (
     BoxedCodeGen,
     Group,
-    Part,
     PipelineProgram,
     Port,
     Program,
     Role,
     StageProgram,
 )
-from ...compiler.ir.shards import (
-    Item,
-    added,
-    apart,
-    parcels_of,
-)
+from ...compiler.ir.shards import Item, apart, parcels_of
 
 _SHARDED = (Role.PARAM, Role.COPY)
-REDUCE = {Kind.B: Kind.REDUCE_B, Kind.W: Kind.REDUCE_W}
-
-
-def add_sharding(schedule: Schedule, program: PipelineProgram, dp: int, zero: int) -> Schedule:
-    """Insert the exchange between replicas into a schedule that communicates already."""
-    return tuple(
-        tuple(_stage(stage, actions, program, dp, zero)) for stage, actions in enumerate(schedule)
-    )
-
-
-def _stage(
-    stage: int, actions: Sequence[Action], program: PipelineProgram, dp: int, zero: int
-) -> list[Action]:
-    made: list[Action] = []
-    if dp > 1 and zero in (1, 2) and program.stages[stage].params:
-        made.append(Action(stage, Kind.UNSHARD))
-    streams = {REDUCE[Kind(part)] for part in added(program.stages[stage])} if zero >= 2 else set()
-    for action in actions:
-        made.append(action)
-        kind = REDUCE.get(action.kind)
-        if dp > 1 and kind in streams:
-            made.append(Action(stage, kind, action.microbatch))
-    if not program.trains:
-        return made
-    ties = any(stage in tied.holders for tied in program.tied)
-    closing = []
-    if ties:
-        closing.append(Action(stage, Kind.SYNC_TIED))
-    if dp > 1 and (ties or program.stages[stage].grads):
-        closing.append(Action(stage, Kind.REDUCE_GRAD))
-    return made + (closing[::-1] if zero >= 2 else closing)
-
-
-# -- parameters that are whole for as long as a program reads them --------------------------------
 
 
 def gather_parameters(program: PipelineProgram, dp: int) -> PipelineProgram:
@@ -91,9 +39,9 @@ def _gathering(stage: StageProgram, dp: int) -> StageProgram:
     made = {part: _rewritten(code, dp, groups) for part, code in stage.parts.items()}
     return replace(
         stage,
-        forward=made[Part.F],
-        backward=made.get(Part.B),
-        weight=made.get(Part.W),
+        forward=made[Kind.F],
+        backward=made.get(Kind.B),
+        weight=made.get(Kind.W),
         groups=tuple(groups),
     )
 

@@ -1,0 +1,49 @@
+"""What follows the last microbatch of a step: gradients are reduced, parameters are stepped."""
+
+from __future__ import annotations
+
+from ..ir import shards
+from ..ir.program import PipelineProgram
+from .footprint import Footprint
+from .hardware import Device
+from .memory import Static
+
+
+def exchange_s(
+    program: PipelineProgram,
+    stage: int,
+    grad_bytes: float,
+    footprint: Footprint,
+    device: Device,
+    clips: bool,
+) -> float:
+    """Seconds of tied gradients, of the exchange between replicas that nothing hides, of clipping.
+
+    Without ZeRO the mean is an all-to-all and an all-gather. At level 1 the first half leaves
+    beside the last backward but for its last parcel, and the parameters are gathered; from
+    level 2 on gradients leave beside every backward.
+
+    Args:
+        grad_bytes: of the buffers in which a rank adds them up.
+        clips: whether every gradient is read for its norm and scaled.
+    """
+    dp, zero = footprint.dp, footprint.zero
+    tied = [t.name for t in program.tied if stage in t.holders]
+    tied_bytes: float = sum(footprint.size(name)[1] for name in tied)
+    traffic = footprint.traffic(program, stage)
+    if zero.divides_states:
+        tied_bytes /= dp if zero.streams else 1
+        last = grad_bytes * (dp if zero.streams else 1)
+        moving = min(last, shards.PARCEL_BYTES) + traffic.unshard_total * dp / (dp + 1)
+        sent = 2 * tied_bytes + moving * (dp - 1) / dp
+    else:
+        sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
+    moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
+    return sent / device.link_bytes_per_s + moved / device.bytes_per_s
+
+
+def optimizer_s(held: Static, footprint: Footprint, device: Device) -> float:
+    """Seconds in which an optimizer reads and writes what it must, at the memory's peak rate."""
+    readers = footprint.dp if footprint.zero.closes else 1  # each reads its share of the gradients
+    moved = 2 * held.weights + held.copies + held.grads / readers + 2 * held.states
+    return moved / device.bytes_per_s

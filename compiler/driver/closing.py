@@ -1,0 +1,60 @@
+"""Seconds of each rank after its last microbatch: worked out, or its optimizer measured."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ..costs.closing import exchange_s, optimizer_s
+from ..costs.optimizer_cost import Factory, optimizer_seconds
+from ..ir.actions import homes_of
+from ..planning.target import Target
+from ..planning.team import Team
+from .assembly import Assembly
+from .work import Settings
+
+
+class Closing:
+    """Asked once per training graph; what was measured holds for batches of all shapes."""
+
+    def __init__(self, target: Target, team: Team):
+        self._target, self._team = target, team
+        self._measured: list[float] | None = None
+
+    def seconds(self, assembly: Assembly, settings: Settings) -> list[float]:
+        """Per rank of a replica."""
+        program = assembly.program
+        seconds = [0.0] * len(assembly.schedule)
+        if not program.trains:
+            return seconds
+        clips = settings.options.max_grad_norm is not None
+        seconds = self._optimizer_s(assembly, settings)
+        for stage, rank in homes_of(assembly.schedule).items():
+            grads = assembly.memory[rank].static.grads
+            seconds[rank] += exchange_s(
+                program, stage, grads, settings.footprint, self._target.spec, clips
+            )
+        return seconds
+
+    def _optimizer_s(self, assembly: Assembly, settings: Settings) -> list[float]:
+        """Measured, or what the optimizer reads and writes at the peak rate of the memory."""
+        factory = settings.options.optimizer
+        if factory is None:
+            return [0.0] * len(assembly.schedule)
+        if self._target.profiler is None:
+            held = [memory.static for memory in assembly.memory]
+            return [optimizer_s(each, settings.footprint, self._target.spec) for each in held]
+        if self._measured is None:
+            names: list[list[str]] = [[] for _ in assembly.schedule]
+            for stage, rank in homes_of(assembly.schedule).items():
+                names[rank] += assembly.program.stages[stage].params
+            params = [settings.footprint.trainable(dict.fromkeys(each)) for each in names]
+            self._measured = self._team.pool([self._time(factory, each) for each in params])
+        return list(self._measured)
+
+    def _time(self, factory: Factory, params: dict[str, torch.Tensor]) -> float:
+        """0 for an optimizer that cannot be made: its error comes where it is needed."""
+        with contextlib.suppress(Exception):
+            return optimizer_seconds(factory, params, self._target.device) if params else 0.0
+        return 0.0

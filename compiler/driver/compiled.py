@@ -1,0 +1,50 @@
+"""What comes out of compiling one graph, and what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from ..costs.simulate import Timeline
+from ..ir.actions import Schedule
+from ..ir.problem import Problem
+from ..ir.program import PipelineProgram
+from ..plan.plan import Plan
+from .layout import Layout
+from .record import PassRecord
+
+
+class Mode(StrEnum):
+    """What a program is for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    FORWARD = "forward"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One graph, lowered and scheduled.
+
+    Attributes:
+        rebuild: puts the results back into the structure that the model returns (FORWARD).
+        batch_dims: per result, the dimension along which microbatches are joined (FORWARD).
+        timeline: the simulated step.
+        layout: what other graphs of the model follow.
+        records: what each pass did, in order.
+        problem: the partitioning problem that this process solved, if it did.
+    """
+
+    program: PipelineProgram
+    schedule: Schedule
+    plan: Plan
+    rebuild: Callable[[list[torch.Tensor]], Any]
+    batch_dims: tuple[int | None, ...]
+    timeline: Timeline
+    layout: Layout
+    records: tuple[PassRecord, ...]
+    problem: Problem | None = None

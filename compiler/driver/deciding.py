@@ -1,0 +1,161 @@
+"""The first graph's decision: solved for, or taken from a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...passes.graph.placement import Placement
+from ..capture.batch import BatchSpec
+from ..capture.skeleton import Skeleton
+from ..costs.memory import RankMemory
+from ..ir.errors import MemoryBudgetError, PlanError
+from ..ir.graph import JointGraph
+from ..ir.locality import Locality
+from ..ir.problem import Problem
+from ..ir.zero import LEVELS, Zero
+from ..options.options import CompileOptions
+from ..plan.decision import Decision
+from ..plan.plan import Plan
+from ..planning import decide
+from ..planning.planner import Planner
+from ..planning.pricing import UnitPrices, measured_prices, roofline
+from ..planning.target import Target
+from ..planning.team import Team
+from .assembly import assemble
+from .record import Recorder
+from .work import Settings
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Stages and recomputation of one graph.
+
+    Attributes:
+        again: the forward nodes that the backward computes again.
+        why_zero: why this level of ZeRO, where there was a choice.
+        closing_s: per rank, from a plan; None where it has to be worked out.
+        problem: that this process solved, if it did.
+    """
+
+    settings: Settings
+    decision: Decision
+    placement: Placement
+    again: frozenset[fx.Node]
+    why_zero: str = ""
+    closing_s: list[float] | None = None
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """What a decision is made from.
+
+    Attributes:
+        given: the plan that decides, if there is one.
+        spec: of one microbatch.
+        batch: its leaves, to measure with.
+    """
+
+    skeleton: Skeleton
+    target: Target
+    team: Team
+    given: Plan | None
+    graph: JointGraph
+    locality: Locality
+    spec: BatchSpec
+    batch: Sequence[torch.Tensor]
+
+    def decide(self, levels: Sequence[int], settings_of: Callable[[Zero], Settings]) -> Decided:
+        """The decision at the lowest level of ZeRO at which there is one.
+
+        Args:
+            levels: those to try, in this order.
+
+        Raises:
+            MemoryBudgetError: none fits at the last of them.
+            PlanError: the plan was made for something else.
+        """
+        self.team.agree(self.graph.fingerprint())
+        if self.given is not None:
+            return self._from_plan(self.given, settings_of(LEVELS[levels[0]]))
+        failures: list[str] = []
+        for level in levels:
+            try:
+                decision, problem, settings = self._planned(settings_of(LEVELS[level]))
+            except MemoryBudgetError as error:
+                if level == levels[-1]:
+                    raise
+                failures.append(f"at {level} {str(error).partition(':')[0]}")
+                continue
+            why = "; ".join(failures) or "everything fits undivided"
+            placed = decide.apply(decision, self.graph, self.locality)
+            chosen = f"zero={level}: {why}" if len(levels) > 1 else ""
+            return Decided(settings, decision, *placed, chosen, problem=problem)
+        raise AssertionError("there is a level to try")
+
+    def _planned(self, settings: Settings) -> tuple[Decision, Problem | None, Settings]:
+        graph, locality = self.graph, self.locality
+        planner = Planner(
+            graph,
+            locality,
+            settings.options,
+            self.target.spec,
+            settings.footprint.held_bytes(graph.copies),
+            settings.in_flight,
+            settings.microbatches,
+            self.spec.rows,
+            self.target.budget_bytes,
+            self._pinned(settings.options),
+        )
+        prices = self._prices(planner)
+
+        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
+            made = assemble(settings, graph, locality, placement.stage, again, Recorder(None))
+            return made.memory
+
+        decision = self.team.share(lambda: planner.decide(draft, prices))
+        return decision, planner.solved, settings
+
+    def _prices(self, planner: Planner) -> Sequence[UnitPrices]:
+        bodies, menus, profiler = planner.bodies, planner.menus, self.target.profiler
+        if profiler is None:
+            return roofline(bodies, menus)
+        return measured_prices(
+            self.graph, self.locality, bodies, menus, profiler, self.batch, self.team.pool
+        )
+
+    def _pinned(self, options: CompileOptions) -> dict[fx.Node, int]:
+        module, canonical = self.skeleton.module, self.skeleton.canonical
+        names = {name for name, _ in module.named_modules()} | set(canonical)
+        pin = {canonical.get(name, name): stage for name, stage in (options.pin or {}).items()}
+        return decide.pinned_nodes(self.graph, self.locality, pin, names)
+
+    def _from_plan(self, plan: Plan, settings: Settings) -> Decided:
+        """The decision of a plan that was made for just this."""
+        options, graph = settings.options, self.graph
+        wanted = {
+            "n_stages": (plan.n_stages, options.n_stages),
+            "dp": (plan.dp, options.dp),
+            "microbatches": (plan.microbatches, settings.microbatches),
+            "schedule": (plan.options.get("schedule"), options.schedule),
+            "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
+            "precision": (plan.options.get("precision"), str(options.dtypes or "as it is")),
+            "zero": (plan.options.get("zero"), str(options.zero)),
+        }
+        for name, (theirs, ours) in wanted.items():
+            if theirs != ours:
+                raise PlanError(f"the plan has {name}={theirs}, this run {name}={ours}")
+        if plan.fingerprint != graph.fingerprint():
+            what = (
+                f"microbatches of ({plan.shape}), this run has ({self.spec})"
+                if plan.shape != str(self.spec)
+                else "another model, or the same one with other settings or library versions"
+            )
+            raise PlanError(f"the plan was made for {what}: make a new plan")
+        placed = decide.apply(plan.decision, graph, self.locality)
+        closing_s = [stage.closing_s for stage in plan.stages]
+        return Decided(settings, plan.decision, *placed, closing_s=closing_s)

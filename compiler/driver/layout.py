@@ -1,0 +1,73 @@
+"""Where the parts of a model are: what its first graph decided, and its other graphs follow."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from ...passes.graph.placement import Placement, Site, follow, sites_of
+from ..ir.graph import JointGraph, Phase, phase_of
+from ..ir.locality import Locality
+from ..ir.program import PipelineProgram
+from ..ir.zero import Zero
+from ..plan.decision import Decision, Search
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all graphs of one model share.
+
+    Attributes:
+        sites: where in the model an operator is -> its stage.
+        recomputed: the sites that the backward computes again.
+        homes: parameter FQN -> the stages that hold it.
+        zero: what replicas divide among themselves.
+    """
+
+    sites: Mapping[Site, int]
+    recomputed: frozenset[Site]
+    homes: Mapping[str, tuple[int, ...]]
+    zero: Zero
+
+    def follow(
+        self, graph: JointGraph, locality: Locality
+    ) -> tuple[Decision, Placement, frozenset[fx.Node]]:
+        """Stages and recomputation of another graph of the model, operator by operator."""
+        placement = follow(graph, locality, self.sites, self.homes)
+        again = frozenset(n for n, s in sites_of(locality) if s in self.recomputed and graph.trains)
+        stages = [placement.stage[n] for n in locality.staged if phase_of(n) is Phase.FORWARD]
+        decision = Decision(
+            graph.fingerprint(),
+            (1,) * len(stages),
+            tuple(stages),
+            ("nothing",) * len(stages),
+            (),
+            tuple(sorted(node.name for node in again)),
+            Search(0.0, 0.0, True, "the first graph"),
+        )
+        return decision, placement, again
+
+
+def layout_of(
+    placement: Placement,
+    again: Collection[fx.Node],
+    locality: Locality,
+    program: PipelineProgram,
+    params: Collection[str],
+    zero: Zero,
+) -> Layout:
+    """What the first graph has settled; a parameter that nothing reads lives on stage 0.
+
+    Args:
+        again: the forward nodes that the backward computes again.
+        params: the FQNs of the model.
+    """
+    sites = frozenset(site for node, site in sites_of(locality) if node in again)
+    holders = {
+        name: tuple(stage.stage for stage in program.stages if name in stage.params)
+        for name in params
+    }
+    homes = {name: stages or (0,) for name, stages in holders.items()}
+    return Layout(placement.sites, sites, homes, zero)

@@ -1,0 +1,327 @@
+"""Every pass of the compiler, in order: reading this file is reading the compiler.
+
+=========  ===================================  ================================================
+level      what its passes get                  where that comes from
+=========  ===================================  ================================================
+forward    `Exported`, the forward graph        torch.export (`compiler.capture`)
+joint      `Joint`, with the derivative in it   AOTAutograd (`compiler.capture`)
+placed     `Work`: every node has a stage       the planner's decision (`compiler.planning`)
+programs   `Work` with stage programs           `lower`
+schedule   `Work` with actions per rank         `schedule`
+=========  ===================================  ================================================
+
+A pass changes what it gets and returns a note. Then its checks run, and what it made is dumped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ...passes.graph import autocast, boundary
+from ...passes.graph.attention import restore_attention
+from ...passes.graph.casts import is_widening, settle_casts
+from ...passes.graph.remat import rematerialise
+from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.programs.gather import gather_parameters
+from ...passes.programs.inplace import reuse_memory
+from ...passes.programs.lower import lower
+from ...passes.programs.verify import verify_program, verify_writes
+from ...passes.schedule.communication import add_communication
+from ...passes.schedule.exchange import add_exchange
+from ...passes.schedule.forward_only import forward_only
+from ...passes.schedule.verify import verify_exchange, verify_in_flight, verify_schedule
+from ..costs.memory import rank_memory
+from ..ir.actions import to_text
+from ..ir.errors import OptionError
+from ..ir.program import PipelineProgram
+from .record import Texts
+from .work import Exported, Joint, Work
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class Pass(Generic[W]):
+    """One step.
+
+    Attributes:
+        run: changes what it gets; returns what it did in one line, "" for nothing to say.
+        verify: raise VerificationError where the result is not legal.
+        dump: what makes readable texts of the result, by file name suffix.
+        when: whether there is anything for it to do.
+        needed: why it cannot be skipped; "" if it can.
+        told: whether its note stands in the plan.
+    """
+
+    name: str
+    run: Callable[[W], str]
+    verify: Sequence[Callable[[W], None]] = ()
+    dump: Callable[[W], Texts] = lambda _: {}
+    when: Callable[[W], bool] = lambda _: True
+    needed: str = ""
+    told: bool = True
+
+
+# -- forward graph --------------------------------------------------------------------------------
+
+
+def _attention(work: Exported) -> str:
+    return restore_attention(work.module, work.leaves)
+
+
+def _autocast(work: Exported) -> str:
+    assert work.mixed is not None
+    return autocast.insert_casts(work.module, work.leaves, work.mixed, work.device)
+
+
+FORWARD: tuple[Pass[Exported], ...] = (
+    Pass("attention", _attention, told=False),
+    Pass(
+        "autocast",
+        _autocast,
+        when=lambda work: work.mixed is not None,
+        needed="it makes the casts that precision= asks for",
+        told=False,
+    ),
+)
+
+
+# -- joint graph ----------------------------------------------------------------------------------
+
+
+def _precision(work: Joint) -> str:
+    assert work.mixed is not None
+    return f"{work.mixed}: {settle_casts(work.graph, work.mixed.compute)}"
+
+
+JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "precision",
+        _precision,
+        verify=(lambda work: verify_graph(work.graph),),
+        dump=lambda work: {".py": work.graph.text},
+        when=lambda work: work.mixed is not None,
+    ),
+)
+
+
+# -- placed graph ---------------------------------------------------------------------------------
+
+
+def _verify_placed(work: Work) -> None:
+    verify_graph(work.graph)
+    verify_placement(work.graph, work.stage)
+
+
+def _remat(work: Work) -> str:
+    made = rematerialise(work.graph, work.locality, work.stage, work.recomputed)
+    work.locality, work.stage, work.copies = made.locality, made.stage, made.copies
+    return f"{len(made.copies)} operators computed again"
+
+
+def _remat_texts(work: Work) -> Texts:
+    lines = [f"stage {work.stage[copy]}  {node.name}" for copy, node in work.copies.items()]
+    return {".txt": lambda: "\n".join(lines) + "\n"}
+
+
+def _narrows(work: Work) -> bool:
+    rounds = work.settings.options.boundary is not None
+    return rounds or any(is_widening(node) for node in work.graph.graph.nodes)
+
+
+def _boundary(work: Work) -> str:
+    options = work.settings.options
+    per_step = options.tied_grads == "per_step"
+    made = boundary.narrow_crossings(
+        work.graph, work.locality, work.stage, options.boundary, per_step
+    )
+    work.locality, work.stage = made.locality, made.stage
+    return f"{len(made.inserted)} casts, so that what crosses is narrow"
+
+
+PLACED: tuple[Pass[Work], ...] = (
+    Pass("remat", _remat, verify=(_verify_placed,), dump=_remat_texts),
+    Pass(
+        "boundary",
+        _boundary,
+        verify=(_verify_placed,),
+        when=_narrows,
+        told=False,
+    ),
+)
+
+
+# -- programs -------------------------------------------------------------------------------------
+
+
+def _lower(work: Work) -> str:
+    settings = work.settings
+    work.program = work.whole = lower(
+        work.graph,
+        work.locality,
+        work.stage,
+        settings.options.n_stages,
+        settings.options.tied_grads,
+        split_backward=settings.schedule.splits_backward and work.graph.trains,
+        keep_views=not settings.zero.divides_params,
+    )
+    values = sum(len(message.values) for message in work.made.messages)
+    return f"{values} boundary values in {len(work.made.messages)} messages"
+
+
+def _inplace(work: Work) -> str:
+    return str(reuse_memory(work.made, work.settings.device))
+
+
+def _gather(work: Work) -> str:
+    work.program = gather_parameters(work.made, work.settings.options.dp)
+    groups = sum(len(stage.groups) for stage in work.made.stages)
+    return f"{groups} groups of parameters are made whole when they are read"
+
+
+def _program_texts(work: Work) -> Texts:
+    texts: dict[str, Callable[[], str]] = {}
+    for stage in work.made.stages:
+        parts = {"constants": stage.constants, "forward": stage.forward}
+        parts |= {"backward": stage.backward} if stage.backward else {}
+        parts |= {"weight": stage.weight} if stage.weight else {}
+        for name, part in parts.items():
+            texts[f"_stage{stage.stage}_{name}.py"] = part.text
+    return texts
+
+
+PROGRAMS: tuple[Pass[Work], ...] = (
+    Pass(
+        "lower",
+        _lower,
+        verify=(lambda work: verify_program(work.made),),
+        dump=_program_texts,
+        needed="it makes the programs",
+    ),
+    Pass(
+        "inplace",
+        _inplace,
+        verify=(lambda work: verify_writes(work.made),),
+        dump=_program_texts,
+    ),
+    Pass(
+        "gather",
+        _gather,
+        verify=(lambda work: verify_program(work.made),),
+        dump=_program_texts,
+        when=lambda work: work.settings.zero.divides_params,
+        needed="with zero=3 no rank has whole parameters for its programs to read",
+    ),
+)
+
+
+# -- schedule -------------------------------------------------------------------------------------
+
+
+def _schedule(work: Work) -> str:
+    settings, program = work.settings, work.made
+    n_stages, m = settings.options.n_stages, settings.microbatches
+    if not program.trains:
+        work.schedule = forward_only(n_stages, m)
+        return f"forward only, {m} microbatches"
+    splits = [stage.weight is not None for stage in program.stages]
+    work.schedule = settings.schedule.generate(n_stages, m, splits)
+    return f"{settings.schedule.name}, {m} microbatches"
+
+
+def _communication(work: Work) -> str:
+    before = sum(map(len, work.schedule))
+    work.schedule = add_communication(work.schedule, work.made.messages)
+    return f"{sum(map(len, work.schedule)) - before} sends and receives per replica"
+
+
+def _exchange(work: Work) -> str:
+    before = sum(map(len, work.schedule))
+    settings = work.settings
+    work.schedule = add_exchange(work.schedule, work.made, settings.options.dp, settings.zero)
+    return f"{sum(map(len, work.schedule)) - before} exchanges per replica"
+
+
+def _verify_schedule(work: Work) -> None:
+    program, microbatches = work.made, work.settings.microbatches
+    verify_schedule(work.schedule, program.messages, microbatches, program.trains)
+    if program.trains:
+        verify_in_flight(work.schedule, work.settings.in_flight)
+
+
+def _verify_exchange(work: Work) -> None:
+    verify_exchange(work.schedule, work.made, work.settings.options.dp, work.settings.zero)
+
+
+def _schedule_texts(work: Work) -> Texts:
+    schedule = work.schedule
+    return {".txt": lambda: to_text(schedule) + "\n"}
+
+
+def _memory(work: Work) -> str:
+    settings, program = work.settings, work.made
+    footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
+    found = []
+    for actions in work.schedule:
+        mine = [program.stages[s] for s in dict.fromkeys(action.stage for action in actions)]
+        found.append(
+            rank_memory(
+                program,
+                actions,
+                footprint.static(mine, share),
+                settings.options.dp,
+                footprint.optimizer_bytes(mine) if program.trains else 0,
+                {stage.stage: footprint.traffic(program, stage.stage) for stage in mine},
+            )
+        )
+    work.memory = tuple(found)
+    worst = max(work.memory, key=lambda memory: memory.peak_bytes)
+    return f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
+
+
+def _exchanges(program: PipelineProgram, dp: int) -> bool:
+    return dp > 1 or (program.trains and bool(program.tied))
+
+
+SCHEDULE: tuple[Pass[Work], ...] = (
+    Pass(
+        "schedule",
+        _schedule,
+        dump=_schedule_texts,
+        needed="it makes the actions that ranks carry out",
+    ),
+    Pass(
+        "communication",
+        _communication,
+        verify=(_verify_schedule,),
+        dump=_schedule_texts,
+        needed="it adds the sends and receives that ranks would wait for",
+        told=False,
+    ),
+    Pass(
+        "exchange",
+        _exchange,
+        verify=(_verify_schedule, _verify_exchange),
+        dump=_schedule_texts,
+        when=lambda work: _exchanges(work.made, work.settings.options.dp),
+        needed="without it replicas and tied weights would drift apart",
+        told=False,
+    ),
+    Pass("memory", _memory, needed="plans and budgets are judged by it"),
+)
+
+
+ALL: tuple[Pass[Any], ...] = (*FORWARD, *JOINT, *PLACED, *PROGRAMS, *SCHEDULE)
+
+
+def check_skip(names: Collection[str]) -> None:
+    """Raises OptionError for a pass that does not exist, or that cannot be left out."""
+    known = {each.name: each for each in ALL}
+    optional = ", ".join(each.name for each in ALL if not each.needed)
+    for name in names:
+        if name not in known:
+            raise OptionError(f"skip={name!r}: there is no such pass; {optional} can be skipped")
+        if known[name].needed:
+            raise OptionError(f"skip={name!r}: {known[name].needed}; {optional} can be skipped")

@@ -1,0 +1,58 @@
+"""ZeRO: what the replicas of a stage divide among themselves, by rows of each parameter.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020.
+
+======  ======  =========  ==========  =========================================================
+level   states  gradients  parameters  so that
+======  ======  =========  ==========  =========================================================
+0       whole   whole      whole       gradients are averaged once per step, everywhere
+1       rows    whole      whole       gradients leave with the last microbatch, each to its owner
+2       rows    rows       whole       gradients leave with every microbatch
+3       rows    rows       rows        programs fetch parameters before they read them
+======  ======  =========  ==========  =========================================================
+
+At levels 1 and 2 the rows of the parameters are made whole once per step, before the first program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Zero:
+    """One level, and what follows from it.
+
+    Attributes:
+        divides_states: a replica's optimizer steps its own rows alone; weights of which only a
+            copy in another dtype is read are kept as rows, too.
+    """
+
+    level: int
+    divides_states: bool = False
+    divides_grads: bool = False
+    divides_params: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether gradients leave with every microbatch, and are never whole."""
+        return self.divides_grads
+
+    @property
+    def closes(self) -> bool:
+        """Whether gradients are whole until the last microbatch, with which they leave."""
+        return self.divides_states and not self.divides_grads
+
+    @property
+    def unshards(self) -> bool:
+        """Whether parameters are made whole once per step."""
+        return self.divides_states and not self.divides_params
+
+
+LEVELS = (
+    Zero(0),
+    Zero(1, divides_states=True),
+    Zero(2, divides_states=True, divides_grads=True),
+    Zero(3, divides_states=True, divides_grads=True, divides_params=True),
+)
+WHOLE = LEVELS[0]
