@@ -449,7 +449,7 @@ def test_dumps_are_readable(tmp_path: Any) -> None:
     assert names[:2] == ["000_capture.py", "001_partition.txt"]
     assert {"004_inplace_stage1_backward.py", "005_schedule.txt", "plan.json"} <= set(names)
     assert "def forward(self" in (folder / "003_lower_stage0_forward.py").read_text()
-    assert "0SEND_F0→1" in (folder / "005_schedule.txt").read_text()
+    assert "0SEND_F0→1" in (folder / "006_communication.txt").read_text()
 
 
 def test_every_parameter_of_a_stage_is_read_there() -> None:

@@ -16,7 +16,8 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
-from .passes import FORWARD, PLACED, PROGRAMS, SCHEDULE, Pass
+from . import passes
+from .passes import Pass
 from .record import PassRecord, Recorder
 from .work import Exported, Settings, Work
 
@@ -24,10 +25,10 @@ W = TypeVar("W")
 
 
 def run(
-    level: str, passes: Sequence[Pass[W]], work: W, recorder: Recorder, skip: Collection[str] = ()
+    level: str, listed: Sequence[Pass[W]], work: W, recorder: Recorder, skip: Collection[str] = ()
 ) -> None:
     """The passes of one level, but for those that are skipped, each with its checks."""
-    for each in passes:
+    for each in listed:
         if not each.when(work):
             continue
         with recorder.record(level, each.name, each.told or each.name in skip) as outcome:
@@ -54,14 +55,14 @@ def forward_passes(
         def rewrite(module: fx.GraphModule, leaves: Sequence[torch.Tensor]) -> str:
             recorder = Recorder(None)
             run("forward", (each,), Exported(module, leaves, mixed, device), recorder, skip)
-            if each is FORWARD[0]:
+            if each is passes.FORWARD[0]:
                 records.clear()
             records.extend(recorder.records)
             return "".join(record.note for record in recorder.records)
 
         return rewrite
 
-    return tuple(map(rewriting, FORWARD))
+    return tuple(map(rewriting, passes.FORWARD))
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def assemble(
         frozenset(twin[node] for node in recomputed),
     )
     skip = settings.options.skip
-    run("placed", PLACED, work, recorder, skip)
-    run("programs", PROGRAMS, work, recorder, skip)
-    run("schedule", SCHEDULE, work, recorder, skip)
+    run("placed", passes.PLACED, work, recorder, skip)
+    run("programs", passes.PROGRAMS, work, recorder, skip)
+    run("schedule", passes.SCHEDULE, work, recorder, skip)
     assert work.whole is not None
     return Assembly(own, work.stage, work.copies, work.made, work.whole, work.schedule, work.memory)

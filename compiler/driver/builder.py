@@ -16,7 +16,7 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
-from ..ir.errors import CaptureError, LossError
+from ..ir.errors import CaptureError, LossError, OptionError
 from ..ir.graph import JointGraph, Phase, module_of, phase_of
 from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
@@ -26,12 +26,12 @@ from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning.target import Target
 from ..planning.team import Alone, Team
+from . import passes
 from .assembly import assemble, forward_passes, run
 from .closing import Closing
 from .compiled import Compiled, Mode
 from .deciding import Decided, Deciding
 from .layout import Layout, layout_of
-from .passes import JOINT, check_skip
 from .record import PassRecord, Recorder
 from .summary import Summary
 from .work import Joint, Settings
@@ -52,7 +52,7 @@ class Builder:
         team: Team | None = None,
         why: str = "",
     ):
-        check_skip(options.skip)
+        passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
         self.why = why
@@ -97,6 +97,7 @@ class Builder:
         assembly = assemble(settings, graph, locality, placement.stage, again, recorder)
         decision = decided.decision
         if layout is None:
+            self._check_skipped(recorder.records)
             if self.given is None:
                 decision = self._corrected(decision, assembly.whole, batch)
             params, zero = self.skeleton.params, settings.zero
@@ -150,17 +151,17 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = graph.text
-        run("joint", JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
 
     def _capture(self, mode: Mode, spec: BatchSpec, records: list[PassRecord]) -> Captured:
         options, device = self.options, self.target.device
         compute = options.mixed.compute if options.mixed else None
-        passes = forward_passes(options.mixed, self.target.kind, options.skip, records)
+        rewrites = forward_passes(options.mixed, self.target.kind, options.skip, records)
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, device, passes, compute)
+            return capture_forward(self.skeleton, spec, device, rewrites, compute)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(self.skeleton, spec, options.loss_fn, device, passes, compute)
+        return capture(self.skeleton, spec, options.loss_fn, device, rewrites, compute)
 
     # -- deciding, and following --------------------------------------------------------------
 
@@ -200,6 +201,12 @@ class Builder:
             with recorder.record("placed", "zero") as outcome:
                 outcome.note = decided.why_zero
         return decided
+
+    def _check_skipped(self, records: Sequence[PassRecord]) -> None:
+        met = {record.name for record in records}
+        for name in self.options.skip:
+            if name not in met:
+                raise OptionError(f"skip={name!r} has no effect: it has nothing to do here")
 
     def _corrected(
         self, decision: Decision, program: PipelineProgram, batch: Sequence[torch.Tensor]

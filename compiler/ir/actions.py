@@ -15,7 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .graph import Phase
+
+class Phase(StrEnum):
+    """Whether something belongs to the model or to its derivative."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
 
 
 class Kind(StrEnum):

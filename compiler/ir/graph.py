@@ -24,18 +24,12 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-
-class Phase(StrEnum):
-    """Whether a node belongs to the model or to its derivative."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
+from .actions import Phase as Phase
 
 
 @dataclass

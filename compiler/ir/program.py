@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .actions import Kind
-from .graph import Phase
+from .actions import Kind, Phase
 
 
 class Role(StrEnum):

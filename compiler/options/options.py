@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..capture.calling import LossFn
 from ..costs.hardware import Device
 from ..ir.errors import OptionError
@@ -20,7 +21,6 @@ from ..plan.plan import Plan
 from .weight_path import locate_weights
 
 TIED_GRADS = ("per_microbatch", "per_step")
-SCHEDULES = ("1f1b", "zb_h1")
 REMAT = ("auto", "none", "full")
 COSTS = ("auto", "roofline", "profile")
 ZERO = (0, 1, 2, 3)
@@ -51,7 +51,7 @@ class CompileOptions:
     device: str | torch.device | None = None
     seed: int | None = None
     weights: str | Path | None = None
-    schedule: str = "1f1b"
+    schedule: str = DEFAULT
     tied_grads: str = "per_microbatch"
     memory: int | str | None = None
     remat: str = "auto"

@@ -26,8 +26,9 @@ from ..plan.decision import Decision
 from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
+from .menus import options_of
 from .pricing import UnitPrices
-from .stash import bodies_of, options_of
+from .stash import bodies_of
 from .units import Unit, units_of
 
 ATTEMPTS = 6

@@ -28,6 +28,7 @@ from .quantities import (
 if TYPE_CHECKING:
     from ..costs.simulate import Timeline
     from ..driver.auto import Trial
+    from ..driver.record import PassRecord
     from .compare import Comparison
 
 PLAIN_WIDTH = 120
@@ -45,6 +46,8 @@ class Extras:
         comparison: other strategies at the same prices, the plan's own first.
         hints: what a small change would bring.
         fp32: the same stages computed in fp32, beside a plan in mixed precision.
+        passes: what each pass did, in order, to be shown with its time instead of the plan's
+            notes.
     """
 
     search_s: float | None = None
@@ -52,6 +55,7 @@ class Extras:
     comparison: tuple[Comparison, ...] = ()
     hints: tuple[str, ...] = ()
     fp32: Plan | None = None
+    passes: tuple[PassRecord, ...] = ()
 
 
 def write_report(
@@ -108,7 +112,10 @@ class _Report:
             yield self._comparison(extras.comparison)
         if extras.hints:
             yield self._lines("hints", extras.hints, mark="- ")
-        yield self._lines("passes", [f"{name}: {note}" for name, note in plan.notes])
+        if extras.passes:
+            yield self._passes(extras.passes)
+        else:
+            yield self._lines("passes", [f"{name}: {note}" for name, note in plan.notes])
 
     # -- layout -------------------------------------------------------------------------------
 
@@ -281,6 +288,20 @@ class _Report:
             left=("strategy", "fits", "units per stage"),
         )
         return Group(title, table)
+
+    def _passes(self, records: Sequence[PassRecord]) -> Group:
+        """In the order in which they end; capturing holds those of the forward level."""
+        table = self._table(
+            {
+                "": range(1, len(records) + 1),
+                "level": [record.level for record in records],
+                "pass": [record.name for record in records],
+                "time": [seconds_text(record.seconds) for record in records],
+                "what it did": [record.note for record in records],
+            },
+            left=("level", "pass", "what it did"),
+        )
+        return Group(self._lines("passes"), table)
 
     # -- totals -------------------------------------------------------------------------------
 

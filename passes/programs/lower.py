@@ -21,18 +21,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 from torch import fx
 
-from ...compiler.ir import ops
 from ...compiler.ir.actions import COMPUTE, Kind
 from ...compiler.ir.errors import PartitionError, VerificationError
 from ...compiler.ir.graph import (
     JointGraph,
     Phase,
-    identifier,
-    is_random,
     nbytes,
     phase_of,
     root_bytes,
@@ -41,7 +37,6 @@ from ...compiler.ir.graph import (
 )
 from ...compiler.ir.locality import Locality, is_gradient_sum
 from ...compiler.ir.program import (
-    BoxedCodeGen,
     Message,
     PipelineProgram,
     Port,
@@ -52,6 +47,7 @@ from ...compiler.ir.program import (
     TiedGradient,
     ValueSpec,
 )
+from .emit import Emitter
 
 Spot = tuple[Kind, int]
 """Where a value is needed or made: a part and a stage."""
@@ -97,8 +93,7 @@ class _Lowering:
         self.keep_views = keep_views
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.names = {node.name: node for node in self.order}
-        self.ports = _placeholder_ports(graph)
-        self.sites = {n: i for i, n in enumerate(n for n in graph.ops() if is_random(n))}
+        self.emitter = Emitter(graph, locality)
         self.parts = {
             name: self._parts(node) if tied_grads == "per_step" else [node]
             for name, node in graph.grads.items()
@@ -314,7 +309,7 @@ class _Lowering:
         for node in self.stash[s]:
             while node in made and (source := viewed(node)) is not None:
                 node = source
-            if node not in self.ports and node not in self.locality.constant:
+            if node not in self.emitter.ports and node not in self.locality.constant:
                 roots.add(node)
         return sum(nbytes(root) for root in roots)
 
@@ -347,7 +342,7 @@ class _Lowering:
             for name, addends in self.parts.items():
                 for addend in addends:
                     slots[addend].append(name)
-        return self._build(nodes, outputs, slots)
+        return self.emitter.program(nodes, outputs, slots)
 
     def _loss_here(self, s: int) -> bool:
         assert self.graph.loss is not None
@@ -380,59 +375,9 @@ class _Lowering:
             if node.op != "placeholder" and node not in included:
                 included.add(node)
                 pending.extend(node.all_input_nodes)
-        return self._build(
+        return self.emitter.program(
             self._sorted(included), [(Port(Role.CONSTANT, n.name), n) for n in wanted], {}
         )
-
-    def _build(
-        self,
-        nodes: list[fx.Node],
-        outputs: list[tuple[Port, fx.Node]],
-        slots: dict[fx.Node, list[str]],
-    ) -> Program:
-        """Copy nodes into a graph of their own; what they read from outside is an argument.
-
-        Args:
-            slots: node -> the parameters whose gradient it is: added up right after it is made.
-        """
-        graph = fx.Graph()
-        graph.set_codegen(BoxedCodeGen())
-        inside = set(nodes)
-        reads = [a for node in nodes for a in node.all_input_nodes]
-        reads += [node for _, node in outputs]
-        inputs: dict[Port, fx.Node] = {}
-        env: dict[fx.Node, fx.Node] = {}
-        for node in dict.fromkeys(reads):
-            if node not in inside:
-                env[node] = inputs[self._port(node)] = graph.placeholder(node.name)
-                env[node].meta["val"] = node.meta.get("val")
-        for name in dict.fromkeys(name for node in nodes for name in slots.get(node, ())):
-            slot = inputs[Port(Role.SLOT, name)] = graph.placeholder(f"slot_{identifier(name)}")
-            slot.meta["val"] = self.graph.params[name].meta["val"]
-        if any(is_random(node) for node in nodes):
-            inputs[Port(Role.SEED)] = graph.placeholder("seed")
-        for node in nodes:
-            if is_random(node):
-                draw: tuple[Any, ...] = (inputs[Port(Role.SEED)], self.sites[node], node.target)
-                args = fx.node.map_arg(node.args, env.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-                env[node] = graph.create_node(
-                    "call_function", ops.seeded, (*draw, *args), kwargs, node.name
-                )
-            else:
-                env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = {"val": node.meta.get("val")}
-            for name in slots.get(node, ()):
-                graph.call_function(ops.accumulate, (inputs[Port(Role.SLOT, name)], env[node]))
-        graph.output(tuple(env[node] for _, node in outputs))
-        graph.lint()
-        module = fx.GraphModule(self.graph.constants, graph)
-        return Program(module, tuple(inputs), tuple(port for port, _ in outputs))
-
-    def _port(self, node: fx.Node) -> Port:
-        if node in self.ports:
-            return self.ports[node]
-        return Port(Role.CONSTANT if node in self.locality.constant else Role.VALUE, node.name)
 
     def _sorted(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         return sorted(nodes, key=self.order.__getitem__)
@@ -468,16 +413,6 @@ class _Lowering:
             holders = tuple(p.stage for p in stages if name in p.params)
             if len(holders) > 1:
                 yield TiedGradient(name, parts[0], parts, holders)
-
-
-def _placeholder_ports(graph: JointGraph) -> dict[fx.Node, Port]:
-    ports = {node: Port(Role.PARAM, name) for name, node in graph.params.items()}
-    ports |= {node: Port(Role.COPY, name) for name, node in graph.copies.items()}
-    ports |= {node: Port(Role.BUFFER, name) for name, node in graph.buffers.items()}
-    ports |= {node: Port(Role.BATCH, index) for index, node in graph.inputs.items()}
-    if graph.tangent is not None:
-        ports[graph.tangent] = Port(Role.TANGENT)
-    return ports
 
 
 def _spec(node: fx.Node) -> ValueSpec:

@@ -1,0 +1,121 @@
+"""The list of passes: complete, in order, checked, dumped, and skipped where that is possible."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile import errors
+from pipecompile.compiler.driver import assembly, deciding
+from pipecompile.compiler.driver.passes import ALL, Pass
+from pipecompile.compiler.driver.record import Recorder
+from support import jobs, models, plain
+
+OPTIONAL = [each.name for each in ALL if not each.needed]
+
+
+def records(**options: Any) -> list[tuple[str, str]]:
+    options.setdefault("example_batch", models.batches("gpt2", 4, 1)[0])
+    pipe = jobs.pipeline("gpt2", 2, 1, 2, **options)
+    return [(record.level, record.name) for record in pipe.compiled.records]
+
+
+def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
+    found = records(precision="bf16", zero=0)
+    names = [name for _, name in found]
+    assert len(set(names)) == len(names)
+    order = {each.name: i for i, each in enumerate(ALL)}
+    listed = [order[name] for name in names if name in order]
+    assert listed == sorted(listed)
+    assert {name for _, name in found} - set(order) == {"capture", "partition"}
+    assert set(order) - set(names) == {"gather"}  # which replicas need alone
+    levels = dict.fromkeys(level for level, _ in found)
+    assert list(levels) == ["forward", "joint", "placed", "programs", "schedule"]
+
+
+def test_what_there_is_nothing_to_do_for_is_not_in_the_records() -> None:
+    names = {name for _, name in records()}
+    assert not names & {"autocast", "precision", "boundary", "gather"}
+
+
+def test_names_are_distinct() -> None:
+    assert len({each.name for each in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("name", [each.name for each in ALL if each.needed])
+def test_what_later_passes_need_is_not_skipped(name: str) -> None:
+    with pytest.raises(errors.OptionError, match=f"skip='{name}': .*can be skipped"):
+        pipecompile.compile(models.build("gpt2"), 2, skip=[name])
+
+
+def test_a_pass_that_does_not_exist_is_named() -> None:
+    with pytest.raises(errors.OptionError, match="no such pass; attention, "):
+        pipecompile.compile(models.build("gpt2"), 2, skip=["loewr"])
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_skipped_pass_is_said_to_be_and_changes_no_bit(name: str) -> None:
+    """bf16, so that all optional passes have something to do."""
+    batch = models.batches("gpt2", 4, 1)
+    found = []
+    for skip in ((), (name,)):
+        pipe = jobs.pipeline("gpt2", 2, 1, 2, precision="bf16", remat="full", skip=skip)
+        found.append(plain.train_pipeline(pipe, batch))
+        said = dict(pipe.plan.notes)
+    assert said[name] == "skipped"
+    for mine, theirs in zip(found[0].losses, found[1].losses, strict=True):
+        assert torch.equal(mine, theirs)
+    for name_, grad in found[0].grads[0].items():
+        assert torch.equal(grad, found[1].grads[0][name_]), name_
+
+
+def test_checks_run_after_every_pass_and_dumps_are_of_its_result(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def run(work: list[int]) -> str:
+        work.append(len(work))
+        return f"now {len(work)}"
+
+    each = Pass(
+        "append",
+        run,
+        verify=(lambda work: seen.append(f"checked {work}"),),
+        dump=lambda work: {".txt": lambda: f"{work}\n"},
+    )
+    recorder = Recorder(tmp_path)
+    work: list[int] = []
+    assembly.run("level", (each, each), work, recorder)
+    assert seen == ["checked [0]", "checked [0, 1]"]
+    assert [record.note for record in recorder.records] == ["now 1", "now 2"]
+    assert (tmp_path / "000_append.txt").read_text().splitlines()[1] == "[0]"
+    assert (tmp_path / "001_append.txt").read_text().splitlines()[1] == "[0, 1]"
+
+
+def test_drafts_leave_the_graph_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a budget, several divisions are tried out on one captured graph."""
+    texts: dict[Any, list[str]] = defaultdict(list)
+    assemble = deciding.assemble
+
+    def watched(settings: Any, graph: Any, *rest: Any) -> Any:
+        texts[graph.graph].append(str(graph.graph))
+        made = assemble(settings, graph, *rest)
+        assert made.graph is not graph
+        return made
+
+    monkeypatch.setattr(deciding, "assemble", watched)
+    batch = models.batches("gpt2", 8, 1)[0]
+    loose = jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch)
+    peak = max(stage.memory.peak for stage in loose.plan.stages)
+    jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch, memory=int(0.9 * peak))
+    assert max(map(len, texts.values())) > 1
+    assert all(len(set(each)) == 1 for each in texts.values())
+
+
+def test_a_skip_without_effect_is_refused() -> None:
+    batch = models.batches("gpt2", 4, 1)[0]
+    with pytest.raises(errors.OptionError, match="skip='boundary' has no effect"):
+        jobs.pipeline("gpt2", 2, 1, 2, example_batch=batch, skip=["boundary"])
