@@ -37,6 +37,7 @@ ROOMS = (
 
 FILES = 11  # in a room, at most
 LINES = 450  # in a file, at most
+BODY = 70  # lines of a function, at most, without its docstring
 
 
 def sources() -> list[Path]:
@@ -95,6 +96,18 @@ def test_a_room_is_small_and_says_what_it_is_for(room: str) -> None:
 def test_no_file_is_long() -> None:
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
     assert not {path: n for path, n in lengths.items() if n > LINES}
+
+
+def test_no_function_is_long() -> None:
+    long = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                skipped = first.end_lineno if ast.get_docstring(node) else node.lineno - 1
+                lines = (node.end_lineno or 0) - (skipped or 0)
+                long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
+    assert not {name: n for name, n in long.items() if n > BODY}
 
 
 def test_the_package_that_is_installed_has_every_room() -> None:

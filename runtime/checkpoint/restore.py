@@ -48,10 +48,10 @@ class Restore:
                 optimizer, training.param_names, facts, index, training.state.as_stored
             )
             self.tensors |= self._optimizer.tensors
-            self._plan_scheduler(self._facts["schedulers"])
-        self._plan_extras(self._facts["extras"])
-        self._plan_data(self._facts["data"])
-        self._plan_random(self._facts["random"])
+            self._prepare_scheduler(self._facts["schedulers"])
+        self._prepare_extras(self._facts["extras"])
+        self._prepare_data(self._facts["data"])
+        self._prepare_random(self._facts["random"])
 
     def finish(self) -> None:
         """Put everything but the model's tensors where it belongs, once ``tensors`` are read."""
@@ -80,7 +80,7 @@ class Restore:
                 if name in rank.buffers:
                     rank.buffers[name].copy_(first.buffers[name])
 
-    def _plan_scheduler(self, saved: list[Any]) -> None:
+    def _prepare_scheduler(self, saved: list[Any]) -> None:
         scheduler = self._training.scheduler
         if (scheduler is not None) != bool(saved):
             had, has = ("none", "one") if scheduler is not None else ("one", "none")
@@ -108,13 +108,13 @@ class Restore:
             )
         self._pending.append(partial(scheduler.load_state_dict, state))
 
-    def _plan_extras(self, saved: Mapping[str, Any]) -> None:
+    def _prepare_extras(self, saved: Mapping[str, Any]) -> None:
         for name, extra in self._training.extras.items():
             if name in saved:
                 state = tree.decode(saved[name])
                 self._pending.append(partial(extra.load_state_dict, state))
 
-    def _plan_random(self, saved: list[dict[str, Any]]) -> None:
+    def _prepare_random(self, saved: list[dict[str, Any]]) -> None:
         """The user's own random streams: of this rank, or of rank 0 where there was none."""
         rank = self._rank if self._rank < len(saved) else 0
         here = next(iter(self._training.state.ranks.values())).device
@@ -123,7 +123,7 @@ class Restore:
                 state = tree.decode(saved[rank][device.type])
                 self._pending.append(partial(generator_of(device).set_state, state))
 
-    def _plan_data(self, saved: list[Any]) -> None:
+    def _prepare_data(self, saved: list[Any]) -> None:
         data, mesh = self._training.data, self._training.state.mesh
         if data is None:
             return

@@ -2,7 +2,7 @@
 
 `make planner-table` runs it; names of models (gpt2, llama, bert, t5) as arguments choose among
 them. No weights are made and nothing is trained: seconds are those of the partitioning problem
-at an H100's peak rates in fp32, (m − 1) · slowest stage + Σ stages, without the optimizer. Bytes
+at an H100's peak rates in bf16, (m − 1) · slowest stage + Σ stages, without the optimizer. Bytes
 include AdamW's states, and are calibrated to the programs of the planner's own division, as
 `inspect --compare` does.
 """
@@ -25,11 +25,12 @@ from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
 from pipecompile.compiler.costs.footprint import Footprint
 from pipecompile.compiler.costs.hardware import H100
 from pipecompile.compiler.costs.memory import RankMemory
-from pipecompile.compiler.driver.assembly import assemble
+from pipecompile.compiler.driver.assembly import assemble, forward_passes
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.locality import locality_of
+from pipecompile.compiler.ir.precision import Precision
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
 from pipecompile.compiler.ir.zero import WHOLE
 from pipecompile.compiler.options.options import CompileOptions
@@ -38,13 +39,14 @@ from pipecompile.compiler.planning import decide
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.planning.pricing import roofline
 from pipecompile.compiler.report.compare import solution_in
-from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.graph.casts import settle_casts
 from pipecompile.passes.graph.placement import Placement
 from pipecompile.passes.partition import baselines
 from torch import fx, nn
 
 HOST = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
+BF16 = Precision(compute=torch.bfloat16)
 GIB = 2**30
 
 STAGES = (4, 8)
@@ -133,23 +135,28 @@ class Study:
             model = subject.build()
             ids = torch.zeros(subject.rows, subject.tokens, dtype=torch.long)
             _, self.spec = flatten({"input_ids": ids, "labels": ids})
-        skeleton = skeleton_of(model, HOST)
-        self.graph = capture_training(skeleton, self.spec, None, HOST, (restore_attention,)).graph
+        skeleton = skeleton_of(model, HOST, BF16)
+        rewrites = forward_passes(BF16, "cuda", (), [])
+        captured = capture_training(skeleton, self.spec, None, HOST, rewrites, BF16.compute)
+        self.graph = captured.graph
+        settle_casts(self.graph, BF16.compute)
         self.locality = locality_of(self.graph)
-        self.footprint = Footprint(skeleton.module, ADAMW)
+        self.footprint = Footprint(skeleton.module, ADAMW, BF16)
 
     def plan(self, n_stages: int, remat: str, budget_bytes: float) -> Planned:
         """Raises MemoryBudgetError where the planner finds nothing that fits."""
         started = time.perf_counter()
         m = PER_STAGE * n_stages
-        options = CompileOptions(n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat)
-        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cpu")
+        options = CompileOptions(
+            n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat, precision=BF16
+        )
+        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda")
         planner = Planner(
             self.graph,
             self.locality,
             options,
             H100,
-            self.footprint.held_bytes(),
+            self.footprint.held_bytes(self.graph.copies),
             settings.in_flight,
             m,
             self.spec.rows,
