@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,14 @@ def test_every_folder_is_a_room() -> None:
 
 def test_arrows_run_one_way() -> None:
     assert not wrong_way(ROOMS), "\n".join(wrong_way(ROOMS))
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = nx.DiGraph()
+    for path in sources():
+        graph.add_edges_from((path, target) for target, _ in imported(path))
+    circles = [c for c in nx.strongly_connected_components(graph) if len(c) > 1]
+    assert not circles, circles
 
 
 def test_an_arrow_that_runs_back_is_named_with_both_files() -> None:

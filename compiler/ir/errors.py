@@ -5,10 +5,7 @@ Every message gives the numbers or names that clash, and the option or the code 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .problem import Solution
+from typing import Any
 
 
 class PipecompileError(Exception):
@@ -61,7 +58,7 @@ class MemoryBudgetError(PartitionError):
     """
 
     def __init__(
-        self, message: str, over_bytes: tuple[float, ...], nearest: Solution, proven: bool
+        self, message: str, over_bytes: tuple[float, ...], nearest: Any, proven: bool
     ) -> None:
         super().__init__(message)
         self.over_bytes = over_bytes
