@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,14 +56,11 @@ class Builder:
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
         self.why = why
+        self.given = (
+            Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
+        )
         self._closing = Closing(self.target, self.team)
         self._footprints: dict[Zero, Footprint] = {}
-
-    @cached_property
-    def given(self) -> Plan | None:
-        """The plan that decides."""
-        plan = self.options.plan
-        return Plan.load(plan) if isinstance(plan, str | Path) else plan
 
     def build(
         self,
