@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.costs.simulate import simulate
-from pipecompile.compiler.ir.actions import Action, Kind, from_text, max_in_flight, to_text
+from pipecompile.compiler.ir.actions import (
+    Action,
+    Kind,
+    Schedule,
+    from_text,
+    homes_of,
+    max_in_flight,
+    to_text,
+)
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import Phase
 from pipecompile.compiler.ir.program import Message
@@ -152,3 +160,78 @@ def test_a_wait_cycle_is_caught() -> None:
 def test_too_many_microbatches_in_flight_are_caught() -> None:
     with pytest.raises(VerificationError, match="holds 3 microbatches, planned 2"):
         verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2])
+
+
+# -- several stages per rank --------------------------------------------------------------------
+
+
+def interleaved(homes: list[int], microbatches: int) -> Schedule:
+    """Backwards first, and what is ready: a legal order for any stages on any ranks."""
+    last = len(homes) - 1
+    rows: list[list[Action]] = [[] for _ in range(max(homes) + 1)]
+    waiting = [
+        Action(s, kind, i)
+        for kind in (Kind.B, Kind.F)
+        for i in range(microbatches)
+        for s in range(last + 1)
+    ]
+    done: set[tuple[int, Kind, int | None]] = set()
+
+    def ready(a: Action) -> bool:
+        needs = [(a.stage - 1, Kind.F)] if a.kind is Kind.F else [(a.stage, Kind.F)]
+        needs += [(a.stage + 1, Kind.B)] if a.kind is Kind.B else []
+        earlier = a.microbatch == 0 or (a.stage, a.kind, (a.microbatch or 0) - 1) in done
+        return earlier and all((s, k, a.microbatch) in done for s, k in needs if 0 <= s <= last)
+
+    while waiting:
+        taken = next(action for action in waiting if ready(action))
+        waiting.remove(taken)
+        done.add((taken.stage, taken.kind, taken.microbatch))
+        rows[homes[taken.stage]].append(taken)
+    return tuple(map(tuple, rows))
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> list[int]:
+    """Looped, in a V, or any."""
+    ranks, times = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    looped = [*range(ranks)] * times
+    back = [r for k in range(times) for r in (range(ranks) if k % 2 == 0 else range(ranks)[::-1])]
+    return draw(st.sampled_from([looped, back, draw(st.permutations(looped))]))
+
+
+@given(st.data(), placements(), st.integers(1, 6))
+def test_stages_of_one_rank_need_no_messages(
+    data: st.DataObject, homes: list[int], microbatches: int
+) -> None:
+    messages = data.draw(routes(len(homes)))
+    schedule = add_communication(interleaved(homes, microbatches), messages)
+    verify_schedule(schedule, messages, microbatches, trains=True)
+    assert homes_of(schedule) == dict(enumerate(homes))
+    ends = [(a.stage, a.peer) for row in schedule for a in row if a.peer is not None]
+    assert all(homes[here] != homes[there] for here, there in ends)
+    crossing = [m for m in messages if homes[m.src] != homes[m.dst]]
+    assert len(ends) == 2 * microbatches * len(crossing)
+    assert from_text(to_text(schedule)) == schedule
+    seconds = {(s, k): 1.0 for s in range(len(homes)) for k in (Kind.F, Kind.B)}
+    timeline = simulate(schedule, seconds, {(m.src, m.dst): 0.5 for m in messages})
+    assert [timeline.busy_s(r) for r in range(len(schedule))] == [
+        2.0 * microbatches * homes.count(r) for r in range(len(schedule))
+    ]
+
+
+def test_a_stage_on_two_ranks_is_refused() -> None:
+    with pytest.raises(VerificationError, match="0F0 is in the list of rank 0, and stage 0 is on"):
+        verify_schedule(from_text("0F0 0B0 0F1\n0B1"), [], 2, trains=True)
+
+
+def test_a_stage_that_is_missing_is_refused() -> None:
+    with pytest.raises(VerificationError, match=r"only stages \[0, 2\] have actions"):
+        verify_schedule(from_text("0F0 0B0\n2F0 2B0"), [], 1, trains=True)
+
+
+def test_a_value_is_made_before_it_is_handed_over() -> None:
+    messages = [Message(0, 1, Phase.FORWARD, ())]
+    verify_schedule(from_text("0F0 1F0 1B0 0B0"), messages, 1, trains=True)
+    with pytest.raises(VerificationError, match="1F0 reads what 0F0 makes after it"):
+        verify_schedule(from_text("1F0 0F0 1B0 0B0"), messages, 1, trains=True)
