@@ -176,7 +176,7 @@ class Drawn(nn.Module):
 PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(0, 9)), max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROGRAMS)
 def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, i
     trained_as_autocast(model, x, 1)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROGRAMS, st.sampled_from(list(TABLES)))
 def test_casting_is_idempotent_and_touches_floats_alone(
     steps: list[tuple[int, int, int]], table: str

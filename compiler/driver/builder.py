@@ -37,6 +37,7 @@ from ..costs.footprint import Footprint
 from ..costs.memory import StageMemory
 from ..costs.optimizer_cost import optimizer_seconds
 from ..costs.simulate import Timeline
+from ..ir import shards
 from ..ir.actions import Schedule
 from ..ir.errors import (
     BatchError,
@@ -54,7 +55,6 @@ from ..ir.graph import (
 from ..ir.locality import Locality, locality_of
 from ..ir.problem import Problem
 from ..ir.program import PipelineProgram
-from ..ir.shards import PARCEL_BYTES
 from ..options.options import CompileOptions, choose_microbatches
 from ..plan.decision import Decision, Search
 from ..plan.plan import Plan
@@ -465,7 +465,7 @@ class Builder:
         if zero:
             tied_bytes /= dp if zero >= 2 else 1
             last = grad_bytes * (dp if zero >= 2 else 1)
-            moving = min(last, PARCEL_BYTES) + traffic.unshard_total * dp / (dp + 1)
+            moving = min(last, shards.PARCEL_BYTES) + traffic.unshard_total * dp / (dp + 1)
             sent = 2 * tied_bytes + moving * (dp - 1) / dp
         else:
             sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
