@@ -169,17 +169,16 @@ def sharded(old: str = "", new: str = "", zero: int = 2) -> None:
 # -- elsewhere ------------------------------------------------------------------------------------
 
 
-def lowered(**stages: int) -> None:
-    """The loss reads the tangent, and everything is where it is said to be."""
-    found: dict[str, fx.Node] = {}
+def lowered(*reads: str, **stages: int) -> None:
+    """With a loss that reads these values, and all on stage 0 but what is said."""
 
     def change(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
-        found.update(nodes)
-        nodes["loss"].args = ((nodes["y"], nodes["spread"]) if "spread" in stages else nodes["y"],)
+        nodes["loss"].args = tuple(nodes[name] for name in reads)
 
     graph = joint(change)
-    places = dict.fromkeys(found.values(), 0) | {found[name]: s for name, s in stages.items()}
-    lower(graph, locality_of(graph), places, 2)
+    locality = locality_of(graph)
+    places = {node: stages.get(node.name, 0) for node in locality.staged}
+    lower(graph, locality, places, 2)
 
 
 def unread() -> None:
@@ -312,8 +311,8 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         lambda: verify.verify_in_flight(from_text("0F0 0B0 0F1 0B1 0W0 0W1"), [1]),
         "stage 0 holds 2 microbatches, planned 1",
     ),
-    (lambda: lowered(y=1), "y goes from forward of stage 1 to 0"),
-    (lambda: lowered(spread=0), "spread is made in B and read in F"),
+    (lambda: lowered("y", y=1), "y goes from forward of stage 1 to 0"),
+    (lambda: lowered("spread"), "spread is made in B and read in F"),
     (
         lambda: simulate(from_text(CIRCULAR), {(s, Kind.F): 1.0 for s in range(2)}, {}),
         "the schedule deadlocks",
