@@ -6,13 +6,14 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint bench predictions planner-table \
+.PHONY: help demo test test-slow mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
 	@echo "make test              the tests that take minutes"
 	@echo "make test-slow         all tests but the timings"
+	@echo "make mutants           do the tests find faults that are planted? 10 minutes"
 	@echo "make lint              ruff and mypy"
 	@echo "make bench             the timings"
 	@echo "make predictions       do predicted step times and memory peaks come true?"
@@ -31,6 +32,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"
+
+mutants: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m mutants.run
 
 bench: $(READY)
 	$(BIN)/pytest tests/bench -m bench

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..compiler.ir import precision
 from ..compiler.ir.errors import StateError
-from ..compiler.ir.precision import MAX_SCALE, MIN_SCALE, LossScale
+from ..compiler.ir.precision import LossScale
 
 
 class LossScaler:
@@ -39,13 +40,13 @@ class LossScaler:
         if not self._runs:
             return
         if self.overflowed:
-            self.scale = max(self.scale * self.config.backoff, MIN_SCALE)
+            self.scale = max(self.scale * self.config.backoff, precision.MIN_SCALE)
             self.skipped += 1
             self._good = 0
         else:
             self._good += 1
         if self._good == self.config.interval:
-            self.scale = min(self.scale * self.config.growth, MAX_SCALE)
+            self.scale = min(self.scale * self.config.growth, precision.MAX_SCALE)
             self._good = 0
         self._runs, self.overflowed = 0, False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,60 @@ def test_positions_are_those_of_the_replicas(gang: Callable[[int], Gang], tmp_pa
         pipeline(2, 1).load(tmp_path, data=Position())
 
 
+def scale_apart(named: Any, rate: float) -> torch.optim.Optimizer:
+    """A group of its own for one parameter, on the stage that has it."""
+    named = list(named)
+    rest = [p for n, p in named if n != "scale"]
+    scale = [p for n, p in named if n == "scale"]
+    groups = [{"params": rest, "lr": rate}, {"params": scale, "lr": 5 * rate}]
+    return torch.optim.SGD([group for group in groups if group["params"]])
+
+
+def own(directory: str) -> tuple[list[torch.Tensor], list[float]]:
+    """What this rank draws after saving and after loading; the learning rates of its groups, as
+    they are loaded and after a step."""
+    doubling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 2.0**step)
+    pipe, other = (
+        small(2, partial(scale_apart, rate=rate), lr_scheduler=doubling) for rate in (1.0, 9.0)
+    )
+    torch.manual_seed(100 + int(os.environ["RANK"]))
+    pipe.save(directory)
+    drawn = [torch.rand(4)]
+    torch.manual_seed(0)
+    other.load(directory)
+    drawn.append(torch.rand(4))
+    rates = [group["lr"] for group in other.optimizer.param_groups]
+    other.step(rows(0))
+    return drawn, [*rates, *(group["lr"] for group in other.optimizer.param_groups)]
+
+
+def test_ranks_get_back_what_was_their_own(gang: Callable[[int], Gang], tmp_path: Path) -> None:
+    """Random streams, and the state of schedulers, one per stage. One process goes on with the
+    stream of rank 0."""
+    (first, one), (second, two) = gang(2).run("test_checkpoint:own", str(tmp_path))
+    assert torch.equal(*first)
+    assert torch.equal(*second)
+    assert not torch.equal(first[0], second[0])
+    assert (one, two) == ([1.0, 2.0], [1.0, 5.0, 2.0, 10.0])
+    judge = small(1, None)
+    torch.manual_seed(0)
+    judge.load(tmp_path)
+    assert torch.equal(torch.rand(4), first[0])
+
+
+def test_loading_drops_the_gradients_that_wait(tmp_path: Path) -> None:
+    """Of calls before it: the next step is that of a pipeline that made none."""
+    pipe, other = (small(2, OPTIMIZERS["momentum"]) for _ in range(2))
+    pipe.step(rows(0))
+    pipe.save(tmp_path)
+    pipe.forward_backward(rows(1))
+    for each in (pipe, other):
+        each.load(tmp_path)
+        assert all(param.grad is None for param in each.parameters())
+        each.step(rows(2))
+    assert equal(pipe.state_dict(), other.state_dict())
+
+
 def test_weights_without_an_optimizer(tmp_path: Path) -> None:
     """An evaluation reads a training's checkpoint, and a training begins from its weights."""
     pipe = small(2, jobs.OPTIMIZERS["adamw"])
@@ -329,6 +384,42 @@ def test_keep_latest_and_single_steps(tmp_path: Path) -> None:
     assert pipe.load(tmp_path) == 3
     with pytest.raises(errors.OptionError, match="keep=0 must be at least 1"):
         pipe.save(tmp_path, keep=0)
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, then the folder that they are in, then its new name; and the same of ``latest``."""
+    done: list[str] = []
+
+    def name(path: Any) -> str:
+        plain = re.sub(r"\.tmp-\w+", ".tmp", str(path).removeprefix(str(tmp_path)))
+        return plain.lstrip("/") or "."
+
+    def watch(call: str, shown: Callable[..., str]) -> None:
+        real = getattr(os, call)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            done.append(shown(*args))
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, call, watched)
+
+    pipe = small(2, OPTIMIZERS["momentum"])
+    watch("fsync", lambda handle: f"sync {name(Path(f'/proc/self/fd/{handle}').readlink())}")
+    for call in ("rename", "replace"):
+        watch(call, lambda old, new: f"{name(old)} -> {name(new)}")
+    pipe.save(tmp_path)
+    assert done == [
+        f"sync .step-00000000.tmp/{PART}",
+        f"sync .step-00000000.tmp/{INDEX}",
+        "sync .step-00000000.tmp",
+        ".step-00000000.tmp -> step-00000000",
+        "sync .",
+        "sync .latest.tmp",
+        ".latest.tmp -> latest",
+        "sync .",
+    ]
 
 
 def test_only_the_temporaries_of_dead_runs_are_removed(tmp_path: Path) -> None:
@@ -688,6 +779,29 @@ def test_another_model(sound: Path) -> None:
     wider = load(n_embd=64)
     assert "'transformer.wte.weight' is [96, 32] and [96, 64] in the model" in wider
     assert "'lm_head.weight' is missing" in load(tie_word_embeddings=False)
+
+
+class Untied(Small):
+    """The same names, and each has its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third.weight = nn.Parameter(self.first.weight.detach() + 1)
+
+
+def test_ties_are_those_that_were_saved(tmp_path: Path) -> None:
+    def made(model: nn.Module) -> Any:
+        return pipecompile.compile(model, 1, microbatches=2, example_batch=torch.ones(8, 6))
+
+    tied, untied = made(Small()), made(Untied())
+    tied.save(tmp_path / "tied")
+    untied.save(tmp_path / "untied")
+    said = refused(lambda: tied.load(tmp_path / "untied"))
+    assert "'third.weight' is separate in the checkpoint and tied in the model" in said
+    assert "'third.weight' is missing" in refused(lambda: untied.load(tmp_path / "tied"))
+    edit(tmp_path / "tied" / "step-00000000", lambda f: f["tied"].update({"second.weight": "x"}))
+    said = refused(lambda: tied.load(tmp_path / "tied"))
+    assert "'second.weight' is tied in the checkpoint and separate in the model" in said
 
 
 def one_group_apart(named: Any) -> torch.optim.Optimizer:

@@ -13,7 +13,9 @@ from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
 from pipecompile.compiler.ir.locality import locality_of
-from pipecompile.compiler.planning.units import MAX_UNITS, crossing_bytes, units_of
+from pipecompile.compiler.planning import units
+from pipecompile.compiler.planning.units import crossing_bytes, units_of
+from pipecompile.passes.graph import attention
 from pipecompile.passes.graph.attention import restore_attention
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from support import jobs, models, plain
@@ -68,24 +70,29 @@ def test_constant_causal_masks_become_a_flag() -> None:
     with_masks, with_flags = captured("gpt2"), captured("gpt2", (restore_attention,))
     assert calls(with_masks, "cumsum")
     assert not calls(with_flags, "cumsum")
-    attention = calls(with_flags, "flash_attention_for_cpu.default")
-    assert attention
-    assert all(node.args[4] is True and "attn_mask" not in node.kwargs for node in attention)
+    kernels = calls(with_flags, "flash_attention_for_cpu.default")
+    assert kernels
+    assert all(node.args[4] is True and "attn_mask" not in node.kwargs for node in kernels)
 
 
-def test_repeated_heads_become_grouped_attention() -> None:
+@pytest.mark.parametrize(("widest", "heads"), [(256, 2), (8, 2), (7, 4)])
+def test_repeated_heads_become_grouped_attention(
+    monkeypatch: pytest.MonkeyPatch, widest: int, heads: int
+) -> None:
+    """2 key heads of width 8 for 4 query heads, up to transformers' own limit of the width."""
+    monkeypatch.setattr(attention, "MAX_GROUPED_DIM", widest)
     spec = batches.flatten(models.tokens(2))[1]
-    skeleton = skeleton_of(models.llama(), DEVICE)
+    skeleton = skeleton_of(models.llama(num_hidden_layers=1), DEVICE)
     graph = capture_training(skeleton, spec, None, DEVICE, (restore_attention,)).graph
-    attention = calls(graph, "flash_attention_for_cpu.default")
-    assert all(node.args[1].meta["val"].shape[1] == 2 for node in attention)  # of 4 query heads
+    kernels = calls(graph, "flash_attention_for_cpu.default")
+    assert all(node.args[1].meta["val"].shape[1] == heads for node in kernels)
 
 
 def test_masks_made_from_the_batch_stay() -> None:
     """Padding is data: llama's test batch has an attention mask."""
     graph = captured("llama", (restore_attention,))
-    attention = calls(graph, "flash_attention_for_cpu.default")
-    assert all("attn_mask" in node.kwargs for node in attention)
+    kernels = calls(graph, "flash_attention_for_cpu.default")
+    assert all("attn_mask" in node.kwargs for node in kernels)
 
 
 def attention_with(kind: str, line: str) -> list[Any]:
@@ -125,6 +132,13 @@ def test_only_exact_masks_are_dropped() -> None:
     assert attention_with("window", TRANSFORMERS) == ["mask"]
 
 
+def test_masks_too_large_to_look_at_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MAX_ELEMENTS", 9)
+    assert attention_with("causal", TRANSFORMERS) == [None, 0.0, True]
+    monkeypatch.setattr(attention, "MAX_ELEMENTS", 8)
+    assert attention_with("causal", TRANSFORMERS) == ["mask"]
+
+
 def test_attention_that_transformers_did_not_call_stays() -> None:
     assert attention_with("causal", "y = F.scaled_dot_product_attention(q, q, q, mask)") == ["mask"]
 
@@ -152,33 +166,25 @@ def test_views_share_their_roots_memory() -> None:
 def test_units_end_where_little_crosses() -> None:
     graph = captured("llama")
     locality = locality_of(graph)
-    units = units_of(graph, locality, CPU)
+    made = units_of(graph, locality, CPU)
     nodes = [node for node in locality.staged if phase_of(node) is Phase.FORWARD]
-    assert [node for unit in units for node in unit.nodes] == nodes
+    assert [node for unit in made for node in unit.nodes] == nodes
     hidden = 2 * 12 * 32 * 4  # (rows, length, width) in fp32
-    assert [unit.cut_bytes for unit in units].count(hidden) >= 2 * 3  # after attention, after MLP
+    assert [unit.cut_bytes for unit in made].count(hidden) >= 2 * 3  # after attention, after MLP
     assert max(crossing_bytes(nodes)) > hidden
-    assert units[-1].cut_bytes == 0
+    assert made[-1].cut_bytes == 0
 
 
-def test_many_layers_make_no_more_units_than_the_limit_and_alike() -> None:
-    class Residual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(200))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.layers:
-                x = x + layer(x).relu()
-            return x.sum()
-
-    with weightless():
-        model, (_, spec) = Residual(), batches.flatten(torch.zeros(4, 8))
-    skeleton = skeleton_of(model, DEVICE)
+def test_many_layers_make_no_more_units_than_the_limit_and_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(units, "MAX_UNITS", 30)
+    spec = batches.flatten(torch.zeros(4, 8))[1]
+    skeleton = skeleton_of(models.Residual(40), DEVICE)
     graph = capture_training(skeleton, spec, None, DEVICE).graph
-    units = units_of(graph, locality_of(graph), CPU)
-    assert 100 <= len(units) <= MAX_UNITS
-    sizes = [len(unit.nodes) for unit in units[1:-1]]
+    made = units.units_of(graph, locality_of(graph), CPU)
+    assert 20 <= len(made) <= 30
+    sizes = [len(unit.nodes) for unit in made[1:-1]]
     assert max(sizes) <= 1.5 * min(sizes)
 
 
@@ -190,9 +196,9 @@ def test_a_norm_is_not_split() -> None:
         spec = batches.flatten(models.tokens(2, length=256))[1]
     graph = capture_training(skeleton_of(model, DEVICE), spec, None, DEVICE).graph
     hidden = 2 * 256 * 512 * 4
-    units = units_of(graph, locality_of(graph), CPU)
-    assert units[0].cut_bytes == hidden
-    assert not any(0 < unit.cut_bytes % hidden < hidden // 8 for unit in units)
+    made = units_of(graph, locality_of(graph), CPU)
+    assert made[0].cut_bytes == hidden
+    assert not any(0 < unit.cut_bytes % hidden < hidden // 8 for unit in made)
 
 
 def test_parameter_names_that_are_no_python_names() -> None:

@@ -100,7 +100,7 @@ class Drawn(nn.Module):
 STEPS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 12), st.integers(0, 9)), max_size=8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(STEPS)
 def test_random_programs_keep_their_bits(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(1)

@@ -11,6 +11,7 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
+from pipecompile import Precision
 from pipecompile.compiler.driver.auto import Trial, choose_stages
 from pipecompile.compiler.ir.errors import (
     MemoryBudgetError,
@@ -155,6 +156,45 @@ def test_a_plan_for_something_else_is_refused(options: dict[str, Any], message: 
     plan = plan_of_two_stages()
     with pytest.raises(PipecompileError, match=message):
         compiled(**options, plan=plan)
+
+
+PLANNED: dict[str, Any] = {
+    "n_stages": 2,
+    "dp": 2,
+    "microbatches": 4,
+    "schedule": "1f1b",
+    "tied_grads": "per_microbatch",
+    "precision": "bf16",
+    "zero": 0,
+}
+OTHERWISE: dict[str, Any] = {
+    "n_stages": 3,
+    "dp": 3,
+    "microbatches": 2,
+    "schedule": "zb_h1",
+    "tied_grads": "per_step",
+    "precision": Precision(compute=torch.bfloat16, grads=torch.bfloat16),
+    "zero": 1,
+}
+
+
+def test_a_plan_is_for_all_that_programs_depend_on() -> None:
+    """Each of it alone makes another program of the same graph of a microbatch."""
+
+    def made(plan: Plan | None, **options: Any) -> Plan:
+        rows = 2 * options["dp"] * options["microbatches"]
+        batch = torch.ones(rows, 8)
+        found: Plan = pipecompile.compile(
+            models.Residual(4), example_batch=batch, plan=plan, **options
+        ).plan
+        return found
+
+    plan = made(None, **PLANNED)
+    assert set(plan.options) <= set(PLANNED), "another option that programs depend on"
+    assert made(plan, **PLANNED).decision == plan.decision
+    for name, value in OTHERWISE.items():
+        with pytest.raises(PlanError, match=f"the plan has {name}=.*, this run {name}="):
+            made(plan, **PLANNED | {name: value})
 
 
 def test_a_plan_for_another_shape_names_both() -> None:

@@ -23,6 +23,7 @@ from pipecompile.compiler.ir.program import Role
 from pipecompile.passes.graph.autocast import insert_casts
 from pipecompile.passes.graph.autocast_tables import TABLES
 from pipecompile.passes.graph.casts import is_cast, settle_casts
+from pipecompile.runtime.loss_scaler import LossScaler
 from pipecompile.runtime.state.model_state import ModelState
 from support import jobs, measured, models, plain
 from support.gang import Gang
@@ -176,7 +177,7 @@ class Drawn(nn.Module):
 PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(0, 9)), max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROGRAMS)
 def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
@@ -184,7 +185,7 @@ def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, i
     trained_as_autocast(model, x, 1)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROGRAMS, st.sampled_from(list(TABLES)))
 def test_casting_is_idempotent_and_touches_floats_alone(
     steps: list[tuple[int, int, int]], table: str
@@ -461,6 +462,27 @@ def test_the_scale_falls_until_gradients_are_finite_and_grows_again() -> None:
     other = jobs.pipeline("gpt2", 2, 1, 2, precision=precision)
     other.loss_scaler.load_state_dict(state)
     assert other.loss_scaler.state_dict() == state
+
+
+@given(st.lists(st.booleans(), max_size=20), st.integers(1, 4), st.integers(0, 20))
+def test_the_scale_is_that_of_torchs_scaler(finite: list[bool], interval: int, at: int) -> None:
+    """After any steps, also where another scaler goes on: good steps are counted from the last
+    overflow, and from the last growth."""
+    config = LossScale(init=2.0**10, growth=4.0, backoff=0.25, interval=interval)
+    scaler = LossScaler(config)
+    scale, count = torch.tensor(config.init), torch.tensor(0, dtype=torch.int32)
+    for step, good in enumerate(finite):
+        if step == at:
+            state, scaler = scaler.state_dict(), LossScaler(config)
+            scaler.load_state_dict(state)
+        scaler.saw(True)
+        scaler.saw(good)  # a step has several runs
+        scaler.end_step()
+        scaler.end_step()  # nothing has run since
+        found = torch.tensor(float(not good))
+        torch._amp_update_scale_(scale, count, found, 4.0, 0.25, interval)
+        assert scaler.scale == float(scale)
+    assert scaler.skipped == finite.count(False)
 
 
 @pytest.mark.parametrize("grads", [FP32, FP16])

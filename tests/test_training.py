@@ -53,6 +53,49 @@ def test_evaluation_stashes_nothing_and_changes_nothing() -> None:
     assert all(param.grad is None for param in pipe.parameters())
 
 
+class Moody(nn.Module):
+    """What a mode changes: dropout, a batch norm's buffers; and a norm that stays in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.frozen = nn.BatchNorm1d(8), nn.BatchNorm1d(8).eval()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.frozen(self.dropout(self.norm(self.first(x))))
+        return {"loss": self.second(hidden).square().mean(), "hidden": hidden}
+
+
+@pytest.mark.parametrize("evaluate_first", [False, True])
+def test_evaluation_draws_nothing_and_counts_nothing(evaluate_first: bool) -> None:
+    """Every part evaluates in evaluation mode, and afterwards trains in its own."""
+    torch.manual_seed(0)
+    model, batch = Moody(), torch.randn(8, 8)
+    pipe = pipecompile.compile(model, 2, microbatches=2, optimizer=SGD)
+    if not evaluate_first:
+        pipe.step(batch)
+    pipe.evaluate(batch)
+    before = pipe.state_dict()
+    judge = copy.deepcopy(model).eval()
+    judge.load_state_dict(before)
+    with torch.no_grad():
+        pieces = [judge(piece) for piece in batch.chunk(2)]
+    for _ in range(2):
+        assert torch.equal(pipe.evaluate(batch), torch.stack([p["loss"] for p in pieces]).mean())
+        hidden = torch.cat([p["hidden"] for p in pieces])
+        assert torch.equal(pipe.forward(batch)["hidden"], hidden)
+    assert equal_states(pipe.state_dict(), before)
+    for rows in (batch, batch[:4]):  # the program that is there, and a new one
+        before = pipe.state_dict()
+        pipe.step(rows)
+        after = pipe.state_dict()
+        assert after["norm.num_batches_tracked"] == before["norm.num_batches_tracked"] + 2
+        assert not torch.equal(after["norm.running_mean"], before["norm.running_mean"])
+        assert torch.equal(after["frozen.running_mean"], before["frozen.running_mean"])
+    assert pipe.step(batch) != pipe.evaluate(batch)
+
+
 def test_training_after_evaluating_first() -> None:
     """The stages are chosen for training, also when something else comes first."""
     batches = models.batches("gpt2", 4, 3)

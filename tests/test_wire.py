@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir.program import ValueSpec
 from pipecompile.runtime.exchange import wire
-from pipecompile.runtime.exchange.transport import Loopback, ordered_mean
+from pipecompile.runtime.exchange.transport import Loopback, add_mean_, ordered_mean
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
@@ -61,6 +61,15 @@ def test_means_are_added_in_rank_order(replicas: int) -> None:
     for part in parts[1:]:
         total = total + part
     assert torch.equal(ordered_mean(parts), total / replicas)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 5])
+def test_means_are_added_to_a_total(replicas: int, fresh: bool) -> None:
+    total, parts = torch.randn(1000), torch.randn(1000)
+    expected = parts / replicas if fresh else total + parts / replicas
+    add_mean_(total, parts.clone(), replicas, fresh)
+    assert torch.equal(total, expected)
 
 
 def test_loopback_delivers_in_order_and_notices_unread_messages() -> None:

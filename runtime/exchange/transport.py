@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ...compiler.costs.memory import SEGMENT_BYTES
+from ...compiler.costs import memory
 from ...compiler.ir.errors import VerificationError
 from ...compiler.ir.program import ValueSpec
 from . import wire
@@ -347,7 +347,7 @@ class Processes:
         return _Receipt(works, data, specs)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
-        segment = SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
+        segment = memory.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
         for piece in torch.split(bucket, segment):
             exchanged = torch.empty_like(piece)
             dist.all_to_all_single(exchanged, piece, group=self.group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture.capture import capture_training
@@ -14,10 +16,8 @@ from pipecompile.compiler.planning.units import units_of
 from pipecompile.passes.programs.lower import lower
 from torch import nn
 
-from support import models
 
-
-def captured(model: nn.Module, batch: models.Batch) -> JointGraph:
+def captured(model: nn.Module, batch: Any) -> JointGraph:
     device = torch.device("cpu")
     spec = batches.flatten(batch)[1]
     return capture_training(skeleton_of(model, device), spec, None, device).graph

@@ -1,0 +1,450 @@
+"""Faults, each with the test that must fail when it is planted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        module: where its source is; elsewhere in the package if it has moved.
+        old: whole lines, or a part of one, whatever their indentation is.
+        new: what stands there instead.
+        test: file name, and ``::function`` where one is enough.
+        why: what is wrong then.
+    """
+
+    module: str
+    old: str
+    new: str
+    test: str
+    why: str
+
+
+MODES = (
+    Mutant(
+        "compiler/capture/capture.py",
+        "with evaluating(skeleton.module), torch.no_grad():\nreturn _capture(skeleton, spec, loss",
+        "with torch.no_grad():\n    return _capture(skeleton, spec, loss",
+        "test_training.py::test_evaluation_draws_nothing_and_counts_nothing",
+        "evaluate() runs in training mode",
+    ),
+    Mutant(
+        "compiler/capture/skeleton.py",
+        "part.training = training",
+        "pass",
+        "test_training.py::test_evaluation_draws_nothing_and_counts_nothing",
+        "what was evaluated trains in evaluation mode",
+    ),
+)
+
+LIMITS = (
+    Mutant(
+        "runtime/exchange/transport.py",
+        "for piece in torch.split(bucket, segment):",
+        "for piece in torch.split(bucket, segment)[:1]:",
+        "test_limits.py::test_the_mean_is_taken_of_every_segment",
+        "the replicas' mean stops after its first segment",
+    ),
+    Mutant(
+        "compiler/costs/memory.py",
+        "segment = min(grad_bytes, SEGMENT_BYTES)",
+        "segment = grad_bytes",
+        "test_limits.py::test_the_plan_counts_a_segment_and_its_share",
+        "the plan counts all gradients where one segment is exchanged",
+    ),
+    Mutant(
+        "compiler/ir/shards.py",
+        "min(PARCEL_BYTES, total // SHARES)",
+        "total // SHARES",
+        "test_limits.py::test_parcels_are_no_larger_than_the_limit",
+        "parcels grow with the model",
+    ),
+    Mutant(
+        "compiler/ir/ops.py",
+        "part.add_(addend)",
+        "part.add_(addend)\nbreak",
+        "test_limits.py::test_addends_of_another_dtype_come_in_pieces",
+        "only the first piece of a gradient in another dtype is added",
+    ),
+    Mutant(
+        "runtime/state/gradients.py",
+        "total += piece.double().square_().sum()",
+        "total = piece.double().square_().sum()",
+        "test_limits.py::test_norms_of_large_gradients_count_all_elements",
+        "the norm of a large gradient is that of its last piece",
+    ),
+    Mutant(
+        "compiler/planning/units.py",
+        "room = MAX_UNITS - 1 - len(chosen)",
+        "room = 10**6",
+        "test_graph.py::test_many_layers_make_no_more_units_than_the_limit_and_alike",
+        "a deep model has more units than the solver takes",
+    ),
+)
+
+PLANNING = (
+    Mutant(
+        "compiler/planning/planner.py",
+        "problem = replace(problem, reserve_bytes=reserves.next(tried, drafted))",
+        "reserves.next(tried, drafted)",
+        "test_prices.py",
+        "the planner never applies its reserves",
+    ),
+    Mutant(
+        "compiler/planning/stash.py",
+        "most = max((o.transient_bytes for r in readers for o in menus[r]), default=0)",
+        "most = 0",
+        "test_prices.py",
+        "the transient of a stash's readers is forgotten",
+    ),
+    Mutant(
+        "compiler/costs/memory.py",
+        "live -= known[block]",
+        "pass",
+        "test_prices.py::test_prices_are_not_below_what_programs_hold",
+        "the walk frees nothing within a program",
+    ),
+    Mutant(
+        "compiler/ir/problem.py",
+        "chosen.static_bytes + self.in_flight[s] * chosen.stash_bytes",
+        "chosen.static_bytes + chosen.stash_bytes",
+        "test_compare.py::test_rows",
+        "a stash is priced once for all microbatches in flight",
+    ),
+    Mutant(
+        "compiler/costs/simulate.py",
+        "start = max([free, *arrivals])",
+        "start = free",
+        "test_schedule.py::test_1f1b_takes_the_time_of_the_formula",
+        "simulated stages wait for nothing",
+    ),
+    Mutant(
+        "compiler/driver/builder.py",
+        '"microbatches": (plan.microbatches, microbatches),',
+        "",
+        "test_planner.py::test_a_plan_is_for_all_that_programs_depend_on",
+        "a plan is accepted for another number of microbatches",
+    ),
+    Mutant(
+        "compiler/driver/builder.py",
+        '"zero": (plan.options.get("zero"), str(self.zero)),',
+        "",
+        "test_planner.py::test_a_plan_is_for_all_that_programs_depend_on",
+        "a plan is accepted at another level of ZeRO",
+    ),
+)
+
+VERIFIERS = (
+    Mutant(
+        "passes/programs/verify.py",
+        "missing = port.role is Role.VALUE and port.key not in known",
+        "missing = False",
+        "test_verify.py",
+        "unknown values pass",
+    ),
+    Mutant(
+        "passes/programs/verify.py",
+        "given.add(found[node.all_input_nodes[1]][0])",
+        "pass",
+        "test_verify.py",
+        "a write over a given gradient passes",
+    ),
+    Mutant(
+        "passes/programs/verify.py",
+        "if param.shape != found.shape or not (param.dtype is found.dtype or narrow):",
+        "if param.shape != found.shape:",
+        "test_verify.py",
+        "a gradient in any dtype passes",
+    ),
+    Mutant(
+        "passes/programs/verify.py",
+        "if reduces and reduces[0] < computes[-1]:",
+        "if False:",
+        "test_verify.py",
+        "gradients that are exchanged before all are added pass",
+    ),
+    Mutant(
+        "passes/programs/verify.py",
+        "if sent != received:",
+        "if False:",
+        "test_verify.py",
+        "messages that arrive in another order pass",
+    ),
+)
+
+FIGURES = (
+    Mutant(
+        "compiler/report/report.py",
+        'm * plan.dp * sum(getattr(stage, f"{phase}_flops") for stage in stages)',
+        'm * sum(getattr(stage, f"{phase}_flops") for stage in stages)',
+        "test_figures.py::test_how_much_it_takes",
+        "operations of one replica are called those of all",
+    ),
+    Mutant(
+        "compiler/report/report.py",
+        "made = plan.microbatches * plan.dp",
+        "made = plan.microbatches",
+        "test_figures.py::test_how_fast_it_is",
+        "rows per second of one replica are called those of all",
+    ),
+    Mutant(
+        "compiler/report/report.py",
+        "[m.buffers + m.constants + m.batch for m in held]",
+        "[m.buffers + m.constants for m in held]",
+        "test_figures.py::test_what_memory_is_made_of",
+        "the memory table leaves out the batch",
+    ),
+    Mutant(
+        "compiler/report/quantities.py",
+        'return _scale(numbers, 1024, "B", _BINARY)',
+        'return _scale(numbers, 1000, "B", _BINARY)',
+        "test_figures.py::test_bytes",
+        "a KiB has 1000 bytes",
+    ),
+    Mutant(
+        "compiler/report/hints.py",
+        "growth * now.step_s / then.step_s",
+        "now.step_s / then.step_s",
+        "test_figures.py::test_hints_grow_no_further_than_their_limit",
+        "a hint compares steps of different sizes",
+    ),
+    Mutant(
+        "compiler/planning/advice.py",
+        "held = max(_scaled(problem, 0.0)",
+        "held = max(_scaled(problem, 1.0)",
+        "test_figures.py::test_what_weights_alone_need_is_said",
+        "advice counts activations among the weights",
+    ),
+)
+
+BITS = (
+    Mutant(
+        "runtime/exchange/transport.py",
+        "for part in others:",
+        "for part in others[::-1]:",
+        "test_wire.py::test_means_are_added_in_rank_order",
+        "replicas are summed in another order",
+    ),
+    Mutant(
+        "runtime/exchange/wire.py",
+        "if tensor.stride() == spec.stride:",
+        "if tensor.shape == spec.shape:",
+        "test_wire.py::test_other_strides_are_conformed",
+        "values arrive in other strides",
+    ),
+    Mutant(
+        "runtime/executor.py",
+        "self.tangent.fill_(scale).div_(self.microbatches)",
+        "self.tangent.fill_(scale)",
+        "test_training.py::test_kinds_of_batches",
+        "gradients are the sum over the microbatches, not their mean",
+    ),
+    Mutant(
+        "passes/programs/inplace.py",
+        "if last[block] > i or block in given or shared != [source]:",
+        "if block in given or shared != [source]:",
+        "test_inplace.py::test_activations_and_their_derivatives",
+        "operators write over what is read later",
+    ),
+    Mutant(
+        "passes/graph/attention.py",
+        "return _Mask.CAUSAL if rows == columns and torch.equal(seen, causal) else _Mask.OTHER",
+        "return _Mask.CAUSAL",
+        "test_graph.py::test_only_exact_masks_are_dropped",
+        "every constant mask becomes a causal one",
+    ),
+    Mutant(
+        "runtime/pipeline.py",
+        "mix(self._seed, self._steps, replica, i)",
+        "mix(self._seed, self._steps, i)",
+        "test_training.py::test_dropout_differs_between_microbatches_replicas_and_steps",
+        "replicas drop the same elements",
+    ),
+    Mutant(
+        "passes/schedule/one_f_one_b.py",
+        "warm_up = min(n_stages - stage - 1, microbatches)",
+        "warm_up = min(n_stages - stage, microbatches)",
+        "test_schedule.py::test_1f1b_is_the_published_one",
+        "stages begin with one microbatch too many",
+    ),
+)
+
+SHARDING = (
+    Mutant(
+        "runtime/exchange/transport.py",
+        "total.add_(parts, alpha=1 / count)",
+        "total.add_(parts)",
+        "test_wire.py::test_means_are_added_to_a_total",
+        "sums over replicas are taken for means",
+    ),
+    Mutant(
+        "compiler/ir/shards.py",
+        "size = -(-rows // dp)",
+        "size = rows // dp",
+        "test_zero.py::test_rows_are_those_of_torch_chunk",
+        "the last rows belong to nobody",
+    ),
+    Mutant(
+        "compiler/ir/shards.py",
+        "return start + first, end - first",
+        "return start, end - first",
+        "test_zero.py::test_parcels_have_every_row_once",
+        "every piece of a tensor has its first rows",
+    ),
+    Mutant(
+        "runtime/state/gradients.py",
+        "slot.fresh = slot.fresh and item.piece < item.pieces - 1",
+        "slot.fresh = False",
+        "test_zero.py::test_odd_parameters_and_accumulation",
+        "pieces after the first are added to what was there before",
+    ),
+)
+
+PRECISION = (
+    Mutant(
+        "compiler/ir/precision.py",
+        "return self.grads if dtype is torch.float32 else dtype",
+        "return dtype",
+        "test_precision.py::test_gradients_add_up_in_the_dtype_asked_for",
+        "gradients add up in fp32 whatever was asked for",
+    ),
+    Mutant(
+        "runtime/state/model_state.py",
+        "state.grads.scale(1 / scale)",
+        "pass",
+        "test_precision.py::test_fp64_gradients_are_unscaled_too",
+        "gradients stay scaled",
+    ),
+    Mutant(
+        "runtime/loss_scaler.py",
+        "self.skipped += 1\nself._good = 0",
+        "self.skipped += 1",
+        "test_precision.py::test_the_scale_is_that_of_torchs_scaler",
+        "good steps before an overflow count for growth",
+    ),
+    Mutant(
+        "passes/graph/casts.py",
+        "if key in first:",
+        "if False:",
+        "test_precision.py::test_one_cast_per_value_and_none_of_a_parameter",
+        "a value is cast for each of its readers",
+    ),
+    Mutant(
+        "passes/graph/casts.py",
+        "return source.dtype in REDUCED and made.dtype not in REDUCED",
+        "return True",
+        "test_precision.py::test_random_programs_compute_what_autocast_computes",
+        "rounding and widening again is taken for nothing",
+    ),
+)
+
+FREEING = (
+    Mutant(
+        "runtime/executor.py",
+        "for name in bound.drops:\ndel values[name]",
+        "pass",
+        "test_planner.py::test_the_predicted_peak_is_the_measured_one",
+        "a microbatch keeps what nobody needs any more",
+    ),
+    Mutant(
+        "compiler/ir/program.py",
+        ", = boxed; boxed.clear()",
+        ", = boxed",
+        "test_planner.py::test_the_predicted_peak_is_the_measured_one",
+        "arguments live until a program ends",
+    ),
+)
+
+CHECKPOINTS = (
+    Mutant(
+        "runtime/pipeline.py",
+        "self.zero_grad()\nself._refresh()",
+        "self._refresh()",
+        "test_checkpoint.py::test_loading_drops_the_gradients_that_wait",
+        "load() keeps pending gradients",
+    ),
+    Mutant(
+        "runtime/checkpoint/restore.py",
+        "rank = self._rank if self._rank < len(saved) else 0",
+        "rank = 0",
+        "test_checkpoint.py::test_ranks_get_back_what_was_their_own",
+        "one rank's random stream is given to all",
+    ),
+    Mutant(
+        "runtime/checkpoint/restore.py",
+        "_check_ties(training.state, index)",
+        "pass",
+        "test_checkpoint.py::test_ties_are_those_that_were_saved",
+        "tied names are not checked",
+    ),
+    Mutant(
+        "runtime/checkpoint/index.py",
+        "sync(path)",
+        "pass",
+        "test_checkpoint.py::test_everything_is_on_the_disk_before_it_gets_its_name",
+        "the index may not be on the disk",
+    ),
+    Mutant(
+        "runtime/checkpoint/tensor_file.py",
+        "os.fsync(file.fileno())",
+        "pass",
+        "test_checkpoint.py::test_everything_is_on_the_disk_before_it_gets_its_name",
+        "tensors may not be on the disk",
+    ),
+    Mutant(
+        "runtime/checkpoint/step_folder.py",
+        "final.rename(replaced)",
+        "_remove(final)",
+        "test_checkpoint.py::test_killed_at_any_moment",
+        "for a moment there is no checkpoint at all",
+    ),
+    Mutant(
+        "runtime/checkpoint/storage.py",
+        "if path.resolve().parent != folder.resolve():",
+        "if False:",
+        "test_checkpoint.py::test_damaged_checkpoints",
+        "a checkpoint reads files outside of its folder",
+    ),
+)
+
+WATCHDOG = (
+    Mutant(
+        "runtime/exchange/watchdog.py",
+        "elif now - noticed > GRACE_S:",
+        "elif False:",
+        "test_watchdog.py",
+        "a blocked rank waits for ever",
+    ),
+    Mutant(
+        "runtime/exchange/watchdog.py",
+        "self.call += 1",
+        "pass",
+        "test_watchdog.py",
+        "an error that all caught fails the next call",
+    ),
+    Mutant(
+        "runtime/exchange/watchdog.py",
+        "failure = watchdog.first_failure() if watchdog.working else None",
+        "failure = watchdog.first_failure()",
+        "test_watchdog.py",
+        "a rank is ended between its calls",
+    ),
+)
+
+MUTANTS = (
+    *MODES,
+    *LIMITS,
+    *PLANNING,
+    *VERIFIERS,
+    *FIGURES,
+    *BITS,
+    *SHARDING,
+    *PRECISION,
+    *FREEING,
+    *CHECKPOINTS,
+    *WATCHDOG,
+)

@@ -1,0 +1,367 @@
+"""Verifiers can fail: every `VerificationError` of the package has a violation, planted by hand."""
+
+from __future__ import annotations
+
+import ast
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile.compiler.costs.simulate import simulate
+from pipecompile.compiler.ir import ops
+from pipecompile.compiler.ir.actions import Kind, from_text
+from pipecompile.compiler.ir.errors import VerificationError
+from pipecompile.compiler.ir.graph import JointGraph, Phase
+from pipecompile.compiler.ir.locality import locality_of
+from pipecompile.compiler.ir.program import (
+    Message,
+    PipelineProgram,
+    Port,
+    Program,
+    Role,
+    StageProgram,
+    ValueSpec,
+)
+from pipecompile.passes.graph.autocast import _check_no_fp64
+from pipecompile.passes.programs import verify
+from pipecompile.passes.programs.lower import lower
+from pipecompile.runtime.exchange.transport import Loopback
+from pipecompile.runtime.executor import drive
+from torch import fx, nn
+
+PACKAGE = Path(pipecompile.__file__).parent
+ATEN = torch.ops.aten
+FORWARD, BACKWARD = Phase.FORWARD, Phase.BACKWARD
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+def joint(change: Callable[[dict[str, fx.Node], JointGraph], object] | None = None) -> JointGraph:
+    """y = tanh(w), loss = sum(y), and the gradient of w, with something changed."""
+    graph = fx.Graph()
+    w, tangent = graph.placeholder("w"), graph.placeholder("tangent")
+
+    def call(name: str, target: Any, *args: Any) -> fx.Node:
+        return graph.create_node("call_function", target, args, name=name)
+
+    y = call("y", ATEN.tanh.default, w)
+    loss = call("loss", ATEN.sum.default, y)
+    spread = call("spread", ATEN.expand.default, tangent, (3,))
+    grad = call("grad", ATEN.tanh_backward.default, spread, y)
+    graph.output((loss, grad))
+    nodes = {node.name: node for node in (w, tangent, y, loss, spread, grad)}
+    for node in nodes.values():
+        shape = () if node in (loss, tangent) else (3,)
+        phase = BACKWARD if node in (tangent, spread, grad) else FORWARD
+        node.meta = {"val": torch.empty(shape, device="meta"), "phase": phase}
+    module = fx.GraphModule(nn.Module(), graph)
+    made = JointGraph(module, {"w": w}, {}, {}, tangent, loss, grads={"w": grad})
+    if change is not None:
+        change(nodes, made)
+    return made
+
+
+def call_a_module(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
+    graph.module.add_module("layer", nn.Identity())
+    with graph.graph.inserting_before(nodes["loss"]):
+        graph.graph.call_module("layer", (nodes["y"],))
+
+
+def read_backward(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
+    nodes["spread"].meta["phase"] = FORWARD
+
+
+def gradient(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., None]:
+    def change(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
+        nodes["grad"].meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+
+    return change
+
+
+def placed(**stages: int) -> None:
+    found: dict[str, fx.Node] = {}
+    graph = joint(lambda nodes, _: found.update(nodes))
+    verify.verify_placement(graph, {found[name]: stage for name, stage in stages.items()})
+
+
+# -- programs -------------------------------------------------------------------------------------
+
+
+def code(reads: str = "", makes: str = "", *steps: Any) -> Program:
+    """A program of values, constants (in capitals), and steps: (operator, what it reads).
+
+    A step is named by its position, an input by its name.
+    """
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name) for name in reads.split()}
+    for i, (target, read) in enumerate(steps):
+        nodes[str(i)] = graph.call_function(target, tuple(nodes[name] for name in read.split()))
+    graph.output(())
+    ports = [Port(Role.CONSTANT if n.isupper() else Role.VALUE, n) for n in reads.split()]
+    made = [Port(Role.CONSTANT if n.isupper() else Role.VALUE, n) for n in makes.split()]
+    return Program(fx.GraphModule(nn.Module(), graph), tuple(ports), tuple(made))
+
+
+def stage(
+    number: int, forward: Program, backward: Program | None = None, weight: Program | None = None
+) -> StageProgram:
+    return StageProgram(number, code("", "TABLE"), forward, backward, weight, (), (), ("w",))
+
+
+def message(src: int, dst: int, value: str = "x") -> Message:
+    phase = FORWARD if src < dst else BACKWARD
+    return Message(src, dst, phase, (ValueSpec(value, (1,), (1,), torch.float32),))
+
+
+def pipeline(*stages: StageProgram, messages: tuple[Message, ...] = ()) -> PipelineProgram:
+    return PipelineProgram(stages, messages, (), len(stages) - 1, None)
+
+
+def two(change: str = "", to: str = "") -> PipelineProgram:
+    """x goes up, its gradient dx down; each stage keeps h and carries g to its weights."""
+
+    def named(names: str) -> str:
+        return names.replace(change, to) if change else names
+
+    first = stage(0, code("TABLE", named("x h")), code(named("dx h"), "g"), code(named("g h"), ""))
+    second = stage(1, code("x", "h"), code("h", named("dx g")), code("g", ""))
+    return pipeline(first, second, messages=(message(0, 1), message(1, 0, "dx")))
+
+
+def written(*steps: Any) -> PipelineProgram:
+    return pipeline(stage(0, code("x", "", *steps)))
+
+
+# -- schedules ------------------------------------------------------------------------------------
+
+MESSAGES = [message(0, 1), message(1, 0)]
+LEGAL = (
+    "0F0 0SEND_F0→1 0F1 0SEND_F1→1 0RECV_B0←1 0B0 0W0 0RECV_B1←1 0B1 0W1\n"
+    "1RECV_F0←0 1RECV_F1←0 1F0 1B0 1SEND_B0→0 1F1 1B1 1SEND_B1→0"
+)
+SHARDED = "0UNSHARD 0F0 0B0 0REDUCE_B0 0REDUCE_GRAD 0SYNC_TIED"
+
+
+def scheduled(old: str = "", new: str = "", trains: bool = True) -> None:
+    assert old in LEGAL
+    verify.verify_schedule(from_text(LEGAL.replace(old, new, 1)), MESSAGES, 2, trains)
+
+
+CIRCULAR = "0RECV_F0←1 0F0 0SEND_F0→1\n1RECV_F0←0 1F0 1SEND_F0→0"
+
+
+def circular() -> None:
+    both = [message(0, 1), Message(1, 0, FORWARD, ())]
+    verify.verify_schedule(from_text(CIRCULAR), both, 1, trains=False)
+
+
+def sharded(old: str = "", new: str = "", zero: int = 2) -> None:
+    assert old in SHARDED
+    program = pipeline(stage(0, code(), code()))
+    verify.verify_sharding(from_text(SHARDED.replace(old, new, 1)), program, 2, zero)
+
+
+# -- elsewhere ------------------------------------------------------------------------------------
+
+
+def lowered(*reads: str, **stages: int) -> None:
+    """With a loss that reads these values, and all on stage 0 but what is said."""
+
+    def change(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
+        nodes["loss"].args = tuple(nodes[name] for name in reads)
+
+    graph = joint(change)
+    locality = locality_of(graph)
+    places = {node: stages.get(node.name, 0) for node in locality.staged}
+    lower(graph, locality, places, 2)
+
+
+def unread() -> None:
+    spec = message(0, 1).values[0]
+    loopback = Loopback()
+    loopback.send(0, 1, [torch.ones(1)], [spec])
+    loopback.flush()
+
+
+def stuck() -> Iterator[None]:
+    while True:
+        yield
+
+
+VIOLATIONS: list[tuple[Callable[[], object], str]] = [
+    (lambda: verify.verify_graph(joint(call_a_module)), "layer is a call_module"),
+    (lambda: verify.verify_graph(joint(lambda n, _: n["y"].meta.pop("val"))), "has no shape"),
+    (lambda: verify.verify_graph(joint(read_backward)), "the forward node spread reads tangent"),
+    (lambda: verify.verify_graph(joint(gradient((4,), torch.float32))), "gradient of w is .*4"),
+    (lambda: verify.verify_graph(joint(gradient((3,), torch.float64))), "w is .*float64"),
+    (lambda: verify.verify_graph(joint(gradient((3,), torch.int16))), "w is .*int16"),
+    (lambda: placed(y=1, loss=0), r"y \(stage 1\) is read by loss \(stage 0\)"),
+    (lambda: placed(spread=0, grad=1), r"spread \(stage 0\) is read by grad \(stage 1\)"),
+    (
+        lambda: verify.verify_program(pipeline(stage(0, code("OTHER")))),
+        r"stage 0 F reads unknown constant\(OTHER\)",
+    ),
+    (
+        lambda: verify.verify_program(pipeline(stage(0, code("h", "h")))),
+        r"stage 0 F reads unknown value\(h\)",
+    ),
+    (
+        lambda: verify.verify_program(pipeline(stage(0, code("", "x"), code("h")))),
+        r"stage 0 B reads unknown value\(h\)",
+    ),
+    (
+        lambda: verify.verify_program(pipeline(stage(0, code("", "x"), code("x"), code("g")))),
+        r"stage 0 W reads unknown value\(g\)",
+    ),
+    (
+        lambda: verify.verify_program(
+            pipeline(stage(0, code("", "x")), stage(1, code("x")), messages=(message(1, 0),))
+        ),
+        r"stage 1 F reads unknown value\(x\)",
+    ),
+    (lambda: verify.verify_program(two("x", "y")), "0→1 sends {'x'}"),
+    (lambda: verify.verify_program(two("dx g", "g")), "1→0 sends {'dx'}"),
+    (
+        lambda: verify.verify_writes(written((ATEN.tanh_.default, "x"))),
+        "stage 0 F: tanh__default writes over x, which others have",
+    ),
+    (
+        lambda: verify.verify_writes(
+            written(
+                (ATEN.exp.default, "x"),
+                (ops.accumulate, "x 0"),
+                (ATEN.tanh_.default, "0"),
+            )
+        ),
+        "tanh__default writes over exp_default, which others have",
+    ),
+    (
+        lambda: verify.verify_writes(
+            written(
+                (ATEN.exp.default, "x"),
+                (ATEN.t.default, "0"),
+                (ops.accumulate, "x 1"),
+                (ATEN.tanh_.default, "0"),
+            )
+        ),
+        "tanh__default writes over exp_default, which others have",
+    ),
+    (
+        lambda: verify.verify_writes(
+            written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0"), (ATEN.add.Tensor, "0 1"))
+        ),
+        "add_tensor reads exp_default, which was written over",
+    ),
+    (
+        lambda: verify.verify_writes(
+            written(
+                (ATEN.exp.default, "x"),
+                (ATEN.t.default, "0"),
+                (ATEN.tanh_.default, "0"),
+                (ATEN.exp.default, "1"),
+            )
+        ),
+        "exp_default_1 reads t_default, which was written over",
+    ),
+    (lambda: sharded("0UNSHARD 0F0", "0F0 0UNSHARD"), "stage 0 computes before 0UNSHARD"),
+    (lambda: sharded("0REDUCE_GRAD ", ""), "stage 0 has 0 REDUCE_GRAD"),
+    (lambda: sharded("0SYNC_TIED", "0REDUCE_GRAD"), "stage 0 has 2 REDUCE_GRAD"),
+    (
+        lambda: sharded("0B0 0REDUCE_B0 0REDUCE_GRAD", "0REDUCE_GRAD 0B0 0REDUCE_B0"),
+        "0REDUCE_GRAD comes before 0B0",
+    ),
+    (lambda: sharded(zero=1), "0SYNC_TIED is on the wrong side of REDUCE_GRAD"),
+    (
+        lambda: sharded("0REDUCE_GRAD 0SYNC_TIED", "0SYNC_TIED 0REDUCE_GRAD"),
+        "0SYNC_TIED is on the wrong side of REDUCE_GRAD",
+    ),
+    (lambda: sharded("0B0 0REDUCE_B0", "0REDUCE_B0 0B0"), "0REDUCE_B0 does not follow 0B0"),
+    (lambda: sharded("0REDUCE_B0", "0REDUCE_W0"), "0REDUCE_W0 does not follow 0W0"),
+    (lambda: sharded("0REDUCE_B0", "0REDUCE_B1"), "0REDUCE_B1 does not follow 0B1"),
+    (lambda: scheduled("0F1 ", ""), r"stage 0 runs F of microbatches \[0\]"),
+    (lambda: scheduled("0B1", "0B0"), r"stage 0 runs B of microbatches \[0, 0\]"),
+    (lambda: scheduled("0F1", "0F2"), r"stage 0 runs F of microbatches \[0, 2\]"),
+    (lambda: scheduled(trains=False), r"stage 0 runs B of microbatches \[0, 1\]"),
+    (lambda: scheduled("0W1", ""), r"stage 0 runs W of microbatches \[0\]"),
+    (lambda: scheduled("0W1", "1W1"), "an action of another stage is in the list of stage 0"),
+    (lambda: scheduled("1F1 1B1", "1B1 1F1"), "1B1 comes before 1F1"),
+    (lambda: scheduled("0B0 0W0", "0W0 0B0"), "0W0 comes before 0B0"),
+    (lambda: scheduled("1SEND_B1→0", ""), r"1→0 backward: microbatches \[0\] are sent"),
+    (lambda: scheduled("0SEND_F1→1", "0SEND_F0→1"), r"0→1 forward: microbatches \[0, 0\] are sent"),
+    (
+        lambda: scheduled("1RECV_F0←0 1RECV_F1←0", "1RECV_F1←0 1RECV_F0←0"),
+        r"0→1 forward: sent in order \[0, 1\], received \[1, 0\]",
+    ),
+    (lambda: scheduled("1RECV_F1←0", ""), r"sent in order \[0, 1\], received \[0\]"),
+    (lambda: scheduled("0F1 0SEND_F1→1", "0SEND_F1→1 0F1"), "0SEND_F1→1 is on the wrong side"),
+    (lambda: scheduled("0RECV_B1←1 0B1", "0B1 0RECV_B1←1"), "0RECV_B1←1 is on the wrong side"),
+    (lambda: scheduled("0F1", "0F1 0SEND_B0→1"), "0SEND_B0→1 has no message"),
+    (lambda: scheduled("0F1", "0F1 0RECV_F0←1"), "0RECV_F0←1 has no message"),
+    (circular, "a wait cycle: .*F0"),
+    (
+        lambda: verify.verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2]),
+        "stage 0 holds 3 microbatches, planned 2",
+    ),
+    (
+        lambda: verify.verify_in_flight(from_text("0F0 0B0 0F1 0B1 0W0 0W1"), [1]),
+        "stage 0 holds 2 microbatches, planned 1",
+    ),
+    (lambda: lowered("y", y=1), "y goes from forward of stage 1 to 0"),
+    (lambda: lowered("spread"), "spread is made in B and read in F"),
+    (
+        lambda: simulate(from_text(CIRCULAR), {(s, Kind.F): 1.0 for s in range(2)}, {}),
+        "the schedule deadlocks",
+    ),
+    (lambda: drive([stuck(), stuck()], lambda: 0), "every rank waits for another"),
+    (unread, "messages that nobody read: 0→1"),
+    (
+        lambda: joint(lambda n, _: _check_no_fp64(n["y"], torch.ones(3, dtype=torch.float64))),
+        "y became fp64",
+    ),
+]
+"""What breaks a rule, and what is said of it."""
+
+
+def test_what_is_legal_passes() -> None:
+    verify.verify_graph(joint())
+    verify.verify_graph(joint(gradient((3,), torch.bfloat16)))  # widened where it adds up
+    placed(w=0, y=0, loss=1, spread=1, grad=0)
+    verify.verify_program(two())
+    verify.verify_writes(written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0")))
+    scheduled()
+    sharded()
+    verify.verify_in_flight(from_text("0F0 0F1 0B0 0B1"), [2])
+
+
+@pytest.mark.parametrize(("violate", "said"), VIOLATIONS, ids=[said for _, said in VIOLATIONS])
+def test_what_is_not_is_refused(violate: Callable[[], object], said: str) -> None:
+    with pytest.raises(VerificationError, match=said):
+        violate()
+
+
+def test_every_refusal_has_a_violation() -> None:
+    """One that is new in the package needs a line above."""
+    seen: set[tuple[str, int]] = set()
+    for violate, _ in VIOLATIONS:
+        with pytest.raises(VerificationError) as caught:
+            violate()
+        error: BaseException | None = caught.value
+        while error is not None:  # one that names its place hides the one that it took up
+            steps = traceback.extract_tb(error.__traceback__)
+            seen |= {(step.filename, step.lineno or 0) for step in steps}
+            error = error.__context__
+    assert not [place for place in refusals() if place not in seen]
+
+
+def refusals() -> Iterator[tuple[str, int]]:
+    """File and line of all that raises such an error."""
+    for folder in ("compiler", "passes", "runtime"):
+        for path in (PACKAGE / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and "VerificationError(" in ast.unparse(node):
+                    yield str(path), node.lineno

@@ -1,0 +1,163 @@
+"""The watchdogs of two ranks over one store, in one process and with short times."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+from pipecompile.compiler.ir.errors import BatchError, PeerFailedError
+from pipecompile.runtime.exchange import watchdog
+from pipecompile.runtime.exchange.watchdog import Watchdog
+
+LIMIT_S = 20  # for what takes a tenth of a second where the machine is free
+
+
+class Rank:
+    """Owns a watchdog, which holds it weakly, and says what it is doing."""
+
+    def __init__(self, number: int) -> None:
+        self.doing = ""
+        self.watchdog = Watchdog(number, "test", self.status)
+
+    def status(self) -> str:
+        return self.doing
+
+    def fail(self, error: Exception) -> Exception:
+        """Fail in a guarded call; what is raised."""
+        with pytest.raises(Exception) as caught, self.watchdog.guard():  # noqa: PT011
+            raise error
+        return caught.value
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[Rank, Rank]:
+    store = dist.HashStore()
+    monkeypatch.setattr(watchdog, "_get_default_store", lambda: store)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for name, seconds in (("POLL_S", 0.01), ("GRACE_S", 0.1), ("ECHO_S", 0.1), ("QUIET_S", 0.1)):
+        monkeypatch.setattr(watchdog, name, seconds)
+    return Rank(0), Rank(1)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """With what exit status a watchdog would have ended the process, and waits instead."""
+    statuses: list[int] = []
+    over = threading.Event()
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        over.wait(LIMIT_S)
+
+    monkeypatch.setattr("os._exit", end)
+    yield statuses
+    over.set()
+
+
+def until(condition: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+def test_the_first_cause_is_on_top(ranks: tuple[Rank, Rank]) -> None:
+    """An echo of it raises it; what the user did wrong stays what it is."""
+    first, second = ranks
+    second.doing = "1F0"
+    cause = second.fail(ArithmeticError("out of numbers"))
+    assert isinstance(cause, ArithmeticError)
+    echo = first.fail(RuntimeError("connection closed"))
+    assert isinstance(echo, PeerFailedError)
+    assert str(echo).startswith(
+        "rank 1 failed first during 1F0: ArithmeticError: out of numbers\n\nIts traceback:\n"
+    )
+    assert isinstance(echo.__cause__, RuntimeError)
+    assert isinstance(first.fail(BatchError("rows")), BatchError)
+    echo = second.fail(RuntimeError("connection closed"))
+    assert "rank 0 failed first: BatchError: rows" in str(echo)
+
+
+def test_an_error_belongs_to_its_call(ranks: tuple[Rank, Rank]) -> None:
+    first, second = ranks
+    second.fail(ArithmeticError("out of numbers"))
+    with first.watchdog.guard():
+        pass
+    assert isinstance(first.fail(RuntimeError("of its own")), RuntimeError)
+    with second.watchdog.guard():
+        pass
+    first.fail(RuntimeError("the next"))
+    assert "the next" in str(second.fail(RuntimeError("connection closed")))
+
+
+def test_an_error_outside_of_any_call_reaches_all(
+    ranks: tuple[Rank, Rank], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the process: whatever the others do, they hear of it."""
+    error = ArithmeticError("the data loader is empty")
+    ranks[0].watchdog.report(error, watchdog._FATAL)
+    assert "the data loader is empty" in str(ranks[1].fail(RuntimeError("connection closed")))
+    sys.excepthook(ArithmeticError, error, None)
+    assert "the data loader is empty" in capsys.readouterr().err
+
+
+def test_a_blocked_rank_is_ended(
+    ranks: tuple[Rank, Rank], ended: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = ranks
+    second.fail(ArithmeticError("out of numbers"))
+    with first.watchdog.guard():
+        assert until(lambda: ended)
+    assert ended == [1]
+    assert "rank 0 stops: rank 1 failed first: ArithmeticError" in capsys.readouterr().err
+
+
+def test_a_rank_has_time_to_notice_by_itself(
+    ranks: tuple[Rank, Rank], ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is left alone when it is not at work, or where nobody failed."""
+    first, second = ranks
+    with first.watchdog.guard():
+        time.sleep(0.3)
+    with second.watchdog.guard():
+        pass
+    monkeypatch.setattr(watchdog, "GRACE_S", 600.0)
+    second.fail(ArithmeticError("out of numbers"))
+    with first.watchdog.guard():
+        time.sleep(0.3)
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    time.sleep(0.3)
+    assert ended == []
+
+
+def test_a_long_action_is_named_once(
+    ranks: tuple[Rank, Rank], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _ = ranks
+    said = ""
+
+    def says(text: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return text in said
+
+    with first.watchdog.guard():
+        for action in ("0RECV_B3←1", "0B3"):
+            first.doing = action
+            assert until(lambda doing=action: says(f"rank 0 has been in {doing} for 0 s"))
+        time.sleep(0.3)
+    says("")
+    assert said.count("has been in 0RECV_B3←1") == said.count("has been in 0B3") == 1
+
+
+def test_a_watchdog_ends_with_its_owner(ranks: tuple[Rank, Rank]) -> None:
+    before = set(threading.enumerate())
+    rank = Rank(2)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "pipecompile-watchdog"
+    del rank
+    assert until(lambda: not thread.is_alive())
