@@ -27,7 +27,8 @@ from pipecompile.compiler.ir.precision import LossScale
 from pipecompile.compiler.ir.problem import Option, Problem, solution_of
 from pipecompile.compiler.ir.program import PipelineProgram, Program, StageProgram
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning import advice, stash
+from pipecompile.compiler.planning import advice, cutter, stash
+from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.units import units_of
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
@@ -118,7 +119,7 @@ def test_the_plan_counts_a_segment_and_its_share(monkeypatch: pytest.MonkeyPatch
     static = memory.Static(5000, 0, 1000, 0, 0, 0, 0)
     for segment, extra in ((400, 400 + 100), (4000, 1000 + 250)):
         monkeypatch.setattr(memory, "SEGMENT_BYTES", segment)
-        found = memory.stage_memory(program, 0, actions, static, dp=4)
+        found = memory.rank_memory(program, actions, static, dp=4)
         assert (found.peak_bytes, found.peak_at) == (6000 + extra, "0REDUCE_GRAD")
 
 
@@ -213,16 +214,16 @@ def test_few_divided_tensors_are_whole_at_once(monkeypatch: pytest.MonkeyPatch) 
 def menus(layers: int) -> list[tuple[stash.Stash, ...]]:
     graph = units.captured(models.Residual(layers, 64), torch.ones(256, 64))
     locality = locality_of(graph)
-    return stash.options_of(
+    return menus_.options_of(
         *stash.bodies_of(graph, locality, units_of(graph, locality, H100)), H100
     )
 
 
 def test_a_menu_has_so_many_options_the_ends_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stash, "MAX_OPTIONS", 9)
+    monkeypatch.setattr(cutter, "MAX_OPTIONS", 9)
     whole = menus(3)
     assert max(map(len, whole)) > 3
-    monkeypatch.setattr(stash, "MAX_OPTIONS", 3)
+    monkeypatch.setattr(cutter, "MAX_OPTIONS", 3)
     for menu, all_of_it in zip(menus(3), whole, strict=True):
         assert len(menu) == min(3, len(all_of_it))
         for end in (0, -1):
@@ -234,7 +235,7 @@ def test_a_menu_has_so_many_options_the_ends_among_them(monkeypatch: pytest.Monk
 def test_so_many_units_in_a_row_forget_their_outputs(
     monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(stash, "MAX_FORGETFUL", most)
+    monkeypatch.setattr(menus_, "MAX_FORGETFUL", most)
     marks = "".join("x" if menu[-1].forgets else " " for menu in menus(8))
     assert max(map(len, marks.split())) == most if most else not marks.strip()
 

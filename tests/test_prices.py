@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import StageMemory, Static, stage_memory
+from pipecompile.compiler.costs.memory import RankMemory, Static, rank_memory
 from pipecompile.compiler.ir.actions import from_text
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.graph import JointGraph, Phase
 from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.ir.problem import Problem
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning import planner, stash
+from pipecompile.compiler.planning import menus as menus_
+from pipecompile.compiler.planning import planner
 from pipecompile.compiler.planning.formulation import Terms, formulate
+from pipecompile.compiler.planning.menus import options_of
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.planning.pricing import roofline
-from pipecompile.compiler.planning.stash import Body, Stash, bodies_of, options_of
+from pipecompile.compiler.planning.stash import Body, Stash, bodies_of
 from pipecompile.compiler.planning.units import units_of
 from pipecompile.passes.graph.placement import Placement, place
-from pipecompile.passes.graph.remat import rematerialise, undo
+from pipecompile.passes.graph.remat import rematerialise
 from pipecompile.passes.programs.lower import lower
 from support import models, units
 from torch import fx
@@ -43,13 +45,14 @@ def bodies() -> tuple[list[Body], dict[fx.Node, int]]:
     return bodies_of(*graph(), units_of(*graph(), H100))
 
 
-def held(placement: Placement, again: Collection[fx.Node]) -> StageMemory:
+def held(placement: Placement, again: Collection[fx.Node]) -> RankMemory:
     """What one stage holds for one microbatch, walked operator by operator."""
     joint, locality = graph()
-    remat = rematerialise(joint, locality, placement.stage, again)
-    program = lower(joint, remat.locality, remat.stage, 1)
-    undo(remat)
-    return stage_memory(program, 0, from_text("0F0 0B0")[0], NOTHING)
+    own, twin = joint.copy()
+    stage = {twin[node]: s for node, s in placement.stage.items()}
+    remat = rematerialise(own, locality.moved(twin), stage, {twin[node] for node in again})
+    program = lower(own, remat.locality, remat.stage, 1)
+    return rank_memory(program, from_text("0F0 0B0")[0], NOTHING)
 
 
 def problem_of(menus: Sequence[Sequence[Stash]]) -> Problem:
@@ -88,9 +91,9 @@ def test_what_is_forgotten_waits_for_the_most_that_a_reader_needs() -> None:
 
     menus = (needs(7), needs(30, 500), needs(40), needs(9000))
     forgetful = Stash(forgets=frozenset({value}), transient_bytes=7)
-    assert stash._with_readers(forgetful, menus, places).transient_bytes == 7 + 500
+    assert menus_._with_readers(forgetful, menus, places).transient_bytes == 7 + 500
     keeping = Stash(transient_bytes=7)
-    assert stash._with_readers(keeping, menus, places) is keeping
+    assert menus_._with_readers(keeping, menus, places) is keeping
 
 
 # -- the planner ----------------------------------------------------------------------------------
@@ -103,9 +106,9 @@ class Drafts:
         self.hidden_bytes = hidden_bytes
         self.peaks: list[int] = []
 
-    def __call__(self, placement: Placement, again: Collection[fx.Node]) -> list[StageMemory]:
+    def __call__(self, placement: Placement, again: Collection[fx.Node]) -> list[RankMemory]:
         self.peaks.append(held(placement, again).peak_bytes + self.hidden_bytes)
-        return [StageMemory(NOTHING, self.peaks[-1], "0B0", ())]
+        return [RankMemory(NOTHING, self.peaks[-1], "0B0", ())]
 
 
 def decided(budget_bytes: float, drafts: Drafts) -> tuple[Planner, Any]:
@@ -136,7 +139,7 @@ def test_the_solver_is_asked_so_many_times_and_once_more(monkeypatch: pytest.Mon
     """Programs that need ever more are never settled."""
 
     class Growing(Drafts):
-        def __call__(self, *args: Any) -> list[StageMemory]:
+        def __call__(self, *args: Any) -> list[RankMemory]:
             self.hidden_bytes += 10_000_000
             return super().__call__(*args)
 

@@ -26,9 +26,16 @@ from pipecompile.compiler.ir.program import (
     StageProgram,
     ValueSpec,
 )
+from pipecompile.compiler.ir.zero import LEVELS
 from pipecompile.passes.graph.autocast import _check_no_fp64
-from pipecompile.passes.programs import verify
+from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.programs.lower import lower
+from pipecompile.passes.programs.verify import verify_program, verify_writes
+from pipecompile.passes.schedule.verify import (
+    verify_exchange,
+    verify_in_flight,
+    verify_schedule,
+)
 from pipecompile.runtime.exchange.transport import Loopback
 from pipecompile.runtime.executor import drive
 from torch import fx, nn
@@ -59,17 +66,20 @@ def joint(change: Callable[[dict[str, fx.Node], JointGraph], object] | None = No
         shape = () if node in (loss, tangent) else (3,)
         phase = BACKWARD if node in (tangent, spread, grad) else FORWARD
         node.meta = {"val": torch.empty(shape, device="meta"), "phase": phase}
-    module = fx.GraphModule(nn.Module(), graph)
-    made = JointGraph(module, {"w": w}, {}, {}, tangent, loss, grads={"w": grad})
+    made = JointGraph(nn.Module(), graph, {"w": w}, {}, {}, tangent, loss, grads={"w": grad})
     if change is not None:
         change(nodes, made)
     return made
 
 
 def call_a_module(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
-    graph.module.add_module("layer", nn.Identity())
     with graph.graph.inserting_before(nodes["loss"]):
         graph.graph.call_module("layer", (nodes["y"],))
+
+
+def name_a_constant(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
+    with graph.graph.inserting_before(nodes["loss"]):
+        graph.graph.get_attr("absent")
 
 
 def read_backward(nodes: dict[str, fx.Node], graph: JointGraph) -> None:
@@ -86,7 +96,7 @@ def gradient(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., None]:
 def placed(**stages: int) -> None:
     found: dict[str, fx.Node] = {}
     graph = joint(lambda nodes, _: found.update(nodes))
-    verify.verify_placement(graph, {found[name]: stage for name, stage in stages.items()})
+    verify_placement(graph, {found[name]: stage for name, stage in stages.items()})
 
 
 # -- programs -------------------------------------------------------------------------------------
@@ -149,7 +159,7 @@ SHARDED = "0UNSHARD 0F0 0B0 0REDUCE_B0 0REDUCE_GRAD 0SYNC_TIED"
 
 def scheduled(old: str = "", new: str = "", trains: bool = True) -> None:
     assert old in LEGAL
-    verify.verify_schedule(from_text(LEGAL.replace(old, new, 1)), MESSAGES, 2, trains)
+    verify_schedule(from_text(LEGAL.replace(old, new, 1)), MESSAGES, 2, trains)
 
 
 CIRCULAR = "0RECV_F0←1 0F0 0SEND_F0→1\n1RECV_F0←0 1F0 1SEND_F0→0"
@@ -157,13 +167,13 @@ CIRCULAR = "0RECV_F0←1 0F0 0SEND_F0→1\n1RECV_F0←0 1F0 1SEND_F0→0"
 
 def circular() -> None:
     both = [message(0, 1), Message(1, 0, FORWARD, ())]
-    verify.verify_schedule(from_text(CIRCULAR), both, 1, trains=False)
+    verify_schedule(from_text(CIRCULAR), both, 1, trains=False)
 
 
 def sharded(old: str = "", new: str = "", zero: int = 2) -> None:
     assert old in SHARDED
     program = pipeline(stage(0, code(), code()))
-    verify.verify_sharding(from_text(SHARDED.replace(old, new, 1)), program, 2, zero)
+    verify_exchange(from_text(SHARDED.replace(old, new, 1)), program, 2, LEVELS[zero])
 
 
 # -- elsewhere ------------------------------------------------------------------------------------
@@ -194,44 +204,45 @@ def stuck() -> Iterator[None]:
 
 
 VIOLATIONS: list[tuple[Callable[[], object], str]] = [
-    (lambda: verify.verify_graph(joint(call_a_module)), "layer is a call_module"),
-    (lambda: verify.verify_graph(joint(lambda n, _: n["y"].meta.pop("val"))), "has no shape"),
-    (lambda: verify.verify_graph(joint(read_backward)), "the forward node spread reads tangent"),
-    (lambda: verify.verify_graph(joint(gradient((4,), torch.float32))), "gradient of w is .*4"),
-    (lambda: verify.verify_graph(joint(gradient((3,), torch.float64))), "w is .*float64"),
-    (lambda: verify.verify_graph(joint(gradient((3,), torch.int16))), "w is .*int16"),
+    (lambda: verify_graph(joint(call_a_module)), "layer is a call_module"),
+    (lambda: verify_graph(joint(name_a_constant)), "absent is no constant of the graph"),
+    (lambda: verify_graph(joint(lambda n, _: n["y"].meta.pop("val"))), "has no shape"),
+    (lambda: verify_graph(joint(read_backward)), "the forward node spread reads tangent"),
+    (lambda: verify_graph(joint(gradient((4,), torch.float32))), "gradient of w is .*4"),
+    (lambda: verify_graph(joint(gradient((3,), torch.float64))), "w is .*float64"),
+    (lambda: verify_graph(joint(gradient((3,), torch.int16))), "w is .*int16"),
     (lambda: placed(y=1, loss=0), r"y \(stage 1\) is read by loss \(stage 0\)"),
     (lambda: placed(spread=0, grad=1), r"spread \(stage 0\) is read by grad \(stage 1\)"),
     (
-        lambda: verify.verify_program(pipeline(stage(0, code("OTHER")))),
+        lambda: verify_program(pipeline(stage(0, code("OTHER")))),
         r"stage 0 F reads unknown constant\(OTHER\)",
     ),
     (
-        lambda: verify.verify_program(pipeline(stage(0, code("h", "h")))),
+        lambda: verify_program(pipeline(stage(0, code("h", "h")))),
         r"stage 0 F reads unknown value\(h\)",
     ),
     (
-        lambda: verify.verify_program(pipeline(stage(0, code("", "x"), code("h")))),
+        lambda: verify_program(pipeline(stage(0, code("", "x"), code("h")))),
         r"stage 0 B reads unknown value\(h\)",
     ),
     (
-        lambda: verify.verify_program(pipeline(stage(0, code("", "x"), code("x"), code("g")))),
+        lambda: verify_program(pipeline(stage(0, code("", "x"), code("x"), code("g")))),
         r"stage 0 W reads unknown value\(g\)",
     ),
     (
-        lambda: verify.verify_program(
+        lambda: verify_program(
             pipeline(stage(0, code("", "x")), stage(1, code("x")), messages=(message(1, 0),))
         ),
         r"stage 1 F reads unknown value\(x\)",
     ),
-    (lambda: verify.verify_program(two("x", "y")), "0→1 sends {'x'}"),
-    (lambda: verify.verify_program(two("dx g", "g")), "1→0 sends {'dx'}"),
+    (lambda: verify_program(two("x", "y")), "0→1 sends {'x'}"),
+    (lambda: verify_program(two("dx g", "g")), "1→0 sends {'dx'}"),
     (
-        lambda: verify.verify_writes(written((ATEN.tanh_.default, "x"))),
+        lambda: verify_writes(written((ATEN.tanh_.default, "x"))),
         "stage 0 F: tanh__default writes over x, which others have",
     ),
     (
-        lambda: verify.verify_writes(
+        lambda: verify_writes(
             written(
                 (ATEN.exp.default, "x"),
                 (ops.accumulate, "x 0"),
@@ -241,7 +252,7 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         "tanh__default writes over exp_default, which others have",
     ),
     (
-        lambda: verify.verify_writes(
+        lambda: verify_writes(
             written(
                 (ATEN.exp.default, "x"),
                 (ATEN.t.default, "0"),
@@ -252,13 +263,13 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         "tanh__default writes over exp_default, which others have",
     ),
     (
-        lambda: verify.verify_writes(
+        lambda: verify_writes(
             written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0"), (ATEN.add.Tensor, "0 1"))
         ),
         "add_tensor reads exp_default, which was written over",
     ),
     (
-        lambda: verify.verify_writes(
+        lambda: verify_writes(
             written(
                 (ATEN.exp.default, "x"),
                 (ATEN.t.default, "0"),
@@ -288,7 +299,15 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: scheduled("0F1", "0F2"), r"stage 0 runs F of microbatches \[0, 2\]"),
     (lambda: scheduled(trains=False), r"stage 0 runs B of microbatches \[0, 1\]"),
     (lambda: scheduled("0W1", ""), r"stage 0 runs W of microbatches \[0\]"),
-    (lambda: scheduled("0W1", "1W1"), "an action of another stage is in the list of stage 0"),
+    (lambda: scheduled("0W1", "1W1"), "1W1 is in the list of rank 0, and stage 1 is on rank 1"),
+    (
+        lambda: verify_schedule(from_text("0F0 2F0"), [], 1, trains=False),
+        r"only stages \[0, 2\] have actions",
+    ),
+    (
+        lambda: verify_schedule(from_text("1F0 0F0"), [message(0, 1)], 1, trains=False),
+        "1F0 reads what 0F0 makes after it",
+    ),
     (lambda: scheduled("1F1 1B1", "1B1 1F1"), "1B1 comes before 1F1"),
     (lambda: scheduled("0B0 0W0", "0W0 0B0"), "0W0 comes before 0B0"),
     (lambda: scheduled("1SEND_B1→0", ""), r"1→0 backward: microbatches \[0\] are sent"),
@@ -304,11 +323,11 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: scheduled("0F1", "0F1 0RECV_F0←1"), "0RECV_F0←1 has no message"),
     (circular, "a wait cycle: .*F0"),
     (
-        lambda: verify.verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2]),
+        lambda: verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2]),
         "stage 0 holds 3 microbatches, planned 2",
     ),
     (
-        lambda: verify.verify_in_flight(from_text("0F0 0B0 0F1 0B1 0W0 0W1"), [1]),
+        lambda: verify_in_flight(from_text("0F0 0B0 0F1 0B1 0W0 0W1"), [1]),
         "stage 0 holds 2 microbatches, planned 1",
     ),
     (lambda: lowered("y", y=1), "y goes from forward of stage 1 to 0"),
@@ -328,14 +347,14 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
 
 
 def test_what_is_legal_passes() -> None:
-    verify.verify_graph(joint())
-    verify.verify_graph(joint(gradient((3,), torch.bfloat16)))  # widened where it adds up
+    verify_graph(joint())
+    verify_graph(joint(gradient((3,), torch.bfloat16)))  # widened where it adds up
     placed(w=0, y=0, loss=1, spread=1, grad=0)
-    verify.verify_program(two())
-    verify.verify_writes(written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0")))
+    verify_program(two())
+    verify_writes(written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0")))
     scheduled()
     sharded()
-    verify.verify_in_flight(from_text("0F0 0F1 0B0 0B1"), [2])
+    verify_in_flight(from_text("0F0 0F1 0B0 0B1"), [2])
 
 
 @pytest.mark.parametrize(("violate", "said"), VIOLATIONS, ids=[said for _, said in VIOLATIONS])

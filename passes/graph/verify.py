@@ -16,6 +16,8 @@ def verify_graph(graph: JointGraph) -> None:
     for node in graph.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise VerificationError(f"{node} is a {node.op}")
+        if node.op == "get_attr" and not hasattr(graph.constants, str(node.target)):
+            raise VerificationError(f"{node} is no constant of the graph")
         if node.op == "call_function" and "val" not in node.meta:
             raise VerificationError(f"{node} has no shape")
         reads_backward = [a for a in node.all_input_nodes if phase_of(a) is Phase.BACKWARD]
