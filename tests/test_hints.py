@@ -12,7 +12,8 @@ from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU, Device
 from pipecompile.compiler.driver.builder import Builder, Compiled, Mode, divide
-from pipecompile.compiler.options.options import CompileOptions, parse_bytes
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.options.parsing import parse_bytes
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.report.compare import calibrated
 from pipecompile.compiler.report.hints import Subject, hints, resimulated

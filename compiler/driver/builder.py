@@ -357,10 +357,7 @@ class Builder:
             "n_stages": (plan.n_stages, options.n_stages),
             "dp": (plan.dp, options.dp),
             "microbatches": (plan.microbatches, microbatches),
-            "schedule": (plan.options.get("schedule"), options.schedule),
-            "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
-            "precision": (plan.options.get("precision"), str(self.precision or "as it is")),
-            "zero": (plan.options.get("zero"), str(self.zero)),
+            **{name: (plan.options.get(name), ours) for name, ours in options.in_plan().items()},
         }
         for name, (theirs, ours) in wanted.items():
             if theirs != ours:
