@@ -337,9 +337,7 @@ def test_hints_grow_no_further_than_their_limit(
     monkeypatch.setattr(hints, "MOST_GROWTH", most)
     monkeypatch.setattr(hints, "WIDE_BUBBLE", 0.01)
     plan, timeline = hand_made()
-    short = replace(
-        timeline, ranks=tuple(row[:2] for row in timeline.ranks), closing_s=(0.0, 2.0)
-    )
+    short = replace(timeline, ranks=tuple(row[:2] for row in timeline.ranks), closing_s=(0.0, 2.0))
     plan = replace(plan, microbatches=1, dp=3, budget_bytes=None, step_s=short.step_s)
     about = hints.Subject(plan, short, CPU.with_link(1e15, 0.0))
     (line,) = (x for x in hints.hints(about) if x.startswith("--microbatches"))

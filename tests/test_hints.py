@@ -14,7 +14,8 @@ from pipecompile.compiler.costs.hardware import CPU, Device
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.compiled import Compiled, Mode
 from pipecompile.compiler.options.microbatches import divide
-from pipecompile.compiler.options.options import CompileOptions, parse_bytes
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.options.parsing import parse_bytes
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.report.compare import calibrated
 from pipecompile.compiler.report.hints import Subject, hints, resimulated

@@ -345,7 +345,7 @@ def _add_export(commands: Commands) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ...runtime.checkpoint.huggingface import export
-    from ..options.options import parse_bytes
+    from ..options.parsing import parse_bytes
 
     shard_bytes = parse_bytes(args.shard_size, "--shard-size")
     config = None if args.config is None else _config(args.config)

@@ -141,10 +141,7 @@ class Deciding:
             "n_stages": (plan.n_stages, options.n_stages),
             "dp": (plan.dp, options.dp),
             "microbatches": (plan.microbatches, settings.microbatches),
-            "schedule": (plan.options.get("schedule"), options.schedule),
-            "tied_grads": (plan.options.get("tied_grads"), options.tied_grads),
-            "precision": (plan.options.get("precision"), str(options.dtypes or "as it is")),
-            "zero": (plan.options.get("zero"), str(options.zero)),
+            **{name: (plan.options.get(name), ours) for name, ours in options.in_plan().items()},
         }
         for name, (theirs, ours) in wanted.items():
             if theirs != ours:

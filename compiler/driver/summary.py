@@ -127,12 +127,7 @@ class Summary:
             costs=self.costs,
             budget_bytes=budget_bytes,
             param_count=sum(self.footprint.size(name)[0] for name in self.skeleton.params),
-            options={
-                "schedule": options.schedule,
-                "tied_grads": options.tied_grads,
-                "precision": str(options.dtypes or "as it is"),
-                "zero": str(options.zero),
-            },
+            options=options.in_plan(),
             decision=self.decision,
             stages=tuple(
                 self._stage(stage.stage, modules, self.assembly.memory[self.homes[stage.stage]])

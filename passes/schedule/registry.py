@@ -56,7 +56,7 @@ SCHEDULES: Mapping[str, ScheduleKind] = {
         ),
         ScheduleKind(
             "zb_h1",
-            "weight gradients later, for a smaller bubble",
+            "weight gradients later than what other stages wait for, for a smaller bubble",
             zb_h1,
             lambda stage, stages, split: stages if split else stages - stage,
             splits_backward=True,

@@ -1,0 +1,312 @@
+"""Every option of `pipecompile.compile`, declared.
+
+Signature, docstring, the command line's flags, the check of plans and what ranks compare follow
+from here. Nothing here imports torch: ``--help`` reads it.
+"""
+# ruff: noqa: RUF009 -- `option` returns a field
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...passes.schedule.registry import DEFAULT, SCHEDULES
+from ..costs.hardware import DEVICES, Device
+from ..plan.plan import Plan
+from .checks import callable_or, check_above_zero, check_count, check_level
+from .declaration import Flag, as_it_is, declare, option, whether_given
+from .parsing import (
+    AS_IT_IS,
+    parse_bytes,
+    parse_count,
+    parse_dtype,
+    parse_level,
+    parse_names,
+    parse_pin,
+    parse_seconds,
+    parse_stages,
+)
+from .weight_path import locate_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..capture.calling import LossFn
+    from ..ir.precision import Precision
+
+_DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
+
+PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
+
+
+def _check_precision(_: str, given: Any) -> None:
+    from ..ir.precision import parse_precision
+
+    parse_precision(given)
+
+
+def _precision_in_plan(given: Any) -> str:
+    from ..ir.precision import parse_precision
+
+    return str(parse_precision(given) or AS_IT_IS)
+
+
+def _decision_of_plan(_: str, options: Any) -> str | None:
+    """A hash of what programs follow from: stages and recomputation."""
+    given: str | Path | Plan | None = options.plan
+    if given is None:
+        return None
+    made = (given if isinstance(given, Plan) else Plan.load(given)).decision
+    parts = (made.fingerprint, made.unit_nodes, made.unit_stage, made.recomputed)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _prices(_: str, options: Any) -> str:
+    return "profile" if options.measures else "roofline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Those that mean the same before and after the number of stages is known."""
+
+    microbatches: int | None = option(
+        None,
+        help="into how many a replica's batch is cut",
+        more="None takes the divisor of its rows nearest to 4 × n_stages (1 for one stage).",
+        check=check_count,
+        flag=Flag(
+            group=PIPELINE,
+            metavar="M",
+            parse=parse_count,
+            default="the divisor of its rows nearest to 4 per stage",
+        ),
+    )  # ranks compare what follows from it and the batch: `Agreement.check_program`
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
+        None,
+        help="called with the named parameters of this process",
+        more="A factory such as ``functools.partial(torch.optim.AdamW, lr=3e-4)``, or a function "
+        "that makes parameter groups of them.",
+        check=callable_or("give a factory such as functools.partial(torch.optim.AdamW, lr=3e-4)"),
+        compared=whether_given,
+    )
+    loss_fn: LossFn | None = option(
+        None,
+        help="(output, batch) -> scalar",
+        more='None takes ``output.loss``, ``output["loss"]`` or a scalar output.',
+        check=callable_or("give a function of (output, batch)"),
+    )  # ranks compare the graph that it is part of
+    max_grad_norm: float | None = option(
+        None,
+        help="`step` clips the global gradient norm to it",
+        check=check_above_zero,
+        compared=as_it_is,
+    )
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = option(
+        None,
+        help="called with the optimizer; `step` steps what it returns",
+        check=callable_or("give a function that takes the optimizer and returns its scheduler"),
+        compared=whether_given,
+    )
+    example_batch: Any = option(
+        None,
+        help="compile now, for batches of this shape",
+        more="What `step` will be given, under torchrun this process's share. None waits for the "
+        "first batch or `compile_for`.",
+        compared=whether_given,
+    )
+    device: str | torch.device | None = option(
+        None, help='"cpu" or "cuda"', more="None takes CUDA if there is one."
+    )
+    seed: int | None = option(
+        None,
+        help="of dropout and other random ops, and of weights that are initialised here",
+        more="None takes torch's initial seed. All ranks take that of rank 0.",
+    )
+    weights: str | Path | None = option(
+        None,
+        help="a ``.safetensors`` file, or a folder with one, or with several and "
+        "``model.safetensors.index.json``",
+        more="Each rank reads what its own stages need, cast to the model's dtype. The model's own "
+        "weights are then ignored.",
+        check=lambda _, path: locate_weights(path),
+        compared=whether_given,
+    )
+    schedule: str = option(
+        DEFAULT,
+        help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values()),
+        more='"zb_h1" takes some more memory on the later stages. All give the same bits.',
+        choices=SCHEDULES,
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="NAME"),
+    )
+    tied_grads: str = option(
+        "per_microbatch",
+        help='how weights that several stages read get their gradients: "per_microbatch" sends '
+        'parts with every microbatch, bit-exact; "per_step" adds them up and sends once',
+        more='"per_microbatch" adds the parts in autograd\'s order, which makes the gradient that '
+        'of one device bit for bit; "per_step" sends less and may differ in the last bits.',
+        choices=("per_microbatch", "per_step"),
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="WHEN"),
+    )
+    memory: int | str | None = option(
+        None,
+        help='what a rank may use at its peak, bytes or a text such as "20GiB"',
+        more="None takes the device's own, shared among the ranks on it.",
+        check=lambda name, given: parse_bytes(given, name),
+        plan="decides",
+        compared=lambda _, options: options.memory_bytes,
+        flag=Flag(
+            group=PLANNER,
+            metavar="BYTES",
+            default="all that ``hardware`` has; without ``hardware`` no limit",
+        ),
+    )
+    remat: str = option(
+        "auto",
+        help='what the backward computes again: "auto": what it takes to fit into ``memory``; '
+        '"none": nothing; "full": all but each unit\'s inputs',
+        more='"auto" is chosen together with the stages.',
+        choices=("auto", "none", "full"),
+        plan="decides",
+        compared=as_it_is,
+        flag=Flag(group=PLANNER, metavar="WHAT"),
+    )
+    precision: str | Precision | None = option(
+        None,
+        help='"bf16" or "fp16": matrix products, convolutions and attention in that dtype, as '
+        '`torch.autocast` has it on the device; "fp32": everything in fp32',
+        more="Weights, gradients and optimizer states stay in fp32, also those of a model that "
+        'comes in a reduced dtype. "fp16" comes with dynamic loss scaling. None leaves the '
+        "model's dtypes as they are. A `pipecompile.Precision` says more.",
+        check=_check_precision,
+        plan="keeps",
+        in_plan=_precision_in_plan,
+        compared=lambda _, options: options.dtypes,
+        flag=Flag(group=PIPELINE, metavar="DTYPE", parse=parse_dtype, default="as the model comes"),
+    )
+    zero: int | str = option(
+        0,
+        help="what the replicas of a stage divide among themselves: 0 nothing, 1 optimizer states, "
+        '2 gradients too, 3 parameters too; "auto": the smallest that fits into ``memory``',
+        more="They are divided by rows of each parameter. 1 also divides fp32 weights of which "
+        "only a copy in another dtype is computed with; at 3 parameters are fetched layer by "
+        "layer while the layer before computes. From 1 on the optimizer holds this rank's rows, "
+        "so it must treat every element alone, as SGD and Adam do.",
+        check=check_level,
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="LEVEL", parse=parse_level),
+    )
+    pin: Mapping[str, int] | None = option(
+        None,
+        help="the stages of modules or parameters, by their dotted names",
+        more="Dotted name -> the stage that its operators go to.",
+        plan="decides",
+        compared=lambda _, options: None if options.pin is None else dict(options.pin),
+        flag=Flag(
+            group=PLANNER,
+            metavar="FQN=STAGE",
+            parse=parse_pin,
+            more="repeatable",
+            repeats=True,
+        ),
+    )
+    costs: str = option(
+        "auto",
+        help='where the planner\'s seconds come from: "profile" measures each distinct unit on '
+        'the device at hand, "roofline" takes peak rates; "auto" measures',
+        more='What "profile" measured is remembered on disk.',
+        choices=("auto", "roofline", "profile"),
+        compared=_prices,
+    )
+    hardware: str | Path | Device | None = option(
+        None,
+        help=f"plan for this device, by its peak rates: {_DEVICES}, or a JSON file that describes "
+        "one",
+        more="Or a `Device`.",
+        flag=Flag(group=PLANNER, metavar="NAME", name="--device", default='"cpu", a generic core'),
+    )
+    solver: str = option(
+        "auto",
+        help='of the partitioning problem: "auto", "highs", "cbc" or "dynamic"',
+        choices=("auto", "highs", "cbc", "dynamic"),
+        plan="decides",
+        flag=Flag(group=PLANNER, metavar="NAME"),
+    )  # rank 0 decides, with its own: so with the limit of its time
+    time_limit_s: float = option(
+        30.0,
+        help="seconds after which the solver's best so far is taken",
+        check=check_above_zero,
+        plan="decides",
+        flag=Flag(group=PLANNER, metavar="S", name="--time-limit", parse=parse_seconds),
+    )
+    plan: str | Path | Plan | None = option(
+        None,
+        help="a saved plan, whose stages and recomputation are used as they are",
+        more="A `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote.",
+        compared=_decision_of_plan,
+        flag=Flag(
+            group=PLANNER,
+            metavar="FILE",
+            more="its stages, replicas, microbatches, rows and device need not be given again",
+        ),
+    )
+    dump_dir: str | Path | None = option(
+        None,
+        help="write what every pass made, as text, below this folder",
+        flag=Flag(group=OUTPUT, metavar="DIR", name="--dump"),
+    )
+    skip: Collection[str] = option(
+        (),
+        help="for debugging: passes to leave out, which nothing later needs",
+        more="``inspect --passes`` lists them all.",
+        compared=lambda _, options: sorted(options.skip),
+        flag=Flag(group=OUTPUT, metavar="PASSES", parse=parse_names, default="none"),
+    )
+
+
+STAGES = declare(
+    help='pipeline stages, or "auto": the division of ``devices`` with the shortest predicted step',
+    more="Every division between stages and replicas is then planned for ``example_batch``, which "
+    "is the batch of all replicas.",
+    check=check_count,
+    compared=as_it_is,
+    flag=Flag(group=PIPELINE, metavar="S", name="--stages", parse=parse_stages),
+)
+REPLICAS = declare(
+    help="data-parallel replicas of the pipeline",
+    more='None for 1, or with n_stages="auto" for what is best.',
+    check=check_count,
+    compared=as_it_is,
+    flag=Flag(group=PIPELINE, metavar="N", parse=parse_count, default="1"),
+)
+
+
+@dataclass(frozen=True)
+class Arguments(Options):
+    """What `pipecompile.compile` takes, not checked yet."""
+
+    model: nn.Module = field(
+        metadata=declare(
+            help="any module that `torch.export` can trace; it trains in the mode that it is in",
+            more='Built under ``torch.device("meta")`` it has no weights: each rank then makes '
+            "those of its own stages, by the model's initialisers (``reset_parameters``, "
+            "``_init_weights``) or from ``weights``.",
+        )
+    )
+    n_stages: int | str = field(metadata=STAGES)
+    dp: int | None = field(default=None, metadata=REPLICAS)
+    _: KW_ONLY
+    devices: int | None = option(
+        None,
+        help='how many to divide between stages and replicas, where ``n_stages`` is "auto"',
+        more="None takes the number of processes, or of GPUs.",
+        flag=Flag(group=PIPELINE, metavar="N", parse=parse_count),
+    )

@@ -1,0 +1,174 @@
+"""An option is declared once: everything that is said and done about it follows."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile import Precision, errors
+from pipecompile.compiler.options.arguments import Arguments, Options
+from pipecompile.compiler.options.declaration import Declaration, declarations_of
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.passes.partition.solve import SOLVERS
+from support.options import FLAGS
+from support.plans import hand_made
+from torch import nn
+
+DECLARED = declarations_of(Arguments)
+RESOLVED = declarations_of(CompileOptions)
+FLAGGED = [name for name, option in DECLARED.items() if option.flag is not None]
+COMPARED = [name for name, option in RESOLVED.items() if option.compared is not None]
+DECIDES = [name for name, option in RESOLVED.items() if option.plan == "decides"]
+KEEPS = [name for name, option in RESOLVED.items() if option.plan == "keeps"]
+
+
+class Squares(nn.Sequential):
+    """Two layers, and a scalar output."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = super().forward(x)
+        return made.square().mean()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+# -- what is said -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", DECLARED.values(), ids=DECLARED)
+def test_every_option_says_what_it_is(option: Declaration) -> None:
+    assert option.help
+    assert not option.help.endswith(".")
+    assert not option.more or option.more.endswith(".")
+    for choice in option.choices:
+        assert f'"{choice}"' in option.help
+    if option.choices:
+        assert option.default in option.choices
+
+
+def test_what_compile_resolves_are_the_options_that_it_takes() -> None:
+    assert set(RESOLVED) == set(DECLARED) - {"model", "devices"}
+    assert {field.name for field in fields(Options)} == set(RESOLVED) - {"n_stages", "dp"}
+    assert DECLARED["solver"].choices == SOLVERS
+
+
+def test_the_signature_is_that_of_the_options() -> None:
+    parameters = inspect.signature(pipecompile.compile).parameters
+    assert list(parameters) == list(DECLARED)
+    assert list(parameters)[:4] == ["model", "n_stages", "dp", "devices"]
+    for name, parameter in parameters.items():
+        positional = name in ("model", "n_stages", "dp")
+        kind = parameter.POSITIONAL_OR_KEYWORD if positional else parameter.KEYWORD_ONLY
+        assert parameter.kind is kind
+        required = parameter.default is parameter.empty
+        assert required == (DECLARED[name].default is MISSING) == (name in ("model", "n_stages"))
+        assert required or parameter.default == DECLARED[name].default
+    assert parameters["n_stages"].annotation == "int | str"
+    assert pipecompile.compile.__name__ == "compile"
+    assert pipecompile.compile.__module__ == "pipecompile.compiler.api"
+
+
+def test_help_reads_well() -> None:
+    text = pydoc.plain(pydoc.render_doc(pipecompile.compile))
+    _, signature, *lines = [line for line in text.splitlines() if line.strip()]
+    assert signature.startswith("compile(model: 'nn.Module', n_stages: 'int | str', dp:")
+    assert signature.endswith("-> 'Pipeline'")
+    assert max(map(len, lines)) <= 100
+    assert lines[0].strip().startswith("Compile an unmodified model into")
+    start, end = (i for i, line in enumerate(lines) if line.strip() in ("Args:", "Raises:"))
+    paragraphs = re.split(r"^ {8}(?=\w+: )", "\n".join(lines[start + 1 : end]), flags=re.MULTILINE)
+    found = [flat(each) for each in paragraphs[1:]]
+    assert found == [flat(f"{name}: {option.text}") for name, option in DECLARED.items()]
+
+
+# -- calls --------------------------------------------------------------------------------------
+
+
+def test_names_and_places() -> None:
+    batch = torch.ones(8, 8)
+    plan = pipecompile.compile(Squares(), 2, 2, example_batch=batch).plan
+    assert (plan.n_stages, plan.dp) == (2, 2)
+    plan = pipecompile.compile(n_stages=2, model=Squares(), example_batch=batch).plan
+    assert (plan.n_stages, plan.dp) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "message"),
+    [
+        ((), {"stages": 2}, errors.OptionError, "unknown option 'stages': did you mean 'n_stages'"),
+        ((2,), {"flavour": 2}, errors.OptionError, "'flavour': known are model, n_stages, dp, dev"),
+        ((), {}, TypeError, r"compile\(\): missing a required argument: 'n_stages'"),
+        ((2, 1, 4), {}, TypeError, r"compile\(\): too many positional arguments"),
+        ((2,), {"n_stages": 3}, TypeError, r"compile\(\): multiple values for argument 'n_stages'"),
+    ],
+)
+def test_calls_that_do_not_fit(
+    arguments: Any, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        pipecompile.compile(nn.Linear(2, 2), *arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["dp", "time_limit_s", "zero", "schedule", "n_stages"])
+def test_none_is_no_value_but_where_it_is_the_default(name: str) -> None:
+    with pytest.raises((errors.OptionError, TypeError)):
+        CompileOptions(**{"n_stages": 2, name: None})
+
+
+# -- plans --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECIDES)
+def test_what_a_plan_has_decided_has_no_effect_beside_it(name: str) -> None:
+    value = FLAGS[name][1]
+    plan = hand_made()[0]
+    assert getattr(CompileOptions(n_stages=2, plan=plan), name) == RESOLVED[name].default
+    assert getattr(CompileOptions(n_stages=2, **{name: value}), name) == value
+    with pytest.raises(errors.OptionError, match=f"{name}= has no effect beside plan="):
+        CompileOptions(n_stages=2, plan=plan, **{name: value})
+
+
+def test_those_that_a_plan_has_decided() -> None:
+    assert set(DECIDES) == {"memory", "remat", "pin", "solver", "time_limit_s"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, ("1f1b", "per_microbatch", "as it is", "0")),
+        ({"precision": "bf16", "zero": 3, "dp": 2}, ("1f1b", "per_microbatch", "bf16", "3")),
+        (
+            {"precision": Precision(compute=torch.float16, grads=torch.float16)},
+            ("1f1b", "per_microbatch", "fp16 grads=fp16", "0"),
+        ),
+        ({"schedule": "zb_h1", "tied_grads": "per_step"}, ("zb_h1", "per_step", "as it is", "0")),
+    ],
+)
+def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
+    names = ("schedule", "tied_grads", "precision", "zero")
+    assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
+    def compile_(**options: Any) -> Any:
+        batch = torch.ones(8, 8)
+        return pipecompile.compile(Squares(), 2, 2, example_batch=batch, **options)
+
+    text, value = FLAGS[name]
+    plan = compile_(**{name: value}).plan
+    assert plan.options[name] in text
+    assert compile_(**{name: value}, plan=plan).plan.options == plan.options
+    with pytest.raises(errors.PlanError, match=f"the plan has {name}={plan.options[name]}, this"):
+        compile_(plan=plan)
