@@ -31,16 +31,17 @@ from ..compiler.profiling.timing_cache import default_cache_dir
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training, config_of
 from .exchange.agreement import Agreement
+from .exchange.devices import device_of, ranks_here, target_of
 from .exchange.link import measure_link
-from .exchange.mesh import Mesh, connect, device_of, ranks_here
+from .exchange.mesh import Mesh, connect
+from .exchange.processes import Processes
 from .exchange.ranks import Ranks
-from .exchange.transport import Loopback, Processes, Transport
+from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
 from .executor import Executor, Job, drive
 from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer
 from .state.model_state import ModelState
-from .target import target_of
 from .weights.materialize import Source, source_of
 
 _numbers = itertools.count()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ...compiler.ir.errors import OptionError, WorldSizeError
+from ...compiler.ir.errors import WorldSizeError
 
 
 @dataclass(frozen=True)
@@ -77,45 +77,6 @@ def make_mesh(n_stages: int, dp: int) -> Mesh:
             f"n_stages and dp whose product is {world}"
         )
     return Mesh(n_stages, dp, rank)
-
-
-def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
-    """The type of device to run on, with an index only where all ranks share it.
-
-    Raises:
-        OptionError: a device that this machine does not have, or that has no runtime here.
-    """
-    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"device={wanted!r} is not a device: use 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={wanted!r}, but this torch sees no CUDA device: use 'cpu'")
-    return device
-
-
-def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
-    """Where a rank computes: on CUDA, rank r of this machine takes device r mod count."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
-    return torch.device("cuda", local % torch.cuda.device_count())
-
-
-def ranks_here(mesh: Mesh) -> int:
-    """How many ranks run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) if mesh.distributed else mesh.size
-
-
-def ranks_per_device(device: torch.device, mesh: Mesh) -> int:
-    """How many ranks of this machine share a device and its memory."""
-    here = ranks_here(mesh)
-    if device.type != "cuda" or device.index is not None:
-        return here
-    return -(-here // torch.cuda.device_count())
 
 
 def connect(mesh: Mesh, device: torch.device) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from ...compiler.ir.program import Port, Role
 from ...compiler.ir.shards import Entry, Item, Parcel, apart, parcels_of
-from .transport import Pending, Processes, Values, ordered_sum_
+from .processes import Processes
+from .transport import Pending, Values, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the sum over the replicas of this rank's rows of an item."""

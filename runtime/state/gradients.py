@@ -32,7 +32,8 @@ from ...compiler.ir.shards import (
     stream_departures,
 )
 from ..exchange.parcels import Outgoing
-from ..exchange.transport import Loopback, Processes, Transport, add_mean_, ordered_sum_
+from ..exchange.processes import Processes
+from ..exchange.transport import Loopback, Transport, add_mean_, ordered_sum_
 from .bucket import Bucket, GradSlot
 
 Run = Generator[None, None, None]

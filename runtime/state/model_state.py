@@ -22,8 +22,10 @@ from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import rows_of
 from ...compiler.ir.zero import Zero
-from ..exchange.mesh import Mesh, device_of
-from ..exchange.transport import Processes, Transport
+from ..exchange.devices import device_of
+from ..exchange.mesh import Mesh
+from ..exchange.processes import Processes
+from ..exchange.transport import Transport
 from ..weights.allocation import Cut
 from ..weights.materialize import Source, materialize
 from .bucket import Bucket, GradSlot
@@ -76,11 +78,11 @@ class ModelState:
         trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
         self._sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
         self._before: dict[str, torch.Tensor] = {}
-        places = materialize(source, skeleton, self._names(device), self._cuts(program))
-        self.digests = {name: place.digest for name, place in places.items()}
+        made = materialize(source, skeleton, self._names(device), self._cuts(program))
+        self.digests = {name: each.digest for name, each in made.items()}
         for rank in mesh.local_ranks:
             where = device_of(rank, device, mesh)
-            held = {n: place.held[where] for n, place in places.items() if where in place.held}
+            held = {n: each.held[where] for n, each in made.items() if where in each.held}
             self.ranks[rank] = self._rank(rank, where, held, program, transport)
         for name in skeleton.params:
             first = self._first_local_rank(name)

@@ -23,7 +23,7 @@ from ...compiler.capture.skeleton import meta_like
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
 from ..exchange.parcels import GatheredGroup, Gathering
-from ..exchange.transport import Processes
+from ..exchange.processes import Processes
 from .bucket import Bucket
 
 
