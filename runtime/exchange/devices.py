@@ -11,6 +11,7 @@ from ...compiler.ir.errors import OptionError
 from ...compiler.options.options import CompileOptions
 from ...compiler.planning.target import Target
 from .mesh import Mesh
+from .transport import Endpoint, Transport
 
 
 def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
@@ -37,6 +38,18 @@ def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
         return device
     local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
     return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def endpoints(mesh: Mesh, device: torch.device, transport: Transport) -> dict[int, Endpoint]:
+    """Of the ranks that this process plays.
+
+    Args:
+        device: the type of device; every rank's own is `device_of` it.
+    """
+    return {
+        rank: Endpoint(rank, mesh, device_of(rank, device, mesh), transport)
+        for rank in mesh.local_ranks
+    }
 
 
 def ranks_here(mesh: Mesh) -> int:

@@ -123,24 +123,24 @@ class Processes:
 
     Attributes:
         dp, replica: how many replicas there are, and which of them this process's rank is in.
-        group: the replicas of its stage; None where there is one.
+        group: the ranks of the same stages, one per replica; None where there is one.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device):
         self.device = device
         self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
         # every process makes every group, in the same order
-        self.replicas = [
-            dist.new_group(list(mesh.replicas_of(stage))) if mesh.dp > 1 else None
-            for stage in range(mesh.n_stages)
+        groups = [
+            dist.new_group(list(mesh.peers_of(first))) if mesh.dp > 1 else None
+            for first in range(mesh.pp)
         ]
         assert mesh.rank is not None
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
-        self.group = self.replicas[mesh.stage_of(mesh.rank)]
-        self.pairs: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self.group = groups[mesh.position_of(mesh.rank)]
+        self.channels: dict[tuple[int, int, int], dist.ProcessGroup] = {}
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
-        """On CUDA, one communicator per direction and pair of ranks, so that none blocks another.
+        """On CUDA, one communicator per channel and pair of ranks, so that none blocks another.
 
         A communicator's first use waits for the other end, so each is used once here, all in
         the same order on every rank.
@@ -151,32 +151,42 @@ class Processes:
             for replica in range(self.mesh.dp):
                 src = self.mesh.rank_of(replica, src_stage)
                 dst = self.mesh.rank_of(replica, dst_stage)
-                if (src, dst) in self.pairs:
+                key = src, dst, self.mesh.channel(src_stage, dst_stage)
+                if src == dst or key in self.channels:
                     continue
-                group = self.pairs[src, dst] = dist.new_group([src, dst])
+                group = self.channels[key] = dist.new_group([src, dst])
                 probe = torch.zeros(1, device=self.device)
                 if self.mesh.rank == src:
                     dist.send(probe, dst, group=group)
                 elif self.mesh.rank == dst:
                     dist.recv(probe, src, group=group)
 
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+    def send(
+        self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
+    ) -> None:
+        group = self.channels.get((src, dst, channel))
         for value, spec in zip(values, specs, strict=True):
             data = wire.to_bytes(value, spec)
             if data.numel():
-                work = dist.isend(data, dst, group=self.pairs.get((src, dst)))
+                work = dist.isend(data, dst, group=group, tag=channel)
                 assert work is not None
                 self.outbox.add(work, data)
                 del work, data  # the outbox alone keeps them
 
     def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+        self,
+        src: int,
+        dst: int,
+        specs: Sequence[ValueSpec],
+        device: torch.device,
+        channel: int = 0,
     ) -> Pending:
+        group = self.channels.get((src, dst, channel))
         data = [wire.room_for(spec, device) for spec in specs]
         works = []
         for room in data:
             if room.numel():
-                work = dist.irecv(room, src, group=self.pairs.get((src, dst)))
+                work = dist.irecv(room, src, group=group, tag=channel)
                 assert work is not None
                 works.append(work)
         return _Receipt(works, data, specs)
@@ -191,7 +201,7 @@ class Processes:
         return Arrived([bucket])
 
     def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give every other replica r of this stage its block, of ``sizes[r]`` elements.
+        """Give every other replica r of these stages its block, of ``sizes[r]`` elements.
 
         The result is one tensor: what each of them gave this rank.
         """
@@ -204,7 +214,7 @@ class Processes:
         return _Exchange(work, blocks, room)
 
     def gather(self, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
-        """What each replica of this stage gives, all of one size, as one tensor.
+        """What each replica of these stages gives, all of one size, as one tensor.
 
         Args:
             room: where to write it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from ...compiler.ir.errors import VerificationError
 from ...compiler.ir.program import ValueSpec
 from . import wire
+from .mesh import Mesh
 
 Values = list[torch.Tensor]
 
@@ -33,17 +35,24 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Point-to-point and collective exchange between ranks.
 
-    Messages from one rank to another arrive in the order in which they were sent.
+    Messages of one channel, from one rank to another, arrive in the order in which they were sent.
     """
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """Prepare for messages between these stages (from, to); the same call on every rank."""
         ...
 
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None: ...
+    def send(
+        self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
+    ) -> None: ...
 
     def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+        self,
+        src: int,
+        dst: int,
+        specs: Sequence[ValueSpec],
+        device: torch.device,
+        channel: int = 0,
     ) -> Pending: ...
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
@@ -57,6 +66,52 @@ class Transport(Protocol):
     def progress(self) -> int:
         """How often one rank has done something for another."""
         ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a rank is: its device, and its end of the transport."""
+
+    rank: int
+    mesh: Mesh
+    device: torch.device
+    transport: Transport
+
+    @property
+    def replica(self) -> int:
+        return self.mesh.replica_of(self.rank)
+
+    @property
+    def dp(self) -> int:
+        return self.mesh.dp
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Those that the rank holds."""
+        return self.mesh.stages_of(self.rank)
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks of the same stages, one per replica, this one among them."""
+        return self.mesh.peers_of(self.rank)
+
+    def rank_of(self, stage: int) -> int:
+        """The rank of this replica that holds a stage."""
+        return self.mesh.rank_of(self.replica, stage)
+
+    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+        """From a stage of this rank to another rank's."""
+        channel = self.mesh.channel(src, dst)
+        self.transport.send(self.rank, self.rank_of(dst), values, specs, channel)
+
+    def receive(self, src: int, dst: int, specs: Sequence[ValueSpec]) -> Pending:
+        """From another rank's stage to one of this rank."""
+        channel = self.mesh.channel(src, dst)
+        return self.transport.receive(self.rank_of(src), self.rank, specs, self.device, channel)
+
+    def mean(self, bucket: torch.Tensor) -> Pending:
+        """Replace it by the mean over the peers' buckets."""
+        return self.transport.mean(self.rank, self.peers, bucket)
 
 
 def ordered_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -132,7 +187,7 @@ class Loopback:
     """All ranks in one process: a message is handed over, a collective computed once."""
 
     def __init__(self) -> None:
-        self.queues: dict[tuple[int, int], deque[Values]] = defaultdict(deque)
+        self.queues: dict[tuple[int, int, int], deque[Values]] = defaultdict(deque)
         self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
         self.events = 0
 
@@ -142,15 +197,22 @@ class Loopback:
     def progress(self) -> int:
         return self.events
 
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+    def send(
+        self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
+    ) -> None:
         conformed = [wire.conform(v, s) for v, s in zip(values, specs, strict=True)]
-        self.queues[src, dst].append(conformed)
+        self.queues[src, dst, channel].append(conformed)
         self.events += 1
 
     def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+        self,
+        src: int,
+        dst: int,
+        specs: Sequence[ValueSpec],
+        device: torch.device,
+        channel: int = 0,
     ) -> Pending:
-        return _Mail(self.queues[src, dst], device)
+        return _Mail(self.queues[src, dst, channel], device)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         return self.meet(ranks, rank, bucket, _average)
@@ -174,6 +236,6 @@ class Loopback:
 
     def flush(self) -> None:
         if any(self.queues.values()):
-            unread = [f"{src}→{dst}" for (src, dst), queue in self.queues.items() if queue]
+            unread = [f"{src}→{dst}" for (src, dst, _), queue in self.queues.items() if queue]
             raise VerificationError(f"messages that nobody read: {', '.join(unread)}")
         self.meetings.clear()
