@@ -11,6 +11,7 @@ from torch import nn
 
 from ..compiler.ir.errors import OptionError
 from .elementwise import check_elementwise
+from .state.accumulation import reported, reported_squares
 from .state.model_state import ModelState
 
 
@@ -80,9 +81,7 @@ def clip_gradients(
 def _whole_norm(
     state: ModelState, order: Sequence[str], agree: Callable[[Any], list[Any]]
 ) -> torch.Tensor:
-    mine = {
-        name: torch.linalg.vector_norm(grad, 2.0) for name, grad in state.owned_gradients().items()
-    }
+    mine = {name: torch.linalg.vector_norm(grad, 2.0) for name, grad in reported(state).items()}
     everywhere: dict[str, torch.Tensor] = {}
     for part in agree({name: norm.cpu() for name, norm in mine.items()}):
         everywhere |= part
@@ -93,7 +92,7 @@ def _whole_norm(
 def _divided_norm(state: ModelState, agree: Callable[[Any], list[Any]]) -> torch.Tensor:
     """From each replica's own rows: squares in fp64, and a sum that has no order."""
     everywhere: dict[tuple[str, int], float] = {}
-    for part in agree(state.gradient_squares()):
+    for part in agree(reported_squares(state)):
         everywhere |= {(n, r): value for n, found in part.items() for r, value in found.items()}
     total = math.sqrt(math.fsum(everywhere.values()))
     dtypes = [param.dtype for param in state.skeleton.module.parameters()]

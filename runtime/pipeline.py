@@ -31,16 +31,19 @@ from ..compiler.profiling.timing_cache import default_cache_dir
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training, config_of
 from .exchange.agreement import Agreement
+from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.link import measure_link
-from .exchange.mesh import Mesh, connect, device_of, ranks_here
+from .exchange.mesh import Mesh, connect
+from .exchange.processes import Processes
 from .exchange.ranks import Ranks
-from .exchange.transport import Loopback, Processes, Transport
+from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
 from .executor import Executor, Job, drive
 from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer
+from .state import state_dict as state_dicts
+from .state.accumulation import Accumulation
 from .state.model_state import ModelState
-from .target import target_of
 from .weights.materialize import Source, source_of
 
 _numbers = itertools.count()
@@ -173,22 +176,22 @@ class Pipeline:
         """
         with self._guard():
             loaded, jobs = self._prepare(Mode.TRAIN, batch)
-            state, scaler = self._require_state(), self.loss_scaler
+            scaler = self.loss_scaler
             scale = 1.0 if scaler is None else scaler.scale
             for executor in loaded.executors.values():
                 executor.scale_loss(scale)
-            state.open_gradients(scale)
+            self._sums.open(scale)
             self._run(loaded, jobs)
-            if scaler is None or self._unscaled(state, scaler):
-                state.close_gradients(scale)
+            if scaler is None or self._unscaled(scaler):
+                self._sums.close(scale)
             else:
-                state.drop_gradients()
+                self._sums.drop()
             self._steps += 1
             return self._mean_loss(loaded, jobs)
 
-    def _unscaled(self, state: ModelState, scaler: LossScaler) -> bool:
+    def _unscaled(self, scaler: LossScaler) -> bool:
         """Whether all ranks have finite gradients; these are unscaled then."""
-        scaler.saw(all(self._agreement.gather(state.unscale_gradients(scaler.scale))))
+        scaler.saw(all(self._agreement.gather(self._sums.unscale(scaler.scale))))
         return not scaler.overflowed
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -239,7 +242,7 @@ class Pipeline:
         with self._guard():
             loaded, jobs = self._prepare(Mode.FORWARD, batch)
             self._run(loaded, jobs)
-            last = [r for r in jobs if self._mesh.stage_of(r) == self._mesh.n_stages - 1]
+            last = [r for r in jobs if self._mesh.n_stages - 1 in self._mesh.stages_of(r)]
             if not last:
                 return None
             pieces = [piece for rank in last for piece in jobs[rank].results]
@@ -265,7 +268,7 @@ class Pipeline:
         """
         state = self._require_state()
         with self._guard():
-            return state.state_dict(self._buffer_stages())
+            return state_dicts.gather(state, self._buffer_stages())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or the unmodified model's own, returned.
@@ -273,7 +276,7 @@ class Pipeline:
         Raises:
             StateError: names or shapes differ; nothing has been changed then.
         """
-        self._require_state().load_state_dict(state_dict)
+        state_dicts.load(self._require_state(), state_dict)
         self._refresh()
 
     # -- checkpoints ------------------------------------------------------------------------
@@ -442,7 +445,7 @@ class Pipeline:
         mine = {
             self._mesh.replica_of(rank): torch.stack(job.losses).mean()
             for rank, job in jobs.items()
-            if self._mesh.stage_of(rank) == program.loss_stage
+            if program.loss_stage in self._mesh.stages_of(rank)
         }
         device = next(iter(loaded.executors.values())).state.device
         if not self._mesh.distributed:
@@ -476,6 +479,7 @@ class Pipeline:
             made = self._agreement.together(lambda: self._make_state(compiled), StateError)
             self._agreement.check_copies(made.digests)
             self._state, self._source, self._layout = made, None, compiled.layout
+            self._sums = Accumulation(made)
             self._make_optimizer()
         state = self._state
         assert state is not None
@@ -484,9 +488,8 @@ class Pipeline:
         executors = {
             rank: Executor(
                 compiled.program,
-                compiled.schedule[self._mesh.stage_of(rank)],
+                compiled.schedule[self._mesh.position_of(rank)],
                 rank_state,
-                self._transport,
                 microbatches,
             )
             for rank, rank_state in state.ranks.items()
@@ -498,13 +501,10 @@ class Pipeline:
         return ModelState(
             self._source,
             self._skeleton,
-            compiled.layout.homes,
-            self._mesh,
-            self._device,
-            self._options.dtypes,
-            compiled.layout.zero,
+            compiled.layout,
             compiled.program,
-            self._transport,
+            self._options.dtypes,
+            endpoints(self._mesh, self._device, self._transport),
         )
 
     def _make_optimizer(self) -> None:
@@ -572,14 +572,7 @@ def _join(pieces: list[torch.Tensor], dim: int | None) -> torch.Tensor:
 @contextlib.contextmanager
 def _kept_generators(loaded: _Loaded) -> Iterator[None]:
     """The user's own random streams go on as if nothing had been drawn."""
-    programs = [e.program for e in loaded.executors.values()]
-    random = any(
-        port.role is Role.SEED
-        for p in programs
-        for part in p.parts.values()
-        for port in part.inputs
-    )
-    devices = {e.state.device for e in loaded.executors.values()} if random else set()
+    devices = {e.state.device for e in loaded.executors.values() if e.draws}
     kept = [(generator_of(d), generator_of(d).get_state()) for d in devices]
     try:
         yield

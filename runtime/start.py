@@ -16,10 +16,10 @@ from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
 from .exchange.agreement import Agreement
-from .exchange.mesh import choose_device, connect, device_of, make_mesh, world_size
+from .exchange.devices import choose_device, device_of, target_of
+from .exchange.mesh import connect, make_mesh, world_size
 from .exchange.ranks import Ranks
 from .pipeline import Pipeline
-from .target import target_of
 from .weights.weight_files import WeightFiles
 
 

@@ -10,7 +10,7 @@ import torch
 from pipecompile.runtime.exchange import link
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.transport import Processes
+from pipecompile.runtime.exchange.processes import Processes
 from support.gang import Gang
 
 

@@ -28,7 +28,7 @@ def drawn(model: nn.Module, names: list[str] | None = None, seed: int = 3) -> St
     skeleton = skeleton_of(model, CPU)
     chosen = list(dict.fromkeys(skeleton.canonical.values())) if names is None else names
     made = materialize(Initializers(model, skeleton, seed), skeleton, {CPU: chosen})
-    return {name: place.held[CPU] for name, place in made.items()}
+    return {name: allocation.held[CPU] for name, allocation in made.items()}
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -296,7 +296,7 @@ def test_no_rank_ever_holds_the_model(tmp_path: Path, files: bool) -> None:
                 skeleton,
                 {CPU: held(skeleton, homes, stages)},
             )
-        tensors = {name: place.held[CPU] for name, place in made.items()}
+        tensors = {name: allocation.held[CPU] for name, allocation in made.items()}
         mine = sum(tensor.nbytes for tensor in tensors.values())
         assert mine < share * total
         assert mine <= meter.peak_bytes <= mine + 4 * largest

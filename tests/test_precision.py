@@ -24,7 +24,7 @@ from pipecompile.passes.graph.autocast import insert_casts
 from pipecompile.passes.graph.autocast_tables import TABLES
 from pipecompile.passes.graph.casts import is_cast, settle_casts
 from pipecompile.runtime.loss_scaler import LossScaler
-from pipecompile.runtime.state.model_state import ModelState
+from pipecompile.runtime.state.accumulation import Accumulation
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from torch import fx, nn
@@ -646,15 +646,15 @@ def overflowing(rank: int, steps: int, at: int) -> dict[str, Any]:
     pipe = jobs.pipeline(
         "llama", 2, 1, 4, precision="fp16", max_grad_norm=0.1, lr_scheduler=_halving
     )
-    unscale = ModelState.unscale_gradients
+    unscale = Accumulation.unscale
 
-    def broken(state: ModelState, scale: float) -> bool:
-        mine = state.ranks.get(rank)
+    def broken(sums: Accumulation, scale: float) -> bool:
+        mine = sums._state.ranks.get(rank)
         if mine is not None and pipe._steps == at:
             next(iter(mine.grads.slots.values())).tensor.view(-1)[0] = torch.inf
-        return unscale(state, scale)
+        return unscale(sums, scale)
 
-    ModelState.unscale_gradients = broken  # type: ignore[method-assign]
+    Accumulation.unscale = broken  # type: ignore[method-assign]
     scales, params = [], []
     try:
         for piece in batch:
@@ -662,7 +662,7 @@ def overflowing(rank: int, steps: int, at: int) -> dict[str, Any]:
             scales.append(pipe.loss_scaler.scale)
             params.append({n: p.detach().clone() for n, p in pipe.named_parameters()})
     finally:
-        ModelState.unscale_gradients = unscale  # type: ignore[method-assign]
+        Accumulation.unscale = unscale  # type: ignore[method-assign]
     counts = {int(state["step"]) for state in pipe.optimizer.state.values()}
     return {
         "scales": scales,

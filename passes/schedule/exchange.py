@@ -34,7 +34,7 @@ def add_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero: Ze
     for rank, actions in enumerate(schedule):
         mine = [stage for stage in sorted(homes) if homes[stage] == rank]
         first = [a for stage in mine for a in _opening(stage, program, dp, zero)]
-        last = [a for stage in mine for a in _closing(stage, program, dp, zero)]
+        last = _closing(mine, program, dp, zero)
         rows.append((*first, *_reducing(actions, program, dp, zero), *last))
     return tuple(rows)
 
@@ -59,11 +59,12 @@ def _reducing(
     return made
 
 
-def _closing(stage: int, program: PipelineProgram, dp: int, zero: Zero) -> list[Action]:
+def _closing(stages: Sequence[int], program: PipelineProgram, dp: int, zero: Zero) -> list[Action]:
+    """Of a rank: its tied gradients are summed together, and so are its replicas'."""
     if not program.trains:
         return []
-    ties = any(stage in tied.holders for tied in program.tied)
-    closing = [Action(stage, Kind.SYNC_TIED)] if ties else []
-    if dp > 1 and (ties or program.stages[stage].grads):
-        closing.append(Action(stage, Kind.REDUCE_GRAD))
-    return closing[::-1] if zero.streams else closing
+    tied = [s for s in stages if any(s in each.holders for each in program.tied)]
+    adds = [s for s in stages if s in tied or program.stages[s].grads]
+    sums = [Action(s, Kind.SYNC_TIED) for s in tied]
+    means = [Action(s, Kind.REDUCE_GRAD) for s in adds if dp > 1]
+    return means + sums if zero.streams else sums + means

@@ -65,15 +65,21 @@ def verify_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero:
             raise VerificationError(f"stage {stage} has {len(reduces)} REDUCE_GRAD")
         if reduces and reduces[0] < computes[-1]:
             raise VerificationError(f"{stage}REDUCE_GRAD comes before {actions[computes[-1]]}")
-        if reduces and Kind.SYNC_TIED in kinds:
-            summed_first = kinds.index(Kind.SYNC_TIED) < reduces[0]
-            if summed_first == zero.streams:
-                raise VerificationError(f"{stage}SYNC_TIED is on the wrong side of REDUCE_GRAD")
         for i, action in enumerate(actions):
             if action.kind in (Kind.REDUCE_B, Kind.REDUCE_W):
                 made = Action(stage, Kind(action.kind[-1]), action.microbatch)
                 if actions[i - 1] != made:
                     raise VerificationError(f"{action} does not follow {made}")
+    for row in schedule:
+        _check_order(row, Kind.REDUCE_GRAD if zero.streams else Kind.SYNC_TIED)
+
+
+def _check_order(actions: Sequence[Action], first: Kind) -> None:
+    """A rank's tied gradients are all summed before, or all after, its replicas' are averaged."""
+    closing = [action for action in actions if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED)]
+    late = next((b for a, b in pairwise(closing) if b.kind is first is not a.kind), None)
+    if late is not None:
+        raise VerificationError(f"{late} is on the wrong side of the other exchange")
 
 
 def _homes(schedule: Schedule) -> dict[int, int]:

@@ -91,8 +91,8 @@ class Restore:
         if scheduler is None:
             return
         mesh = self._training.state.mesh
-        if len(saved) == mesh.n_stages and mesh.distributed:
-            chosen = saved[mesh.stage_of(self._rank)]
+        if len(saved) == mesh.pp and mesh.distributed:
+            chosen = saved[mesh.position_of(self._rank)]
         elif all(each == saved[0] for each in saved):
             chosen = saved[0]
         else:

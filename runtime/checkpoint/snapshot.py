@@ -84,7 +84,7 @@ def tensors_of(training: Training) -> dict[str, torch.Tensor]:
         if name in state.homes:
             if name in held:
                 tensor = state.as_stored(name, held[name].detach())
-                if _is_ours(state, name) or isinstance(tensor, DTensor):
+                if state.is_ours(name) or isinstance(tensor, DTensor):
                     tensors[f"model.{name}"] = tensor
         else:
             rank = state.mesh.rank_of(0, training.buffer_stages.get(name, 0))
@@ -102,11 +102,10 @@ def tensors_of(training: Training) -> dict[str, torch.Tensor]:
 def facts_of(training: Training) -> dict[str, Any]:
     """This process's part of what is no model tensor, as JSON data."""
     state, optimizer = training.state, training.optimizer
-    facts: dict[str, Any] = {"stage": None, "optimizer": None, "scheduler": None, "data": None}
     rank = next(iter(state.ranks))
-    if state.mesh.replica_of(rank) == 0:
-        facts["stage"] = state.mesh.stage_of(rank)
-    if state.mesh.stage_of(rank) == 0 and training.data is not None:
+    facts: dict[str, Any] = {"optimizer": None, "scheduler": None, "data": None}
+    facts["first_replica"] = state.mesh.replica_of(rank) == 0
+    if 0 in state.mesh.stages_of(rank) and training.data is not None:
         facts["data"] = tree.encode(training.data.state_dict(), "the state of data=")
     if optimizer is not None:
         facts["optimizer"] = optimizer_state.facts_of(optimizer, _our_params(training))
@@ -126,10 +125,10 @@ def facts_of(training: Training) -> dict[str, Any]:
 def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]:
     """The parts of all processes, in rank order, as a checkpoint keeps them.
 
-    Schedulers are kept per stage (their groups may differ), data per share, random states per
-    process.
+    Schedulers are kept per rank of a replica (their groups may differ), data per share, random
+    states per process.
     """
-    first_replica = [part for part in parts if part["stage"] is not None]
+    first_replica = [part for part in parts if part["first_replica"]]
     return {
         "seed": training.seed,
         "steps": training.steps,
@@ -150,10 +149,6 @@ def _present(values: Iterable[Any]) -> list[Any]:
     return [value for value in values if value is not None]
 
 
-def _is_ours(state: ModelState, name: str) -> bool:
-    return state.mesh.rank_of(0, state.homes[name][0]) in state.ranks
-
-
 def _our_params(training: Training) -> dict[torch.Tensor, str]:
     names = training.param_names
-    return {param: name for param, name in names.items() if _is_ours(training.state, name)}
+    return {param: name for param, name in names.items() if training.state.is_ours(name)}

@@ -1,4 +1,4 @@
-"""dp × pp: which process runs which stage of which replica, and on which device."""
+"""dp × pp: which process holds which stages of which replica."""
 
 from __future__ import annotations
 
@@ -9,24 +9,33 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ...compiler.ir.errors import OptionError, WorldSizeError
+from ...compiler.ir.errors import WorldSizeError
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run. The stages of one replica are neighbours in rank order.
+    """The ranks of a run. Those of one replica are neighbours in rank order.
 
     Attributes:
+        dp: how many replicas there are.
         rank: this process's rank; None where one process plays all ranks.
+        placement: per rank of a replica the stages that it holds; where it is left out, each rank
+            holds one, in order.
     """
 
     n_stages: int
     dp: int
     rank: int | None
+    placement: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def pp(self) -> int:
+        """How many ranks a replica has."""
+        return len(self.placement) or self.n_stages
 
     @property
     def size(self) -> int:
-        return self.n_stages * self.dp
+        return self.pp * self.dp
 
     @property
     def distributed(self) -> bool:
@@ -37,18 +46,33 @@ class Mesh:
         """The ranks that this process plays."""
         return tuple(range(self.size)) if self.rank is None else (self.rank,)
 
-    def stage_of(self, rank: int) -> int:
-        return rank % self.n_stages
-
     def replica_of(self, rank: int) -> int:
-        return rank // self.n_stages
+        return rank // self.pp
+
+    def position_of(self, rank: int) -> int:
+        """Which of the ranks of its replica it is."""
+        return rank % self.pp
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        position = self.position_of(rank)
+        return self.placement[position] if self.placement else (position,)
 
     def rank_of(self, replica: int, stage: int) -> int:
-        return replica * self.n_stages + stage
+        """The rank that holds a stage in a replica."""
+        held = (i for i, stages in enumerate(self.placement) if stage in stages)
+        return replica * self.pp + (next(held) if self.placement else stage)
 
     def replicas_of(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold a stage, one per replica."""
         return tuple(self.rank_of(replica, stage) for replica in range(self.dp))
+
+    def channel(self, src: int, dst: int) -> int:
+        """The number of what one stage sends to another, in every replica."""
+        return src * self.n_stages + dst
+
+    def peers_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same stages as this one, one per replica."""
+        return tuple(range(self.position_of(rank), self.size, self.pp))
 
 
 def world_size() -> int:
@@ -77,45 +101,6 @@ def make_mesh(n_stages: int, dp: int) -> Mesh:
             f"n_stages and dp whose product is {world}"
         )
     return Mesh(n_stages, dp, rank)
-
-
-def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
-    """The type of device to run on, with an index only where all ranks share it.
-
-    Raises:
-        OptionError: a device that this machine does not have, or that has no runtime here.
-    """
-    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"device={wanted!r} is not a device: use 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={wanted!r}, but this torch sees no CUDA device: use 'cpu'")
-    return device
-
-
-def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
-    """Where a rank computes: on CUDA, rank r of this machine takes device r mod count."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
-    return torch.device("cuda", local % torch.cuda.device_count())
-
-
-def ranks_here(mesh: Mesh) -> int:
-    """How many ranks run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) if mesh.distributed else mesh.size
-
-
-def ranks_per_device(device: torch.device, mesh: Mesh) -> int:
-    """How many ranks of this machine share a device and its memory."""
-    here = ranks_here(mesh)
-    if device.type != "cuda" or device.index is not None:
-        return here
-    return -(-here // torch.cuda.device_count())
 
 
 def connect(mesh: Mesh, device: torch.device) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from ...compiler.ir.program import Port, Role
 from ...compiler.ir.shards import Entry, Item, Parcel, apart, parcels_of
-from .transport import Pending, Processes, Values, ordered_sum_
+from .processes import Processes
+from .transport import Pending, Values, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the sum over the replicas of this rank's rows of an item."""
@@ -19,7 +20,7 @@ class Outgoing:
     """Sends parcels of gradients, and adds up what arrives, in rank order.
 
     A parcel leaves as soon as it is full, while the backward goes on. Before the next one leaves
-    it is waited for: at most one is under way, and one is being filled.
+    it is waited for: at most one is under way, and one of each stage is being filled.
 
     Args:
         settle: called with every item of this rank's rows, in the order in which they left.
@@ -27,15 +28,15 @@ class Outgoing:
 
     def __init__(self, transport: Processes, settle: Settle):
         self._transport, self._replica, self._settle = transport, transport.replica, settle
-        self._filling: list[torch.Tensor] = []
+        self._filling: dict[int, list[torch.Tensor]] = {}  # by id of the parcel
         self._flying: tuple[Parcel, torch.Tensor, Pending] | None = None
 
     def put(self, entries: Sequence[Entry], grad: torch.Tensor) -> None:
         """Pack a gradient; what is full then leaves."""
         for parcel, number in entries:
             if number == 0:
-                self._filling = self._empty(parcel, grad.device)
-            _pack(parcel, number, grad, self._filling)
+                self._filling[id(parcel)] = self._empty(parcel, grad.device)
+            _pack(parcel, number, grad, self._filling[id(parcel)])
             if number == len(parcel.items) - 1:
                 self._launch(parcel)
 
@@ -62,8 +63,7 @@ class Outgoing:
 
     def _launch(self, parcel: Parcel) -> None:
         self.drain()
-        *blocks, others = self._filling
-        self._filling = []
+        *blocks, others = self._filling.pop(id(parcel))
         pending = self._transport.scatter(others, parcel.sizes)
         self._flying = parcel, blocks[self._replica], pending
 

@@ -49,8 +49,8 @@ class Ranks:
 
     def stages(self, n_stages: int) -> tuple[int, ...]:
         """Those of this process's ranks."""
-        ranks = self._mesh.local_ranks
-        return tuple(s for s in range(n_stages) if any(self._mesh.stage_of(r) == s for r in ranks))
+        here = {stage for rank in self._mesh.local_ranks for stage in self._mesh.stages_of(rank)}
+        return tuple(stage for stage in range(n_stages) if stage in here)
 
     def pool_stages(
         self, seconds: dict[int, tuple[float, float]]

@@ -1,4 +1,5 @@
-"""How ranks reach each other: through memory in one process, or torch.distributed between many.
+"""How ranks reach each other: through memory in one process, or between processes
+(`processes.py`).
 
 Both give the same numbers bit for bit: values keep their strides, and sums over replicas are
 taken in rank order.
@@ -6,25 +7,19 @@ taken in rank order.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
-from ...compiler.costs import memory
 from ...compiler.ir.errors import VerificationError
 from ...compiler.ir.program import ValueSpec
 from . import wire
 from .mesh import Mesh
 
 Values = list[torch.Tensor]
-
-# torch 2.13 renamed it
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending(Protocol):
@@ -40,17 +35,24 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Point-to-point and collective exchange between ranks.
 
-    Messages from one rank to another arrive in the order in which they were sent.
+    Messages of one channel, from one rank to another, arrive in the order in which they were sent.
     """
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """Prepare for messages between these stages (from, to); the same call on every rank."""
         ...
 
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None: ...
+    def send(
+        self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
+    ) -> None: ...
 
     def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+        self,
+        src: int,
+        dst: int,
+        specs: Sequence[ValueSpec],
+        device: torch.device,
+        channel: int = 0,
     ) -> Pending: ...
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
@@ -64,6 +66,52 @@ class Transport(Protocol):
     def progress(self) -> int:
         """How often one rank has done something for another."""
         ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a rank is: its device, and its end of the transport."""
+
+    rank: int
+    mesh: Mesh
+    device: torch.device
+    transport: Transport
+
+    @property
+    def replica(self) -> int:
+        return self.mesh.replica_of(self.rank)
+
+    @property
+    def dp(self) -> int:
+        return self.mesh.dp
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Those that the rank holds."""
+        return self.mesh.stages_of(self.rank)
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks of the same stages, one per replica, this one among them."""
+        return self.mesh.peers_of(self.rank)
+
+    def rank_of(self, stage: int) -> int:
+        """The rank of this replica that holds a stage."""
+        return self.mesh.rank_of(self.replica, stage)
+
+    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+        """From a stage of this rank to another rank's."""
+        channel = self.mesh.channel(src, dst)
+        self.transport.send(self.rank, self.rank_of(dst), values, specs, channel)
+
+    def receive(self, src: int, dst: int, specs: Sequence[ValueSpec]) -> Pending:
+        """From another rank's stage to one of this rank."""
+        channel = self.mesh.channel(src, dst)
+        return self.transport.receive(self.rank_of(src), self.rank, specs, self.device, channel)
+
+    def mean(self, bucket: torch.Tensor) -> Pending:
+        """Replace it by the mean over the peers' buckets."""
+        return self.transport.mean(self.rank, self.peers, bucket)
 
 
 def ordered_mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -94,19 +142,6 @@ def add_mean_(total: torch.Tensor, parts: torch.Tensor, count: int, fresh: bool)
         total += parts.div_(count)
     else:  # a power of two divides exactly, so that both are done in one pass
         total.add_(parts, alpha=1 / count)
-
-
-class Arrived:
-    """A `Pending` that has its values already."""
-
-    def __init__(self, values: Values):
-        self.values = values
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Values:
-        return self.values
 
 
 class _Mail:
@@ -152,7 +187,7 @@ class Loopback:
     """All ranks in one process: a message is handed over, a collective computed once."""
 
     def __init__(self) -> None:
-        self.queues: dict[tuple[int, int], deque[Values]] = defaultdict(deque)
+        self.queues: dict[tuple[int, int, int], deque[Values]] = defaultdict(deque)
         self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
         self.events = 0
 
@@ -162,15 +197,22 @@ class Loopback:
     def progress(self) -> int:
         return self.events
 
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
+    def send(
+        self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
+    ) -> None:
         conformed = [wire.conform(v, s) for v, s in zip(values, specs, strict=True)]
-        self.queues[src, dst].append(conformed)
+        self.queues[src, dst, channel].append(conformed)
         self.events += 1
 
     def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
+        self,
+        src: int,
+        dst: int,
+        specs: Sequence[ValueSpec],
+        device: torch.device,
+        channel: int = 0,
     ) -> Pending:
-        return _Mail(self.queues[src, dst], device)
+        return _Mail(self.queues[src, dst, channel], device)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         return self.meet(ranks, rank, bucket, _average)
@@ -194,193 +236,6 @@ class Loopback:
 
     def flush(self) -> None:
         if any(self.queues.values()):
-            unread = [f"{src}→{dst}" for (src, dst), queue in self.queues.items() if queue]
+            unread = [f"{src}→{dst}" for (src, dst, _), queue in self.queues.items() if queue]
             raise VerificationError(f"messages that nobody read: {', '.join(unread)}")
         self.meetings.clear()
-
-
-class _Receipt:
-    """A message under way between processes."""
-
-    def __init__(self, works: list[dist.Work], data: Values, specs: Sequence[ValueSpec]):
-        self.works, self.data, self.specs = works, data, specs
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Values:
-        for work in self.works:
-            work.wait()
-        return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
-
-
-class _Exchange:
-    """A collective under way; what goes out must stay as it is until it is waited for."""
-
-    def __init__(self, work: dist.Work, sent: torch.Tensor, room: torch.Tensor):
-        self.work, self.sent, self.room = work, sent, room
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Values:
-        self.work.wait()
-        return [self.room]
-
-
-class _Outbox:
-    """What gloo is sending. Gloo tells that a message has left only to who waits for it.
-
-    So a thread waits, and lets go of the memory; without it a step would keep all that it sent.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        threading.Thread(target=self._wait, name="pipecompile-outbox", daemon=True).start()
-
-    def add(self, work: dist.Work, data: torch.Tensor) -> None:
-        self._queue.put([work, data])
-
-    def flush(self) -> None:
-        """Wait until all has left.
-
-        Raises:
-            RuntimeError: what gloo says of a message that could not be sent.
-        """
-        done = threading.Event()
-        self._queue.put([done])
-        done.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def _wait(self) -> None:
-        while True:
-            item = self._queue.get()
-            if isinstance(item[0], threading.Event):
-                item[0].set()
-                continue
-            try:
-                item[0].wait()
-            except RuntimeError as error:
-                self._failure = error
-            del item
-
-
-class _DeviceOutbox:
-    """What NCCL is sending: it tells when that has left."""
-
-    def __init__(self) -> None:
-        self._queue: deque[tuple[dist.Work, torch.Tensor]] = deque()
-
-    def add(self, work: dist.Work, data: torch.Tensor) -> None:
-        while self._queue and self._queue[0][0].is_completed():
-            self._queue.popleft()[0].wait()
-        self._queue.append((work, data))
-
-    def flush(self) -> None:
-        while self._queue:
-            self._queue.popleft()[0].wait()
-
-
-class Processes:
-    """torch.distributed: gloo on CPU, NCCL on CUDA.
-
-    Attributes:
-        dp, replica: how many replicas there are, and which of them this process's rank is in.
-        group: the replicas of its stage; None where there is one.
-    """
-
-    def __init__(self, mesh: Mesh, device: torch.device):
-        self.device = device
-        self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
-        # every process makes every group, in the same order
-        self.replicas = [
-            dist.new_group(list(mesh.replicas_of(stage))) if mesh.dp > 1 else None
-            for stage in range(mesh.n_stages)
-        ]
-        assert mesh.rank is not None
-        self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
-        self.group = self.replicas[mesh.stage_of(mesh.rank)]
-        self.pairs: dict[tuple[int, int], dist.ProcessGroup] = {}
-
-    def open(self, routes: Iterable[tuple[int, int]]) -> None:
-        """On CUDA, one communicator per direction and pair of ranks, so that none blocks another.
-
-        A communicator's first use waits for the other end, so each is used once here, all in
-        the same order on every rank.
-        """
-        if self.device.type != "cuda":
-            return
-        for src_stage, dst_stage in sorted(set(routes)):
-            for replica in range(self.mesh.dp):
-                src = self.mesh.rank_of(replica, src_stage)
-                dst = self.mesh.rank_of(replica, dst_stage)
-                if (src, dst) in self.pairs:
-                    continue
-                group = self.pairs[src, dst] = dist.new_group([src, dst])
-                probe = torch.zeros(1, device=self.device)
-                if self.mesh.rank == src:
-                    dist.send(probe, dst, group=group)
-                elif self.mesh.rank == dst:
-                    dist.recv(probe, src, group=group)
-
-    def send(self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec]) -> None:
-        for value, spec in zip(values, specs, strict=True):
-            data = wire.to_bytes(value, spec)
-            if data.numel():
-                work = dist.isend(data, dst, group=self.pairs.get((src, dst)))
-                assert work is not None
-                self.outbox.add(work, data)
-                del work, data  # the outbox alone keeps them
-
-    def receive(
-        self, src: int, dst: int, specs: Sequence[ValueSpec], device: torch.device
-    ) -> Pending:
-        data = [wire.room_for(spec, device) for spec in specs]
-        works = []
-        for room in data:
-            if room.numel():
-                work = dist.irecv(room, src, group=self.pairs.get((src, dst)))
-                assert work is not None
-                works.append(work)
-        return _Receipt(works, data, specs)
-
-    def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
-        segment = memory.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
-        for piece in torch.split(bucket, segment):
-            exchanged = torch.empty_like(piece)
-            dist.all_to_all_single(exchanged, piece, group=self.group)
-            mine = ordered_mean(exchanged.chunk(len(ranks)))
-            _all_gather(piece, mine, group=self.group)
-        return Arrived([bucket])
-
-    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give every other replica r of this stage its block, of ``sizes[r]`` elements.
-
-        The result is one tensor: what each of them gave this rank.
-        """
-        me = self.replica
-        sent = [0 if r == me else size for r, size in enumerate(sizes)]
-        received = [0 if r == me else sizes[me] for r in range(len(sizes))]
-        room = blocks.new_empty(sum(received))
-        work = dist.all_to_all_single(room, blocks, received, sent, group=self.group, async_op=True)
-        assert work is not None
-        return _Exchange(work, blocks, room)
-
-    def gather(self, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
-        """What each replica of this stage gives, all of one size, as one tensor.
-
-        Args:
-            room: where to write it.
-        """
-        if room is None:
-            room = mine.new_empty(mine.numel() * self.dp)
-        work = _all_gather(room, mine, group=self.group, async_op=True)
-        return _Exchange(work, mine, room)
-
-    def progress(self) -> int:
-        return 0
-
-    def flush(self) -> None:
-        self.outbox.flush()

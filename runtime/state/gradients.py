@@ -15,7 +15,7 @@ for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 
 import torch
 
@@ -32,14 +32,15 @@ from ...compiler.ir.shards import (
     stream_departures,
 )
 from ..exchange.parcels import Outgoing
-from ..exchange.transport import Loopback, Processes, Transport, add_mean_, ordered_sum_
+from ..exchange.processes import Processes
+from ..exchange.transport import Endpoint, Loopback, add_mean_, ordered_sum_
 from .bucket import Bucket, GradSlot
 
 Run = Generator[None, None, None]
 
 
 class WholeGradients(Bucket):
-    """One slot per parameter, in a buffer per dtype.
+    """One slot per parameter of the rank's stages, in a buffer per dtype.
 
     Attributes:
         slots: FQN -> where the gradient is once it is complete.
@@ -53,10 +54,11 @@ class WholeGradients(Bucket):
         self,
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
+        endpoint: Endpoint,
         parts: int,
     ):
-        super().__init__(params, dtypes, device, parts)
+        super().__init__(params, dtypes, endpoint.device, parts)
+        self._endpoint = endpoint
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
 
@@ -71,16 +73,17 @@ class WholeGradients(Bucket):
     def begin(self, departures: Departures, part: Kind, last: bool) -> None:
         """Before a backward program; ``last``: of the last microbatch."""
 
-    def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
+    def collect(self) -> Run:
         """After a backward program (REDUCE_B, REDUCE_W)."""
         yield from ()
 
-    def reduce(
-        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
-    ) -> Run:
-        """After all of them (REDUCE_GRAD): every slot has the mean over the replicas."""
-        for buffer in self.buffers.values():
-            pending = transport.mean(rank, ranks, buffer)
+    def reduce(self, departures: Departures, last: bool) -> Run:
+        """After all of a stage (REDUCE_GRAD); ``last``: of the rank's stages.
+
+        Then every slot has the mean over the replicas.
+        """
+        for buffer in self.buffers.values() if last else ():
+            pending = self._endpoint.mean(buffer)
             while not pending.ready():
                 yield
             pending.wait()
@@ -124,12 +127,13 @@ class SentGradients(WholeGradients, ABC):
         self,
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
+        endpoint: Endpoint,
         parts: int,
-        transport: Processes,
     ):
-        super().__init__(params, dtypes, device, parts)
-        self._dp, self._replica = transport.dp, transport.replica
+        super().__init__(params, dtypes, endpoint, parts)
+        transport = endpoint.transport
+        assert isinstance(transport, Processes)
+        self._dp, self._replica = endpoint.dp, endpoint.replica
         self.inlets = {name: Inlet(self, name) for name in self.slots}
         self._outgoing = Outgoing(transport, self._settle)
         self._leaving: list[tuple[Entry, ...]] = []
@@ -140,9 +144,7 @@ class SentGradients(WholeGradients, ABC):
     def take(self, name: str, grad: torch.Tensor) -> None:
         self._outgoing.put(self._leaving.pop(), grad)
 
-    def reduce(
-        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
-    ) -> Run:
+    def reduce(self, departures: Departures, last: bool) -> Run:
         for name, entries in departures.closing.items():
             self._outgoing.put(entries, self.slots[name].tensor)
         self._outgoing.drain()
@@ -160,10 +162,9 @@ class ClosingGradients(SentGradients):
         self,
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
-        transport: Processes,
+        endpoint: Endpoint,
     ):
-        super().__init__(params, dtypes, device, transport.dp, transport)
+        super().__init__(params, dtypes, endpoint, endpoint.dp)
         for slot in self.slots.values():
             slot.owned = rows_of(slot.tensor, self._dp, self._replica)
 
@@ -201,10 +202,9 @@ class StreamGradients(SentGradients):
         shards: Mapping[str, torch.Tensor],
         whole: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
-        transport: Processes,
+        endpoint: Endpoint,
     ):
-        super().__init__(shards, dtypes, device, 1, transport)
+        super().__init__(shards, dtypes, endpoint, 1)
         self._items = {n: Item(n, tuple(whole[n].shape), dtypes[n]) for n in self.slots}
 
     def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
@@ -229,10 +229,10 @@ class SharedGradients(WholeGradients):
         self,
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
+        endpoint: Endpoint,
         leader: SharedGradients | None,
     ):
-        super().__init__(params if leader is None else {}, dtypes, device, 1)
+        super().__init__(params if leader is None else {}, dtypes, endpoint, 1)
         self.leads = leader is None
         if leader is not None:
             self.slots = leader.slots
@@ -242,17 +242,16 @@ class SharedGradients(WholeGradients):
     def take(self, name: str, grad: torch.Tensor) -> None:
         self._made.append((name, grad))
 
-    def collect(self, transport: Transport, rank: int, ranks: Sequence[int]) -> Run:
-        assert isinstance(transport, Loopback)
+    def collect(self) -> Run:
+        end = self._endpoint
+        assert isinstance(end.transport, Loopback)
         made, self._made = self._made, []
-        meeting = transport.meet(ranks, rank, made, self._add)
+        meeting = end.transport.meet(end.peers, end.rank, made, self._add)
         while not meeting.ready():
             yield
         meeting.wait()
 
-    def reduce(
-        self, departures: Departures, transport: Transport, rank: int, ranks: Sequence[int]
-    ) -> Run:
+    def reduce(self, departures: Departures, last: bool) -> Run:
         yield from ()
 
     def _add(self, brought: list[list[tuple[str, torch.Tensor]]]) -> None:
@@ -262,22 +261,3 @@ class SharedGradients(WholeGradients):
             total = ordered_sum_(first, [grad for _, grad in grads[1:]])
             add_mean_(slot.tensor, total, len(brought), slot.fresh)
             slot.fresh = False
-
-
-def squares(grad: torch.Tensor, dp: int) -> list[float]:
-    """Per replica the sum of the squares of its rows, in fp64.
-
-    They are the same numbers whether one process has all rows or each has its own.
-    """
-    if not grad.dim():
-        return [float(grad.double().square())]
-    return [own_squares(rows_of(grad, dp, replica)) for replica in range(dp)]
-
-
-def own_squares(rows: torch.Tensor) -> float:
-    """The sum of the squares in fp64, without a second copy of all of them."""
-    flat = rows.reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
-        total += piece.double().square_().sum()
-    return float(total)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from ..exchange.mesh import Mesh
+from ..exchange.transport import Endpoint
 from .gradients import WholeGradients
 from .sharded import Shards
 
 
 class RankState:
-    """What a rank holds between steps, whatever program runs: tensors on its device.
+    """Tensors of a rank's stages, on its device.
 
     Attributes:
         params: FQN -> the whole parameter, of those that are kept whole.
@@ -22,23 +22,25 @@ class RankState:
 
     def __init__(
         self,
-        rank: int,
-        mesh: Mesh,
-        device: torch.device,
+        endpoint: Endpoint,
         params: Mapping[str, torch.Tensor],
         buffers: dict[str, torch.Tensor],
         grads: WholeGradients,
         shards: Shards | None = None,
     ):
-        self.rank, self.mesh, self.device = rank, mesh, device
+        self.endpoint = endpoint
         self.params = dict(params)
         self.buffers, self.grads, self.shards = buffers, grads, shards
         self.copies: dict[str, torch.Tensor] = {}
 
     @property
-    def stage(self) -> int:
-        return self.mesh.stage_of(self.rank)
+    def rank(self) -> int:
+        return self.endpoint.rank
 
-    def peer(self, stage: int) -> int:
-        """The rank of another stage in the same replica."""
-        return self.mesh.rank_of(self.mesh.replica_of(self.rank), stage)
+    @property
+    def device(self) -> torch.device:
+        return self.endpoint.device
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return self.endpoint.stages

@@ -1,4 +1,4 @@
-"""A rank's share of its stage's parameters, where replicas divide them (zero=1 to 3).
+"""A rank's share of its stages' parameters, where replicas divide them (zero=1 to 3).
 
 The optimizer holds this rank's rows as ordinary parameters, not as DTensors: an AdamW step over
 DTensors takes four times as long, eighteen times if fused, and torch picks no foreach kernels for
@@ -11,7 +11,8 @@ is read, and at level 3, the rows stand alone, and there never is a whole parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +24,8 @@ from ...compiler.capture.skeleton import meta_like
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
 from ..exchange.parcels import GatheredGroup, Gathering
-from ..exchange.transport import Processes
+from ..exchange.processes import Processes
+from ..exchange.transport import Endpoint
 from .bucket import Bucket
 
 
@@ -45,10 +47,11 @@ class Shards:
         params: Mapping[str, nn.Parameter],
         held: Mapping[str, torch.Tensor],
         kept: Collection[str],
-        transport: Processes,
-        device: torch.device,
+        endpoint: Endpoint,
     ):
-        self.dp, self.replica, self._device = transport.dp, transport.replica, device
+        transport = endpoint.transport
+        assert isinstance(transport, Processes)
+        self.dp, self.replica, self._device = endpoint.dp, endpoint.replica, endpoint.device
         self._group = transport.group
         self._mesh: DeviceMesh | None = None
         self.like = {name: torch.empty_like(meta_like(p)) for name, p in params.items()}
@@ -59,33 +62,40 @@ class Shards:
             self.masters[name] = nn.Parameter(rows, requires_grad=param.requires_grad)
         self.copies: dict[str, torch.Tensor] = {}
         self.gathering = Gathering(transport, self.masters, self.like)
-        self._parcels: list[tuple[Parcel, Mapping[str, torch.Tensor]]] = []
+        self._parcels: dict[int, list[tuple[Parcel, Mapping[str, torch.Tensor]]]] = {}
+        # stage -> what its programs read, of ``whole`` and of ``copies``
+        self._read: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
 
-    def provide(self, stage: StageProgram) -> None:
-        """Make room for what a program reads whole all the time."""
-        direct = stage.direct
+    def provide(self, stages: Sequence[StageProgram]) -> None:
+        """Make room for what the rank's programs read whole all the time."""
+        copied = {name: dtype for stage in stages for name, dtype in stage.copies.items()}
+        direct = {name for stage in stages for name in stage.direct}
         for name in self.masters:  # in this order on every replica
             if name in direct and name not in self.whole:
                 self.whole[name] = torch.empty_like(self.like[name], device=self._device)
         wanted = {
             name: dtype
-            for name, dtype in stage.copies.items()
+            for name, dtype in copied.items()
             if name in self.masters and name not in self.copies
         }
         like = {name: self.like[name] for name in wanted}
         self.copies |= Bucket(like, wanted, self._device, self.dp).views
-        self._parcels = [
-            (parcel, kind)
-            for kind in (self.whole, self.copies)
-            for parcel in parcels_of(items_of(kind).values(), self.dp)
-        ]
+        for stage in stages:
+            whole, copies = self._read[stage.stage]
+            whole |= stage.direct
+            copies |= set(stage.copies)
+            self._parcels[stage.stage] = [
+                (parcel, kind)
+                for kind, names in ((self.whole, whole), (self.copies, copies))
+                for parcel in parcels_of(items_of(_chosen(kind, names)).values(), self.dp)
+            ]
 
     @torch.no_grad()
-    def unshard(self) -> None:
+    def unshard(self, stage: int) -> None:
         """Every replica's rows to all of them (UNSHARD): one parcel is packed and unpacked while
         another is under way."""
         started: list[Callable[[], None]] = []
-        for parcel, kind in self._parcels:
+        for parcel, kind in self._parcels[stage]:
             pending = self.gathering.start(parcel)
             whole = [kind[item.name] for item in parcel.items]
             started.append(partial(self.gathering.finish, parcel, pending, whole))
@@ -121,3 +131,7 @@ class Shards:
             rows, self._mesh, [place], run_check=False, shape=like.shape, stride=like.stride()
         )
         return made
+
+
+def _chosen(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in names}

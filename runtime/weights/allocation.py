@@ -12,7 +12,7 @@ Cut = Callable[[torch.Tensor], torch.Tensor]
 """A view of the rows that are kept of a tensor."""
 
 
-class Place:
+class Allocation:
     """Memory of one tensor, empty at first.
 
     Args:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton, meta_like, named_state
 from ...compiler.ir.errors import PipecompileError, StateError
-from .allocation import Place
+from .allocation import Allocation
 from .draws import Draws
 
 RUNS = 16  # at least so many, unless single tensors are larger; each passes over the whole model
@@ -39,7 +39,7 @@ class Initializers:
     def has(self, name: str) -> bool:
         return True
 
-    def fill(self, places: Mapping[str, Place]) -> None:
+    def fill(self, allocations: Mapping[str, Allocation]) -> None:
         """Run every initialiser, once if all tensors are kept whole, else once for each group.
 
         Those that read one tensor to set another make all at once.
@@ -47,34 +47,34 @@ class Initializers:
         Raises:
             StateError: an initialiser failed, or left one of the tensors as it was.
         """
-        groups = _groups(places)
+        groups = _groups(allocations)
         if len(groups) > 1:
             with suppress(StateError):
                 for group in groups:
                     self._run(group)
                 return
-        self._run(places)
+        self._run(allocations)
 
-    def _run(self, places: Mapping[str, Place]) -> None:
-        rooms = {name: place.room() for name, place in places.items()}
+    def _run(self, allocations: Mapping[str, Allocation]) -> None:
+        rooms = {name: allocation.room() for name, allocation in allocations.items()}
         model = self._stand_in(rooms)
         state = dict(named_state(model))
         draws = Draws(self._seed, state)
         devices = {room.device for room in rooms.values() if room.is_cuda}
         with torch.random.fork_rng(tuple(devices)), torch.no_grad(), draws:
             _initialize(model, draws)
-        for name, place in places.items():
-            if draws.written[name] < place.like.numel():
+        for name, allocation in allocations.items():
+            if draws.written[name] < allocation.like.numel():
                 raise StateError(self._missing(name))
-            place.take(rooms.pop(name))
-            if not place.whole:  # a cycle of references may keep the copy of the model
+            allocation.take(rooms.pop(name))
+            if not allocation.whole:  # a cycle of references may keep the copy of the model
                 state[name].data = state[name].new_empty(0)
 
-    def _stand_in(self, places: Mapping[str, torch.Tensor]) -> nn.Module:
+    def _stand_in(self, rooms: Mapping[str, torch.Tensor]) -> nn.Module:
         memo: dict[int, Any] = {}
         for name, tensor in named_state(self._model):
-            place = places.get(self._skeleton.canonical[name])
-            memo[id(tensor)] = _stand_in(tensor, place)
+            room = rooms.get(self._skeleton.canonical[name])
+            memo[id(tensor)] = _stand_in(tensor, room)
         model = copy.deepcopy(self._model, memo)
         for part in model.modules():
             vars(part).pop(_DONE, None)
@@ -93,29 +93,29 @@ class Initializers:
         )
 
 
-def _groups(places: Mapping[str, Place]) -> list[dict[str, Place]]:
+def _groups(allocations: Mapping[str, Allocation]) -> list[dict[str, Allocation]]:
     """What is made in one run: first what is kept whole, and then a few that are divided, so that
     they are as large as the largest, or a sixteenth of all."""
-    groups = [{name: place for name, place in places.items() if place.whole}]
-    divided = {name: place for name, place in places.items() if not place.whole}
-    sizes = {name: place.like.nbytes for name, place in divided.items()}
+    groups = [{name: allocation for name, allocation in allocations.items() if allocation.whole}]
+    divided = {name: allocation for name, allocation in allocations.items() if not allocation.whole}
+    sizes = {name: allocation.like.nbytes for name, allocation in divided.items()}
     limit = max([*sizes.values(), sum(sizes.values()) // RUNS])
     held = limit
-    for name, place in divided.items():
+    for name, allocation in divided.items():
         if held + sizes[name] > limit:
             groups.append({})
             held = 0
-        groups[-1][name] = place
+        groups[-1][name] = allocation
         held += sizes[name]
     return [group for group in groups if group]
 
 
-def _stand_in(tensor: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
-    if place is None:
-        place = meta_like(tensor)
+def _stand_in(tensor: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    if room is None:
+        room = meta_like(tensor)
     if not isinstance(tensor, nn.Parameter):
-        return place
-    return nn.Parameter(place, requires_grad=tensor.requires_grad)
+        return room
+    return nn.Parameter(room, requires_grad=tensor.requires_grad)
 
 
 def _untie(model: nn.Module, canonical: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Where a model's values come from, and only those that this process holds.
 
-skeleton (shapes, strides, dtypes)  ->  a place for each tensor, or for this process's rows of it
+skeleton (shapes, strides, dtypes)  ->  an allocation per tensor, or for this process's rows of it
 Source                              ->  fills them, one after the other: there is no second copy
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton, is_fake, meta_like, named_state
-from .allocation import Cut, Place
+from .allocation import Allocation, Cut
 from .initializers import Initializers
 from .weight_files import WeightFiles
 
@@ -27,8 +27,8 @@ class Source(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def fill(self, places: Mapping[str, Place]) -> None:
-        """Give every place its tensor. At most a few are whole at once where rows are wanted.
+    def fill(self, allocations: Mapping[str, Allocation]) -> None:
+        """Give every allocation its tensor. At most a few are whole at once where rows are wanted.
 
         Raises:
             StateError: there is none for one of them.
@@ -46,9 +46,9 @@ class LiveWeights:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def fill(self, places: Mapping[str, Place]) -> None:
-        for name, place in places.items():
-            place.take(self._tensors[name])
+    def fill(self, allocations: Mapping[str, Allocation]) -> None:
+        for name, allocation in allocations.items():
+            allocation.take(self._tensors[name])
 
 
 class FirstOf:
@@ -60,8 +60,8 @@ class FirstOf:
     def has(self, name: str) -> bool:
         return any(source.has(name) for source in self._sources)
 
-    def fill(self, places: Mapping[str, Place]) -> None:
-        rest = dict(places)
+    def fill(self, allocations: Mapping[str, Allocation]) -> None:
+        rest = dict(allocations)
         for source in self._sources:
             chosen = {name: rest.pop(name) for name in tuple(rest) if source.has(name)}
             if chosen:
@@ -99,8 +99,8 @@ def materialize(
     skeleton: Skeleton,
     names: Mapping[torch.device, Collection[str]],
     cuts: Mapping[str, Cut] = MappingProxyType({}),
-) -> dict[str, Place]:
-    """Places with the source's values, in the model's layouts.
+) -> dict[str, Allocation]:
+    """Allocations with the source's values, in the model's layouts.
 
     Args:
         names: device -> first names of the tensors that are wanted there.
@@ -114,8 +114,9 @@ def materialize(
     for device, wanted in names.items():
         for name in wanted:
             devices[name].append(device)
-    places = {
-        name: Place(meta_like(like[name]), where, cuts.get(name)) for name, where in devices.items()
+    allocations = {
+        name: Allocation(meta_like(like[name]), where, cuts.get(name))
+        for name, where in devices.items()
     }
-    source.fill(places)
-    return places
+    source.fill(allocations)
+    return allocations

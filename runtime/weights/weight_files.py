@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ...compiler.capture.skeleton import Skeleton
 from ...compiler.ir.errors import StateError
 from ...compiler.options.weight_path import locate_weights
-from .allocation import Place
+from .allocation import Allocation
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
@@ -68,7 +68,7 @@ class WeightFiles:
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def fill(self, places: Mapping[str, Place]) -> None:
+    def fill(self, allocations: Mapping[str, Allocation]) -> None:
         """Read tensors one after the other, and of those that are divided the rows alone.
 
         Raises:
@@ -86,7 +86,7 @@ class WeightFiles:
                     tensor: torch.Tensor = files[file].get_tensor(name)
                 return tensor
 
-            for first, place in places.items():
+            for first, allocation in allocations.items():
                 name, *others = self._names[first]
                 value = read(name)
                 for other in others:
@@ -95,7 +95,7 @@ class WeightFiles:
                             f"{self.path}: {name!r} and {other!r} have two values, and are one "
                             "tied tensor in the model: untie them, or leave one out of the file"
                         )
-                place.take(value)
+                allocation.take(value)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         entry = self._entries[name]

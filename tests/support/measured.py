@@ -23,8 +23,9 @@ def held(pipe: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         tensors += [value for value in states.values() if isinstance(value, torch.Tensor)]
     for loaded in pipe._loaded.values():
         for executor in loaded.executors.values():
-            for bound in executor.bound.values():
-                tensors += [value for value in bound.fixed if isinstance(value, torch.Tensor)]
+            for stage in executor.stages.values():
+                for bound in stage.parts.values():
+                    tensors += [value for value in bound.fixed if isinstance(value, torch.Tensor)]
     return tensors
 
 
@@ -46,7 +47,7 @@ def shares(
     pipe = jobs.pipeline(name, n_stages, dp, microbatches, example_batch=batch, **options)
     pipe.step(batch)
     (rank,) = pipe._state.ranks.values()
-    memory = pipe.plan.stages[rank.stage].memory
+    memory = pipe.plan.stages[rank.stages[0]].memory
     weights = [*rank.params.values(), *(rank.shards.masters.values() if rank.shards else ())]
     states = [t for s in pipe.optimizer.state.values() for t in s.values()]
     return {

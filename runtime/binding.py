@@ -1,0 +1,120 @@
+"""The programs of a stage with the arguments that never change already in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compiler.ir.actions import Kind
+from ..compiler.ir.program import Port, Program, Role, StageProgram
+from .exchange.parcels import GatheredGroup, LocalGroup
+from .state.rank_state import RankState
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program and its arguments: those that are fixed, and where the others go.
+
+    Attributes:
+        fixed: one per argument; None for those of a microbatch.
+        values, batch: (position, name) and (position, batch leaf) of these.
+        seed: the position of the seed of random ops, if there is one.
+        drops: the values that nothing needs once the program has started.
+    """
+
+    program: Program
+    fixed: list[Any]
+    values: tuple[tuple[int, str], ...]
+    batch: tuple[tuple[int, int], ...]
+    seed: int | None
+    drops: tuple[str, ...]
+
+
+class BoundStage:
+    """One stage's programs on the rank that holds it.
+
+    Args:
+        tangent: of a microbatch's loss; None where nothing is differentiated.
+
+    Attributes:
+        parts: the programs that a microbatch runs.
+    """
+
+    def __init__(self, code: StageProgram, state: RankState, tangent: torch.Tensor | None):
+        self.code, self._state, self._tangent = code, state, tangent
+        for program in (code.constants, *code.parts.values()):
+            _retarget(program, state.device)
+        self._groups = self._grouped()
+        self.parts: dict[Kind, Bound] = {}
+        self.refresh()
+
+    @property
+    def draws(self) -> bool:
+        """Whether a program has random ops."""
+        return any(bound.seed is not None for bound in self.parts.values())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the constants anew and bind them: at first, and after buffers were loaded."""
+        constants = self.code.constants
+        arguments = [self._state.buffers[str(port.key)] for port in constants.inputs]
+        made = constants.module.forward(arguments)
+        values = dict(zip((p.key for p in constants.outputs), made, strict=True))
+        self.parts = {
+            kind: self._bind(program, values, kind) for kind, program in self.code.parts.items()
+        }
+
+    def _grouped(self) -> Sequence[GatheredGroup | LocalGroup]:
+        if self._state.shards is not None:
+            return self._state.shards.groups(self.code)
+        return [
+            LocalGroup([self._fixed(port, {}) for port in group], self._state.endpoint.dp)
+            for group in self.code.groups
+        ]
+
+    def _bind(self, program: Program, constants: dict[Any, torch.Tensor], kind: Kind) -> Bound:
+        fixed = [self._fixed(port, constants) for port in program.inputs]
+        at = [(i, port) for i, port in enumerate(program.inputs)]
+        seeds = [i for i, port in at if port.role is Role.SEED]
+        return Bound(
+            program,
+            fixed,
+            tuple((i, str(port.key)) for i, port in at if port.role is Role.VALUE),
+            tuple((i, int(port.key)) for i, port in at if port.role is Role.BATCH),
+            seeds[0] if seeds else None,
+            self.code.drops.get((kind, -1), ()),
+        )
+
+    def _fixed(self, port: Port, constants: dict[Any, torch.Tensor]) -> Any:
+        state, name = self._state, str(port.key)
+        if port.role is Role.PARAM:
+            return state.params[name]
+        if port.role is Role.COPY:
+            return state.copies[name]
+        if port.role is Role.BUFFER:
+            return state.buffers[name]
+        if port.role is Role.CONSTANT:
+            return constants[port.key]
+        if port.role is Role.SLOT:
+            return state.grads.inlets[name]
+        if port.role is Role.GROUP:
+            return self._groups[int(port.key)]
+        return self._tangent if port.role is Role.TANGENT else None
+
+
+def _retarget(program: Program, device: torch.device) -> None:
+    """Make a program's own tensors on this rank's device: it was traced for the type alone."""
+    module, changed = program.module, False
+    for node in module.graph.nodes:
+        wanted = node.kwargs.get("device")
+        if isinstance(wanted, torch.device) and wanted.type == device.type and wanted != device:
+            node.kwargs = {**node.kwargs, "device": device}
+            changed = True
+    for name, tensor in list(module.named_buffers()):
+        if tensor.device.type == device.type and tensor.device != device:
+            setattr(module, name, tensor.to(device))
+    if changed:
+        module.recompile()

@@ -1,0 +1,76 @@
+"""Which device a rank computes on, who shares it, and what is planned for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ...compiler.costs.hardware import device_spec, parse_device
+from ...compiler.ir.errors import OptionError
+from ...compiler.options.options import CompileOptions
+from ...compiler.planning.target import Target
+from .mesh import Mesh
+from .transport import Endpoint, Transport
+
+
+def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
+    """The type of device to run on, with an index only where all ranks share it.
+
+    Raises:
+        OptionError: a device that this machine does not have, or that has no runtime here.
+    """
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"device={wanted!r} is not a device: use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={wanted!r}, but this torch sees no CUDA device: use 'cpu'")
+    return device
+
+
+def device_of(rank: int, device: torch.device, mesh: Mesh) -> torch.device:
+    """Where a rank computes: on CUDA, rank r of this machine takes device r mod count."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", rank)) if mesh.distributed else rank
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def endpoints(mesh: Mesh, device: torch.device, transport: Transport) -> dict[int, Endpoint]:
+    """Of the ranks that this process plays.
+
+    Args:
+        device: the type of device; every rank's own is `device_of` it.
+    """
+    return {
+        rank: Endpoint(rank, mesh, device_of(rank, device, mesh), transport)
+        for rank in mesh.local_ranks
+    }
+
+
+def ranks_here(mesh: Mesh) -> int:
+    """How many ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) if mesh.distributed else mesh.size
+
+
+def ranks_per_device(device: torch.device, mesh: Mesh) -> int:
+    """How many ranks of this machine share a device and its memory."""
+    here = ranks_here(mesh)
+    if device.type != "cuda" or device.index is not None:
+        return here
+    return -(-here // torch.cuda.device_count())
+
+
+def target_of(options: CompileOptions, device: torch.device, mesh: Mesh) -> Target:
+    """The device at hand, shared among the ranks on it, or that of ``hardware=``, one per rank."""
+    if options.hardware is None:
+        spec = device_spec(device_of(mesh.local_ranks[0], device, mesh))
+        own_bytes = spec.memory_bytes // ranks_per_device(device, mesh)
+    else:
+        spec = parse_device(options.hardware)
+        own_bytes = spec.memory_bytes
+    return Target(device, spec, options.memory_bytes or own_bytes)

@@ -1,0 +1,138 @@
+"""Gradients between the slots, in which runs add them up, and ``.grad`` of the parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...compiler.ir.shards import rows_of
+from .bucket import GradSlot
+from .model_state import ModelState
+
+
+class Accumulation:
+    """What the user, or the runs before, left in ``.grad``, and what a run adds to it."""
+
+    def __init__(self, state: ModelState):
+        self._state = state
+        self._before: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def open(self, scale: float = 1.0) -> None:
+        """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
+
+        At zero=1 it is kept aside, as each replica has its own rows of it, and added afterwards.
+
+        Args:
+            scale: of the loss in this run.
+        """
+        if self._state.zero.closes:
+            self._keep()
+            return
+        for rank, state in self._state.ranks.items():
+            for name, slot in state.grads.slots.items() if state.grads.leads else ():
+                first, param = self._state.primary[name]
+                slot.fresh = param.grad is None
+                if param.grad is None:
+                    continue
+                if slot.owned.dtype is not param.dtype:
+                    slot.tensor.copy_(param.grad * scale)
+                    continue
+                if param.grad is not slot.owned:
+                    slot.tensor.copy_(param.grad)
+                if rank == first:
+                    param.grad = slot.tensor
+        for name, (rank, param) in self._state.primary.items():
+            own = self._state.ranks[rank].grads.slots.get(name)
+            if own is not None and own.tensor.dtype is not param.dtype:
+                param.grad = None  # the slot has it
+        if scale != 1.0:
+            for state in self._state.ranks.values():
+                if state.grads.leads:
+                    state.grads.scale(scale)
+
+    def _keep(self) -> None:
+        for state in self._state.ranks.values():
+            for slot in state.grads.slots.values():
+                slot.fresh = True
+        for name, param in self._state.named_parameters():
+            if param.grad is not None:
+                self._before[name] = param.grad.clone()
+                param.grad = None
+
+    def unscale(self, scale: float) -> bool:
+        """Undo the scaling of the loss; narrow sums are widened first, when they are shown.
+        Whether all gradients of this process are finite."""
+        ranks = self._state.ranks.values()
+        finite = all(state.grads.is_finite() for state in ranks)
+        for state in ranks:
+            if state.grads.leads:
+                state.grads.scale(1 / scale)
+        return finite
+
+    def close(self, scale: float = 1.0) -> None:
+        """After a run: every parameter that got a gradient shows it as ``.grad``."""
+        for name, (rank, param) in self._state.primary.items():
+            slot = self._state.ranks[rank].grads.slots.get(name)
+            if slot is not None and not slot.fresh:
+                _show(param, slot, scale)
+            before = self._before.pop(name, None)
+            if before is not None:
+                param.grad = before if param.grad is None else param.grad.add_(before)
+
+    def drop(self) -> None:
+        """As if there had been none, so that no optimizer's step changes anything."""
+        self._before.clear()
+        for state in self._state.ranks.values():
+            state.grads.clear()
+        for _, param in self._state.named_parameters():
+            param.grad = None
+
+
+def _show(param: nn.Parameter, slot: GradSlot, scale: float) -> None:
+    """torch wants a gradient in its parameter's dtype."""
+    same = slot.owned.dtype is param.dtype
+    param.grad = slot.owned if same else slot.owned.to(param.dtype).div_(scale)
+
+
+def reported(state: ModelState) -> dict[str, torch.Tensor]:
+    """The gradients that this process reports to the global norm: each once over all stages."""
+    return {
+        name: param.grad
+        for name, param in state.named_parameters()
+        if param.grad is not None and state.is_ours(name)
+    }
+
+
+def reported_squares(state: ModelState) -> dict[str, dict[int, float]]:
+    """Name -> replica -> the sum of the squares of its rows, of those to be reported here."""
+    found: dict[str, dict[int, float]] = {}
+    for name, (rank, param) in state.primary.items():
+        first = state.mesh.replicas_of(state.homes[name][0])
+        if param.grad is None or not state.ranks.keys() & set(first):
+            continue
+        replica = state.mesh.replica_of(rank)
+        if not state.has_rows(name):
+            found[name] = dict(enumerate(squares(param.grad, state.mesh.dp)))
+        elif param.grad.dim() or replica == 0:
+            found[name] = {replica: own_squares(param.grad)}
+    return found
+
+
+def squares(grad: torch.Tensor, dp: int) -> list[float]:
+    """Per replica the sum of the squares of its rows, in fp64.
+
+    They are the same numbers whether one process has all rows or each has its own.
+    """
+    if not grad.dim():
+        return [float(grad.double().square())]
+    return [own_squares(rows_of(grad, dp, replica)) for replica in range(dp)]
+
+
+def own_squares(rows: torch.Tensor) -> float:
+    """The sum of the squares in fp64, without a second copy of all of them."""
+    flat = rows.reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
+        total += piece.double().square_().sum()
+    return float(total)

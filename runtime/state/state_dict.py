@@ -1,0 +1,111 @@
+"""Full state dicts, under the names of the unmodified model: gathered, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...compiler.ir.errors import StateError
+from ...compiler.ir.shards import rows_of
+from .model_state import ModelState
+
+
+def gather(state: ModelState, buffer_stage: Mapping[str, int]) -> dict[str, Any]:
+    """Full tensors on the CPU; a collective between processes.
+
+    Args:
+        buffer_stage: buffers that the forward updates -> the stage that does.
+    """
+    held: dict[str, torch.Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in state.skeleton.module.state_dict(keep_vars=True).items():
+        first = state.skeleton.canonical.get(name)
+        if first is None:  # extra state, which is no tensor
+            result[name] = value
+            continue
+        if first not in held:
+            stage = state.homes[first][0] if first in state.homes else buffer_stage.get(first, 0)
+            held[first] = _fetch(state, first, stage, value)
+        result[name] = held[first]
+    return result
+
+
+def _fetch(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+    if state.mesh.distributed and name in state.divided:
+        return _assemble(state, name, stage, like)
+    owner = state.mesh.rank_of(0, stage)
+    local = state.ranks.get(owner)
+    if local is not None:
+        tensor = (local.params if name in state.homes else local.buffers)[name].detach()
+    if not state.mesh.distributed:
+        return tensor.cpu().clone()
+    if local is None:
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=state.device)
+    else:
+        tensor = tensor.contiguous()
+    dist.broadcast(tensor, owner)
+    return tensor.cpu().clone()
+
+
+def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+    """A divided parameter from its rows, each told by who owns them."""
+    whole = torch.empty(like.shape, dtype=like.dtype)
+    for replica in range(state.mesh.dp if like.dim() else 1):
+        rows = rows_of(whole, state.mesh.dp, replica)
+        owner = state.mesh.rank_of(replica, stage)
+        told = torch.empty(rows.shape, dtype=like.dtype, device=state.device)
+        if owner in state.ranks:
+            told.copy_(state.master(owner, name).detach())
+        if told.numel():
+            dist.broadcast(told, owner)
+        rows.copy_(told)
+    return whole
+
+
+@torch.no_grad()
+def load(state: ModelState, tensors: Mapping[str, Any]) -> None:
+    """Take over tensors from a state dict of the unmodified model.
+
+    Raises:
+        StateError: names or shapes that do not fit; nothing has been changed then.
+    """
+    chosen = _checked(state, tensors)
+    for (name, _), param in state.copies.items():
+        if name in chosen:
+            param.copy_(chosen[name])
+    for rank in state.ranks.values():
+        if rank.shards is not None:
+            rank.shards.load(chosen)
+        for name, buffer in rank.buffers.items():
+            if name in chosen:
+                buffer.copy_(chosen[name])
+
+
+def _checked(state: ModelState, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """First name -> its tensor."""
+    canonical = state.skeleton.canonical
+    wanted = state.skeleton.module.state_dict(keep_vars=True)
+    unexpected = [name for name in tensors if name not in wanted]
+    chosen: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        first = canonical.get(name)
+        if first is None:
+            continue
+        if tuple(value.shape) != tuple(wanted[name].shape):
+            raise StateError(
+                f"{name!r} has shape {list(value.shape)} in the state dict and "
+                f"{list(wanted[name].shape)} in the model"
+            )
+        if first in chosen and not torch.equal(chosen[first], value):
+            raise StateError(f"{name!r} and {first!r} are one tied tensor, with two values")
+        chosen[first] = value
+    missing = [n for n in wanted if n in canonical and canonical[n] not in chosen]
+    if unexpected or missing:
+        raise StateError(
+            f"the state dict does not fit the model: missing {missing[:5]}, "
+            f"unexpected {unexpected[:5]}"
+        )
+    return chosen
