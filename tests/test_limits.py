@@ -33,11 +33,12 @@ from pipecompile.compiler.planning.units import units_of
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.transport import Processes
+from pipecompile.runtime.exchange.processes import Processes
+from pipecompile.runtime.exchange.transport import Endpoint
 from pipecompile.runtime.loss_scaler import LossScaler
-from pipecompile.runtime.state.gradients import own_squares, squares
+from pipecompile.runtime.state.accumulation import own_squares, squares
 from pipecompile.runtime.weights import initializers
-from pipecompile.runtime.weights.allocation import Place
+from pipecompile.runtime.weights.allocation import Allocation
 from support import models, units
 from support.gang import Gang
 from torch import fx, nn
@@ -91,9 +92,11 @@ def means(counts: Sequence[int], segment_bytes: int) -> list[torch.Tensor]:
     transport = Processes(mesh, CPU)
     before, memory.SEGMENT_BYTES = memory.SEGMENT_BYTES, segment_bytes
     try:
-        buckets = [bucket(count, transport.replica) for count in counts]
+        assert mesh.rank is not None
+        here = Endpoint(mesh.rank, mesh, CPU, transport)
+        buckets = [bucket(count, here.replica) for count in counts]
         for each in buckets:
-            transport.mean(transport.replica, (0, 1), each).wait()
+            here.mean(each).wait()
         return buckets
     finally:
         memory.SEGMENT_BYTES = before
@@ -192,10 +195,10 @@ def test_few_divided_tensors_are_whole_at_once(monkeypatch: pytest.MonkeyPatch) 
     """All that is kept whole is made first; the rest in groups of the largest tensor's size, or of
     an n-th of all."""
 
-    def places(**rows: int) -> dict[str, Place]:
+    def places(**rows: int) -> dict[str, Allocation]:
         cut = {"kept": None}
         return {
-            name: Place(torch.empty(n, device="meta"), [CPU], cut.get(name, lambda t: t[:1]))
+            name: Allocation(torch.empty(n, device="meta"), [CPU], cut.get(name, lambda t: t[:1]))
             for name, n in rows.items()
         }
 

@@ -286,10 +286,10 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         lambda: sharded("0B0 0REDUCE_B0 0REDUCE_GRAD", "0REDUCE_GRAD 0B0 0REDUCE_B0"),
         "0REDUCE_GRAD comes before 0B0",
     ),
-    (lambda: sharded(zero=1), "0SYNC_TIED is on the wrong side of REDUCE_GRAD"),
+    (lambda: sharded(zero=1), "0SYNC_TIED is on the wrong side of 0REDUCE_GRAD"),
     (
         lambda: sharded("0REDUCE_GRAD 0SYNC_TIED", "0SYNC_TIED 0REDUCE_GRAD"),
-        "0SYNC_TIED is on the wrong side of REDUCE_GRAD",
+        "0REDUCE_GRAD is on the wrong side of 0SYNC_TIED",
     ),
     (lambda: sharded("0B0 0REDUCE_B0", "0REDUCE_B0 0B0"), "0REDUCE_B0 does not follow 0B0"),
     (lambda: sharded("0REDUCE_B0", "0REDUCE_W0"), "0REDUCE_W0 does not follow 0W0"),

@@ -77,9 +77,9 @@ def verify_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero:
 def _check_order(actions: Sequence[Action], first: Kind) -> None:
     """A rank's tied gradients are all summed before, or all after, its replicas' are averaged."""
     closing = [action for action in actions if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED)]
-    late = next((b for a, b in pairwise(closing) if b.kind is first is not a.kind), None)
-    if late is not None:
-        raise VerificationError(f"{late} is on the wrong side of the other exchange")
+    for before, after in pairwise(closing):
+        if after.kind is first is not before.kind:
+            raise VerificationError(f"{after} is on the wrong side of {before}")
 
 
 def _homes(schedule: Schedule) -> dict[int, int]:
