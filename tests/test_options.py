@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import pydoc
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pipecompile
@@ -16,7 +18,9 @@ from pipecompile.compiler.options.arguments import Arguments, Options
 from pipecompile.compiler.options.declaration import Declaration, declarations_of
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.passes.partition.solve import SOLVERS
-from support.options import FLAGS
+from pipecompile.runtime.exchange.agreement import Agreement
+from pipecompile.runtime.exchange.mesh import Mesh
+from support.options import FLAGS, SGD, differing
 from support.plans import hand_made
 from torch import nn
 
@@ -172,3 +176,74 @@ def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
     assert compile_(**{name: value}, plan=plan).plan.options == plan.options
     with pytest.raises(errors.PlanError, match=f"the plan has {name}={plan.options[name]}, this"):
         compile_(plan=plan)
+
+
+# -- ranks --------------------------------------------------------------------------------------
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, first: CompileOptions, second: CompileOptions) -> None:
+    """What ``second`` on rank 1 of two makes of ``first`` on rank 0."""
+    agreement = Agreement(Mesh(2, 1, 1), torch.device("cpu"))
+    theirs = pickle.loads(pickle.dumps(first.compared()))
+    monkeypatch.setattr(agreement, "gather", lambda mine: [theirs, mine])
+    agreement.check_options(second)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_ranks_that_differ_in_an_option_are_told_which(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    first, second = (CompileOptions(**given) for given in differing(tmp_path)[name])
+    compare(monkeypatch, first, first)
+    compare(monkeypatch, second, second)
+    with pytest.raises(errors.RankMismatchError) as caught:
+        compare(monkeypatch, first, second)
+    values = first.compared()[name], second.compared()[name]
+    assert str(caught.value) == (
+        f"rank 1 has {name}={values[1]!r}, rank 0 {name}={values[0]!r}: "
+        "give all ranks the same options"
+    )
+
+
+def test_every_difference_is_of_an_option_that_ranks_compare(tmp_path: Path) -> None:
+    assert set(differing(tmp_path)) == set(COMPARED)
+
+
+def test_the_message_names_the_option_and_both_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (CompileOptions(n_stages=2, remat=remat) for remat in ("none", "full"))
+    said = "rank 1 has remat='full', rank 0 remat='none': give all ranks the same options"
+    with pytest.raises(errors.RankMismatchError, match=said):
+        compare(monkeypatch, first, second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"memory": "1GiB"}, {"memory": 2**30}),
+        ({"precision": "bf16"}, {"precision": Precision(compute=torch.bfloat16)}),
+        ({"pin": {"a": 0, "b": 1}}, {"pin": {"b": 1, "a": 0}}),
+        ({"max_grad_norm": 1, "optimizer": SGD}, {"max_grad_norm": 1.0, "optimizer": SGD}),
+        ({"costs": "roofline"}, {"hardware": "h100"}),
+        ({"optimizer": SGD}, {"optimizer": torch.optim.SGD}),
+        ({"seed": 1}, {"seed": 2}),
+        ({"solver": "cbc", "time_limit_s": 3.0}, {"dump_dir": "elsewhere"}),
+        ({}, {"hardware": "h100"}),  # PIPECOMPILE_COSTS=roofline in tests
+    ],
+)
+def test_what_ranks_may_write_differently(
+    monkeypatch: pytest.MonkeyPatch, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    compare(monkeypatch, CompileOptions(n_stages=2, **first), CompileOptions(n_stages=2, **second))
+
+
+def test_ranks_compare_what_plans_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not how they came: as a path or as a `Plan`."""
+    plan = hand_made()[0]
+    plan.save(tmp_path / "plan.json")
+    moved = replace(plan, decision=replace(plan.decision, recomputed=("relu",)))
+    as_plan, as_path, other = (
+        CompileOptions(n_stages=2, plan=given) for given in (plan, tmp_path / "plan.json", moved)
+    )
+    compare(monkeypatch, as_plan, as_path)
+    with pytest.raises(errors.RankMismatchError, match="rank 1 has plan='"):
+        compare(monkeypatch, as_plan, other)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
-from support import jobs, models
+from support import jobs, models, options
 from support.gang import Gang
 
 LIMIT_S = 90  # start of the processes included; a hang would take gloo's half hour
@@ -78,6 +79,16 @@ def other_options() -> str:
     return refused(lambda: pipecompile.compile(model, 2, tied_grads=how, example_batch=batch))
 
 
+def every_other_option(folder: Path) -> dict[str, str]:
+    """Option -> what it is to differ in it; all but the shape of the mesh, on which they meet."""
+    model = torch.nn.Linear(8, 8)
+    return {
+        name: refused(partial(pipecompile.compile, model, **pair[rank()]))
+        for name, pair in options.differing(folder).items()
+        if name not in ("n_stages", "dp")
+    }
+
+
 def wrong_world() -> str:
     return refused(lambda: pipecompile.compile(models.gpt2(), 3, 2))
 
@@ -99,13 +110,20 @@ def goes_on_after_an_error() -> float:
         ("other_shape", "input_ids: int64[2, 12]"),
         ("other_call", "rank 0 was called with (train"),
         ("other_data", "given different data: shard it by pipe.data_shards"),
-        ("other_options", "rank 1 has options"),
+        ("other_options", "rank 1 has tied_grads='per_microbatch', rank 0 tied_grads='per_step'"),
         ("wrong_world", "n_stages=3 × dp=2 needs 6 processes, and there are 2"),
     ],
 )
 def test_ranks_that_disagree(gang: Callable[[int], Gang], job: str, message: str) -> None:
     for answer in gang(2).run(f"test_processes:{job}"):
         assert message in answer
+
+
+def test_ranks_that_differ_in_any_option(gang: Callable[[int], Gang], tmp_path: Path) -> None:
+    options.differing(tmp_path)  # makes the files
+    for answer in gang(2).run("test_processes:every_other_option", tmp_path):
+        for name, message in answer.items():
+            assert message.startswith(f"RankMismatchError: rank 1 has {name}=")
 
 
 def test_an_error_that_was_caught_is_over(gang: Callable[[int], Gang]) -> None:

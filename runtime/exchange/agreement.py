@@ -88,38 +88,33 @@ class Agreement:
                     "microbatch: all ranks must make the same calls with equal shapes"
                 )
 
-    def check_ranks(self, fingerprint: str, model: nn.Module, options: CompileOptions) -> None:
-        """Equal graphs, options and weights on all ranks."""
+    def check_options(self, options: CompileOptions) -> None:
+        """Equal options on all ranks, as far as they are declared to be compared."""
         if not self._mesh.distributed:
             return
-        shape = (
-            options.n_stages,
-            options.dp,
-            options.schedule,
-            options.tied_grads,
-            options.memory_bytes,
-            options.remat,
-            options.pin,
-            repr(options.dtypes),
-            options.zero,
-            options.weights is not None,
-        )
-        mine = (
-            shape,
-            fingerprint,
-            _digests(model) if options.weights is None else {},
-        )
+        first, *others = self.gather(options.compared())
+        for rank, theirs in enumerate(others, 1):
+            for name, value in theirs.items():
+                if value != first[name]:
+                    raise RankMismatchError(
+                        f"rank {rank} has {name}={value!r}, rank 0 {name}={first[name]!r}: give "
+                        "all ranks the same options"
+                    )
+
+    def check_ranks(self, fingerprint: str, model: nn.Module, options: CompileOptions) -> None:
+        """Equal graphs and weights on all ranks."""
+        if not self._mesh.distributed:
+            return
+        mine = (fingerprint, _digests(model) if options.weights is None else {})
         seen = self.gather(mine)
-        for rank, (theirs, graph, weights) in enumerate(seen):
-            if theirs != seen[0][0]:
-                raise RankMismatchError(f"rank {rank} has options {theirs}, rank 0 {seen[0][0]}")
-            if graph != seen[0][1]:
+        for rank, (graph, weights) in enumerate(seen):
+            if graph != seen[0][0]:
                 raise RankMismatchError(
                     f"rank {rank} captured another graph than rank 0: build the same model, in the "
                     "same mode, on every rank"
                 )
-            if weights != seen[0][2]:
-                name = next(n for n, d in weights.items() if seen[0][2].get(n) != d)
+            if weights != seen[0][1]:
+                name = next(n for n, d in weights.items() if seen[0][1].get(n) != d)
                 raise RankMismatchError(
                     f"{name!r} differs between rank 0 and rank {rank}: call torch.manual_seed with "
                     "one seed on all ranks before building the model, or load the same weights"

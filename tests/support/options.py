@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from pipecompile import Precision
+from safetensors.torch import save_file
+
+from support.plans import hand_made
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -29,3 +34,39 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "skip": ("--skip inplace,remat", ("inplace", "remat")),
 }
 """Option -> its flag with another value than the default, and that value."""
+
+
+def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Option -> the options of rank 0 and of rank 1, of two, which differ in nothing else.
+
+    Args:
+        folder: where the files lie that they name; the same on both ranks.
+    """
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        save_file({"weight": torch.zeros(1)}, weights)
+    two, replicas = {"n_stages": 2}, {"n_stages": 1, "dp": 2}
+    pairs = {
+        "n_stages": (two, replicas),
+        "dp": ({"n_stages": 1, "dp": 2}, {"n_stages": 1, "dp": 1}),
+        "optimizer": ({"optimizer": SGD}, {}),
+        "max_grad_norm": ({"max_grad_norm": 1.0}, {"max_grad_norm": 2.0}),
+        "lr_scheduler": ({"lr_scheduler": SGD}, {}),
+        "example_batch": ({"example_batch": torch.ones(4, 8)}, {}),
+        "weights": ({}, {"weights": weights}),
+        "schedule": ({}, {"schedule": "zb_h1"}),
+        "tied_grads": ({}, {"tied_grads": "per_step"}),
+        "memory": ({"memory": "1GiB"}, {"memory": "2GiB"}),
+        "remat": ({"remat": "none"}, {"remat": "full"}),
+        "precision": ({"precision": "bf16"}, {"precision": Precision(compute=torch.float16)}),
+        "zero": ({"zero": 1}, {"zero": "auto"}),
+        "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
+        "costs": ({"costs": "roofline"}, {"costs": "profile"}),
+        "plan": ({}, {"plan": hand_made()[0]}),
+    }
+    beside = {"max_grad_norm": {"optimizer": SGD}, "lr_scheduler": {"optimizer": SGD}}
+    shapes = {"zero": replicas, "n_stages": {}, "dp": {}}
+    return {
+        name: tuple(shapes.get(name, two) | beside.get(name, {}) | each for each in pair)  # type: ignore[misc]
+        for name, pair in pairs.items()
+    }
