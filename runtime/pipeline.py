@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..compiler.capture import batch as batches
@@ -18,42 +14,21 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
-from ..compiler.driver.layout import Layout
-from ..compiler.ir.errors import BatchError, NotCompiledError, OptionError, StateError
-from ..compiler.ir.ops import generator_of, mix
-from ..compiler.ir.program import PipelineProgram, Role
-from ..compiler.options.microbatches import divide
+from ..compiler.ir.errors import NotCompiledError, OptionError, StateError
+from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
 from ..compiler.plan.plan import Plan
-from ..compiler.planning.target import Target
-from ..compiler.profiling.profile import Profiler
-from ..compiler.profiling.timing_cache import default_cache_dir
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training, config_of
-from .exchange.agreement import Agreement
-from .exchange.devices import device_of, endpoints, ranks_here, target_of
-from .exchange.link import measure_link
-from .exchange.mesh import Mesh, connect
-from .exchange.processes import Processes
+from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
-from .exchange.transport import Loopback, Transport
-from .exchange.watchdog import Watchdog
-from .executor import Executor, Job, drive
+from .executor import Job
+from .loader import Loader, Request
 from .loss_scaler import LossScaler
-from .optimizer import clip_gradients, make_optimizer
+from .session import Loaded, Session
 from .state import state_dict as state_dicts
-from .state.accumulation import Accumulation
-from .state.model_state import ModelState
 from .weights.materialize import Source, source_of
-
-_numbers = itertools.count()
-"""Numbers the pipelines of this process; all ranks make them in the same order."""
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    compiled: Compiled
-    executors: dict[int, Executor]
+from .world import World
 
 
 class Pipeline:
@@ -81,36 +56,23 @@ class Pipeline:
         device: torch.device,
         why: str = "",
     ):
-        self._options, self._skeleton, self._mesh, self._device = options, skeleton, mesh, device
-        self._loaded: dict[tuple[Mode, BatchSpec, int], _Loaded] = {}
-        self._state: ModelState | None = None
-        self._layout: Layout | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._scheduler: Any = None
+        self._options, self._skeleton = options, skeleton
+        self._session: Session | None = None
         self._steps = 0
         precision = options.dtypes
         scaling = precision.loss_scale if precision is not None else None
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
-        self._at_work: Executor | None = None
-        self._watchdog: Watchdog | None = None
-        self.data_shards = mesh.dp if mesh.distributed else 1
-        self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
-        first = mesh.local_ranks[0]
-        connect(mesh, device_of(first, device, mesh))
-        if mesh.rank is None:
-            self._transport: Transport = Loopback()
-        else:
-            self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), self._status)
-            self._transport = Processes(mesh, device_of(first, device, mesh))
-        self._agreement = Agreement(mesh, device)
-        self._checkpoints = Checkpoints(mesh, self._agreement)
+        world = self._world = World(mesh, device, self._status)
+        self.data_shards, self.data_shard = world.data_shards, world.data_shard
+        self._checkpoints = Checkpoints(mesh, world.agreement)
         self._config = config_of(model)
         self.checkpoint_extras: dict[str, Any] = {}
-        team = Ranks(mesh, self._agreement, model, options)
-        self._builder = Builder(skeleton, options, self._target(), team, why)
+        team = Ranks(mesh, world.agreement, model, options)
+        builder = Builder(skeleton, options, world.target(options), team, why)
+        self._loader = Loader(world, builder, options)
         seed = torch.initial_seed() if options.seed is None else options.seed
-        self._seed = self._agreement.gather(seed)[0]
-        self._source: Source | None = self._agreement.together(
+        self._seed = world.agreement.gather(seed)[0]
+        self._source: Source | None = world.agreement.together(
             lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main),
             StateError,
         )
@@ -120,7 +82,7 @@ class Pipeline:
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that prints and saves: rank 0, or the only one."""
-        return self._mesh.rank in (None, 0)
+        return self._world.is_main
 
     def compile_for(self, batch: Any) -> Plan:
         """Compile the training step for batches of this shape now, without running it.
@@ -128,9 +90,10 @@ class Pipeline:
         Args:
             batch: what `step` will be given, or its `BatchSpec`: values do not matter.
         """
-        with self._guard():
+        with self._world.guard():
             whole = batch if isinstance(batch, BatchSpec) else batches.flatten(batch)[1]
-            return self._load(Mode.TRAIN, whole).compiled.plan
+            session, request = self._load(Mode.TRAIN, whole, [])
+            return session.loaded[request].compiled.plan
 
     # -- training ---------------------------------------------------------------------------
 
@@ -162,8 +125,8 @@ class Pipeline:
         if self._options.max_grad_norm is not None:
             self.clip_grad_norm_(self._options.max_grad_norm)
         self.optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
+        if self._require().scheduler is not None:
+            self._require().scheduler.step()
         self.zero_grad()
         return loss
 
@@ -174,25 +137,11 @@ class Pipeline:
         again; where it is not finite, on any rank, all ranks drop theirs (``.grad`` is None) and
         those of further calls, until the optimizer's step, which changes nothing, or `zero_grad`.
         """
-        with self._guard():
-            loaded, jobs = self._prepare(Mode.TRAIN, batch)
-            scaler = self.loss_scaler
-            scale = 1.0 if scaler is None else scaler.scale
-            for executor in loaded.executors.values():
-                executor.scale_loss(scale)
-            self._sums.open(scale)
-            self._run(loaded, jobs)
-            if scaler is None or self._unscaled(scaler):
-                self._sums.close(scale)
-            else:
-                self._sums.drop()
+        with self._world.guard():
+            session, loaded, jobs = self._prepare(Mode.TRAIN, batch)
+            session.accumulate(loaded, jobs)
             self._steps += 1
-            return self._mean_loss(loaded, jobs)
-
-    def _unscaled(self, scaler: LossScaler) -> bool:
-        """Whether all ranks have finite gradients; these are unscaled then."""
-        scaler.saw(all(self._agreement.gather(self._sums.unscale(scaler.scale))))
-        return not scaler.overflowed
+            return session.mean_loss(loaded, jobs)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``.
@@ -200,9 +149,9 @@ class Pipeline:
         The norm is over all stages, each tied parameter counted once; it is returned, as it was
         before scaling, on every rank. The arithmetic is `torch.nn.utils.clip_grad_norm_`'s.
         """
-        state = self._require_state()
-        with self._guard():
-            return clip_gradients(state, max_norm, self._skeleton.params, self._agreement.gather)
+        session = self._require()
+        with self._world.guard():
+            return session.clip(max_norm)
 
     def zero_grad(self) -> None:
         """Drop all gradients (set ``.grad`` to None)."""
@@ -214,19 +163,19 @@ class Pipeline:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the parameters that this process holds."""
-        if self._optimizer is None:
-            self._require_state()
+        optimizer = self._require().optimizer
+        if optimizer is None:
             raise OptionError("compile() was given no optimizer")
-        return self._optimizer
+        return optimizer
 
     # -- evaluation -------------------------------------------------------------------------
 
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The mean loss of a batch in evaluation mode, on every rank; nothing is stashed."""
-        with self._guard():
-            loaded, jobs = self._prepare(Mode.EVALUATE, batch)
-            self._run(loaded, jobs)
-            return self._mean_loss(loaded, jobs)
+        with self._world.guard():
+            session, loaded, jobs = self._prepare(Mode.EVALUATE, batch)
+            session.run(loaded, jobs)
+            return session.mean_loss(loaded, jobs)
 
     def forward(self, batch: Any) -> Any:
         """What the model returns for a batch, in evaluation mode.
@@ -239,16 +188,10 @@ class Pipeline:
             BatchError: an output has no dimension that grows with the batch, so that those of
                 several microbatches cannot be joined.
         """
-        with self._guard():
-            loaded, jobs = self._prepare(Mode.FORWARD, batch)
-            self._run(loaded, jobs)
-            last = [r for r in jobs if self._mesh.n_stages - 1 in self._mesh.stages_of(r)]
-            if not last:
-                return None
-            pieces = [piece for rank in last for piece in jobs[rank].results]
-            dims = enumerate(loaded.compiled.batch_dims)
-            joined = [_join([piece[i] for piece in pieces], dim) for i, dim in dims]
-            return loaded.compiled.rebuild(joined)
+        with self._world.guard():
+            session, loaded, jobs = self._prepare(Mode.FORWARD, batch)
+            session.run(loaded, jobs)
+            return session.output(loaded, jobs)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -258,7 +201,7 @@ class Pipeline:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that this process holds, under their names in the model, in its order."""
-        return self._require_state().named_parameters()
+        return self._require().state.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """All parameters and buffers, full, on the CPU, under the names that the model gives them.
@@ -266,9 +209,9 @@ class Pipeline:
         Between processes every rank must call it, and every rank gets all of it. It loads into
         the unmodified model with ``strict=True``.
         """
-        state = self._require_state()
-        with self._guard():
-            return state_dicts.gather(state, self._buffer_stages())
+        session = self._require()
+        with self._world.guard():
+            return state_dicts.gather(session.state, session.buffer_stages())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or the unmodified model's own, returned.
@@ -276,8 +219,9 @@ class Pipeline:
         Raises:
             StateError: names or shapes differ; nothing has been changed then.
         """
-        state_dicts.load(self._require_state(), state_dict)
-        self._refresh()
+        session = self._require()
+        state_dicts.load(session.state, state_dict)
+        session.refresh()
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -312,7 +256,7 @@ class Pipeline:
             CheckpointError: it cannot be written; those before it are as they were.
         """
         training = self._training(data)
-        with self._guard():
+        with self._world.guard():
             return self._checkpoints.save(training, Path(directory), keep, async_save)
 
     def load(self, directory: str | Path, *, data: Any = None) -> int:
@@ -333,11 +277,11 @@ class Pipeline:
             CheckpointError: there is none, it is damaged or of something else; on every rank,
                 and nothing has been changed.
         """
-        training = self._training(data)
-        with self._guard():
+        training, session = self._training(data), self._require()
+        with self._world.guard():
             self._seed, self._steps = self._checkpoints.load(training, Path(directory))
             self.zero_grad()
-            self._refresh()
+            session.refresh()
         return self._steps
 
     def wait_for_save(self) -> None:
@@ -346,7 +290,7 @@ class Pipeline:
         Raises:
             CheckpointError: it failed.
         """
-        with self._guard():
+        with self._world.guard():
             self._checkpoints.wait()
 
     # -- what was decided -------------------------------------------------------------------
@@ -354,228 +298,67 @@ class Pipeline:
     @property
     def plan(self) -> Plan:
         """The decisions of the first compiled graph."""
-        return self._first().compiled.plan
+        return self._require().first.plan
 
     @property
     def programs(self) -> PipelineProgram:
         """The stage programs of the first compiled graph."""
-        return self._first().compiled.program
+        return self._require().first.program
 
     @property
     def compiled(self) -> Compiled:
         """Programs, schedule, plan and simulated timeline of the first compiled graph."""
-        return self._first().compiled
+        return self._require().first
 
     # -- the inside -------------------------------------------------------------------------
 
-    def _target(self) -> Target:
-        """What to compile for; measures the link where there is one and prices are measured."""
-        options, mesh = self._options, self._mesh
-        target = target_of(options, self._device, mesh)
-        if not options.measures:
-            return target
-        here = device_of(mesh.local_ranks[0], self._device, mesh)
-        beside = ranks_here(mesh) if mesh.distributed else 1
-        spec = target.spec
-        if mesh.distributed and mesh.size > 1:
-            spec = spec.with_link(
-                *measure_link(mesh, here, self._transport, self._agreement.gather)
-            )
-        profiler = Profiler(here, default_cache_dir(), beside=beside)
-        return replace(target, spec=spec, profiler=profiler)
-
-    def _first(self) -> _Loaded:
-        if not self._loaded:
+    def _require(self) -> Session:
+        if self._session is None:
             raise NotCompiledError(
                 "nothing is compiled before the first batch: give compile() an example_batch=, "
                 "call compile_for(batch), or run a step first"
             )
-        return next(iter(self._loaded.values()))
-
-    def _require_state(self) -> ModelState:
-        self._first()
-        assert self._state is not None
-        return self._state
+        return self._session
 
     def _status(self) -> str:
-        executor = self._at_work
-        return str(executor.current) if executor is not None and executor.current else ""
+        """For the watchdog's thread."""
+        return self._session.current if self._session is not None else ""
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        if torch.is_autocast_enabled(self._device.type):
-            raise OptionError(
-                "torch.autocast is active around the pipeline, where it has no part: leave it out, "
-                'and give compile() precision="bf16" or "fp16"'
+    def _load(
+        self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor]
+    ) -> tuple[Session, Request]:
+        """Compile for a batch's shape if need be; the first graph begins the session."""
+        request, session = self._loader.request(mode, whole), self._session
+        if session is None:
+            assert self._source is not None
+            first = self._loader.compile(request, None, values)
+            session = Session(
+                self._world, self._skeleton, self._options, self._source, first, self.loss_scaler
             )
-        guard = self._watchdog.guard() if self._watchdog else contextlib.nullcontext()
-        with guard, torch.no_grad():
-            yield
+            session.add(request, first)
+            self._session, self._source = session, None
+        elif request not in session.loaded:
+            session.add(request, self._loader.compile(request, session.layout, values))
+        return session, request
 
-    def _prepare(self, mode: Mode, batch: Any) -> tuple[_Loaded, dict[int, Job]]:
-        """Compile for the batch's shape if need be, and deal the microbatches out."""
+    def _prepare(self, mode: Mode, batch: Any) -> tuple[Session, Loaded, dict[int, Job]]:
+        """What runs on a batch, and what each rank gets of it."""
         values, whole = batches.flatten(batch)
-        loaded = self._load(mode, whole, values)
-        self._agreement.check_data(values)
-        microbatches = loaded.compiled.plan.microbatches
-        replicas = self._mesh.dp // self.data_shards
-        pieces = batches.cut(values, replicas * microbatches)
-        jobs = {}
-        for rank, executor in loaded.executors.items():
-            local = self._mesh.replica_of(rank) if not self._mesh.distributed else 0
-            mine = pieces[local * microbatches : (local + 1) * microbatches]
-            device = executor.state.device
-            moved = [[leaf.to(device, non_blocking=True) for leaf in piece] for piece in mine]
-            replica = self._mesh.replica_of(rank)
-            seeds = [mix(self._seed, self._steps, replica, i) for i in range(microbatches)]
-            jobs[rank] = Job(moved, seeds)
-        return loaded, jobs
-
-    def _run(self, loaded: _Loaded, jobs: dict[int, Job]) -> None:
-        self._at_work = next(iter(loaded.executors.values()))
-        self._require_state().spread()
-        runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
-        with _kept_generators(loaded):
-            drive(runs, self._transport.progress)
-            self._transport.flush()
-        self._at_work = None
-
-    def _mean_loss(self, loaded: _Loaded, jobs: dict[int, Job]) -> torch.Tensor:
-        program = loaded.compiled.program
-        mine = {
-            self._mesh.replica_of(rank): torch.stack(job.losses).mean()
-            for rank, job in jobs.items()
-            if program.loss_stage in self._mesh.stages_of(rank)
-        }
-        device = next(iter(loaded.executors.values())).state.device
-        if not self._mesh.distributed:
-            return torch.stack([mine[r].to(device) for r in sorted(mine)]).mean()
-        losses = torch.zeros(self._mesh.size, dtype=torch.float64, device=device)
-        for replica, loss in mine.items():
-            losses[self._mesh.rank_of(replica, program.loss_stage)] = loss
-        dist.all_reduce(losses)  # adds zeros: exact
-        ranks = self._mesh.replicas_of(program.loss_stage)
-        assert program.loss_dtype is not None
-        return losses[list(ranks)].to(program.loss_dtype).mean()
-
-    # -- compiling --------------------------------------------------------------------------
-
-    def _load(self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor] = ()) -> _Loaded:
-        replicas = self._mesh.dp // self.data_shards
-        ragged = mode is not Mode.TRAIN
-        spec, microbatches = divide(whole, self._options, replicas, ragged)
-        key = (mode, spec, microbatches)
-        self._agreement.check_program(*key)
-        if key not in self._loaded:
-            piece = batches.cut(values, replicas * microbatches)[0] if values else ()
-            self._loaded[key] = self._compile(mode, spec, microbatches, piece)
-        return self._loaded[key]
-
-    def _compile(
-        self, mode: Mode, spec: BatchSpec, microbatches: int, piece: Sequence[torch.Tensor]
-    ) -> _Loaded:
-        compiled = self._builder.build(mode, spec, microbatches, self._layout, self.is_main, piece)
-        if self._state is None:
-            made = self._agreement.together(lambda: self._make_state(compiled), StateError)
-            self._agreement.check_copies(made.digests)
-            self._state, self._source, self._layout = made, None, compiled.layout
-            self._sums = Accumulation(made)
-            self._make_optimizer()
-        state = self._state
-        assert state is not None
-        state.provide(compiled.program)
-        self._transport.open(compiled.program.routes)
-        executors = {
-            rank: Executor(
-                compiled.program,
-                compiled.schedule[self._mesh.position_of(rank)],
-                rank_state,
-                microbatches,
-            )
-            for rank, rank_state in state.ranks.items()
-        }
-        return _Loaded(compiled, executors)
-
-    def _make_state(self, compiled: Compiled) -> ModelState:
-        assert self._source is not None
-        return ModelState(
-            self._source,
-            self._skeleton,
-            compiled.layout,
-            compiled.program,
-            self._options.dtypes,
-            endpoints(self._mesh, self._device, self._transport),
-        )
-
-    def _make_optimizer(self) -> None:
-        state = self._state
-        assert state is not None
-        if self._options.optimizer is None:
-            return
-        self._optimizer = make_optimizer(self._options.optimizer, state)
-        scaler = self.loss_scaler
-        if scaler is not None:
-            self._optimizer.register_step_post_hook(lambda *_: scaler.end_step())
-        if self._options.lr_scheduler is not None:
-            self._scheduler = self._options.lr_scheduler(self._optimizer)
+        session, request = self._load(mode, whole, values)
+        jobs = self._loader.deal(request, values, self._seed, self._steps)
+        return session, session.loaded[request], jobs
 
     def _training(self, data: Any) -> Training:
+        session = self._require()
+        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler}
         return Training(
-            state=self._require_state(),
-            optimizer=self._optimizer,
-            scheduler=self._scheduler,
+            state=session.state,
+            optimizer=session.optimizer,
+            scheduler=session.scheduler,
             data=data,
-            extras=self._extras,
-            buffer_stages=self._buffer_stages(),
+            extras=self.checkpoint_extras | scaler,
+            buffer_stages=session.buffer_stages(),
             seed=self._seed,
             steps=self._steps,
             config=self._config,
         )
-
-    @property
-    def _extras(self) -> dict[str, Any]:
-        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler}
-        return self.checkpoint_extras | scaler
-
-    def _refresh(self) -> None:
-        """Make anew what was computed from parameters and buffers that have changed."""
-        for loaded in self._loaded.values():
-            for executor in loaded.executors.values():
-                executor.refresh()
-
-    def _buffer_stages(self) -> dict[str, int]:
-        return {
-            str(port.key): stage.stage
-            for loaded in self._loaded.values()
-            for stage in loaded.compiled.program.stages
-            for port in stage.forward.outputs
-            if port.role is Role.BUFFER
-        }
-
-
-def _join(pieces: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """One output from those of the microbatches."""
-    first = pieces[0]
-    here = [piece.to(first.device) for piece in pieces]
-    if len(pieces) == 1:
-        return first
-    if dim is not None:
-        return torch.cat(here, dim)
-    if first.dim() == 0 and first.is_floating_point():
-        return torch.stack(here).mean()
-    raise BatchError(
-        f"forward() got an output of shape {list(first.shape)} without a batch dimension from "
-        f"each of {len(pieces)} microbatches and cannot join them: compile with microbatches=1"
-    )
-
-
-@contextlib.contextmanager
-def _kept_generators(loaded: _Loaded) -> Iterator[None]:
-    """The user's own random streams go on as if nothing had been drawn."""
-    devices = {e.state.device for e in loaded.executors.values() if e.draws}
-    kept = [(generator_of(d), generator_of(d).get_state()) for d in devices]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)

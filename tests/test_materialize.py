@@ -287,7 +287,7 @@ def test_no_rank_ever_holds_the_model(tmp_path: Path, files: bool) -> None:
         model = models.llama(**config)
     weights = saved(real, tmp_path) if files else None
     pipe = compiled(model, 4, batch="llama", weights=weights)
-    skeleton, homes = pipe._skeleton, pipe._layout.homes
+    skeleton, homes = pipe._skeleton, pipe._session.state.homes
     del real
     for stages, share in [({0}, 0.4), ({1}, 0.4), ({2}, 0.4), ({3}, 0.4), ({0, 1, 2, 3}, 1.05)]:
         with RealMeter() as meter:

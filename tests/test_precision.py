@@ -308,7 +308,7 @@ def test_gradients_add_up_in_the_dtype_asked_for() -> None:
         pipe.forward_backward(batch)
         assert all(param.grad.dtype is FP32 for param in pipe.parameters())
         found[grads] = {n: p.grad.clone() for n, p in pipe.named_parameters()}
-        held = [rank.grads.nbytes for rank in pipe._state.ranks.values()]
+        held = [rank.grads.nbytes for rank in pipe._session.state.ranks.values()]
         assert held == [stage.memory.grads for stage in pipe.plan.stages]
     for name, grad in found[BF16].items():
         assert torch.equal(grad, grad.to(BF16).float())

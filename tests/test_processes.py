@@ -154,7 +154,7 @@ pipe = pipecompile.compile(
 batch = torch.ones(8, 4)
 pipe.step(batch)
 if how in ("inside", "caught") and rank == 1:
-    executor = next(iter(pipe._loaded.values())).executors[1]
+    executor = next(iter(pipe._session.loaded.values())).executors[1]
     def boom(*_):
         raise ArithmeticError("the second stage is out of numbers")
     executor.stages[1].code.forward.module.forward = boom

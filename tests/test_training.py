@@ -234,7 +234,7 @@ def test_a_plan_before_the_first_step() -> None:
     assert plan is pipe.plan
     assert plan.microbatch_rows == 2
     pipe.step(models.tokens(8))
-    assert len(pipe._loaded) == 1
+    assert len(pipe._session.loaded) == 1
 
 
 @pytest.mark.parametrize("tied_grads", ["per_microbatch", "per_step"])
@@ -462,9 +462,9 @@ def test_dropout_differs_between_microbatches_replicas_and_steps() -> None:
     pipe = dropping(2, 2, seed=1)
     row = models.batches("gpt2", 1, 1)[0]
     batch = {key: value.repeat(4, 1) for key, value in row.items()}
-    loaded, jobs_ = pipe._prepare(pipecompile.compiler.driver.compiled.Mode.TRAIN, batch)
+    session, loaded, jobs_ = pipe._prepare(pipecompile.compiler.driver.compiled.Mode.TRAIN, batch)
     with torch.no_grad():
-        pipe._run(loaded, jobs_)
+        session.run(loaded, jobs_)
     last = [rank for rank in jobs_ if jobs_[rank].losses]
     seen = [loss.item() for rank in last for loss in jobs_[rank].losses]
     assert len(set(seen)) == 4

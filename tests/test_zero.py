@@ -342,10 +342,10 @@ def resumed(folder: str, *division: Any) -> tuple[Any, Any, Any]:
     loaded = pipe.state_dict()
     states = {
         name: (
-            pipe._mesh.replica_of(rank),
+            pipe._world.mesh.replica_of(rank),
             {key: value.clone() for key, value in pipe.optimizer.state[param].items()},
         )
-        for name, (rank, param) in pipe._state.primary.items()
+        for name, (rank, param) in pipe._session.state.primary.items()
     }
     batch = models.batches("gpt2", 12, 3)[2]
     loss = pipe.step(plain.cut(batch, pipe.data_shards)[pipe.data_shard])
@@ -513,7 +513,8 @@ def departures(zero: int) -> list[str]:
         pipe = jobs.pipeline("llama", 1, 2, 2, zero=zero)
         (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
         pipe.compile_for(share)
-        transport, (executor,) = pipe._transport, pipe._first().executors.values()
+        (loaded,) = pipe._session.loaded.values()
+        transport, (executor,) = pipe._world.transport, loaded.executors.values()
         scatter, seen = transport.scatter, []
 
         def watched(*args: Any) -> Any:

@@ -46,14 +46,14 @@ class Outgoing:
             return
         (parcel, own, pending), self._flying = self._flying, None
         (room,) = pending.wait()
-        parts = list(room.view(parcel.dp - 1, parcel.sizes[self._replica]))
+        parts = list(room.view(parcel.dp - 1, parcel.sizes[self._replica]))  # dp - 1 × (elements,)
         parts.insert(self._replica, own)
-        total = ordered_sum_(parts[0], parts[1:])
+        total = ordered_sum_(parts[0], parts[1:])  # (elements,) of this rank's rows of all items
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
             self._settle(item, total[at : at + item.numel(parcel.dp, self._replica)])
 
     def _empty(self, parcel: Parcel, device: torch.device) -> list[torch.Tensor]:
-        """Per replica a block; those of the others one after another."""
+        """Per replica a block, (its elements,); last the others' blocks as one tensor."""
         own, sizes = parcel.sizes[self._replica], list(parcel.sizes)
         sizes[self._replica] = 0
         others = torch.empty(sum(sizes), dtype=parcel.dtype, device=device)
@@ -71,6 +71,7 @@ class Outgoing:
 def _pack(parcel: Parcel, number: int, grad: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
     item = parcel.items[number]
     for replica in range(parcel.dp):
+        # (rows, ...) of a gradient (all rows, ...) -> (rows · ...,) of a block
         rows, at = item.rows(grad, parcel.dp, replica), parcel.offsets[replica][number]
         blocks[replica][at : at + rows.numel()].view(rows.shape).copy_(rows)
 
@@ -95,6 +96,7 @@ class Gathering:
 
     def start(self, parcel: Parcel) -> Pending:
         """Send this rank's rows, cast to the parcel's dtype."""
+        # (elements,): as many as the largest block has, so that all are of one size
         mine = torch.empty(max(parcel.sizes), dtype=parcel.dtype, device=self.device)
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
             rows = item.own_rows(self._masters[item.name].detach(), parcel.dp, self._replica)
@@ -108,7 +110,7 @@ class Gathering:
 
     def finish(self, parcel: Parcel, pending: Pending, whole: Sequence[torch.Tensor]) -> None:
         """Wait, and write all replicas' rows of each item."""
-        (room,) = pending.wait()
+        (room,) = pending.wait()  # (dp · elements,)
         for replica, block in enumerate(torch.split(room, max(parcel.sizes))):
             for item, at, target in zip(parcel.items, parcel.offsets[replica], whole, strict=True):
                 rows = item.rows(target, parcel.dp, replica)

@@ -194,7 +194,7 @@ class Processes:
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         segment = memory.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
         for piece in torch.split(bucket, segment):
-            exchanged = torch.empty_like(piece)
+            exchanged = torch.empty_like(piece)  # (elements,): this rank's share, dp times
             dist.all_to_all_single(exchanged, piece, group=self.group)
             mine = ordered_mean(exchanged.chunk(len(ranks)))
             _all_gather(piece, mine, group=self.group)

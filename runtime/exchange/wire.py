@@ -40,7 +40,7 @@ def to_bytes(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
         block = conform(tensor, spec)
     else:
         block = _distinct(tensor, spec).contiguous()
-    return block.as_strided((block.numel(),), (1,)).view(torch.uint8)
+    return block.as_strided((block.numel(),), (1,)).view(torch.uint8)  # shape -> (bytes,)
 
 
 def room_for(spec: ValueSpec, device: torch.device) -> torch.Tensor:
@@ -52,12 +52,12 @@ def room_for(spec: ValueSpec, device: torch.device) -> torch.Tensor:
 
 def from_bytes(data: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
     """The inverse of `to_bytes`."""
-    flat = data.view(spec.dtype)
+    flat = data.view(spec.dtype)  # (bytes,) -> (elements,)
     if is_dense(spec.shape, spec.stride):
         return flat.as_strided(spec.shape, spec.stride)
     shape = _distinct_shape(spec)
     kept = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=data.device)
-    return kept.copy_(flat.view(shape)).expand(spec.shape)
+    return kept.copy_(flat.view(shape)).expand(spec.shape)  # repeated dimensions from one
 
 
 def _distinct(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Bucket:
         whole = -(-end // (align * parts)) * align * parts
         buffer = torch.zeros(whole, dtype=dtype, device=device)
         for name, param in params.items():
-            room = buffer[offsets[name] : offsets[name] + param.numel()]
+            room = buffer[offsets[name] : offsets[name] + param.numel()]  # (elements,) -> its shape
             if is_dense(tuple(param.shape), param.stride()):
                 view = room.as_strided(param.shape, param.stride(), room.storage_offset())
             else:

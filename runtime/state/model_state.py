@@ -64,6 +64,9 @@ class ModelState:
     ):
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
         self.mesh = next(iter(endpoints.values())).mesh
+        if self.zero.closes and self.mesh.distributed:
+            several = [n for n, s in self.homes.items() if len(set(map(self._home, s))) < len(s)]
+            assert not several, f"two stages of one rank would send the gradient of {several[0]!r}"
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
@@ -190,6 +193,9 @@ class ModelState:
         rank = self._first_local_rank(name) if name in self.homes else None
         shards = None if rank is None else self.ranks[rank].shards
         return tensor if shards is None else shards.as_dtensor(name, tensor)
+
+    def _home(self, stage: int) -> int:
+        return self.mesh.rank_of(0, stage)
 
     def _first_local_rank(self, name: str) -> int | None:
         homes = set(self.homes[name])

@@ -16,12 +16,12 @@ from support import jobs, models
 def held(pipe: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """What a process holds between steps."""
     tensors = list(batch.values())
-    for rank in pipe._state.ranks.values():
+    for rank in pipe._session.state.ranks.values():
         tensors += [*rank.params.values(), *rank.buffers.values(), *rank.grads.buffers.values()]
         tensors += rank.shards.masters.values() if rank.shards is not None else ()
     for states in pipe.optimizer.state.values():
         tensors += [value for value in states.values() if isinstance(value, torch.Tensor)]
-    for loaded in pipe._loaded.values():
+    for loaded in pipe._session.loaded.values():
         for executor in loaded.executors.values():
             for stage in executor.stages.values():
                 for bound in stage.parts.values():
@@ -46,7 +46,7 @@ def shares(
     batch = models.tokens(2 * microbatches, length)
     pipe = jobs.pipeline(name, n_stages, dp, microbatches, example_batch=batch, **options)
     pipe.step(batch)
-    (rank,) = pipe._state.ranks.values()
+    (rank,) = pipe._session.state.ranks.values()
     memory = pipe.plan.stages[rank.stages[0]].memory
     weights = [*rank.params.values(), *(rank.shards.masters.values() if rank.shards else ())]
     states = [t for s in pipe.optimizer.state.values() for t in s.values()]
@@ -100,5 +100,5 @@ def peaks(name: str, microbatches: int, length: int, **options: Any) -> tuple[in
     batch = models.tokens(2 * microbatches, length)
     pipe = jobs.pipeline(name, 2, 1, microbatches, example_batch=batch, **options)
     pipe.step(batch)
-    stage = pipe.plan.stages[pipe._mesh.rank]
+    stage = pipe.plan.stages[pipe._world.mesh.rank]
     return peak_bytes(pipe, batch), stage.memory.peak, max(sent.bytes for sent in stage.sends)

@@ -1,0 +1,220 @@
+"""What there is of a pipeline once something is compiled: tensors, optimizer, programs that run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..compiler.capture.skeleton import Skeleton
+from ..compiler.driver.compiled import Compiled
+from ..compiler.ir.errors import BatchError, StateError
+from ..compiler.ir.ops import generator_of
+from ..compiler.ir.program import Role
+from ..compiler.options.options import CompileOptions
+from .executor import Executor, Job, drive
+from .loader import Request
+from .loss_scaler import LossScaler
+from .optimizer import clip_gradients, make_optimizer
+from .state.accumulation import Accumulation
+from .state.model_state import ModelState
+from .weights.materialize import Source
+from .world import World
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A compiled graph, and per rank of this process what runs it."""
+
+    compiled: Compiled
+    executors: Mapping[int, Executor]
+
+
+class Session:
+    """The tensors and the optimizer of this process's ranks, and the graphs that they run.
+
+    Args:
+        source: what parameters and buffers are filled from.
+        first: the first graph; its layout is that of all others.
+
+    Attributes:
+        loaded: the graphs, in the order in which they were asked for.
+
+    Raises:
+        StateError: a tensor has no values; on every rank.
+        RankMismatchError: ranks have other values of what several hold.
+        OptionError: the optimizer's factory does not fit.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        skeleton: Skeleton,
+        options: CompileOptions,
+        source: Source,
+        first: Compiled,
+        scaler: LossScaler | None,
+    ):
+        self._world, self._scaler, self.layout = world, scaler, first.layout
+        self.state = world.agreement.together(
+            lambda: ModelState(
+                source, skeleton, first.layout, first.program, options.dtypes, world.endpoints
+            ),
+            StateError,
+        )
+        world.agreement.check_copies(self.state.digests)
+        self._sums = Accumulation(self.state)
+        self.loaded: dict[Request, Loaded] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: Any = None
+        self._at_work: Executor | None = None
+        if options.optimizer is None:
+            return
+        self.optimizer = make_optimizer(options.optimizer, self.state)
+        if scaler is not None:
+            self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())
+        if options.lr_scheduler is not None:
+            self.scheduler = options.lr_scheduler(self.optimizer)
+
+    @property
+    def first(self) -> Compiled:
+        return next(iter(self.loaded.values())).compiled
+
+    @property
+    def current(self) -> str:
+        """The action that this process is in; "" between runs."""
+        executor = self._at_work
+        return str(executor.current) if executor is not None and executor.current else ""
+
+    def add(self, request: Request, compiled: Compiled) -> None:
+        """Make a graph ready to run."""
+        self.state.provide(compiled.program)
+        self._world.transport.open(compiled.program.routes)
+        executors = {
+            rank: Executor(
+                compiled.program,
+                compiled.schedule[self._world.mesh.position_of(rank)],
+                state,
+                request.microbatches,
+            )
+            for rank, state in self.state.ranks.items()
+        }
+        self.loaded[request] = Loaded(compiled, executors)
+
+    def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
+        """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
+        self._at_work = next(iter(loaded.executors.values()))
+        self.state.spread()
+        runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
+        with _kept_generators(loaded):
+            drive(runs, self._world.transport.progress)
+            self._world.transport.flush()
+        self._at_work = None
+
+    def accumulate(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
+        """Run a training graph, and add its gradients to ``.grad``, as `forward_backward` says."""
+        scaler = self._scaler
+        scale = 1.0 if scaler is None else scaler.scale
+        for executor in loaded.executors.values():
+            executor.scale_loss(scale)
+        self._sums.open(scale)
+        self.run(loaded, jobs)
+        if scaler is None or self._unscaled(scaler):
+            self._sums.close(scale)
+        else:
+            self._sums.drop()
+
+    def _unscaled(self, scaler: LossScaler) -> bool:
+        """Whether all ranks have finite gradients; these are unscaled then."""
+        scaler.saw(all(self._world.agreement.gather(self._sums.unscale(scaler.scale))))
+        return not scaler.overflowed
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients to a global norm of at most this; the norm that they had."""
+        return clip_gradients(
+            self.state, max_norm, self.state.skeleton.params, self._world.agreement.gather
+        )
+
+    def refresh(self) -> None:
+        """Make anew what was computed from parameters and buffers that have changed."""
+        for loaded in self.loaded.values():
+            for executor in loaded.executors.values():
+                executor.refresh()
+
+    def buffer_stages(self) -> dict[str, int]:
+        """Buffers that a forward updates -> the stage that does."""
+        return {
+            str(port.key): stage.stage
+            for loaded in self.loaded.values()
+            for stage in loaded.compiled.program.stages
+            for port in stage.forward.outputs
+            if port.role is Role.BUFFER
+        }
+
+    # -- what a run gave --------------------------------------------------------------------
+
+    def mean_loss(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
+        """Over the microbatches of all replicas, on every rank."""
+        program, mesh = loaded.compiled.program, self._world.mesh
+        mine = {
+            mesh.replica_of(rank): torch.stack(job.losses).mean()
+            for rank, job in jobs.items()
+            if program.loss_stage in mesh.stages_of(rank)
+        }
+        device = self.state.device
+        if not mesh.distributed:
+            return torch.stack([mine[r].to(device) for r in sorted(mine)]).mean()
+        losses = torch.zeros(mesh.size, dtype=torch.float64, device=device)
+        for replica, loss in mine.items():
+            losses[mesh.rank_of(replica, program.loss_stage)] = loss
+        dist.all_reduce(losses)  # adds zeros: exact
+        assert program.loss_dtype is not None
+        ranks = mesh.replicas_of(program.loss_stage)
+        return losses[list(ranks)].to(program.loss_dtype).mean()
+
+    def output(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Any:
+        """What the model returns, on the ranks of the last stage; None on others.
+
+        Raises:
+            BatchError: an output of several microbatches cannot be joined.
+        """
+        mesh = self._world.mesh
+        last = [rank for rank in jobs if mesh.n_stages - 1 in mesh.stages_of(rank)]
+        if not last:
+            return None
+        pieces = [piece for rank in last for piece in jobs[rank].results]
+        dims = enumerate(loaded.compiled.batch_dims)
+        joined = [_join([piece[i] for piece in pieces], dim) for i, dim in dims]
+        return loaded.compiled.rebuild(joined)
+
+
+def _join(pieces: list[torch.Tensor], dim: int | None) -> torch.Tensor:
+    """One output from those of the microbatches."""
+    first = pieces[0]
+    here = [piece.to(first.device) for piece in pieces]
+    if len(pieces) == 1:
+        return first
+    if dim is not None:
+        return torch.cat(here, dim)
+    if first.dim() == 0 and first.is_floating_point():
+        return torch.stack(here).mean()
+    raise BatchError(
+        f"forward() got an output of shape {list(first.shape)} without a batch dimension from "
+        f"each of {len(pieces)} microbatches and cannot join them: compile with microbatches=1"
+    )
+
+
+@contextlib.contextmanager
+def _kept_generators(loaded: Loaded) -> Iterator[None]:
+    """The user's own random streams go on as if nothing had been drawn."""
+    devices = {e.state.device for e in loaded.executors.values() if e.draws}
+    kept = [(generator_of(d), generator_of(d).get_state()) for d in devices]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)

@@ -1,0 +1,96 @@
+"""This process among the ranks of a run: how it reaches them, and who watches over its work."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from ..compiler.ir.errors import OptionError
+from ..compiler.options.options import CompileOptions
+from ..compiler.planning.target import Target
+from ..compiler.profiling.profile import Profiler
+from ..compiler.profiling.timing_cache import default_cache_dir
+from .exchange.agreement import Agreement
+from .exchange.devices import device_of, endpoints, ranks_here, target_of
+from .exchange.link import measure_link
+from .exchange.mesh import Mesh, connect
+from .exchange.processes import Processes
+from .exchange.transport import Loopback, Transport
+from .exchange.watchdog import Watchdog
+
+_numbers = itertools.count()
+"""Numbers the pipelines of this process; all ranks make them in the same order."""
+
+
+class World:
+    """Joins the other processes, if there are any.
+
+    Args:
+        device: the type of device; every rank's own is `device_of` it.
+        status: a method that says what this process is doing, "" when it is not at work; held
+            weakly.
+
+    Attributes:
+        endpoints: of the ranks that this process plays.
+        data_shards, data_shard: as `Pipeline` has them.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, status: Callable[[], str]):
+        self.mesh, self._device = mesh, device
+        self._here = device_of(mesh.local_ranks[0], device, mesh)
+        self._watchdog: Watchdog | None = None
+        connect(mesh, self._here)
+        if mesh.rank is None:
+            self.transport: Transport = Loopback()
+        else:
+            self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), status)
+            self.transport = Processes(mesh, self._here)
+        self.endpoints = endpoints(mesh, device, self.transport)
+        self.agreement = Agreement(mesh, device)
+        self.data_shards = mesh.dp if mesh.distributed else 1
+        self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is rank 0, or the only one."""
+        return self.mesh.rank in (None, 0)
+
+    @property
+    def replicas_here(self) -> int:
+        """How many replicas this process cuts its data over."""
+        return self.mesh.dp // self.data_shards
+
+    def target(self, options: CompileOptions) -> Target:
+        """What to compile for; measures the link where there is one and prices are measured."""
+        mesh = self.mesh
+        target = target_of(options, self._device, mesh)
+        if not options.measures:
+            return target
+        beside = ranks_here(mesh) if mesh.distributed else 1
+        spec = target.spec
+        if mesh.distributed and mesh.size > 1:
+            spec = spec.with_link(
+                *measure_link(mesh, self._here, self.transport, self.agreement.gather)
+            )
+        profiler = Profiler(self._here, default_cache_dir(), beside=beside)
+        return replace(target, spec=spec, profiler=profiler)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Work without autograd in which a failure of any rank is a failure of all.
+
+        Raises:
+            OptionError: torch.autocast is active.
+        """
+        if torch.is_autocast_enabled(self._device.type):
+            raise OptionError(
+                "torch.autocast is active around the pipeline, where it has no part: leave it out, "
+                'and give compile() precision="bf16" or "fp16"'
+            )
+        guard = self._watchdog.guard() if self._watchdog else contextlib.nullcontext()
+        with guard, torch.no_grad():
+            yield
