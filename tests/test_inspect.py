@@ -316,7 +316,10 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what it does without -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([name, "--help"] for name in ("inspect", "solve", "export"))],
+)
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom pipecompile.compiler.cli.main import main\n"

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from pipecompile.compiler.cli.inspection import Request
-from pipecompile.compiler.cli.main import _parser, main
+from pipecompile.compiler.cli.main import main, make_parser
+from pipecompile.compiler.cli.request import Request
 from pipecompile.compiler.costs.hardware import DEVICES
 from support.commands import SMALL_GPT2, inspect, plan_of
 
@@ -66,7 +66,7 @@ def test_pins_move_modules(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_solver_and_time_limit_reach_the_planner() -> None:
     arguments = "inspect hf:gpt2 --stages 2 --solver cbc --time-limit 2.5 --remat none"
-    options = Request.of(_parser().parse_args(arguments.split())).options
+    options = Request.of(make_parser().parse_args(arguments.split())).options
     assert (options.solver, options.time_limit_s, options.remat) == ("cbc", 2.5, "none")
 
 
@@ -119,6 +119,16 @@ def test_a_saved_plan_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "of 4.0" in report
 
 
+def test_what_a_plan_keeps_need_not_be_given_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    kept = "--schedule zb_h1 --tied-grads per_step --precision bf16 --zero 2"
+    shape = f"{SMALL_GPT2} --stages 2 --dp 2 --microbatches 2 {kept}"
+    made = inspect(f"{shape} --save {file} --json", capsys)
+    assert inspect(f"{SMALL_GPT2} --plan {file} --json", capsys) == made
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -126,6 +136,8 @@ def test_a_saved_plan_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("{small} --set n_layer=3 --plan {plan}", "the plan was made for another model"),
         ("{small} --plan {plan} --stages 3", "the plan has n_stages=2, this run .*3"),
         ("{small} --plan {plan} --stages auto --devices 2", "--plan cannot be given with --stages"),
+        ("{small} --plan {plan} --schedule zb_h1", "the plan has schedule=1f1b, this run .*zb_h1"),
+        ("{small} --plan {plan} --precision bf16", "the plan has precision=as it is, this .*=bf16"),
         ("{small} --plan {plan} --remat none", "remat= has no effect beside plan="),
         ("{small} --plan {plan} --memory 1GiB", "memory= has no effect beside plan="),
         ("{small} --plan {plan} --compare uniform", "--compare has no effect beside --plan"),

@@ -14,6 +14,9 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import Precision, errors
+from pipecompile.compiler.cli.flags import help_of
+from pipecompile.compiler.cli.main import make_parser
+from pipecompile.compiler.cli.request import Request
 from pipecompile.compiler.options.arguments import Arguments, Options
 from pipecompile.compiler.options.declaration import Declaration, declarations_of
 from pipecompile.compiler.options.options import CompileOptions
@@ -128,6 +131,51 @@ def test_calls_that_do_not_fit(
 def test_none_is_no_value_but_where_it_is_the_default(name: str) -> None:
     with pytest.raises((errors.OptionError, TypeError)):
         CompileOptions(**{"n_stages": 2, name: None})
+
+
+# -- the command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLAGGED)
+def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
+    text, value = FLAGS[name]
+    assert value != DECLARED[name].default
+    args = make_parser().parse_args(["inspect", "hf:gpt2", *text.split()])
+    assert getattr(args, name) == value
+    assert type(getattr(args, name)) is type(value)
+    others = set(FLAGGED) - {name}
+    assert all(getattr(args, other) is None for other in others)
+    if name not in ("devices", "plan"):  # which need others, or a file
+        stages = [] if name == "n_stages" else ["--stages", "2"]
+        beside = ["--dp", "2"] if name == "zero" else []
+        args = make_parser().parse_args(["inspect", "hf:gpt2", *text.split(), *stages, *beside])
+        assert getattr(Request.of(args).options, name) == value
+
+
+def test_flags_that_are_not_given_leave_the_defaults() -> None:
+    options = Request.of(make_parser().parse_args(["inspect", "hf:gpt2", "--stages", "2"])).options
+    others = {"optimizer": torch.optim.AdamW, "costs": "roofline"}
+    assert options == CompileOptions(n_stages=2, **others)
+
+
+def test_inspect_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["inspect", "--help"])
+    text = flat(capsys.readouterr().out)
+    flags = {name: DECLARED[name].flag_name for name in FLAGGED}
+    for name in FLAGGED:
+        option = DECLARED[name]
+        assert option.flag is not None
+        assert flat(f"{flags[name]} {option.flag.metavar} {help_of(option, flags)}") in text
+        for choice in option.choices:
+            assert choice in help_of(option, flags)
+    assert "--schedule NAME 1f1b: few microbatches in flight; zb_h1: " in text
+    assert "(default: 1f1b)" in text
+    assert "(default: 30)" in text
+    assert "what it takes to fit into --memory;" in text
+    assert "(default: all that --device has; without --device no limit)" in text
+    assert '"' not in text
+    assert "`" not in text
 
 
 # -- plans --------------------------------------------------------------------------------------

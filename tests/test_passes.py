@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.compiler.cli.main import main
 from pipecompile.compiler.driver import assembly, deciding
 from pipecompile.compiler.driver.passes import ALL, Pass
 from pipecompile.compiler.driver.record import Recorder
 from support import jobs, models, plain
+from support.commands import SMALL_GPT2, inspect
 
 OPTIONAL = [each.name for each in ALL if not each.needed]
 
@@ -119,3 +122,23 @@ def test_a_skip_without_effect_is_refused() -> None:
     batch = models.batches("gpt2", 4, 1)[0]
     with pytest.raises(errors.OptionError, match="skip='boundary' has no effect"):
         jobs.pipeline("gpt2", 2, 1, 2, example_batch=batch, skip=["boundary"])
+
+
+def test_inspect_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspect(f"{SMALL_GPT2} --stages 2 --precision bf16 --passes --skip inplace", capsys)
+    rows = re.findall(
+        r"^ *(\d+)  (\w+) +(\w+) +[\d.]+ (?:s|ms|µs)  ?(.*)$",
+        report.partition("\npasses\n")[2],
+        re.M,
+    )
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
+    found = {name: (level, note.strip()) for _, level, name, note in rows}
+    assert found["inplace"] == ("programs", "skipped")
+    assert found["schedule"] == ("schedule", "1f1b, 8 microbatches")
+    assert found["attention"][0] == "forward"
+    assert "casts" in found["precision"][1]
+
+
+def test_passes_go_with_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *SMALL_GPT2.split(), "--stages", "2", "--passes", "--json"]) == 2
+    assert "--passes has no effect on --json" in capsys.readouterr().err

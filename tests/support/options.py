@@ -63,6 +63,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
         "costs": ({"costs": "roofline"}, {"costs": "profile"}),
         "plan": ({}, {"plan": hand_made()[0]}),
+        "skip": ({}, {"skip": ["inplace"]}),
     }
     beside = {"max_grad_norm": {"optimizer": SGD}, "lr_scheduler": {"optimizer": SGD}}
     shapes = {"zero": replicas, "n_stages": {}, "dp": {}}

@@ -1,0 +1,121 @@
+"""Flags: those that options declare, and the types of arguments that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from typing import Any, NoReturn, TypeVar
+
+from ..ir.errors import OptionError
+from ..options.declaration import Declaration, declarations_of
+from ..options.parsing import parse_count, parse_seconds
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as every other error is reported; flags are written in full."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message} (see {self.prog} --help)")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, arguments: type
+) -> dict[str, argparse._ArgumentGroup]:
+    """Add the flag of every option that declares one; their groups by title.
+
+    Each sets the attribute of its option's name to what the option takes, and to None where it is
+    not given.
+
+    Args:
+        arguments: a dataclass of options.
+    """
+    options = declarations_of(arguments)
+    flags = {name: option.flag_name for name, option in options.items() if option.flag is not None}
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in options.items():
+        if (flag := option.flag) is None:
+            continue
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        groups[flag.group].add_argument(
+            flags[name],
+            dest=name,
+            type=typed(flag.parse),
+            action=Stages if flag.repeats else "store",
+            metavar=flag.metavar,
+            help=help_of(option, flags),
+        )
+    return groups
+
+
+def help_of(option: Declaration, flags: Mapping[str, str]) -> str:
+    """What ``--help`` says of an option: its help, what only flags add, and its default.
+
+    Values are typed without quotes, so they stand without.
+
+    Args:
+        flags: name of an option -> its flag, for the options that it names.
+    """
+    flag = option.flag
+    assert flag is not None
+    text = f"{option.help}; {flag.more}" if flag.more else option.help
+    default = flag.default or _text(option.default)
+    text += f" (default: {default})" if default else ""
+    text = re.sub("`+([^`]+)`+", lambda name: flags.get(name[1], name[1]), text)
+    return text.replace('"', "").replace("%", "%%")
+
+
+def _text(default: object) -> str:
+    if default is None or default is MISSING:
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+class Stages(argparse.Action):
+    """Collects NAME=STAGE, given several times, into a dict."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, stage = values
+        stages = getattr(namespace, self.dest) or {}
+        if stages.setdefault(name, stage) != stage:
+            raise OptionError(
+                f"{option_string} {name}={stage}: it is pinned to {stages[name]} already"
+            )
+        setattr(namespace, self.dest, stages)
+
+
+def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """The type of an argument: argparse names the argument in what ``parse`` raises."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _parse_positive(text: str) -> float:
+    number = parse_seconds(text)
+    if not 0 < number < math.inf:
+        raise OptionError(f"{text!r} is not a number above 0")
+    return number
+
+
+count = typed(parse_count)
+positive = typed(_parse_positive)

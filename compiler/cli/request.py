@@ -1,0 +1,146 @@
+"""What `pipecompile inspect` is asked for: its arguments, checked against each other."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..costs.hardware import Device, parse_device
+from ..ir.errors import OptionError, PlanError
+from ..options.declaration import declarations_of
+from ..options.options import CompileOptions
+from ..options.parsing import AUTO
+from ..plan.plan import Plan
+from ..report.compare import check_names
+from .spec import ModelOptions
+
+Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Factory | None] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments, checked against each other.
+
+    Attributes:
+        devices: for automatic stages; None where the options' stages are given.
+        options: without the model's loss; of automatic stages those for one stage.
+        limit_bytes: of a stage; infinity for no limit.
+        default_rows: of the batch of all replicas, where ``model`` says nothing.
+        given: the plan to show.
+        passes: list them with their times.
+    """
+
+    spec: str
+    model: ModelOptions
+    options: CompileOptions
+    device: Device
+    limit_bytes: float
+    devices: int | None
+    compare: tuple[str, ...]
+    save: Path | None
+    given: Plan | None
+    passes: bool = False
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Request:
+        """Raises OptionError or PlanError for what does not go together."""
+        _check(args)
+        given = None if args.plan is None else Plan.load(args.plan)
+        options = _options(args, given)
+        if args.n_stages != AUTO:
+            options.check_zero()
+        rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
+        if given is not None and not args.microbatches and not args.dp:
+            rows *= given.microbatch_rows
+        device = _device(args.hardware, given)
+        limit: float = device.memory_bytes if args.hardware else math.inf
+        if given is not None:
+            limit = math.inf if given.budget_bytes is None else given.budget_bytes
+        return Request(
+            args.spec,
+            ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows),
+            options,
+            device,
+            options.memory_bytes or limit,
+            args.devices,
+            args.compare,
+            None if args.save is None else Path(args.save),
+            given,
+            args.passes,
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises OptionError for arguments that need each other, or have no effect together."""
+    auto = args.n_stages == AUTO
+    if args.n_stages is None and args.plan is None:
+        raise OptionError(
+            "the following arguments are required: --stages (see pipecompile inspect --help)"
+        )
+    if auto and args.devices is None:
+        raise OptionError("--stages auto divides --devices N: say how many there are")
+    if not auto and args.devices is not None:
+        raise OptionError("--devices has no effect without --stages auto: use --dp for replicas")
+    for flag, value, why in (
+        ("--dp", args.dp, "the replicas follow from --devices and the stages"),
+        ("--pin", args.pin, "the stages have no numbers yet"),
+        ("--plan", args.plan, "the plan has its stages"),
+    ):
+        if auto and value:
+            raise OptionError(f"{flag} cannot be given with --stages auto: {why}")
+    check_names(args.compare)
+    if args.compare and args.json:
+        raise OptionError("--compare has no effect on --json, which prints the plan alone")
+    if args.passes and args.json:
+        raise OptionError("--passes has no effect on --json, which prints the plan alone")
+    if args.compare and args.plan:
+        raise OptionError("--compare has no effect beside --plan: nothing is solved")
+    if args.save is not None and not Path(args.save).absolute().parent.is_dir():
+        raise OptionError(f"--save {args.save}: there is no folder {str(Path(args.save).parent)!r}")
+
+
+def _options(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
+    """Those of the flags; where a plan is given, it says what no flag does."""
+    found: dict[str, Any] = {}
+    for name, option in declarations_of(CompileOptions).items():
+        if option.flag is None:
+            continue
+        value = getattr(args, name)
+        if value is None and given is not None and option.plan == "keeps":
+            kept = given.options.get(name)
+            value = None if kept is None else option.flag.parse(kept)
+        if value is not None:
+            found[name] = value
+    if given is not None:
+        shape = {name: getattr(given, name) for name in ("n_stages", "dp", "microbatches")}
+        found = shape | found | {"plan": given}
+    if args.n_stages == AUTO:
+        found["n_stages"] = 1
+    return CompileOptions(**found, optimizer=OPTIMIZERS[args.optimizer], costs="roofline")
+
+
+def _device(wanted: str | None, given: Plan | None) -> Device:
+    if given is None:
+        return parse_device(wanted or "cpu")
+    try:
+        device = parse_device(wanted or given.device)
+    except OptionError as error:
+        raise OptionError(f"{error} (the plan's; --device FILE describes it)") from error
+    if device.name != given.device:
+        raise PlanError(
+            f"the plan has device={given.device}, this run device={device.name}: its seconds and "
+            "stages are those of another device; make a new plan"
+        )
+    return device
