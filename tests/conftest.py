@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from support.gang import Gang
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -18,6 +18,9 @@ os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a seco
 # A busy machine is no failure. CI draws the same examples every time: chance blames no change.
 settings.register_profile("pipecompile", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("pipecompile")
+settings.register_profile(  # of `make mutants`, which asks only whether a test fails
+    "mutants", derandomize=True, phases=(Phase.explicit, Phase.generate)
+)
 
 
 @pytest.fixture(scope="session")

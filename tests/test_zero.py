@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,17 @@ OPTIMIZERS = {
 }
 
 
+@contextmanager
+def small_parcels(least_bytes: int = 4 << 10) -> Iterator[None]:
+    """So that several are under way, and tensors are cut into pieces."""
+    before, shards.LEAST_BYTES = shards.LEAST_BYTES, least_bytes
+    try:
+        yield
+    finally:
+        shards.LEAST_BYTES = before
+
+
+@small_parcels()
 def train(
     name: str,
     n_stages: int,
@@ -93,16 +105,11 @@ def train(
     microbatches: int = 2,
     **options: Any,
 ) -> plain.Trained:
-    """Train with small parcels, so that several are under way; gradients put together."""
-    before, shards.LEAST_BYTES = shards.LEAST_BYTES, 4 << 10
-    try:
-        pipe = jobs.pipeline(
-            name, n_stages, dp, microbatches, optimizer=OPTIMIZERS[optimizer], zero=zero, **options
-        )
-        batches = models.batches(name, 2 * dp * microbatches, steps)
-        return plain.train_pipeline(pipe, batches, max_norm)
-    finally:
-        shards.LEAST_BYTES = before
+    """Train with small parcels; gradients put together."""
+    pipe = jobs.pipeline(
+        name, n_stages, dp, microbatches, optimizer=OPTIMIZERS[optimizer], zero=zero, **options
+    )
+    return plain.train_pipeline(pipe, models.batches(name, 2 * dp * microbatches, steps), max_norm)
 
 
 def divided_norm(params: Any, max_norm: float) -> torch.Tensor:
@@ -256,9 +263,10 @@ def test_loss_scaling_and_overflows(gang: Callable[[int], Gang], zero: int) -> N
         assert all(torch.equal(found.params[n], alone.params[n]) for n in alone.params)
 
 
+@small_parcels(32)
 def accumulated(zero: int) -> dict[str, torch.Tensor]:
     """Two batches before the step, evaluation in between, a learning rate schedule, frozen weights
-    and a weight without dimensions."""
+    and a weight without dimensions; parcels of a row or two."""
     model = Odd()
     model.frozen.requires_grad_(False)
     pipe = pipecompile.compile(
@@ -459,11 +467,8 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1
 @given(SHAPES, st.integers(1, 5), st.integers(1, 400))
 def test_parcels_have_every_row_once(shapes: Any, dp: int, limit: int) -> None:
     items = [Item(str(i), shape, torch.float32) for i, shape in enumerate(shapes)]
-    before, shards.LEAST_BYTES = shards.LEAST_BYTES, limit
-    try:
+    with small_parcels(limit):
         parcels = parcels_of(items, dp)
-    finally:
-        shards.LEAST_BYTES = before
     whole = {item.name: torch.zeros(item.shape) for item in items}
     for parcel in parcels:
         for replica in range(dp):
@@ -506,26 +511,23 @@ def test_actions_print_parse_and_stand_where_they_must() -> None:
                 verify_exchange((early, *schedule[1:]), program, 2, zero)
 
 
+@small_parcels()
 def departures(zero: int) -> list[str]:
     """During which actions this process's parcels of gradients leave."""
-    before, shards.LEAST_BYTES = shards.LEAST_BYTES, 4 << 10
-    try:
-        pipe = jobs.pipeline("llama", 1, 2, 2, zero=zero)
-        (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
-        pipe.compile_for(share)
-        (loaded,) = pipe._session.loaded.values()
-        transport, (executor,) = pipe._world.transport, loaded.executors.values()
-        scatter, seen = transport.scatter, []
+    pipe = jobs.pipeline("llama", 1, 2, 2, zero=zero)
+    (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
+    pipe.compile_for(share)
+    (loaded,) = pipe._session.loaded.values()
+    transport, (executor,) = pipe._world.transport, loaded.executors.values()
+    scatter, seen = transport.scatter, []
 
-        def watched(*args: Any) -> Any:
-            seen.append(str(executor.current))
-            return scatter(*args)
+    def watched(*args: Any) -> Any:
+        seen.append(str(executor.current))
+        return scatter(*args)
 
-        transport.scatter = watched
-        pipe.forward_backward(share)
-        return seen
-    finally:
-        shards.LEAST_BYTES = before
+    transport.scatter = watched
+    pipe.forward_backward(share)
+    return seen
 
 
 def test_gradients_leave_while_the_backward_runs(gang: Callable[[int], Gang]) -> None:

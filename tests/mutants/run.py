@@ -107,11 +107,11 @@ def run(package: Path, tests: Sequence[str]) -> tuple[int, str]:
     paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "CI": "1",  # drawn examples are the same every time
         "HYPOTHESIS_STORAGE_DIRECTORY": str(package.parent / "examples"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-profile=mutants", *tests]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S
