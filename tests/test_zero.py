@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir import shards
+from pipecompile.compiler.ir import zero as zeros
 from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
 from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
 from pipecompile.compiler.ir.shards import Item, parcels_of, row_range, rows_of
@@ -504,11 +505,11 @@ def test_actions_print_parse_and_stand_where_they_must() -> None:
         assert tuple(kinds[-2:]) == (last if zero == 1 else last[::-1])
         swapped = ((*schedule[0][:-2], schedule[0][-1], schedule[0][-2]), *schedule[1:])
         with pytest.raises(VerificationError, match="wrong side"):
-            verify_exchange(swapped, program, 2, zero)
+            verify_exchange(swapped, program, 2, zeros.LEVELS[zero])
         early = (Action(0, Kind.REDUCE_GRAD), *schedule[0][:-1])
         if zero == 2:
             with pytest.raises(VerificationError):
-                verify_exchange((early, *schedule[1:]), program, 2, zero)
+                verify_exchange((early, *schedule[1:]), program, 2, zeros.LEVELS[zero])
 
 
 @small_parcels()
