@@ -62,7 +62,7 @@ class Pipeline:
         precision = options.dtypes
         scaling = precision.loss_scale if precision is not None else None
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
-        world = self._world = World(mesh, device, self._status)
+        world = self._world = World(mesh, device, options, self._status)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
         self._checkpoints = Checkpoints(mesh, world.agreement)
         self._config = config_of(model)

@@ -45,6 +45,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device, options.dtypes)
     agreement = Agreement(mesh, device)
+    agreement.check_options(options)
     weights = options.weights
     if weights is not None:  # refuse what does not fit before planning
         agreement.together(lambda: WeightFiles(weights, skeleton), StateError)

@@ -29,6 +29,8 @@ _numbers = itertools.count()
 class World:
     """Joins the other processes, if there are any.
 
+    Options are compared first: what ranks do together from then on depends on them.
+
     Args:
         device: the type of device; every rank's own is `device_of` it.
         status: a method that says what this process is doing, "" when it is not at work; held
@@ -37,20 +39,30 @@ class World:
     Attributes:
         endpoints: of the ranks that this process plays.
         data_shards, data_shard: as `Pipeline` has them.
+
+    Raises:
+        RankMismatchError: on all ranks, where the options of two differ.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, status: Callable[[], str]):
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        options: CompileOptions,
+        status: Callable[[], str],
+    ):
         self.mesh, self._device = mesh, device
         self._here = device_of(mesh.local_ranks[0], device, mesh)
         self._watchdog: Watchdog | None = None
         connect(mesh, self._here)
+        self.agreement = Agreement(mesh, device)
+        self.agreement.check_options(options)
         if mesh.rank is None:
             self.transport: Transport = Loopback()
         else:
             self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), status)
             self.transport = Processes(mesh, self._here)
         self.endpoints = endpoints(mesh, device, self.transport)
-        self.agreement = Agreement(mesh, device)
         self.data_shards = mesh.dp if mesh.distributed else 1
         self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
 

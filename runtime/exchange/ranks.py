@@ -18,18 +18,11 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A `compiler.planning.team.Team` between processes; every rank makes the same calls.
-
-    Options are compared at once: what ranks do together from here on depends on them.
-
-    Raises:
-        RankMismatchError: on all ranks, where the options of two differ.
-    """
+    """A `compiler.planning.team.Team` between processes; every rank makes the same calls."""
 
     def __init__(self, mesh: Mesh, agreement: Agreement, model: nn.Module, options: CompileOptions):
         self._mesh, self._agreement, self._options = mesh, agreement, options
         self._model: nn.Module | None = model
-        agreement.check_options(options)
 
     def agree(self, fingerprint: str) -> None:
         """Equal graphs and weights on all ranks, or an error on all; asked once."""
