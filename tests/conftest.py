@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from support.gang import Gang
+from support.remembered import remembering
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)
@@ -21,6 +22,12 @@ settings.load_profile("pipecompile")
 settings.register_profile(  # of `make mutants`, which asks only whether a test fails
     "mutants", derandomize=True, phases=(Phase.explicit, Phase.generate)
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remembered() -> Iterator[None]:
+    with remembering():
+        yield
 
 
 @pytest.fixture(scope="session")

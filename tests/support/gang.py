@@ -80,12 +80,15 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
 
+    from support.remembered import remembering
+
     torch.set_num_threads(1)
-    while (job := pipe.recv()) is not None:
-        function, args, options = job
-        module, _, name = function.partition(":")
-        try:
-            result = (True, getattr(importlib.import_module(module), name)(*args, **options))
-        except BaseException:
-            result = (False, traceback.format_exc())
-        pipe.send(result)
+    with remembering():
+        while (job := pipe.recv()) is not None:
+            function, args, options = job
+            module, _, name = function.partition(":")
+            try:
+                result = (True, getattr(importlib.import_module(module), name)(*args, **options))
+            except BaseException:
+                result = (False, traceback.format_exc())
+            pipe.send(result)
