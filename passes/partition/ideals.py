@@ -73,12 +73,13 @@ def minimise_time(problem: Problem, upper: float, *, deadline: float) -> Answer 
     bound = None
     for step in steps:
         limit_s = high_s * (1 - 1e-9) if step == 1 else low_s + step * (high_s - low_s)
-        search = _Search(problem, found, limit_s)
-        slowest_s = search.run(deadline)
-        if slowest_s is None:
-            break
-        if math.isfinite(slowest_s):
-            return Answer(search.stages(), slowest_s * problem.max_weight)
+        if limit_s >= low_s:  # else the tables lack even the empty ideal
+            search = _Search(problem, found, limit_s)
+            slowest_s = search.run(deadline)
+            if slowest_s is None:
+                break
+            if math.isfinite(slowest_s):
+                return Answer(search.stages(), slowest_s * problem.max_weight)
         bound = upper if step == 1 else limit_s * problem.max_weight
     return None if bound is None else Answer(None, bound)
 

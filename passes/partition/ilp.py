@@ -14,6 +14,7 @@ stages for every unit (`passes.partition.windows`) are what makes it solvable.
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any
 import pulp  # type: ignore[import-untyped]
 
 from ...compiler.ir.problem import Problem, Users
+from .baselines import PROVEN_GAP
 from .windows import Window, leaders
 
 GAP = 1e-6  # (objective − bound) / objective at which a solution counts as proven
@@ -158,13 +160,28 @@ def minimise_excess(
     Raises:
         SolverError: the solver is not installed, or crashed.
     """
-    largest = max(budget for budget in problem.budget_bytes if math.isfinite(budget))
-    model = _Model(problem, windows, largest / SCALE)
+    model = _Model(problem, windows, largest_bytes(problem) / SCALE)
     _order(model)
     model.over = model.variable("over")
     total = _memory(model)
     model.program.setObjective(pulp.LpAffineExpression({model.over: 1.0, **total}))
     return _run(model, start, solver, time_limit_s)
+
+
+def largest_bytes(problem: Problem) -> float:
+    """The largest budget that is finite, or what one unit needs if that is more."""
+    finite = (budget for budget in problem.budget_bytes if math.isfinite(budget))
+    return _typical_bytes(problem, max(finite, default=0.0))
+
+
+def _typical_bytes(problem: Problem, budget: float) -> float:
+    """Of a stage's bytes, for a scale: its budget, if one unit fits in; positive."""
+    fewest_in_flight = min(problem.in_flight)
+    leanest = (
+        min(o.static_bytes + fewest_in_flight * o.stash_bytes + o.transient_bytes for o in each)
+        for each in problem.options
+    )
+    return max(budget, *leanest) or 1.0
 
 
 def _order(model: _Model) -> None:
@@ -245,7 +262,7 @@ def _memory(model: _Model) -> Terms:
     for s, budget in enumerate(problem.budget_bytes):
         if not math.isfinite(budget):
             continue
-        unit_bytes = (budget or 1.0) / SCALE
+        unit_bytes = _typical_bytes(problem, budget) / SCALE
         transient = model.variable(f"transient_{s}")
         used: Terms = {None: problem.reserve_bytes[s] / unit_bytes, transient: 1.0}
         for unit, options in enumerate(problem.options):
@@ -264,7 +281,9 @@ def _memory(model: _Model) -> Terms:
             excess[more] = 1e-3 / problem.n_stages
             _add(used, {more: -model.unit_s / unit_bytes})
             model.require({model.over: 1.0, more: -1.0})
-        model.require({variable: -factor for variable, factor in used.items()}, -SCALE)
+        model.require(
+            {variable: -factor for variable, factor in used.items()}, -budget / unit_bytes
+        )
     return excess
 
 
@@ -309,11 +328,17 @@ class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
         lp.solverModel.run()
 
     def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
-        self.bound = lp.solverModel.getInfo().mip_dual_bound
-        if not lp.solverModel.getSolution().value_valid:
-            names = lp.solverModel.modelStatusToString(lp.solverModel.getModelStatus())
-            if "nfeasible" in names:
-                return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
+        highs, info = lp.solverModel, lp.solverModel.getInfo()
+        state = highs.modelStatusToString(highs.getModelStatus())
+        if "nfeasible" in state:
+            return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
+        if state not in ("Optimal", "Time limit reached"):
+            raise pulp.PulpSolverError(state)
+        if lp.isMIP():
+            self.bound = info.mip_dual_bound
+        elif state == "Optimal":
+            self.bound = info.objective_function_value
+        if not highs.getSolution().value_valid:
             return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
         status: tuple[int, int] = super().findSolutionValues(lp)
         return status
@@ -336,29 +361,59 @@ def _run(
     name: str,
     time_limit_s: float,
 ) -> Answer:
+    """Solve the program, and again without the start where that has misled the solver.
+
+    HiGHS's presolve keeps some optimum, but not the start: what is left of it may be a better
+    solution of the smaller program. Where nothing beats that one, HiGHS (1.16) calls the start
+    itself optimal. Its bound still holds, so an optimum that is above it gives this away.
+    """
+    deadline = time.perf_counter() + time_limit_s
+    answer, gap = _attempt(model, start, name, time_limit_s)
+    if start is not None and answer.finished and gap > PROVEN_GAP:
+        answer, _ = _attempt(model, None, name, deadline - time.perf_counter())
+    return answer
+
+
+def _attempt(
+    model: _Model,
+    start: tuple[Sequence[int], Sequence[int]] | None,
+    name: str,
+    time_limit_s: float,
+) -> tuple[Answer, float]:
+    """One run of a solver; by how much its solution is above its bound, as a part of it."""
     solver = _solver(name, time_limit_s, start is not None)
     if not solver.available():
         raise SolverError(f"{name} is not installed")
-    if start is not None:
-        for (unit, s), variable in model.y.items():
-            variable.setInitialValue(int(start[0][unit] <= s))
-        for (unit, s, k), variable in model.z.items():
-            variable.setInitialValue(int(start[0][unit] == s and start[1][unit] == k))
+    _begin(model, start)
     try:
         model.program.solve(solver)
         found = model.program.sol_status
     except Exception as error:  # whatever a solver's binding raises
         raise SolverError(f"{name} failed: {error}") from error
     if found in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded):
-        return Answer(None, None, math.inf, True)
+        return Answer(None, None, math.inf, True), 0.0
     proven = found == pulp.LpSolutionOptimal
+    value = pulp.value(model.program.objective)
     bound = getattr(solver, "bound", -math.inf)
-    if proven:  # without a tree, HiGHS may not set its bound
-        bound = max(bound, (1 - GAP) * pulp.value(model.program.objective))
-    bound = (bound + model.offset) * model.unit_s
+    if proven and name == "cbc":  # which tells no bound
+        bound = value - GAP * abs(value)
+    bound_s = (bound + model.offset) * model.unit_s
     if found not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return Answer(None, None, bound, False)
-    return Answer(*_assignment(model), bound, proven)
+        return Answer(None, None, bound_s, False), 0.0
+    gap = (value - bound) / max(value + model.offset, SCALE)
+    return Answer(*_assignment(model), bound_s, proven), gap
+
+
+def _begin(model: _Model, start: tuple[Sequence[int], Sequence[int]] | None) -> None:
+    """The variables' values before a run: stages and options of the start, or none."""
+    for variable in model.program.variables():
+        variable.varValue = None
+    if start is None:
+        return
+    for (unit, s), variable in model.y.items():
+        variable.setInitialValue(int(start[0][unit] <= s))
+    for (unit, s, k), variable in model.z.items():
+        variable.setInitialValue(int(start[0][unit] == s and start[1][unit] == k))
 
 
 def _assignment(model: _Model) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -52,12 +52,16 @@ def reduce(problem: Problem) -> Reduced:
     """
     groups = _groups(problem)
     check(problem, groups)
-    same = Reduced(
+    return merge(_fewer_options(_without_memory(unreduced(problem))), groups)
+
+
+def unreduced(problem: Problem) -> Reduced:
+    """A problem that stands for itself."""
+    return Reduced(
         problem,
         tuple((unit,) for unit in range(problem.n_units)),
         tuple(tuple((k,) for k in range(len(each))) for each in problem.options),
     )
-    return merge(_fewer_options(_without_memory(same)), groups)
 
 
 def check(problem: Problem, groups: Sequence[Sequence[int]]) -> None:

@@ -175,7 +175,7 @@ class _Search:
                 raise PartitionError(_no_division(self.problem))
             if answer.stage is not None and answer.option is not None:
                 self.offer(answer.stage, answer.option, name)
-            if self.best is None and answer.bound > ilp.GAP * max(self.small.budget_bytes):
+            if self.best is None and answer.bound > ilp.GAP * ilp.largest_bytes(self.small):
                 self.hopeless = True
             return
 
@@ -212,7 +212,7 @@ class _Search:
         reached = self.best.objective if self.best else math.inf
         if answer.bound == math.inf and self.best is None:
             self.hopeless = True
-        elif answer.bound > reached * (1 + 1e-5):
+        elif not self.proven and answer.bound > reached * (1 + 1e-5):
             self.notes.append(f"{name} finds nothing as good as what is known")
         elif sound or not answer.finished:
             self.bound = max(self.bound, min(answer.bound, reached))
