@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadgroup --durations=20
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"

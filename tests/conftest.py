@@ -24,6 +24,14 @@ settings.register_profile(  # of `make mutants`, which asks only whether a test 
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` one worker starts all gangs, and each once."""
+    for item in items:
+        if "gang" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("gangs"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remembered() -> Iterator[None]:
     with remembering():

@@ -117,24 +117,24 @@ def test_other_shapes_recompute_the_same() -> None:
 # -- the pass, and the choices ----------------------------------------------------------------
 
 
-def captured(
-    name: str, **changes: Any
-) -> tuple[JointGraph, Locality, list[Body], dict[fx.Node, int]]:
+@cache
+def captured(name: str) -> JointGraph:
     torch.manual_seed(0)
     build, batch = models.MODELS[name]
-    spec = batches.flatten(batch(2))[1]
-    model = build(**changes) if changes else build()
-    graph = capture_training(
-        skeleton_of(model, DEVICE), spec, None, DEVICE, (restore_attention,)
-    ).graph
+    skeleton, spec = skeleton_of(build(), DEVICE), batches.flatten(batch(2))[1]
+    return capture_training(skeleton, spec, None, DEVICE, (restore_attention,)).graph
+
+
+def divided(name: str) -> tuple[JointGraph, Locality, list[Body], dict[fx.Node, int]]:
+    """A graph to change, and its units."""
+    graph, _ = captured(name).copy()
     locality = locality_of(graph)
-    bodies, places = bodies_of(graph, locality, units_of(graph, locality, H100))
-    return graph, locality, bodies, places
+    return graph, locality, *bodies_of(graph, locality, units_of(graph, locality, H100))
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -> None:
-    _, _, bodies, places = captured(name)
+    _, _, bodies, places = divided(name)
     for menu in options_of(bodies, places, H100):
         assert not menu[0].recomputed
         seconds = [stash.recompute_s for stash in menu]
@@ -148,7 +148,7 @@ def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_choice_stashes_what_it_says(name: str, which: int) -> None:
     """Every unit as a stage of its own: what its program keeps is what the choice announced."""
-    graph, locality, bodies, places = captured(name)
+    graph, locality, bodies, places = divided(name)
     menus = [[s for s in menu if not s.forgets] for menu in options_of(bodies, places, CPU)]
     chosen = [menu[which] for menu in menus]
     home = {node: body.unit.index for body in bodies for node in body.forward}
@@ -167,7 +167,7 @@ def _announced(stash: Stash, body: Body) -> int:
 
 
 def test_each_value_is_recomputed_once_right_before_its_first_reader() -> None:
-    graph, locality, bodies, places = captured("llama")
+    graph, locality, bodies, places = divided("llama")
     text = str(graph.graph)
     own, twin = graph.copy()
     home = {twin[node]: body.unit.index // 4 for body in bodies for node in body.forward}
