@@ -64,6 +64,8 @@ def plan_table(plan: pipecompile.Plan) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small GPT-2 on Python's documentation.")
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--dp", type=int, default=2)
     args = parser.parse_args()
@@ -72,8 +74,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # per process; equal numbers need equal threads
     text, held_out = read_text()
-    shape = {"vocab_size": 256, "n_positions": SEQ, "n_embd": 256, "n_layer": 4, "n_head": 4}
-    config = GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
+    shape = {"n_embd": args.width, "n_layer": args.layers, "n_head": 4, "n_positions": SEQ}
+    config = GPT2Config(vocab_size=256, **shape, bos_token_id=None, eos_token_id=None)
     pipe = pipecompile.compile(
         GPT2LMHeadModel(config),
         n_stages=args.stages,

@@ -41,7 +41,8 @@ def test_the_blocks_of_a_document_run(
 
 def _losses(dp: int, *start: str) -> list[str]:
     example = str(ROOT / "examples/train_gpt2.py")
-    command = [sys.executable, *start, example, "--steps", "2", "--dp", str(dp)]
+    small = ("--steps", "2", "--layers", "2", "--width", "64")
+    command = [sys.executable, *start, example, *small, "--dp", str(dp)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -69,7 +69,7 @@ def _capturing(capture: Callable[..., Captured]) -> Callable[..., Captured]:
 def _told(builder: Builder) -> Iterator[Hashable]:
     """What a capture depends on besides the model and the batch."""
     yield repr(builder.options.dtypes)
-    yield getattr(builder.options, "skip", ())
+    yield tuple(builder.options.skip)
     yield builder.target.device
     yield builder.target.kind
 
