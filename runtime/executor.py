@@ -8,28 +8,22 @@ blocks in the transport instead.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..compiler.ir.actions import RECV, SEND, Action, Kind
+from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
 from ..compiler.ir.errors import VerificationError
-from ..compiler.ir.graph import Phase
 from ..compiler.ir.program import Message, PipelineProgram, Role
 from .binding import BoundStage
 from .exchange import wire
-from .exchange.transport import Pending
+from .exchange.transport import Pending, Run
 from .state.rank_state import RankState
 from .tied import TiedGradients
 
-Run = Generator[None, None, None]
-
 Values = dict[str, torch.Tensor]
 """Of one stage and microbatch: what a program has made, or a message brought, by name."""
-
-_MESSAGES = {Kind.F: (Kind.SEND_F, Phase.FORWARD), Kind.B: (Kind.SEND_B, Phase.BACKWARD)}
-"""A computation -> the send, and the phase of the messages, that its values leave with."""
 
 
 @dataclass
@@ -128,8 +122,7 @@ class Executor:
                 self._send(action, alive[stage, index])
             elif kind in RECV.values():
                 assert index is not None
-                reader = Kind.F if kind is Kind.RECV_F else Kind.B
-                arriving[stage, reader, index].append(self._receive(action))
+                arriving[stage, COMPUTE_OF[kind.phase], index].append(self._receive(action))
             else:
                 yield from self._exchange(action)
         self.current = None
@@ -164,13 +157,12 @@ class Executor:
         self, stage: int, kind: Kind, index: int, alive: dict[tuple[int, int], Values]
     ) -> None:
         """Give other stages of this rank what they will read of what was made."""
-        if len(self.stages) == 1 or kind not in _MESSAGES:
+        if len(self.stages) == 1 or kind not in COMPUTE_OF.values():
             return
-        send, phase = _MESSAGES[kind]
         for dst in self.stages:
-            message = self.messages.get((stage, dst, phase))
+            message = self.messages.get((stage, dst, kind.phase))
             if message is not None:
-                taken = self._take(message, send, alive[stage, index])
+                taken = self._take(message, SEND[kind.phase], alive[stage, index])
                 names = (spec.name for spec in message.values)
                 pairs = zip(taken, message.values, strict=True)
                 conformed = [wire.conform(value, spec) for value, spec in pairs]

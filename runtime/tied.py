@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..compiler.ir.program import PipelineProgram, TiedGradient, ValueSpec
-from .exchange.transport import Endpoint
+from .exchange.transport import Endpoint, Run
 from .state.rank_state import RankState
-
-Run = Generator[None, None, None]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..options.arguments import OUTPUT, PLANNER, Arguments
+from ..options.parsing import parse_names
 from .flags import add_flags, count
 from .quiet import quiet
 
@@ -57,7 +58,7 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compare",
-        type=_names,
+        type=parse_names,
         default=(),
         metavar="NAMES",
         help="beside the plan, simple strategies at the same prices: uniform, parameters, "
@@ -68,10 +69,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--save", metavar="FILE", help="write the plan, for --plan and compile()")
     group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.actions import SEND, Action, Kind
-from ..ir.graph import Phase, is_getitem, overwritten, tensors, viewed
+from ..ir.actions import COMPUTE_OF, SEND, Action, Kind
+from ..ir.graph import is_getitem, overwritten, tensors, viewed
 from ..ir.program import PipelineProgram, Program, Role
 from ..ir.shards import Departures, Entry
 
@@ -266,8 +266,6 @@ def _frees(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 Environment = dict[str, int | None]
 """Of one stage and microbatch: value name -> the block in which it lies."""
 
-_SENT = {Kind.F: (Kind.SEND_F, Phase.FORWARD), Kind.B: (Kind.SEND_B, Phase.BACKWARD)}
-
 
 class _Walk:
     """The environments of the stages and microbatches of one rank, as blocks of memory.
@@ -317,7 +315,7 @@ class _Walk:
             self.outbox += self._take(stage, kind, action.peer, index)
         else:
             message = self.messages[action.peer, stage, kind.phase]
-            reader = Kind.F if kind is Kind.RECV_F else Kind.B
+            reader = COMPUTE_OF[kind.phase]
             for spec in message.values:
                 self.arriving[stage, reader, index][spec.name] = self._new(spec.nbytes)
         return self.live
@@ -347,12 +345,11 @@ class _Walk:
 
     def _hand_over(self, stage: int, kind: Kind, index: int) -> None:
         """What other stages of this rank read of what was made: the same memory."""
-        if kind not in _SENT:
+        if kind not in COMPUTE_OF.values():
             return
-        send, phase = _SENT[kind]
-        for (src, dst, sent), message in self.messages.items():
-            if src == stage and sent is phase and dst in self.stages:
-                blocks = self._take(stage, send, dst, index)
+        for (src, dst, phase), message in self.messages.items():
+            if src == stage and phase is kind.phase and dst in self.stages:
+                blocks = self._take(stage, SEND[phase], dst, index)
                 names = (spec.name for spec in message.values)
                 self.arriving[dst, kind, index].update(zip(names, blocks, strict=True))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..ir.actions import RECV, Action, Kind, Schedule
+from ..ir.actions import COMPUTE_OF, RECV, Action, Kind, Schedule
 from ..ir.errors import VerificationError
 
 
@@ -103,7 +103,7 @@ def _needs(schedule: Schedule) -> dict[Action, list[Action]]:
     needs: dict[Action, list[Action]] = {}
     for action in (action for actions in schedule for action in actions):
         if action.kind in RECV.values() and action.peer is not None:
-            kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
+            kind = COMPUTE_OF[action.kind.phase]
             reader = Action(action.stage, kind, action.microbatch)
             needs.setdefault(reader, []).append(Action(action.peer, kind, action.microbatch))
     return needs

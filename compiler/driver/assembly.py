@@ -46,6 +46,8 @@ def forward_passes(
 ) -> tuple[ForwardPass, ...]:
     """The passes over the exported graph, for capturing, which runs them between its two steps.
 
+    What has no line of its own in the plan stands in that of the capture.
+
     Args:
         device: the type that is planned for.
         records: gets those of the last graph that was exported.
@@ -58,7 +60,7 @@ def forward_passes(
             if each is passes.FORWARD[0]:
                 records.clear()
             records.extend(recorder.records)
-            return "".join(record.note for record in recorder.records)
+            return "".join(record.note for record in recorder.records if not record.told)
 
         return rewrite
 

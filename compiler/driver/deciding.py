@@ -84,8 +84,9 @@ class Deciding:
             return self._from_plan(self.given, settings_of(LEVELS[levels[0]]))
         failures: list[str] = []
         for level in levels:
+            settings = settings_of(LEVELS[level])
             try:
-                decision, problem, settings = self._planned(settings_of(LEVELS[level]))
+                decision, problem = self._planned(settings)
             except MemoryBudgetError as error:
                 if level == levels[-1]:
                     raise
@@ -97,7 +98,7 @@ class Deciding:
             return Decided(settings, decision, *placed, chosen, problem=problem)
         raise AssertionError("there is a level to try")
 
-    def _planned(self, settings: Settings) -> tuple[Decision, Problem | None, Settings]:
+    def _planned(self, settings: Settings) -> tuple[Decision, Problem | None]:
         graph, locality = self.graph, self.locality
         planner = Planner(
             graph,
@@ -118,7 +119,7 @@ class Deciding:
             return made.memory
 
         decision = self.team.share(lambda: planner.decide(draft, prices))
-        return decision, planner.solved, settings
+        return decision, planner.solved
 
     def _prices(self, planner: Planner) -> Sequence[UnitPrices]:
         bodies, menus, profiler = planner.bodies, planner.menus, self.target.profiler

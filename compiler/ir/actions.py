@@ -50,6 +50,8 @@ class Kind(StrEnum):
 
 
 COMPUTE = (Kind.F, Kind.B, Kind.W)
+COMPUTE_OF = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
+"""The computation that makes, and the one that reads, the messages of a phase."""
 SEND = {Phase.FORWARD: Kind.SEND_F, Phase.BACKWARD: Kind.SEND_B}
 RECV = {Phase.FORWARD: Kind.RECV_F, Phase.BACKWARD: Kind.RECV_B}
 _PATTERN = re.compile(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..ir.errors import OptionError
+from ..ir.zero import LEVELS
 
-ZERO = (0, 1, 2, 3)
+ZERO = tuple(zero.level for zero in LEVELS)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -359,10 +359,9 @@ class _Lowering:
     def _kept(self, spot: Spot) -> set[fx.Node]:
         """Values made in this program that outlive it: sent, or needed by a later part."""
         part, s = spot
-        phase = Phase.FORWARD if part is Kind.F else Phase.BACKWARD
         wanted = set(self.stash[s]) if part is Kind.F else set(self.carry[s])
         for (src, _, sent), values in self.messages.items():
-            if src == s and sent is phase:
+            if src == s and sent is part.phase:
                 wanted |= values
         return wanted & set(self.body[spot])
 

@@ -19,9 +19,8 @@ def verify_program(program: PipelineProgram) -> None:
         known = _received(program, stage.stage, Phase.FORWARD)
         constants = {port.key for port in stage.constants.outputs}
         for part, code in stage.parts.items():
-            phase = Phase.FORWARD if part is Kind.F else Phase.BACKWARD
             if part is Kind.B:
-                known |= _received(program, stage.stage, phase)
+                known |= _received(program, stage.stage, part.phase)
             for port in code.inputs:
                 missing = port.role is Role.VALUE and port.key not in known
                 missing |= port.role is Role.CONSTANT and port.key not in constants
@@ -29,7 +28,7 @@ def verify_program(program: PipelineProgram) -> None:
                     raise VerificationError(f"stage {stage.stage} {part} reads unknown {port}")
             known |= {port.key for port in code.outputs if port.role is Role.VALUE}
             for message in program.messages:
-                if part is not Kind.W and (message.src, message.phase) == (stage.stage, phase):
+                if part is not Kind.W and (message.src, message.phase) == (stage.stage, part.phase):
                     lost = {value.name for value in message.values} - known
                     if lost:
                         raise VerificationError(f"{stage.stage}→{message.dst} sends {lost}")

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...compiler.ir.actions import RECV, SEND, Action, Kind, Schedule, homes_of
-from ...compiler.ir.graph import Phase
+from ...compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Schedule, homes_of
 from ...compiler.ir.program import Message
-
-_MAKES = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
 
 
 def add_communication(schedule: Schedule, messages: Sequence[Message]) -> Schedule:
@@ -42,7 +39,7 @@ def _rank(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action
         result += [
             Action(action.stage, SEND[action.kind.phase], action.microbatch, m.dst)
             for m in messages
-            if m.src == action.stage and action.kind is _MAKES[m.phase]
+            if m.src == action.stage and action.kind is COMPUTE_OF[m.phase]
         ]
     return result
 
@@ -51,5 +48,5 @@ def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
     return [
         Action(action.stage, RECV[action.kind.phase], action.microbatch, m.src)
         for m in messages
-        if m.dst == action.stage and action.kind is _MAKES[m.phase]
+        if m.dst == action.stage and action.kind is COMPUTE_OF[m.phase]
     ]

@@ -15,14 +15,20 @@ from itertools import pairwise
 
 import networkx as nx
 
-from ...compiler.ir.actions import RECV, SEND, Action, Kind, Schedule, homes_of, max_in_flight
+from ...compiler.ir.actions import (
+    COMPUTE_OF,
+    RECV,
+    SEND,
+    Action,
+    Kind,
+    Schedule,
+    homes_of,
+    max_in_flight,
+)
 from ...compiler.ir.errors import VerificationError
-from ...compiler.ir.graph import Phase
 from ...compiler.ir.program import Message, PipelineProgram
 from ...compiler.ir.zero import Zero
 from .communication import between_ranks
-
-_COMPUTE = {Phase.FORWARD: Kind.F, Phase.BACKWARD: Kind.B}
 
 
 def verify_schedule(
@@ -125,7 +131,7 @@ def _check_message(
         raise VerificationError(f"{src}→{dst} {phase}: microbatches {sent} are sent")
     if sent != received:
         raise VerificationError(f"{src}→{dst} {phase}: sent in order {sent}, received {received}")
-    kind = _COMPUTE[phase]
+    kind = COMPUTE_OF[phase]
     for stage, ends, before in ((src, sends, True), (dst, receives, False)):
         order = {a: i for i, a in enumerate(schedule[homes[stage]])}
         for end in ends:
@@ -141,7 +147,7 @@ def _ends(actions: Sequence[Action], stage: int, kind: Kind, peer: int) -> list[
 def _check_hand_over(actions: Sequence[Action], message: Message, microbatches: int) -> None:
     """Between stages of one rank, what makes a value runs before what reads it."""
     order = {action: i for i, action in enumerate(actions)}
-    kind = _COMPUTE[message.phase]
+    kind = COMPUTE_OF[message.phase]
     for i in range(microbatches):
         made, read = Action(message.src, kind, i), Action(message.dst, kind, i)
         if order[made] > order[read]:
@@ -167,7 +173,7 @@ def _check_no_cycle(schedule: Schedule) -> None:
         waits.add_edges_from(pairwise(actions))
         for action in actions:
             if action.kind in RECV.values() and action.peer is not None:
-                kind = _COMPUTE[action.kind.phase]
+                kind = COMPUTE_OF[action.kind.phase]
                 send = Action(action.peer, SEND[action.kind.phase], action.microbatch, action.stage)
                 waits.add_edge(send, Action(action.stage, kind, action.microbatch))
     if not nx.is_directed_acyclic_graph(waits):

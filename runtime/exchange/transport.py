@@ -8,7 +8,7 @@ taken in rank order.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from . import wire
 from .mesh import Mesh
 
 Values = list[torch.Tensor]
+
+Run = Generator[None, None, None]
+"""Work of one rank, which yields while another rank of its process has to run first."""
 
 
 class Pending(Protocol):

@@ -15,7 +15,7 @@ for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -33,10 +33,8 @@ from ...compiler.ir.shards import (
 )
 from ..exchange.parcels import Outgoing
 from ..exchange.processes import Processes
-from ..exchange.transport import Endpoint, Loopback, add_mean_, ordered_sum_
+from ..exchange.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_
 from .bucket import Bucket, GradSlot
-
-Run = Generator[None, None, None]
 
 
 class WholeGradients(Bucket):
