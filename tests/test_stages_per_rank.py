@@ -24,6 +24,7 @@ from pipecompile.runtime import start
 from pipecompile.runtime.exchange.mesh import Mesh, world_size
 from support import jobs, measured, models, plain
 from support.gang import Gang
+from support.matrix import quickly
 
 Placement = tuple[tuple[int, ...], ...]
 
@@ -145,7 +146,7 @@ def test_tied_parts_are_summed_once_per_step(placement: Placement) -> None:
             assert torch.allclose(grad, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", quickly([1, 3], [0, 1, 2, 3]))
 def test_replicas_divide_what_ranks_of_several_stages_hold(
     gang: Callable[[int], Gang], zero: int
 ) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 from support import jobs, models, plain
 from support.gang import Gang
+from support.matrix import quickly
 
 # (model, n_stages, dp, microbatches, optimizer): every model, and every value of every other
 # dimension, with fewer microbatches than stages, and pairs that have gone wrong elsewhere
@@ -84,9 +85,10 @@ def test_zero_bubble_equals_plain_training(
     plain.assert_equal(found, expected(name, dp, microbatches, "adamw", STEPS))
 
 
-def test_zero_bubble_in_processes(gang: Callable[[int], Gang]) -> None:
-    for found in gang(4).run("support.jobs:train", "t5", 4, 1, 5, "adamw", STEPS, "zb_h1"):
-        plain.assert_equal(found, expected("t5", 1, 5, "adamw", STEPS), whole=False)
+@pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "t5"]))
+def test_zero_bubble_in_processes(gang: Callable[[int], Gang], name: str) -> None:
+    for found in gang(4).run("support.jobs:train", name, 4, 1, 5, "adamw", STEPS, "zb_h1"):
+        plain.assert_equal(found, expected(name, 1, 5, "adamw", STEPS), whole=False)
 
 
 @pytest.mark.slow

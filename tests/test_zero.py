@@ -25,6 +25,7 @@ from pipecompile.passes.programs.gather import layer_of
 from pipecompile.passes.schedule.verify import verify_exchange
 from support import jobs, measured, models, plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 
 LEVELS = (1, 2, 3)
@@ -400,7 +401,10 @@ def test_checkpoints_open_under_any_division(
 # -- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, None), (1, "bf16"), (2, None), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    quickly([(1, "bf16"), (3, "bf16")], [(0, None), (1, "bf16"), (2, None), (3, "bf16")]),
+)
 def test_what_ranks_hold_is_what_the_plan_says(
     gang: Callable[[int], Gang], zero: int, precision: str | None
 ) -> None:
@@ -429,12 +433,15 @@ def loaded(source: str, dp: int, folder: Path, **options: Any) -> tuple[int, int
 
 @pytest.mark.parametrize(
     ("source", "options"),
-    [
-        ("initialisers", {"zero": 3}),
-        ("initialisers", {"zero": 1, "precision": "bf16"}),
-        ("files", {"zero": 3}),
-        ("model", {"zero": 3}),
-    ],
+    quickly(
+        [("initialisers", {"zero": 1, "precision": "bf16"}), ("files", {"zero": 3})],
+        [
+            ("initialisers", {"zero": 3}),
+            ("initialisers", {"zero": 1, "precision": "bf16"}),
+            ("files", {"zero": 3}),
+            ("model", {"zero": 3}),
+        ],
+    ),
     ids=str,
 )
 def test_loading_needs_own_rows_and_one_tensor(
