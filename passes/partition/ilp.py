@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +23,9 @@ import pulp  # type: ignore[import-untyped]
 
 from ...compiler.ir.problem import Problem, Users
 from .baselines import PROVEN_GAP
+from .solvers import GAP, SolverError, solver_of
 from .windows import Window, leaders
 
-GAP = 1e-6  # (objective − bound) / objective at which a solution counts as proven
 SCALE = 1000.0  # of objective and budget: solvers' tolerances are absolute
 
 Terms = dict[Any, float]  # variable -> coefficient; None -> the constant
@@ -312,49 +311,6 @@ def _on(model: _Model, users: Users, s: int) -> list[Terms]:
     return found
 
 
-class SolverError(Exception):
-    """A solver is not installed, or crashed."""
-
-
-class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
-    """HiGHS, started from the variables' initial values; it remembers its bound."""
-
-    bound = -math.inf
-
-    def callSolver(self, lp: Any) -> None:  # noqa: N802
-        start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
-        if start:
-            lp.solverModel.setSolution(len(start), list(start), list(start.values()))
-        lp.solverModel.run()
-
-    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
-        highs, info = lp.solverModel, lp.solverModel.getInfo()
-        state = highs.modelStatusToString(highs.getModelStatus())
-        if "nfeasible" in state:
-            return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
-        if state not in ("Optimal", "Time limit reached"):
-            raise pulp.PulpSolverError(state)
-        if lp.isMIP():
-            self.bound = info.mip_dual_bound
-        elif state == "Optimal":
-            self.bound = info.objective_function_value
-        if not highs.getSolution().value_valid:
-            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
-        status: tuple[int, int] = super().findSolutionValues(lp)
-        return status
-
-
-def _solver(name: str, time_limit_s: float, warm: bool) -> Any:
-    limit = max(time_limit_s, 0.1)
-    if name == "highs":
-        return _WarmHighs(msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2)
-    with warnings.catch_warnings():  # PuLP 3.3 says that 4 will not bring CBC along
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return pulp.PULP_CBC_CMD(
-            msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2, warmStart=warm
-        )
-
-
 def _run(
     model: _Model,
     start: tuple[Sequence[int], Sequence[int]] | None,
@@ -381,7 +337,7 @@ def _attempt(
     time_limit_s: float,
 ) -> tuple[Answer, float]:
     """One run of a solver; by how much its solution is above its bound, as a part of it."""
-    solver = _solver(name, time_limit_s, start is not None)
+    solver = solver_of(name, time_limit_s, start is not None)
     if not solver.available():
         raise SolverError(f"{name} is not installed")
     _begin(model, start)

@@ -21,6 +21,7 @@ from . import dominance, ideals, ilp
 from .baselines import PROVEN_GAP, largest_stage_s, solve_dynamic
 from .excess import excess_bytes, infeasible
 from .presolve import Reduced, reduce
+from .solvers import GAP, SolverError
 from .windows import Window, windows
 
 SOLVERS = ("auto", "highs", "cbc", "dynamic")
@@ -168,14 +169,14 @@ class _Search:
                 answer = ilp.minimise_excess(
                     self.small, limits, start, solver=name, time_limit_s=limit_s
                 )
-            except ilp.SolverError as error:
+            except SolverError as error:
                 self._drop(name, error)
                 continue
             if answer.bound == math.inf:
                 raise PartitionError(_no_division(self.problem))
             if answer.stage is not None and answer.option is not None:
                 self.offer(answer.stage, answer.option, name)
-            if self.best is None and answer.bound > ilp.GAP * ilp.largest_bytes(self.small):
+            if self.best is None and answer.bound > GAP * ilp.largest_bytes(self.small):
                 self.hopeless = True
             return
 
@@ -196,7 +197,7 @@ class _Search:
                 answer = ilp.minimise_time(
                     self.small, limits, start, upper, solver=name, time_limit_s=self.left_s
                 )
-            except ilp.SolverError as error:
+            except SolverError as error:
                 self._drop(name, error)
                 continue
             self._take(answer, name)

@@ -1,0 +1,82 @@
+"""The solvers of integer programs: HiGHS and CBC, through PuLP.
+
+HiGHS proves what CBC does not; CBC comes with PuLP and stands in where HiGHS is missing or fails.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pulp  # type: ignore[import-untyped]
+
+GAP = 1e-6  # (objective − bound) / objective at which a solution counts as proven
+
+
+class SolverError(Exception):
+    """A solver is not installed, or crashed."""
+
+
+class WarmHighs(pulp.HiGHS):  # type: ignore[misc]
+    """HiGHS, started from the variables' initial values; it remembers its bound.
+
+    Quiet from its first line: 1.16 prints one while it is made, before PuLP can tell it not to, and
+    what commands print for programs to read would begin with it.
+    """
+
+    bound = -math.inf
+
+    def createAndConfigureSolver(self, lp: Any) -> None:  # noqa: N802
+        import highspy
+
+        untyped: Any = highspy.Highs
+
+        class Quiet(untyped):  # type: ignore[misc]
+            def enableCallbacks(self) -> None:  # noqa: N802
+                self.setOptionValue("output_flag", False)
+                super().enableCallbacks()
+
+        lp.solverModel = Quiet()
+        options = {
+            "output_flag": False,
+            "mip_rel_gap": self.gapRel,
+            "threads": self.threads,
+            "time_limit": self.timeLimit,
+        }
+        for option, value in options.items():
+            lp.solverModel.setOptionValue(option, value)
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802
+        start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
+        if start:
+            lp.solverModel.setSolution(len(start), list(start), list(start.values()))
+        lp.solverModel.run()
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        highs, info = lp.solverModel, lp.solverModel.getInfo()
+        state = highs.modelStatusToString(highs.getModelStatus())
+        if "nfeasible" in state:
+            return pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible
+        if state not in ("Optimal", "Time limit reached"):
+            raise pulp.PulpSolverError(state)
+        if lp.isMIP():
+            self.bound = info.mip_dual_bound
+        elif state == "Optimal":
+            self.bound = info.objective_function_value
+        if not highs.getSolution().value_valid:
+            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
+        status: tuple[int, int] = super().findSolutionValues(lp)
+        return status
+
+
+def solver_of(name: str, time_limit_s: float, warm: bool) -> Any:
+    """PuLP's solver of a name, "highs" or "cbc"; ``warm``: from the variables' initial values."""
+    limit = max(time_limit_s, 0.1)
+    if name == "highs":
+        return WarmHighs(msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2)
+    with warnings.catch_warnings():  # PuLP 3.3 says that 4 will not bring CBC along
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pulp.PULP_CBC_CMD(
+            msg=False, threads=1, timeLimit=limit, gapRel=GAP / 2, warmStart=warm
+        )

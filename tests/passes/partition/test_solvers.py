@@ -1,0 +1,107 @@
+"""Solvers that are missing, crash, or call their start optimal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipecompile.compiler.ir.problem import Problem, fits
+from pipecompile.passes.partition import solvers
+from pipecompile.passes.partition.solve import solve
+from support.problems import diamonds
+
+
+def unavailable(*_: object) -> bool:
+    return False
+
+
+def crash(*_: object) -> None:
+    raise RuntimeError("out of ideas")
+
+
+def idle(*_: object) -> None:
+    """As HiGHS is that runs with other threads elsewhere in the process."""
+
+
+def small_diamonds() -> Problem:
+    return replace(diamonds(2, 3, sizes=9), sum_weight=0.25)
+
+
+def test_cbc_stands_in_for_a_missing_highs(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = solve(small_diamonds(), solver="highs")
+    monkeypatch.setattr(solvers.WarmHighs, "available", unavailable)
+    found = solve(small_diamonds())
+    assert found.proven
+    assert found.objective == pytest.approx(best.objective)
+    assert "highs is not installed" in found.note
+
+
+@pytest.mark.parametrize(("call", "why"), [(crash, "out of ideas"), (idle, "Not Set")])
+def test_a_solver_that_crashes_is_named_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[..., None], why: str
+) -> None:
+    best = solve(small_diamonds(), solver="highs")
+    monkeypatch.setattr(solvers.WarmHighs, "callSolver", call)
+    found = solve(small_diamonds())
+    assert found.proven
+    assert found.objective == pytest.approx(best.objective)
+    assert f"highs failed: {why}" in found.note
+
+
+class StuckHighs(solvers.WarmHighs):
+    """Calls its start optimal, although its bound is lower."""
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802
+        self.start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
+        for column, value in self.start.items():
+            lp.solverModel.changeColBounds(column, value, value)
+        lp.solverModel.run()
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        status = super().findSolutionValues(lp)
+        self.bound *= 0.9 if self.start else 1.0
+        return status
+
+
+def test_a_solver_that_calls_its_start_optimal_is_asked_again_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    best = solve(small_diamonds(), solver="highs")
+    assert best.solver == "highs"
+    monkeypatch.setattr(solvers, "WarmHighs", StuckHighs)
+    found = solve(small_diamonds(), solver="highs")
+    assert found.proven
+    assert found.objective == pytest.approx(best.objective)
+
+
+def test_without_any_solver_the_best_contiguous_division_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(solvers.WarmHighs, "available", unavailable)
+    monkeypatch.setattr(solvers.pulp.PULP_CBC_CMD, "available", unavailable)
+    found = solve(small_diamonds())
+    assert fits(small_diamonds(), found)
+    assert not found.proven
+    assert "highs is not installed, cbc is not installed, best contiguous division" in found.note
+
+
+SILENT = """
+from dataclasses import replace
+from pipecompile.passes.partition.solve import solve
+from support.problems import diamonds
+assert solve(replace(diamonds(2, 3, sizes=9), sum_weight=0.25), solver="highs").proven
+"""
+
+
+def test_highs_prints_nothing() -> None:
+    """Of its own, past Python: it would stand above what commands print. Once per process, if it
+    does."""
+    command = [sys.executable, "-c", SILENT]
+    tests = str(Path(__file__).parents[2])
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
