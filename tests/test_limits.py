@@ -109,7 +109,7 @@ def bucket(count: int, replica: int) -> torch.Tensor:
 def test_the_mean_is_taken_of_every_segment(gang: Callable[[int], Gang]) -> None:
     """Segments of 8 elements: one, exactly one, several, and several with a shorter last one."""
     counts = (4, 8, 32, 38)
-    for found in gang(2).run("test_limits:means", counts, 32):
+    for found in gang(2).run(means, counts, 32):
         for count, mean in zip(counts, found, strict=True):
             assert torch.equal(mean, (bucket(count, 0) + bucket(count, 1)) / 2)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 
 ROOMS = (
     "compiler/ir",
@@ -75,6 +76,14 @@ def test_every_folder_is_a_room() -> None:
     assert {str(path.parent.relative_to(ROOT)) for path in sources()} - set(ROOMS) <= {"passes"}
 
 
+def test_tests_stand_where_the_rooms_do() -> None:
+    """But for those of the whole house, and what tests share."""
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    assert folders <= {*ROOMS, "passes", ".", "bench"}
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert len(set(names)) == len(names)
+
+
 def test_arrows_run_one_way() -> None:
     assert not wrong_way(ROOMS), "\n".join(wrong_way(ROOMS))
 
@@ -103,7 +112,9 @@ def test_a_room_is_small_and_says_what_it_is_for(room: str) -> None:
 
 
 def test_no_file_is_long() -> None:
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
+    tables = [TESTS / "mutants/planted.py"]
+    files = {*sources(), *TESTS.rglob("*.py")}.difference(tables)
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {path: n for path, n in lengths.items() if n > LINES}
 
 

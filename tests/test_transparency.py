@@ -87,7 +87,7 @@ def test_zero_bubble_equals_plain_training(
 
 @pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "t5"]))
 def test_zero_bubble_in_processes(gang: Callable[[int], Gang], name: str) -> None:
-    for found in gang(4).run("support.jobs:train", name, 4, 1, 5, "adamw", STEPS, "zb_h1"):
+    for found in gang(4).run(jobs.train, name, 4, 1, 5, "adamw", STEPS, "zb_h1"):
         plain.assert_equal(found, expected(name, 1, 5, "adamw", STEPS), whole=False)
 
 
@@ -110,7 +110,7 @@ def test_processes_equal_plain_training(
 ) -> None:
     workers = gang(n_stages * dp)
     case = (name, n_stages, dp, microbatches, optimizer, STEPS)
-    for rank, found in enumerate(workers.run("support.jobs:train", *case)):
+    for rank, found in enumerate(workers.run(jobs.train, *case)):
         plain.assert_equal(found, expected(name, dp, microbatches, optimizer, STEPS), whole=False)
         assert found.grads[0] or rank, "a rank without gradients"
 
@@ -123,5 +123,5 @@ def test_the_matrix_in_processes(
     gang: Callable[[int], Gang], name: str, n_stages: int, dp: int, microbatches: int
 ) -> None:
     case = (name, n_stages, dp, microbatches, "adamw", STEPS)
-    for found in gang(n_stages * dp).run("support.jobs:train", *case):
+    for found in gang(n_stages * dp).run(jobs.train, *case):
         plain.assert_equal(found, expected(name, dp, microbatches, "adamw", STEPS), whole=False)

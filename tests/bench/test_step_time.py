@@ -23,9 +23,7 @@ pytestmark = pytest.mark.bench
 def test_step_time(benchmark: Any, gang: Callable[[int], Gang], name: str) -> None:
     benchmark.group = "one training step, 2 processes"
     pair = gang(2)
-    benchmark.pedantic(
-        lambda: pair.run("support.rivals:step", name), rounds=5, warmup_rounds=WARM_UP
-    )
+    benchmark.pedantic(lambda: pair.run(rivals.step, name), rounds=5, warmup_rounds=WARM_UP)
 
 
 def test_faster_than_the_rivals(
@@ -35,7 +33,7 @@ def test_faster_than_the_rivals(
     seconds: dict[str, list[float]] = {name: [] for name in rivals.RIVALS}
     for round_ in range(WARM_UP + ROUNDS):
         for name, times in seconds.items():
-            took = max(pair.run("support.rivals:step", name))
+            took = max(pair.run(rivals.step, name))
             if round_ >= WARM_UP:
                 times.append(took)
 
@@ -54,5 +52,5 @@ def test_faster_than_the_rivals(
 
 
 def test_the_rivals_train_the_same(gang: Callable[[int], Gang]) -> None:
-    _, both = gang(2).run("support.rivals:losses")
+    _, both = gang(2).run(rivals.losses)
     assert both[0] == pytest.approx(both[1], rel=1e-5)

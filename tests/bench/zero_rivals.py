@@ -30,7 +30,7 @@ TOLERANCE = 1e-5  # of losses, relative
 
 def turn(gang: Gang, name: str, optimizer: str = "adamw") -> sharded.Turn:
     """The slowest rank's seconds, the CPU seconds of all, and the mean loss of the replicas."""
-    turns: list[sharded.Turn] = gang.run("support.sharded:step", name, optimizer)
+    turns: list[sharded.Turn] = gang.run(sharded.step, name, optimizer)
     losses = [turn.loss for turn in turns if turn.loss is not None]
     return sharded.Turn(
         seconds=max(turn.seconds for turn in turns),

@@ -104,35 +104,37 @@ def goes_on_after_an_error() -> float:
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        ("other_model", "RankMismatchError: rank 1 captured another graph than rank 0"),
-        ("other_weights", "differs between rank 0 and rank 1: call torch.manual_seed"),
-        ("other_microbatches", "rank 0 runs 1 microbatches and rank 1 2"),
-        ("other_shape", "input_ids: int64[2, 12]"),
-        ("other_call", "rank 0 was called with (train"),
-        ("other_data", "given different data: shard it by pipe.data_shards"),
-        ("other_options", "rank 1 has tied_grads='per_microbatch', rank 0 tied_grads='per_step'"),
-        ("wrong_world", "n_stages=3 × dp=2 needs 6 processes, and there are 2"),
+        (other_model, "RankMismatchError: rank 1 captured another graph than rank 0"),
+        (other_weights, "differs between rank 0 and rank 1: call torch.manual_seed"),
+        (other_microbatches, "rank 0 runs 1 microbatches and rank 1 2"),
+        (other_shape, "input_ids: int64[2, 12]"),
+        (other_call, "rank 0 was called with (train"),
+        (other_data, "given different data: shard it by pipe.data_shards"),
+        (other_options, "rank 1 has tied_grads='per_microbatch', rank 0 tied_grads='per_step'"),
+        (wrong_world, "n_stages=3 × dp=2 needs 6 processes, and there are 2"),
     ],
 )
-def test_ranks_that_disagree(gang: Callable[[int], Gang], job: str, message: str) -> None:
-    for answer in gang(2).run(f"test_processes:{job}"):
+def test_ranks_that_disagree(
+    gang: Callable[[int], Gang], job: Callable[[], str], message: str
+) -> None:
+    for answer in gang(2).run(job):
         assert message in answer
 
 
 def test_ranks_that_differ_in_any_option(gang: Callable[[int], Gang], tmp_path: Path) -> None:
     options.differing(tmp_path)  # makes the files
-    for answer in gang(2).run("test_processes:every_other_option", tmp_path):
+    for answer in gang(2).run(every_other_option, tmp_path):
         for name, message in answer.items():
             assert message.startswith(f"RankMismatchError: rank 1 has {name}=")
 
 
 def test_an_error_that_was_caught_is_over(gang: Callable[[int], Gang]) -> None:
-    first, second = gang(2).run("test_processes:goes_on_after_an_error")
+    first, second = gang(2).run(goes_on_after_an_error)
     assert first == second
 
 
 def test_shards_follow_the_replicas(gang: Callable[[int], Gang]) -> None:
-    assert gang(4).run("test_processes:shards") == [(2, 0), (2, 0), (2, 1), (2, 1)]
+    assert gang(4).run(shards) == [(2, 0), (2, 0), (2, 1), (2, 1)]
     one = pipecompile.compile(models.gpt2(), 2, 2)
     assert (one.data_shards, one.data_shard) == (1, 0)
 
@@ -219,7 +221,7 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, caus
 
 
 def test_a_parameter_free_rank_still_has_an_optimizer(gang: Callable[[int], Gang]) -> None:
-    assert gang(2).run("test_processes:frozen_first_stage") == [0, 1]
+    assert gang(2).run(frozen_first_stage) == [0, 1]
 
 
 def frozen_first_stage() -> int:

@@ -133,7 +133,7 @@ def test_training_is_exact_in_processes(
     gang: Callable[[int], Gang], name: str, placement: Placement
 ) -> None:
     expected = oracle(name)
-    for found in gang(2).run("test_stages_per_rank:train", name, placement):
+    for found in gang(2).run(train, name, placement):
         plain.assert_equal(found, expected, whole=False)
 
 
@@ -155,14 +155,14 @@ def test_replicas_divide_what_ranks_of_several_stages_hold(
     apart = jobs.train("llama", 4, 2, MICROBATCHES, "adamw", STEPS, **options)
     together = train("llama", LOOPED, 2, **options)
     plain.assert_equal(together, apart)
-    for found in gang(4).run("test_stages_per_rank:train", "llama", LOOPED, 2, **options):
+    for found in gang(4).run(train, "llama", LOOPED, 2, **options):
         plain.assert_equal(replace(found, grads=[]), replace(apart, grads=[]), whole=False)
 
 
 def test_a_gradient_that_would_leave_with_two_stages_is_refused(
     gang: Callable[[int], Gang],
 ) -> None:
-    for said in gang(4).run("test_stages_per_rank:refused"):
+    for said in gang(4).run(refused):
         assert "two stages of one rank" in said
 
 
@@ -222,5 +222,5 @@ def test_ranks_with_several_stages_hold_what_is_predicted(
     gang: Callable[[int], Gang], placement: Placement
 ) -> None:
     """But for a message on its way out."""
-    for found, predicted in gang(2).run("test_stages_per_rank:peaks", placement):
+    for found, predicted in gang(2).run(peaks, placement):
         assert predicted == pytest.approx(found, rel=0.05)

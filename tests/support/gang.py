@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 TIMEOUT_S = 240
 IMPORTED = (
@@ -45,14 +50,16 @@ class Gang:
             self.pipes.append(mine)
             self.workers.append(worker)
 
-    def run(self, function: str, *args: Any, **options: Any) -> list[Any]:
-        """Call ``module:function(*args, **options)`` on every process; the results in rank order.
+    def run(self, function: Callable[..., T], *args: Any, **options: Any) -> list[T]:
+        """Call a function of a test file, or of this package, with the same arguments on every
+        process; the results in rank order.
 
         Raises:
             AssertionError: with the tracebacks of the processes that failed.
         """
+        module, name = function.__module__, function.__qualname__
         for pipe in self.pipes:
-            pipe.send((function, args, options))
+            pipe.send((module, sys.modules[module].__file__, name, args, options))
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(TIMEOUT_S), f"rank {rank} did not answer in {TIMEOUT_S} s"
@@ -85,10 +92,20 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     with remembering():
         while (job := pipe.recv()) is not None:
-            function, args, options = job
-            module, _, name = function.partition(":")
+            module, file, name, args, options = job
             try:
-                result = (True, getattr(importlib.import_module(module), name)(*args, **options))
+                result = (True, getattr(_imported(module, file), name)(*args, **options))
             except BaseException:
                 result = (False, traceback.format_exc())
             pipe.send(result)
+
+
+def _imported(name: str, file: str) -> ModuleType:
+    """A module by the name that it has where the tests run: pytest names test files itself."""
+    if name not in sys.modules and not name.startswith("support."):
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(name)

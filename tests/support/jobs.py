@@ -10,6 +10,7 @@ import torch
 
 from support import models, plain
 
+SGD = partial(torch.optim.SGD, lr=0.1)
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),

@@ -137,3 +137,7 @@ def assert_equal(found: Trained, expected: Trained, whole: bool = True) -> None:
     assert list(found.params) == list(expected.params)
     wrong = [n for n in found.params if not torch.equal(found.params[n], expected.params[n])]
     assert not wrong, f"parameters differ: {wrong}"
+
+
+def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)

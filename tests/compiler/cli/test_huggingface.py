@@ -15,7 +15,7 @@ import transformers as hf
 from pipecompile import errors
 from pipecompile.compiler.cli.main import main
 from support import jobs, models
-from test_checkpoint import equal
+from support.checkpoints import equal
 from torch import nn
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {

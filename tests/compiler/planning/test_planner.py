@@ -57,7 +57,7 @@ def test_the_predicted_peak_is_the_measured_one(
 ) -> None:
     """But for a message on its way out, which the other process takes sooner or later: in models
     as small as these it is 4 % of everything."""
-    for found, predicted, _ in gang(2).run("test_planner:peaks", name, options):
+    for found, predicted, _ in gang(2).run(peaks, name, options):
         assert predicted == pytest.approx(found, rel=0.05)
 
 
@@ -67,10 +67,10 @@ def peaks(name: str, options: dict[str, Any]) -> tuple[int, int, int]:
 
 def test_a_tight_budget_is_kept_as_measured(gang: Callable[[int], Gang]) -> None:
     several = gang(2)
-    loose = max(run[0] for run in several.run("test_planner:peaks", "llama", {}))
-    least = max(run[0] for run in several.run("test_planner:peaks", "llama", {"remat": "full"}))
+    loose = max(run[0] for run in several.run(peaks, "llama", {}))
+    least = max(run[0] for run in several.run(peaks, "llama", {"remat": "full"}))
     budget = (loose + 2 * least) // 3
-    for found, _, message in several.run("test_planner:peaks", "llama", {"memory": budget}):
+    for found, _, message in several.run(peaks, "llama", {"memory": budget}):
         assert found <= budget + message  # one may still be on its way out
 
 
@@ -85,7 +85,7 @@ def test_the_timeline_shows_the_bytes_that_a_stage_holds() -> None:
 
 
 def test_a_budget_too_small_is_refused_on_every_rank(gang: Callable[[int], Gang]) -> None:
-    for message in gang(2).run("test_planner:refused"):
+    for message in gang(2).run(refused):
         assert "too much" in message
         assert "weights, gradients and optimizer states" in message
 
@@ -358,7 +358,7 @@ def test_measured_prices_change_no_bit(tmp_path: Path) -> None:
 def test_processes_measure_side_by_side_and_agree(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
-    found = gang(2).run("test_planner:profiled", str(tmp_path))
+    found = gang(2).run(profiled, str(tmp_path))
     assert found[0][1] == found[1][1]
     for trained, _, costs in found:
         assert costs == "profile"

@@ -83,7 +83,7 @@ def test_a_tight_budget_changes_no_bit_and_is_kept(name: str, n_stages: int) -> 
 
 def test_processes_recompute_alike(gang: Any) -> None:
     several: Gang = gang(2)
-    for found in several.run("test_remat:train_fully", "llama", 2, 1, 5):
+    for found in several.run(train_fully, "llama", 2, 1, 5):
         plain.assert_equal(found, expected("llama", 1, 5, "adamw", STEPS), whole=False)
 
 

@@ -93,9 +93,9 @@ def test_one_replica_goes_on_with_the_bits_of_two(
 ) -> None:
     """4 stages in 4 processes without ZeRO, and one process."""
     folder = str(tmp_path)
-    for found in gang(4).run("test_resume:saved", folder, *FIRST):
+    for found in gang(4).run(saved, folder, *FIRST):
         assert_equal(found, *uninterrupted())
-    found = gang(4).run("test_resume:resumed", folder, 4, 1, 0)
+    found = gang(4).run(resumed, folder, 4, 1, 0)
     assert len({process for process, *_ in found} | {os.getpid()}) == 5
     for each in (*found, resumed(folder, 1, 1, 0)):
         assert_equal(each, *uninterrupted())
@@ -105,8 +105,8 @@ def test_one_replica_goes_on_with_the_bits_of_two(
 def test_bf16_goes_on_as_autocast(gang: Callable[[int], Gang], tmp_path: Path) -> None:
     """In another precision the losses are others; they are those of plain PyTorch that changes to
     autocast at the same step, bit for bit, and near those of fp32."""
-    gang(4).run("test_resume:saved", str(tmp_path), *FIRST)
-    for found in gang(2).run("test_resume:resumed", str(tmp_path), 2, 1, 0, "bf16"):
+    gang(4).run(saved, str(tmp_path), *FIRST)
+    for found in gang(2).run(resumed, str(tmp_path), 2, 1, 0, "bf16"):
         assert_equal(found, *uninterrupted(torch.bfloat16))
         for a, b in zip(found[1], uninterrupted()[0], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=0)
@@ -116,9 +116,9 @@ def test_bf16_goes_on_as_autocast(gang: Callable[[int], Gang], tmp_path: Path) -
 def test_four_replicas_go_on_with_rounding(gang: Callable[[int], Gang], tmp_path: Path) -> None:
     """Of 2 rows each, at level 3: the first loss is of the same parameters, and all of them are
     sums in another order."""
-    gang(4).run("test_resume:saved", str(tmp_path), *FIRST)
+    gang(4).run(saved, str(tmp_path), *FIRST)
     alone = resumed(str(tmp_path), 1, 4, 3)
-    for found in gang(4).run("test_resume:resumed", str(tmp_path), 1, 4, 3):
+    for found in gang(4).run(resumed, str(tmp_path), 1, 4, 3):
         assert_equal(found, *alone[1:])
         for a, b in zip(found[1], uninterrupted()[0], strict=True):
             assert torch.allclose(a, b, rtol=3e-7, atol=0)
@@ -132,7 +132,7 @@ def test_dropout_goes_on_with_the_same_masks(
     """And clipped: with as many replicas of as many microbatches, in any number of stages."""
     pipe = pipeline(*FIRST, dropout=0.1)
     losses = steps(pipe, 0, SAVED + STEPS)[SAVED:]
-    gang(4).run("test_resume:saved", str(tmp_path), *FIRST, dropout=0.1)
+    gang(4).run(saved, str(tmp_path), *FIRST, dropout=0.1)
     processes = division[0] * division[1]
-    for found in gang(processes).run("test_resume:resumed", str(tmp_path), *division, dropout=0.1):
+    for found in gang(processes).run(resumed, str(tmp_path), *division, dropout=0.1):
         assert_equal(found, losses, pipe.state_dict())

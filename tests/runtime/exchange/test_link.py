@@ -26,7 +26,7 @@ def measured() -> tuple[tuple[float, float], float]:
 
 
 def test_two_processes_agree_on_their_link(gang: Callable[[int], Gang]) -> None:
-    (first, seconds), (second, _) = gang(2).run("test_link:measured")
+    (first, seconds), (second, _) = gang(2).run(measured)
     assert first == second
     bytes_per_s, latency_s = first
     assert 1e7 < bytes_per_s < 1e12

@@ -80,7 +80,7 @@ def test_any_stages_and_processes_start_alike(gang: Callable[[int], Gang]) -> No
     for n_stages in (2, 3):
         assert_same(initialised(n_stages, 1), expected)
     for n_stages, dp in ((2, 1), (1, 2)):
-        for found in gang(2).run("test_materialize:initialised", n_stages, dp):
+        for found in gang(2).run(initialised, n_stages, dp):
             assert_same(found, expected)
     assert torch.equal(expected["lm_head.weight"], expected["transformer.wte.weight"])
 
@@ -94,7 +94,7 @@ def trained(name: str, n_stages: int) -> tuple[State, plain.Trained]:
 def test_training_from_them_is_training_from_their_state_dict(
     gang: Callable[[int], Gang], name: str
 ) -> None:
-    first, second = gang(2).run("test_materialize:trained", name, 2)
+    first, second = gang(2).run(trained, name, 2)
     model = models.build(name, seed=9)
     model.load_state_dict(first[0])
     expected = plain.train(
@@ -216,7 +216,7 @@ def unset() -> str:
 
 
 def test_one_ranks_error_is_everyones(gang: Callable[[int], Gang]) -> None:
-    first, second = gang(2).run("test_materialize:unset")
+    first, second = gang(2).run(unset)
     assert first == second
     assert "no initialiser sets 'unread'" in first
 

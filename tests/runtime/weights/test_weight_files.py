@@ -46,7 +46,7 @@ def from_files(name: str, n_stages: int, folder: Path) -> tuple[State, int]:
 def test_each_process_reads_its_own(gang: Callable[[int], Gang], tmp_path: Path) -> None:
     real = models.build("llama")
     total = sum(p.nbytes for p in real.parameters())
-    answers = gang(2).run("test_weight_files:from_files", "llama", 2, saved(real, tmp_path))
+    answers = gang(2).run(from_files, "llama", 2, saved(real, tmp_path))
     for state, held in answers:
         assert_same(state, real.state_dict())
         assert held < 0.65 * total
@@ -249,6 +249,6 @@ def test_one_ranks_error_is_everyones(
     for rank in "01":
         models.build("gpt2").save_pretrained(tmp_path / rank)
     damage(tmp_path / "1")
-    first, second = gang(2).run("test_weight_files:refused", tmp_path, dp, zero)
+    first, second = gang(2).run(refused, tmp_path, dp, zero)
     assert first == second
     assert re.search(message, first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pipecompile
@@ -13,167 +12,7 @@ import torch
 from pipecompile.compiler.ir.program import Role
 from support import jobs, models, plain
 from support.gang import Gang
-from support.matrix import quickly
 from torch import nn
-
-SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# -- evaluation --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", quickly(["gpt2", "bert-classifier", "bart", "mixtral"], models.MODELS)
-)
-def test_evaluate_and_forward_equal_the_plain_model(name: str) -> None:
-    pipe, model = jobs.pipeline(name, 3, 2, 2), models.build(name)
-    batch = models.batches(name, 8, 1)[0]
-    pipe.step(batch)
-    model.load_state_dict(pipe.state_dict(), strict=True)
-    model.eval()
-    with torch.no_grad():
-        pieces = [[model(**x) for x in plain.cut(shard, 2)] for shard in plain.cut(batch, 2)]
-        losses = [torch.stack([out.loss for out in shard]).mean() for shard in pieces]
-    assert torch.equal(pipe.evaluate(batch), torch.stack(losses).mean())
-    found = pipe.forward(batch)
-    assert type(found) is type(pieces[0][0])
-    expected = torch.cat([out.logits for shard in pieces for out in shard])
-    assert torch.equal(found.logits, expected)
-
-
-def test_evaluation_stashes_nothing_and_changes_nothing() -> None:
-    pipe = jobs.pipeline("gpt2", 2, 1, 2)
-    batch = models.batches("gpt2", 4, 1)[0]
-    pipe.evaluate(batch)
-    assert all(stage.stash_bytes == 0 for stage in pipe.programs.stages)
-    before = pipe.state_dict()
-    pipe.evaluate(batch)
-    assert equal_states(before, pipe.state_dict())
-    assert all(param.grad is None for param in pipe.parameters())
-
-
-class Moody(nn.Module):
-    """What a mode changes: dropout, a batch norm's buffers; and a norm that stays in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm, self.frozen = nn.BatchNorm1d(8), nn.BatchNorm1d(8).eval()
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = self.frozen(self.dropout(self.norm(self.first(x))))
-        return {"loss": self.second(hidden).square().mean(), "hidden": hidden}
-
-
-@pytest.mark.parametrize("evaluate_first", [False, True])
-def test_evaluation_draws_nothing_and_counts_nothing(evaluate_first: bool) -> None:
-    """Every part evaluates in evaluation mode, and afterwards trains in its own."""
-    torch.manual_seed(0)
-    model, batch = Moody(), torch.randn(8, 8)
-    pipe = pipecompile.compile(model, 2, microbatches=2, optimizer=SGD)
-    if not evaluate_first:
-        pipe.step(batch)
-    pipe.evaluate(batch)
-    before = pipe.state_dict()
-    judge = copy.deepcopy(model).eval()
-    judge.load_state_dict(before)
-    with torch.no_grad():
-        pieces = [judge(piece) for piece in batch.chunk(2)]
-    for _ in range(2):
-        assert torch.equal(pipe.evaluate(batch), torch.stack([p["loss"] for p in pieces]).mean())
-        hidden = torch.cat([p["hidden"] for p in pieces])
-        assert torch.equal(pipe.forward(batch)["hidden"], hidden)
-    assert equal_states(pipe.state_dict(), before)
-    for rows in (batch, batch[:4]):  # the program that is there, and a new one
-        before = pipe.state_dict()
-        pipe.step(rows)
-        after = pipe.state_dict()
-        assert after["norm.num_batches_tracked"] == before["norm.num_batches_tracked"] + 2
-        assert not torch.equal(after["norm.running_mean"], before["norm.running_mean"])
-        assert torch.equal(after["frozen.running_mean"], before["frozen.running_mean"])
-    assert pipe.step(batch) != pipe.evaluate(batch)
-
-
-def test_training_after_evaluating_first() -> None:
-    """The stages are chosen for training, also when something else comes first."""
-    batches = models.batches("gpt2", 4, 3)
-    pipe, model = jobs.pipeline("gpt2", 3, 1, 2), models.build("gpt2")
-    pipe.forward(batches[0])
-    trained_first = jobs.pipeline("gpt2", 3, 1, 2)
-    trained_first.compile_for(batches[0])
-    assert [s.params for s in pipe.plan.stages] == [s.params for s in trained_first.plan.stages]
-    found = plain.train_pipeline(pipe, batches)
-    plain.assert_equal(found, plain.train(model, batches, jobs.OPTIMIZERS["adamw"], 1, 2))
-
-
-def test_evaluation_takes_a_ragged_batch() -> None:
-    pipe, model = jobs.pipeline("llama", 2, 1, 4), models.build("llama").eval()
-    pipe.step(models.batches("llama", 8, 1)[0])
-    batch = models.batches("llama", 3, 1)[0]
-    model.load_state_dict(pipe.state_dict())
-    with torch.no_grad():
-        rows = [model(**row) for row in plain.cut(batch, 3)]
-    assert torch.equal(pipe.evaluate(batch), torch.stack([row.loss for row in rows]).mean())
-
-
-# -- shapes ------------------------------------------------------------------------------------
-
-
-def test_another_shape_is_another_program_on_the_same_stages() -> None:
-    torch.manual_seed(3)
-    batches = [models.padded(4, length) for length in (12, 7, 12, 9)]
-    pipe, model = jobs.pipeline("llama", 3, 1, 2), models.build("llama")
-    found = plain.train_pipeline(pipe, batches)
-    plain.assert_equal(found, plain.train(model, batches, jobs.OPTIMIZERS["adamw"], 1, 2))
-
-
-def test_microbatches_are_chosen_and_shown() -> None:
-    pipe = pipecompile.compile(models.gpt2(), 2, example_batch=models.tokens(12))
-    assert pipe.plan.microbatches == 6  # of 1, 2, 3, 4, 6, 12 the nearest to 4 × 2
-    assert pipe.plan.microbatch_rows == 2
-    assert (
-        pipecompile.compile(models.gpt2(), 1, example_batch=models.tokens(12)).plan.microbatches
-        == 1
-    )
-
-
-@pytest.mark.parametrize("kind", ["tuple", "list", "tensor", "dict"])
-def test_kinds_of_batches(kind: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layers(x)
-
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 8), torch.randn(4, 8)
-    batch = {"tuple": (x, y), "list": [x, y], "tensor": x, "dict": {"x": x, "target": y}}[kind]
-
-    def loss_fn(output: torch.Tensor, batch: Any) -> torch.Tensor:
-        target = {"tensor": lambda: 0.0, "dict": lambda: batch["target"]}.get(
-            kind, lambda: batch[1]
-        )
-        return (output - target()).square().mean()
-
-    model = Model()
-    pipe = pipecompile.compile(model, 2, microbatches=2, loss_fn=loss_fn)
-    loss = pipe.forward_backward(batch)
-    target = torch.zeros_like(y) if kind == "tensor" else y
-    expected = torch.stack(
-        [(model(a) - b).square().mean() for a, b in zip(x.chunk(2), target.chunk(2), strict=True)]
-    )
-    (expected / 2).sum().backward()
-    assert torch.equal(loss, expected.mean())
-    named = dict(model.named_parameters())
-    assert all(torch.allclose(p.grad, named[n].grad) for n, p in pipe.named_parameters())
-
 
 # -- optimizers --------------------------------------------------------------------------------
 
@@ -211,7 +50,7 @@ def test_step_clips_schedules_and_clears() -> None:
         schedule.step()
         pipe.step(batch)
         assert all(param.grad is None for param in pipe.parameters())
-    assert equal_states(pipe.state_dict(), model.state_dict())
+    assert plain.equal_states(pipe.state_dict(), model.state_dict())
     assert [g["lr"] for g in pipe.optimizer.param_groups] == [
         g["lr"] for g in optimizer.param_groups
     ]
@@ -328,10 +167,10 @@ def test_a_stage_without_anything_to_train() -> None:
         return model
 
     batches = models.batches("llama", 4, 2)
-    pipe = pipecompile.compile(build(), 3, microbatches=2, optimizer=SGD)
+    pipe = pipecompile.compile(build(), 3, microbatches=2, optimizer=jobs.SGD)
     found = plain.train_pipeline(pipe, batches)
     assert not pipe.programs.stages[0].grads
-    plain.assert_equal(found, plain.train(build(), batches, SGD, 1, 2))
+    plain.assert_equal(found, plain.train(build(), batches, jobs.SGD, 1, 2))
 
 
 class Normed(nn.Module):
@@ -354,8 +193,8 @@ class Normed(nn.Module):
 def test_buffers_are_updated_in_order(n_stages: int) -> None:
     torch.manual_seed(0)
     model = Normed()
-    pipe = pipecompile.compile(copy.deepcopy(model), n_stages, microbatches=4, optimizer=SGD)
-    optimizer = SGD(model.parameters())
+    pipe = pipecompile.compile(copy.deepcopy(model), n_stages, microbatches=4, optimizer=jobs.SGD)
+    optimizer = jobs.SGD(model.parameters())
     for _ in range(3):
         batch = torch.randn(16, 8)
         for piece in batch.chunk(4):
@@ -363,7 +202,7 @@ def test_buffers_are_updated_in_order(n_stages: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         pipe.step(batch)
-    assert equal_states(pipe.state_dict(), model.state_dict())
+    assert plain.equal_states(pipe.state_dict(), model.state_dict())
     model.eval()
     with torch.no_grad():
         expected = torch.cat([model(piece)["hidden"] for piece in batch.chunk(4)])
@@ -374,9 +213,9 @@ def test_the_model_is_left_alone() -> None:
     model = models.build("llama")
     before = copy.deepcopy(model.state_dict())
     config = model.config.to_dict()
-    pipe = pipecompile.compile(model, 2, optimizer=SGD)
+    pipe = pipecompile.compile(model, 2, optimizer=jobs.SGD)
     pipe.step(models.batches("llama", 8, 1)[0])
-    assert equal_states(model.state_dict(), before)
+    assert plain.equal_states(model.state_dict(), before)
     assert model.config.to_dict() == config
     assert model.config.use_cache
     assert model.training
@@ -389,7 +228,7 @@ def test_a_state_dict_loads_back() -> None:
     pipe.step(batches[0])
     other.step(batches[1])
     other.load_state_dict(pipe.state_dict())
-    assert equal_states(other.state_dict(), pipe.state_dict())
+    assert plain.equal_states(other.state_dict(), pipe.state_dict())
     assert torch.equal(other.evaluate(batches[0]), pipe.evaluate(batches[0]))
     tensors = pipe.state_dict()
     tensors["model.shared.weight"].zero_()  # a copy: changing it changes nothing
@@ -436,7 +275,12 @@ def test_masks_are_made_once_and_never_sent() -> None:
 def dropping(n_stages: int, dp: int, seed: int, microbatches: int = 2) -> Any:
     torch.manual_seed(0)
     return pipecompile.compile(
-        models.gpt2(dropout=0.3), n_stages, dp, microbatches=microbatches, optimizer=SGD, seed=seed
+        models.gpt2(dropout=0.3),
+        n_stages,
+        dp,
+        microbatches=microbatches,
+        optimizer=jobs.SGD,
+        seed=seed,
     )
 
 
@@ -456,7 +300,7 @@ def test_dropout_is_reproducible_and_independent_of_the_stages() -> None:
 
 
 def test_dropout_is_the_same_in_processes(gang: Callable[[int], Gang]) -> None:
-    case = ("test_training:losses_with_dropout", 2, 2, 5)
+    case = (losses_with_dropout, 2, 2, 5)
     assert gang(4).run(*case) == [losses_with_dropout(2, 2, seed=5)] * 4
 
 
