@@ -435,10 +435,64 @@ WATCHDOG = (
     ),
 )
 
+SOLVER = (
+    Mutant(
+        "passes/partition/dominance.py",
+        "if w in problem.pins or w in held:",
+        "if w in held:",
+        "test_dominance.py",
+        "a pinned unit goes to its neighbour",
+    ),
+    Mutant(
+        "passes/partition/dominance.py",
+        "if option.stash_bytes or option.static_bytes or option.transient_bytes",
+        "if option.stash_bytes or option.static_bytes",
+        "test_dominance.py",
+        "a unit's peak goes with it to its neighbour",
+    ),
+    Mutant(
+        "passes/partition/dominance.py",
+        "surely_sent = for_v or not all(may_stay([unit]) for unit in others)",
+        "surely_sent = for_v or bool(others)",
+        "test_dominance.py::test_a_unit_stays_with_those_that_read_the_same",
+        "a unit leaves those beside it that read it",
+    ),
+    Mutant(
+        "passes/partition/presolve.py",
+        "for users, good in ((kept.users, False), (kept.unless, True)):",
+        "for users, good in ((kept.users, False),):",
+        "test_dominance.py",
+        "the option that would spare shared bytes is dropped",
+    ),
+    Mutant(
+        "passes/partition/presolve.py",
+        "for users, good in ((kept.users, False), (kept.unless, True)):",
+        "for users, good in ((kept.unless, True),):",
+        "test_dominance.py",
+        "the option that shares no bytes is dropped",
+    ),
+    Mutant(
+        "passes/partition/presolve.py",
+        "replace(kept, users=renamed(kept.users), unless=renamed(kept.unless))\n"
+        "for kept in problem.kept\n),\n)",
+        "replace(kept, unless=renamed(kept.unless))\nfor kept in problem.kept\n),\n)",
+        "test_dominance.py",
+        "shared bytes count for options that were dropped",
+    ),
+    Mutant(
+        "passes/partition/solvers.py",
+        "lp.solverModel = Quiet()",
+        "lp.solverModel = highspy.Highs()",
+        "test_solvers.py::test_highs_prints_nothing",
+        "the solver writes above what commands print",
+    ),
+)
+
 MUTANTS = (
     *MODES,
     *LIMITS,
     *PLANNING,
+    *SOLVER,
     *VERIFIERS,
     *FIGURES,
     *BITS,
