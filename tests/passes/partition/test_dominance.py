@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 from pipecompile.compiler.ir.errors import PartitionError
@@ -51,6 +52,45 @@ READ_BY_ALL = Problem(
 )
 def test_a_unit_stays_with_those_that_read_the_same(problem: Problem, best: float) -> None:
     """Unit 1 would have to send what unit 0 now reads beside it."""
+    assert optimum(problem, every_solution(problem)) == best
+    assert solve(problem).objective == best
+
+
+def reshape(first: Option, **more: Any) -> Problem:
+    """Unit 0 takes no time, and unit 1 has to follow it; where 1 is, 2 bytes are left."""
+    default: dict[str, Any] = {"n_stages": 2, "edges": ((0, 1),), "budget_bytes": (10.0, 10.0)}
+    return Problem(((first,), (Option(1.0, static_bytes=8.0),)), **(default | more))
+
+
+FREE = Option(0.0)
+PEAK = Option(0.0, transient_bytes=4.0)
+ALONE = (Option(3.0),)
+
+
+@pytest.mark.parametrize(
+    ("problem", "best"),
+    [
+        (Problem((ALONE, (FREE,), ALONE), ((1, 2),), 2, pins={0: 0, 1: 0}), 3.0),
+        (reshape(Option(0.0, static_bytes=4.0)), 1.0),
+        (reshape(Option(0.0, stash_bytes=2.0), in_flight=(2, 2)), 1.0),
+        (reshape(PEAK), 1.0),
+        (reshape(FREE, kept=(Kept(4.0, ((0, None),)),)), 1.0),
+        (reshape(PEAK, edges=((1, 0),), pins={1: 0}, budget_bytes=(10.0, math.inf)), 1.0),
+        (
+            Problem(
+                ((FREE,), (Option(1.0, static_bytes=8.0),), (Option(1.0),)),
+                ((0, 1),),
+                2,
+                kept=(Kept(4.0, ((2, None),), unless=((0, None),)),),
+                budget_bytes=(3.0, 10.0),
+            ),
+            1.0,
+        ),
+    ],
+    ids=["pin", "static", "stash", "transient", "shared", "one budget", "spares shared"],
+)
+def test_a_unit_that_is_pinned_or_has_bytes_stays(problem: Problem, best: float) -> None:
+    """Its neighbour's stage has no room for it, or it is needed where it is."""
     assert optimum(problem, every_solution(problem)) == best
     assert solve(problem).objective == best
 
