@@ -13,7 +13,7 @@ help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
 	@echo "make test              the tests that take minutes"
 	@echo "make test-slow         all tests but the timings"
-	@echo "make mutants           do the tests find faults that are planted? 10 minutes"
+	@echo "make mutants           do the tests find faults that are planted? 15 minutes"
 	@echo "make lint              ruff and mypy"
 	@echo "make bench             the timings"
 	@echo "make predictions       do predicted step times and memory peaks come true?"

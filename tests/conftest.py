@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 from hypothesis import Phase, settings
 from support.gang import Gang
+from support.process import settle
 from support.remembered import remembering
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-torch.set_num_threads(1)
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a second per compile
 
 # A busy machine is no failure. CI draws the same examples every time: chance blames no change.
@@ -33,7 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _remembered() -> Iterator[None]:
+def _set_up() -> Iterator[None]:
+    settle()
     with remembering():
         yield
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import pytest
@@ -90,16 +91,13 @@ def means(counts: Sequence[int], segment_bytes: int) -> list[torch.Tensor]:
     mesh = make_mesh(1, 2)
     connect(mesh, CPU)
     transport = Processes(mesh, CPU)
-    before, memory.SEGMENT_BYTES = memory.SEGMENT_BYTES, segment_bytes
-    try:
-        assert mesh.rank is not None
-        here = Endpoint(mesh.rank, mesh, CPU, transport)
-        buckets = [bucket(count, here.replica) for count in counts]
+    assert mesh.rank is not None
+    here = Endpoint(mesh.rank, mesh, CPU, transport)
+    buckets = [bucket(count, here.replica) for count in counts]
+    with mock.patch.object(memory, "SEGMENT_BYTES", segment_bytes):
         for each in buckets:
             here.mean(each).wait()
-        return buckets
-    finally:
-        memory.SEGMENT_BYTES = before
+    return buckets
 
 
 def bucket(count: int, replica: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_evaluation_stashes_nothing_and_changes_nothing() -> None:
     assert all(stage.stash_bytes == 0 for stage in pipe.programs.stages)
     before = pipe.state_dict()
     pipe.evaluate(batch)
-    assert plain.equal_states(before, pipe.state_dict())
+    assert plain.equal(before, pipe.state_dict())
     assert all(param.grad is None for param in pipe.parameters())
 
 
@@ -77,7 +77,7 @@ def test_evaluation_draws_nothing_and_counts_nothing(evaluate_first: bool) -> No
         assert torch.equal(pipe.evaluate(batch), torch.stack([p["loss"] for p in pieces]).mean())
         hidden = torch.cat([p["hidden"] for p in pieces])
         assert torch.equal(pipe.forward(batch)["hidden"], hidden)
-    assert plain.equal_states(pipe.state_dict(), before)
+    assert plain.equal(pipe.state_dict(), before)
     for rows in (batch, batch[:4]):  # the program that is there, and a new one
         before = pipe.state_dict()
         pipe.step(rows)

@@ -19,8 +19,6 @@ from support.autocast import FP16, FP32, Summed, small
 from support.gang import Gang
 from torch import nn
 
-# -- fp16 -----------------------------------------------------------------------------------------
-
 
 def test_the_scale_falls_until_gradients_are_finite_and_grows_again() -> None:
     """Step by step what torch's GradScaler does, from a scale that is far too large."""

@@ -30,7 +30,6 @@ from support.matrix import quickly
 from torch import nn
 
 MATRIX = list(itertools.product(("gpt2", "llama", "bert-mlm", "t5", "mixtral"), NAMED, (1, 3)))
-
 COVERING = [
     ("gpt2", "fp16", 3),
     ("llama", "bf16", 3),

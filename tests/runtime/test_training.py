@@ -50,7 +50,7 @@ def test_step_clips_schedules_and_clears() -> None:
         schedule.step()
         pipe.step(batch)
         assert all(param.grad is None for param in pipe.parameters())
-    assert plain.equal_states(pipe.state_dict(), model.state_dict())
+    assert plain.equal(pipe.state_dict(), model.state_dict())
     assert [g["lr"] for g in pipe.optimizer.param_groups] == [
         g["lr"] for g in optimizer.param_groups
     ]
@@ -202,7 +202,7 @@ def test_buffers_are_updated_in_order(n_stages: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         pipe.step(batch)
-    assert plain.equal_states(pipe.state_dict(), model.state_dict())
+    assert plain.equal(pipe.state_dict(), model.state_dict())
     model.eval()
     with torch.no_grad():
         expected = torch.cat([model(piece)["hidden"] for piece in batch.chunk(4)])
@@ -215,7 +215,7 @@ def test_the_model_is_left_alone() -> None:
     config = model.config.to_dict()
     pipe = pipecompile.compile(model, 2, optimizer=jobs.SGD)
     pipe.step(models.batches("llama", 8, 1)[0])
-    assert plain.equal_states(model.state_dict(), before)
+    assert plain.equal(model.state_dict(), before)
     assert model.config.to_dict() == config
     assert model.config.use_cache
     assert model.training
@@ -228,7 +228,7 @@ def test_a_state_dict_loads_back() -> None:
     pipe.step(batches[0])
     other.step(batches[1])
     other.load_state_dict(pipe.state_dict())
-    assert plain.equal_states(other.state_dict(), pipe.state_dict())
+    assert plain.equal(other.state_dict(), pipe.state_dict())
     assert torch.equal(other.evaluate(batches[0]), pipe.evaluate(batches[0]))
     tensors = pipe.state_dict()
     tensors["model.shared.weight"].zero_()  # a copy: changing it changes nothing

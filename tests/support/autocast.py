@@ -20,9 +20,7 @@ from torch import fx, nn
 from support import jobs, plain
 
 CPU = torch.device("cpu")
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
 NAMED = {"bf16": BF16, "fp16": FP16}
 
 
@@ -44,9 +42,6 @@ def trained_as_autocast(model: nn.Module, x: torch.Tensor, n_stages: int) -> Any
         assert (param.grad is None) == (theirs is None), name
         assert theirs is None or torch.equal(param.grad, theirs), name
     return pipe
-
-
-# -- the pass -------------------------------------------------------------------------------------
 
 
 def captured(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pipecompile
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 from support import jobs, models, plain
 
 INDEX, PART = "checkpoint.json", "part-00000.safetensors"
-
 LR_SCHEDULER = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3])
 
 
@@ -50,19 +48,6 @@ def steps(pipe: Any, first: int, last: int) -> list[torch.Tensor]:
     batches = models.batches("gpt2", 8, last)[first:]
     shares = [plain.cut(batch, pipe.data_shards)[pipe.data_shard] for batch in batches]
     return [pipe.step(share) for share in shares]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Values of dicts and lists, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 def optimizer_states(pipe: Any) -> dict[str, Any]:
@@ -125,7 +110,7 @@ def mixed(named: Any) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "sgd": jobs.SGD,
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
     "adam": partial(torch.optim.Adam, amsgrad=True),
     "groups": mixed,
@@ -134,9 +119,6 @@ OPTIMIZERS = {
     name: getattr(torch.optim, name)
     for name in ("NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD", "Rprop", "Adafactor")
 }
-
-
-# -- what else is kept -------------------------------------------------------------------------
 
 
 class Position:

@@ -85,11 +85,10 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         MASTER_PORT=str(port),
     )
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import torch
-
+    from support.process import settle
     from support.remembered import remembering
 
-    torch.set_num_threads(1)
+    settle()
     with remembering():
         while (job := pipe.recv()) is not None:
             module, file, name, args, options = job

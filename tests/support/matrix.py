@@ -16,16 +16,9 @@ def quickly(chosen: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     """
     chosen, cases = list(chosen), list(cases)
     assert all(case in cases for case in chosen), chosen
-    slow = pytest.mark.slow
-    return [
-        case if case in chosen else pytest.param(*_values(case), marks=slow, id=_name(case))
-        for case in cases
-    ]
+    return [case if case in chosen else _slow(case) for case in cases]
 
 
-def _values(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
-
-
-def _name(case: Any) -> str | None:
-    return None if isinstance(case, tuple) else str(case)
+def _slow(case: Any) -> Any:
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -139,5 +140,14 @@ def assert_equal(found: Trained, expected: Trained, whole: bool = True) -> None:
     assert not wrong, f"parameters differ: {wrong}"
 
 
-def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+def equal(a: Any, b: Any) -> bool:
+    """Values of dicts and lists, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)

@@ -27,8 +27,6 @@ from pipecompile.passes.partition.presolve import Reduced, reduce
 from pipecompile.passes.partition.solve import solve
 
 GIB = 2.0**30
-
-
 SMALL = st.just(0.0) | st.integers(0, 9).map(float)
 
 

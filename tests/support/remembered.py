@@ -7,7 +7,6 @@ remembered, in the shape that they have when they are compiled: what a test defi
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,14 +32,7 @@ _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Compile from memory where it is the same, in this process.
-
-    What is remembered, and what was imported, is no garbage: the collector looks for some seldom,
-    which is an eighth of the time of a compile.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    """Compile from memory where it is the same, in this process."""
     capture, options_of = Builder._capture, planner.options_of
     with (
         mock.patch.object(Builder, "_capture", _capturing(capture)),

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 from pipecompile.compiler.ir import shards
 
 LEVELS = (1, 2, 3)
 
 
-@contextmanager
-def small_parcels(least_bytes: int = 4 << 10) -> Iterator[None]:
-    """So that several are under way, and tensors are cut into pieces."""
-    before, shards.LEAST_BYTES = shards.LEAST_BYTES, least_bytes
-    try:
-        yield
-    finally:
-        shards.LEAST_BYTES = before
+def small_parcels(least_bytes: int = 4 << 10) -> Any:
+    """Around a function or a block: several are under way, and tensors are cut into pieces."""
+    return mock.patch.object(shards, "LEAST_BYTES", least_bytes)

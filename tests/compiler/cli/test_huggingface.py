@@ -15,7 +15,7 @@ import transformers as hf
 from pipecompile import errors
 from pipecompile.compiler.cli.main import main
 from support import jobs, models
-from support.checkpoints import equal
+from support.plain import equal
 from torch import nn
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {

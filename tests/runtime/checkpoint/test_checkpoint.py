@@ -21,7 +21,6 @@ from support.checkpoints import (
     LR_SCHEDULER,
     OPTIMIZERS,
     Position,
-    equal,
     optimizer_states,
     pipeline,
     resumed,
@@ -31,6 +30,7 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
+from support.plain import equal
 from torch.distributed.checkpoint import load, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -126,6 +126,9 @@ def test_schedulers(tmp_path: Path, scheduler: Any) -> None:
     for step in range(3, 6):
         assert torch.equal(pipe.step(rows(step)), other.step(rows(step)))
         assert pipe.optimizer.param_groups[0]["lr"] == other.optimizer.param_groups[0]["lr"]
+
+
+# -- what else is kept -------------------------------------------------------------------------
 
 
 def test_data_extras_and_random_streams(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from support.checkpoints import (
     PART,
     Position,
     Small,
-    equal,
     pipeline,
     refused,
     saved,
@@ -29,9 +28,8 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
+from support.plain import equal
 from torch import nn
-
-# -- bad input ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

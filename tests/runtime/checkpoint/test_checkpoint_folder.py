@@ -20,7 +20,6 @@ from support.checkpoints import (
     OPTIMIZERS,
     PART,
     Small,
-    equal,
     pipeline,
     refused,
     resumed,
@@ -29,6 +28,7 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
+from support.plain import equal
 
 # -- the folder --------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ for moment in moments:
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     step = reader.load(folder)
-    assert here.equal(reader.state_dict(), truth_of(step)), moment
+    assert here.plain.equal(reader.state_dict(), truth_of(step)), moment
     for path in folder.glob("step-*"):
         reader.load(path)  # whatever is published is complete
     reader.load(folder)
