@@ -47,6 +47,7 @@ class BoundStage:
         self.code, self._state, self._tangent = code, state, tangent
         for program in (code.constants, *code.parts.values()):
             _retarget(program, state.device)
+            program.prepare()
         self._groups = self._grouped()
         self.parts: dict[Kind, Bound] = {}
         self.refresh()

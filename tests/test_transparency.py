@@ -48,7 +48,7 @@ MATRIX = [
 PROCESSES = [
     ("gpt2", 2, 1, 5, "adamw"),
     ("t5", 2, 2, 2, "sgd"),
-    ("bart", 4, 1, 2, "adamw"),
+    pytest.param("bart", 4, 1, 2, "adamw", marks=pytest.mark.slow),
     ("llama", 1, 4, 2, "adamw"),
     ("mixtral", 4, 1, 5, "sgd"),
 ]

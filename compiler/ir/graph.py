@@ -24,6 +24,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -223,13 +224,17 @@ def viewed(node: fx.Node) -> fx.Node | None:
     if is_getitem(node):
         # an item of a view op's list aliases what the op viewed; of any other op it is its own
         return source if viewed(source) is not None else None
-    if node.target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default):
-        return source
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.returns:
-        return None
-    alias = schema.returns[0].alias_info
-    return source if alias is not None and not alias.is_write else None
+    return source if _is_view(node.target) else None
+
+
+@cache
+def _is_view(target: object) -> bool:
+    """Whether what an operator returns lies in the memory of its first argument, unwritten."""
+    if target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default):
+        return True
+    schema = getattr(target, "_schema", None)
+    alias = schema.returns[0].alias_info if schema is not None and schema.returns else None
+    return alias is not None and not alias.is_write
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:

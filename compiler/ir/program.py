@@ -2,6 +2,10 @@
 
 A program is a torch.fx GraphModule in the boxed convention (one list of arguments, emptied at
 the start), so that a value is freed as soon as the last operator that reads it has run.
+
+torch's lazy graph modules have no public name; their import is here. Writing and compiling Python
+is a fifth of compiling a model, and most programs never run: they are another rank's, or are only
+timed node by node.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .actions import Kind, Phase
 
@@ -47,6 +52,11 @@ class Port:
         return f"{self.role}({self.key})" if self.key != "" else str(self.role)
 
 
+def on_demand(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that becomes Python when it is first called or shown."""
+    return _LazyGraphModule(root, graph)
+
+
 @dataclass(frozen=True)
 class Program:
     """A boxed graph module with its arguments and results in order."""
@@ -54,6 +64,10 @@ class Program:
     module: fx.GraphModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+
+    def prepare(self) -> None:
+        """Write and compile its Python now, not in the midst of its first run."""
+        _LazyGraphModule.force_recompile(self.module)
 
     def text(self) -> str:
         """The program as Python, under a comment that names its arguments and results."""

@@ -190,6 +190,7 @@ class Profiler:
             del made
 
     def _time(self, program: Program, arguments: list[Any]) -> tuple[float, Sequence[Any]]:
+        program.prepare()
         forward = program.module.forward
         if self.device.type != "cuda":
             start = time.perf_counter()

@@ -9,7 +9,7 @@ from torch import fx
 from ...compiler.ir import ops
 from ...compiler.ir.graph import JointGraph, identifier, is_random
 from ...compiler.ir.locality import Locality
-from ...compiler.ir.program import BoxedCodeGen, Port, Program, Role
+from ...compiler.ir.program import BoxedCodeGen, Port, Program, Role, on_demand
 
 
 class Emitter:
@@ -66,7 +66,7 @@ class Emitter:
                 graph.call_function(ops.accumulate, (inputs[Port(Role.SLOT, name)], env[node]))
         graph.output(tuple(env[node] for _, node in outputs))
         graph.lint()
-        module = fx.GraphModule(self._graph.constants, graph)
+        module = on_demand(self._graph.constants, graph)
         return Program(module, tuple(inputs), tuple(port for port, _ in outputs))
 
     def _port(self, node: fx.Node) -> Port:

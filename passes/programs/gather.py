@@ -23,6 +23,7 @@ from ...compiler.ir.program import (
     Program,
     Role,
     StageProgram,
+    on_demand,
 )
 from ...compiler.ir.shards import Item, apart, parcels_of
 
@@ -83,7 +84,7 @@ def _rewritten(program: Program, dp: int, groups: list[Group]) -> Program:
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.lint()
-    return Program(fx.GraphModule(program.module, graph), tuple(inputs), program.outputs)
+    return Program(on_demand(program.module, graph), tuple(inputs), program.outputs)
 
 
 def _groups(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[list[fx.Node]]:

@@ -49,7 +49,7 @@ def plan_of_two_stages() -> Plan:
     [
         ("llama", {}),
         ("gpt2", {"schedule": "zb_h1", "remat": "full"}),
-        ("t5", {"remat": "full", "tied_grads": "per_step"}),
+        pytest.param("t5", {"remat": "full", "tied_grads": "per_step"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(

@@ -67,7 +67,7 @@ DIVISIONS: list[tuple[int, int, int, str | None]] = [
 ]
 
 
-QUICKLY = (DIVISIONS[1], (DIVISIONS[0], DIVISIONS[2]))
+QUICKLY = (DIVISIONS[1], (DIVISIONS[0],))
 
 SLOWLY = [
     pytest.param(first, [each for each in DIVISIONS if each != first], marks=pytest.mark.slow)

@@ -1,0 +1,127 @@
+"""The user's model -> an exported graph of its forward and loss, by torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir.errors import LossError
+from . import batch as batches
+from .batch import BatchSpec
+from .blame import explain
+from .calling import Call, LossFn, find_loss
+from .skeleton import tracking_modules, unchanged
+from .tracing import (
+    kept_functions,
+    native_kernels,
+    refused_hooks,
+    restore_functions,
+    untraced_branches,
+)
+
+
+def _only(values: list[torch.Tensor]) -> torch.Tensor:
+    (value,) = values
+    return value
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a traced function returned: shapes, and how tensors get back into the structure."""
+
+    rebuild: Callable[[list[torch.Tensor]], Any] = _only
+    shapes: tuple[torch.Size, ...] = ()
+
+
+class Traced(nn.Module):
+    """The function that is traced: batch leaves in, loss or results out."""
+
+    def __init__(self, model: nn.Module, spec: BatchSpec, call: Call, loss_fn: LossFn | None):
+        super().__init__()
+        self.model = model
+        self.spec, self.call, self.loss_fn = spec, call, loss_fn
+        self.wants_loss = self.as_untraced = True
+        self.compute: torch.dtype | None = None
+        self.found: Callable[[Results], None] = lambda _: None
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch = self.spec.build(leaves)
+        args, kwargs = self.call.arguments(batch)
+        with untraced_branches() if self.as_untraced else contextlib.nullcontext():
+            output = self.model(*args, **kwargs)
+        if not self.wants_loss:
+            values, rebuild = batches.flatten_results(output)
+            self.found(Results(rebuild, tuple(value.shape for value in values)))
+            return tuple(values)
+        loss = find_loss(output, batch, self.loss_fn)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise LossError(
+                "the loss does not depend on any trainable parameter: was it detached, or "
+                "computed under torch.no_grad()?"
+            )
+        return (loss,)
+
+
+def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:
+    """The graph of a call, and what it returned.
+
+    Raises:
+        PipecompileError: why it cannot be traced.
+    """
+    model = function.model
+    results = [Results()]
+    function.found = results.append  # torch.export undoes what a forward assigns
+    with (
+        unchanged(model),
+        tracking_modules(model) as where,
+        refused_hooks(),
+        kept_functions() as calls,
+        _autocast(function.compute, leaves),
+    ):
+        try:
+            program = torch.export.export(function, leaves, strict=False)
+        except Exception as error:
+            raise explain(error, type(model).__name__, where()) from error
+    traced = program.module(check_guards=False)
+    restore_functions(traced, calls)
+    return traced, results[-1]
+
+
+def _autocast(
+    compute: torch.dtype | None, leaves: Sequence[torch.Tensor]
+) -> contextlib.AbstractContextManager[Any]:
+    if compute is None:
+        return contextlib.nullcontext()
+    return torch.autocast(leaves[0].device.type, dtype=compute)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Around all that traces: kernels stay whole, and torch says nothing.
+
+    torch.export prints the graph when it gives up; the error says what there is to say.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        native_kernels(),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,206 @@
+"""An exported forward graph -> `JointGraph`: differentiation by AOTAutograd.
+
+AOTAutograd's joint export has no public name. Every import of it is here; it is there from torch
+2.11 on, and tested on 2.13. `preserve_node_meta` keeps the module paths that torch.export recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.traceback import preserve_node_meta
+
+from ..ir.errors import CaptureError
+from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
+from .skeleton import Skeleton, is_fake
+
+try:
+    from torch._functorch._aot_autograd.descriptors import (
+        BufferAOTInput,
+        GradAOTOutput,
+        InputMutationAOTOutput,
+        ParamAOTInput,
+        PlainAOTInput,
+        PlainAOTOutput,
+        TangentAOTInput,
+    )
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+except ImportError as error:  # a torch that moved what this file is built on
+    raise ImportError(
+        f"pipecompile needs torch 2.11 or later with AOTAutograd's joint export; "
+        f"torch {torch.__version__} has no {error.name}"
+    ) from error
+
+_MODEL = "traced.model."  # where the user's model sits in what is differentiated
+
+
+def differentiated(
+    skeleton: Skeleton, traced: fx.GraphModule, leaves: Sequence[torch.Tensor], wants_loss: bool
+) -> JointGraph:
+    """The graph of what was exported and, where gradients are on, of its backward."""
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
+    return _Reader(skeleton, traced, joint.graph_module).read(wants_loss)
+
+
+class _Interpreted(nn.Module):
+    """Runs an exported graph node by node, so that each keeps its module path."""
+
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *leaves: torch.Tensor) -> Any:
+        with preserve_node_meta():
+            return fx.Interpreter(self.traced).run(*leaves)
+
+
+class _Reader:
+    """Rewrites AOTAutograd's graph into a `JointGraph` with names instead of descriptors."""
+
+    def __init__(self, skeleton: Skeleton, traced: nn.Module, source: fx.GraphModule):
+        self.skeleton, self.traced, self.source = skeleton, traced, source
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.root = nn.Module()
+        self.params: dict[str, fx.Node] = {}
+        self.buffers: dict[str, fx.Node] = {}
+        self.inputs: dict[int, fx.Node] = {}
+        self.tangent: fx.Node | None = None
+
+    def read(self, wants_loss: bool) -> JointGraph:
+        for node in self.source.graph.find_nodes(op="placeholder"):
+            self._read_placeholder(node)
+        for node in self.source.graph.nodes:
+            if node.op in ("call_function", "get_attr"):
+                self._read_op(node)
+        joint = JointGraph(
+            self.root,
+            self.graph,
+            self.params,
+            self.buffers,
+            self.inputs,
+            self.tangent,
+        )
+        self._read_outputs(joint, wants_loss)
+        joint.set_output()
+        self.graph.eliminate_dead_code()
+        return joint
+
+    def _read_placeholder(self, node: fx.Node) -> None:
+        desc = node.meta["desc"]
+        if isinstance(desc, (ParamAOTInput, BufferAOTInput)):
+            self.env[node] = self._state(node, desc.target)
+        elif isinstance(desc, PlainAOTInput):
+            self.env[node] = self._placeholder(node, f"batch_{desc.idx}")
+            self.inputs[desc.idx] = self.env[node]
+        elif isinstance(desc, TangentAOTInput):
+            if isinstance(desc.output, InputMutationAOTOutput):
+                mutated = getattr(desc.output.mutated_input, "target", "a leaf of the batch")
+                raise CaptureError(
+                    f"forward changes {mutated.removeprefix(_MODEL)!r} in place, and it needs a "
+                    "gradient: compute a new tensor, or keep the value in a buffer"
+                )
+            self.env[node] = self._placeholder(node, "tangent")
+            self.env[node].meta["phase"] = Phase.BACKWARD
+            self.tangent = self.env[node]
+        elif node.users:
+            raise CaptureError(f"the graph has an input that pipecompile does not know: {desc}")
+
+    def _state(self, node: fx.Node, target: str) -> fx.Node:
+        if not target.startswith(_MODEL):  # a tensor made while tracing, and stored by export
+            return self._constant(node, _attribute(self.traced, target.removeprefix("traced.")))
+        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        known = self.params if isinstance(node.meta["desc"], ParamAOTInput) else self.buffers
+        if name not in known:
+            known[name] = self._placeholder(node, identifier(name))
+        return known[name]
+
+    def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
+        new = self.graph.placeholder(name)
+        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        return new
+
+    def _constant(self, node: fx.Node, value: object) -> fx.Node:
+        if not isinstance(value, torch.Tensor) or is_fake(value):
+            raise CaptureError(f"the constant {node.name} has no value that could be run")
+        name = f"constant_{len(self.root._buffers)}"
+        self.root.register_buffer(name, value.detach())
+        new = self.graph.get_attr(name)
+        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        return new
+
+    def _read_op(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.env[node] = self._constant(node, _attribute(self.source, str(node.target)))
+            return
+        if str(node.target).startswith("aten._assert_"):
+            return  # shapes and dtypes are fixed here, so these hold
+        if node.target is torch.ops.aten.detach.default:
+            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+            return
+        new = self.graph.node_copy(node, lambda n: self.env[n])
+        if new.target is torch.ops.aten.view.default:
+            # chosen for the strides that the traced kernel claims; a real one may give others
+            new.target = torch.ops.aten.reshape.default
+        backward = node.meta.get("partitioner_tag") == "is_backward"
+        path = module_path(node)
+        new.meta = {
+            "val": node.meta.get("val"),
+            "phase": Phase.BACKWARD if backward else Phase.FORWARD,
+            "partner": node.meta.get("seq_nr", -1),
+            "module": path.removeprefix("model").removeprefix("."),
+        }
+        if any(not isinstance(n, int) for t in tensors(new.meta["val"]) for n in t.shape):
+            raise CaptureError(
+                f"{new.meta['module'] or 'the model'} makes a tensor whose shape depends on data "
+                f"({node.target}): use masks of a fixed shape instead of selecting elements"
+            )
+        self.env[node] = new
+
+    def _read_outputs(self, joint: JointGraph, wants_loss: bool) -> None:
+        (output,) = self.source.graph.find_nodes(op="output")
+        results: dict[int, fx.Node] = {}
+        for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
+            if value is None:
+                continue
+            node = self.env[value]
+            if isinstance(desc, PlainAOTOutput):
+                results[desc.idx] = node
+            elif isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput):
+                self._add_gradient(joint, desc.grad_of.target, node)
+            elif isinstance(desc, InputMutationAOTOutput):
+                mutated = desc.mutated_input
+                if isinstance(mutated, ParamAOTInput) and torch.is_grad_enabled():
+                    raise CaptureError(
+                        f"forward changes parameter {mutated.target.removeprefix(_MODEL)!r} in "
+                        "place: do it after the optimizer's step, or make it a buffer"
+                    )
+                if isinstance(mutated, BufferAOTInput):
+                    name = mutated.target.removeprefix(_MODEL)
+                    joint.mutations[self.skeleton.canonical[name]] = node
+        ordered = tuple(results[i] for i in sorted(results))
+        if wants_loss:
+            joint.loss = ordered[0]
+        else:
+            joint.results = ordered
+
+    def _add_gradient(self, joint: JointGraph, target: str, node: fx.Node) -> None:
+        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        if name in joint.grads:  # one tensor captured under two of its names
+            last = next(reversed(self.graph.nodes))
+            with self.graph.inserting_after(last):
+                earlier = joint.grads[name]
+                node, summand = self.graph.call_function(operator.add, (earlier, node)), node
+            node.target = torch.ops.aten.add.Tensor
+            node.meta = dict(summand.meta)
+        joint.grads[name] = node
+
+
+def _attribute(module: nn.Module, path: str) -> object:
+    return operator.attrgetter(path)(module)
