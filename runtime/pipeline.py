@@ -211,7 +211,7 @@ class Pipeline:
         """
         session = self._require()
         with self._world.guard():
-            return state_dicts.gather(session.state, session.buffer_stages())
+            return state_dicts.gather(session.state, session.buffers.stages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or the unmodified model's own, returned.
@@ -357,7 +357,7 @@ class Pipeline:
             scheduler=session.scheduler,
             data=data,
             extras=self.checkpoint_extras | scaler,
-            buffer_stages=session.buffer_stages(),
+            buffer_stages=session.buffers.stages,
             seed=self._seed,
             steps=self._steps,
             config=self._config,

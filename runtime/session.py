@@ -14,13 +14,13 @@ from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
-from ..compiler.ir.program import Role
 from ..compiler.options.options import CompileOptions
 from .executor import Executor, Job, drive
 from .loader import Request
 from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer
 from .state.accumulation import Accumulation
+from .state.buffers import LatestBuffers
 from .state.model_state import ModelState
 from .weights.materialize import Source
 from .world import World
@@ -28,10 +28,21 @@ from .world import World
 
 @dataclass(frozen=True)
 class Loaded:
-    """A compiled graph, and per rank of this process what runs it."""
+    """A compiled graph, and per rank of this process what runs it.
+
+    Attributes:
+        stale: the buffers that other graphs have updated since its constants were made.
+    """
 
     compiled: Compiled
     executors: Mapping[int, Executor]
+    stale: set[str]
+
+    def refresh(self) -> None:
+        """Make its constants anew."""
+        self.stale.clear()
+        for executor in self.executors.values():
+            executor.refresh()
 
 
 class Session:
@@ -43,6 +54,7 @@ class Session:
 
     Attributes:
         loaded: the graphs, in the order in which they were asked for.
+        buffers: where the latest values of buffers are.
 
     Raises:
         StateError: a tensor has no values; on every rank.
@@ -67,6 +79,7 @@ class Session:
             StateError,
         )
         world.agreement.check_copies(self.state.digests)
+        self.buffers = LatestBuffers(world.mesh, self.state.ranks)
         self._sums = Accumulation(self.state)
         self.loaded: dict[Request, Loaded] = {}
         self.optimizer: torch.optim.Optimizer | None = None
@@ -103,17 +116,33 @@ class Session:
             )
             for rank, state in self.state.ranks.items()
         }
-        self.loaded[request] = Loaded(compiled, executors)
+        self.loaded[request] = Loaded(compiled, executors, set(self.buffers.stages))
 
     def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
         """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
         self._at_work = next(iter(loaded.executors.values()))
         self.state.spread()
+        self._catch_up(loaded)
         runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
         with _kept_generators(loaded):
             drive(runs, self._world.transport.progress)
             self._world.transport.flush()
+        updated = self.buffers.update(loaded.compiled.program)
+        for other in self.loaded.values():
+            if other is not loaded:
+                other.stale.update(updated)
         self._at_work = None
+
+    def _catch_up(self, loaded: Loaded) -> None:
+        """With what other graphs have done to the buffers that this one reads."""
+        program, transport = loaded.compiled.program, self._world.transport
+        transport.open(self.buffers.routes(program))
+        self.buffers.bring(program)
+        transport.flush()
+        read = {str(port.key) for stage in program.stages for port in stage.constants.inputs}
+        if loaded.stale & read:
+            loaded.refresh()
+        loaded.stale.clear()
 
     def accumulate(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
         """Run a training graph, and add its gradients to ``.grad``, as `forward_backward` says."""
@@ -142,18 +171,7 @@ class Session:
     def refresh(self) -> None:
         """Make anew what was computed from parameters and buffers that have changed."""
         for loaded in self.loaded.values():
-            for executor in loaded.executors.values():
-                executor.refresh()
-
-    def buffer_stages(self) -> dict[str, int]:
-        """Buffers that a forward updates -> the stage that does."""
-        return {
-            str(port.key): stage.stage
-            for loaded in self.loaded.values()
-            for stage in loaded.compiled.program.stages
-            for port in stage.forward.outputs
-            if port.role is Role.BUFFER
-        }
+            loaded.refresh()
 
     # -- what a run gave --------------------------------------------------------------------
 

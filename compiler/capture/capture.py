@@ -136,6 +136,7 @@ def _function(
     function = Traced(skeleton.module, spec, call, loss_fn)
     function.wants_loss = wants == "loss"
     function.compute = compute
+    function.attributes = skeleton.attributes.names
     return function, leaves
 
 
@@ -155,12 +156,14 @@ def _differentiated(
     traced, results = exported(function, leaves)
     try:
         notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
-        graph = differentiated(skeleton, traced, leaves, function.wants_loss)
+        graph = differentiated(skeleton, traced, leaves, function.wants_loss, results.replaced)
     except PipecompileError:
         raise
     except Exception as error:
         name = type(skeleton.module).__name__
         raise explain(error, name, *data_dependent(traced)) from error
+    read = {name for name, node in graph.buffers.items() if node.users}
+    skeleton.attributes.met(read, results.lost)
     return Captured(graph, results.rebuild, notes=notes)
 
 

@@ -6,8 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..ir.errors import LossError
 from . import batch as batches
+from .assigned import replaced_buffers
 from .batch import BatchSpec
 from .blame import explain
 from .calling import Call, LossFn, find_loss
@@ -35,10 +36,19 @@ def _only(values: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Results:
-    """What a traced function returned: shapes, and how tensors get back into the structure."""
+    """What a traced function returned.
+
+    Attributes:
+        rebuild: puts tensors into the structure of what the model returned.
+        shapes: of the tensors in it.
+        replaced: buffers that forward gave other tensors; these are returned after all others.
+        lost: attributes that the next call cannot read -> why.
+    """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = _only
     shapes: tuple[torch.Size, ...] = ()
+    replaced: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
 
 
 class Traced(nn.Module):
@@ -50,24 +60,30 @@ class Traced(nn.Module):
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
         self.wants_loss = self.as_untraced = True
         self.compute: torch.dtype | None = None
+        self.attributes: Collection[str] = ()
         self.found: Callable[[Results], None] = lambda _: None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
         args, kwargs = self.call.arguments(batch)
-        with untraced_branches() if self.as_untraced else contextlib.nullcontext():
+        with (
+            replaced_buffers(self.model, self.attributes) as replaced,
+            untraced_branches() if self.as_untraced else contextlib.nullcontext(),
+        ):
             output = self.model(*args, **kwargs)
         if not self.wants_loss:
             values, rebuild = batches.flatten_results(output)
-            self.found(Results(rebuild, tuple(value.shape for value in values)))
-            return tuple(values)
+            shapes = tuple(value.shape for value in values)
+            self.found(Results(rebuild, shapes, tuple(replaced.values), replaced.lost))
+            return (*values, *replaced.values.values())
         loss = find_loss(output, batch, self.loss_fn)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise LossError(
                 "the loss does not depend on any trainable parameter: was it detached, or "
                 "computed under torch.no_grad()?"
             )
-        return (loss,)
+        self.found(Results(replaced=tuple(replaced.values), lost=replaced.lost))
+        return (loss, *replaced.values.values())
 
 
 def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:

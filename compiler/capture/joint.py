@@ -40,12 +40,20 @@ _MODEL = "traced.model."  # where the user's model sits in what is differentiate
 
 
 def differentiated(
-    skeleton: Skeleton, traced: fx.GraphModule, leaves: Sequence[torch.Tensor], wants_loss: bool
+    skeleton: Skeleton,
+    traced: fx.GraphModule,
+    leaves: Sequence[torch.Tensor],
+    wants_loss: bool,
+    replaced: Sequence[str] = (),
 ) -> JointGraph:
-    """The graph of what was exported and, where gradients are on, of its backward."""
+    """The graph of what was exported and, where gradients are on, of its backward.
+
+    Args:
+        replaced: buffers whose new values are the last results.
+    """
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
-    return _Reader(skeleton, traced, joint.graph_module).read(wants_loss)
+    return _Reader(skeleton, traced, joint.graph_module).read(wants_loss, replaced)
 
 
 class _Interpreted(nn.Module):
@@ -73,7 +81,7 @@ class _Reader:
         self.inputs: dict[int, fx.Node] = {}
         self.tangent: fx.Node | None = None
 
-    def read(self, wants_loss: bool) -> JointGraph:
+    def read(self, wants_loss: bool, replaced: Sequence[str]) -> JointGraph:
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._read_placeholder(node)
         for node in self.source.graph.nodes:
@@ -87,7 +95,7 @@ class _Reader:
             self.inputs,
             self.tangent,
         )
-        self._read_outputs(joint, wants_loss)
+        self._read_outputs(joint, wants_loss, replaced)
         joint.set_output()
         self.graph.eliminate_dead_code()
         return joint
@@ -163,7 +171,7 @@ class _Reader:
             )
         self.env[node] = new
 
-    def _read_outputs(self, joint: JointGraph, wants_loss: bool) -> None:
+    def _read_outputs(self, joint: JointGraph, wants_loss: bool, replaced: Sequence[str]) -> None:
         (output,) = self.source.graph.find_nodes(op="output")
         results: dict[int, fx.Node] = {}
         for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
@@ -185,6 +193,11 @@ class _Reader:
                     name = mutated.target.removeprefix(_MODEL)
                     joint.mutations[self.skeleton.canonical[name]] = node
         ordered = tuple(results[i] for i in sorted(results))
+        if replaced:
+            names = (self.skeleton.canonical[name] for name in replaced)
+            values = map(_uncopied, ordered[-len(replaced) :])
+            joint.mutations |= dict(zip(names, values, strict=True))
+            ordered = ordered[: -len(replaced)]
         if wants_loss:
             joint.loss = ordered[0]
         else:
@@ -200,6 +213,13 @@ class _Reader:
             node.target = torch.ops.aten.add.Tensor
             node.meta = dict(summand.meta)
         joint.grads[name] = node
+
+
+def _uncopied(result: fx.Node) -> fx.Node:
+    """What a new buffer was copied from, for tracing to tell it from its source: that is where it
+    was made, the copy is at the end."""
+    (source,) = result.all_input_nodes
+    return result if source.op == "placeholder" else source
 
 
 def _attribute(module: nn.Module, path: str) -> object:

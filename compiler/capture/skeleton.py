@@ -9,7 +9,7 @@ name, so this file is its only home.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.precision import REDUCED, Precision
+from .attributes import Attributes, promote
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,17 @@ class Skeleton:
     Attributes:
         module: the copy; every parameter and buffer is a fake tensor on the target device.
         mode: what made the fakes; inputs must come from the same mode.
-        canonical: every parameter and buffer name -> the first name of the same tensor.
+        canonical: every name of a parameter, a buffer or an attribute -> the first name of the same
+            tensor. Attributes are buffers of the copy.
         params: canonical parameter names, in ``named_parameters()`` order.
+        attributes: what is known of the attributes.
     """
 
     module: nn.Module
     mode: FakeTensorMode
     canonical: dict[str, str]
     params: tuple[str, ...]
+    attributes: Attributes
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A contiguous fake tensor, for an input of the model."""
@@ -78,10 +82,12 @@ def skeleton_of(
         config: Any = getattr(part, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a cache is an output that training does not read
+    names = promote(module)
+    attributes = Attributes(names, _in_parameters(model, {n: state[n] for n in names}))
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
     params = tuple(name for name, _ in module.named_parameters())
-    return Skeleton(module, mode, canonical, params)
+    return Skeleton(module, mode, canonical, params, attributes)
 
 
 @contextmanager
@@ -101,9 +107,16 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, then buffers, under every name that they have."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Parameters, buffers, and other attributes that are tensors, under each of their names."""
+    known = set()
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            known.add(id(tensor))
+            yield name, tensor
+    for path, part in model.named_modules(remove_duplicate=False):
+        for attribute, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and id(value) not in known:
+                yield f"{path}.{attribute}".lstrip("."), value
 
 
 @contextmanager
@@ -201,10 +214,24 @@ def _check_hooks(model: nn.Module) -> None:
             )
 
 
+def _in_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The tensors that lie in the memory of a parameter -> its name."""
+    owners = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters() if _real(p)}
+    return {
+        name: owners[memory]
+        for name, tensor in tensors.items()
+        if _real(tensor) and (memory := tensor.untyped_storage().data_ptr()) in owners
+    }
+
+
+def _real(tensor: torch.Tensor) -> bool:
+    return not is_fake(tensor) and tensor.numel() > 0
+
+
 def _check_storage(model: nn.Module) -> None:
     spans: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
     for name, param in model.named_parameters():
-        if is_fake(param) or param.numel() == 0:
+        if not _real(param):
             continue
         start = int(param.storage_offset()) * param.element_size()
         extent = (

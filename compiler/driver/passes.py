@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 from ...passes.graph import autocast, boundary
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.casts import is_widening, settle_casts
+from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
 from ...passes.graph.verify import verify_graph, verify_placement
 from ...passes.programs.gather import gather_parameters
@@ -96,7 +97,23 @@ def _precision(work: Joint) -> str:
     return f"{work.mixed}: {settle_casts(work.graph, work.mixed.compute)}"
 
 
+def _updates_buffers(work: Joint) -> bool:
+    return bool(work.graph.mutations)
+
+
+def _latest(work: Joint) -> str:
+    return f"{read_once(work.graph)} buffers read before they are updated"
+
+
 JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "latest",
+        _latest,
+        verify=(lambda work: verify_graph(work.graph),),
+        when=_updates_buffers,
+        needed="other microbatches would read what this one has written",
+        told=False,
+    ),
     Pass(
         "precision",
         _precision,

@@ -176,6 +176,12 @@ def is_random(node: fx.Node) -> bool:
     return bool(given.get("dropout_p", 0.0) != 0.0)
 
 
+def is_latest(node: fx.Node) -> bool:
+    """Whether a node reads a buffer that forward updates: what it would read later is another value
+    (`passes.graph.latest`)."""
+    return "latest" in node.meta
+
+
 def tensors(value: object) -> list[torch.Tensor]:
     """The tensors in a node's ``val``."""
     if isinstance(value, torch.Tensor):

@@ -3,7 +3,8 @@
 constant  the same for every microbatch of every step: made from buffers and literals
 free      made from the batch and constants alone (masks, position ids, rotary tables), or a mere
           view of a parameter; copied into each stage that reads it instead of being sent
-staged    everything else: it is computed on exactly one stage
+staged    everything else, and what is read of a buffer that forward updates: it is computed on
+          exactly one stage
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .graph import JointGraph, Phase, is_getitem, is_random, phase_of, storage_root
+from .graph import (
+    JointGraph,
+    Phase,
+    is_getitem,
+    is_latest,
+    is_random,
+    phase_of,
+    storage_root,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ def locality_of(graph: JointGraph) -> Locality:
     staged: list[fx.Node] = []
     for node in graph.ops():
         sources = node.all_input_nodes
-        if all(source in constant for source in sources) and not is_random(node):
+        if is_latest(node):
+            staged.append(node)
+        elif all(source in constant for source in sources) and not is_random(node):
             constant.add(node)
             free.add(node)
         elif all(source in free for source in sources) or storage_root(node) in params:

@@ -4,7 +4,8 @@ For one unit, a choice is a set of values to keep; what its backward reads besid
 again from these, from the unit's inputs and from parameters. Bytes and seconds are traded at a
 rate λ: the set that is best at λ is a minimum cut (each value has two vertices, *wanted* by the
 backward and *recomputed*), and all sets on the lower hull of (bytes, seconds) are found by
-cutting at the slopes between those known. Random ops are never run twice.
+cutting at the slopes between those known. Random ops are never run twice, nor are
+reads of buffers that forward updates.
 
     source ──∞──▶ wanted(v)                       the backward reads v
     wanted(v) ──λ · bytes(v)──▶ recomputed(v)     v is kept
@@ -27,6 +28,7 @@ from ..costs.hardware import Device
 from ..ir.graph import (
     Phase,
     is_getitem,
+    is_latest,
     is_random,
     nbytes,
     phase_of,
@@ -166,7 +168,7 @@ class Cutter:
             graph.add_edge(wanted, again, capacity=_capacity(rate * nbytes(node)))
         else:
             graph.add_edge(wanted, again)
-        if is_random(node):
+        if is_random(node) or is_latest(node):
             graph.add_edge(again, "sink")
             return
         graph.add_edge(again, "sink", capacity=_capacity(self.seconds[node]))

@@ -17,8 +17,8 @@ from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
-from ..ir.errors import MemoryBudgetError
-from ..ir.graph import JointGraph
+from ..ir.errors import MemoryBudgetError, PartitionError
+from ..ir.graph import JointGraph, is_latest
 from ..ir.locality import Locality
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
@@ -202,7 +202,18 @@ class Planner:
     def _solution(self, problem: Problem, limit_s: float) -> Solution:
         options = self.options
         limit_s = min(limit_s, options.time_limit_s)
-        return solve(problem, time_limit_s=limit_s, solver=options.solver)
+        try:
+            return solve(problem, time_limit_s=limit_s, solver=options.solver)
+        except MemoryBudgetError:
+            raise
+        except PartitionError as error:
+            names = ", ".join(sorted(n.meta["latest"] for n in self.places if is_latest(n)))
+            if not names:
+                raise
+            raise PartitionError(
+                f"{error}. What a forward does between reading a buffer and updating it is on one "
+                f"stage, as the next microbatch reads it then: {names}"
+            ) from error
 
     def _decision(self, prices: Sequence[UnitPrices], solution: Solution) -> Decision:
         return decide.decision_of(self.fingerprint, self.units, self.menus, prices, solution)

@@ -8,7 +8,7 @@ Of several minima without a matrix product between them only the best counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -16,7 +16,8 @@ from torch import fx
 
 from ..costs.cost import Cost, node_cost, node_flops
 from ..costs.hardware import Device
-from ..ir.graph import JointGraph, Phase, is_getitem, module_of, nbytes, phase_of
+from ..ir.errors import PartitionError
+from ..ir.graph import JointGraph, Phase, is_getitem, is_latest, module_of, nbytes, phase_of
 from ..ir.locality import Locality, backward_places
 
 MAX_UNITS = 150
@@ -62,8 +63,16 @@ def units_of(
     nodes = [node for node in locality.staged if phase_of(node) is Phase.FORWARD]
     crossing = crossing_bytes(nodes)
     groups: list[list[fx.Node]] = [[]]
-    cuts = set(_good_cuts(nodes, crossing))
-    cuts |= {i for i, (a, b) in enumerate(pairwise(nodes)) if labels.get(a) != labels.get(b)}
+    whole = _unbroken(graph, nodes)
+    cuts = set(_good_cuts(nodes, crossing, whole))
+    for i, (a, b) in enumerate(pairwise(nodes)):
+        if labels.get(a) != labels.get(b):
+            if i in whole:
+                raise PartitionError(
+                    f"buffer {whole[i]!r} is read and updated in one forward, so that all between "
+                    f"is on one stage; pin= wants {module_of(a)!r} and {module_of(b)!r} on two"
+                )
+            cuts.add(i)
     for position, node in enumerate(nodes):
         groups[-1].append(node)
         if position in cuts:
@@ -82,6 +91,18 @@ def units_of(
     ]
 
 
+def _unbroken(graph: JointGraph, nodes: list[fx.Node]) -> dict[int, str]:
+    """The positions after which no unit ends, with the buffer that forbids it: the next microbatch
+    reads it where this one updates it."""
+    index = {node: i for i, node in enumerate(nodes)}
+    found: dict[int, str] = {}
+    for read in filter(is_latest, nodes):
+        name = read.meta["latest"]
+        ends = sorted((index[read], index.get(graph.mutations[name], index[read])))
+        found |= dict.fromkeys(range(*ends), name)
+    return found
+
+
 def crossing_bytes(nodes: list[fx.Node]) -> list[int]:
     """For every position, the bytes made at or before it and read after it."""
     index = {node: i for i, node in enumerate(nodes)}
@@ -98,9 +119,9 @@ def crossing_bytes(nodes: list[fx.Node]) -> list[int]:
     return crossing
 
 
-def _good_cuts(nodes: list[fx.Node], crossing: list[int]) -> list[int]:
+def _good_cuts(nodes: list[fx.Node], crossing: list[int], whole: Collection[int]) -> list[int]:
     """Positions of local minima, those with few bytes first, as many as make `MAX_UNITS`."""
-    legal = [i for i in range(len(nodes) - 1) if not is_getitem(nodes[i + 1])]
+    legal = [i for i in range(len(nodes) - 1) if not is_getitem(nodes[i + 1]) and i not in whole]
     minima: list[int] = []
     start = 0
     while start < len(legal):  # one plateau of equal bytes at a time

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.graph import JointGraph, Phase, module_of, phase_of, storage_root
+from ...compiler.ir.graph import JointGraph, Phase, is_latest, module_of, phase_of, storage_root
 from ...compiler.ir.locality import Locality, backward_places
 
 Site = tuple[str, str, int]
@@ -49,12 +50,39 @@ def follow(
         PartitionError: the graph differs so much that a parameter would be read on a stage
             that does not hold it.
     """
+    lowest: dict[fx.Node, int] = {}
+    while True:
+        forward = _followed(graph, locality, sites, homes, lowest)
+        pairs = [(n, graph.mutations[n.meta["latest"]]) for n in forward if is_latest(n)]
+        apart = [(a, b) for a, b in pairs if b in forward and forward[a] != forward[b]]
+        if not apart:
+            break
+        for pair in apart:  # a buffer is read where it is updated
+            lowest |= dict.fromkeys(pair, max(forward[node] for node in pair))
+    return Placement(backward_places(graph, locality, forward), dict(sites))
+
+
+def _followed(
+    graph: JointGraph,
+    locality: Locality,
+    sites: Mapping[Site, int],
+    homes: Mapping[str, Collection[int]],
+    at_least: Mapping[fx.Node, int],
+) -> dict[fx.Node, int]:
     forward: dict[fx.Node, int] = {}
     owner = graph.owners
+    reads = {
+        node: [owner[root] for a in node.all_input_nodes if (root := storage_root(a)) in owner]
+        for node, _ in sites_of(locality)
+    }
+    highest = _highest(reads, homes)
     for node, site in sites_of(locality):
-        lowest = max((forward[a] for a in node.all_input_nodes if a in forward), default=0)
-        names = [owner[root] for a in node.all_input_nodes if (root := storage_root(a)) in owner]
-        wanted = max(sites.get(site, lowest), lowest)
+        sources = (forward[a] for a in node.all_input_nodes if a in forward)
+        lowest = max(at_least.get(node, 0), *sources, 0)
+        wanted = max(min(sites.get(site, lowest), highest[node]), lowest)
+        if is_latest(node):
+            wanted = lowest  # where the first graph read it says nothing about this one
+        names = reads[node]
         if any(wanted not in homes[name] for name in names):
             shared = set.intersection(*(set(homes[name]) for name in names))
             wanted = min((s for s in shared if s >= lowest), default=-1)
@@ -65,7 +93,20 @@ def follow(
                     "compile a pipeline of its own for it"
                 )
         forward[node] = wanted
-    return Placement(backward_places(graph, locality, forward), dict(sites))
+    return forward
+
+
+def _highest(
+    reads: Mapping[fx.Node, list[str]], homes: Mapping[str, Collection[int]]
+) -> dict[fx.Node, int]:
+    """Per forward node the last stage from which all that depends on it still finds its
+    parameters: operators of another branch may share a site with those of a later one."""
+    highest: dict[fx.Node, int] = {}
+    for node in reversed(list(reads)):
+        limits = [max(homes[name]) for name in reads[node]]
+        limits += [highest[user] for user in node.users if user in highest]
+        highest[node] = min(limits, default=sys.maxsize)
+    return highest
 
 
 def sites_of(locality: Locality) -> Iterator[tuple[fx.Node, Site]]:
@@ -73,6 +114,7 @@ def sites_of(locality: Locality) -> Iterator[tuple[fx.Node, Site]]:
     seen: dict[tuple[str, str], int] = {}
     for node in locality.staged:
         if phase_of(node) is Phase.FORWARD:
-            key = (module_of(node), str(node.target))
+            read = f"{node.meta['latest']} " if is_latest(node) else ""
+            key = (module_of(node), f"{read}{node.target}")
             seen[key] = seen.get(key, -1) + 1
             yield node, (*key, seen[key])

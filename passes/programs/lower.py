@@ -213,11 +213,15 @@ class _Lowering:
         return [
             (name, node)
             for name, node in self.graph.mutations.items()
-            if (s in self._buffer_stages(name) if node not in self.stage else self.stage[node] == s)
+            if (s in self._writers(name) if node not in self.stage else self.stage[node] == s)
         ]
 
-    def _buffer_stages(self, name: str) -> set[int]:
-        """Where a buffer is read: on the stages of the staged nodes behind it, else on 0."""
+    def _writers(self, name: str) -> set[int]:
+        """The stages that update a buffer by what each of them can make itself."""
+        return self._readers(name) or {0}
+
+    def _readers(self, name: str) -> set[int]:
+        """Where a buffer is read: on the stages of the staged nodes behind it."""
         found: set[int] = set()
         pending = [self.graph.buffers[name]] if name in self.graph.buffers else []
         while pending:
@@ -226,11 +230,11 @@ class _Lowering:
                     found.add(self.stage[user])
                 elif user.op != "output":
                     pending.append(user)
-        return found or {0}
+        return found
 
     def _check_mutations(self) -> None:
         for name, node in self.graph.mutations.items():
-            elsewhere = self._buffer_stages(name) - {self.stage[node]} if node in self.stage else ()
+            elsewhere = self._readers(name) - {self.stage[node]} if node in self.stage else ()
             if elsewhere:
                 raise PartitionError(
                     f"buffer {name!r} is updated on stage {self.stage[node]} and read on stage "

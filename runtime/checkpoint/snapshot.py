@@ -24,7 +24,7 @@ class Training:
         data: what knows the position in the data; None if nobody does.
         extras: name -> further objects with ``state_dict`` and ``load_state_dict``, alike on all
             ranks.
-        buffer_stages: buffers that the forward updates -> the stage that does.
+        buffer_stages: buffers that a forward has updated -> a stage that has the latest value.
         seed, steps: what dropout is drawn from.
         config: the model's configuration as JSON data, if it had one.
     """

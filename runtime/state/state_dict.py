@@ -17,7 +17,7 @@ def gather(state: ModelState, buffer_stage: Mapping[str, int]) -> dict[str, Any]
     """Full tensors on the CPU; a collective between processes.
 
     Args:
-        buffer_stage: buffers that the forward updates -> the stage that does.
+        buffer_stage: buffers that a forward has updated -> a stage that has the latest value.
     """
     held: dict[str, torch.Tensor] = {}
     result: dict[str, Any] = {}

@@ -1,0 +1,67 @@
+"""Tensors that are attributes of modules and neither parameters nor buffers.
+
+A copy of the model has them as buffers outside its state dict, so that what forward makes of them
+is kept from call to call as one device keeps it. Those that forward makes anew before it reads
+them, of parameters for example (`torch.nn.utils.weight_norm`), need not be kept; whether it does is
+known when its graphs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..ir.errors import CaptureError
+
+
+@dataclass
+class Attributes:
+    """Of one model.
+
+    Attributes:
+        shared: attribute -> a parameter that has the same memory.
+        names: all of them.
+        lost: attributes that a graph leaves without a value for the next call -> why.
+        read: attributes whose values a graph reads.
+    """
+
+    names: frozenset[str]
+    shared: Mapping[str, str]
+    lost: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+
+    def met(self, read: set[str], lost: Mapping[str, str]) -> None:
+        """Of one more graph, what it reads and what it leaves without a value.
+
+        Raises:
+            CaptureError: a graph reads what is not kept from one call to the next.
+        """
+        self.read |= read & self.names
+        self.lost |= lost
+        for name in sorted(self.read):
+            if name in self.lost:
+                raise CaptureError(
+                    f"attribute {name!r}: forward reads it, and {self.lost[name]}; what is kept "
+                    "from call to call has to be a buffer (register_buffer) that stays alike"
+                )
+            if name in self.shared:
+                raise CaptureError(
+                    f"attribute {name!r} lies in the memory of parameter {self.shared[name]!r}, "
+                    "which the optimizer changes: read the parameter in forward"
+                )
+
+
+def promote(module: nn.Module) -> frozenset[str]:
+    """Make the tensors that are attributes buffers, in place; their names."""
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    names = set()
+    for path, part in module.named_modules(remove_duplicate=False):
+        for attribute, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor) and id(value) not in known:
+                del vars(part)[attribute]
+                part.register_buffer(attribute, value, persistent=False)
+                names.add(f"{path}.{attribute}".lstrip("."))
+    return frozenset(names)
