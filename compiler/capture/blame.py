@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import traceback
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import fx
 
+from ..effects.code import is_foreign
 from ..ir.errors import CaptureError, PipecompileError
 from ..ir.graph import module_path, tensors
 
@@ -48,7 +48,7 @@ def _trace_line(node: fx.Node) -> str:
     lines = str(node.meta.get("stack_trace", "")).splitlines()
     for line, text in pairwise(lines):
         match = re.match(r'\s*File "(.+)", line (\d+)', line)
-        if match and not _is_foreign(match[1]):
+        if match and not is_foreign(match[1]):
             found = f"at {match[1]}:{match[2]} ({text.strip()})"
     return found
 
@@ -79,15 +79,7 @@ def _user_line(chain: list[BaseException]) -> str:
     """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
     found = "an unknown line"
     for item in chain:
-        frames = [
-            f for f in traceback.extract_tb(item.__traceback__) if not _is_foreign(f.filename)
-        ]
+        frames = [f for f in traceback.extract_tb(item.__traceback__) if not is_foreign(f.filename)]
         if frames:
             found = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
     return found
-
-
-def _is_foreign(filename: str) -> bool:
-    """Whether a file is torch's, pipecompile's compiler, or no file at all."""
-    folders = (Path(torch.__file__).parent, Path(__file__).parent)
-    return filename.startswith("<") or any(Path(filename).is_relative_to(f) for f in folders)

@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..effects.chance import drawing
+from ..effects.code import is_foreign
+from ..effects.next_call import Left, check_next_calls
+from ..effects.replaced import replaced_buffers
+from ..effects.world import watching
 from ..ir.errors import LossError
 from . import batch as batches
-from .assigned import replaced_buffers
 from .batch import BatchSpec
 from .blame import explain
 from .calling import Call, LossFn, find_loss
-from .skeleton import tracking_modules, unchanged
+from .skeleton import tracking_modules
 from .tracing import (
+    depends_on_call,
     kept_functions,
     native_kernels,
     refused_hooks,
@@ -34,7 +39,7 @@ def _only(values: list[torch.Tensor]) -> torch.Tensor:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
     """What a traced function returned.
 
@@ -43,12 +48,14 @@ class Results:
         shapes: of the tensors in it.
         replaced: buffers that forward gave other tensors; these are returned after all others.
         lost: attributes that the next call cannot read -> why.
+        left: what else the next call may find changed.
     """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = _only
     shapes: tuple[torch.Size, ...] = ()
     replaced: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)
+    left: Left = field(default_factory=Left)
 
 
 class Traced(nn.Module):
@@ -66,23 +73,27 @@ class Traced(nn.Module):
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
         args, kwargs = self.call.arguments(batch)
+        others = () if self.loss_fn is None else (self.loss_fn,)
         with (
+            drawing(is_foreign) as drawn,
+            watching(self.model, others) as watched,
             replaced_buffers(self.model, self.attributes) as replaced,
             untraced_branches() if self.as_untraced else contextlib.nullcontext(),
         ):
             output = self.model(*args, **kwargs)
-        if not self.wants_loss:
-            values, rebuild = batches.flatten_results(output)
-            shapes = tuple(value.shape for value in values)
-            self.found(Results(rebuild, shapes, tuple(replaced.values), replaced.lost))
+            loss = find_loss(output, batch, self.loss_fn) if self.wants_loss else None
+        found = Results(replaced=tuple(replaced.values), lost=replaced.lost)
+        found.left = Left(watched, drawn, any(map(depends_on_call, watched.tensors)))
+        self.found(found)
+        if loss is None:
+            values, found.rebuild = batches.flatten_results(output)
+            found.shapes = tuple(value.shape for value in values)
             return (*values, *replaced.values.values())
-        loss = find_loss(output, batch, self.loss_fn)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise LossError(
                 "the loss does not depend on any trainable parameter: was it detached, or "
                 "computed under torch.no_grad()?"
             )
-        self.found(Results(replaced=tuple(replaced.values), lost=replaced.lost))
         return (loss, *replaced.values.values())
 
 
@@ -90,13 +101,19 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     """The graph of a call, and what it returned.
 
     Raises:
-        PipecompileError: why it cannot be traced.
+        PipecompileError: why it cannot be traced, or is not the graph of every call.
     """
+    traced, results = _exported(function, leaves)
+    check_next_calls(traced, results.left, lambda: _exported(function, leaves))
+    return traced, results
+
+
+def _exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:
     model = function.model
     results = [Results()]
-    function.found = results.append  # torch.export undoes what a forward assigns
+    function.found = results.append
     with (
-        unchanged(model),
+        _same_attributes(model),
         tracking_modules(model) as where,
         refused_hooks(),
         kept_functions() as calls,
@@ -109,6 +126,17 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     traced = program.module(check_guards=False)
     restore_functions(traced, calls)
     return traced, results[-1]
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """torch.export gives modules copies of the containers that they have."""
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            vars(part).update(attributes)
 
 
 def _autocast(

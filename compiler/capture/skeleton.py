@@ -1,9 +1,6 @@
 """A copy of the user's model without its weights, which is all that compiling needs.
 
 The copy is traced, switched to evaluation, given other flags; the user's model is left alone.
-
-`FakeTensorMode` is torch's own stand-in for tensors with shapes and no data. It has no public
-name, so this file is its only home.
 """
 
 from __future__ import annotations
@@ -17,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ..effects.attributes import Attributes, promote
 from ..ir.errors import CaptureError, SharedStorageError
+from ..ir.fakes import FakeTensor, FakeTensorMode, is_fake
 from ..ir.precision import REDUCED, Precision
-from .attributes import Attributes, promote
 
 
 @dataclass(frozen=True)
@@ -90,22 +87,6 @@ def skeleton_of(
     return Skeleton(module, mode, canonical, params, attributes)
 
 
-@contextmanager
-def weightless() -> Iterator[None]:
-    """Build models and batches inside this block without memory for their data."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
-
-
-def meta_like(tensor: torch.Tensor) -> torch.Tensor:
-    """The same layout on the meta device, also of a fake tensor: no data and no mode."""
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
-
-
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, buffers, and other attributes that are tensors, under each of their names."""
     known = set()
@@ -129,26 +110,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Take back what a forward assigns to its module: a traced one leaves fake tensors there."""
-    before = [(part, dict(vars(part)), _containers(part)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes, containers in before:
-            vars(part).clear()
-            vars(part).update(attributes)
-            for own, kept in containers:  # in place: others may hold the container
-                own.clear()
-                own.extend(kept) if isinstance(own, list) else own.update(kept)
-
-
-def _containers(part: nn.Module) -> list[tuple[Any, Any]]:
-    found = (value for value in vars(part).values() if isinstance(value, (dict, list, set)))
-    return [(value, value.copy()) for value in found]
 
 
 @contextmanager

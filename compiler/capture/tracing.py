@@ -66,6 +66,24 @@ def native_kernels() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
+def depends_on_call(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that is being traced is made of arguments, parameters or buffers."""
+    mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    proxy = None if mode is None else mode.tracer.unwrap_proxy(tensor)
+    pending, seen = [getattr(proxy, "node", None)], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not isinstance(node, fx.Node) or node.op == "placeholder":
+            return True
+        if node.op == "get_attr" and "constant" not in str(node.target):
+            return True
+        pending += node.all_input_nodes
+    return False
+
+
 @contextlib.contextmanager
 def kept_functions() -> Iterator[list[Call]]:
     """While torch.export traces, every `torch.autograd.Function` stays one call in the graph.

@@ -25,8 +25,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..capture.calling import LossFn
-from ..capture.skeleton import weightless
 from ..ir.errors import OptionError, SpecError
+from ..ir.fakes import weightless
 
 DEFAULT_SEQ = 512
 DEFAULT_IMAGE_SIZE = 224

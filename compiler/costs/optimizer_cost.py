@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..capture.skeleton import is_fake, weightless
+from ..ir.fakes import is_fake, weightless
 from .meter import StorageMeter
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ...compiler.capture.batch import BatchSpec
-from ...compiler.capture.skeleton import is_fake, named_state
+from ...compiler.capture.skeleton import named_state
 from ...compiler.driver.compiled import Mode
 from ...compiler.ir.errors import CheckpointError, PipecompileError, RankMismatchError
+from ...compiler.ir.fakes import is_fake
 from ...compiler.options.options import CompileOptions
 from .digest import digest, sample
 from .mesh import Mesh

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ...compiler.capture.skeleton import meta_like
+from ...compiler.ir.fakes import meta_like
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
 from ..exchange.parcels import GatheredGroup, Gathering

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...compiler.capture.skeleton import Skeleton, meta_like, named_state
+from ...compiler.capture.skeleton import Skeleton, named_state
 from ...compiler.ir.errors import PipecompileError, StateError
+from ...compiler.ir.fakes import meta_like
 from .allocation import Allocation
 from .draws import Draws
 

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ...compiler.capture.skeleton import Skeleton, is_fake, meta_like, named_state
+from ...compiler.capture.skeleton import Skeleton, named_state
+from ...compiler.ir.fakes import is_fake, meta_like
 from .allocation import Allocation, Cut
 from .initializers import Initializers
 from .weight_files import WeightFiles

@@ -21,7 +21,7 @@ import torch
 import transformers as hf
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.capture import capture_training
-from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
+from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.footprint import Footprint
 from pipecompile.compiler.costs.hardware import H100
 from pipecompile.compiler.costs.memory import RankMemory
@@ -29,6 +29,7 @@ from pipecompile.compiler.driver.assembly import assemble, forward_passes
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
 from pipecompile.compiler.ir.errors import MemoryBudgetError
+from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.precision import Precision
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of

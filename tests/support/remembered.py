@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
-from pipecompile.compiler.capture.skeleton import is_fake
 from pipecompile.compiler.costs import footprint
 from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.ir.fakes import is_fake
 from pipecompile.compiler.ir.graph import describe
 from pipecompile.compiler.planning import cutter, planner
 from pipecompile.compiler.planning import menus as menus_

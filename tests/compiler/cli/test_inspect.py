@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.capture.skeleton import is_fake
 from pipecompile.compiler.cli.main import main
 from pipecompile.compiler.cli.spec import ModelOptions, Subject, load
 from pipecompile.compiler.ir.errors import PipecompileError
+from pipecompile.compiler.ir.fakes import is_fake
 from pipecompile.compiler.plan.plan import PLAN_VERSION
 from pipecompile.compiler.report.report import write_report
 from support.commands import SMALL_GPT2, inspect

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.capture.skeleton import weightless
 from pipecompile.compiler.costs.cost import node_cost, node_flops, total_cost
 from pipecompile.compiler.costs.hardware import (
     A100,
@@ -29,6 +28,7 @@ from pipecompile.compiler.costs.hardware import (
     parse_device,
 )
 from pipecompile.compiler.ir.errors import OptionError
+from pipecompile.compiler.ir.fakes import weightless
 from torch import fx
 
 

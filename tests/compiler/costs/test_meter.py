@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.capture.skeleton import weightless
 from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.profiling.synthetic import Synthesizer
 from support import models, units
 from torch.profiler import ProfilerActivity, profile

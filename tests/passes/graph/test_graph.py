@@ -9,9 +9,10 @@ import pytest
 import torch
 from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture.capture import capture_training
-from pipecompile.compiler.capture.skeleton import skeleton_of, weightless
+from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.errors import VerificationError
+from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.planning import units

@@ -11,7 +11,8 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
-from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of, weightless
+from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
+from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.ir.shards import rows_of
 from pipecompile.runtime.exchange.digest import digest, sample
 from pipecompile.runtime.weights.initializers import Initializers

@@ -1,0 +1,187 @@
+"""Whether the graph of one call is that of every call.
+
+A graph holds what Python did once. If forward has changed something that it may read, or has asked
+for randomness or the time, it is traced again as the next call would find things, and far from
+there: another graph means that one is not enough.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.errors import CaptureError
+from ..ir.fakes import is_fake
+from ..ir.graph import describe
+from .chance import FRACTIONS, drawn_as
+from .code import is_foreign
+from .world import Watched, left_by
+
+FAR = 1_000_000  # calls later
+
+Export = Callable[[], tuple[fx.GraphModule, Any]]
+
+
+@dataclass
+class Left:
+    """What a call has done besides its results.
+
+    Attributes:
+        watched: what it has changed.
+        drawn: sources of randomness and time that it has read.
+        of_call: whether it has left tensors behind that depend on its arguments or the model.
+    """
+
+    watched: Watched = field(default_factory=Watched)
+    drawn: set[str] = field(default_factory=set)
+    of_call: bool = False
+
+
+def check_next_calls(traced: fx.GraphModule, left: Left, export: Export) -> None:
+    """Trace again where something was left behind or drawn.
+
+    Args:
+        export: traces anew; its second result has what it left behind, as ``left``.
+
+    Raises:
+        CaptureError: the next call would compute something else.
+    """
+    if not left.watched.changes and not left.drawn:
+        return
+    streams = [c.where for part in left.watched.apart() for c in part.changes if part.is_stream]
+    if streams:
+        raise _drawn(streams, "")
+    if left.drawn:
+        _check_draws(_text(traced), left.drawn, export)
+    if left.watched.changes and not _keeps(traced, left.watched, left.of_call, export):
+        parts = left.watched.apart()
+        guilty = [part for part in parts if not _keeps(traced, part, left.of_call, export)]
+        changes = [c for part in guilty or [left.watched] for c in part.changes]
+        named = "; ".join(map(str, changes[:3]))
+        raise CaptureError(
+            f"forward changes {named}, and what it computes in the next call depends on it, which "
+            "a graph that is made once cannot follow: keep tensors in buffers (register_buffer), "
+            "numbers too (torch.tensor(0)), and decide with torch.where"
+        )
+
+
+def _keeps(first: fx.GraphModule, watched: Watched, of_call: bool, export: Export) -> bool:
+    """Whether the calls that follow have the same graph."""
+    for calls in (1, FAR):
+        with left_by(watched, partial(_later, calls)):
+            try:
+                traced, results = export()
+            except CaptureError:
+                return False
+        if _text(traced) == _text(first):
+            continue
+        settled = calls == 1 and not results.left.watched.changes
+        return settled and not of_call and _reads_what_it_made(first, traced)
+    return True
+
+
+def _reads_what_it_made(first: fx.GraphModule, traced: fx.GraphModule) -> bool:
+    """Whether a graph lacks nothing but what the first one made of no argument: that was kept, and
+    to make it again in every call gives the same."""
+    before, alone = _operators(first)
+    after, _ = _operators(traced)
+    return not after - before and not (before - after) - alone
+
+
+def _operators(traced: fx.GraphModule) -> tuple[Counter[str], Counter[str]]:
+    """All operators of a graph, and those that depend neither on arguments nor on the model."""
+    every, alone = Counter[str](), Counter[str]()
+    free: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and _is_real(operator.attrgetter(str(node.target))(traced)):
+            free.add(node)
+        elif node.op == "call_function":
+            described = f"{node.target} {describe(node)}"
+            every[described] += 1
+            if free.issuperset(node.all_input_nodes):
+                free.add(node)
+                alone[described] += 1
+    return every, alone
+
+
+def _later(calls: int, old: Any, new: Any) -> Any:
+    """What a value is some calls later, if each does what the first has done."""
+    if isinstance(new, torch.Tensor):
+        return _stand_in(new) if is_fake(new) else new
+    if isinstance(new, (int, float)) and type(new) is type(old) and not isinstance(new, bool):
+        return old + (new - old) * calls
+    return new
+
+
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Of what an earlier trace has left: its shape."""
+    mode: Any = getattr(tensor, "fake_mode", None)
+    if mode is None:
+        return tensor
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _check_draws(first: str, drawn: set[str], export: Export) -> None:
+    asked: list[str] = []
+    for fraction in FRACTIONS:
+        with drawn_as(fraction, is_foreign) as found:
+            try:
+                traced, results = export()
+            except CaptureError:
+                traced, results = None, None
+        asked += found.lines
+        unsure = found.unsure or (
+            results is not None and results.left.drawn & {"random", "numpy.random"}
+        )
+        if traced is None or unsure or _text(traced) != first:
+            raise _drawn(sorted(drawn), f", at {asked[0]}" if asked else "")
+
+
+def _drawn(sources: list[str], where: str) -> CaptureError:
+    return CaptureError(
+        f"forward reads {' and '.join(sources)}{where}: a graph is made once, so it would get the "
+        "same value in every step. Draw with torch.rand and choose with torch.where, or pass the "
+        "value in with the batch"
+    )
+
+
+def _constants(traced: fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a graph reads and that are none of the model's."""
+    found = []
+    for module in traced.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="get_attr"):
+                value = operator.attrgetter(str(node.target))(module)
+                if isinstance(value, torch.Tensor) and node.users:
+                    found.append((str(node.target), value))
+    return found
+
+
+def _text(traced: fx.GraphModule) -> str:
+    """A graph and its constants: equal texts compute the same."""
+    lines = []
+    for module in traced.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                target = getattr(node.target, "__name__", node.target)
+                lines.append(f"{node} {target} {node.args} {node.kwargs} {describe(node)}")
+    for name, value in _constants(traced):
+        lines.append(f"{name} {'fake' if is_fake(value) else _hash(value)}")
+    return "\n".join(lines)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not is_fake(value)
+
+
+def _hash(value: torch.Tensor) -> int:
+    data: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hash(data.tobytes())

@@ -1,0 +1,29 @@
+"""Tensors with shapes and no data.
+
+`FakeTensorMode` is torch's own stand-in for them. It has no public name; this file is its home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Build models and batches inside this block without memory for their data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The same layout on the meta device, also of a fake tensor: no data and no mode."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
