@@ -103,18 +103,20 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     Raises:
         PipecompileError: why it cannot be traced, or is not the graph of every call.
     """
-    traced, results = _exported(function, leaves)
-    check_next_calls(traced, results.left, lambda: _exported(function, leaves))
+    with tracking_modules(function.model) as where:
+        traced, results = _exported(function, leaves, where)
+        check_next_calls(traced, results.left, lambda: _exported(function, leaves, where))
     return traced, results
 
 
-def _exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:
+def _exported(
+    function: Traced, leaves: tuple[torch.Tensor, ...], where: Callable[[], str]
+) -> tuple[fx.GraphModule, Results]:
     model = function.model
     results = [Results()]
     function.found = results.append
     with (
         _same_attributes(model),
-        tracking_modules(model) as where,
         refused_hooks(),
         kept_functions() as calls,
         _autocast(function.compute, leaves),

@@ -60,7 +60,9 @@ def check_next_calls(traced: fx.GraphModule, left: Left, export: Export) -> None
         raise _drawn(streams, "")
     if left.drawn:
         _check_draws(_text(traced), left.drawn, export)
-    if left.watched.changes and not _keeps(traced, left.watched, left.of_call, export):
+    if _keeps(traced, left.watched, left.of_call, export):
+        left.watched.keep()  # so that other graphs of the model need not be traced twice
+    else:
         parts = left.watched.apart()
         guilty = [part for part in parts if not _keeps(traced, part, left.of_call, export)]
         changes = [c for part in guilty or [left.watched] for c in part.changes]
@@ -74,7 +76,8 @@ def check_next_calls(traced: fx.GraphModule, left: Left, export: Export) -> None
 
 def _keeps(first: fx.GraphModule, watched: Watched, of_call: bool, export: Export) -> bool:
     """Whether the calls that follow have the same graph."""
-    for calls in (1, FAR):
+    grows = any(_later(2, c.old, c.new) != _later(1, c.old, c.new) for c in watched.numbers)
+    for calls in (1, FAR) if grows else (1,) if watched.contents else ():
         with left_by(watched, partial(_later, calls)):
             try:
                 traced, results = export()

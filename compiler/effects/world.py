@@ -128,6 +128,19 @@ class Watched:
             for where, old, new in _changes(before, after)
         ]
 
+    @property
+    def numbers(self) -> list[Change]:
+        """The changes of numbers."""
+        kinds = (int, float)
+        return [c for c in self.changes if isinstance(c.old, kinds) and isinstance(c.new, kinds)]
+
+    def keep(self) -> None:
+        """Leave the model's modules as forward has left them, where that is without tensors."""
+        for path, container, before, after in self.contents:
+            left = [new for _, _, new in _changes(before, after)]
+            if path.startswith("self") and not any(map(_may_hold_tensors, left)):
+                _put(container, after)
+
     def apart(self) -> list[Watched]:
         """One for each container."""
         return [Watched([each]) for each in self.contents]
@@ -186,6 +199,10 @@ def left_by(watched: Watched, changing: Callable[[Any, Any], Any]) -> Iterator[N
     finally:
         for _, container, before, _ in watched.contents:
             _put(container, before)
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    return not isinstance(value, _PLAIN) and not callable(value)
 
 
 def _values(content: Any) -> list[Any]:
