@@ -34,16 +34,20 @@ class Loader:
     def __init__(self, world: World, builder: Builder, options: CompileOptions):
         self._world, self._builder, self._options = world, builder, options
 
-    def request(self, mode: Mode, whole: BatchSpec) -> Request:
+    def request(self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor]) -> Request:
         """What a batch of this shape asks for.
+
+        Args:
+            values: its leaves; empty where there is its shape only.
 
         Raises:
             BatchError: it does not fit the number of microbatches.
-            RankMismatchError: another rank asks for something else.
+            RankMismatchError: another rank asks for something else, or a stage of the same replica
+                has other data.
         """
         ragged = mode is not Mode.TRAIN
         spec, microbatches = divide(whole, self._options, self._world.replicas_here, ragged)
-        self._world.agreement.check_program(mode, spec, microbatches)
+        self._world.agreement.check_batch(mode, spec, microbatches, values)
         return Request(mode, spec, microbatches)
 
     def compile(
@@ -70,7 +74,6 @@ class Loader:
             values: the leaves of the batch.
             seed, step: what random ops are drawn from.
         """
-        self._world.agreement.check_data(values)
         count = request.microbatches
         pieces = batches.cut(values, self._world.replicas_here * count)
         jobs = {}

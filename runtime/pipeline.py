@@ -328,7 +328,7 @@ class Pipeline:
         self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor]
     ) -> tuple[Session, Request]:
         """Compile for a batch's shape if need be; the first graph begins the session."""
-        request, session = self._loader.request(mode, whole), self._session
+        request, session = self._loader.request(mode, whole, values), self._session
         if session is None:
             assert self._source is not None
             first = self._loader.compile(request, None, values)

@@ -84,7 +84,7 @@ class Options:
             parse=parse_count,
             default="the divisor of its rows nearest to 4 per stage",
         ),
-    )  # ranks compare what follows from it and the batch: `Agreement.check_program`
+    )  # ranks compare what follows from it and the batch: `Agreement.check_batch`
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
         None,
         help="called with the named parameters of this process",

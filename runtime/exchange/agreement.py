@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,7 +30,6 @@ class Agreement:
 
     def __init__(self, mesh: Mesh, device: torch.device):
         self._mesh = mesh
-        self._data_checked = False
         separate = mesh.distributed and device.type == "cuda"
         self._control = dist.new_group(backend="gloo") if separate else None
 
@@ -65,16 +64,26 @@ class Agreement:
             raise first from cause
         return cast(T, result)
 
-    def check_program(self, mode: Mode, spec: BatchSpec, microbatches: int) -> None:
-        """Every rank is about to run the same program, or all of them stop here."""
+    def check_batch(
+        self, mode: Mode, spec: BatchSpec, microbatches: int, values: Sequence[torch.Tensor]
+    ) -> None:
+        """Every rank is about to run the same program, and the stages of a replica on the same
+        data, or all of them stop here.
+
+        Args:
+            values: the leaves of the batch; a sample of each is compared.
+        """
         if not self._mesh.distributed:
             return
         text = f"{mode} {spec} {spec.constants!r}"
-        number = int(hashlib.sha256(f"{text} {microbatches}".encode()).hexdigest()[:15], 16)
-        mine = torch.tensor([number])
+        number = _number(f"{text} {microbatches}")
+        data = _number(" ".join(digest(sample(value)) for value in values))
+        mine = torch.tensor([number, data])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
-        if all(int(theirs) == number for theirs in everyone):
+        programs, batches = zip(*(each.tolist() for each in everyone), strict=True)
+        if set(programs) == {number}:
+            self._check_data(batches)
             return
         first, *others = self.gather((microbatches, text))
         for rank, (count, theirs) in enumerate(others, 1):
@@ -139,19 +148,20 @@ class Agreement:
                         "the same files; initialisers may draw from torch's generators only"
                     )
 
-    def check_data(self, values: list[torch.Tensor]) -> None:
-        """The first batch that runs is the same on all stages of a replica."""
-        if not self._mesh.distributed or self._data_checked:
-            return
-        seen = self.gather([digest(value) for value in values])
-        for rank, digests in enumerate(seen):
+    def _check_data(self, seen: Sequence[int]) -> None:
+        for rank, number in enumerate(seen):
             leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
-            if digests != seen[leader]:
+            if number != seen[leader]:
                 raise RankMismatchError(
                     f"ranks {leader} and {rank} are stages of one replica but were given different "
-                    "data: shard it by pipe.data_shards and pipe.data_shard, not by rank"
+                    "data: shard it by pipe.data_shards and pipe.data_shard, not by rank, and let "
+                    "every rank read, or skip, the same batches"
                 )
-        self._data_checked = True
+
+
+def _number(text: str) -> int:
+    """A hash that fits into an int64."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
 def _digests(model: nn.Module) -> dict[str, str]:

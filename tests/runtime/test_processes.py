@@ -72,6 +72,14 @@ def other_data() -> str:
     return refused(lambda: pipe.step(models.tokens(4)))
 
 
+def a_skipped_batch() -> str:
+    """Inputs of a batch with the labels of the next, as its rank has skipped one."""
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    data = models.batches("gpt2", 4, 3)
+    pipe.step(data[0])
+    return refused(lambda: pipe.step(data[1 + rank()]))
+
+
 def other_options() -> str:
     model = models.build("gpt2")
     how = ("per_step", "per_microbatch")[rank()]
@@ -110,6 +118,7 @@ def goes_on_after_an_error() -> float:
         (other_shape, "input_ids: int64[2, 12]"),
         (other_call, "rank 0 was called with (train"),
         (other_data, "given different data: shard it by pipe.data_shards"),
+        (a_skipped_batch, "let every rank read, or skip, the same batches"),
         (other_options, "rank 1 has tied_grads='per_microbatch', rank 0 tied_grads='per_step'"),
         (wrong_world, "n_stages=3 × dp=2 needs 6 processes, and there are 2"),
     ],
