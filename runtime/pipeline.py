@@ -182,11 +182,11 @@ class Pipeline:
 
         Returns:
             On the ranks of the last stage the model's own output structure, with tensors of the
-            microbatches joined along dim 0 and scalars averaged; None on other ranks.
+            microbatches joined along their batch dimension, means averaged and sums added; None
+            on other ranks.
 
         Raises:
-            BatchError: an output has no dimension that grows with the batch, so that those of
-                several microbatches cannot be joined.
+            BatchError: an output of several microbatches cannot be joined: it couples rows.
         """
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.FORWARD, batch)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..compiler.capture.outputs import joined
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled
 from ..compiler.ir.errors import BatchError, StateError
@@ -205,25 +206,16 @@ class Session:
         if not last:
             return None
         pieces = [piece for rank in last for piece in jobs[rank].results]
-        dims = enumerate(loaded.compiled.batch_dims)
-        joined = [_join([piece[i] for piece in pieces], dim) for i, dim in dims]
-        return loaded.compiled.rebuild(joined)
-
-
-def _join(pieces: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """One output from those of the microbatches."""
-    first = pieces[0]
-    here = [piece.to(first.device) for piece in pieces]
-    if len(pieces) == 1:
-        return first
-    if dim is not None:
-        return torch.cat(here, dim)
-    if first.dim() == 0 and first.is_floating_point():
-        return torch.stack(here).mean()
-    raise BatchError(
-        f"forward() got an output of shape {list(first.shape)} without a batch dimension from "
-        f"each of {len(pieces)} microbatches and cannot join them: compile with microbatches=1"
-    )
+        whole = []
+        for i, output in enumerate(loaded.compiled.outputs):
+            if output.why and len(pieces) > 1:
+                raise BatchError(
+                    f"forward() got {output.name!r} from each of {len(pieces)} microbatches and "
+                    f"cannot join them, as it {output.why}: compile with microbatches=1"
+                )
+            device = pieces[0][i].device
+            whole.append(joined([piece[i].to(device) for piece in pieces], output))
+        return loaded.compiled.rebuild(whole)
 
 
 @contextlib.contextmanager

@@ -120,6 +120,7 @@ def cut(values: Sequence[torch.Tensor], parts: int) -> list[list[torch.Tensor]]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
+    """Of a leaf by its path; "batch" where it is all that there is."""
     if not path:
         return "batch"
     parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
@@ -134,9 +135,11 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], 
 
 def flatten_results(
     output: Any,
-) -> tuple[list[torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
-    """The tensors in what a model returned, and a function that puts others in their places."""
-    leaves, tree = pytree.tree_flatten(output)
+) -> tuple[dict[str, torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
+    """The tensors in what a model returned, by their places in it, and a function that puts others
+    there."""
+    paths, tree = pytree.tree_flatten_with_path(output)
+    leaves = [leaf for _, leaf in paths]
     others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     size = len(leaves)
 
@@ -146,4 +149,5 @@ def flatten_results(
             [others[i] if i in others else next(rest) for i in range(size)], tree
         )
 
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], rebuild
+    named = {_name(path): leaf for path, leaf in paths if isinstance(leaf, torch.Tensor)}
+    return named, rebuild

@@ -14,8 +14,9 @@ from ..ir.graph import JointGraph, storage_root
 from .batch import BatchSpec
 from .blame import data_dependent, explain
 from .calling import Call, LossFn, bind, not_taken
-from .exporting import Traced, exported, tracing
+from .exporting import Results, Traced, exported, tracing
 from .joint import differentiated
+from .outputs import Output, outputs_of
 from .skeleton import Skeleton, evaluating
 
 ForwardPass = Callable[[fx.GraphModule, Sequence[torch.Tensor]], str]
@@ -31,13 +32,13 @@ class Captured:
     """A graph, and how to put its results back into the structure that the model returned.
 
     Attributes:
-        batch_dims: per result, the dimension that grows with the batch; None for none.
+        outputs: per result, how those of microbatches are joined.
         notes: what the passes over the forward graph did.
     """
 
     graph: JointGraph
     rebuild: Callable[[list[torch.Tensor]], Any]
-    batch_dims: tuple[int | None, ...] = ()
+    outputs: tuple[Output, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -87,20 +88,20 @@ def capture_forward(
 ) -> Captured:
     """All that the model returns, in evaluation mode, without backward.
 
-    Exporting it again with twice the rows tells which dimension of each result is the batch's.
+    Exporting it again with twice the rows tells how results of microbatches are joined.
     """
+
+    def again(rows: int) -> tuple[fx.GraphModule, Results]:
+        function, leaves = _function(skeleton, spec.repeat(rows), None, device, "results", None)
+        return _attempted(function, lambda: exported(function, leaves))
+
     with evaluating(skeleton.module), torch.no_grad():
         captured = _capture(skeleton, spec, None, device, "results", passes, compute)
-        function, leaves = _function(skeleton, spec.repeat(2), None, device, "results", None)
-        doubled = _attempted(function, lambda: exported(function, leaves)[1])
-    shapes = [node.meta["val"].shape for node in captured.graph.results]
-    dims = tuple(_grown(*pair) for pair in zip(shapes, doubled.shapes, strict=True))
-    return replace(captured, batch_dims=dims)
-
-
-def _grown(shape: torch.Size, doubled: torch.Size) -> int | None:
-    dims = [d for d, (n, m) in enumerate(zip(shape, doubled, strict=True)) if m == 2 * n != n]
-    return dims[0] if dims else None
+        doubled, results = again(2)
+        return replace(
+            captured,
+            outputs=outputs_of(results.names, captured.graph.results, doubled, lambda: again(1)[0]),
+        )
 
 
 def _capture(

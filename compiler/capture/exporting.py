@@ -45,14 +45,14 @@ class Results:
 
     Attributes:
         rebuild: puts tensors into the structure of what the model returned.
-        shapes: of the tensors in it.
+        names: of the tensors in it.
         replaced: buffers that forward gave other tensors; these are returned after all others.
         lost: attributes that the next call cannot read -> why.
         left: what else the next call may find changed.
     """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = _only
-    shapes: tuple[torch.Size, ...] = ()
+    names: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)
     left: Left = field(default_factory=Left)
@@ -87,8 +87,8 @@ class Traced(nn.Module):
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
-            found.shapes = tuple(value.shape for value in values)
-            return (*values, *replaced.values.values())
+            found.names = tuple(values)
+            return (*values.values(), *replaced.values.values())
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise LossError(
                 "the loss does not depend on any trainable parameter: was it detached, or "

@@ -120,7 +120,7 @@ class Builder:
             assembly.schedule,
             plan,
             captured.rebuild,
-            captured.batch_dims,
+            captured.outputs,
             timeline,
             layout,
             tuple(recorder.records),

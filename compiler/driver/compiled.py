@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..capture.outputs import Output
 from ..costs.simulate import Timeline
 from ..ir.actions import Schedule
 from ..ir.problem import Problem
@@ -32,7 +33,7 @@ class Compiled:
 
     Attributes:
         rebuild: puts the results back into the structure that the model returns (FORWARD).
-        batch_dims: per result, the dimension along which microbatches are joined (FORWARD).
+        outputs: per result, how those of microbatches are joined (FORWARD).
         timeline: the simulated step.
         layout: what other graphs of the model follow.
         records: what each pass did, in order.
@@ -43,7 +44,7 @@ class Compiled:
     schedule: Schedule
     plan: Plan
     rebuild: Callable[[list[torch.Tensor]], Any]
-    batch_dims: tuple[int | None, ...]
+    outputs: tuple[Output, ...]
     timeline: Timeline
     layout: Layout
     records: tuple[PassRecord, ...]

@@ -28,6 +28,10 @@ def test_evaluate_and_forward_equal_the_plain_model(name: str) -> None:
         pieces = [[model(**x) for x in plain.cut(shard, 2)] for shard in plain.cut(batch, 2)]
         losses = [torch.stack([out.loss for out in shard]).mean() for shard in pieces]
     assert torch.equal(pipe.evaluate(batch), torch.stack(losses).mean())
+    if name == "mixtral":  # the balance of its router couples rows
+        with pytest.raises(pipecompile.errors.BatchError, match="'aux_loss'"):
+            pipe.forward(batch)
+        return
     found = pipe.forward(batch)
     assert type(found) is type(pieces[0][0])
     expected = torch.cat([out.logits for shard in pieces for out in shard])
