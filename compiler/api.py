@@ -8,6 +8,7 @@ from torch import nn
 
 from .ir.errors import OptionError
 from .options.arguments import Arguments
+from .options.declaration import declarations_of
 from .options.options import CompileOptions
 from .options.parsing import AUTO
 from .options.signature import takes
@@ -53,6 +54,7 @@ def compile(arguments: Arguments) -> Pipeline:
 
 def _check_auto(arguments: Arguments) -> None:
     """Raises OptionError for what automatic stages lack, or do not go with."""
+    declarations_of(Arguments)["devices"].check_value(arguments.devices)
     if arguments.dp is not None:
         raise OptionError(
             f'dp={arguments.dp} beside n_stages="auto": dp follows from the devices, leave it out'

@@ -14,6 +14,7 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
@@ -64,6 +65,8 @@ class Pipeline:
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
         world = self._world = World(mesh, device, options, self._status)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
+        dump_dir = options.dump_dir if self.is_main else None
+        world.agreement.together(lambda: prepare(dump_dir), OptionError)
         self._checkpoints = Checkpoints(mesh, world.agreement)
         self._config = config_of(model)
         self.checkpoint_extras: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from ..compiler.capture.skeleton import skeleton_of
 from ..compiler.driver.auto import choose_stages, listed
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
@@ -46,6 +47,8 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     skeleton = skeleton_of(model, device, options.dtypes)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)
+    dump_dir = None if mesh.rank else options.dump_dir
+    agreement.together(lambda: prepare(dump_dir), OptionError)
     weights = options.weights
     if weights is not None:  # refuse what does not fit before planning
         agreement.together(lambda: WeightFiles(weights, skeleton), StateError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pipecompile
@@ -78,6 +79,25 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
         ({"n_stages": True}, "n_stages=True must be an int"),
         ({"dp": 0}, "dp=0 must be at least 1"),
         ({"microbatches": 0}, "microbatches=0 must be at least 1"),
+        ({"n_stages": 10**9}, "n_stages=1000000000 must be at most 65536"),
+        ({"dp": 10**9}, "dp=1000000000 must be at most"),
+        ({"n_stages": 1 << 9, "dp": 1 << 9}, "n_stages=512 × dp=512 are 262144 ranks, and there"),
+        ({"microbatches": 10**9}, "microbatches=1000000000 must be at most"),
+        ({"n_stages": "auto", "devices": 10**9}, "devices=1000000000 must be at most"),
+        ({"n_stages": "auto", "devices": "x"}, "devices='x' must be an int"),
+        ({"optimizer": SGD, "max_grad_norm": "x"}, "max_grad_norm='x' must be a number"),
+        ({"time_limit_s": "x"}, "time_limit_s='x' must be a number"),
+        ({"seed": 1.5}, "seed=1.5 must be an int"),
+        ({"pin": "x"}, "pin='x': give a dict such as"),
+        ({"pin": {1: 0}}, "pin={1: 0}: give the dotted name of a module"),
+        ({"pin": {"first": True}}, "pin={'first': True}: a stage is an int"),
+        ({"plan": 5}, "plan=5: give a Plan, or the path"),
+        ({"hardware": 5}, "hardware=5: give a name"),
+        ({"dump_dir": 5}, "dump_dir=5: give the path of a folder"),
+        ({"skip": 5}, "skip=5: give a list of names"),
+        ({"device": 5.5}, "device=5.5 is not a device"),
+        ({"schedule": []}, "schedule=.*: use '1f1b' or"),
+        ({"zero": 1.0, "dp": 2}, "zero=1.0: use 0, 1, 2, 3"),
         ({"micro_batches": 4}, "unknown option 'micro_batches': did you mean 'microbatches'"),
         ({"flavour": 1}, "unknown option 'flavour': known are"),
         ({"optimizer": "adamw"}, "optimizer='adamw' is not callable.*factory"),
@@ -105,9 +125,14 @@ def test_cuda_without_a_device() -> None:
         compile_(device="cuda")
 
 
-def test_a_model_that_is_none() -> None:
-    with pytest.raises(errors.OptionError, match="give a torch"):
-        pipecompile.compile(lambda x: x, 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, below: str, auto: bool) -> None:
+    """It is tried before anything is compiled."""
+    (tmp_path / "file").touch()
+    stages = {"n_stages": "auto", "devices": 2} if auto else {}
+    with pytest.raises(errors.OptionError, match=r"dump_dir='.*file.*' cannot be written"):
+        compile_(Branching(), dump_dir=tmp_path / "file" / below, **stages)
 
 
 def test_world_size_names_the_line_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

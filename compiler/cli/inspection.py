@@ -14,6 +14,7 @@ from ..costs.simulate import Timeline
 from ..driver.auto import Trial, choose_stages
 from ..driver.builder import Builder
 from ..driver.compiled import Compiled, Mode
+from ..driver.record import prepare
 from ..ir.errors import OptionError
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
@@ -43,6 +44,7 @@ def inspect(request: Request) -> Inspection:
     Raises:
         PipecompileError: a mistake of the user's, of any kind.
     """
+    prepare(request.options.dump_dir)
     subject = load(request.spec, request.model)
     options = replace(request.options, loss_fn=subject.loss_fn)
     _, whole = flatten(subject.batch)

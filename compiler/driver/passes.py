@@ -335,8 +335,6 @@ ALL: tuple[Pass[Any], ...] = (*FORWARD, *JOINT, *PLACED, *PROGRAMS, *SCHEDULE)
 
 def check_skip(names: Collection[str]) -> None:
     """Raises OptionError for a pass that does not exist, or that cannot be left out."""
-    if isinstance(names, str):
-        raise OptionError(f"skip={names!r}: give a list of names")
     known = {each.name: each for each in ALL}
     optional = ", ".join(each.name for each in ALL if not each.needed)
     for name in names:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..ir.errors import OptionError
 
 Texts = Mapping[str, Callable[[], str]]
 """What makes a pass's dumps, by file name suffix."""
@@ -35,6 +38,24 @@ class Outcome:
 
     note: str = ""
     texts: dict[str, Callable[[], str]] = field(default_factory=dict)
+
+
+def prepare(folder: str | Path | None) -> None:
+    """Make the folder of the dumps, if there is to be one.
+
+    Raises:
+        OptionError: nothing can be written there.
+    """
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): give another folder"
+        ) from error
 
 
 class Recorder:

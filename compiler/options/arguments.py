@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
 from ..plan.plan import Plan
-from .checks import callable_or, check_above_zero, check_count, check_level
+from .checks import (
+    callable_or,
+    check_above_zero,
+    check_count,
+    check_int,
+    check_level,
+    check_names,
+    check_stages,
+    one_of,
+)
 from .declaration import Flag, as_it_is, declare, option, whether_given
 from .parsing import (
     AS_IT_IS,
@@ -125,6 +134,7 @@ class Options:
         None,
         help="of dropout and other random ops, and of weights that are initialised here",
         more="None takes torch's initial seed. All ranks take that of rank 0.",
+        check=check_int,
     )
     weights: str | Path | None = option(
         None,
@@ -208,6 +218,7 @@ class Options:
         None,
         help="the stages of modules or parameters, by their dotted names",
         more="Dotted name -> the stage that its operators go to.",
+        check=check_stages,
         plan="decides",
         compared=lambda _, options: None if options.pin is None else dict(options.pin),
         flag=Flag(
@@ -231,6 +242,7 @@ class Options:
         help=f"plan for this device, by its peak rates: {_DEVICES}, or a JSON file that describes "
         "one",
         more="Or a `Device`.",
+        check=one_of((str, Path, Device), "give a name, the path of a JSON file, or a Device"),
         flag=Flag(group=PLANNER, metavar="NAME", name="--device", default='"cpu", a generic core'),
     )
     solver: str = option(
@@ -251,6 +263,7 @@ class Options:
         None,
         help="a saved plan, whose stages and recomputation are used as they are",
         more="A `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote.",
+        check=one_of((str, Path, Plan), "give a Plan, or the path of a saved one"),
         compared=_decision_of_plan,
         flag=Flag(
             group=PLANNER,
@@ -261,12 +274,14 @@ class Options:
     dump_dir: str | Path | None = option(
         None,
         help="write what every pass made, as text, below this folder",
+        check=one_of((str, Path), "give the path of a folder"),
         flag=Flag(group=OUTPUT, metavar="DIR", name="--dump"),
     )
     skip: Collection[str] = option(
         (),
         help="for debugging: passes to leave out, which nothing later needs",
         more="``inspect --passes`` lists them all.",
+        check=check_names,
         compared=lambda _, options: sorted(options.skip),
         flag=Flag(group=OUTPUT, metavar="PASSES", parse=parse_names, default="none"),
     )
@@ -308,5 +323,6 @@ class Arguments(Options):
         None,
         help='how many to divide between stages and replicas, where ``n_stages`` is "auto"',
         more="None takes the number of processes, or of GPUs.",
+        check=check_count,
         flag=Flag(group=PIPELINE, metavar="N", parse=parse_count),
     )

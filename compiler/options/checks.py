@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from numbers import Real
 from typing import Any
 
 from ..ir.errors import OptionError
 from ..ir.zero import LEVELS
 
 ZERO = tuple(zero.level for zero in LEVELS)
+MOST = 1 << 16
+"""Stages, replicas, microbatches, or ranks. More are a slip, and would fill the memory."""
 
 
 def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise OptionError(f"{name}={value!r} must be an int")
+    check_int(name, value)
     if value < 1:
         raise OptionError(f"{name}={value} must be at least 1")
+    if value > MOST:
+        raise OptionError(f"{name}={value} must be at most {MOST}")
+
+
+def check_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} must be an int")
 
 
 def check_above_zero(name: str, value: Any) -> None:
-    if not value > 0:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} must be a number")
+    if not float(value) > 0:
         raise OptionError(f"{name}={value} must be above 0")
 
 
@@ -33,6 +44,33 @@ def callable_or(advice: str) -> Callable[[str, Any], None]:
     return check
 
 
+def one_of(kinds: tuple[type, ...], advice: str) -> Callable[[str, Any], None]:
+    """A check that gives advice where a value is of no such kind."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kinds):
+            raise OptionError(f"{name}={value!r}: {advice}")
+
+    return check
+
+
 def check_level(name: str, value: Any) -> None:
-    if value != "auto" and (isinstance(value, bool) or value not in ZERO):
+    known = value == "auto" if isinstance(value, str) else type(value) is int and value in ZERO
+    if not known:
         raise OptionError(f'{name}={value!r}: use 0, 1, 2, 3 or "auto"')
+
+
+def check_stages(name: str, value: Any) -> None:
+    """Of modules: name -> stage."""
+    if not isinstance(value, Mapping):
+        raise OptionError(f'{name}={value!r}: give a dict such as {{"lm_head": 1}}')
+    for module, stage in value.items():
+        if not isinstance(module, str):
+            raise OptionError(f"{name}={{{module!r}: {stage!r}}}: give the dotted name of a module")
+        if not isinstance(stage, int) or isinstance(stage, bool):
+            raise OptionError(f"{name}={{{module!r}: {stage!r}}}: a stage is an int")
+
+
+def check_names(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise OptionError(f"{name}={value!r}: give a list of names")

@@ -80,7 +80,7 @@ class Declaration:
         """Raises OptionError for a value that it cannot have, whatever the others are."""
         if value is None and self.default is None:
             return
-        if self.choices and value not in self.choices:
+        if self.choices and value not in list(self.choices):  # a table cannot be asked for a list
             use = " or ".join(map(repr, self.choices))
             raise OptionError(f"{self.name}={value!r}: use {use}")
         if self.check is not None:

@@ -25,6 +25,8 @@ def divide(
     Raises:
         BatchError: it cannot be cut into equal parts.
     """
+    if not spec.rows:
+        raise BatchError("the batch has 0 rows: leave it out")
     if spec.rows % replicas:
         raise BatchError(
             f"a batch of {spec.rows} rows cannot be cut over dp={replicas} replicas: "
@@ -37,7 +39,7 @@ def divide(
             raise BatchError(f"microbatches={options.microbatches} is given")
         microbatches *= finer
     if ragged:
-        microbatches = max(d for d in range(1, microbatches + 1) if rows % d == 0)
+        microbatches = max(d for d in range(1, min(microbatches, rows) + 1) if rows % d == 0)
     if rows % microbatches:
         raise BatchError(
             f"a replica's batch of {rows} rows cannot be cut into microbatches={microbatches} of "

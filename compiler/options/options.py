@@ -9,6 +9,7 @@ import torch
 
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
+from . import checks
 from .arguments import REPLICAS, STAGES, Arguments, Options
 from .checks import ZERO
 from .declaration import declarations_of
@@ -38,6 +39,11 @@ class CompileOptions(Options):
         for option in declarations_of(type(self)).values():
             option.check_value(getattr(self, option.name))
         self._check_pin()
+        if self.n_stages * self.dp > checks.MOST:
+            raise OptionError(
+                f"n_stages={self.n_stages} × dp={self.dp} are {self.n_stages * self.dp} ranks, "
+                f"and there can be at most {checks.MOST}"
+            )
         if self.costs == "profile" and self.hardware is not None:
             raise OptionError(
                 'costs="profile" measures the device at hand: hardware= has no effect beside it'
@@ -54,7 +60,7 @@ class CompileOptions(Options):
 
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():
-            if not isinstance(stage, int) or not 0 <= stage < self.n_stages:
+            if not 0 <= stage < self.n_stages:
                 raise OptionError(
                     f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.n_stages - 1}"
                 )

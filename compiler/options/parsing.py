@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..ir.errors import OptionError
+from . import checks
 
 AUTO = "auto"
 AS_IT_IS = "as it is"  # a plan's text for precision=None
@@ -32,13 +33,15 @@ def parse_bytes(given: int | str, name: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """A whole number above 0, or OptionError."""
+    """A whole number from 1 to `MOST`, or OptionError."""
     try:
         number = int(text)
     except ValueError:
         number = 0
     if number < 1:
         raise OptionError(f"{text!r} is not a whole number above 0")
+    if number > checks.MOST:
+        raise OptionError(f"{text!r} is more than {checks.MOST}")
     return number
 
 

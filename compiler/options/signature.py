@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from ..ir.errors import OptionError
@@ -35,7 +35,7 @@ def takes(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
     def with_parameters(function: Callable[[A], R]) -> Callable[P, R]:
         @functools.wraps(function, assigned=("__module__", "__name__", "__qualname__"))
         def call(*args: P.args, **given: P.kwargs) -> R:
-            refuse_unknown(given, signature.parameters)
+            _refuse_unknown(signature, args, given)
             try:
                 signature.bind(*args, **given)
             except TypeError as error:
@@ -72,11 +72,23 @@ def described(arguments: type) -> str:
     return "\n".join(paragraphs)
 
 
-def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises OptionError for a name that is none of those that are known."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise OptionError(f"unknown option {name!r}: {hint}")
+def _refuse_unknown(
+    signature: inspect.Signature, args: tuple[Any, ...], given: Mapping[str, Any]
+) -> None:
+    """Raises OptionError for names that no parameter has; it also says which one is missing."""
+    known = list(signature.parameters)
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    close = [difflib.get_close_matches(name, known, 1) for name in unknown]
+    meant = [
+        f"{name!r}: did you mean {c[0]!r}?" for name, c in zip(unknown, close, strict=True) if c
+    ]
+    strange = [repr(name) for name, c in zip(unknown, close, strict=True) if not c]
+    if strange:
+        meant.append(f"{', '.join(strange)}: known are {', '.join(known)}")
+    said = f"unknown option{'s' * (len(unknown) > 1)} {' '.join(meant)}"
+    taken = known[: len(args)] + list(given) + [name for c in close for name in c]
+    needed = [n for n, p in signature.parameters.items() if p.default is p.empty]
+    missing = [repr(name) for name in needed if name not in taken]
+    raise OptionError(said + (f"; {', '.join(missing)} is missing" if missing else ""))

@@ -23,7 +23,7 @@ def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"device={wanted!r} is not a device: use 'cpu' or 'cuda'") from error
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")

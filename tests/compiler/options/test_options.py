@@ -114,6 +114,13 @@ def test_names_and_places() -> None:
     ("arguments", "options", "kind", "message"),
     [
         ((), {"stages": 2}, errors.OptionError, "unknown option 'stages': did you mean 'n_stages'"),
+        ((), {"flavour": 2}, errors.OptionError, "'flavour': known are .*; 'n_stages' is missing"),
+        (
+            (2,),
+            {"stages": 2, "foo": 3},
+            errors.OptionError,
+            "options 'stages': .* 'foo': known are",
+        ),
         ((2,), {"flavour": 2}, errors.OptionError, "'flavour': known are model, n_stages, dp, dev"),
         ((), {}, TypeError, r"compile\(\): missing a required argument: 'n_stages'"),
         ((2, 1, 4), {}, TypeError, r"compile\(\): too many positional arguments"),
@@ -125,6 +132,12 @@ def test_calls_that_do_not_fit(
 ) -> None:
     with pytest.raises(kind, match=message):
         pipecompile.compile(nn.Linear(2, 2), *arguments, **options)
+
+
+@pytest.mark.parametrize("flag", ["--stages", "--dp", "--microbatches", "--devices"])
+def test_a_flag_of_a_billion(flag: str) -> None:
+    with pytest.raises(errors.OptionError, match=f"{flag}: '1000000000' is more than 65536"):
+        make_parser().parse_args(["inspect", "hf:gpt2", flag, "1000000000"])
 
 
 @pytest.mark.parametrize("name", ["dp", "time_limit_s", "zero", "schedule", "n_stages"])
