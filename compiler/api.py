@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from .capture.refusals import check_model
 from .ir.errors import OptionError
 from .options.arguments import Arguments
 from .options.declaration import declarations_of
@@ -39,9 +38,7 @@ def compile(arguments: Arguments) -> Pipeline:
             at the first batch or with ``example_batch``.
     """
     options = CompileOptions.of(arguments)
-    if not isinstance(arguments.model, nn.Module):
-        kind = type(arguments.model).__name__
-        raise OptionError(f"model is a {kind}: give a torch.nn.Module")
+    check_model(arguments.model)
     from ..runtime.start import start, start_best
 
     if arguments.n_stages != AUTO:

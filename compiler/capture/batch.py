@@ -94,6 +94,8 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
     constants: list[tuple[int, Any]] = []
     for position, (path, value) in enumerate(paths):
         if isinstance(value, torch.Tensor):
+            if value.is_nested or value.layout is not torch.strided:
+                raise BatchError(f"the batch's {_name(path)!r} is sparse or nested: give it dense")
             values.append(value)
             leaves.append(Leaf(_name(path), tuple(value.shape), value.dtype))
         else:

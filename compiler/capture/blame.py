@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..effects.code import is_foreign
-from ..ir.errors import CaptureError, PipecompileError
+from ..ir.errors import BatchError, CaptureError, PipecompileError
 from ..ir.graph import module_path, tensors
 
 _OTHERWISE = (
@@ -53,8 +53,14 @@ def _trace_line(node: fx.Node) -> str:
     return found
 
 
-def explain(error: Exception, model: str, module: str, line: str = "") -> PipecompileError:
-    """The user's own mistake if one is in the chain, else what failed, where, and what to do."""
+def explain(
+    error: Exception, model: str, module: str, line: str = "", given: str = ""
+) -> PipecompileError:
+    """The user's own mistake if one is in the chain, else what failed, where, and what to do.
+
+    Args:
+        given: the batch and its dtypes, which may be to blame.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         if cause in chain:
@@ -69,6 +75,11 @@ def explain(error: Exception, model: str, module: str, line: str = "") -> Pipeco
     if "Unexpected fake buffer" in str(error):
         advice = "forward reads .data of a parameter or buffer: use .detach()"
     first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
+    if given and re.search(r"dtype|scalar type|Input type", first_line):
+        return BatchError(
+            f"{model} does not take the batch {given}: module {module or '(the model itself)'!r} "
+            f"refuses a dtype ({first_line}): convert that leaf with .to()"
+        )
     return CaptureError(
         f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
         f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})"

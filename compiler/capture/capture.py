@@ -17,6 +17,7 @@ from .calling import Call, LossFn, bind, not_taken
 from .exporting import Results, Traced, exported, tracing
 from .joint import differentiated
 from .outputs import Output, outputs_of
+from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
 
 ForwardPass = Callable[[fx.GraphModule, Sequence[torch.Tensor]], str]
@@ -119,6 +120,7 @@ def _capture(
         raise LossError(
             "the loss has no gradient once captured: a part of forward runs without gradients"
         )
+    check_operands(captured.graph, spec)
     _check_leaves(captured.graph, spec, function.call, type(skeleton.module).__name__)
     return captured
 

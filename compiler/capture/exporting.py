@@ -124,7 +124,8 @@ def _exported(
         try:
             program = torch.export.export(function, leaves, strict=False)
         except Exception as error:
-            raise explain(error, type(model).__name__, where()) from error
+            given = _described(model, where(), function.spec)
+            raise explain(error, type(model).__name__, where(), given=given) from error
     traced = program.module(check_guards=False)
     restore_functions(traced, calls)
     return traced, results[-1]
@@ -139,6 +140,12 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for part, attributes in before:
             vars(part).update(attributes)
+
+
+def _described(model: nn.Module, module: str, spec: BatchSpec) -> str:
+    """The batch that a module failed on, and the dtype that it may have expected."""
+    param = next(model.get_submodule(module).parameters(), None)
+    return f"({spec})" if param is None else f"({spec}), with parameters in {param.dtype}"
 
 
 def _autocast(

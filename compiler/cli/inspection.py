@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..capture.batch import BatchSpec, flatten
+from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
 from ..costs.simulate import Timeline
 from ..driver.auto import Trial, choose_stages
@@ -47,6 +48,7 @@ def inspect(request: Request) -> Inspection:
     prepare(request.options.dump_dir)
     subject = load(request.spec, request.model)
     options = replace(request.options, loss_fn=subject.loss_fn)
+    check_model(subject.model)
     _, whole = flatten(subject.batch)
     skeleton = skeleton_of(subject.model, HOST, options.dtypes)
     trials: tuple[Trial, ...] = ()
