@@ -1,7 +1,8 @@
-"""The user's optimizer over this process's parameters, and clipping by the global norm."""
+"""The user's optimizer over this process's parameters, its scheduler, and clipping by the norm."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -47,6 +48,40 @@ def make_optimizer(
             "parameters and returns a torch.optim.Optimizer"
         )
     return optimizer
+
+
+def make_scheduler(
+    factory: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer
+) -> Any:
+    """Call the factory with the optimizer.
+
+    Raises:
+        OptionError: it returned no scheduler, or one of another optimizer.
+    """
+    scheduler = factory(optimizer)
+    if not callable(getattr(scheduler, "step", None)) or isinstance(scheduler, type):
+        kind = "None" if scheduler is None else f"a {type(scheduler).__name__}"
+        raise OptionError(
+            f"lr_scheduler= returned {kind}: give a function that takes the optimizer and returns "
+            "its scheduler, such as functools.partial(LambdaLR, lr_lambda=...)"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise OptionError(
+            "lr_scheduler= returned the scheduler of another optimizer, which would have no "
+            "effect: make one of the optimizer that it is given"
+        )
+    return scheduler
+
+
+def steps_alone(scheduler: Any) -> bool:
+    """Whether ``step()`` needs no argument: that of `ReduceLROnPlateau` needs a metric."""
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError:
+        return False
+    except ValueError:  # of a built-in, which does not say
+        return True
+    return True
 
 
 def clip_gradients(

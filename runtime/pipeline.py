@@ -26,6 +26,7 @@ from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Request
 from .loss_scaler import LossScaler
+from .optimizer import steps_alone
 from .session import Loaded, Session
 from .state import state_dict as state_dicts
 from .weights.materialize import Source, source_of
@@ -128,8 +129,9 @@ class Pipeline:
         if self._options.max_grad_norm is not None:
             self.clip_grad_norm_(self._options.max_grad_norm)
         self.optimizer.step()
-        if self._require().scheduler is not None:
-            self._require().scheduler.step()
+        scheduler = self._require().scheduler
+        if scheduler is not None and steps_alone(scheduler):
+            scheduler.step()
         self.zero_grad()
         return loss
 
@@ -170,6 +172,18 @@ class Pipeline:
         if optimizer is None:
             raise OptionError("compile() was given no optimizer")
         return optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """What ``lr_scheduler=`` returned.
+
+        Where its ``step`` needs a metric, as `ReduceLROnPlateau`'s does, `Pipeline.step` leaves
+        it to you: call it with the same metric on every rank.
+        """
+        scheduler = self._require().scheduler
+        if scheduler is None:
+            raise OptionError("compile() was given no lr_scheduler")
+        return scheduler
 
     # -- evaluation -------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..compiler.options.options import CompileOptions
 from .executor import Executor, Job, drive
 from .loader import Request
 from .loss_scaler import LossScaler
-from .optimizer import clip_gradients, make_optimizer
+from .optimizer import clip_gradients, make_optimizer, make_scheduler
 from .state.accumulation import Accumulation
 from .state.buffers import LatestBuffers
 from .state.model_state import ModelState
@@ -60,7 +60,7 @@ class Session:
     Raises:
         StateError: a tensor has no values; on every rank.
         RankMismatchError: ranks have other values of what several hold.
-        OptionError: the optimizer's factory does not fit.
+        OptionError: the optimizer's or scheduler's factory does not fit.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Session:
         if scaler is not None:
             self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())
         if options.lr_scheduler is not None:
-            self.scheduler = options.lr_scheduler(self.optimizer)
+            self.scheduler = make_scheduler(options.lr_scheduler, self.optimizer)
 
     @property
     def first(self) -> Compiled:

@@ -17,6 +17,7 @@ from torch import nn
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 X = torch.randn(4, 8)
+OTHERS = torch.optim.lr_scheduler.StepLR(SGD([nn.Parameter(X)]), 1)
 
 
 class Tiny(nn.Module):
@@ -112,6 +113,9 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
         ({"device": "abacus"}, "device='abacus' is not a device"),
         ({"device": "meta"}, "runs on 'cpu' and 'cuda'"),
         ({"optimizer": lambda params: 3}, "optimizer= returned a int"),
+        ({"optimizer": SGD, "lr_scheduler": lambda _: None}, "lr_scheduler= returned None: give"),
+        ({"optimizer": SGD, "lr_scheduler": lambda _: 3}, "lr_scheduler= returned a int: give a"),
+        ({"optimizer": SGD, "lr_scheduler": lambda _: OTHERS}, "the scheduler of another optimiz"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:

@@ -117,6 +117,7 @@ class Options:
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = option(
         None,
         help="called with the optimizer; `step` steps what it returns",
+        more="One whose ``step`` needs a metric is yours to step: ``pipe.lr_scheduler``.",
         check=callable_or("give a function that takes the optimizer and returns its scheduler"),
         compared=whether_given,
     )

@@ -100,11 +100,13 @@ class Restore:
                 f"the {len(saved)} stages were saved with different LR schedulers: load them with "
                 f"n_stages={len(saved)}, or make the same parameter groups on every stage"
             )
-        state, groups = tree.decode(chosen), len(scheduler.optimizer.param_groups)
-        if len(state.get("base_lrs", range(groups))) != groups:
+        assert self._training.optimizer is not None
+        state, groups = tree.decode(chosen), len(self._training.optimizer.param_groups)
+        rates = state.get("base_lrs", state.get("min_lrs", range(groups)))
+        if len(rates) != groups:
             raise CheckpointError(
-                f"the LR scheduler was saved with {len(state['base_lrs'])} parameter groups and "
-                f"this stage has {groups}: make the same groups on every stage, empty or not"
+                f"the LR scheduler was saved with {len(rates)} parameter groups and this stage "
+                f"has {groups}: make the same groups on every stage, empty or not"
             )
         self._pending.append(partial(scheduler.load_state_dict, state))
 
