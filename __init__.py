@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import errors
     from .compiler.api import compile
     from .compiler.costs.hardware import Device
-    from .compiler.ir import errors
     from .compiler.ir.precision import LossScale, Precision
     from .compiler.plan.plan import Plan
     from .runtime.pipeline import Pipeline
@@ -43,7 +43,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
-        return importlib.import_module(f"{__name__}.compiler.ir.errors")
+        return importlib.import_module(f"{__name__}.errors")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

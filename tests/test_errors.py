@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -121,6 +122,14 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
 def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.OptionError, match=message):
         compile_(**options)
+
+
+def test_the_errors_are_a_module_with_the_same_classes() -> None:
+    module = importlib.import_module("pipecompile.errors")
+    home = importlib.import_module("pipecompile.compiler.ir.errors")
+    assert pipecompile.errors is errors is module
+    kinds = {name: kind for name, kind in vars(home).items() if isinstance(kind, type)}
+    assert {name: getattr(module, name) for name in kinds} == kinds
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
