@@ -187,10 +187,9 @@ def test_batches_that_the_model_does_not_take(batch: Any, message: str) -> None:
         compile_(example_batch=batch)
 
 
-def test_a_key_that_only_kwargs_swallow() -> None:
-    batch = models.tokens(2) | {"label": torch.ones(2)}
-    with pytest.raises(errors.BatchError, match="does not take the batch's 'label'"):
-        compile_(models.gpt2(), example_batch=batch)
+def test_a_key_that_nobody_reads() -> None:
+    with pytest.raises(errors.BatchError, match="neither Tiny nor loss_fn reads the batch's 'y'"):
+        compile_(example_batch={"x": X, "y": X}, loss_fn=lambda output, _: output)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,21 @@ pytree is torch's own container traversal. It has no public name, so this file i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import BatchError
+
+_NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
+"""Equal to themselves alone, and the same whenever they are seen."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Leaf:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchSpec:
     """Structure of a batch without its data; hashable, so that programs can be kept by it.
 
@@ -74,8 +81,19 @@ class BatchSpec:
     def __str__(self) -> str:
         return ", ".join(str(leaf) for leaf in self.leaves)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BatchSpec) and self._key == other._key and self.tree == other.tree
+
     def __hash__(self) -> int:
-        return hash((self.leaves, repr(self.constants)))
+        return hash(self._key)
+
+    def described(self) -> str:
+        """With its constants: the same text in every process."""
+        return f"{self} {re.sub(' at 0x[0-9a-f]+', '', repr(self.constants))}"
+
+    @property
+    def _key(self) -> Hashable:
+        return self.leaves, tuple((i, _identity(value)) for i, value in self.constants)
 
 
 def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
@@ -99,6 +117,7 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
             values.append(value)
             leaves.append(Leaf(_name(path), tuple(value.shape), value.dtype))
         else:
+            _check_constant(_name(path), value)
             constants.append((position, value))
     if not any(leaf.shape for leaf in leaves):
         raise BatchError(
@@ -113,6 +132,26 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
             f"{odd.name!r} has {odd.shape[0]} rows, the first leaf {spec.rows}"
         )
     return values, spec
+
+
+def _check_constant(name: str, value: Any) -> None:
+    """Raises BatchError for a value of which nobody can tell whether it is another one."""
+    kind: Any = type(value)
+    try:
+        known = isinstance(hash(value), int) and bool(value == value) in (True, False)
+    except (TypeError, ValueError):
+        known = False
+    changes = kind.__eq__ is object.__eq__ and hasattr(value, "__dict__")
+    if not known or (changes and not isinstance(value, _NAMED)):
+        raise BatchError(
+            f"the batch's {name!r} is a {kind.__name__}, which cannot be told from that of another "
+            "batch: give tensors (torch.from_numpy), numbers or texts"
+        )
+
+
+def _identity(value: Any) -> Hashable:
+    """Equal where a model does the same: not for 1 and True, nor for 0.0 and -0.0."""
+    return type(value), repr(value) if isinstance(value, Number) else value
 
 
 def cut(values: Sequence[torch.Tensor], parts: int) -> list[list[torch.Tensor]]:

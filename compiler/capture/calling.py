@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import BatchError, LossError
+from . import batch as batches
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -22,7 +23,8 @@ class Call:
     Attributes:
         keys: for a dict, the keys passed by name; else None.
         count: for a tuple, how many leading items are passed by position.
-        doubtful: keys that only a ``**kwargs`` could take: the graph tells whether it does.
+        doubtful: keys of tensors that forward does not name: for ``loss_fn``, or else for a
+            ``**kwargs``. The graph tells whether they are used.
     """
 
     keys: tuple[str, ...] | None
@@ -40,8 +42,9 @@ class Call:
 def bind(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Call:
     """Decide how to call the model with a batch.
 
-    Without ``loss_fn`` the model gets all of the batch. With it, keys that forward does not
-    name are for ``loss_fn`` alone, and so are the items of a tuple beyond what forward takes.
+    Without ``loss_fn`` the model gets all of the batch. With it, tensors that forward does not
+    name are for ``loss_fn`` alone, and so are the items of a tuple beyond what forward takes; what
+    is no tensor goes into a ``**kwargs`` too, as nobody can see who reads it.
 
     Raises:
         BatchError: a key or an item that forward does not take, or a tuple that could be
@@ -89,19 +92,22 @@ def _bind_keys(
         raise BatchError(
             f"{name}.forward needs {_listed(missing)}, and the batch holds {_listed(batch)}"
         )
+    swallows = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    doubtful = tuple(key for key in other if _has_tensors(batch[key]))
     if loss_fn is not None:
-        return Call(known, 0, other)
-    if other and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise BatchError(not_taken(name, other, accepted))
-    return Call((*known, *other), 0, other)
+        plain = tuple(key for key in other if swallows and key not in doubtful)
+        return Call((*known, *plain), 0, doubtful)
+    if other and not swallows:
+        raise BatchError(
+            f"{name} does not take the batch's {_listed(other)}; it takes {_listed(accepted)}: "
+            "drop the key, or give loss_fn= if it is for the loss"
+        )
+    return Call((*known, *other), 0, doubtful)
 
 
-def not_taken(name: str, keys: Sequence[str], accepted: Sequence[str] = ()) -> str:
-    takes = f"; it takes {_listed(accepted)}" if accepted else ""
-    return (
-        f"{name} does not take the batch's {_listed(keys)}{takes}: drop the key, "
-        "or give loss_fn= if it is for the loss"
-    )
+def _has_tensors(value: Any) -> bool:
+    leaves, _ = batches.flatten_arguments(value)
+    return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
 def find_loss(output: Any, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError
 from ..ir.graph import JointGraph, storage_root
 from .batch import BatchSpec
 from .blame import data_dependent, explain
-from .calling import Call, LossFn, bind, not_taken
+from .calling import LossFn, bind
 from .exporting import Results, Traced, exported, tracing
 from .joint import differentiated
 from .outputs import Output, outputs_of
@@ -121,7 +122,7 @@ def _capture(
             "the loss has no gradient once captured: a part of forward runs without gradients"
         )
     check_operands(captured.graph, spec)
-    _check_leaves(captured.graph, spec, function.call, type(skeleton.module).__name__)
+    _check_leaves(captured.graph, spec, function, type(skeleton.module).__name__)
     return captured
 
 
@@ -170,18 +171,22 @@ def _differentiated(
     return Captured(graph, results.rebuild, notes=notes)
 
 
-def _check_leaves(graph: JointGraph, spec: BatchSpec, call: Call, name: str) -> None:
+def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:
+    """Whether somebody reads what forward does not name."""
     used = {i for i, node in graph.inputs.items() if any(not _is_output(u) for u in node.users)}
     used |= {i for i, node in graph.inputs.items() if storage_root(node) in graph.results}
     unused = [
         key
-        for key in call.doubtful
+        for key in function.call.doubtful
         if not any(
             leaf.name.split(".")[0] == key and i in used for i, leaf in enumerate(spec.leaves)
         )
     ]
-    if unused:
-        raise BatchError(not_taken(name, unused))
+    names = ", ".join(map(repr, unused))
+    if unused and function.loss_fn is not None:
+        raise BatchError(f"neither {name} nor loss_fn reads the batch's {names}: drop the key")
+    if unused:  # as untraced, but not silently
+        warnings.warn(f"{name} takes {names} as **kwargs and reads none of it", stacklevel=2)
 
 
 def _is_output(node: fx.Node) -> bool:

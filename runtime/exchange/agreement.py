@@ -75,7 +75,7 @@ class Agreement:
         """
         if not self._mesh.distributed:
             return
-        text = f"{mode} {spec} {spec.constants!r}"
+        text = f"{mode} {spec.described()}"
         number = _number(f"{text} {microbatches}")
         data = _number(" ".join(digest(sample(value)) for value in values))
         mine = torch.tensor([number, data])
