@@ -7,15 +7,18 @@ blocks in the transport instead.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
 
 from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
-from ..compiler.ir.errors import VerificationError
-from ..compiler.ir.program import Message, PipelineProgram, Role
+from ..compiler.ir.errors import BatchError, VerificationError
+from ..compiler.ir.graph import module_of
+from ..compiler.ir.program import Message, PipelineProgram, Program, Role
 from .binding import BoundStage
 from .exchange import wire
 from .exchange.transport import Pending, Run
@@ -138,7 +141,10 @@ class Executor:
             arguments[bound.seed] = job.seeds[index]
         for name in bound.drops:
             del values[name]
-        made = bound.program.module.forward(arguments)
+        try:
+            made = bound.program.module.forward(arguments)
+        except (IndexError, RuntimeError) as error:
+            raise self._explained(error, bound.program) from error
         for port, value in zip(bound.program.outputs, made, strict=True):
             if port.role is Role.VALUE:
                 values[str(port.key)] = value
@@ -150,6 +156,21 @@ class Executor:
                 job.results[index][int(port.key)] = value
             elif port.role is Role.BUFFER:
                 self.state.buffers[str(port.key)].copy_(value)
+
+    def _explained(self, error: Exception, program: Program) -> Exception:
+        """An operator's error with its place; where a batch is to blame, as an error of its."""
+        node = program.node_of(error)
+        where = f"rank {self.state.rank}, {self.current}"
+        if node is not None:
+            module = f"module {module_of(node)!r}" if module_of(node) else "the model or loss_fn"
+            where += f", {module} ({node.target})"
+        if isinstance(error, IndexError) or re.search(r"out of (bounds|range)", str(error)):
+            return BatchError(
+                f"{where}: a token id, a label or another index in the batch is out of range for "
+                f"{_table(node)}: {error}"
+            )
+        error.add_note(f"in {where}")
+        return error
 
     # -- values between stages --------------------------------------------------------------
 
@@ -200,6 +221,13 @@ class Executor:
             yield from grads.reduce(self.leaving[stage], last)
         elif kind is Kind.UNSHARD and self.state.shards is not None:
             self.state.shards.unshard(stage)
+
+
+def _table(node: fx.Node | None) -> str:
+    """What an operator's first operand is, where indices into it are refused."""
+    first = node.args[0] if node is not None and node.args else None
+    value = first.meta.get("val") if isinstance(first, fx.Node) else None
+    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"
 
 
 def drive(runs: Iterable[Run], progress: Callable[[], int]) -> None:

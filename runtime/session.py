@@ -125,7 +125,7 @@ class Session:
         self.state.spread()
         self._catch_up(loaded)
         runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
-        with _kept_generators(loaded):
+        with self._abandoned_if_it_fails(), _kept_generators(loaded):
             drive(runs, self._world.transport.progress)
             self._world.transport.flush()
         updated = self.buffers.update(loaded.compiled.program)
@@ -133,6 +133,19 @@ class Session:
             if other is not loaded:
                 other.stale.update(updated)
         self._at_work = None
+
+    @contextlib.contextmanager
+    def _abandoned_if_it_fails(self) -> Iterator[None]:
+        """A run that fails leaves no gradients and, in one process, nothing else behind."""
+        try:
+            yield
+        except BaseException:
+            self._world.transport.abandon()
+            for state in self.state.ranks.values():
+                state.grads.abandon()
+            self._sums.drop()
+            self._at_work = None
+            raise
 
     def _catch_up(self, loaded: Loaded) -> None:
         """With what other graphs have done to the buffers that this one reads."""

@@ -10,6 +10,7 @@ timed node by node.
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -68,6 +69,15 @@ class Program:
     def prepare(self) -> None:
         """Write and compile its Python now, not in the midst of its first run."""
         _LazyGraphModule.force_recompile(self.module)
+
+    def node_of(self, error: BaseException) -> fx.Node | None:
+        """The node whose line raised an error: each has one, which begins with its name."""
+        nodes: dict[str, fx.Node] = {node.name: node for node in self.module.graph.nodes}
+        for frame in traceback.extract_tb(error.__traceback__):
+            name = (frame.line or "").partition("=")[0].strip()
+            if frame.filename.startswith("<") and name in nodes:
+                return nodes[name]
+        return None
 
     def text(self) -> str:
         """The program as Python, under a comment that names its arguments and results."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ...compiler.costs import memory
+from ...compiler.ir.errors import PeerFailedError
 from ...compiler.ir.program import ValueSpec
 from . import wire
 from .mesh import Mesh
@@ -138,13 +139,22 @@ class Processes:
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
         self.group = groups[mesh.position_of(mesh.rank)]
         self.channels: dict[tuple[int, int, int], dist.ProcessGroup] = {}
+        self.abandoned = False
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """On CUDA, one communicator per channel and pair of ranks, so that none blocks another.
 
         A communicator's first use waits for the other end, so each is used once here, all in
         the same order on every rank.
+
+        Raises:
+            PeerFailedError: a run failed before.
         """
+        if self.abandoned:
+            raise PeerFailedError(
+                "a run has failed before, and what its ranks sent is still under way: start the "
+                "processes again, from a checkpoint"
+            )
         if self.device.type != "cuda":
             return
         for src_stage, dst_stage in sorted(set(routes)):
@@ -226,6 +236,10 @@ class Processes:
 
     def progress(self) -> int:
         return 0
+
+    def abandon(self) -> None:
+        """What has left cannot be called back: nothing is sent or received after it."""
+        self.abandoned = True
 
     def flush(self) -> None:
         self.outbox.flush()

@@ -98,6 +98,9 @@ class WholeGradients(Bucket):
         for tensor in self._owned():
             tensor.zero_()
 
+    def abandon(self) -> None:
+        """Forget what a run that failed has made and nobody has taken."""
+
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether no gradient is infinite or NaN."""
@@ -251,6 +254,9 @@ class SharedGradients(WholeGradients):
 
     def reduce(self, departures: Departures, last: bool) -> Run:
         yield from ()
+
+    def abandon(self) -> None:
+        self._made.clear()
 
     def _add(self, brought: list[list[tuple[str, torch.Tensor]]]) -> None:
         for grads in zip(*brought, strict=True):

@@ -159,11 +159,13 @@ import pipecompile
 rank, how = int(os.environ["RANK"]), sys.argv[1]
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-pipe = pipecompile.compile(
-    model, 2, microbatches=4, optimizer=torch.optim.SGD, loss_fn=lambda out, _: out.square().mean()
-)
-batch = torch.ones(8, 4)
+def loss_fn(out, batch):
+    return torch.nn.functional.cross_entropy(out, batch["label"])
+pipe = pipecompile.compile(model, 2, microbatches=4, optimizer=torch.optim.SGD, loss_fn=loss_fn)
+batch = {"input": torch.ones(8, 4), "label": torch.ones(8, dtype=torch.long)}
 pipe.step(batch)
+if how == "label":
+    batch["label"] += 3
 if how in ("inside", "caught") and rank == 1:
     executor = next(iter(pipe._session.loaded.values())).executors[1]
     def boom(*_):
@@ -191,6 +193,11 @@ print("finished", rank)
             marks=pytest.mark.slow,
         ),
         ("caught", "ArithmeticError: the second stage is out of numbers"),
+        pytest.param(
+            "label",
+            "BatchError: rank 1, 1F0, the model or loss_fn (aten.nll_loss_forward.default): a tok",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, cause: str) -> None:
