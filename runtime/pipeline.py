@@ -128,10 +128,11 @@ class Pipeline:
             return loss
         if self._options.max_grad_norm is not None:
             self.clip_grad_norm_(self._options.max_grad_norm)
-        self.optimizer.step()
-        scheduler = self._require().scheduler
-        if scheduler is not None and steps_alone(scheduler):
-            scheduler.step()
+        with self._world.plain():
+            self.optimizer.step()
+            scheduler = self._require().scheduler
+            if scheduler is not None and steps_alone(scheduler):
+                scheduler.step()
         self.zero_grad()
         return loss
 
@@ -237,8 +238,9 @@ class Pipeline:
             StateError: names or shapes differ; nothing has been changed then.
         """
         session = self._require()
-        state_dicts.load(session.state, state_dict)
-        session.refresh()
+        with self._world.plain():
+            state_dicts.load(session.state, state_dict)
+            session.refresh()
 
     # -- checkpoints ------------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, device_of, target_of
-from .exchange.mesh import connect, make_mesh, world_size
+from .exchange.mesh import Mesh, connect, make_mesh, world_size
 from .exchange.ranks import Ranks
 from .pipeline import Pipeline
 from .weights.weight_files import WeightFiles
+from .world import plain_torch
 
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
@@ -29,7 +30,8 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     options.check_zero()
     mesh = make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
-    return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)
+    with plain_torch(device):
+        return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)
 
 
 def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -> Pipeline:
@@ -43,6 +45,11 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
         raise OptionError('n_stages="auto" needs devices=, as this process sees no GPUs')
     mesh = make_mesh(count, 1)
     device = choose_device(options.device, mesh)
+    with plain_torch(device):
+        return _best(model, options, mesh, device)
+
+
+def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.device) -> Pipeline:
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device, options.dtypes)
     agreement = Agreement(mesh, device)
@@ -61,7 +68,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
         return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches)
 
     team = Ranks(mesh, agreement, model, options)
-    best, trials = team.share(lambda: choose_stages(count, build))
+    best, trials = team.share(lambda: choose_stages(mesh.size, build))
     chosen = replace(
         options,
         n_stages=best.n_stages,

@@ -22,6 +22,31 @@ from .exchange.processes import Processes
 from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
 
+
+@contextlib.contextmanager
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """Work without autograd, and without what the caller may have switched on around it.
+
+    What is made here is trained later, so it must not belong to `torch.inference_mode`.
+
+    Raises:
+        OptionError: torch.autocast, or another default device, is active: models obey both.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise OptionError(
+            "torch.autocast is active around the pipeline, where it has no part: leave it out, "
+            'and give compile() precision="bf16" or "fp16"'
+        )
+    default = torch.get_default_device()
+    if default.type not in ("cpu", device.type):
+        raise OptionError(
+            f"torch.device({str(default)!r}) is active around a pipeline on {device.type!r}: build "
+            "the model in it, and call the pipeline outside"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 _numbers = itertools.count()
 """Numbers the pipelines of this process; all ranks make them in the same order."""
 
@@ -54,6 +79,7 @@ class World:
         self.mesh, self._device = mesh, device
         self._here = device_of(mesh.local_ranks[0], device, mesh)
         self._watchdog: Watchdog | None = None
+        self._default_dtype: torch.dtype | None = None  # of what programs make
         connect(mesh, self._here)
         self.agreement = Agreement(mesh, device)
         self.agreement.check_options(options)
@@ -91,18 +117,24 @@ class World:
         profiler = Profiler(self._here, default_cache_dir(), beside=beside)
         return replace(target, spec=spec, profiler=profiler)
 
+    def plain(self) -> contextlib.AbstractContextManager[None]:
+        """`plain_torch` for this device."""
+        return plain_torch(self._device)
+
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Work without autograd in which a failure of any rank is a failure of all.
+        """Work, as `plain_torch` has it, in which a failure of any rank is a failure of all.
 
         Raises:
-            OptionError: torch.autocast is active.
+            OptionError: the default dtype is another one than in the first call.
         """
-        if torch.is_autocast_enabled(self._device.type):
-            raise OptionError(
-                "torch.autocast is active around the pipeline, where it has no part: leave it out, "
-                'and give compile() precision="bf16" or "fp16"'
-            )
         guard = self._watchdog.guard() if self._watchdog else contextlib.nullcontext()
-        with guard, torch.no_grad():
+        with guard, self.plain():
+            dtype = torch.get_default_dtype()
+            if self._default_dtype not in (None, dtype):
+                raise OptionError(
+                    f"torch's default dtype is {dtype} and was {self._default_dtype} when the "
+                    "pipeline was compiled: call torch.set_default_dtype before, and leave it"
+                )
+            self._default_dtype = dtype
             yield

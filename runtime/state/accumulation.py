@@ -125,13 +125,13 @@ def squares(grad: torch.Tensor, dp: int) -> list[float]:
     They are the same numbers whether one process has all rows or each has its own.
     """
     if not grad.dim():
-        return [float(grad.double().square())]
+        return [own_squares(grad)]
     return [own_squares(rows_of(grad, dp, replica)) for replica in range(dp)]
 
 
 def own_squares(rows: torch.Tensor) -> float:
     """The sum of the squares in fp64, without a second copy of all of them."""
-    flat = rows.reshape(-1)
+    flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(-1)
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
         total += piece.double().square_().sum()

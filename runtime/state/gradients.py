@@ -104,7 +104,8 @@ class WholeGradients(Bucket):
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether no gradient is infinite or NaN."""
-        ends = [end for tensor in self._owned() if tensor.numel() for end in torch.aminmax(tensor)]
+        owned = (torch.view_as_real(t) if t.is_complex() else t for t in self._owned())
+        ends = [end for tensor in owned if tensor.numel() for end in torch.aminmax(tensor)]
         return all(bool(torch.isfinite(end)) for end in ends)
 
     def _owned(self) -> list[torch.Tensor]:
