@@ -1,4 +1,8 @@
-"""The user's optimizer over this process's parameters, its scheduler, and clipping by the norm."""
+"""The user's optimizer over this process's parameters, its scheduler, and clipping by the norm.
+
+In which order torch takes the dtypes of a model only it knows; `_group_tensors_by_device_and_dtype`
+has no public name, so this file is its home.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from ..compiler.ir.errors import OptionError
 from .elementwise import check_elementwise
@@ -92,9 +97,9 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Clip by the 2-norm over all stages, in `torch.nn.utils.clip_grad_norm_`'s arithmetic.
 
-    The norm of the norms is taken over all parameters in the model's order, so that it has the
-    same bits however the model is divided. Where replicas divide the gradients it is that of all
-    elements, summed in fp64.
+    The norm of the norms is taken over all parameters in the model's order, dtype by dtype as torch
+    takes them, so that it has the same bits however the model is divided. Where replicas divide
+    the gradients it is that of all elements, summed in fp64.
 
     Args:
         order: all parameter FQNs, in the model's order.
@@ -116,12 +121,21 @@ def clip_gradients(
 def _whole_norm(
     state: ModelState, order: Sequence[str], agree: Callable[[Any], list[Any]]
 ) -> torch.Tensor:
-    mine = {name: torch.linalg.vector_norm(grad, 2.0) for name, grad in reported(state).items()}
-    everywhere: dict[str, torch.Tensor] = {}
-    for part in agree({name: norm.cpu() for name, norm in mine.items()}):
+    mine = {
+        name: (grad.dtype, torch.linalg.vector_norm(grad, 2.0).cpu())
+        for name, grad in reported(state).items()
+    }
+    everywhere: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+    for part in agree(mine):
         everywhere |= part
-    norms = [everywhere[name] for name in order if name in everywhere]
-    return torch.linalg.vector_norm(torch.stack(norms), 2.0) if norms else torch.zeros(())
+    found = [everywhere[name] for name in order if name in everywhere]
+    if not found:
+        return torch.zeros(())
+    likes: Any = [torch.empty(0, dtype=dtype, device=state.device) for dtype, _ in found]
+    groups = _group_tensors_by_device_and_dtype([likes], with_indices=True).values()
+    norms = [found[i][1] for _, places in groups for i in places]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    return total
 
 
 def _divided_norm(state: ModelState, agree: Callable[[Any], list[Any]]) -> torch.Tensor:

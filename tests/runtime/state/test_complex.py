@@ -14,7 +14,7 @@ from support import plain
 from torch import nn
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
-X = torch.randn(4, 8)
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Spectral(nn.Module):
@@ -50,6 +50,17 @@ def test_clipped_steps(options: dict[str, Any], exact: bool) -> None:
     assert plain.equal(found, expected) or not exact
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_norm_of_several_dtypes_is_that_of_torch(seed: int) -> None:
+    """It takes them dtype by dtype."""
+    torch.manual_seed(seed)
+    model, x = Spectral(), torch.randn(4, 8)
+    pipe = pipecompile.compile(copy.deepcopy(model), 2, microbatches=1)
+    model(x).loss.backward()
+    pipe.forward_backward(x)
+    assert pipe.clip_grad_norm_(0.5) == nn.utils.clip_grad_norm_(model.parameters(), 0.5)
 
 
 def test_loss_scaling_sees_what_is_not_finite() -> None:
