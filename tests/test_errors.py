@@ -306,13 +306,3 @@ def test_a_tied_weight_with_two_values() -> None:
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(errors.StateError, match="one tied tensor, with two values"):
         pipe.load_state_dict(state)
-
-
-def test_outputs_that_cannot_be_joined() -> None:
-    class Summing(Tiny):
-        def forward(self, x: torch.Tensor) -> Any:
-            return {"loss": super().forward(x), "sums": self.first(x).sum(0)[:5]}
-
-    pipe = compile_(Summing(), 1, microbatches=2)
-    with pytest.raises(errors.BatchError, match=r"shape \[5\].*microbatches=1"):
-        pipe.forward(X)
