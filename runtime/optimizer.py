@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from ..compiler.ir.errors import OptionError
-from .elementwise import check_elementwise
+from ..compiler.profiling.standins import called
 from .state.accumulation import reported, reported_squares
 from .state.model_state import ModelState
 
@@ -30,29 +29,12 @@ def make_optimizer(
     empty parameter, so that schedulers and loops work there too.
 
     Raises:
-        OptionError: the factory returned something else, or an optimizer that needs whole
-            parameters where replicas divide them.
+        OptionError: the factory returned something else.
     """
     named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
-    if state.zero.divides_states:
-        check_elementwise(factory, state.skeleton, [name for name, _ in named], state.zero.level)
     if not named:
         named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
-    try:
-        optimizer = factory(named)
-    except ValueError as error:
-        if "with/without names" in str(error):
-            raise OptionError(
-                "optimizer= made a parameter group of (name, parameter) pairs that is empty on "
-                "this stage, which torch refuses: put the parameters alone into the groups"
-            ) from error
-        raise
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise OptionError(
-            f"optimizer= returned a {type(optimizer).__name__}: give a factory that takes named "
-            "parameters and returns a torch.optim.Optimizer"
-        )
-    return optimizer
+    return called(factory, named)
 
 
 def make_scheduler(

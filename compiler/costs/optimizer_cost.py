@@ -70,7 +70,7 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
         return OptimizerMemory(states, *rest, exact=False)
 
 
-def _answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator; one that asks for the value of a fake tensor gets a number."""
     if func is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
         return _STEP if args[0].is_floating_point() else 1
@@ -80,7 +80,7 @@ def _answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
     named = _parameters(params)
     held = [t for p in named.values() for t in (p, p.grad) if t is not None]
-    with StorageMeter(_answering) as meter:
+    with StorageMeter(answering) as meter:
         optimizer = factory(list(named.items()))
         _choose_foreach(optimizer)
         optimizer.step()

@@ -68,7 +68,7 @@ def _tried(n_stages: int, dp: int, build: Callable[[int, int, int], Compiled]) -
             plan = build(n_stages, dp, finer).plan
         except MemoryBudgetError as error:
             reason = reason or " ".join(str(error).split())
-        except (BatchError, PartitionError) as error:
+        except (BatchError, PartitionError, OptionError) as error:
             reason = reason or " ".join(str(error).split())
             break
         else:

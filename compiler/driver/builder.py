@@ -26,11 +26,12 @@ from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning.target import Target
 from ..planning.team import Alone, Team
+from ..profiling.optimizer_trial import Verdict, try_optimizer
 from . import passes
 from .assembly import assemble, forward_passes, run
 from .closing import Closing
 from .compiled import Compiled, Mode
-from .deciding import Decided, Deciding
+from .deciding import Decided, Deciding, divisions
 from .layout import Layout, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary
@@ -60,7 +61,21 @@ class Builder:
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
         )
         self._closing = Closing(self.target, self.team)
+        self._divisions = divisions(options, self._tried())
         self._footprints: dict[Zero, Footprint] = {}
+
+    def _tried(self) -> Verdict | None:
+        """How the optimizer steps, where that matters: it has a part of the parameters."""
+        factory, options = self.options.optimizer, self.options
+        divides = options.zero_levels != (0,)
+        if factory is None or (options.n_stages == 1 and not divides):
+            return None
+        named = self.skeleton.module.named_parameters()
+        trained = {name: param for name, param in named if param.requires_grad}
+        if not trained:
+            return None
+        found = try_optimizer(factory, trained, self.target.device, divides)
+        return self.team.share(lambda: found)
 
     def build(
         self,
@@ -190,7 +205,7 @@ class Builder:
                 deciding = Deciding(
                     self.skeleton, self.target, self.team, self.given, graph, locality, spec, batch
                 )
-                decided = deciding.decide(self.options.zero_levels, settings)
+                decided = deciding.decide(self._divisions, settings)
             verify_placement(graph, decided.placement.stage)
             outcome.note = _placement_note(decided.decision)
             outcome.texts[".txt"] = partial(_placement_text, decided.decision, locality)

@@ -12,7 +12,7 @@ from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
-from ..ir.errors import MemoryBudgetError, PlanError
+from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.problem import Problem
@@ -25,9 +25,43 @@ from ..planning.planner import Planner
 from ..planning.pricing import UnitPrices, measured_prices, roofline
 from ..planning.target import Target
 from ..planning.team import Team
+from ..profiling.optimizer_trial import Reach, Verdict
 from .assembly import assemble
 from .record import Recorder
 from .work import Settings
+
+
+def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, ...]:
+    """What replicas may divide, to be tried in this order.
+
+    Args:
+        verdict: how the optimizer steps; None where it does not matter, or was not tried.
+
+    Raises:
+        OptionError: it would step otherwise than on one device.
+    """
+    levels = tuple(LEVELS[level] for level in options.zero_levels)
+    if verdict is None:
+        return levels
+    if verdict.reach is Reach.MODEL:
+        if options.zero == "auto" and options.n_stages == 1:
+            return levels[:1]
+        asked = [f"n_stages={options.n_stages}"] if options.n_stages > 1 else []
+        asked += [f"zero={options.zero}"] if options.zero_levels != (0,) else []
+        raise OptionError(
+            f"{verdict.kind} does not go with {' and '.join(asked)}: {verdict.why}, and every "
+            "process has an optimizer for its part of them, so that it would train otherwise than "
+            "on one device. Use n_stages=1 and zero=0 with it, or an optimizer that steps every "
+            "parameter alone, such as AdamW; instead of an optimizer that clips by the norm of "
+            "all gradients itself, max_grad_norm="
+        )
+    if verdict.reach is Reach.TENSOR and levels[-1].divides_states:
+        raise OptionError(
+            f"zero={options.zero} steps each replica's rows alone, and {verdict.kind} needs whole "
+            f"parameters, for {verdict.why}: use zero=0 with it, or an optimizer that treats "
+            "every element alone, such as AdamW"
+        )
+    return levels
 
 
 @dataclass(frozen=True)
@@ -69,7 +103,7 @@ class Deciding:
     spec: BatchSpec
     batch: Sequence[torch.Tensor]
 
-    def decide(self, levels: Sequence[int], settings_of: Callable[[Zero], Settings]) -> Decided:
+    def decide(self, levels: Sequence[Zero], settings_of: Callable[[Zero], Settings]) -> Decided:
         """The decision at the lowest level of ZeRO at which there is one.
 
         Args:
@@ -81,20 +115,20 @@ class Deciding:
         """
         self.team.agree(self.graph.fingerprint())
         if self.given is not None:
-            return self._from_plan(self.given, settings_of(LEVELS[levels[0]]))
+            return self._from_plan(self.given, settings_of(levels[0]))
         failures: list[str] = []
         for level in levels:
-            settings = settings_of(LEVELS[level])
+            settings = settings_of(level)
             try:
                 decision, problem = self._planned(settings)
             except MemoryBudgetError as error:
                 if level == levels[-1]:
                     raise
-                failures.append(f"at {level} {str(error).partition(':')[0]}")
+                failures.append(f"at {level.level} {str(error).partition(':')[0]}")
                 continue
             why = "; ".join(failures) or "everything fits undivided"
             placed = decide.apply(decision, self.graph, self.locality)
-            chosen = f"zero={level}: {why}" if len(levels) > 1 else ""
+            chosen = f"zero={level.level}: {why}" if len(levels) > 1 else ""
             return Decided(settings, decision, *placed, chosen, problem=problem)
         raise AssertionError("there is a level to try")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from ..plan.decision import Decision
+T = TypeVar("T")
 
 
 class Team(Protocol):
@@ -15,8 +15,8 @@ class Team(Protocol):
         """Raise on every rank where graphs, options or weights differ."""
         ...
 
-    def share(self, decide: Callable[[], Decision]) -> Decision:
-        """Rank 0's decision, on every rank; its error too."""
+    def share(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank; its error too."""
         ...
 
     def pool(self, seconds: list[float]) -> list[float]:
@@ -40,7 +40,7 @@ class Alone:
     def agree(self, fingerprint: str) -> None:
         pass
 
-    def share(self, decide: Callable[[], Decision]) -> Decision:
+    def share(self, decide: Callable[[], T]) -> T:
         return decide()
 
     def pool(self, seconds: list[float]) -> list[float]:

@@ -1,1 +1,1 @@
-"""Seconds of programs, measured on the device at hand."""
+"""What is found out by running it on the device at hand: seconds, and how optimizers step."""
