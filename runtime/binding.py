@@ -71,8 +71,9 @@ class BoundStage:
     def _grouped(self) -> Sequence[GatheredGroup | LocalGroup]:
         if self._state.shards is not None:
             return self._state.shards.groups(self.code)
+        dp = self._state.endpoint.dp
         return [
-            LocalGroup([self._fixed(port, {}) for port in group], self._state.endpoint.dp)
+            LocalGroup({port: self._fixed(port, {}) for port in group}, dp, self._state.owners)
             for group in self.code.groups
         ]
 

@@ -81,7 +81,7 @@ def clip_gradients(
 
     The norm of the norms is taken over all parameters in the model's order, dtype by dtype as torch
     takes them, so that it has the same bits however the model is divided. Where replicas divide
-    the gradients it is that of all elements, summed in fp64.
+    rows it is that of all elements, summed in fp64.
 
     Args:
         order: all parameter FQNs, in the model's order.
@@ -90,7 +90,7 @@ def clip_gradients(
     device = next(iter(state.ranks.values())).device
     total = (
         _divided_norm(state, agree)
-        if state.zero.divides_states
+        if state.zero.divides_states and not state.zero.matrices
         else _whole_norm(state, order, agree)
     ).to(device)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)

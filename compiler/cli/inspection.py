@@ -83,6 +83,7 @@ def _in_fp32(
         n_stages=plan.n_stages,
         dp=plan.dp,
         zero=compiled.layout.zero.level,
+        zero_by=compiled.layout.zero.by,
         precision="fp32",
         plan=None,
         dump_dir=None,

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ir.owners import Owners, homes_in, owners_of
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
     Item,
     closing_departures,
+    item_of,
     parcels_of,
     row_range,
     shard_numel,
@@ -54,9 +56,20 @@ class Footprint:
         param = self._params[name]
         return param.numel(), param.numel() * param.element_size()
 
+    def owners(self, program: PipelineProgram) -> Owners:
+        """Which replica owns which parameter; of nothing where rows are divided."""
+        if not self.zero.matrices:
+            return {}
+        return owners_of(self._params, homes_in(program, self._params), self.dp)
+
     def held_bytes(self, copies: Collection[str] = ()) -> dict[str, int]:
-        """Parameter -> weight, its copy if it has one, gradient and optimizer states together."""
+        """Parameter -> weight, its copy if it has one, gradient and optimizer states together.
+
+        Of a parameter that has an owner every replica is taken to hold a share: none holds more
+        than others, as all own as much.
+        """
         states = self._memory(self._trainable(self._params)).state_bytes
+        sharers = self.dp if self.zero.matrices else 1
         copy = self._precision.compute.itemsize if self._precision else 0
         found = {}
         for name, param in self._params.items():
@@ -68,44 +81,63 @@ class Footprint:
                 held += param.numel() * copy
             if param.requires_grad:
                 held += (shard if self.zero.divides_grads else param.numel()) * grad
-            found[name] = held + states.get(name, 0)
+            found[name] = held + states.get(name, 0) // sharers
         return found
 
-    def static(self, stages: Sequence[StageProgram], batch_bytes: int) -> Static:
-        """What a rank holds all the time; where replicas divide it, what the first one holds.
+    def static(self, program: PipelineProgram, stages: Sequence[int], batch_bytes: int) -> Static:
+        """What a rank holds all the time; where replicas divide it, that which holds most.
 
         Args:
             stages: of the rank.
             batch_bytes: of a replica's share of the batch, all microbatches.
         """
+        owners, mine = self.owners(program), [program.stages[s] for s in stages]
+        found = [self._static(mine, batch_bytes, owners, r) for r in self._replicas]
+        return max(found, key=lambda static: static.total)
+
+    def _static(
+        self, stages: Sequence[StageProgram], batch_bytes: int, owners: Owners, replica: int
+    ) -> Static:
         params = _union(stage.params for stage in stages)
         names = self._trainable(params)
-        trained = [self._params[name] for name in names]
         streams = self.zero.streams
+
+        def owned(name: str) -> int:
+            shape = tuple(self._params[name].shape)
+            return shard_numel(shape, self.dp, replica, owners.get(name))
+
+        def weight_bytes(name: str) -> int:
+            shard = self._is_shard(name, name in direct)
+            count = owned(name) if shard else self._params[name].numel()
+            return count * self._params[name].element_size()
+
         grads = [
-            (shard_numel(tuple(p.shape), self.dp) if streams else p.numel(), self._grad_dtype(p))
-            for p in trained
+            (owned(n) if streams else self._params[n].numel(), self._grad_dtype(self._params[n]))
+            for n in names
         ]
         copied = {n: dtype for stage in stages for n, dtype in stage.copies.items()}
         kept = () if self.zero.divides_params else copied.items()
         copies = [(self._params[n].numel(), dtype) for n, dtype in kept]
         direct = {name for stage in stages for name in stage.direct}
         return Static(
-            weights=sum(self._weight_bytes(name, name in direct) for name in params),
+            weights=sum(map(weight_bytes, params)),
             copies=bucket_bytes(copies, self.dp),
             grads=bucket_bytes(grads, 1 if streams else self.dp),
-            states=self._memory(names).total_state_bytes,
+            states=self._memory(self._stepped_by(names, owners, replica)).total_state_bytes,
             buffers=self._buffers,
             constants=sum(stage.constant_bytes for stage in stages),
             batch=batch_bytes,
         )
 
-    def optimizer_bytes(self, stages: Sequence[StageProgram]) -> int:
+    def optimizer_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
         """What a rank's optimizer needs for a moment, gradients in the weights' dtype too."""
-        names = self._trainable(_union(stage.params for stage in stages))
-        trained = [self._stepped(name) for name in names]
-        widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
-        return self._memory(names).transient_bytes + sum(widened)
+
+        def moment(names: tuple[str, ...]) -> int:
+            trained = [self._stepped(name) for name in names]
+            widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
+            return self._memory(names).transient_bytes + sum(widened)
+
+        return max(map(moment, self._steppers(program, stages)))
 
     def traffic(self, program: PipelineProgram, stage: int) -> Traffic:
         """What the exchange between replicas takes while a step runs."""
@@ -113,7 +145,8 @@ class Footprint:
         if not self.zero.divides_states:
             return Traffic()
         trained = {name: self._params[name] for name in self._trainable(code.params)}
-        items = {n: Item(n, tuple(p.shape), self._grad_dtype(p)) for n, p in trained.items()}
+        owners = self.owners(program)
+        items = {n: item_of(n, p, owners, self._grad_dtype(p)) for n, p in trained.items()}
         tied = [t.name for t in program.tied if stage in t.holders]
         if self.zero.streams:
             departures = stream_departures(code, items, self.dp)
@@ -121,11 +154,10 @@ class Footprint:
             departures = closing_departures(code, items, self.dp, tied)
         wholes: list[list[Item]] = [[], []]
         for name, param in trained.items() if self.zero.unshards else ():
-            shape = tuple(param.shape)
             if name in code.direct:
-                wholes[0].append(Item(name, shape, param.dtype))
+                wholes[0].append(item_of(name, param, owners))
             if name in code.copies:
-                wholes[1].append(Item(name, shape, code.copies[name]))
+                wholes[1].append(item_of(name, param, owners, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
         return Traffic(departures, self.zero.closes, at_once, sum(fetched))
@@ -135,23 +167,33 @@ class Footprint:
         trained = self._params[name].requires_grad
         return self.zero.divides_params or (self.zero.divides_states and trained and not direct)
 
-    def _weight_bytes(self, name: str, direct: bool) -> int:
-        param = self._params[name]
-        if self._is_shard(name, direct):
-            return shard_numel(tuple(param.shape), self.dp) * param.element_size()
-        return param.numel() * param.element_size()
+    @property
+    def _replicas(self) -> range:
+        """Those of which one holds most; of rows the first does."""
+        return range(self.dp if self.zero.matrices else 1)
+
+    def _steppers(self, program: PipelineProgram, stages: Sequence[int]) -> list[tuple[str, ...]]:
+        """What each replica's optimizer has of some stages' parameters."""
+        names = self._trainable(_union(program.stages[s].params for s in stages))
+        owners = self.owners(program)
+        return [self._stepped_by(names, owners, replica) for replica in self._replicas]
+
+    def _stepped_by(self, names: Iterable[str], owners: Owners, replica: int) -> tuple[str, ...]:
+        return tuple(name for name in names if owners.get(name, replica) == replica)
 
     def _stepped(self, name: str) -> torch.Tensor:
-        """What the optimizer gets of a parameter, without data."""
+        """What the optimizer that has a parameter gets of it, without data."""
         param = self._params[name]
-        if not self.zero.divides_states:
+        if not self.zero.divides_states or (self.zero.matrices and param.dim()):
             return param
         shape = (row_range(tuple(param.shape), self.dp, 0)[1], *param.shape[1:])
         return torch.empty(shape if param.dim() else (), dtype=param.dtype, device="meta")
 
-    def trainable(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The parameters among these that the optimizer steps, without data."""
-        return {name: self._stepped(name) for name in self._trainable(names)}
+    def trainable(self, program: PipelineProgram, stages: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What the optimizer steps of some stages' parameters, without data: of the replica that
+        has most."""
+        found = ({n: self._stepped(n) for n in names} for names in self._steppers(program, stages))
+        return max(found, key=lambda params: sum(p.nbytes for p in params.values()))
 
     def _grad_dtype(self, param: torch.Tensor) -> torch.dtype:
         return self._precision.grads_of(param.dtype) if self._precision else param.dtype
@@ -163,7 +205,7 @@ class Footprint:
         if self._optimizer is None or not names:
             return OptimizerMemory({}, 0, 0)
         if names not in self._memories:
-            chosen = self.trainable(names)
+            chosen = {name: self._stepped(name) for name in names}
             try:
                 self._memories[names] = optimizer_memory(self._optimizer, chosen)
             except Exception:

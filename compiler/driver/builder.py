@@ -61,7 +61,8 @@ class Builder:
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
         )
         self._closing = Closing(self.target, self.team)
-        self._divisions = divisions(options, self._tried())
+        self._verdict = self._tried()
+        self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
 
     def _tried(self) -> Verdict | None:
@@ -178,7 +179,7 @@ class Builder:
     # -- deciding, and following --------------------------------------------------------------
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
-        options = replace(self.options, zero=zero.level)
+        options = replace(self.options, zero=zero.level, zero_by=zero.by)
         if zero not in self._footprints:
             self._footprints[zero] = Footprint(
                 self.skeleton.module, options.optimizer, options.dtypes, options.dp, zero
@@ -209,10 +210,21 @@ class Builder:
             verify_placement(graph, decided.placement.stage)
             outcome.note = _placement_note(decided.decision)
             outcome.texts[".txt"] = partial(_placement_text, decided.decision, locality)
-        if decided.why_zero:
+        note = self._zero_note(decided)
+        if note:
             with recorder.record("placed", "zero") as outcome:
-                outcome.note = decided.why_zero
+                outcome.note = note
         return decided
+
+    def _zero_note(self, decided: Decided) -> str:
+        parts = [decided.why_zero] if decided.why_zero else []
+        if decided.settings.zero.matrices:
+            verdict = self._verdict
+            why = (
+                f", as {verdict.kind} needs them: {verdict.why}" if verdict and verdict.why else ""
+            )
+            parts.append(f"each replica owns whole parameters{why}")
+        return "; ".join(parts)
 
     def _check_skipped(self, records: Sequence[PassRecord]) -> None:
         met = {record.name for record in records}

@@ -46,10 +46,11 @@ class Closing:
             held = [memory.static for memory in assembly.memory]
             return [optimizer_s(each, settings.footprint, self._target.spec) for each in held]
         if self._measured is None:
-            names: list[list[str]] = [[] for _ in assembly.schedule]
+            stages: list[list[int]] = [[] for _ in assembly.schedule]
             for stage, rank in homes_of(assembly.schedule).items():
-                names[rank] += assembly.program.stages[stage].params
-            params = [settings.footprint.trainable(dict.fromkeys(each)) for each in names]
+                stages[rank].append(stage)
+            footprint, program = settings.footprint, assembly.program
+            params = [footprint.trainable(program, mine) for mine in stages]
             self._measured = self._team.pool([self._time(factory, each) for each in params])
         return list(self._measured)
 

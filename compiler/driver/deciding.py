@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -40,12 +40,13 @@ def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, .
     Raises:
         OptionError: it would step otherwise than on one device.
     """
-    levels = tuple(LEVELS[level] for level in options.zero_levels)
+    by_rows = tuple(LEVELS[level] for level in options.zero_levels)
+    by_matrices = tuple(replace(zero, matrices=zero.divides_states) for zero in by_rows)
     if verdict is None:
-        return levels
+        return by_matrices if options.zero_by == "matrices" else by_rows
     if verdict.reach is Reach.MODEL:
         if options.zero == "auto" and options.n_stages == 1:
-            return levels[:1]
+            return by_rows[:1]
         asked = [f"n_stages={options.n_stages}"] if options.n_stages > 1 else []
         asked += [f"zero={options.zero}"] if options.zero_levels != (0,) else []
         raise OptionError(
@@ -55,13 +56,14 @@ def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, .
             "parameter alone, such as AdamW; instead of an optimizer that clips by the norm of "
             "all gradients itself, max_grad_norm="
         )
-    if verdict.reach is Reach.TENSOR and levels[-1].divides_states:
+    whole = verdict.reach is Reach.TENSOR and by_rows[-1].divides_states
+    if whole and options.zero_by == "rows":
         raise OptionError(
-            f"zero={options.zero} steps each replica's rows alone, and {verdict.kind} needs whole "
-            f"parameters, for {verdict.why}: use zero=0 with it, or an optimizer that treats "
-            "every element alone, such as AdamW"
+            f'zero_by="rows" steps each replica\'s rows alone, and {verdict.kind} needs whole '
+            f'parameters, for {verdict.why}: use zero_by="matrices" with it, or an optimizer that '
+            "treats every element alone, such as AdamW"
         )
-    return levels
+    return by_matrices if whole or options.zero_by == "matrices" else by_rows
 
 
 @dataclass(frozen=True)

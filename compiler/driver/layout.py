@@ -10,6 +10,7 @@ from torch import fx
 from ...passes.graph.placement import Placement, Site, follow, sites_of
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
+from ..ir.owners import homes_in
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..plan.decision import Decision, Search
@@ -58,16 +59,11 @@ def layout_of(
     params: Collection[str],
     zero: Zero,
 ) -> Layout:
-    """What the first graph has settled; a parameter that nothing reads lives on stage 0.
+    """What the first graph has settled.
 
     Args:
         again: the forward nodes that the backward computes again.
         params: the FQNs of the model.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
-    holders = {
-        name: tuple(stage.stage for stage in program.stages if name in stage.params)
-        for name in params
-    }
-    homes = {name: stages or (0,) for name, stages in holders.items()}
-    return Layout(placement.sites, sites, homes, zero)
+    return Layout(placement.sites, sites, homes_in(program, params), zero)

@@ -193,7 +193,9 @@ def _inplace(work: Work) -> str:
 
 
 def _gather(work: Work) -> str:
-    work.program = gather_parameters(work.made, work.settings.options.dp)
+    settings = work.settings
+    owners = settings.footprint.owners(work.made)
+    work.program = gather_parameters(work.made, settings.options.dp, owners)
     groups = sum(len(stage.groups) for stage in work.made.stages)
     return f"{groups} groups of parameters are made whole when they are read"
 
@@ -282,15 +284,15 @@ def _memory(work: Work) -> str:
     footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
     found = []
     for actions in work.schedule:
-        mine = [program.stages[s] for s in dict.fromkeys(action.stage for action in actions)]
+        mine = list(dict.fromkeys(action.stage for action in actions))
         found.append(
             rank_memory(
                 program,
                 actions,
-                footprint.static(mine, share),
+                footprint.static(program, mine, share),
                 settings.options.dp,
-                footprint.optimizer_bytes(mine) if program.trains else 0,
-                {stage.stage: footprint.traffic(program, stage.stage) for stage in mine},
+                footprint.optimizer_bytes(program, mine) if program.trains else 0,
+                {stage: footprint.traffic(program, stage) for stage in mine},
             )
         )
     work.memory = tuple(found)

@@ -2,7 +2,7 @@
 
 A parameter is divided along its first dimension as `torch.chunk` and DTensor's ``Shard(0)`` do:
 parts of ceil(rows / dp) rows, the last ones smaller or empty. A number without dimensions is
-owned by every replica.
+owned by every replica. Where a parameter has an owner (`owners.py`), that has all rows.
 
 Gradients and parameters travel in parcels. A parcel has, for each replica, the rows that it owns
 of every item, so that replica r sends or receives one contiguous block.
@@ -10,8 +10,8 @@ of every item, so that replica r sends or receives one contiguous block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ import torch
 
 from . import ops
 from .actions import Kind
+from .owners import Owners
 from .program import StageProgram
 
 PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
@@ -29,27 +30,33 @@ Shape = tuple[int, ...]
 K = TypeVar("K")
 
 
-def row_range(shape: Shape, dp: int, replica: int) -> tuple[int, int]:
-    """(first row, rows) that a replica owns; of a number the whole, as if it were one row."""
+def row_range(shape: Shape, dp: int, replica: int, owner: int | None = None) -> tuple[int, int]:
+    """(first row, rows) that a replica owns; of a number the whole, as if it were one row.
+
+    Args:
+        owner: the replica that owns all rows; None where they are divided.
+    """
     rows = shape[0] if shape else 1
     if not shape:
         return 0, 1
+    if owner is not None:
+        return 0, rows if replica == owner else 0
     size = -(-rows // dp)
     start = min(replica * size, rows)
     return start, min(size, rows - start)
 
 
-def rows_of(tensor: torch.Tensor, dp: int, replica: int) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, dp: int, replica: int, owner: int | None = None) -> torch.Tensor:
     """A view of the rows that a replica owns."""
     if not tensor.dim():
         return tensor
-    return tensor.narrow(0, *row_range(tuple(tensor.shape), dp, replica))
+    return tensor.narrow(0, *row_range(tuple(tensor.shape), dp, replica, owner))
 
 
-def shard_numel(shape: Shape, dp: int, replica: int = 0) -> int:
-    """Elements that a replica owns; none owns more than the first."""
+def shard_numel(shape: Shape, dp: int, replica: int = 0, owner: int | None = None) -> int:
+    """Elements that a replica owns; of rows none owns more than the first."""
     per_row = torch.Size(shape[1:]).numel()
-    return row_range(shape, dp, replica)[1] * per_row
+    return row_range(shape, dp, replica, owner)[1] * per_row
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,11 @@ class Item:
     dtype: torch.dtype
     piece: int = 0
     pieces: int = 1
+    owner: int | None = None
 
     def span(self, dp: int, replica: int) -> tuple[int, int]:
         """(first row, rows) of a replica's share."""
-        start, rows = row_range(self.shape, dp, replica)
+        start, rows = row_range(self.shape, dp, replica, self.owner)
         first, end = (rows * k // self.pieces for k in (self.piece, self.piece + 1))
         return start + first, end - first
 
@@ -80,12 +88,19 @@ class Item:
         if not self.shape:
             return shard
         start, rows = self.span(dp, replica)
-        return shard.narrow(0, start - row_range(self.shape, dp, replica)[0], rows)
+        return shard.narrow(0, start - row_range(self.shape, dp, replica, self.owner)[0], rows)
 
 
-def items_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Item]:
+def items_of(tensors: Mapping[str, torch.Tensor], owners: Owners) -> dict[str, Item]:
     """All rows of each."""
-    return {name: Item(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return {name: item_of(name, t, owners) for name, t in tensors.items()}
+
+
+def item_of(
+    name: str, tensor: torch.Tensor, owners: Owners, dtype: torch.dtype | None = None
+) -> Item:
+    """All rows of a tensor, which may travel in another dtype."""
+    return Item(name, tuple(tensor.shape), dtype or tensor.dtype, owner=owners.get(name))
 
 
 @dataclass(frozen=True)
@@ -118,14 +133,22 @@ class Parcel:
 
     @property
     def scatter_bytes(self) -> tuple[int, int]:
-        """What the first replica packs, its own rows too, and receives to learn their sums."""
+        """What a replica packs, its own rows too, and the most that one receives to learn the
+        sums of its rows."""
         size = self.dtype.itemsize
-        return sum(self.sizes) * size, self.sizes[0] * (self.dp - 1) * size
+        return sum(self.sizes) * size, max(self.sizes) * (self.dp - 1) * size
+
+    @property
+    def owned(self) -> bool:
+        """Whether the replicas' blocks are of different sizes, as some items have owners."""
+        return any(item.owner is not None for item in self.items)
 
     @property
     def gather_bytes(self) -> int:
-        """What a replica sends and receives, all blocks of one size, to learn all rows."""
-        return max(self.sizes) * (self.dp + 1) * self.dtype.itemsize
+        """What a replica sends and receives to learn all rows: blocks of one size, and its own
+        apart, or all blocks as they are."""
+        count = sum(self.sizes) if self.owned else max(self.sizes) * (self.dp + 1)
+        return count * self.dtype.itemsize
 
 
 def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parcel]:
@@ -152,26 +175,31 @@ def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parc
     return [Parcel(tuple(each), dp) for each in made]
 
 
-def apart(wholes: Mapping[K, torch.Tensor], dp: int) -> tuple[dict[K, torch.Tensor], ...]:
+def apart(
+    wholes: Mapping[K, torch.Tensor], dp: int, owned: Collection[K] = ()
+) -> tuple[dict[K, torch.Tensor], ...]:
     """Parameters that are gathered into their own memory, and those that travel in parcels.
 
     The replicas' rows of the former stand one after another, all as many, and are worth it.
+
+    Args:
+        owned: those of which one replica has all rows.
     """
 
     def alone(whole: torch.Tensor) -> bool:
         even = whole.dim() > 0 and whole.shape[0] % dp == 0
         return even and whole.is_contiguous() and whole.nbytes >= LEAST_BYTES // ALONE
 
-    direct = {key: whole for key, whole in wholes.items() if alone(whole)}
+    direct = {key: whole for key, whole in wholes.items() if key not in owned and alone(whole)}
     return direct, {key: whole for key, whole in wholes.items() if key not in direct}
 
 
 def _pieces(item: Item, dp: int, limit: int) -> list[Item]:
     """A tensor that is larger than a parcel, cut along its rows."""
-    rows = row_range(item.shape, dp, 0)[1]
+    rows = row_range(item.shape, dp, item.owner or 0, item.owner)[1]
     size = sum(item.numel(dp, r) for r in range(dp)) * item.dtype.itemsize
     count = max(1, min(rows, -(-size // limit)))
-    return [Item(item.name, item.shape, item.dtype, k, count) for k in range(count)]
+    return [replace(item, piece=k, pieces=count) for k in range(count)]
 
 
 Entry = tuple[Parcel, int]

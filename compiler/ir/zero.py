@@ -1,4 +1,4 @@
-"""ZeRO: what the replicas of a stage divide among themselves, by rows of each parameter.
+"""ZeRO: what the replicas of a stage divide among themselves.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020.
 
@@ -12,6 +12,9 @@ level   states  gradients  parameters  so that
 ======  ======  =========  ==========  =========================================================
 
 At levels 1 and 2 the rows of the parameters are made whole once per step, before the first program.
+
+An optimizer that needs whole parameters gets some of them whole instead of rows of each: of what is
+trained one replica has all rows, and the others none (`owners.py`).
 """
 
 from __future__ import annotations
@@ -26,12 +29,21 @@ class Zero:
     Attributes:
         divides_states: a replica's optimizer steps its own rows alone; weights of which only a
             copy in another dtype is read are kept as rows, too.
+        matrices: what is trained has one owner, with all rows of it.
     """
 
     level: int
     divides_states: bool = False
     divides_grads: bool = False
     divides_params: bool = False
+    matrices: bool = False
+
+    @property
+    def by(self) -> str:
+        """How, as `CompileOptions.zero_by` has it."""
+        if not self.divides_states:
+            return "auto"
+        return "matrices" if self.matrices else "rows"
 
     @property
     def streams(self) -> bool:

@@ -29,6 +29,7 @@ from .checks import (
 from .declaration import Flag, as_it_is, declare, option, whether_given
 from .parsing import (
     AS_IT_IS,
+    AUTO,
     parse_bytes,
     parse_count,
     parse_dtype,
@@ -206,14 +207,25 @@ class Options:
         0,
         help="what the replicas of a stage divide among themselves: 0 nothing, 1 optimizer states, "
         '2 gradients too, 3 parameters too; "auto": the smallest that fits into ``memory``',
-        more="They are divided by rows of each parameter. 1 also divides fp32 weights of which "
-        "only a copy in another dtype is computed with; at 3 parameters are fetched layer by "
-        "layer while the layer before computes. From 1 on the optimizer holds this rank's rows, "
-        "so it must treat every element alone, as SGD and Adam do.",
+        more="1 also divides fp32 weights of which only a copy in another dtype is computed with; "
+        "at 3 parameters are fetched layer by layer while the layer before computes. From 1 on "
+        "the optimizer holds this rank's share, as ``zero_by`` says.",
         check=check_level,
         plan="keeps",
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="LEVEL", parse=parse_level),
+    )
+    zero_by: str = option(
+        AUTO,
+        help='how ``zero`` divides what is trained: "rows" of each parameter; "matrices": whole '
+        'parameters, each replica as many bytes; "auto": rows where the optimizer allows it',
+        more="Rows are for optimizers that treat every element alone, as SGD and Adam do, and "
+        "matrices also for those that need whole parameters, as Muon, Shampoo and Adafactor do. "
+        '"auto" tries the optimizer on small parameters.',
+        choices=(AUTO, "rows", "matrices"),
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="HOW"),
     )
     pin: Mapping[str, int] | None = option(
         None,

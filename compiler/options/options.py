@@ -50,6 +50,11 @@ class CompileOptions(Options):
             )
         if self.plan is not None:
             self._check_beside_plan()
+        if self.zero == 0 and self.zero_by != AUTO:
+            raise OptionError(
+                f'zero_by="{self.zero_by}" has no effect with zero=0, which divides nothing: give '
+                'zero=1, 2, 3 or "auto", or leave it out'
+            )
         if self.optimizer is None:
             for name in ("lr_scheduler", "max_grad_norm"):
                 if getattr(self, name) is not None:

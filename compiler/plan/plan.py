@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..ir.errors import PlanError
 from .decision import Decision
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True)

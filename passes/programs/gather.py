@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import getitem
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 
 from ...compiler.ir import ops
 from ...compiler.ir.actions import Kind
+from ...compiler.ir.owners import Owners, layer_of
 from ...compiler.ir.program import (
     BoxedCodeGen,
     Group,
@@ -25,19 +27,20 @@ from ...compiler.ir.program import (
     StageProgram,
     on_demand,
 )
-from ...compiler.ir.shards import Item, apart, parcels_of
+from ...compiler.ir.shards import apart, item_of, parcels_of
 
 _SHARDED = (Role.PARAM, Role.COPY)
 
 
-def gather_parameters(program: PipelineProgram, dp: int) -> PipelineProgram:
+def gather_parameters(program: PipelineProgram, dp: int, owners: Owners) -> PipelineProgram:
     """Let every program fetch its parameters, layer by layer, each layer during the one before."""
-    return replace(program, stages=tuple(_gathering(stage, dp) for stage in program.stages))
+    stages = tuple(_gathering(stage, dp, owners) for stage in program.stages)
+    return replace(program, stages=stages)
 
 
-def _gathering(stage: StageProgram, dp: int) -> StageProgram:
+def _gathering(stage: StageProgram, dp: int, owners: Owners) -> StageProgram:
     groups: list[Group] = []
-    made = {part: _rewritten(code, dp, groups) for part, code in stage.parts.items()}
+    made = {part: _rewritten(code, dp, owners, groups) for part, code in stage.parts.items()}
     return replace(
         stage,
         forward=made[Kind.F],
@@ -47,7 +50,7 @@ def _gathering(stage: StageProgram, dp: int) -> StageProgram:
     )
 
 
-def _rewritten(program: Program, dp: int, groups: list[Group]) -> Program:
+def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -> Program:
     """A program that makes its parameters whole.
 
     Before a group's first reader stand ``unshard`` of it and ``gather`` of the next one. What the
@@ -71,14 +74,14 @@ def _rewritten(program: Program, dp: int, groups: list[Group]) -> Program:
         inputs[Port(Role.GROUP, len(groups))] = handles[-1]
         groups.append(tuple(ports[member] for member in members))
     waiting = iter(zip(chosen, handles, strict=True))
-    ticket = _gather(graph, next(waiting), dp, ports)
+    fetch = partial(_gather, graph, dp=dp, owners=owners, ports=ports)
+    ticket = fetch(*next(waiting))
     for node in nodes[len(ports) :]:
         for source in node.all_input_nodes:
             if source not in env:
-                members, handle, started = ticket
-                env |= _unshard(graph, members, handle, started, dp)
+                env |= _unshard(graph, *ticket)
                 following = next(waiting, None)
-                ticket = ticket if following is None else _gather(graph, following, dp, ports)
+                ticket = ticket if following is None else fetch(*following)
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], env.__getitem__))
         else:
@@ -97,42 +100,39 @@ def _groups(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[lis
     return [list(members) for members in found.values()]
 
 
-def layer_of(name: str) -> str:
-    """``h.3.attn.weight`` is in ``h.3``; ``wte.weight``, in no numbered module, in ``wte``."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[: number + 1])
+Values = dict[fx.Node, torch.Tensor]
 
 
 def _gather(
     graph: fx.Graph,
-    group: tuple[list[fx.Node], fx.Node],
+    members: Sequence[fx.Node],
+    handle: fx.Node,
     dp: int,
+    owners: Owners,
     ports: Mapping[fx.Node, Port],
-) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+) -> tuple[fx.Node, fx.Node, Values, Values]:
     """Begin to fetch a group: a ticket as large as its parcels and the rows that are cast, and the
-    parameters that need no parcel."""
-    members, handle = group
+    parameters that need no parcel.
+
+    Returns:
+        ``handle``, the node that begins, the members without parcels and those in them.
+    """
     values = {member: member.meta["val"] for member in members}
-    direct, rest = apart(values, dp)
-    items = [Item("", tuple(value.shape), value.dtype) for value in rest.values()]
+    owned = [member for member in members if ports[member].key in owners]
+    direct, rest = apart(values, dp, owned)
+    items = [item_of(str(ports[member].key), value, owners) for member, value in rest.items()]
     size = sum(parcel.gather_bytes for parcel in parcels_of(items, dp, whole=True))
     size += sum(v.nbytes // dp for m, v in direct.items() if ports[m].role is Role.COPY)
     ticket = graph.call_function(ops.gather, (handle,))
     ticket.meta["val"] = (torch.empty(size, dtype=torch.uint8, device="meta"), *direct.values())
     ticket.meta["whole_bytes"] = sum(value.nbytes for value in values.values())
-    return members, handle, ticket
+    return handle, ticket, direct, rest
 
 
 def _unshard(
-    graph: fx.Graph,
-    members: Sequence[fx.Node],
-    handle: fx.Node,
-    ticket: fx.Node,
-    dp: int,
+    graph: fx.Graph, handle: fx.Node, ticket: fx.Node, direct: Values, rest: Values
 ) -> dict[fx.Node, fx.Node]:
     """Wait for a group: the node of each member."""
-    direct, rest = apart({member: member.meta["val"] for member in members}, dp)
     whole = graph.call_function(ops.unshard, (handle, ticket))
     whole.meta["val"] = tuple(rest.values())
     made = {}

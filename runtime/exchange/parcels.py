@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ...compiler.ir.owners import Owners
 from ...compiler.ir.program import Port, Role
-from ...compiler.ir.shards import Entry, Item, Parcel, apart, parcels_of
+from ...compiler.ir.shards import Entry, Item, Parcel, apart, item_of, parcels_of
 from .processes import Processes
-from .transport import Pending, Values, ordered_sum_
+from .transport import Pending, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the sum over the replicas of this rank's rows of an item."""
@@ -82,6 +83,7 @@ class Gathering:
     Args:
         masters: name -> this rank's rows.
         like: name -> a tensor of the whole parameter's shape, strides and dtype.
+        owners: of those that one replica has all rows of.
     """
 
     def __init__(
@@ -89,19 +91,29 @@ class Gathering:
         transport: Processes,
         masters: Mapping[str, torch.Tensor],
         like: Mapping[str, torch.Tensor],
+        owners: Owners,
     ):
         self._transport, self._replica, self.dp = transport, transport.replica, transport.dp
-        self._masters, self.like = masters, like
+        self._masters, self.like, self.owners = masters, like, owners
         self.device = next(iter(masters.values())).device
 
     def start(self, parcel: Parcel) -> Pending:
         """Send this rank's rows, cast to the parcel's dtype."""
+        if parcel.owned:
+            # (elements,) of all blocks, which are of different sizes
+            room = torch.empty(sum(parcel.sizes), dtype=parcel.dtype, device=self.device)
+            blocks = torch.split(room, list(parcel.sizes))
+            self._pack(parcel, blocks[self._replica])
+            return self._transport.share(room, blocks)
         # (elements,): as many as the largest block has, so that all are of one size
         mine = torch.empty(max(parcel.sizes), dtype=parcel.dtype, device=self.device)
+        self._pack(parcel, mine)
+        return self._transport.gather(mine)
+
+    def _pack(self, parcel: Parcel, mine: torch.Tensor) -> None:
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
             rows = item.own_rows(self._masters[item.name].detach(), parcel.dp, self._replica)
             mine[at : at + rows.numel()].view(rows.shape).copy_(rows)
-        return self._transport.gather(mine)
 
     def start_into(self, name: str, whole: torch.Tensor) -> Pending:
         """Send this rank's rows of a parameter, and receive all of them where they belong."""
@@ -110,8 +122,9 @@ class Gathering:
 
     def finish(self, parcel: Parcel, pending: Pending, whole: Sequence[torch.Tensor]) -> None:
         """Wait, and write all replicas' rows of each item."""
-        (room,) = pending.wait()  # (dp · elements,)
-        for replica, block in enumerate(torch.split(room, max(parcel.sizes))):
+        (room,) = pending.wait()  # (elements,) of all blocks
+        sizes = list(parcel.sizes) if parcel.owned else max(parcel.sizes)
+        for replica, block in enumerate(torch.split(room, sizes)):
             for item, at, target in zip(parcel.items, parcel.offsets[replica], whole, strict=True):
                 rows = item.rows(target, parcel.dp, replica)
                 rows.copy_(block[at : at + rows.numel()].view(rows.shape))
@@ -128,8 +141,8 @@ class GatheredGroup:
     ):
         self._gathering = gathering
         like = {port: _whole(gathering, port, copies) for port in ports}
-        self._direct, self._rest = apart(like, gathering.dp)
-        items = [Item(str(port.key), tuple(w.shape), w.dtype) for port, w in self._rest.items()]
+        self._direct, self._rest = apart(like, gathering.dp, _owned(ports, gathering.owners))
+        items = [item_of(str(port.key), w, gathering.owners) for port, w in self._rest.items()]
         self._parcels = parcels_of(items, gathering.dp, whole=True)
 
     def start(self) -> list[Any]:
@@ -155,6 +168,10 @@ class GatheredGroup:
         return [torch.empty_like(whole, device=self._gathering.device) for whole in like]
 
 
+def _owned(ports: Iterable[Port], owners: Owners) -> list[Port]:
+    return [port for port in ports if port.key in owners]
+
+
 def _whole(gathering: Gathering, port: Port, copies: Mapping[str, torch.dtype]) -> torch.Tensor:
     """What a port of a group stands for, without data."""
     name = str(port.key)
@@ -165,8 +182,8 @@ def _whole(gathering: Gathering, port: Port, copies: Mapping[str, torch.dtype]) 
 class LocalGroup:
     """The same where ranks of one process share whole parameters."""
 
-    def __init__(self, whole: Values, dp: int):
-        self._direct, self._rest = apart(dict(enumerate(whole)), dp)
+    def __init__(self, whole: Mapping[Port, torch.Tensor], dp: int, owners: Owners):
+        self._direct, self._rest = apart(whole, dp, _owned(whole, owners))
 
     def start(self) -> list[Any]:
         return [None, *self._direct.values()]

@@ -51,16 +51,17 @@ class _Receipt:
 
 
 class _Exchange:
-    """A collective under way; what goes out must stay as it is until it is waited for."""
+    """Collectives under way; what goes out must stay as it is until they are waited for."""
 
-    def __init__(self, work: dist.Work, sent: torch.Tensor, room: torch.Tensor):
-        self.work, self.sent, self.room = work, sent, room
+    def __init__(self, works: Sequence[dist.Work], sent: torch.Tensor, room: torch.Tensor):
+        self.works, self.sent, self.room = works, sent, room
 
     def ready(self) -> bool:
         return True
 
     def wait(self) -> Values:
-        self.work.wait()
+        for work in self.works:
+            work.wait()
         return [self.room]
 
 
@@ -221,7 +222,7 @@ class Processes:
         room = blocks.new_empty(sum(received))
         work = dist.all_to_all_single(room, blocks, received, sent, group=self.group, async_op=True)
         assert work is not None
-        return _Exchange(work, blocks, room)
+        return _Exchange([work], blocks, room)
 
     def gather(self, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
         """What each replica of these stages gives, all of one size, as one tensor.
@@ -232,7 +233,16 @@ class Processes:
         if room is None:
             room = mine.new_empty(mine.numel() * self.dp)
         work = _all_gather(room, mine, group=self.group, async_op=True)
-        return _Exchange(work, mine, room)
+        return _Exchange([work], mine, room)
+
+    def share(self, room: torch.Tensor, blocks: Sequence[torch.Tensor]) -> Pending:
+        """Each replica of these stages gives all others its block of ``room``, of any size."""
+        works = [
+            dist.broadcast(block, group=self.group, group_src=replica, async_op=True)
+            for replica, block in enumerate(blocks)
+            if block.numel()
+        ]
+        return _Exchange([work for work in works if work is not None], room, room)
 
     def progress(self) -> int:
         return 0

@@ -31,9 +31,9 @@ class Accumulation:
             return
         for rank, state in self._state.ranks.items():
             for name, slot in state.grads.slots.items() if state.grads.leads else ():
-                first, param = self._state.primary[name]
-                slot.fresh = param.grad is None
-                if param.grad is None:
+                first, param = self._state.primary.get(name, (rank, None))
+                slot.fresh = param is None or param.grad is None
+                if param is None or param.grad is None:
                     continue
                 if slot.owned.dtype is not param.dtype:
                     slot.tensor.copy_(param.grad * scale)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...compiler.ir.actions import Kind
+from ...compiler.ir.owners import Owners
 from ...compiler.ir.precision import REDUCED
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import (
@@ -27,6 +28,7 @@ from ...compiler.ir.shards import (
     Entry,
     Item,
     closing_departures,
+    item_of,
     items_of,
     rows_of,
     stream_departures,
@@ -165,14 +167,16 @@ class ClosingGradients(SentGradients):
         params: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         endpoint: Endpoint,
+        owners: Owners,
     ):
         super().__init__(params, dtypes, endpoint, endpoint.dp)
-        for slot in self.slots.values():
-            slot.owned = rows_of(slot.tensor, self._dp, self._replica)
+        self._owners = owners
+        for name, slot in self.slots.items():
+            slot.owned = rows_of(slot.tensor, self._dp, self._replica, owners.get(name))
 
     def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
         slots = {name: slot.tensor for name, slot in self.slots.items()}
-        return closing_departures(stage, items_of(slots), self._dp, tied)
+        return closing_departures(stage, items_of(slots, self._owners), self._dp, tied)
 
     def begin(self, departures: Departures, part: Kind, last: bool) -> None:
         super().begin(departures if last else Departures(), part, last)
@@ -205,9 +209,10 @@ class StreamGradients(SentGradients):
         whole: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         endpoint: Endpoint,
+        owners: Owners,
     ):
         super().__init__(shards, dtypes, endpoint, 1)
-        self._items = {n: Item(n, tuple(whole[n].shape), dtypes[n]) for n in self.slots}
+        self._items = {n: item_of(n, whole[n], owners, dtypes[n]) for n in self.slots}
 
     def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
         return stream_departures(stage, self._items, self._dp)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton
 from ...compiler.driver.layout import Layout
+from ...compiler.ir.owners import owners_of
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import rows_of
@@ -45,8 +46,9 @@ class ModelState:
     Attributes:
         homes: parameter FQN -> the stages that hold it.
         ranks: rank -> its tensors.
+        owners: of the parameters that one replica has all rows of.
         primary: parameter FQN -> the first rank of this process that holds it, and what the
-            optimizer steps.
+            optimizer steps; without those that are another replica's.
         digests: name -> a hash of the whole tensor that this process has taken values from.
 
     Raises:
@@ -64,6 +66,8 @@ class ModelState:
     ):
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
         self.mesh = next(iter(endpoints.values())).mesh
+        named = dict(skeleton.module.named_parameters())
+        self.owners = owners_of(named, self.homes, self.mesh.dp) if self.zero.matrices else {}
         if self.zero.closes and self.mesh.distributed:
             several = [n for n, s in self.homes.items() if len(set(map(self._home, s))) < len(s)]
             assert not several, f"two stages of one rank would send the gradient of {several[0]!r}"
@@ -80,7 +84,7 @@ class ModelState:
             self.ranks[rank] = self._rank(end, held, program)
         for name in skeleton.params:
             first = self._first_local_rank(name)
-            if first is not None:
+            if first is not None and self._owns(first, name):
                 self.primary[name] = (first, self.master(first, name))
 
     # -- making -----------------------------------------------------------------------------
@@ -101,8 +105,10 @@ class ModelState:
         if not self.mesh.distributed or not self.zero.divides_states:
             return {}
         (end,) = endpoints.values()
-        cut = partial(rows_of, dp=end.dp, replica=end.replica)
-        return dict.fromkeys(self.divided - self._kept(end, program), cut)
+        return {
+            name: partial(rows_of, dp=end.dp, replica=end.replica, owner=self.owners.get(name))
+            for name in self.divided - self._kept(end, program)
+        }
 
     def _kept(self, end: Endpoint, program: PipelineProgram) -> set[str]:
         """The divided parameters that a rank keeps whole, for its programs read them."""
@@ -115,29 +121,30 @@ class ModelState:
         names = [n for n in self.skeleton.params if set(end.stages).intersection(self.homes[n])]
         if self.zero.divides_states and isinstance(end.transport, Processes):
             shards, params, grads = self._divide(end, names, held, program)
-            return RankState(end, params, buffers, grads, shards)
+            return RankState(end, params, buffers, grads, shards, self.owners)
         params = {name: self._copy(name, held[name]) for name in names}
         slots = {name: param for name, param in params.items() if name in self._sums}
         if not self.zero.streams:
             whole = WholeGradients(slots, self._sums, end, end.dp)
-            return RankState(end, params, buffers, whole)
+            return RankState(end, params, buffers, whole, owners=self.owners)
         leader = self.ranks[end.peers[0]].grads if end.replica else None
         assert leader is None or isinstance(leader, SharedGradients)
-        return RankState(end, params, buffers, SharedGradients(slots, self._sums, end, leader))
+        grads = SharedGradients(slots, self._sums, end, leader)
+        return RankState(end, params, buffers, grads, owners=self.owners)
 
     def _divide(
         self, end: Endpoint, names: list[str], held: Held, program: PipelineProgram
     ) -> tuple[Shards, dict[str, torch.Tensor], WholeGradients]:
         """A rank's rows, the parameters that it keeps whole, and where gradients add up."""
         like = {n: self._like(n) for n in names if n in self.divided}
-        shards = Shards(like, held, self._kept(end, program), end)
+        shards = Shards(like, held, self._kept(end, program), end, self.owners)
         trained = [name for name in names if name in self._sums]
         if self.zero.closes:
             whole = {name: shards.like[name] for name in trained}
-            grads: WholeGradients = ClosingGradients(whole, self._sums, end)
+            grads: WholeGradients = ClosingGradients(whole, self._sums, end, self.owners)
         else:
             rows = {name: shards.masters[name] for name in trained}
-            grads = StreamGradients(rows, shards.like, self._sums, end)
+            grads = StreamGradients(rows, shards.like, self._sums, end, self.owners)
         rest = {name: self._copy(name, held[name]) for name in names if name not in like}
         return shards, rest | shards.whole, grads
 
@@ -184,8 +191,13 @@ class ModelState:
 
     def is_ours(self, name: str) -> bool:
         """Whether this process plays the rank that answers for a parameter: that of the first
-        stage that holds it, in replica 0."""
-        return self.mesh.rank_of(0, self.homes[name][0]) in self.ranks
+        stage that holds it, in the replica that owns it, or replica 0."""
+        replica = self.owners.get(name, 0)
+        return self.mesh.rank_of(replica, self.homes[name][0]) in self.ranks
+
+    def _owns(self, rank: int, name: str) -> bool:
+        shards = self.ranks[rank].shards
+        return shards is None or shards.owns(name)
 
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What this process holds of a parameter, or of a state of its shape, as checkpoints see

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
+from ...compiler.ir.owners import Owners
 from ..exchange.transport import Endpoint
 from .gradients import WholeGradients
 from .sharded import Shards
@@ -18,6 +20,7 @@ class RankState:
         params: FQN -> the whole parameter, of those that are kept whole.
         copies: FQN -> the whole copy in the compute dtype.
         shards: the parameters that replicas divide; None where they do not.
+        owners: of the parameters that one replica has all rows of.
     """
 
     def __init__(
@@ -27,10 +30,11 @@ class RankState:
         buffers: dict[str, torch.Tensor],
         grads: WholeGradients,
         shards: Shards | None = None,
+        owners: Owners = MappingProxyType({}),
     ):
         self.endpoint = endpoint
         self.params = dict(params)
-        self.buffers, self.grads, self.shards = buffers, grads, shards
+        self.buffers, self.grads, self.shards, self.owners = buffers, grads, shards, owners
         self.copies: dict[str, torch.Tensor] = {}
 
     @property

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ...compiler.ir.fakes import meta_like
+from ...compiler.ir.owners import Owners
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
 from ..exchange.parcels import GatheredGroup, Gathering
@@ -36,6 +37,7 @@ class Shards:
         params: FQN -> a parameter like the whole one, of all that are divided.
         held: FQN -> its values: of those in ``kept`` all of them, of the others this rank's rows.
         kept: which stay whole on this rank.
+        owners: of those that one replica has all rows of.
 
     Attributes:
         masters: FQN -> this rank's rows.
@@ -48,20 +50,21 @@ class Shards:
         held: Mapping[str, torch.Tensor],
         kept: Collection[str],
         endpoint: Endpoint,
+        owners: Owners,
     ):
         transport = endpoint.transport
         assert isinstance(transport, Processes)
         self.dp, self.replica, self._device = endpoint.dp, endpoint.replica, endpoint.device
-        self._group = transport.group
+        self._group, self._owners = transport.group, owners
         self._mesh: DeviceMesh | None = None
         self.like = {name: torch.empty_like(meta_like(p)) for name, p in params.items()}
         self.whole = {name: held[name] for name in params if name in kept}
         self.masters: dict[str, nn.Parameter] = {}
         for name, param in params.items():
-            rows = rows_of(held[name], self.dp, self.replica) if name in self.whole else held[name]
+            rows = self._rows(name, held[name]) if name in self.whole else held[name]
             self.masters[name] = nn.Parameter(rows, requires_grad=param.requires_grad)
         self.copies: dict[str, torch.Tensor] = {}
-        self.gathering = Gathering(transport, self.masters, self.like)
+        self.gathering = Gathering(transport, self.masters, self.like, owners)
         self._parcels: dict[int, list[tuple[Parcel, Mapping[str, torch.Tensor]]]] = {}
         # stage -> what its programs read, of ``whole`` and of ``copies``
         self._read: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
@@ -87,7 +90,9 @@ class Shards:
             self._parcels[stage.stage] = [
                 (parcel, kind)
                 for kind, names in ((self.whole, whole), (self.copies, copies))
-                for parcel in parcels_of(items_of(_chosen(kind, names)).values(), self.dp)
+                for parcel in parcels_of(
+                    items_of(_chosen(kind, names), self._owners).values(), self.dp
+                )
             ]
 
     @torch.no_grad()
@@ -113,14 +118,26 @@ class Shards:
         """Take over this rank's rows of whole tensors."""
         for name, rows in self.masters.items():
             if name in tensors:
-                rows.copy_(rows_of(tensors[name], self.dp, self.replica))
+                rows.copy_(self._rows(name, tensors[name]))
+
+    def owns(self, name: str) -> bool:
+        """Whether another replica does not own all of a parameter."""
+        return self._owners.get(name, self.replica) == self.replica
+
+    def _rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return rows_of(whole, self.dp, self.replica, self._owners.get(name))
 
     def as_dtensor(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a parameter, or of what has its shape, as a part of the whole tensor.
 
-        What has another shape, such as an optimizer's step counter, is returned as it is.
+        What has another shape, such as an optimizer's step counter, is returned as it is, and so
+        is what one replica owns.
         """
-        if name not in self.masters or rows.shape != self.masters[name].shape:
+        if (
+            name not in self.masters
+            or name in self._owners
+            or rows.shape != self.masters[name].shape
+        ):
             return rows
         if self._mesh is None:
             assert self._group is not None

@@ -54,7 +54,7 @@ def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> t
     """A divided parameter from its rows, each told by who owns them."""
     whole = torch.empty(like.shape, dtype=like.dtype)
     for replica in range(state.mesh.dp if like.dim() else 1):
-        rows = rows_of(whole, state.mesh.dp, replica)
+        rows = rows_of(whole, state.mesh.dp, replica, state.owners.get(name))
         owner = state.mesh.rank_of(replica, stage)
         told = torch.empty(rows.shape, dtype=like.dtype, device=state.device)
         if owner in state.ranks:

@@ -28,7 +28,9 @@ class Allocation:
 
     def __init__(self, like: torch.Tensor, devices: Iterable[torch.device], cut: Cut | None = None):
         self.like, self._cut = like, cut
-        kept = like if cut is None else cut(like).contiguous()
+        kept = like if cut is None else cut(like)
+        if kept.shape != like.shape:
+            kept = kept.contiguous()
         self.held = {device: torch.empty_like(kept, device=device) for device in devices}
         self.digest = ""
 

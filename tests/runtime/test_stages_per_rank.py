@@ -204,10 +204,10 @@ def peaks(placement: Placement) -> tuple[int, int]:
     compiled, state = pipe.compiled, pipe._session.state
     footprint = Footprint(state.skeleton.module, jobs.OPTIMIZERS["adamw"])
     actions = compiled.schedule[state.mesh.rank or 0]
-    stages = [compiled.program.stages[s] for s in state.mesh.stages_of(state.mesh.rank or 0)]
-    static = footprint.static(stages, sum(leaf.nbytes for leaf in batch.values()))
-    moment = footprint.optimizer_bytes(stages)
-    predicted = rank_memory(compiled.program, actions, static, 1, moment)
+    stages, program = state.mesh.stages_of(state.mesh.rank or 0), compiled.program
+    static = footprint.static(program, stages, sum(leaf.nbytes for leaf in batch.values()))
+    moment = footprint.optimizer_bytes(program, stages)
+    predicted = rank_memory(program, actions, static, 1, moment)
     return measured.peak_bytes(pipe, batch), predicted.peak_bytes
 
 

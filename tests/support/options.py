@@ -25,6 +25,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "remat": ("--remat full", "full"),
     "precision": ("--precision bf16", "bf16"),
     "zero": ("--zero 2", 2),
+    "zero_by": ("--zero-by matrices", "matrices"),
     "pin": ("--pin lm_head=1 --pin transformer.h.0=0", {"lm_head": 1, "transformer.h.0": 0}),
     "hardware": ("--device h100", "h100"),
     "solver": ("--solver cbc", "cbc"),
@@ -60,13 +61,15 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "remat": ({"remat": "none"}, {"remat": "full"}),
         "precision": ({"precision": "bf16"}, {"precision": Precision(compute=torch.float16)}),
         "zero": ({"zero": 1}, {"zero": "auto"}),
+        "zero_by": ({"zero_by": "rows"}, {"zero_by": "matrices"}),
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
         "costs": ({"costs": "roofline"}, {"costs": "profile"}),
         "plan": ({}, {"plan": hand_made()[0]}),
         "skip": ({}, {"skip": ["inplace"]}),
     }
     beside = {"max_grad_norm": {"optimizer": SGD}, "lr_scheduler": {"optimizer": SGD}}
-    shapes = {"zero": replicas, "n_stages": {}, "dp": {}}
+    divided = replicas | {"zero": 1}
+    shapes = {"zero": replicas, "zero_by": divided, "n_stages": {}, "dp": {}}
     return {
         name: tuple(shapes.get(name, two) | beside.get(name, {}) | each for each in pair)  # type: ignore[misc]
         for name, pair in pairs.items()

@@ -160,8 +160,9 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
     assert all(getattr(args, other) is None for other in others)
     if name not in ("devices", "plan"):  # which need others, or a file
         stages = [] if name == "n_stages" else ["--stages", "2"]
-        beside = ["--dp", "2"] if name == "zero" else []
-        args = make_parser().parse_args(["inspect", "hf:gpt2", *text.split(), *stages, *beside])
+        beside = {"zero": "--dp 2", "zero_by": "--dp 2 --zero 1"}.get(name, "")
+        words = [*text.split(), *stages, *beside.split()]
+        args = make_parser().parse_args(["inspect", "hf:gpt2", *words])
         assert getattr(Request.of(args).options, name) == value
 
 
@@ -211,17 +212,23 @@ def test_those_that_a_plan_has_decided() -> None:
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({}, ("1f1b", "per_microbatch", "as it is", "0")),
-        ({"precision": "bf16", "zero": 3, "dp": 2}, ("1f1b", "per_microbatch", "bf16", "3")),
+        ({}, ("1f1b", "per_microbatch", "as it is", "0", "auto")),
+        (
+            {"precision": "bf16", "zero": 3, "dp": 2},
+            ("1f1b", "per_microbatch", "bf16", "3", "auto"),
+        ),
         (
             {"precision": Precision(compute=torch.float16, grads=torch.float16)},
-            ("1f1b", "per_microbatch", "fp16 grads=fp16", "0"),
+            ("1f1b", "per_microbatch", "fp16 grads=fp16", "0", "auto"),
         ),
-        ({"schedule": "zb_h1", "tied_grads": "per_step"}, ("zb_h1", "per_step", "as it is", "0")),
+        (
+            {"schedule": "zb_h1", "tied_grads": "per_step"},
+            ("zb_h1", "per_step", "as it is", "0", "auto"),
+        ),
     ],
 )
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
-    names = ("schedule", "tied_grads", "precision", "zero")
+    names = ("schedule", "tied_grads", "precision", "zero", "zero_by")
     assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
 
 
@@ -232,11 +239,12 @@ def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
         return pipecompile.compile(Squares(), 2, 2, example_batch=batch, **options)
 
     text, value = FLAGS[name]
-    plan = compile_(**{name: value}).plan
+    beside = {"zero": 1} if name == "zero_by" else {}
+    plan = compile_(**beside, **{name: value}).plan
     assert plan.options[name] in text
-    assert compile_(**{name: value}, plan=plan).plan.options == plan.options
+    assert compile_(**beside, **{name: value}, plan=plan).plan.options == plan.options
     with pytest.raises(errors.PlanError, match=f"the plan has {name}={plan.options[name]}, this"):
-        compile_(plan=plan)
+        compile_(**beside, plan=plan)
 
 
 # -- ranks --------------------------------------------------------------------------------------

@@ -165,7 +165,8 @@ PLANNED: dict[str, Any] = {
     "schedule": "1f1b",
     "tied_grads": "per_microbatch",
     "precision": "bf16",
-    "zero": 0,
+    "zero": 1,
+    "zero_by": "rows",
 }
 OTHERWISE: dict[str, Any] = {
     "n_stages": 3,
@@ -174,7 +175,8 @@ OTHERWISE: dict[str, Any] = {
     "schedule": "zb_h1",
     "tied_grads": "per_step",
     "precision": Precision(compute=torch.bfloat16, grads=torch.bfloat16),
-    "zero": 1,
+    "zero": 2,
+    "zero_by": "matrices",
 }
 
 

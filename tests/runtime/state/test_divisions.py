@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pipecompile.compiler.ir import zero as zeros
 from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
 from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
+from pipecompile.compiler.ir.owners import layer_of
 from pipecompile.compiler.ir.shards import Item, parcels_of, row_range, rows_of
-from pipecompile.passes.programs.gather import layer_of
 from pipecompile.passes.schedule.verify import verify_exchange
 from support import jobs, measured, models, plain
 from support.gang import Gang
@@ -269,9 +269,8 @@ class Rows(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, Rows])
 def test_optimizers_that_need_whole_parameters_are_refused(optimizer: Any) -> None:
-    batch = models.batches("gpt2", 8, 1)[0]
-    with pytest.raises(OptionError, match=r"zero=1 steps each replica's rows alone"):
-        jobs.pipeline("gpt2", 1, 2, 2, zero=1, optimizer=optimizer, example_batch=batch)
+    with pytest.raises(OptionError, match=r"steps each replica's rows alone"):
+        jobs.pipeline("gpt2", 1, 2, 2, zero=1, zero_by="rows", optimizer=optimizer)
 
 
 def test_auto_takes_the_smallest_level_that_fits() -> None:
