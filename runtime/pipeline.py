@@ -218,7 +218,8 @@ class Pipeline:
         return (param for _, param in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that this process holds, under their names in the model, in its order."""
+        """The parameters that this process holds, under their names in the model, in its order;
+        where replicas divide them, its rows, or those that it owns."""
         return self._require().state.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _tried(
             return Verdict(kind, Reach.MODEL, why)
         if not rows:
             return Verdict(kind, Reach.TENSOR)
-        why = trial.needs_whole() or _chooses_by_size(factory, chosen, params)
+        why = trial.needs_whole() or _chooses_by_size(factory, chosen, params, device)
     return Verdict(kind, Reach.TENSOR if why else Reach.ELEMENT, why)
 
 
@@ -197,7 +197,10 @@ class _Trial:
         params = {name: nn.Parameter(t.clone()) for name, t in start.items()}
         optimizer = self._factory(list(params.items()))
         for group in optimizer.param_groups:
-            if isinstance(group.get("lr"), float):
+            rate = group.get("lr")
+            if isinstance(rate, torch.Tensor):
+                group["lr"] = torch.full_like(rate, _RATE)
+            elif isinstance(rate, float):
                 group["lr"] = _RATE
         if callable(train := getattr(optimizer, "train", None)):
             train()
@@ -301,7 +304,12 @@ def _rows_of_states(
 # -- sizes ----------------------------------------------------------------------------------------
 
 
-def _chooses_by_size(factory: Factory, chosen: StandIns, params: Mapping[str, torch.Tensor]) -> str:
+def _chooses_by_size(
+    factory: Factory,
+    chosen: StandIns,
+    params: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> str:
     """Why the stand-ins may not speak for larger parameters: other operators run on these."""
     if not chosen.cut:
         return ""
@@ -309,14 +317,16 @@ def _chooses_by_size(factory: Factory, chosen: StandIns, params: Mapping[str, to
     small = {n: (chosen.shapes[n], params[n].dtype) for n in names}
     large = {n: (tuple(params[n].shape), params[n].dtype) for n in names}
     try:
-        if _operators(factory, small) == _operators(factory, large):
+        if _operators(factory, small, device) == _operators(factory, large, device):
             return ""
     except Exception as error:
         return f"its steps cannot be followed on large parameters ({type(error).__name__})"
     return "it steps large parameters with other operators than small ones"
 
 
-def _operators(factory: Factory, like: Mapping[str, tuple[Shape, torch.dtype]]) -> list[Any]:
+def _operators(
+    factory: Factory, like: Mapping[str, tuple[Shape, torch.dtype]], device: torch.device
+) -> list[Any]:
     """What two steps call on parameters without data."""
     seen: list[Any] = []
 
@@ -326,7 +336,7 @@ def _operators(factory: Factory, like: Mapping[str, tuple[Shape, torch.dtype]]) 
 
     with weightless():
         params = {
-            name: nn.Parameter(torch.zeros(shape, dtype=dtype))
+            name: nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
             for name, (shape, dtype) in like.items()
         }
         for param in params.values():

@@ -296,6 +296,20 @@ SHARDING = (
         "every piece of a tensor has its first rows",
     ),
     Mutant(
+        "compiler/ir/owners.py",
+        "return held, of_layer[layer_of(name), replica], replica",
+        "return 0, of_layer[layer_of(name), replica], replica",
+        "test_matrices.py::test_owners_have_as_many_bytes",
+        "replicas own matrices of other sizes",
+    ),
+    Mutant(
+        "compiler/profiling/optimizer_trial.py",
+        "if not _alike(found, together, name):",
+        "if found is together:",
+        "test_optimizer_trial.py::test_how_far_a_step_looks",
+        "one step size for all parameters goes unnoticed",
+    ),
+    Mutant(
         "runtime/state/gradients.py",
         "slot.fresh = slot.fresh and item.piece < item.pieces - 1",
         "slot.fresh = False",
