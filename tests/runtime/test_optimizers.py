@@ -71,7 +71,7 @@ def evaluated_plainly(dp: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("n_stages", "dp", "zero"),
-    quickly([(2, 2, 1)], [(2, 1, 0), (1, 2, 0), (2, 2, 0), (1, 2, 1), (2, 2, 1), (1, 3, 1)]),
+    quickly([(1, 2, 1)], [(2, 1, 0), (1, 2, 0), (2, 2, 0), (1, 2, 1), (2, 2, 1), (1, 3, 1)]),
 )
 def test_schedule_free_has_its_two_modes(
     gang: Callable[[int], Gang], tmp_path: Path, n_stages: int, dp: int, zero: int
@@ -85,7 +85,7 @@ def test_schedule_free_has_its_two_modes(
 
 @pytest.mark.parametrize(
     ("zero", "by"),
-    quickly([(3, "rows")], [(z, b) for z in (1, 2, 3) for b in ("rows", "matrices")]),
+    quickly([], [(z, b) for z in (1, 2, 3) for b in ("rows", "matrices")]),
 )
 def test_schedule_free_divided_and_in_bf16(
     gang: Callable[[int], Gang], tmp_path: Path, zero: int, by: str

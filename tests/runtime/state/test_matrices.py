@@ -67,10 +67,8 @@ def assert_equal(found: plain.Trained, expected: plain.Trained) -> None:
 
 QUICK = [
     (("gpt2", 2, 2, "muon", 1), {}),
-    (("gpt2", 2, 2, "shampoo", 3), {}),
     (("llama", 1, 3, "factored", 2), {"precision": "bf16"}),
-    (("llama", 1, 3, "adafactor", 1), {"precision": "bf16"}),
-    (("gpt2", 2, 2, "factored", 1), {"tied_grads": "per_step", "schedule": "zb_h1"}),
+    (("gpt2", 2, 2, "shampoo", 3), {}),
 ]
 FULL = [
     ((name, n_stages, dp, kind, zero), {"precision": precision})
@@ -79,12 +77,15 @@ FULL = [
     for kind in KINDS
     for precision in (None, "bf16")
     for zero in LEVELS
+    if ((name, n_stages, dp, kind, zero), {"precision": precision}) not in QUICK
+] + [
+    (("gpt2", 2, 2, kind, zero), {"tied_grads": "per_step", "schedule": "zb_h1"})
+    for kind in ("factored", "muon")
+    for zero in LEVELS
 ]
 
 
-@pytest.mark.parametrize(
-    ("setting", "options"), quickly(QUICK, QUICK + [e for e in FULL if e not in QUICK]), ids=str
-)
+@pytest.mark.parametrize(("setting", "options"), quickly(QUICK, QUICK + FULL), ids=str)
 def test_processes_train_as_one(
     gang: Callable[[int], Gang], setting: Any, options: dict[str, Any]
 ) -> None:
@@ -149,7 +150,7 @@ def accumulated(dp: int, zero: int) -> tuple[dict[str, torch.Tensor], list[str]]
 
 
 @pytest.mark.parametrize(
-    ("dp", "zero"), quickly([(2, 3), (4, 1)], [(d, z) for d in (2, 4) for z in LEVELS])
+    ("dp", "zero"), quickly([(2, 3)], [(d, z) for d in (2, 4) for z in LEVELS])
 )
 def test_odd_parameters_and_accumulation(gang: Callable[[int], Gang], dp: int, zero: int) -> None:
     alone, names = accumulated(dp, zero)
@@ -263,6 +264,7 @@ def interrupted(folder: str, *setting: Any) -> tuple[Any, Any]:
     return ends[0], ends[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
@@ -275,7 +277,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(
 
 @pytest.mark.parametrize(
     ("zero", "precision"),
-    quickly([(1, "bf16"), (3, None)], [(z, p) for z in LEVELS for p in (None, "bf16")]),
+    quickly([(1, "bf16")], [(z, p) for z in LEVELS for p in (None, "bf16")]),
 )
 def test_what_ranks_hold_is_what_the_plan_says(
     gang: Callable[[int], Gang], zero: int, precision: str | None
