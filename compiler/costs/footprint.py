@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ir.owners import Owners, homes_in, owners_of
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
@@ -21,7 +20,7 @@ from ..ir.shards import (
     shard_numel,
     stream_departures,
 )
-from ..ir.zero import WHOLE, Zero
+from ..ir.zero import WHOLE, Owners, Zero, homes_in, owners_of
 from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 

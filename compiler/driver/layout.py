@@ -10,9 +10,8 @@ from torch import fx
 from ...passes.graph.placement import Placement, Site, follow, sites_of
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
-from ..ir.owners import homes_in
 from ..ir.program import PipelineProgram
-from ..ir.zero import Zero
+from ..ir.zero import Zero, homes_in
 from ..plan.decision import Decision, Search
 
 

@@ -2,7 +2,7 @@
 
 A parameter is divided along its first dimension as `torch.chunk` and DTensor's ``Shard(0)`` do:
 parts of ceil(rows / dp) rows, the last ones smaller or empty. A number without dimensions is
-owned by every replica. Where a parameter has an owner (`owners.py`), that has all rows.
+owned by every replica. Where a parameter has an owner (`zero.py`), that has all rows.
 
 Gradients and parameters travel in parcels. A parcel has, for each replica, the rows that it owns
 of every item, so that replica r sends or receives one contiguous block.
@@ -19,8 +19,8 @@ import torch
 
 from . import ops
 from .actions import Kind
-from .owners import Owners
 from .program import StageProgram
+from .zero import Owners
 
 PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
 LEAST_BYTES = 1 << 20  # below which its latency would count

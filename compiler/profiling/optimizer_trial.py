@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.skeleton import weightless
 from ..costs.meter import StorageMeter
 from ..costs.optimizer_cost import answering
 from ..ir.errors import OptionError
+from ..ir.fakes import weightless
 from .standins import Factory, Shape, StandIns, Tensors, called, gradients, stand_ins, values
 
 STEPS = 8

@@ -16,7 +16,6 @@ from torch import fx
 
 from ...compiler.ir import ops
 from ...compiler.ir.actions import Kind
-from ...compiler.ir.owners import Owners, layer_of
 from ...compiler.ir.program import (
     BoxedCodeGen,
     Group,
@@ -28,6 +27,7 @@ from ...compiler.ir.program import (
     on_demand,
 )
 from ...compiler.ir.shards import apart, item_of, parcels_of
+from ...compiler.ir.zero import Owners, layer_of
 
 _SHARDED = (Role.PARAM, Role.COPY)
 

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...compiler.ir.actions import Kind
-from ...compiler.ir.owners import Owners
 from ...compiler.ir.precision import REDUCED
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import (
@@ -33,6 +32,7 @@ from ...compiler.ir.shards import (
     rows_of,
     stream_departures,
 )
+from ...compiler.ir.zero import Owners
 from ..exchange.parcels import Outgoing
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_

@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ...compiler.ir.fakes import meta_like
-from ...compiler.ir.owners import Owners
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
+from ...compiler.ir.zero import Owners
 from ..exchange.parcels import GatheredGroup, Gathering
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint

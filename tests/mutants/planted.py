@@ -296,7 +296,7 @@ SHARDING = (
         "every piece of a tensor has its first rows",
     ),
     Mutant(
-        "compiler/ir/owners.py",
+        "compiler/ir/zero.py",
         "return held, of_layer[layer_of(name), replica], replica",
         "return 0, of_layer[layer_of(name), replica], replica",
         "test_matrices.py::test_owners_have_as_many_bytes",
