@@ -15,7 +15,7 @@ from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
-from ..compiler.ir.errors import NotCompiledError, OptionError, StateError
+from ..compiler.ir.errors import BatchError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
 from ..compiler.plan.plan import Plan
@@ -29,6 +29,7 @@ from .loss_scaler import LossScaler
 from .optimizer import steps_alone
 from .session import Loaded, Session
 from .state import state_dict as state_dicts
+from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
 from .world import World
 
@@ -76,6 +77,10 @@ class Pipeline:
         self._loader = Loader(world, builder, options)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = world.agreement.gather(seed)[0]
+        self._verifier = None
+        if options.verify:
+            here = world.device if self.is_main else None
+            self._verifier = Verifier(model, options, world.agreement, mesh, here)
         self._source: Source | None = world.agreement.together(
             lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main),
             StateError,
@@ -122,18 +127,24 @@ class Pipeline:
                 "step() needs an optimizer: give compile() one, for example optimizer="
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
+        verifier = self._verifying(batch)
         loss = self.forward_backward(batch)
+        if verifier is not None:
+            verifier.computed(loss, dict(self.named_parameters()))
+        norm = None
         if self.loss_scaler is not None and self.loss_scaler.overflowed:
             self.zero_grad()
             return loss
         if self._options.max_grad_norm is not None:
-            self.clip_grad_norm_(self._options.max_grad_norm)
+            norm = self.clip_grad_norm_(self._options.max_grad_norm)
         with self._world.plain():
             self.optimizer.step()
             scheduler = self._require().scheduler
             if scheduler is not None and steps_alone(scheduler):
                 scheduler.step()
         self.zero_grad()
+        if verifier is not None:
+            self._verify(verifier, batch, norm)
         return loss
 
     def forward_backward(self, batch: Any) -> torch.Tensor:
@@ -185,6 +196,11 @@ class Pipeline:
         if scheduler is None:
             raise OptionError("compile() was given no lr_scheduler")
         return scheduler
+
+    @property
+    def verification(self) -> str:
+        """What the first steps were compared with one process in, of ``verify=``; on rank 0."""
+        return "" if self._verifier is None else self._verifier.report.summary()
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -367,6 +383,37 @@ class Pipeline:
         session, request = self._load(mode, whole, values)
         jobs = self._loader.deal(request, values, self._seed, self._steps)
         return session, session.loaded[request], jobs
+
+    def _verifying(self, batch: Any) -> Verifier | None:
+        """What compares this step with one process, if anything does."""
+        verifier = self._verifier
+        if verifier is None or not verifier.active:
+            return None
+        with self._world.guard():
+            values, whole = batches.flatten(batch)
+            request = self._load(Mode.TRAIN, whole, values)[1]
+            jobs = self._loader.deal(request, values, self._seed, self._steps)
+            mesh = self._world.mesh
+            dealt = {
+                mesh.replica_of(rank): job.batches
+                for rank, job in jobs.items()
+                if mesh.position_of(rank) == 0
+            }
+        verifier.begin(dealt, request.spec, self._seed, self._steps)
+        return verifier
+
+    def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:
+        """What a step has left; after the last that is compared, evaluation too."""
+        verifier.stepped(norm, self.state_dict())
+        if verifier.active:
+            return
+        verifier.evaluated(self.evaluate(batch))
+        output, why_not = None, ""
+        try:
+            output = self.forward(batch)
+        except BatchError as error:
+            why_not = str(error)
+        verifier.returned(output, why_not)
 
     def _training(self, data: Any) -> Training:
         session = self._require()

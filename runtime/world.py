@@ -62,6 +62,7 @@ class World:
             weakly.
 
     Attributes:
+        device: of this process's first rank.
         endpoints: of the ranks that this process plays.
         data_shards, data_shard: as `Pipeline` has them.
 
@@ -77,7 +78,7 @@ class World:
         status: Callable[[], str],
     ):
         self.mesh, self._device = mesh, device
-        self._here = device_of(mesh.local_ranks[0], device, mesh)
+        self._here = self.device = device_of(mesh.local_ranks[0], device, mesh)
         self._watchdog: Watchdog | None = None
         self._default_dtype: torch.dtype | None = None  # of what programs make
         connect(mesh, self._here)

@@ -32,13 +32,14 @@ ROOMS = (
     "runtime/weights",
     "runtime/state",
     "runtime/checkpoint",
+    "runtime/verify",
     "runtime",
     "compiler/cli",
     "compiler",
 )
 """In the order of the data: a room imports from itself and from those above it."""
 
-FILES = 12  # in a room, at most
+FILES = 11  # in a room, at most
 LINES = 450  # in a file, at most
 BODY = 70  # lines of a function, at most, without its docstring
 

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
     from .flags import Parser
 
-_SPEC_HELP = """\
+SPEC_HELP = """\
 SPEC is one of
   path/to/file.py:function   the function takes nothing and returns (model, example batch) or
                              (model, example batch, loss_fn); tensors that it makes have no
                              data, so the model may be of any size
   hf:MODEL_TYPE              a transformers model, for example hf:gpt2, hf:llama, hf:t5, hf:vit
   hf:path/to/config.json     the model of a transformers configuration
+"""
+_EXAMPLES = """\
 
 examples
   pipecompile inspect train.py:build --stages 4 --dp 2 --microbatches 8
@@ -39,7 +41,7 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
         help="show how a model is divided, scheduled and what it costs",
         description="Show how a model is divided into stages, what each costs and needs, the "
         "schedule, and what would help. Needs no weights, no GPU and no other process.",
-        epilog=_SPEC_HELP,
+        epilog=SPEC_HELP + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_run)
@@ -52,7 +54,7 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
         help="its states are part of the memory; sgd is without momentum (default: adamw)",
     )
     _add_output(groups[OUTPUT])
-    _add_model(parser.add_argument_group("the model, for hf: only"))
+    add_model(parser.add_argument_group("the model, for hf: only"))
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -71,7 +73,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--set",
         action="append",

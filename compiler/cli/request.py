@@ -58,7 +58,7 @@ class Request:
         """Raises OptionError or PlanError for what does not go together."""
         _check(args)
         given = None if args.plan is None else Plan.load(args.plan)
-        options = _options(args, given)
+        options = options_of(args, given)
         if args.n_stages != AUTO:
             options.check_zero()
         rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError(f"--save {args.save}: there is no folder {str(Path(args.save).parent)!r}")
 
 
-def _options(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
+def options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
     """Those of the flags; where a plan is given, it says what no flag does."""
     found: dict[str, Any] = {}
     for name, option in declarations_of(CompileOptions).items():

@@ -1,4 +1,5 @@
-"""SPEC of `pipecompile inspect` -> a model without weights, a batch for it, and its loss.
+"""SPEC of `pipecompile inspect` -> a model without weights, a batch for it, and its loss; of
+`pipecompile verify` all with values.
 
 ``path/to/file.py:function``  the function returns (model, example batch) or, of a model whose
                               output has no loss, (model, example batch, loss_fn)
@@ -15,7 +16,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..capture.calling import LossFn
 from ..ir.errors import OptionError, SpecError
 from ..ir.fakes import weightless
 
+SEED = 0
 DEFAULT_SEQ = 512
 DEFAULT_IMAGE_SIZE = 224
 
@@ -48,7 +50,8 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: a model on fake or meta tensors, a batch of all replicas."""
+    """What is inspected: a model on fake or meta tensors, a batch of all replicas. Or what is run,
+    with values."""
 
     model: nn.Module
     batch: Any
@@ -80,15 +83,18 @@ class ModelOptions:
         return tuple(flag for flag, value in zip(flags, values, strict=True) if value)
 
 
-def load(spec: str, options: ModelOptions) -> Subject:
+def load(spec: str, options: ModelOptions, real: bool = False) -> Subject:
     """Build what SPEC names.
+
+    Args:
+        real: with values, drawn from a seed.
 
     Raises:
         SpecError: there is no such file, function or model type, or it cannot be built.
         OptionError: an option that does not fit the model, or has no effect on it.
     """
     if spec.startswith("hf:"):
-        return _from_transformers(spec.removeprefix("hf:"), options)
+        return _from_transformers(spec.removeprefix("hf:"), options, real)
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not function:
         raise SpecError(
@@ -100,13 +106,13 @@ def load(spec: str, options: ModelOptions) -> Subject:
             f"{options.given[0]} has no effect on {spec}: "
             f"{function}() alone decides model and batch"
         )
-    return _from_file(Path(path), function)
+    return _from_file(Path(path), function, real)
 
 
 # -- path/to/file.py:function -------------------------------------------------------------------
 
 
-def _from_file(path: Path, name: str) -> Subject:
+def _from_file(path: Path, name: str, real: bool) -> Subject:
     if not path.is_file():
         raise SpecError(f"there is no file {str(path)!r}")
     with _explained(path, "importing it"):
@@ -115,7 +121,13 @@ def _from_file(path: Path, name: str) -> Subject:
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise SpecError(f"{path} has no function {name!r}: {_close(name, known)}")
-    with _explained(path, f"{name}()"), weightless(), _NoData():
+    with ExitStack() as stack:
+        stack.enter_context(_explained(path, f"{name}()"))
+        if real:
+            torch.manual_seed(SEED)
+        else:
+            stack.enter_context(weightless())
+            stack.enter_context(_NoData())
         result = function()
     if isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[0], nn.Module):
         return Subject(*result)
@@ -167,7 +179,7 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 # -- hf: ----------------------------------------------------------------------------------------
 
 
-def _from_transformers(source: str, options: ModelOptions) -> Subject:
+def _from_transformers(source: str, options: ModelOptions, real: bool) -> Subject:
     try:
         import transformers
         from transformers.models.auto import modeling_auto
@@ -183,12 +195,15 @@ def _from_transformers(source: str, options: ModelOptions) -> Subject:
     task = _task(config, options.task, tables)
     _complete(config, task)
     auto = getattr(transformers, TASKS[task][1])
-    with torch.device("meta"):  # where transformers itself makes every model before loading it
+    torch.manual_seed(SEED)
+    # on "meta" transformers itself makes every model before loading it
+    with torch.device("cpu" if real else "meta"):
         try:
             model = auto.from_config(config)
         except Exception as error:
             raise SpecError(f"transformers cannot build {source}: {_line(error)}") from error
-        return Subject(model, _batch(model, config, task, options))
+        batch = _batch(model, config, task, options)
+    return Subject(model.train(), _drawn(batch, config) if real else batch)
 
 
 def _config(source: str, options: ModelOptions, mapping: Mapping[str, Any]) -> Any:
@@ -335,6 +350,18 @@ def _batch(model: nn.Module, config: Any, task: str, options: ModelOptions) -> d
     tokens = torch.zeros(rows, options.seq or min(longest, DEFAULT_SEQ), dtype=torch.long)
     labels = tokens[:, 0] if task == "sequence-classification" else tokens
     return {str(getattr(model, "main_input_name", "input_ids")): tokens, "labels": labels.clone()}
+
+
+def _drawn(batch: dict[str, Any], config: Any) -> dict[str, Any]:
+    """With values: images of noise, and tokens and labels of those that there are."""
+    tokens = getattr(config.get_text_config(), "vocab_size", None) or 2
+    labels = tokens if batch["labels"].dim() > 1 else getattr(config, "num_labels", 2)
+    return {
+        name: torch.randn(value.shape)
+        if value.is_floating_point()
+        else torch.randint(0, labels if name == "labels" else tokens, value.shape)
+        for name, value in batch.items()
+    }
 
 
 # -- texts --------------------------------------------------------------------------------------

@@ -13,14 +13,17 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
     Item,
+    Owners,
     closing_departures,
+    homes_in,
     item_of,
+    owners_of,
     parcels_of,
     row_range,
     shard_numel,
     stream_departures,
 )
-from ..ir.zero import WHOLE, Owners, Zero, homes_in, owners_of
+from ..ir.zero import WHOLE, Zero
 from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 

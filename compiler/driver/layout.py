@@ -11,7 +11,8 @@ from ...passes.graph.placement import Placement, Site, follow, sites_of
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
 from ..ir.program import PipelineProgram
-from ..ir.zero import Zero, homes_in
+from ..ir.shards import homes_in
+from ..ir.zero import Zero
 from ..plan.decision import Decision, Search
 
 

@@ -94,5 +94,9 @@ class VerificationError(PipecompileError, AssertionError):
     """A pass left an illegal graph or schedule: a defect of pipecompile, please report it."""
 
 
+class VerifyError(PipecompileError, AssertionError):
+    """A pipeline with `verify=` has computed something else than the model in one process."""
+
+
 class PeerFailedError(PipecompileError, RuntimeError):
     """Another rank failed first; its traceback is part of the message."""

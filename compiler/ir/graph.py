@@ -25,12 +25,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .actions import Phase as Phase
+from .ops import draws
 
 
 @dataclass
@@ -165,15 +165,7 @@ def is_random(node: fx.Node) -> bool:
 
     Attention kernels are tagged as such ops; without dropout they draw nothing.
     """
-    tags = getattr(node.target, "tags", ())
-    if not is_operator(node) or torch.Tag.nondeterministic_seeded not in tags:
-        return False
-    called: Any = node.target
-    names = [argument.name for argument in called._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return bool(given.get("dropout_p", 0.0) != 0.0)
+    return is_operator(node) and draws(node.target, node.args, node.kwargs)
 
 
 def is_latest(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +68,17 @@ def seeded(seed: int, site: int, op: Callable[..., Any], *args: Any, **kwargs: A
     device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
     generator_of(device or kwargs.get("device") or torch.device("cpu")).manual_seed(mix(seed, site))
     return op(*args, **kwargs)
+
+
+def draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an ATen operator draws from a generator."""
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+        return False
+    names = [argument.name for argument in op._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return bool(given.get("dropout_p", 0.0) != 0.0)
 
 
 def generator_of(device: torch.device) -> torch.Generator:

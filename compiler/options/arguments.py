@@ -23,6 +23,7 @@ from .checks import (
     check_int,
     check_level,
     check_names,
+    check_natural,
     check_stages,
     one_of,
 )
@@ -137,6 +138,15 @@ class Options:
         help="of dropout and other random ops, and of weights that are initialised here",
         more="None takes torch's initial seed. All ranks take that of rank 0.",
         check=check_int,
+    )
+    verify: int = option(
+        0,
+        help="so many first steps are compared with a copy of the model in one process",
+        more="Losses, gradients, norms, parameters and buffers, then evaluation and outputs; what "
+        "differs is an error that names it. It takes another forward and backward per step, on "
+        "rank 0, and memory for the copy. Then ``pipe.verification`` says what was compared.",
+        check=check_natural,
+        compared=as_it_is,
     )
     weights: str | Path | None = option(
         None,

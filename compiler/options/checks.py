@@ -22,6 +22,12 @@ def check_count(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value} must be at most {MOST}")
 
 
+def check_natural(name: str, value: Any) -> None:
+    check_int(name, value)
+    if value < 0:
+        raise OptionError(f"{name}={value} must be at least 0")
+
+
 def check_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise OptionError(f"{name}={value!r} must be an int")

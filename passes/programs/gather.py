@@ -26,8 +26,7 @@ from ...compiler.ir.program import (
     StageProgram,
     on_demand,
 )
-from ...compiler.ir.shards import apart, item_of, parcels_of
-from ...compiler.ir.zero import Owners, layer_of
+from ...compiler.ir.shards import Owners, apart, item_of, layer_of, parcels_of
 
 _SHARDED = (Role.PARAM, Role.COPY)
 

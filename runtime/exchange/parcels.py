@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ...compiler.ir.program import Port, Role
-from ...compiler.ir.shards import Entry, Item, Parcel, apart, item_of, parcels_of
-from ...compiler.ir.zero import Owners
+from ...compiler.ir.shards import Entry, Item, Owners, Parcel, apart, item_of, parcels_of
 from .processes import Processes
 from .transport import Pending, ordered_sum_
 

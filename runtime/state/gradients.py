@@ -26,13 +26,13 @@ from ...compiler.ir.shards import (
     Departures,
     Entry,
     Item,
+    Owners,
     closing_departures,
     item_of,
     items_of,
     rows_of,
     stream_departures,
 )
-from ...compiler.ir.zero import Owners
 from ..exchange.parcels import Outgoing
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_

@@ -18,8 +18,7 @@ from ...compiler.capture.skeleton import Skeleton
 from ...compiler.driver.layout import Layout
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
-from ...compiler.ir.shards import rows_of
-from ...compiler.ir.zero import owners_of
+from ...compiler.ir.shards import owners_of, rows_of
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint
 from ..weights.allocation import Cut

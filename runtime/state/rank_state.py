@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from ...compiler.ir.zero import Owners
+from ...compiler.ir.shards import Owners
 from ..exchange.transport import Endpoint
 from .gradients import WholeGradients
 from .sharded import Shards

@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ...compiler.ir.fakes import meta_like
 from ...compiler.ir.program import StageProgram
-from ...compiler.ir.shards import Parcel, items_of, parcels_of, rows_of
-from ...compiler.ir.zero import Owners
+from ...compiler.ir.shards import Owners, Parcel, items_of, parcels_of, rows_of
 from ..exchange.parcels import GatheredGroup, Gathering
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint

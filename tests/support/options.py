@@ -54,6 +54,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "max_grad_norm": ({"max_grad_norm": 1.0}, {"max_grad_norm": 2.0}),
         "lr_scheduler": ({"lr_scheduler": SGD}, {}),
         "example_batch": ({"example_batch": torch.ones(4, 8)}, {}),
+        "verify": ({"optimizer": SGD, "verify": 1}, {"optimizer": SGD, "verify": 2}),
         "weights": ({}, {"weights": weights}),
         "schedule": ({}, {"schedule": "zb_h1"}),
         "tied_grads": ({}, {"tied_grads": "per_step"}),

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir.errors import OptionError, PlanError
-from pipecompile.compiler.ir.shards import item_of, parcels_of, rows_of
-from pipecompile.compiler.ir.zero import owners_of
+from pipecompile.compiler.ir.shards import item_of, owners_of, parcels_of, rows_of
 from support import jobs, measured, models, optimizers, plain
 from support.gang import Gang
 from support.matrix import quickly

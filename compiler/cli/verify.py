@@ -1,0 +1,102 @@
+"""`pipecompile verify`: a model of one's own, trained beside one process for some steps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..options.arguments import PLANNER, Arguments
+from ..options.parsing import AUTO
+from .flags import add_flags, count
+from .inspect import SPEC_HELP, add_model
+from .quiet import quiet
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from .flags import Parser
+
+_EXAMPLES = """\
+
+examples
+  pipecompile verify train.py:build --stages 4 --dp 2 --microbatches 2
+  pipecompile verify hf:llama --stages 2 --seq 64 --set num_hidden_layers=4 --set hidden_size=256
+  torchrun --nproc-per-node 4 --no-python pipecompile verify train.py:build --stages 2 --dp 2
+"""
+
+
+def add_to(commands: _SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="train some steps beside the model in one process, and compare all of it",
+        description="Train some steps of the pipeline beside a copy of the model in eager PyTorch, "
+        "in one process: losses, gradients, norms, parameters, buffers, evaluation and outputs. "
+        "The same microbatches, and the same dropout. Exit status 1 if anything differs.",
+        epilog=SPEC_HELP + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument("spec", metavar="SPEC", help="the model: see below")
+    groups = add_flags(parser, Arguments)
+    groups[PLANNER].add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "sgd"), help="(default: adamw)"
+    )
+    parser.add_argument(
+        "--steps", type=count, default=2, metavar="N", help="how many are compared (default: 2)"
+    )
+    parser.add_argument(
+        "--clip",
+        type=float,
+        default=1.0,
+        metavar="NORM",
+        help="the norm that gradients are clipped to (default: 1)",
+    )
+    add_model(parser.add_argument_group("the model, for hf: only"))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..ir.errors import OptionError, VerifyError
+
+    if args.n_stages in (None, AUTO):
+        raise OptionError("verify needs --stages N: a number of stages")
+    try:
+        said = _verified(args)
+    except VerifyError as error:
+        print(f"pipecompile: {error}", file=sys.stderr)
+        return 1
+    if said:
+        print(said)
+    return 0
+
+
+def _verified(args: argparse.Namespace) -> str:
+    """What was compared; "" on ranks that compare nothing."""
+    with quiet():
+        import torch
+
+        from ...runtime.start import start
+        from ..capture import batch as batches
+        from .request import options_of
+        from .spec import ModelOptions, load
+
+    options = options_of(args, None)
+    rows = options.dp * (options.microbatches or 4 * options.n_stages)
+    wanted = ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows)
+    subject = load(args.spec, wanted, real=True)
+    factories = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    chosen = replace(
+        options,
+        optimizer=partial(factories[args.optimizer], lr=1e-3),
+        loss_fn=subject.loss_fn,
+        max_grad_norm=args.clip,
+        verify=args.steps,
+    )
+    pipe = start(subject.model, chosen)
+    values, spec = batches.flatten(subject.batch)
+    share = batches.cut(values, pipe.data_shards)[pipe.data_shard]
+    for _ in range(args.steps):
+        pipe.step(spec.cut(pipe.data_shards).build(share))
+    return pipe.verification

@@ -1,0 +1,219 @@
+"""The user's model in eager PyTorch, in one process: what a pipeline is compared with.
+
+It accumulates gradients over the same microbatches, replica by replica, and draws its dropout from
+the seeds that the pipeline draws from.
+
+`TorchDispatchMode` is torch's hook below autograd; its module has no public name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...compiler.capture.batch import BatchSpec
+from ...compiler.capture.calling import bind, find_loss
+from ...compiler.capture.skeleton import named_state
+from ...compiler.ir.errors import OptionError
+from ...compiler.ir.fakes import is_fake
+from ...compiler.ir.ops import draws, generator_of, mix
+from ...compiler.options.options import CompileOptions
+
+Leaves = Sequence[torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Outcome:
+    """Of one step.
+
+    Attributes:
+        norm: of the gradients before they were clipped; None where they are not.
+        grads: as they were added up, before clipping.
+        params, buffers: after the step; buffers are the first replica's.
+    """
+
+    loss: torch.Tensor
+    norm: torch.Tensor | None
+    grads: Tensors
+    params: Tensors
+    buffers: Tensors
+
+
+class Plain:
+    """A copy of a model with an optimizer of its own.
+
+    Attributes:
+        evaluation_updates: whether evaluation has changed buffers, so that a whole batch sees
+            others than its microbatches do.
+
+    Raises:
+        OptionError: the model has no values to copy.
+    """
+
+    evaluation_updates = False
+
+    def __init__(self, model: nn.Module, options: CompileOptions, device: torch.device):
+        self._options, self._device = options, device
+        self.model = _copied(model).to(device)
+        for part in self.model.modules():
+            config: Any = getattr(part, "config", None)
+            if getattr(config, "use_cache", False):
+                config.use_cache = False  # as in the copy that is compiled
+        self._replicas = [self._buffers() for _ in range(options.dp)]
+        assert options.optimizer is not None
+        self._optimizer = options.optimizer(list(self.model.named_parameters()))
+        make = options.lr_scheduler
+        self._scheduler: Any = make(self._optimizer) if make is not None else None
+
+    @torch.enable_grad()
+    def step(
+        self,
+        shares: Sequence[Sequence[Leaves]],
+        spec: BatchSpec,
+        seeds: Sequence[Sequence[int]],
+    ) -> Outcome:
+        """Train on a batch.
+
+        Args:
+            shares: per replica, the leaves of its microbatches.
+            spec: of a microbatch.
+            seeds: per replica and microbatch.
+        """
+        totals: list[Tensors] = []
+        losses = []
+        for replica, (pieces, drawn) in enumerate(zip(shares, seeds, strict=True)):
+            self._set_buffers(self._replicas[replica])
+            found = []
+            for leaves, seed in zip(pieces, drawn, strict=True):
+                with self._drawing(seed), self._autocast():
+                    loss = self._loss(leaves, spec)
+                torch.autograd.backward(loss / len(pieces))
+                found.append(loss.detach())
+            losses.append(torch.stack(found).mean())
+            self._replicas[replica] = self._buffers()
+            totals.append(self._taken())
+        params = dict(self.model.named_parameters())
+        for name, param in params.items():
+            parts = [total[name] for total in totals if name in total]
+            param.grad = _mean(parts, len(shares)) if parts else None
+        grads = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+        norm = None
+        if self._options.max_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(list(params.values()), self._options.max_grad_norm)
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        self._optimizer.zero_grad()
+        after = {name: param.detach().clone() for name, param in params.items()}
+        return Outcome(torch.stack(losses).mean(), norm, grads, after, self._replicas[0])
+
+    @torch.no_grad()
+    def evaluate(self, shares: Sequence[Sequence[Leaves]], spec: BatchSpec) -> torch.Tensor:
+        """The mean loss of a batch in evaluation mode."""
+        losses, before = [], self._replicas[0]
+        with self._evaluating():
+            for replica, pieces in enumerate(shares):
+                self._set_buffers(self._replicas[replica])
+                with self._autocast():
+                    found = [self._loss(leaves, spec) for leaves in pieces]
+                losses.append(torch.stack(found).mean())
+                self._replicas[replica] = self._buffers()
+        after = self._replicas[0]
+        self.evaluation_updates = any(not torch.equal(before[name], after[name]) for name in before)
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def outputs(self, whole: Leaves, spec: BatchSpec) -> Any:
+        """What the model returns for a whole batch, in evaluation mode."""
+        with self._evaluating(), self._autocast():
+            batch = spec.build([leaf.to(self._device) for leaf in whole])
+            args, kwargs = bind(self.model, batch, None).arguments(batch)
+            return self.model(*args, **kwargs)
+
+    def _loss(self, leaves: Leaves, spec: BatchSpec) -> torch.Tensor:
+        batch = spec.build([leaf.to(self._device) for leaf in leaves])
+        args, kwargs = bind(self.model, batch, self._options.loss_fn).arguments(batch)
+        return find_loss(self.model(*args, **kwargs), batch, self._options.loss_fn)
+
+    def _taken(self) -> Tensors:
+        """The gradients, which are gone from the parameters then."""
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        for param in self.model.parameters():
+            param.grad = None
+        return found
+
+    def _buffers(self) -> Tensors:
+        state = named_state(self.model)
+        return {n: t.detach().clone() for n, t in state if not isinstance(t, nn.Parameter)}
+
+    def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(path), attribute, value.clone())
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        mixed = self._options.mixed
+        if mixed is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=mixed.compute)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Any:
+        modes = {part: part.training for part in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+    @contextlib.contextmanager
+    def _drawing(self, seed: int) -> Any:
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices), _Draws(seed, self._device):
+            yield
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random operators draw as `compiler.ir.ops.seeded` does: from the seed and their number."""
+
+    def __init__(self, seed: int, device: torch.device):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed, self._device, self._count = seed, device, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if draws(func, args, named):
+            generator_of(self._device).manual_seed(mix(self._seed, self._count))
+            self._count += 1
+        return func(*args, **named)
+
+
+def _mean(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The mean over replicas, added in their order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / count
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    state = dict(named_state(model))
+    empty = next((name for name, tensor in state.items() if is_fake(tensor)), None)
+    if empty is not None:
+        raise OptionError(
+            f"verify= compares with a copy of the model in one process, and {empty!r} has no "
+            "values: build a smaller model with weights for it, or leave verify= out"
+        )
+    memo = {id(t): t.detach().clone() for t in state.values() if not t.is_leaf}
+    return copy.deepcopy(model, memo)
