@@ -17,6 +17,7 @@ _OTHERWISE = (
     "if the model runs on this batch by itself, tracing takes another branch here: pass optional "
     "inputs such as attention_mask, or make this code traceable by torch.export"
 )
+_DERIVED = "write the derivative as operators, or as a torch.autograd.Function's backward"
 _ADVICE = {
     "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
     "tensor (if, .item(), float()): compute both sides and choose with torch.where, keep it a "
@@ -73,7 +74,12 @@ def explain(
     kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
     advice = _ADVICE.get(kind, _OTHERWISE)
     if "Unexpected fake buffer" in str(error):
-        advice = "forward reads .data of a parameter or buffer: use .detach()"
+        advice = (
+            "forward reads .data of a parameter or buffer (use .detach()), or differentiates with "
+            f"torch.func: {_DERIVED}"
+        )
+    if "functorch" in str(error) or "does not have a grad_fn" in str(error):
+        advice = f"forward differentiates, or maps with torch.func: {_DERIVED}"
     first_line = str(chain[-1]).strip().splitlines()[0] if str(chain[-1]).strip() else kinds[-1]
     if given and re.search(r"dtype|scalar type|Input type", first_line):
         return BatchError(

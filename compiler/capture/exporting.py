@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import fx, nn
@@ -123,10 +125,10 @@ def _exported(
     ):
         try:
             program = torch.export.export(function, leaves, strict=False)
+            traced = program.module(check_guards=False)
         except Exception as error:
             given = _described(model, where(), function.spec)
             raise explain(error, type(model).__name__, where(), given=given) from error
-    traced = program.module(check_guards=False)
     restore_functions(traced, calls)
     return traced, results[-1]
 
@@ -156,6 +158,21 @@ def _autocast(
     return torch.autocast(leaves[0].device.type, dtype=compute)
 
 
+class _Unheard(io.TextIOBase):
+    """Drops what this thread writes; others are heard."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._thread:
+            return len(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Around all that traces: kernels stay whole, and torch says nothing.
@@ -166,8 +183,8 @@ def tracing() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     with (
         warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(_Unheard(sys.stdout)),
+        contextlib.redirect_stderr(_Unheard(sys.stderr)),
         native_kernels(),
     ):
         warnings.simplefilter("ignore")
