@@ -139,8 +139,7 @@ class _Ways:
             return How.SAME if not node.users or node.meta["val"].dim() == 0 else How.NONE
         if node.op == "get_attr":
             one, two = (operator.attrgetter(str(node.target))(m) for m in self.modules)
-            known = not isinstance(one, torch.Tensor) or is_fake(one) or torch.equal(one, two)
-            return How.SAME if known else How.NONE
+            return How.SAME if _alike(one, two) else How.NONE
         kinds = {self.how[source] for source in node.all_input_nodes}
         name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
         if kinds <= {How.SAME}:
@@ -184,6 +183,16 @@ class _Ways:
         ratio = twice / rows if rows else 0
         by_rows = ratio == 2 if name == "div" else ratio == 0.5
         return How.MEAN if by_rows and kind is How.SUM else How.NONE
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Whether two graphs read the same: state of the model, or equal constants."""
+    if not isinstance(one, torch.Tensor) or is_fake(one):
+        return True
+    try:
+        return torch.equal(one, two)
+    except RuntimeError:  # of a tensor that has no values, inside a transform of torch.func
+        return False
 
 
 def _constants(node: fx.Node) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ class Skeleton:
             tensor. Attributes are buffers of the copy.
         params: canonical parameter names, in ``named_parameters()`` order.
         attributes: what is known of the attributes.
+        cacheless: the copy's configuration has no ``use_cache`` any more, and the model's has.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Skeleton:
     canonical: dict[str, str]
     params: tuple[str, ...]
     attributes: Attributes
+    cacheless: bool = False
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A contiguous fake tensor, for an input of the model."""
@@ -75,16 +77,18 @@ def skeleton_of(
             f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}): "
             "pipecompile traces a copy without weights; make its attributes copyable"
         ) from error
+    cacheless = False
     for part in module.modules():
         config: Any = getattr(part, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a cache is an output that training does not read
+            cacheless = True
     names = promote(module)
     attributes = Attributes(names, _in_parameters(model, {n: state[n] for n in names}))
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
     params = tuple(name for name, _ in module.named_parameters())
-    return Skeleton(module, mode, canonical, params, attributes)
+    return Skeleton(module, mode, canonical, params, attributes, cacheless)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

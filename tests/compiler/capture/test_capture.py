@@ -180,3 +180,14 @@ def with_module_hook() -> nn.Module:
 def test_what_cannot_be_kept_is_refused(model: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(errors.CaptureError, match=message):
         pipecompile.compile(model(), 1, example_batch=X)
+
+
+def test_packed_sequences_are_told_apart_only_without_a_cache() -> None:
+    """What use_cache=False changes is said, where it matters."""
+    model = models.build("llama")
+    model.config.use_cache = True
+    batch = models.batches("llama", 2, 1)[0]
+    batch.pop("attention_mask", None)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(2, 1) % 5
+    with pytest.warns(UserWarning, match="use_cache=False"):
+        pipecompile.compile(model, 1, microbatches=1, example_batch=batch)
