@@ -121,6 +121,8 @@ class Session:
 
     def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
         """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
+        for read in loaded.compiled.outside:
+            read.check()
         self._at_work = next(iter(loaded.executors.values()))
         self.state.spread()
         self._catch_up(loaded)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from ..effects.outside import Read, constants_of
 from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError
 from ..ir.graph import JointGraph, storage_root
 from .batch import BatchSpec
@@ -36,12 +37,14 @@ class Captured:
     Attributes:
         outputs: per result, how those of microbatches are joined.
         notes: what the passes over the forward graph did.
+        outside: what it has as constants and is not the model's.
     """
 
     graph: JointGraph
     rebuild: Callable[[list[torch.Tensor]], Any]
     outputs: tuple[Output, ...] = ()
     notes: tuple[str, ...] = ()
+    outside: tuple[Read, ...] = ()
 
 
 def capture_training(
@@ -177,7 +180,10 @@ def _differentiated(
         raise explain(error, name, *data_dependent(traced)) from error
     read = {name for name, node in graph.buffers.items() if node.users}
     skeleton.attributes.met(read, results.lost)
-    return Captured(graph, results.rebuild, notes=notes)
+    outside = constants_of(
+        graph.used_constants, results.outside.reads, skeleton.originals, graph.mutations
+    )
+    return Captured(graph, results.rebuild, notes=notes, outside=outside)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

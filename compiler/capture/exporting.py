@@ -18,6 +18,7 @@ from torch import fx, nn
 from ..effects.chance import drawing
 from ..effects.code import is_foreign
 from ..effects.next_call import Left, check_next_calls
+from ..effects.outside import Reading
 from ..effects.replaced import replaced_buffers
 from ..effects.world import watching
 from ..ir.errors import LossError
@@ -51,6 +52,7 @@ class Results:
         replaced: buffers that forward gave other tensors; these are returned after all others.
         lost: attributes that the next call cannot read -> why.
         left: what else the next call may find changed.
+        outside: tensors that are none of the model's, and were read.
     """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = _only
@@ -58,6 +60,7 @@ class Results:
     replaced: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)
     left: Left = field(default_factory=Left)
+    outside: Reading = field(default_factory=Reading)
 
 
 class Traced(nn.Module):
@@ -81,10 +84,12 @@ class Traced(nn.Module):
             watching(self.model, others) as watched,
             replaced_buffers(self.model, self.attributes) as replaced,
             untraced_branches() if self.as_untraced else contextlib.nullcontext(),
+            Reading() as outside,
         ):
             output = self.model(*args, **kwargs)
+            outside.by = "forward" if self.loss_fn is None else "loss_fn"
             loss = find_loss(output, batch, self.loss_fn) if self.wants_loss else None
-        found = Results(replaced=tuple(replaced.values), lost=replaced.lost)
+        found = Results(replaced=tuple(replaced.values), lost=replaced.lost, outside=outside)
         found.left = Left(watched, drawn, any(map(depends_on_call, watched.tensors)))
         self.found(found)
         if loss is None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..effects.attributes import Attributes, promote
+from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.fakes import FakeTensor, FakeTensorMode, is_fake
 from ..ir.precision import REDUCED, Precision
@@ -33,6 +34,7 @@ class Skeleton:
         params: canonical parameter names, in ``named_parameters()`` order.
         attributes: what is known of the attributes.
         cacheless: the copy's configuration has no ``use_cache`` any more, and the model's has.
+        originals: the tensors of the user's model.
     """
 
     module: nn.Module
@@ -40,6 +42,7 @@ class Skeleton:
     canonical: dict[str, str]
     params: tuple[str, ...]
     attributes: Attributes
+    originals: Originals
     cacheless: bool = False
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
@@ -88,7 +91,8 @@ def skeleton_of(
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
     params = tuple(name for name, _ in module.named_parameters())
-    return Skeleton(module, mode, canonical, params, attributes, cacheless)
+    originals = originals_of(state)
+    return Skeleton(module, mode, canonical, params, attributes, originals, cacheless)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -141,6 +141,7 @@ class Builder:
             layout,
             tuple(recorder.records),
             decided.problem,
+            captured.outside,
         )
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:

@@ -11,6 +11,7 @@ import torch
 
 from ..capture.outputs import Output
 from ..costs.simulate import Timeline
+from ..effects.outside import Read
 from ..ir.actions import Schedule
 from ..ir.problem import Problem
 from ..ir.program import PipelineProgram
@@ -38,6 +39,7 @@ class Compiled:
         layout: what other graphs of the model follow.
         records: what each pass did, in order.
         problem: the partitioning problem that this process solved, if it did.
+        outside: what the graph has as constants and is not the model's.
     """
 
     program: PipelineProgram
@@ -49,3 +51,4 @@ class Compiled:
     layout: Layout
     records: tuple[PassRecord, ...]
     problem: Problem | None = None
+    outside: tuple[Read, ...] = ()

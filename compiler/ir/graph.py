@@ -69,6 +69,13 @@ class JointGraph:
         return {node: name for name, node in pairs}
 
     @property
+    def used_constants(self) -> list[torch.Tensor]:
+        """The constants of which not only the shape is read."""
+        nodes = self.graph.find_nodes(op="get_attr")
+        used = [node for node in nodes if not all(map(_reads_shape, node.users))]
+        return [getattr(self.constants, str(node.target)) for node in used]
+
+    @property
     def trains(self) -> bool:
         """Whether there is a backward."""
         return self.tangent is not None
@@ -186,6 +193,12 @@ def tensors(value: object) -> list[torch.Tensor]:
 def nbytes(node: fx.Node) -> int:
     """Bytes of the tensors a node stands for, each counted dense."""
     return sum(t.numel() * t.element_size() for t in tensors(node.meta.get("val")))
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether an operator makes a tensor like its operand, without its values."""
+    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def describe(node: fx.Node) -> str:
