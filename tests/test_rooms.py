@@ -34,8 +34,9 @@ ROOMS = (
     "runtime/checkpoint",
     "runtime/verify",
     "runtime",
-    "compiler/cli",
     "compiler",
+    "compiler/zoo",
+    "compiler/cli",
 )
 """In the order of the data: a room imports from itself and from those above it."""
 
@@ -99,7 +100,7 @@ def test_no_two_files_import_each_other() -> None:
 
 
 def test_an_arrow_that_runs_back_is_named_with_both_files() -> None:
-    swapped = ("compiler", *ROOMS[:-1])
+    swapped = ("compiler", *(room for room in ROOMS if room != "compiler"))
     assert "compiler/api.py imports start from runtime/start.py" in wrong_way(swapped)
 
 

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from ..capture.calling import LossFn
 from ..ir.errors import OptionError, SpecError
 from ..ir.fakes import weightless
+from ..zoo.families import TASKS, class_tables
 
 SEED = 0
 DEFAULT_SEQ = 512
@@ -37,15 +38,6 @@ _ADVICE = (
     " (tensors have no data here, so that no model is too big: make the batch with torch.zeros, "
     "and read no values)"
 )
-
-# task -> transformers' table of model classes by model type, and the auto class that makes one
-TASKS = {
-    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM"),
-    "masked-lm": ("MASKED_LM", "AutoModelForMaskedLM"),
-    "causal-lm": ("CAUSAL_LM", "AutoModelForCausalLM"),
-    "image-classification": ("IMAGE_CLASSIFICATION", "AutoModelForImageClassification"),
-    "sequence-classification": ("SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification"),
-}
 
 
 @dataclass(frozen=True)
@@ -180,18 +172,10 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 
 
 def _from_transformers(source: str, options: ModelOptions, real: bool) -> Subject:
-    try:
-        import transformers
-        from transformers.models.auto import modeling_auto
-    except ImportError as error:
-        raise SpecError(
-            f"hf: needs transformers ({error}): pip install 'pipecompile[hf]'"
-        ) from error
+    tables = class_tables()
+    import transformers
+
     config = _config(source, options, transformers.CONFIG_MAPPING)
-    tables = {
-        task: getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
-        for task, (table, _) in TASKS.items()
-    }
     task = _task(config, options.task, tables)
     _complete(config, task)
     auto = getattr(transformers, TASKS[task][1])
