@@ -40,7 +40,7 @@ ROOMS = (
 )
 """In the order of the data: a room imports from itself and from those above it."""
 
-FILES = 11  # in a room, at most
+FILES = 12  # in a room, at most
 LINES = 450  # in a file, at most
 BODY = 70  # lines of a function, at most, without its docstring
 

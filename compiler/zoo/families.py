@@ -48,6 +48,7 @@ def class_tables() -> dict[str, Mapping[str, Any]]:
         SpecError: transformers is not installed.
     """
     try:
+        import transformers  # noqa: F401  a part of it may be there without it
         from transformers.models.auto import modeling_auto
     except ImportError as error:
         raise SpecError(
