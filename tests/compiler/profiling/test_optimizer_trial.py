@@ -65,7 +65,7 @@ FOUND: list[tuple[Any, Reach]] = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "reach"), FOUND, ids=str)
+@pytest.mark.parametrize(("factory", "reach"), FOUND)
 def test_how_far_a_step_looks(factory: Any, reach: Reach) -> None:
     found = verdict(factory)
     assert found.reach is reach, found
@@ -82,7 +82,7 @@ def test_how_far_a_step_looks(factory: Any, reach: Reach) -> None:
         (optimizers.Wide, 600, Reach.TENSOR),
         (optim.AdamW, 600, Reach.ELEMENT),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_large_parameters_are_not_taken_for_small_ones(
     factory: Any, size: int, reach: Reach
