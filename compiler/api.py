@@ -38,7 +38,7 @@ def compile(arguments: Arguments) -> Pipeline:
             at the first batch or with ``example_batch``.
     """
     options = CompileOptions.of(arguments)
-    check_model(arguments.model)
+    check_model(arguments.model, arguments.loss_fn)
     from ..runtime.start import start, start_best
 
     if arguments.n_stages != AUTO:

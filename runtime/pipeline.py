@@ -254,10 +254,21 @@ class Pipeline:
         Raises:
             StateError: names or shapes differ; nothing has been changed then.
         """
+        self._load_state(state_dict, of_loss=False)
+
+    def loss_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
         session = self._require()
-        with self._world.plain():
-            state_dicts.load(session.state, state_dict)
-            session.refresh()
+        with self._world.guard():
+            return state_dicts.gather(session.state, session.buffers.stages, of_loss=True)
+
+    def load_loss_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `loss_state_dict`, or the unmodified loss's own ``state_dict``, returned.
+
+        Raises:
+            StateError: names or shapes differ; nothing has been changed then.
+        """
+        self._load_state(state_dict, of_loss=True)
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -347,6 +358,12 @@ class Pipeline:
         return self._require().first
 
     # -- the inside -------------------------------------------------------------------------
+
+    def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
+        session = self._require()
+        with self._world.plain():
+            state_dicts.load(session.state, tensors, of_loss)
+            session.refresh()
 
     def _require(self) -> Session:
         if self._session is None:

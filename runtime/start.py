@@ -9,6 +9,7 @@ from torch import nn
 
 from ..compiler.capture import batch as batches
 from ..compiler.capture.skeleton import skeleton_of
+from ..compiler.capture.whole import with_loss
 from ..compiler.driver.auto import choose_stages, listed
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
@@ -30,6 +31,7 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     options.check_zero()
     mesh = make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
+    model = with_loss(model, options.loss_fn)
     with plain_torch(device):
         return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)
 
@@ -46,7 +48,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
     mesh = make_mesh(count, 1)
     device = choose_device(options.device, mesh)
     with plain_torch(device):
-        return _best(model, options, mesh, device)
+        return _best(with_loss(model, options.loss_fn), options, mesh, device)
 
 
 def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.device) -> Pipeline:

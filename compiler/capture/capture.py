@@ -125,7 +125,7 @@ def _capture(
             "the loss has no gradient once captured: a part of forward runs without gradients"
         )
     check_operands(captured.graph, spec)
-    _check_leaves(captured.graph, spec, function, type(skeleton.module).__name__)
+    _check_leaves(captured.graph, spec, function, type(skeleton.model).__name__)
     return captured
 
 
@@ -148,7 +148,9 @@ def _function(
             stacklevel=2,
         )
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
-    call = bind(skeleton.module, spec.build(leaves), loss_fn)
+    if loss_fn is not None and skeleton.loss_fn is not None:
+        loss_fn = skeleton.loss_fn
+    call = bind(skeleton.model, spec.build(leaves), loss_fn)
     function = Traced(skeleton.module, spec, call, loss_fn)
     function.wants_loss = wants == "loss"
     function.compute = compute
@@ -176,7 +178,7 @@ def _differentiated(
     except PipecompileError:
         raise
     except Exception as error:
-        name = type(skeleton.module).__name__
+        name = type(skeleton.model).__name__
         raise explain(error, name, *data_dependent(traced)) from error
     read = {name for name, node in graph.buffers.items() if node.users}
     skeleton.attributes.met(read, results.lost)

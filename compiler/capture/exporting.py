@@ -35,6 +35,7 @@ from .tracing import (
     restore_functions,
     untraced_branches,
 )
+from .whole import model_of
 
 
 def _only(values: list[torch.Tensor]) -> torch.Tensor:
@@ -64,11 +65,18 @@ class Results:
 
 
 class Traced(nn.Module):
-    """The function that is traced: batch leaves in, loss or results out."""
+    """The function that is traced: batch leaves in, loss or results out.
 
-    def __init__(self, model: nn.Module, spec: BatchSpec, call: Call, loss_fn: LossFn | None):
+    Args:
+        whole: the model, with the loss where that is a module.
+    """
+
+    whole: nn.Module
+
+    def __init__(self, whole: nn.Module, spec: BatchSpec, call: Call, loss_fn: LossFn | None):
         super().__init__()
-        self.model = model
+        vars(self)["whole"] = whole  # no submodule: its parts are
+        self.model = model_of(whole)
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
         self.wants_loss = self.as_untraced = True
         self.compute: torch.dtype | None = None
@@ -78,11 +86,11 @@ class Traced(nn.Module):
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
         args, kwargs = self.call.arguments(batch)
-        others = () if self.loss_fn is None else (self.loss_fn,)
+        others = () if self.loss_fn is None else (self.loss_fn,)  # a module is watched as one
         with (
             drawing(is_foreign) as drawn,
-            watching(self.model, others) as watched,
-            replaced_buffers(self.model, self.attributes) as replaced,
+            watching(self.whole, others) as watched,
+            replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches() if self.as_untraced else contextlib.nullcontext(),
             Reading() as outside,
         ):
@@ -110,7 +118,7 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     Raises:
         PipecompileError: why it cannot be traced, or is not the graph of every call.
     """
-    with tracking_modules(function.model) as where:
+    with tracking_modules(function.whole) as where:
         traced, results = _exported(function, leaves, where)
         check_next_calls(traced, results.left, lambda: _exported(function, leaves, where))
     return traced, results
@@ -119,11 +127,11 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
 def _exported(
     function: Traced, leaves: tuple[torch.Tensor, ...], where: Callable[[], str]
 ) -> tuple[fx.GraphModule, Results]:
-    model = function.model
+    whole = function.whole
     results = [Results()]
     function.found = results.append
     with (
-        _same_attributes(model),
+        _same_attributes(whole),
         refused_hooks(),
         kept_functions() as calls,
         _autocast(function.compute, leaves),
@@ -132,8 +140,9 @@ def _exported(
             program = torch.export.export(function, leaves, strict=False)
             traced = program.module(check_guards=False)
         except Exception as error:
-            given = _described(model, where(), function.spec)
-            raise explain(error, type(model).__name__, where(), given=given) from error
+            given = _described(whole, where(), function.spec)
+            name = type(function.model).__name__
+            raise explain(error, name, where(), given=given) from error
     restore_functions(traced, calls)
     return traced, results[-1]
 

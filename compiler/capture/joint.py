@@ -37,7 +37,7 @@ except ImportError as error:  # a torch that moved what this file is built on
         f"torch {torch.__version__} has no {error.name}"
     ) from error
 
-_MODEL = "traced.model."  # where the user's model sits in what is differentiated
+_TRACED = "traced."  # where the model, as "model", and the loss sit in what is differentiated
 
 
 def differentiated(
@@ -112,7 +112,7 @@ class _Reader:
             if isinstance(desc.output, InputMutationAOTOutput):
                 mutated = getattr(desc.output.mutated_input, "target", "a leaf of the batch")
                 raise CaptureError(
-                    f"forward changes {mutated.removeprefix(_MODEL)!r} in place, and it needs a "
+                    f"forward changes {_fqn(mutated)!r} in place, and it needs a "
                     "gradient: compute a new tensor, or keep the value in a buffer"
                 )
             self.env[node] = self._placeholder(node, "tangent")
@@ -122,9 +122,9 @@ class _Reader:
             raise CaptureError(f"the graph has an input that pipecompile does not know: {desc}")
 
     def _state(self, node: fx.Node, target: str) -> fx.Node:
-        if not target.startswith(_MODEL):  # a tensor made while tracing, and stored by export
-            return self._constant(node, _attribute(self.traced, target.removeprefix("traced.")))
-        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        name = self.skeleton.canonical.get(_fqn(target))
+        if name is None:  # a tensor made while tracing, and stored by export
+            return self._constant(node, _attribute(self.traced, target.removeprefix(_TRACED)))
         known = self.params if isinstance(node.meta["desc"], ParamAOTInput) else self.buffers
         if name not in known:
             known[name] = self._placeholder(node, identifier(name))
@@ -187,12 +187,11 @@ class _Reader:
                 mutated = desc.mutated_input
                 if isinstance(mutated, ParamAOTInput) and torch.is_grad_enabled():
                     raise CaptureError(
-                        f"forward changes parameter {mutated.target.removeprefix(_MODEL)!r} in "
+                        f"forward changes parameter {_fqn(mutated.target)!r} in "
                         "place: do it after the optimizer's step, or make it a buffer"
                     )
                 if isinstance(mutated, BufferAOTInput):
-                    name = mutated.target.removeprefix(_MODEL)
-                    joint.mutations[self.skeleton.canonical[name]] = node
+                    joint.mutations[self.skeleton.canonical[_fqn(mutated.target)]] = node
         ordered = tuple(results[i] for i in sorted(results))
         if replaced:
             names = (self.skeleton.canonical[name] for name in replaced)
@@ -205,7 +204,7 @@ class _Reader:
             joint.results = ordered
 
     def _add_gradient(self, joint: JointGraph, target: str, node: fx.Node) -> None:
-        name = self.skeleton.canonical[target.removeprefix(_MODEL)]
+        name = self.skeleton.canonical[_fqn(target)]
         if name in joint.grads:  # one tensor captured under two of its names
             last = next(reversed(self.graph.nodes))
             with self.graph.inserting_after(last):
@@ -214,6 +213,11 @@ class _Reader:
             node.target = torch.ops.aten.add.Tensor
             node.meta = dict(summand.meta)
         joint.grads[name] = node
+
+
+def _fqn(target: str) -> str:
+    """The name in the model, or beside it, of what is differentiated."""
+    return target.removeprefix(_TRACED).removeprefix("model.")
 
 
 def _uncopied(result: fx.Node) -> fx.Node:

@@ -14,6 +14,7 @@ from ..ir.fakes import FakeTensor
 from ..ir.graph import JointGraph, Phase, module_of, tensors
 from ..ir.precision import REDUCED
 from .batch import BatchSpec
+from .whole import with_loss
 
 _MADE = {
     "DataParallel": "wrapped in DataParallel: give what is inside, its .module; dp= makes replicas",
@@ -37,22 +38,23 @@ By name: importing them all takes a second.
 _QUANTISED = "quantised, and has no gradients: give the model in floating point"
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, loss_fn: object = None) -> None:
     """What can be seen before anything is traced.
 
     Raises:
-        OptionError: it is no module.
+        OptionError: it is no module, or the loss is one that takes its names.
         CaptureError: it, or something in it, is a module of a kind that cannot be compiled.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(_no_module(model))
-    for name, part in model.named_modules():
+    whole = with_loss(model, loss_fn)
+    for name, part in whole.named_modules():
         why = _of_module(part)
         if why:
             raise CaptureError(f"{f'module {name!r}' if name else 'the model'} is {why}")
     for kind, named in (
-        ("parameter", model.named_parameters()),
-        ("buffer", model.named_buffers()),
+        ("parameter", whole.named_parameters()),
+        ("buffer", whole.named_buffers()),
     ):
         for name, tensor in named:
             why = _of_tensor(tensor)

@@ -20,14 +20,15 @@ from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.fakes import FakeTensor, FakeTensorMode, is_fake
 from ..ir.precision import REDUCED, Precision
+from .whole import LOSS, loss_of, model_of
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A weightless copy of a model.
+    """A weightless copy of a model, and of its loss where that is a module (`whole.with_loss`).
 
     Attributes:
-        module: the copy; every parameter and buffer is a fake tensor on the target device.
+        module: the copy of both; every parameter and buffer is a fake tensor on the target device.
         mode: what made the fakes; inputs must come from the same mode.
         canonical: every name of a parameter, a buffer or an attribute -> the first name of the same
             tensor. Attributes are buffers of the copy.
@@ -44,6 +45,20 @@ class Skeleton:
     attributes: Attributes
     originals: Originals
     cacheless: bool = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model's own copy."""
+        return model_of(self.module)
+
+    @property
+    def loss_fn(self) -> nn.Module | None:
+        """The loss's copy."""
+        return loss_of(self.module)
+
+    def is_of_loss(self, name: str) -> bool:
+        """Whether a tensor belongs to the loss alone, by the first of its names."""
+        return self.loss_fn is not None and name.startswith(f"{LOSS}.")
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A contiguous fake tensor, for an input of the model."""
@@ -77,7 +92,7 @@ def skeleton_of(
         module = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}): "
+            f"{type(model_of(model)).__name__} cannot be copied with copy.deepcopy ({error}): "
             "pipecompile traces a copy without weights; make its attributes copyable"
         ) from error
     cacheless = False

@@ -11,6 +11,7 @@ from torch import nn
 from ..capture.batch import BatchSpec, flatten
 from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
+from ..capture.whole import with_loss
 from ..costs.simulate import Timeline
 from ..driver.auto import Trial, choose_stages
 from ..driver.builder import Builder
@@ -48,9 +49,10 @@ def inspect(request: Request) -> Inspection:
     prepare(request.options.dump_dir)
     subject = load(request.spec, request.model)
     options = replace(request.options, loss_fn=subject.loss_fn)
-    check_model(subject.model)
+    check_model(subject.model, subject.loss_fn)
+    model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
-    skeleton = skeleton_of(subject.model, HOST, options.dtypes)
+    skeleton = skeleton_of(model, HOST, options.dtypes)
     trials: tuple[Trial, ...] = ()
     if request.devices is None:
         compiled = _built(request, options, skeleton, whole)
@@ -63,7 +65,7 @@ def inspect(request: Request) -> Inspection:
     rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
-    fp32 = _in_fp32(request, options, compiled, subject.model, whole) if options.mixed else None
+    fp32 = _in_fp32(request, options, compiled, model, whole) if options.mixed else None
     passes = compiled.records if request.passes else ()
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes)
     return Inspection(plan, compiled.timeline, extras)

@@ -116,7 +116,7 @@ class Summary:
         modules = self._modules()
         options = self.options
         return Plan(
-            model=type(self.skeleton.module).__name__,
+            model=type(self.skeleton.model).__name__,
             n_stages=options.n_stages,
             dp=options.dp,
             microbatches=self.settings.microbatches,

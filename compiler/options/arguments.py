@@ -107,7 +107,8 @@ class Options:
     loss_fn: LossFn | None = option(
         None,
         help="(output, batch) -> scalar",
-        more='None takes ``output.loss``, ``output["loss"]`` or a scalar output.',
+        more='None takes ``output.loss``, ``output["loss"]`` or a scalar output. The parameters of '
+        "an ``nn.Module`` are trained too.",
         check=callable_or("give a function of (output, batch)"),
     )  # ranks compare the graph that it is part of
     max_grad_norm: float | None = option(

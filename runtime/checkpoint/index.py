@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...compiler.capture.whole import LOSS
 from ...compiler.ir.errors import CheckpointError
 from .step_folder import INDEX, sync
 from .tensor_file import DTYPES, TensorSpec
@@ -58,7 +59,7 @@ class Index:
 
     Attributes:
         step: after how many.
-        tensors: ``model.FQN`` and ``optimizer.FQN.STATE`` -> where it is.
+        tensors: ``model.FQN``, ``loss_fn.NAME`` and ``optimizer.FQN.STATE`` -> where it is.
         tied: further names of a model's tensors -> the name that they are stored under.
         config: the model's configuration, if it had one.
         training: what `runtime.checkpoint.restore` knows of; None for weights alone.
@@ -81,6 +82,12 @@ class Index:
             for name, entry in self.tensors.items()
             if name.startswith(prefix)
         }
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """First name of each tensor of the model, and of the loss -> its name here."""
+        names = {name: f"model.{name}" for name in self.model}
+        return names | {name: name for name in self.tensors if name.startswith(f"{LOSS}.")}
 
     def write(self, folder: Path) -> None:
         """Write it and wait until it is on the disk."""

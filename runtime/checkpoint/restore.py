@@ -68,7 +68,7 @@ class Restore:
         held: dict[str, torch.Tensor] = dict(state.named_parameters())
         held |= next(iter(state.ranks.values())).buffers
         return {
-            f"model.{source}": state.as_stored(name, held[name].detach())
+            source: state.as_stored(name, held[name].detach())
             for name, source in self._sources.items()
             if name in held
         }
@@ -149,15 +149,21 @@ class Restore:
 
 
 def _check_model(state: ModelState, index: Index) -> dict[str, str]:
-    """First name of each tensor in the model -> its name in the checkpoint.
+    """First name of each tensor of model and loss -> its name in the checkpoint.
 
     Raises:
         CheckpointError: with the first names and shapes that differ.
     """
-    wanted, saved = names_of(state), index.model
+    wanted, trained = names_of(state), index.trained
+    saved = {name: index.tensors[stored].spec for name, stored in trained.items()}
+    if index.training is None:  # weights alone are the model's: the loss stays as it is
+        wanted = {
+            name: fake for name, fake in wanted.items() if not state.skeleton.is_of_loss(name)
+        }
     aliases: dict[str, list[str]] = {name: [name] for name in wanted}
     for name, first in tied_names(state).items():
-        aliases[first].append(name)
+        if first in wanted:
+            aliases[first].append(name)
     sources = {
         first: next((n for n in names if n in saved), None) for first, names in aliases.items()
     }
@@ -175,7 +181,7 @@ def _check_model(state: ModelState, index: Index) -> dict[str, str]:
             f"the checkpoint is of another model: {', '.join(differing[:_SHOWN])}{more}: build "
             "the model that was saved"
         )
-    return {name: source for name, source in sources.items() if source is not None}
+    return {name: trained[source] for name, source in sources.items() if source is not None}
 
 
 def _check_ties(state: ModelState, index: Index) -> None:

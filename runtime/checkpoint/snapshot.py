@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ...compiler.capture.whole import model_of, saved
 from ...compiler.ir.ops import generator_of
 from ..state.model_state import ModelState
 from . import optimizer_state, tree
@@ -47,6 +48,7 @@ class Training:
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """A model's configuration as `from_pretrained` wants it; None for a model without one."""
+    model = model_of(model)
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
@@ -59,9 +61,14 @@ def names_of(state: ModelState) -> dict[str, torch.Tensor]:
     canonical = state.skeleton.canonical
     return {
         canonical[name]: fake
-        for name, fake in state.skeleton.module.state_dict(keep_vars=True).items()
+        for name, fake in saved(state.skeleton.module).items()
         if name in canonical  # and not extra state, which is no tensor
     }
+
+
+def stored_name(state: ModelState, name: str) -> str:
+    """In a checkpoint, of a tensor by its first name."""
+    return name if state.skeleton.is_of_loss(name) else f"model.{name}"
 
 
 def tied_names(state: ModelState) -> dict[str, str]:
@@ -85,11 +92,11 @@ def tensors_of(training: Training) -> dict[str, torch.Tensor]:
             if name in held:
                 tensor = state.as_stored(name, held[name].detach())
                 if state.is_ours(name) or isinstance(tensor, DTensor):
-                    tensors[f"model.{name}"] = tensor
+                    tensors[stored_name(state, name)] = tensor
         else:
             rank = state.mesh.rank_of(0, training.buffer_stages.get(name, 0))
             if rank in state.ranks:
-                tensors[f"model.{name}"] = state.ranks[rank].buffers[name].detach()
+                tensors[stored_name(state, name)] = state.ranks[rank].buffers[name].detach()
     if training.optimizer is not None:
         found = optimizer_state.tensors_of(
             training.optimizer, training.param_names, state.as_stored

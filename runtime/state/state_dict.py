@@ -8,12 +8,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...compiler.capture.whole import LOSS, saved_of_loss
 from ...compiler.ir.errors import StateError
 from ...compiler.ir.shards import rows_of
 from .model_state import ModelState
 
 
-def gather(state: ModelState, buffer_stage: Mapping[str, int]) -> dict[str, Any]:
+def wanted_of(state: ModelState, of_loss: bool) -> dict[str, Any]:
+    """What the state dict of the model, or of the loss, has, by the names beside each other."""
+    skeleton = state.skeleton
+    if of_loss:
+        return saved_of_loss(skeleton.module)
+    return dict(skeleton.model.state_dict(keep_vars=True))
+
+
+def gather(
+    state: ModelState, buffer_stage: Mapping[str, int], of_loss: bool = False
+) -> dict[str, Any]:
     """Full tensors on the CPU; a collective between processes.
 
     Args:
@@ -21,7 +32,7 @@ def gather(state: ModelState, buffer_stage: Mapping[str, int]) -> dict[str, Any]
     """
     held: dict[str, torch.Tensor] = {}
     result: dict[str, Any] = {}
-    for name, value in state.skeleton.module.state_dict(keep_vars=True).items():
+    for name, value in wanted_of(state, of_loss).items():
         first = state.skeleton.canonical.get(name)
         if first is None:  # extra state, which is no tensor
             result[name] = value
@@ -30,7 +41,7 @@ def gather(state: ModelState, buffer_stage: Mapping[str, int]) -> dict[str, Any]
             stage = state.homes[first][0] if first in state.homes else buffer_stage.get(first, 0)
             held[first] = _fetch(state, first, stage, value)
         result[name] = held[first]
-    return result
+    return {name.removeprefix(f"{LOSS}."): v for name, v in result.items()} if of_loss else result
 
 
 def _fetch(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
@@ -66,13 +77,15 @@ def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> t
 
 
 @torch.no_grad()
-def load(state: ModelState, tensors: Mapping[str, Any]) -> None:
-    """Take over tensors from a state dict of the unmodified model.
+def load(state: ModelState, tensors: Mapping[str, Any], of_loss: bool = False) -> None:
+    """Take over tensors from a state dict of the unmodified model, or of the loss.
 
     Raises:
         StateError: names or shapes that do not fit; nothing has been changed then.
     """
-    chosen = _checked(state, tensors)
+    if of_loss:
+        tensors = {f"{LOSS}.{name}": value for name, value in tensors.items()}
+    chosen = _checked(state, tensors, wanted_of(state, of_loss))
     for (name, _), param in state.copies.items():
         if name in chosen:
             param.copy_(chosen[name])
@@ -84,10 +97,11 @@ def load(state: ModelState, tensors: Mapping[str, Any]) -> None:
                 buffer.copy_(chosen[name])
 
 
-def _checked(state: ModelState, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _checked(
+    state: ModelState, tensors: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
     """First name -> its tensor."""
     canonical = state.skeleton.canonical
-    wanted = state.skeleton.module.state_dict(keep_vars=True)
     unexpected = [name for name in tensors if name not in wanted]
     chosen: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():

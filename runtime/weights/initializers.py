@@ -84,12 +84,12 @@ class Initializers:
 
     def _missing(self, name: str) -> str:
         path, _, _ = name.rpartition(".")
-        kind = type(self._model.get_submodule(path)).__name__
-        saved = self._skeleton.module.state_dict(keep_vars=True)
+        model, kind = self._skeleton.model, type(self._model.get_submodule(path)).__name__
+        saved = model.state_dict(keep_vars=True)
         keys = {self._skeleton.canonical.get(key) for key in saved}
         files = "give compile() weights=PATH, " if name in keys else ""
         return (
-            f"{type(self._model).__name__} has no weights, and no initialiser sets {name!r}: "
+            f"{type(model).__name__} has no weights, and no initialiser sets {name!r}: "
             f"{files}give {kind} a reset_parameters() that does, or assign a tensor with data to it"
         )
 

@@ -52,7 +52,7 @@ class WeightFiles:
         self._entries = _indexed(self.path) if self.path.suffix == ".json" else _header(self.path)
         self._names: dict[str, list[str]] = {}  # first name -> those that the files have
         self.unexpected = set(self._entries)
-        state = skeleton.module.state_dict(keep_vars=True)
+        state = skeleton.model.state_dict(keep_vars=True)
         for name, first in ((n, skeleton.canonical[n]) for n in state if n in skeleton.canonical):
             found = self._names.setdefault(first, [])
             if name in self._entries:
