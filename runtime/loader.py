@@ -34,20 +34,24 @@ class Loader:
     def __init__(self, world: World, builder: Builder, options: CompileOptions):
         self._world, self._builder, self._options = world, builder, options
 
-    def request(self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor]) -> Request:
+    def request(
+        self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor], obstacle: str = ""
+    ) -> Request:
         """What a batch of this shape asks for.
 
         Args:
             values: its leaves; empty where there is its shape only.
+            obstacle: what keeps this rank from running anything, if something does.
 
         Raises:
+            CaptureError: a rank has an obstacle.
             BatchError: it does not fit the number of microbatches.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
         ragged = mode is not Mode.TRAIN
         spec, microbatches = divide(whole, self._options, self._world.replicas_here, ragged)
-        self._world.agreement.check_batch(mode, spec, microbatches, values)
+        self._world.agreement.check_batch(mode, spec, microbatches, values, obstacle)
         return Request(mode, spec, microbatches)
 
     def compile(

@@ -381,7 +381,9 @@ class Pipeline:
         self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor]
     ) -> tuple[Session, Request]:
         """Compile for a batch's shape if need be; the first graph begins the session."""
-        request, session = self._loader.request(mode, whole, values), self._session
+        session = self._session
+        obstacle = session.obstacle(mode) if session is not None else ""
+        request = self._loader.request(mode, whole, values, obstacle)
         if session is None:
             assert self._source is not None
             first = self._loader.compile(request, None, values)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..compiler.capture.outputs import joined
 from ..compiler.capture.skeleton import Skeleton
-from ..compiler.driver.compiled import Compiled
+from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.options.options import CompileOptions
@@ -103,6 +103,19 @@ class Session:
         """The action that this process is in; "" between runs."""
         executor = self._at_work
         return str(executor.current) if executor is not None and executor.current else ""
+
+    def obstacle(self, mode: Mode) -> str:
+        """What was done to the parameters that no program follows; "" if nothing was."""
+        changed = self.state.switched if mode is Mode.TRAIN else []
+        if not changed:
+            return ""
+        name, now = changed[0]
+        was = "trained" if not now else "frozen"
+        return (
+            f"parameter {name!r} has requires_grad={now} and was compiled as {was}, which the "
+            "compiled backward goes on with: call requires_grad_() on the model before compile(); "
+            "in the middle of a training save, compile the model anew and load"
+        )
 
     def add(self, request: Request, compiled: Compiled) -> None:
         """Make a graph ready to run."""

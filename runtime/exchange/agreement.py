@@ -13,7 +13,12 @@ from torch import nn
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.skeleton import named_state
 from ...compiler.driver.compiled import Mode
-from ...compiler.ir.errors import CheckpointError, PipecompileError, RankMismatchError
+from ...compiler.ir.errors import (
+    CaptureError,
+    CheckpointError,
+    PipecompileError,
+    RankMismatchError,
+)
 from ...compiler.ir.fakes import is_fake
 from ...compiler.options.options import CompileOptions
 from .digest import digest, sample
@@ -65,23 +70,33 @@ class Agreement:
         return cast(T, result)
 
     def check_batch(
-        self, mode: Mode, spec: BatchSpec, microbatches: int, values: Sequence[torch.Tensor]
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        microbatches: int,
+        values: Sequence[torch.Tensor],
+        obstacle: str = "",
     ) -> None:
         """Every rank is about to run the same program, and the stages of a replica on the same
         data, or all of them stop here.
 
         Args:
             values: the leaves of the batch; a sample of each is compared.
+            obstacle: what keeps this rank from running, if anything does: a `CaptureError` on all.
         """
         if not self._mesh.distributed:
+            if obstacle:
+                raise CaptureError(obstacle)
             return
         text = f"{mode} {spec.described()}"
         number = _number(f"{text} {microbatches}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        mine = torch.tensor([number, data])
+        mine = torch.tensor([number, data, bool(obstacle)])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
-        programs, batches = zip(*(each.tolist() for each in everyone), strict=True)
+        programs, batches, stopped = zip(*(each.tolist() for each in everyone), strict=True)
+        if any(stopped):
+            raise CaptureError(next(filter(None, self.gather(obstacle))))
         if set(programs) == {number}:
             self._check_data(batches)
             return

@@ -175,6 +175,15 @@ class ModelState:
         for name, (_, param) in self.primary.items():
             yield name, param
 
+    @property
+    def switched(self) -> list[tuple[str, bool]]:
+        """The parameters whose ``requires_grad`` is not what it was compiled for -> what it is."""
+        return [
+            (name, param.requires_grad)
+            for name, param in self.named_parameters()
+            if param.requires_grad != (name in self._sums)
+        ]
+
     def master(self, rank: int, name: str) -> nn.Parameter:
         """What the optimizer steps, of a parameter that a rank holds."""
         shards = self.ranks[rank].shards
