@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +87,9 @@ class Loader:
             moved = [[leaf.to(end.device, non_blocking=True) for leaf in piece] for piece in mine]
             jobs[rank] = Job(moved, [mix(seed, step, end.replica, i) for i in range(count)])
         return jobs
+
+    def by_replica(self, jobs: Mapping[int, Job]) -> dict[int, list[list[torch.Tensor]]]:
+        """Replica -> its microbatches, of those whose first rank this process plays."""
+        mesh = self._world.mesh
+        firsts = (rank for rank in jobs if mesh.position_of(rank) == 0)
+        return {mesh.replica_of(rank): [list(x) for x in jobs[rank].batches] for rank in firsts}

@@ -12,6 +12,7 @@ from torch import nn
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
+from ..compiler.capture.whole import LOSS
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
@@ -412,18 +413,13 @@ class Pipeline:
             values, whole = batches.flatten(batch)
             request = self._load(Mode.TRAIN, whole, values)[1]
             jobs = self._loader.deal(request, values, self._seed, self._steps)
-            mesh = self._world.mesh
-            dealt = {
-                mesh.replica_of(rank): job.batches
-                for rank, job in jobs.items()
-                if mesh.position_of(rank) == 0
-            }
-        verifier.begin(dealt, request.spec, self._seed, self._steps)
+        verifier.begin(self._loader.by_replica(jobs), request.spec, self._seed, self._steps)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:
         """What a step has left; after the last that is compared, evaluation too."""
-        verifier.stepped(norm, self.state_dict())
+        loss = {f"{LOSS}.{name}": value for name, value in self.loss_state_dict().items()}
+        verifier.stepped(norm, self.state_dict() | loss)
         if verifier.active:
             return
         verifier.evaluated(self.evaluate(batch))

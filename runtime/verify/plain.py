@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.calling import bind, find_loss
 from ...compiler.capture.skeleton import named_state
+from ...compiler.capture.whole import loss_of, model_of
 from ...compiler.ir.errors import OptionError
 from ...compiler.ir.fakes import is_fake
 from ...compiler.ir.ops import draws, generator_of, mix
@@ -48,7 +49,7 @@ class Outcome:
 
 
 class Plain:
-    """A copy of a model with an optimizer of its own.
+    """A copy of a model, and of its loss where that is a module, with an optimizer of its own.
 
     Attributes:
         evaluation_updates: whether evaluation has changed buffers, so that a whole batch sees
@@ -62,14 +63,17 @@ class Plain:
 
     def __init__(self, model: nn.Module, options: CompileOptions, device: torch.device):
         self._options, self._device = options, device
-        self.model = _copied(model).to(device)
-        for part in self.model.modules():
+        self.whole = _copied(model).to(device)
+        self.model = model_of(self.whole)
+        loss = loss_of(self.whole)
+        self._loss_fn = options.loss_fn if loss is None else loss
+        for part in self.whole.modules():
             config: Any = getattr(part, "config", None)
             if getattr(config, "use_cache", False):
                 config.use_cache = False  # as in the copy that is compiled
         self._replicas = [self._buffers() for _ in range(options.dp)]
         assert options.optimizer is not None
-        self._optimizer = options.optimizer(list(self.model.named_parameters()))
+        self._optimizer = options.optimizer(list(self.whole.named_parameters()))
         make = options.lr_scheduler
         self._scheduler: Any = make(self._optimizer) if make is not None else None
 
@@ -100,7 +104,7 @@ class Plain:
             losses.append(torch.stack(found).mean())
             self._replicas[replica] = self._buffers()
             totals.append(self._taken())
-        params = dict(self.model.named_parameters())
+        params = dict(self.whole.named_parameters())
         for name, param in params.items():
             parts = [total[name] for total in totals if name in total]
             param.grad = _mean(parts, len(shares)) if parts else None
@@ -140,24 +144,24 @@ class Plain:
 
     def _loss(self, leaves: Leaves, spec: BatchSpec) -> torch.Tensor:
         batch = spec.build([leaf.to(self._device) for leaf in leaves])
-        args, kwargs = bind(self.model, batch, self._options.loss_fn).arguments(batch)
-        return find_loss(self.model(*args, **kwargs), batch, self._options.loss_fn)
+        args, kwargs = bind(self.model, batch, self._loss_fn).arguments(batch)
+        return find_loss(self.model(*args, **kwargs), batch, self._loss_fn)
 
     def _taken(self) -> Tensors:
         """The gradients, which are gone from the parameters then."""
-        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        for param in self.model.parameters():
+        found = {n: p.grad for n, p in self.whole.named_parameters() if p.grad is not None}
+        for param in self.whole.parameters():
             param.grad = None
         return found
 
     def _buffers(self) -> Tensors:
-        state = named_state(self.model)
+        state = named_state(self.whole)
         return {n: t.detach().clone() for n, t in state if not isinstance(t, nn.Parameter)}
 
     def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in values.items():
             path, _, attribute = name.rpartition(".")
-            setattr(self.model.get_submodule(path), attribute, value.clone())
+            setattr(self.whole.get_submodule(path), attribute, value.clone())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         mixed = self._options.mixed
@@ -167,8 +171,8 @@ class Plain:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Any:
-        modes = {part: part.training for part in self.model.modules()}
-        self.model.eval()
+        modes = {part: part.training for part in self.whole.modules()}
+        self.whole.eval()
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from pipecompile.compiler.effects import replaced
 from pipecompile.compiler.profiling.optimizer_trial import Reach, Verdict
 from pipecompile.errors import OptionError, VerifyError
 from pipecompile.runtime.exchange.agreement import Agreement
+from pipecompile.runtime.pipeline import Pipeline
 from pipecompile.runtime.state.buffers import LatestBuffers
 from support import models, optimizers, plain
 from support.gang import Gang
@@ -212,6 +213,31 @@ def test_a_fault_is_found_and_named(fault: str) -> None:
 @pytest.mark.parametrize("make", [Replacing, LateAndEarly, Saving])
 def test_without_the_fault_there_is_nothing_to_find(make: Callable[[], nn.Module]) -> None:
     assert train(make(), loss_fn=_squared).count("identical to the last bit") >= 10
+
+
+class Scaled(nn.Module):
+    """A loss that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return (output * self.scale - batch).square().mean()
+
+
+class Plainly(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.through(x)
+
+
+def test_a_loss_that_is_trained_is_compared() -> None:
+    assert train(Plainly(), loss_fn=Scaled()).count("identical to the last bit") >= 9
+    with (
+        mock.patch.object(Pipeline, "loss_state_dict", return_value={"scale": torch.ones(WIDTH)}),
+        pytest.raises(VerifyError, match=r"parameters: 'loss_fn\.scale'"),
+    ):
+        train(Plainly(), loss_fn=Scaled())
 
 
 def misled(factory: Any) -> str:
