@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import shrink
 from .families import TORCH, Architecture, class_tables
 from .plain_models import MODELS
-from .shrink import FIRST_SPECIAL, shrunk
+from .shrink import shrunk
 from .special import FIELDS, LENGTHS
 
 LENGTH = 16  # tokens per row
@@ -77,7 +78,7 @@ def _batch(model: nn.Module, config: Any, architecture: Architecture) -> Batch:
         return {"pixel_values": images, "labels": labels}
     name = "input_ids" if "input_ids" in takes else str(model.main_input_name)
     length = LENGTHS.get(architecture.name, LENGTH)
-    tokens = torch.randint(FIRST_WORD, FIRST_SPECIAL, (ROWS, length))
+    tokens = torch.randint(FIRST_WORD, shrink.FIRST_SPECIAL, (ROWS, length))
     if architecture.family.endswith("classification"):
         end = getattr(config, "eos_token_id", None)
         tokens[:, -1] = end if isinstance(end, int) else 2
