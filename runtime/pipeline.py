@@ -46,9 +46,9 @@ class Pipeline:
             one process plays all ranks (and cuts each batch over the replicas itself).
         data_shard: which of these this process loads; the same on all stages of a replica.
         loss_scaler: with precision="fp16"; None otherwise.
-        checkpoint_extras: name -> an object with ``state_dict`` and ``load_state_dict``, alike on
-            all ranks, that `save` and `load` include; where a checkpoint has none by that name,
-            the object is left as it is.
+        checkpoint_extras: name -> an object with ``state_dict`` and ``load_state_dict`` that `save`
+            and `load` include, such as an optimizer of yours; where a checkpoint has none by that
+            name, the object is left as it is.
     """
 
     def __init__(
@@ -439,6 +439,7 @@ class Pipeline:
             scheduler=session.scheduler,
             data=data,
             extras=self.checkpoint_extras | scaler,
+            own=session.own.found,
             buffer_stages=session.buffers.stages,
             seed=self._seed,
             steps=self._steps,

@@ -20,6 +20,7 @@ from .executor import Executor, Job, drive
 from .loader import Request
 from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer, make_scheduler
+from .own_optimizers import OwnOptimizers
 from .state.accumulation import Accumulation
 from .state.buffers import LatestBuffers
 from .state.model_state import ModelState
@@ -56,6 +57,7 @@ class Session:
     Attributes:
         loaded: the graphs, in the order in which they were asked for.
         buffers: where the latest values of buffers are.
+        own: the optimizers that the user steps the parameters with.
 
     Raises:
         StateError: a tensor has no values; on every rank.
@@ -86,8 +88,14 @@ class Session:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
         self._at_work: Executor | None = None
-        if options.optimizer is None:
-            return
+        if options.optimizer is not None:
+            self._make_optimizer(options)
+        params = dict(self.state.named_parameters())
+        self.own = OwnOptimizers(skeleton.originals, params, self.optimizer)
+
+    def _make_optimizer(self, options: CompileOptions) -> None:
+        assert options.optimizer is not None
+        scaler = self._scaler
         self.optimizer = make_optimizer(options.optimizer, self.state)
         if scaler is not None:
             self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())

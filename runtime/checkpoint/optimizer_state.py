@@ -29,9 +29,13 @@ Named = Mapping[torch.Tensor, str]
 Stored = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-def tensor_name(fqn: str, key: str) -> str:
+THE_PIPELINES = "optimizer"
+"""What the names of its states begin with in a checkpoint."""
+
+
+def tensor_name(fqn: str, key: str, optimizer: str = THE_PIPELINES) -> str:
     """Of an optimizer's state in a checkpoint, for example ``optimizer.wte.weight.exp_avg``."""
-    return f"optimizer.{fqn}.{key}"
+    return f"{optimizer}.{fqn}.{key}"
 
 
 def as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,10 @@ def as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_of(
-    optimizer: torch.optim.Optimizer, names: Named, as_stored: Stored = as_it_is
+    optimizer: torch.optim.Optimizer,
+    names: Named,
+    as_stored: Stored = as_it_is,
+    prefix: str = THE_PIPELINES,
 ) -> dict[str, torch.Tensor]:
     """Checkpoint name -> state, of the states that are tensors.
 
@@ -49,7 +56,7 @@ def tensors_of(
         as_stored: (FQN, state of this rank's rows) -> a part of the whole parameter's.
     """
     return {
-        tensor_name(names[param], key): as_stored(names[param], value)
+        tensor_name(names[param], key, prefix): as_stored(names[param], value)
         for param, states in optimizer.state.items()
         if param in names
         for key, value in states.items()
@@ -118,6 +125,7 @@ class OptimizerLoad:
         facts: Mapping[str, Any],
         index: Index,
         as_stored: Stored = as_it_is,
+        prefix: str = THE_PIPELINES,
     ):
         kind = type(optimizer).__name__
         if facts["class"] != kind:
@@ -126,12 +134,13 @@ class OptimizerLoad:
                 f"{kind}: compile with the same optimizer=, or export the weights and start anew"
             )
         self._optimizer, self._names, self._facts = optimizer, names, facts
+        self._prefix = prefix
         self._values: dict[str, dict[str, Any]] = tree.decode(facts["values"])
         self._settings = [self._settings_of(group) for group in optimizer.param_groups]
         self.tensors: dict[str, torch.Tensor] = {}
         for param, fqn in names.items():
             for key in facts["tensors"].get(fqn, ()):
-                name = tensor_name(fqn, key)
+                name = tensor_name(fqn, key, prefix)
                 if name not in index.tensors:
                     raise CheckpointError(f"the checkpoint is damaged: it has no tensor {name!r}")
                 self.tensors[name] = _room(as_stored(fqn, param.detach()), index, name)
@@ -155,7 +164,7 @@ class OptimizerLoad:
         if fqn is None or fqn not in self._facts["tensors"]:
             return None
         keys = self._facts["tensors"][fqn]
-        tensors = {key: _local(self.tensors[tensor_name(fqn, key)]) for key in keys}
+        tensors = {key: _local(self.tensors[tensor_name(fqn, key, self._prefix)]) for key in keys}
         return tensors | self._values.get(fqn, {})
 
     def _settings_of(self, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.ir.ops import generator_of
 from ..state.model_state import ModelState
-from . import tree
+from . import extras, tree
 from .index import Index
 from .optimizer_state import OptimizerLoad
 from .snapshot import Training, names_of, tied_names
@@ -36,6 +36,7 @@ class Restore:
         self._sources = _check_model(training.state, index)
         self.tensors = self._model_tensors()
         self._optimizer: OptimizerLoad | None = None
+        self._index = index
         self._pending: list[Callable[[], object]] = []
         self.seed, self.steps = training.seed, 0
         if self._facts is None:
@@ -49,7 +50,7 @@ class Restore:
             )
             self.tensors |= self._optimizer.tensors
             self._prepare_scheduler(self._facts["schedulers"])
-        self._prepare_extras(self._facts["extras"])
+        self._prepare_extras(self._facts)
         self._prepare_data(self._facts["data"])
         self._prepare_random(self._facts["random"])
 
@@ -110,11 +111,25 @@ class Restore:
             )
         self._pending.append(partial(scheduler.load_state_dict, state))
 
-    def _prepare_extras(self, saved: Mapping[str, Any]) -> None:
-        for name, extra in self._training.extras.items():
-            if name in saved:
-                state = tree.decode(saved[name])
-                self._pending.append(partial(extra.load_state_dict, state))
+    def _prepare_extras(self, facts: Mapping[str, Any]) -> None:
+        training = self._training
+        names, state = training.param_names, training.state
+        for name, extra in extras.others_in(training.extras, names).items():
+            if (found := extras.state_of(name, facts, state.mesh, self._rank)) is not None:
+                self._pending.append(partial(extra.load_state_dict, found))
+        for name, optimizer in extras.optimizers_in(training.extras, names).items():
+            saved = facts.get("optimizers", {}).get(name)
+            if saved is not None:
+                load = OptimizerLoad(
+                    optimizer, names, saved, self._index, state.as_stored, f"extras.{name}"
+                )
+                self.tensors |= load.tensors
+                self._pending.append(load.finish)
+            elif extras.state_of(name, facts, state.mesh, self._rank) is not None:
+                raise CheckpointError(
+                    f"checkpoint_extras[{name!r}] is an optimizer of the pipeline's parameters, "
+                    "and was something else when it was saved: give it what it had"
+                )
 
     def _prepare_random(self, saved: list[dict[str, Any]]) -> None:
         """The user's own random streams: of this rank, or of rank 0 where there was none."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...compiler.capture.whole import model_of, saved
 from ...compiler.ir.ops import generator_of
 from ..state.model_state import ModelState
-from . import optimizer_state, tree
+from . import extras, optimizer_state, tree
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Training:
 
     Attributes:
         data: what knows the position in the data; None if nobody does.
-        extras: name -> further objects with ``state_dict`` and ``load_state_dict``, alike on all
-            ranks.
+        extras: name -> further objects with ``state_dict`` and ``load_state_dict``.
+        own: optimizers of the user's that have stepped the parameters.
         buffer_stages: buffers that a forward has updated -> a stage that has the latest value.
         seed, steps: what dropout is drawn from.
         config: the model's configuration as JSON data, if it had one.
@@ -39,6 +39,18 @@ class Training:
     seed: int
     steps: int
     config: dict[str, Any] | None
+    own: Sequence[torch.optim.Optimizer] = ()
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Those of the parameters -> what the names of their states begin with in a checkpoint."""
+        found = {
+            f"extras.{name}": each
+            for name, each in extras.optimizers_in(self.extras, self.param_names).items()
+        }
+        if self.optimizer is not None:
+            found[optimizer_state.THE_PIPELINES] = self.optimizer
+        return found
 
     @property
     def param_names(self) -> dict[torch.Tensor, str]:
@@ -97,11 +109,10 @@ def tensors_of(training: Training) -> dict[str, torch.Tensor]:
             rank = state.mesh.rank_of(0, training.buffer_stages.get(name, 0))
             if rank in state.ranks:
                 tensors[stored_name(state, name)] = state.ranks[rank].buffers[name].detach()
-    if training.optimizer is not None:
-        found = optimizer_state.tensors_of(
-            training.optimizer, training.param_names, state.as_stored
-        )
-        ours = optimizer_state.tensors_of(training.optimizer, _our_params(training))
+    names, our_names = training.param_names, _our_params(training)
+    for prefix, optimizer in training.optimizers.items():
+        found = optimizer_state.tensors_of(optimizer, names, state.as_stored, prefix)
+        ours = optimizer_state.tensors_of(optimizer, our_names, prefix=prefix)
         tensors |= {n: t for n, t in found.items() if n in ours or isinstance(t, DTensor)}
     return tensors
 
@@ -122,9 +133,15 @@ def facts_of(training: Training) -> dict[str, Any]:
         device.type: tree.encode(generator_of(device).get_state(), "the random state")
         for device in {torch.device("cpu"), state.ranks[rank].device}
     }
+    extras.check_own(training.own, training.extras)
+    names, our_names = training.param_names, _our_params(training)
+    facts["optimizers"] = {
+        name: optimizer_state.facts_of(each, our_names)
+        for name, each in extras.optimizers_in(training.extras, names).items()
+    }
     facts["extras"] = {
         name: tree.encode(extra.state_dict(), f"the state of {name}")
-        for name, extra in training.extras.items()
+        for name, extra in extras.others_in(training.extras, names).items()
     }
     return facts
 
@@ -133,7 +150,7 @@ def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]
     """The parts of all processes, in rank order, as a checkpoint keeps them.
 
     Schedulers are kept per rank of a replica (their groups may differ), data per share, random
-    states per process.
+    states per process, extras once where all have the same.
     """
     first_replica = [part for part in parts if part["first_replica"]]
     return {
@@ -143,7 +160,11 @@ def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]
         "schedulers": _present(part["scheduler"] for part in first_replica),
         "data": _present(part["data"] for part in parts),
         "random": [part["random"] for part in parts],
-        "extras": parts[0]["extras"],
+        "optimizers": {
+            name: _merged(part["optimizers"].get(name) for part in parts)
+            for name in dict.fromkeys(name for part in parts for name in part["optimizers"])
+        },
+        **extras.merge([part["extras"] for part in parts], training.state.mesh),
     }
 
 
