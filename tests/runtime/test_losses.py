@@ -15,6 +15,7 @@ from pipecompile.errors import CheckpointError, LossError, OptionError, StateErr
 from safetensors.torch import save_file
 from support import plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
@@ -111,8 +112,12 @@ def check(found: tuple[plain.Trained, Any, Any], dp: int, tied: bool) -> None:
     assert torch.equal(evaluated, means.mean())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("n_stages", "dp"), [(1, 1), (2, 1), (2, 2)])
+CASES = [
+    (n_stages, dp, tied) for n_stages, dp in ((1, 1), (2, 1), (2, 2)) for tied in (False, True)
+]
+
+
+@pytest.mark.parametrize(("n_stages", "dp", "tied"), quickly([(2, 1, False), (2, 2, True)], CASES))
 def test_a_loss_with_parameters_trains_as_on_one_device(n_stages: int, dp: int, tied: bool) -> None:
     check(trained(n_stages, dp, tied), dp, tied)
 
@@ -131,6 +136,7 @@ def check_divided(found: tuple[plain.Trained, Any, Any], *case: Any, **options: 
         assert all(torch.allclose(mine[n], theirs[n], rtol=1e-5, atol=1e-6) for n in mine)
 
 
+@pytest.mark.slow
 def test_replicas_may_divide_it(gang: Callable[[int], Gang]) -> None:
     for found in gang(2).run(trained, 1, 2, tied=True, zero=3):
         check_divided(found, 1, 2, tied=True, zero=3)
@@ -166,7 +172,7 @@ def test_its_parameters_have_names_and_dtypes_of_their_own() -> None:
     assert pipe.forward({"x": batches(4)[0]["x"]}).shape == (4, 5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", quickly([True], [False, True]))
 def test_checkpoints_have_it(tmp_path: Path, tied: bool) -> None:
     first, second = batches(8, 2)
     pipe = compiled(2, 1, tied)
@@ -192,6 +198,7 @@ def test_weights_alone_leave_it_as_it_is(tmp_path: Path) -> None:
     assert plain.equal(pipe.loss_state_dict(), Both().loss_fn.state_dict())
 
 
+@pytest.mark.slow
 def test_a_loss_without_data_is_initialised() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from pipecompile.errors import CheckpointError, OptionError
 from support import plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -161,6 +162,7 @@ def counts(n_stages: int, dp: int, folder: Path, values: tuple[int, int] | None)
     return mine.value
 
 
+@pytest.mark.slow
 def test_extras_that_differ_between_ranks(tmp_path: Path, gang: Callable[[int], Gang]) -> None:
     gang(2).run(counts, 2, 1, tmp_path / "apart", (3, 4))
     assert gang(2).run(counts, 2, 1, tmp_path / "apart", None) == [3, 4]
@@ -193,7 +195,7 @@ def test_extras_that_have_become_something_else(tmp_path: Path) -> None:
 # -- of the user's model ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_stages", [1, 2])
+@pytest.mark.parametrize("n_stages", quickly([2], [1, 2]))
 def test_an_optimizer_of_the_users_model_is_refused(n_stages: int) -> None:
     model = build()
     pipe = compiled(model, n_stages)

@@ -10,6 +10,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.errors import CaptureError
+from support.matrix import quickly
 from torch import nn
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -87,7 +88,10 @@ PARAMETERS: dict[str, Callable[[Net], Loss]] = {
 }
 
 
-@pytest.mark.parametrize("how", PARAMETERS)
+QUICK = ("penalty", "number", "object")
+
+
+@pytest.mark.parametrize("how", quickly(QUICK, PARAMETERS))
 def test_a_loss_that_reads_the_users_parameters_is_refused(how: str) -> None:
     model = net()
     found = "loss_fn reads parameter '(last.bias|first.weight)' of the model that compile"
@@ -137,7 +141,7 @@ def plain(model: nn.Module, loss: Loss) -> list[torch.Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("n_stages", [1, 2])
+@pytest.mark.parametrize("n_stages", quickly([2], [1, 2]))
 def test_constants_are_constants(n_stages: int) -> None:
     """Frozen modules, weights of classes, tensors made on the way, and shapes of parameters."""
     teacher, weights, twin = nn.Linear(4, 3).requires_grad_(False), torch.arange(3.0), net()
@@ -156,7 +160,14 @@ def test_constants_are_constants(n_stages: int) -> None:
     assert all(map(torch.equal, found, plain(twin, partial(loss, twin))))
 
 
-@pytest.mark.parametrize("read", [lambda w: w, lambda w: w.tolist()[0], lambda w: w.mean().exp()])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w,
+        lambda w: w.tolist()[0],
+        pytest.param(lambda w: w.mean().exp(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_constant_that_changes_is_refused_from_then_on(
     read: Callable[[torch.Tensor], Any],
 ) -> None:
