@@ -187,7 +187,7 @@ def _new(name: str, value: Any, layers: int | None, index: int) -> Any:
         return _token(name, value, index)
     if isinstance(value, (int, float)) and _CHANCE.search(name):
         return type(value)(0)
-    if isinstance(value, list) and _CHANCE.search(name):
+    if isinstance(value, (list, tuple)) and _CHANCE.search(name):
         return [0.0] * len(value)
     if isinstance(value, int):
         return min(value, _SIZES.get(name, value)) if value > 0 else value

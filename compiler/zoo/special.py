@@ -26,6 +26,7 @@ FIELDS: dict[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(_KINDS, _DEFAULT)},
     "cpmant": {"prompt_length": 4, "prompt_types": 4, "segment_types": 4},
     "ctrl": {"dff": 64},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots3_note_text": _SWA,

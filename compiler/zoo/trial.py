@@ -34,7 +34,7 @@ RIGHT, REFUSED, CLOSE, DIFFERENT, FAILED, TIMEOUT, NO_EAGER = OUTCOMES = (
 NEAR = 1e-5
 
 MICROBATCHES, STEPS = 2, 2
-MAX_NORM = 0.05  # small enough to clip every step
+MAX_NORM = 0.002  # small enough to clip every step
 SEED = 0
 
 Values = dict[str, torch.Tensor]  # losses, gradients and so on by their names
