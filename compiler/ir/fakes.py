@@ -26,4 +26,6 @@ def meta_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
+    """Whether it has no data; nor has what a vmap that is over has left in a graph."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return isinstance(tensor, FakeTensor) or tensor.is_meta or wrapped

@@ -101,6 +101,14 @@ def test_models_of_torch_alone_train_plainly(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch/resnet", "causal-lm/llama", "image-classification/vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch/resnet",
+        "causal-lm/llama",
+        "image-classification/vit",
+        "sequence-classification/jamba",  # a scan by vmap, and a forward that changes its config
+    ],
+)
 def test_real_models_are_right(name: str) -> None:
     assert trial.try_out(Architecture(*name.split("/")), 4).outcome == "right"
