@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -51,9 +52,11 @@ def markdown(outcomes: Sequence[Outcome], stages: int) -> str:
 
 
 def _reason(outcome: Outcome) -> str:
+    """Without where this machine has its packages."""
+    reason = re.sub(r"/\S*/site-packages/", "", outcome.reason)
     if outcome.difference is None:
-        return outcome.reason
-    return f"{outcome.reason}; by at most {outcome.difference:.1e}"
+        return reason
+    return f"{reason}; by at most {outcome.difference:.1e}"
 
 
 _HEAD = """# Coverage

@@ -87,6 +87,12 @@ def test_what_has_nothing_to_compare_with_does_not_count() -> None:
     assert markdown(found, 4).endswith("\ntorch: a\n")
 
 
+def test_reasons_do_not_say_where_packages_are() -> None:
+    where = "at /home/a/.venv/lib/python3/site-packages/transformers/x.py:3 (no)"
+    text = markdown([Outcome("torch", "a", "refused", where)], 4)
+    assert "- `torch/a`: at transformers/x.py:3 (no)\n" in text
+
+
 def test_transformers_is_missed_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
