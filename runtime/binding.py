@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,20 @@ class BoundStage:
 
     Args:
         tangent: of a microbatch's loss; None where nothing is differentiated.
+        by_data: the parameters that gradients may not reach.
 
     Attributes:
         parts: the programs that a microbatch runs.
     """
 
-    def __init__(self, code: StageProgram, state: RankState, tangent: torch.Tensor | None):
-        self.code, self._state, self._tangent = code, state, tangent
+    def __init__(
+        self,
+        code: StageProgram,
+        state: RankState,
+        tangent: torch.Tensor | None,
+        by_data: Collection[str] = (),
+    ):
+        self.code, self._state, self._tangent, self._by_data = code, state, tangent, by_data
         for program in (code.constants, *code.parts.values()):
             _retarget(program, state.device)
             program.prepare()
@@ -101,7 +108,8 @@ class BoundStage:
         if port.role is Role.CONSTANT:
             return constants[port.key]
         if port.role is Role.SLOT:
-            return state.grads.inlets[name]
+            inlet = state.grads.inlets[name]
+            return state.reached.watched(name, inlet) if name in self._by_data else inlet
         if port.role is Role.GROUP:
             return self._groups[int(port.key)]
         return self._tangent if port.role is Role.TANGENT else None

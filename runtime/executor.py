@@ -23,6 +23,7 @@ from .binding import BoundStage
 from .exchange import wire
 from .exchange.transport import Pending, Run
 from .state.rank_state import RankState
+from .state.reached import reached_by_data
 from .tied import TiedGradients
 
 Values = dict[str, torch.Tensor]
@@ -55,6 +56,9 @@ class Executor:
 
     Args:
         actions: of the rank.
+
+    Attributes:
+        by_data: the parameters, of all stages, that a step's gradients may not reach.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Executor:
             self.tangent = torch.empty((), dtype=pipeline.loss_dtype, device=state.device)
             self.scale_loss(1.0)
         self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
+        self.by_data = reached_by_data(pipeline)
         self.stages = {
-            stage: BoundStage(pipeline.stages[stage], state, self.tangent) for stage in state.stages
+            stage: BoundStage(pipeline.stages[stage], state, self.tangent, self.by_data)
+            for stage in state.stages
         }
         self.leaving = {
             stage: state.grads.departures(

@@ -413,7 +413,8 @@ class Pipeline:
             values, whole = batches.flatten(batch)
             request = self._load(Mode.TRAIN, whole, values)[1]
             jobs = self._loader.deal(request, values, self._seed, self._steps)
-        verifier.begin(self._loader.by_replica(jobs), request.spec, self._seed, self._steps)
+        mine, eager = self._loader.by_replica(jobs), self._skeleton.regions.drawing
+        verifier.begin(mine, request.spec, self._seed, self._steps, eager)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

@@ -188,7 +188,12 @@ class Session:
         for executor in loaded.executors.values():
             executor.scale_loss(scale)
         self._sums.open(scale)
+        by_data = next(iter(loaded.executors.values())).by_data
         self.run(loaded, jobs)
+        if by_data:
+            mine = set().union(*(state.reached.names for state in self.state.ranks.values()))
+            reached = set().union(*self._world.agreement.gather(mine))
+            self._sums.forget(by_data - reached)
         if scaler is None or self._unscaled(scaler):
             self._sums.close(scale)
         else:

@@ -33,7 +33,8 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     device = choose_device(options.device, mesh)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
-        return Pipeline(model, options, skeleton_of(model, device, options.dtypes), mesh, device)
+        skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
+        return Pipeline(model, options, skeleton, mesh, device)
 
 
 def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -> Pipeline:
@@ -53,7 +54,7 @@ def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -
 
 def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.device) -> Pipeline:
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
-    skeleton = skeleton_of(model, device, options.dtypes)
+    skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)
     dump_dir = None if mesh.rank else options.dump_dir

@@ -68,6 +68,8 @@ def explain(
             break
         chain.append(cause)
     for item in chain:
+        if isinstance(item, CaptureError) and item.module is None:
+            item.module = module
         if isinstance(item, PipecompileError):
             return item
     kinds = [type(item).__name__ for item in chain]
@@ -88,7 +90,8 @@ def explain(
         )
     return CaptureError(
         f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
-        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})"
+        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})",
+        module,
     )
 
 

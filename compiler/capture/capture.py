@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..effects.outside import Read, constants_of
-from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError
+from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError, RegionError
 from ..ir.graph import JointGraph, storage_root
 from .batch import BatchSpec
 from .blame import data_dependent, explain
@@ -151,7 +151,7 @@ def _function(
     if loss_fn is not None and skeleton.loss_fn is not None:
         loss_fn = skeleton.loss_fn
     call = bind(skeleton.model, spec.build(leaves), loss_fn)
-    function = Traced(skeleton.module, spec, call, loss_fn)
+    function = Traced(skeleton.module, spec, call, loss_fn, skeleton.regions)
     function.wants_loss = wants == "loss"
     function.compute = compute
     function.attributes = skeleton.attributes.names
@@ -159,13 +159,27 @@ def _function(
 
 
 def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
-    """Trace the model as if it were not traced; if it cannot be, as it likes to be traced."""
+    """Trace the model as if it were not traced; if it cannot be, as it likes to be traced; and if
+    it cannot be so either, with one more part of it as a region, until it can be traced.
+
+    Raises:
+        CaptureError: what the second attempt says, where nothing is left but the model itself.
+    """
+    regions = function.regions
+    before = dict(regions.why)
+    errors: list[CaptureError] = []  # each is over before the next attempt, which would name it
     with tracing():
-        try:
-            return attempt()
-        except CaptureError:
-            function.as_untraced = False
-            return attempt()
+        while len(errors) < 2 or regions.extend(errors[-1]):
+            function.as_untraced = len(errors) != 1
+            try:
+                return attempt()
+            except CaptureError as error:
+                errors.append(error)
+    regions.why = before
+    refused, last = errors[1], errors[-1]
+    if isinstance(last, RegionError):
+        raise CaptureError(f"{refused}; and {last}", refused.module)
+    raise refused
 
 
 def _differentiated(
@@ -185,6 +199,7 @@ def _differentiated(
     outside = constants_of(
         graph.used_constants, results.outside.reads, skeleton.originals, graph.mutations
     )
+    notes += skeleton.regions.notes
     return Captured(graph, results.rebuild, notes=notes, outside=outside)
 
 

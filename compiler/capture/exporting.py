@@ -22,6 +22,7 @@ from ..effects.outside import Reading
 from ..effects.replaced import replaced_buffers
 from ..effects.world import watching
 from ..ir.errors import LossError
+from ..regions.regions import Regions
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
@@ -69,12 +70,22 @@ class Traced(nn.Module):
 
     Args:
         whole: the model, with the loss where that is a module.
+        regions: which parts of it run eagerly.
     """
 
     whole: nn.Module
+    regions: Regions
 
-    def __init__(self, whole: nn.Module, spec: BatchSpec, call: Call, loss_fn: LossFn | None):
+    def __init__(
+        self,
+        whole: nn.Module,
+        spec: BatchSpec,
+        call: Call,
+        loss_fn: LossFn | None,
+        regions: Regions,
+    ):
         super().__init__()
+        vars(self)["regions"] = regions
         vars(self)["whole"] = whole  # no submodule: its parts are
         self.model = model_of(whole)
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
@@ -134,6 +145,7 @@ def _exported(
         _same_attributes(whole),
         refused_hooks(),
         kept_functions() as calls,
+        function.regions.entered(),
         _autocast(function.compute, leaves),
     ):
         try:

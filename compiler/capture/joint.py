@@ -18,6 +18,7 @@ from torch.fx.traceback import preserve_node_meta
 from ..ir.errors import CaptureError
 from ..ir.fakes import is_fake
 from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
+from ..regions.operators import known_work
 from .skeleton import Skeleton
 
 try:
@@ -165,10 +166,13 @@ class _Reader:
             "partner": node.meta.get("seq_nr", -1),
             "module": path.removeprefix("model").removeprefix("."),
         }
+        if (work := known_work(node)) is not None:
+            new.meta["region"] = work
         if any(not isinstance(n, int) for t in tensors(new.meta["val"]) for n in t.shape):
             raise CaptureError(
                 f"{new.meta['module'] or 'the model'} makes a tensor whose shape depends on data "
-                f"({node.target}): use masks of a fixed shape instead of selecting elements"
+                f"({node.target}): use masks of a fixed shape instead of selecting elements",
+                new.meta["module"],
             )
         self.env[node] = new
 

@@ -6,7 +6,7 @@ The copy is traced, switched to evaluation, given other flags; the user's model 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +20,7 @@ from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.fakes import FakeTensor, FakeTensorMode, is_fake
 from ..ir.precision import REDUCED, Precision
+from ..regions.regions import Regions
 from .whole import LOSS, loss_of, model_of
 
 
@@ -36,6 +37,7 @@ class Skeleton:
         attributes: what is known of the attributes.
         cacheless: the copy's configuration has no ``use_cache`` any more, and the model's has.
         originals: the tensors of the user's model.
+        regions: which parts of it run eagerly.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class Skeleton:
     params: tuple[str, ...]
     attributes: Attributes
     originals: Originals
+    regions: Regions
     cacheless: bool = False
 
     @property
@@ -67,14 +70,19 @@ class Skeleton:
 
 
 def skeleton_of(
-    model: nn.Module, device: torch.device, precision: Precision | None = None
+    model: nn.Module,
+    device: torch.device,
+    precision: Precision | None = None,
+    eager_modules: Iterable[str] = (),
 ) -> Skeleton:
     """Copy a model without its weights; parameters may be real, meta or already fake.
 
     Args:
         precision: what is trained in it has fp32 masters, whatever dtype the model has.
+        eager_modules: names of submodules that run eagerly, as the option says.
 
     Raises:
+        OptionError: no submodule has such a name.
         SharedStorageError: two different parameters overlap in memory.
         CaptureError: the model cannot be copied, or has gradient hooks.
     """
@@ -107,7 +115,8 @@ def skeleton_of(
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
     params = tuple(name for name, _ in module.named_parameters())
     originals = originals_of(state)
-    return Skeleton(module, mode, canonical, params, attributes, originals, cacheless)
+    regions = Regions(model_of(module), eager_modules)
+    return Skeleton(module, mode, canonical, params, attributes, originals, regions, cacheless)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -94,10 +95,12 @@ def kept_functions() -> Iterator[list[Call]]:
     """
     apply = torch.autograd.Function.__dict__["apply"]
     calls: list[Call] = []
+    here = threading.get_ident()
 
     def kept(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-        if mode is None or not torch.is_grad_enabled():
+        traces = mode is not None and threading.get_ident() == here  # modes are all threads'
+        if not traces or not torch.is_grad_enabled():
             return apply.__get__(None, cls)(*args, **kwargs)
         if cls is CheckpointFunction:  # (function, preserve_rng_state, *arguments)
             return args[0](*args[2:])
@@ -163,9 +166,12 @@ def restore_functions(traced: fx.GraphModule, calls: list[Call]) -> None:
 @contextlib.contextmanager
 def refused_hooks() -> Iterator[None]:
     """A gradient hook that forward sets would be lost: say so."""
-    register = torch.Tensor.register_hook
+    register: Any = torch.Tensor.register_hook
+    here = threading.get_ident()
 
     def refuse(tensor: torch.Tensor, hook: Any) -> Any:
+        if threading.get_ident() != here:
+            return register(tensor, hook)
         raise CaptureError(
             "forward calls Tensor.register_hook, and a compiled backward runs no hooks: write it "
             "as a torch.autograd.Function, whose backward is kept"

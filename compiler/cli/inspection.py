@@ -52,7 +52,7 @@ def inspect(request: Request) -> Inspection:
     check_model(subject.model, subject.loss_fn)
     model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
-    skeleton = skeleton_of(model, HOST, options.dtypes)
+    skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
     trials: tuple[Trial, ...] = ()
     if request.devices is None:
         compiled = _built(request, options, skeleton, whole)
@@ -91,7 +91,8 @@ def _in_fp32(
         dump_dir=None,
     )
     target = Target(HOST, request.device, request.limit_bytes)
-    builder = Builder(skeleton_of(model, HOST, options.dtypes), options, target)
+    skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
+    builder = Builder(skeleton, options, target)
     spec, microbatches = divide(whole, options, options.dp)
     return builder.build(Mode.TRAIN, spec, microbatches, compiled.layout).plan
 

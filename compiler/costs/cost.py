@@ -16,6 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
+from ..ir.region import Kernel
+from ..ir.region import work_of as region_work
 from .hardware import Device
 
 
@@ -50,7 +52,13 @@ def node_cost(node: fx.Node, device: Device) -> Cost:
     """The cost of one call; nothing for views, items and placeholders."""
     if node.op != "call_function":
         return Cost()
-    work = _work(node)
+    if (region := region_work(node)) is not None:
+        return sum((_cost(kernel, device) for kernel in region.kernels), Cost())
+    return _cost(_work(node), device)
+
+
+def _cost(work: _Work | Kernel, device: Device) -> Cost:
+    """Of what one launch does."""
     if not work.moved_bytes and not work.flops:
         return Cost()
     compute_s = work.flops / device.peak(work.dtype) if work.flops else 0.0
@@ -65,6 +73,8 @@ def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
 
 def node_flops(node: fx.Node) -> int:
     """Floating-point operations, a multiply-add counted as two; 0 for ops without a formula."""
+    if (region := region_work(node)) is not None:
+        return region.flops
     return _work(node).flops if node.op == "call_function" else 0
 
 

@@ -21,6 +21,7 @@ from ..ir import ops
 from ..ir.actions import COMPUTE_OF, SEND, Action, Kind
 from ..ir.graph import is_getitem, overwritten, tensors, viewed
 from ..ir.program import PipelineProgram, Program, Role
+from ..ir.region import work_of as region_work
 from ..ir.shards import Departures, Entry
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
@@ -182,7 +183,7 @@ def _effect_of(
         known |= new
         refs.update(blocks[node])
         live += sum(new.values())
-        most = max(most, live + (0 if streams else _scratch(node)))
+        most = max(most, live + _scratch(node, streams))
         if node.target is ops.accumulate and leaving:
             for entry in leaving[added]:
                 live, flying, peak = _leave(entry, live, flying)
@@ -235,9 +236,12 @@ def _made(
     return made, {b: item.numel() * item.element_size() for b, item in pairs if b is not None}
 
 
-def _scratch(node: fx.Node) -> int:
-    """A gradient in another layout than its slot is copied before it is added."""
-    if node.target is not ops.accumulate:
+def _scratch(node: fx.Node, streams: bool) -> int:
+    """What runs eagerly has its own; a gradient in another layout than its slot is copied before
+    it is added."""
+    if (region := region_work(node)) is not None:
+        return region.scratch_bytes
+    if node.target is not ops.accumulate or streams:
         return 0
     slot, grad = node.args
     assert isinstance(slot, fx.Node)

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from ...passes.graph import autocast, boundary
 from ...passes.graph.attention import restore_attention
+from ...passes.graph.carry import carry_sums, has_regions
 from ...passes.graph.casts import is_widening, settle_casts
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
@@ -105,7 +106,19 @@ def _latest(work: Joint) -> str:
     return f"{read_once(work.graph)} buffers read before they are updated"
 
 
+def _carried(work: Joint) -> str:
+    return f"{carry_sums(work.graph)} sums of gradients go through regions"
+
+
 JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "carry",
+        _carried,
+        verify=(lambda work: verify_graph(work.graph),),
+        when=lambda work: has_regions(work.graph),
+        needed="gradients would round otherwise than on one device",
+        told=False,
+    ),
     Pass(
         "latest",
         _latest,

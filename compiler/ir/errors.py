@@ -37,7 +37,19 @@ class RankMismatchError(PipecompileError, RuntimeError):
 
 
 class CaptureError(PipecompileError, RuntimeError):
-    """A model that cannot be turned into one graph."""
+    """A model that cannot be turned into one graph.
+
+    Attributes:
+        module: the submodule that cannot be traced, where one is to blame; "" is the model itself.
+    """
+
+    def __init__(self, message: str, module: str | None = None):
+        super().__init__(message)
+        self.module = module
+
+
+class RegionError(CaptureError):
+    """A submodule that cannot run eagerly inside a graph."""
 
 
 class LossError(PipecompileError, ValueError):

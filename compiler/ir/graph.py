@@ -14,6 +14,7 @@ output                  loss, results, gradients and buffer updates, in the orde
 ``meta["partner"]``     the sequence number shared by a forward op and its backward nodes
 ``meta["recomputes"]``  in a backward node that computes a forward node again: its name
 ``meta["module"]``      dotted path of the module that was running ("" is the model itself)
+``meta["region"]``      what a node does that runs a submodule eagerly (`ir.region.Work`)
 ======================  ===================================================================
 """
 
@@ -31,6 +32,7 @@ from torch import fx, nn
 
 from .actions import Phase as Phase
 from .ops import draws
+from .region import alike
 
 
 @dataclass
@@ -131,7 +133,8 @@ class JointGraph:
             kwargs = fx.node.map_arg(node.kwargs, lambda n: f"%{index[n]}")
             target = "" if node.op == "placeholder" else str(node.target)
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-            digest.update(f"{node.op} {target} {args} {kwargs} {describe(node)}\n".encode())
+            described = f"{node.op} {target} {args} {kwargs} {describe(node)}\n"
+            digest.update(alike(described).encode())
         named = (self.params, self.buffers, self.inputs, self.grads, self.copies)
         names = tuple(list(nodes) for nodes in named)
         digest.update(repr(names).encode())

@@ -65,7 +65,8 @@ def seeded(seed: int, site: int, op: Callable[..., Any], *args: Any, **kwargs: A
     The draw depends on ``seed`` (run, step, replica, microbatch) and ``site`` (which random op
     of the model), so it is the same for every number of stages and every schedule.
     """
-    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    given = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
+    device = next((a.device for a in given if isinstance(a, torch.Tensor)), None)
     generator_of(device or kwargs.get("device") or torch.device("cpu")).manual_seed(mix(seed, site))
     return op(*args, **kwargs)
 

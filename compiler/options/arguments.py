@@ -253,6 +253,18 @@ class Options:
             repeats=True,
         ),
     )
+    eager_modules: Collection[str] = option(
+        (),
+        help="submodules to run eagerly, each call as one node of the graph, by their dotted "
+        "names; ``*`` stands for the number of any layer",
+        more="For what Python decides anew in every call. What cannot be traced runs so anyway, if "
+        "it can; a node is on one stage, and recomputed as a whole or not.",
+        check=check_names,
+        plan="keeps",
+        in_plan=lambda given: ", ".join(given) or "none",
+        compared=lambda _, options: sorted(options.eager_modules),
+        flag=Flag(group=PIPELINE, metavar="NAMES", parse=parse_names, default="none"),
+    )
     costs: str = option(
         "auto",
         help='where the planner\'s seconds come from: "profile" measures each distinct unit on '

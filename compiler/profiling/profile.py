@@ -26,6 +26,7 @@ from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.graph import tensors
 from ..ir.program import Port, Program, Role, StageProgram
+from ..ir.region import alike
 from .synthetic import Synthesizer
 from .timing_cache import TimingCache
 
@@ -234,7 +235,7 @@ def program_hash(program: Program) -> str:
         kwargs = {key: value for key, value in node.kwargs.items() if key != "device"}
         shown = fx.node.map_arg((args, kwargs), lambda n: f"%{index[n]}")
         target = _layout(node) if node.op == "get_attr" else _name(node.target)
-        digest.update(f"{node.op} {target} {shown}\n".encode())
+        digest.update(f"{node.op} {target} {alike(str(shown))}\n".encode())
     digest.update(repr([port.role for port in program.outputs]).encode())
     return digest.hexdigest()[:32]
 

@@ -61,7 +61,8 @@ class Emitter:
                 )
             else:
                 env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = {"val": node.meta.get("val"), "module": node.meta.get("module", "")}
+            kept = ("val", "module", "region")
+            env[node].meta = {key: node.meta[key] for key in kept if key in node.meta}
             for name in slots.get(node, ()):
                 graph.call_function(ops.accumulate, (inputs[Port(Role.SLOT, name)], env[node]))
         graph.output(tuple(env[node] for _, node in outputs))

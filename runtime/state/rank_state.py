@@ -10,6 +10,7 @@ import torch
 from ...compiler.ir.shards import Owners
 from ..exchange.transport import Endpoint
 from .gradients import WholeGradients
+from .reached import Reached
 from .sharded import Shards
 
 
@@ -21,6 +22,7 @@ class RankState:
         copies: FQN -> the whole copy in the compute dtype.
         shards: the parameters that replicas divide; None where they do not.
         owners: of the parameters that one replica has all rows of.
+        reached: which parameters of regions a step's gradients have reached.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class RankState:
         self.params = dict(params)
         self.buffers, self.grads, self.shards, self.owners = buffers, grads, shards, owners
         self.copies: dict[str, torch.Tensor] = {}
+        self.reached = Reached()
 
     @property
     def rank(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ class Plain:
         shares: Sequence[Sequence[Leaves]],
         spec: BatchSpec,
         seeds: Sequence[Sequence[int]],
+        eager: Collection[str] = (),
     ) -> Outcome:
         """Train on a batch.
 
@@ -90,6 +91,7 @@ class Plain:
             shares: per replica, the leaves of its microbatches.
             spec: of a microbatch.
             seeds: per replica and microbatch.
+            eager: submodules of which a call draws from one seed.
         """
         totals: list[Tensors] = []
         losses = []
@@ -97,7 +99,7 @@ class Plain:
             self._set_buffers(self._replicas[replica])
             found = []
             for leaves, seed in zip(pieces, drawn, strict=True):
-                with self._drawing(seed), self._autocast():
+                with self._drawing(seed, eager), self._autocast():
                     loss = self._loss(leaves, spec)
                 torch.autograd.backward(loss / len(pieces))
                 found.append(loss.detach())
@@ -180,10 +182,19 @@ class Plain:
                 part.training = training
 
     @contextlib.contextmanager
-    def _drawing(self, seed: int) -> Any:
+    def _drawing(self, seed: int, eager: Collection[str]) -> Any:
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _Draws(seed, self._device):
-            yield
+        draws = _Draws(seed, self._device)
+        hooks = []
+        for part in map(self.model.get_submodule, eager):
+            hooks.append(part.register_forward_pre_hook(draws.enter, prepend=True))
+            hooks.append(part.register_forward_hook(draws.leave))
+        try:
+            with torch.random.fork_rng(devices), draws:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -192,14 +203,26 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, seed: int, device: torch.device):
         super().__init__()  # type: ignore[no-untyped-call]
         self._seed, self._device, self._count = seed, device, 0
+        self._whole = False
+
+    def enter(self, *_: Any) -> None:
+        """What follows draws from one seed."""
+        self._begin()
+        self._whole = True
+
+    def leave(self, *_: Any) -> None:
+        self._whole = False
+
+    def _begin(self) -> None:
+        generator_of(self._device).manual_seed(mix(self._seed, self._count))
+        self._count += 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if draws(func, args, named):
-            generator_of(self._device).manual_seed(mix(self._seed, self._count))
-            self._count += 1
+        if not self._whole and draws(func, args, named):
+            self._begin()
         return func(*args, **named)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,12 @@ class Verifier:
         return self._done < self._options.verify
 
     def begin(
-        self, mine: Mapping[int, Sequence[Leaves]], spec: BatchSpec, seed: int, step: int
+        self,
+        mine: Mapping[int, Sequence[Leaves]],
+        spec: BatchSpec,
+        seed: int,
+        step: int,
+        eager: Collection[str] = (),
     ) -> None:
         """A batch is about to be trained on; a collective, as all of these are.
 
@@ -72,6 +77,7 @@ class Verifier:
             mine: replica -> the leaves of its microbatches, of those that this process deals out.
             spec: of a microbatch.
             seed, step: what the pipeline draws from.
+            eager: submodules that run eagerly and draw: each call from one seed.
         """
         here = {r: [[leaf.cpu() for leaf in p] for p in pieces] for r, pieces in mine.items()}
         merged = {r: each for part in self._agreement.gather(here) for r, each in part.items()}
@@ -80,7 +86,8 @@ class Verifier:
         seeds = [[mix(seed, step, r, i) for i in count] for r in range(len(self._shares))]
         plain = self._plain
         self._expected = self._agreement.together(
-            lambda: None if plain is None else plain.step(self._shares, spec, seeds), VerifyError
+            lambda: None if plain is None else plain.step(self._shares, spec, seeds, eager),
+            VerifyError,
         )
 
     def computed(self, loss: torch.Tensor, params: Mapping[str, nn.Parameter]) -> None:

@@ -60,8 +60,8 @@ def accumulate(
         for param in model.parameters():
             param.grad = None
     for name, param in model.named_parameters():
-        grads = [replica[name] for replica in per_replica]
-        if grads[0] is not None:
+        grads = [replica[name] for replica in per_replica if replica[name] is not None]
+        if grads:
             total = grads[0]
             for grad in grads[1:]:
                 total = total + grad

@@ -1,0 +1,1 @@
+"""Submodules that tracing cannot see through: each call runs eagerly inside one node."""

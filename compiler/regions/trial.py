@@ -1,0 +1,184 @@
+"""A call of a submodule is tried on numbers of no meaning, for what tracing cannot tell.
+
+Twice, on different ones: results whose number or shapes depend on them are no node's.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..costs.meter import StorageMeter, storages_of
+from ..ir.errors import RegionError
+from ..ir.fakes import meta_like
+from ..ir.graph import tensors
+from ..ir.region import Kernel, Work
+from .site import Facts, Run, Site
+
+T = TypeVar("T")
+
+
+def tried(site: Site, operands: Sequence[torch.Tensor]) -> Facts:
+    """What a call does.
+
+    Args:
+        operands: without values.
+
+    Raises:
+        RegionError: it does not run, or not as one node can.
+    """
+    try:
+        return _elsewhere(lambda: _tried(site, operands))
+    except RegionError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise _refused(
+            site, f"it does not run by itself ({type(error).__name__}: {first})"
+        ) from error
+
+
+def _tried(site: Site, operands: Sequence[torch.Tensor]) -> Facts:
+    first, second = _values(operands, 0), _values(operands, 1)
+    attributes = _attributes(site)
+    drawn = torch.get_rng_state()
+    meter, counts = StorageMeter(), _Counts()
+    with meter, counts:
+        run = site.run(first)
+    forward = Work(counts.kernels, max(0, meter.peak_bytes - meter.current_bytes))
+    draws = not torch.equal(drawn, torch.get_rng_state())
+    again = site.run(second)
+    _check_alike(site, run, again)
+    if changed := [n for n, value in _attributes(site).items() if attributes.get(n) is not value]:
+        raise _refused(site, f"it changes {changed[0]!r} of itself")
+    names = len(site.state)
+    for i, value in run.changed.items():
+        if i >= names or site.needs[i]:
+            raise _refused(site, "it changes an argument or a parameter in place")
+        if (value.shape, value.dtype) != (first[i].shape, first[i].dtype):
+            raise _refused(site, f"it gives {site.state[i]!r} another shape or dtype")
+    counts, meter = _Counts(), StorageMeter()
+    gradients: tuple[torch.Tensor, ...] = ()
+    if site.trains:
+        kept = {i: first[i] for i in run.saved.kept}
+        ones = [torch.ones_like(t) if t.requires_grad else None for t in run.outputs]
+        with meter, counts:
+            made = run.saved.gradients(kept, ones, [None] * len(run.saved.leaves))
+        gradients = tuple(map(meta_like, made))
+    backward = Work(counts.kernels, max(0, meter.peak_bytes - meter.current_bytes))
+    # weights are there anyway, and which of them are read may depend on data
+    needed = (run.saved.kept | set(range(names))) - set(run.changed) if site.trains else set()
+    return Facts(
+        tuple(map(meta_like, (*run.outputs, *run.changed.values()))),
+        run.tree,
+        run.others,
+        tuple(output.requires_grad for output in run.outputs),
+        tuple(run.changed),
+        tuple(sorted(needed)),
+        gradients,
+        run.saved.saved_bytes,
+        draws,
+        forward,
+        backward,
+    )
+
+
+def _check_alike(site: Site, run: Run, again: Run) -> None:
+    shapes, others = [[(t.shape, t.dtype) for t in each.outputs] for each in (run, again)]
+    if shapes != others or run.tree != again.tree:
+        raise _refused(site, "the shapes of its results depend on data")
+    if any(not _is_plain(value) for value in run.others.values()) or run.others != again.others:
+        raise _refused(site, "it returns Python values that depend on data, or objects")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _refused(site: Site, why: str) -> RegionError:
+    return RegionError(f"module {site.path!r} cannot run eagerly inside a graph: {why}")
+
+
+def _attributes(site: Site) -> dict[str, Any]:
+    """What the submodules have besides tensors and modules."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, part in site.module.named_modules()
+        for name, value in vars(part).items()
+        if not name.startswith("_") and name != "training"
+    }
+
+
+def _values(operands: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Operands with small values: floating-point ones around zero, integers 0 or 1."""
+    made = []
+    for i, operand in enumerate(operands):
+        device = operand.device
+        steps = zip(operand.shape, operand.stride(), strict=True)
+        extent = 1 + sum((n - 1) * s for n, s in steps) if operand.numel() else 0
+        flat = torch.empty(extent, dtype=operand.dtype, device=device)
+        generator = torch.Generator(device).manual_seed(100 * i + seed)
+        if flat.is_floating_point() or flat.is_complex():
+            flat.normal_(0, 0.5, generator=generator)
+        elif flat.dtype is torch.bool:
+            flat.fill_(True)
+        else:
+            flat.random_(0, 2, generator=generator)
+        made.append(flat.as_strided(operand.shape, operand.stride()))
+    return made
+
+
+def _elsewhere(action: Callable[[], T]) -> T:
+    """In a thread of its own, where nothing is being traced, with the random states put back."""
+    found: list[T] = []
+    errors: list[Exception] = []
+
+    def act() -> None:
+        try:
+            found.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    with torch.random.fork_rng():
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+    random.setstate(python)
+    np.random.set_state(numpy)
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
+class _Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What operators ran, and what each had to do."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        made = func(*args, **named)
+        given = [*args, *named.values()]
+        read = {id(s): s.nbytes() for s in storages_of(given)}
+        new = [t for t in tensors(made) if id(t.untyped_storage()) not in read]
+        if not new and func._schema.is_mutable is False:
+            return made  # a view
+        formula = flop_registry.get(func.overloadpacket)
+        flops = int(formula(*args, **named, out_val=made)) if formula else 0
+        sources = [t for value in given for t in tensors(value)]
+        moved = sum(t.numel() * t.element_size() for t in (*sources, *tensors(made)))
+        dtype = str(sources[0].dtype).removeprefix("torch.") if sources else ""
+        self.kernels.append(Kernel(flops, moved, dtype))
+        return made
