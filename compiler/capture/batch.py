@@ -1,7 +1,4 @@
-"""Batches as flat lists of tensors: what is cut into microbatches, what a program is made for.
-
-pytree is torch's own container traversal. It has no public name, so this file is its only home.
-"""
+"""Batches as flat lists of tensors: what is cut into microbatches, what a program is made for."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..ir.errors import BatchError
+from ..ir.pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 """Equal to themselves alone, and the same whenever they are seen."""
@@ -44,7 +41,7 @@ class BatchSpec:
         constants: (position among all leaves, value) of what is not a tensor.
     """
 
-    tree: pytree.TreeSpec
+    tree: TreeSpec
     leaves: tuple[Leaf, ...]
     constants: tuple[tuple[int, Any], ...]
 
@@ -76,7 +73,7 @@ class BatchSpec:
         whole: list[Any] = list(values)
         for position, value in self.constants:
             whole.insert(position, value)
-        return pytree.tree_unflatten(whole, self.tree)
+        return tree_unflatten(whole, self.tree)
 
     def __str__(self) -> str:
         return ", ".join(str(leaf) for leaf in self.leaves)
@@ -106,7 +103,7 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
         batch = dict(batch)  # a BatchEncoding and its like
     elif isinstance(batch, list):
         batch = tuple(batch)
-    paths, tree = pytree.tree_flatten_with_path(batch)
+    paths, tree = tree_flatten_with_path(batch)
     values: list[torch.Tensor] = []
     leaves: list[Leaf] = []
     constants: list[tuple[int, Any]] = []
@@ -170,8 +167,8 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def flatten_arguments(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a call's arguments, and a function that puts others in their places."""
-    leaves, tree = pytree.tree_flatten(arguments)
-    return leaves, lambda values: pytree.tree_unflatten(values, tree)
+    leaves, tree = tree_flatten(arguments)
+    return leaves, lambda values: tree_unflatten(values, tree)
 
 
 def flatten_results(
@@ -179,16 +176,14 @@ def flatten_results(
 ) -> tuple[dict[str, torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
     """The tensors in what a model returned, by their places in it, and a function that puts others
     there."""
-    paths, tree = pytree.tree_flatten_with_path(output)
+    paths, tree = tree_flatten_with_path(output)
     leaves = [leaf for _, leaf in paths]
     others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     size = len(leaves)
 
     def rebuild(values: list[torch.Tensor]) -> Any:
         rest = iter(values)
-        return pytree.tree_unflatten(
-            [others[i] if i in others else next(rest) for i in range(size)], tree
-        )
+        return tree_unflatten([others[i] if i in others else next(rest) for i in range(size)], tree)
 
     named = {_name(path): leaf for path, leaf in paths if isinstance(leaf, torch.Tensor)}
     return named, rebuild

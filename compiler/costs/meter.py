@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..ir.pytree import tree_leaves
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..ir.fakes import is_fake, weightless
+from ..ir.pytree import tree_leaves
 from .meter import StorageMeter
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]

@@ -260,8 +260,6 @@ class Options:
         more="For what Python decides anew in every call. What cannot be traced runs so anyway, if "
         "it can; a node is on one stage, and recomputed as a whole or not.",
         check=check_names,
-        plan="keeps",
-        in_plan=lambda given: ", ".join(given) or "none",
         compared=lambda _, options: sorted(options.eager_modules),
         flag=Flag(group=PIPELINE, metavar="NAMES", parse=parse_names, default="none"),
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from ..ir.errors import CaptureError, OptionError, RegionError
+from ..ir.pytree import tree_flatten
 from .operators import run
 from .site import Site, enter
 from .trial import tried

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..ir.errors import StateError
+from ..ir.pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..ir.region import Work, mark_not_reached
 
 Tensors = Sequence[torch.Tensor]

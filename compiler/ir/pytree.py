@@ -1,0 +1,11 @@
+"""Structures of tensors, taken apart and put together again.
+
+`torch.utils._pytree` knows those that users register with torch, dataclasses of transformers among
+them. It has no public name; this file is its home.
+"""
+
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
