@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import fx
 from ..effects.outside import Read, constants_of
 from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError, RegionError
 from ..ir.graph import JointGraph, storage_root
+from ..regions.regions import Regions
 from .batch import BatchSpec
 from .blame import data_dependent, explain
 from .calling import LossFn, bind
@@ -166,20 +167,37 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
         CaptureError: what the second attempt says, where nothing is left but the model itself.
     """
     regions = function.regions
-    before = dict(regions.why)
+    before, told = dict(regions.why), set(regions.patterns)
     errors: list[CaptureError] = []  # each is over before the next attempt, which would name it
+    found: list[T] = []
     with tracing():
-        while len(errors) < 2 or regions.extend(errors[-1]):
+        while not found and (len(errors) < 2 or regions.extend(errors[-1])):
             function.as_untraced = len(errors) != 1
             try:
-                return attempt()
+                found.append(attempt())
             except CaptureError as error:
                 errors.append(error)
+    if found:
+        _tell(regions, told)
+        return found[0]
     regions.why = before
     refused, last = errors[1], errors[-1]
     if isinstance(last, RegionError):
         raise CaptureError(f"{refused}; and {last}", refused.module)
     raise refused
+
+
+def _tell(regions: Regions, before: Collection[str]) -> None:
+    """Warn of parts that were not asked for."""
+    new = {pattern: why for pattern, why in regions.patterns.items() if pattern not in before}
+    if new:
+        names = list(new)
+        warnings.warn(
+            f"what cannot be traced runs eagerly, each call as one node on one stage: "
+            f"{', '.join(names)}; eager_modules={names} finds it sooner, and says nothing "
+            f"({next(iter(new.values()))})",
+            stacklevel=2,
+        )
 
 
 def _differentiated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
-from ..ir.errors import CaptureError, LossError, OptionError
+from ..ir.errors import CaptureError, LossError, OptionError, PartitionError
 from ..ir.graph import JointGraph, Phase, module_of, phase_of
 from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
@@ -105,7 +105,8 @@ class Builder:
         recorder = Recorder(self._folder(mode, spec) if dump else None)
         captured = self._captured(mode, spec, recorder)
         graph, locality = captured.graph, locality_of(captured.graph)
-        decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
+        with self._explained():
+            decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
         assembly = assemble(settings, graph, locality, placement.stage, again, recorder)
         decision = decided.decision
@@ -143,6 +144,17 @@ class Builder:
             decided.problem,
             captured.outside,
         )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Why the model may have fewer units than its layers would have."""
+        try:
+            yield
+        except PartitionError as error:
+            notes = "; ".join(self.skeleton.regions.notes)
+            if not notes or type(error) is not PartitionError:
+                raise
+            raise PartitionError(f"{error} ({notes})") from error
 
     def _folder(self, mode: Mode, spec: BatchSpec) -> Path | None:
         if self.options.dump_dir is None:

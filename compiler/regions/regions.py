@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -75,14 +76,17 @@ class Regions:
             del self.why[name]
 
     @property
+    def patterns(self) -> dict[str, str]:
+        """The names with ``*`` for numbers of layers -> why."""
+        return {_pattern(name): why for name, why in self.why.items()}
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a plan says of them."""
-        found: dict[str, list[str]] = {}
-        for name in self.why:
-            found.setdefault(_pattern(name), []).append(name)
+        counts = Counter(map(_pattern, self.why))
         return tuple(
-            f"{pattern} runs eagerly, each call as one node ({len(names)} of them)"
-            for pattern, names in found.items()
+            f"{pattern} runs eagerly, each call as one node ({count} of them)"
+            for pattern, count in counts.items()
         )
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call
 
 from ..ir.errors import StateError
@@ -121,28 +122,30 @@ class Site:
         run = self.run(operands)
         self._check(run)
         given = {t.untyped_storage().data_ptr() for t in operands if t.numel()}
-        given |= run.saved.storages
-        results = [_apart(output.detach(), given) for output in run.outputs]
+        given |= run.saved.packing.storages
+        results = [_apart(output, given) for output in run.outputs]
         results += [_apart(run.changed[i], given) for i in self.known.updated]
         if self.trains:
-            results.append(self._ticket(run.saved))
+            results.append(self._ticket(run))
         return results
 
     def run(self, operands: Tensors) -> Run:
         """The call, with autograd where an operand needs a gradient."""
-        saved = Saved(operands, None if self.facts is None else self.facts.kept)
+        packing = Packing(operands, None if self.facts is None else self.facts.kept)
         leaves = [
             tensor.detach().requires_grad_(needs)
             for tensor, needs in zip(operands, self.needs, strict=True)
         ]
-        updated = self.known.updated if self.facts is not None else ()
-        for i in updated:
+        for i in self.known.updated if self.facts is not None else ():
             leaves[i] = leaves[i].clone()
         count = len(self.state)
         state = dict(zip(self.state, leaves[:count], strict=True))
         args, kwargs = self._arguments(leaves[count:])
         versions = [leaf._version for leaf in leaves]
-        with self._as_it_was(), torch.set_grad_enabled(self.trains), saved.packing(self.trains):
+        hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.trains:
+            hooks = saved_tensors_hooks(packing.pack, packing.unpack)
+        with self._as_it_was(), torch.set_grad_enabled(self.trains), hooks:
             output = functional_call(self.module, state, args, kwargs)  # state is as it leaves it
         after = [*state.values(), *leaves[count:]]
         changed = [
@@ -153,9 +156,12 @@ class Site:
         flat, tree = tree_flatten(output)
         outputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
         others = {i: leaf for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor)}
-        saved.leaves = [leaf for leaf, needs in zip(leaves, self.needs, strict=True) if needs]
-        saved.outputs = outputs
-        return Run(outputs, others, tree, {i: after[i].detach() for i in changed}, saved)
+        updated = {i: after[i].detach() for i in changed}
+        differentiable = tuple(output.requires_grad for output in outputs)
+        needed = [leaf for leaf, needs in zip(leaves, self.needs, strict=True) if needs]
+        saved = Saved(packing, outputs, needed)
+        plain = tuple(output.detach() for output in outputs)
+        return Run(plain, differentiable, others, tree, updated, saved)
 
     def backward(
         self, kept: Tensors, ticket: torch.Tensor, grads: Optionals, carried: Optionals
@@ -212,10 +218,10 @@ class Site:
                 "in others: change it in all, also where it keeps its value"
             )
 
-    def _ticket(self, saved: Saved) -> torch.Tensor:
-        device = next((t.device for t in saved.outputs), torch.device("cpu"))
+    def _ticket(self, run: Run) -> torch.Tensor:
+        device = next((t.device for t in run.outputs), torch.device("cpu"))
         ticket = torch.empty(1, dtype=torch.uint8, device=device).expand(self.known.saved_bytes)
-        setattr(ticket, _SAVED, saved)
+        setattr(ticket, _SAVED, run.saved)
         return ticket
 
 
@@ -231,6 +237,7 @@ class Run:
     """
 
     outputs: tuple[torch.Tensor, ...]
+    differentiable: tuple[bool, ...]
     others: dict[int, Any]
     tree: TreeSpec
     changed: dict[int, torch.Tensor]
@@ -247,53 +254,74 @@ class _Packed:
     offset: int
 
 
-class Saved:
-    """What autograd needs for one call's backward.
+class Packing:
+    """What autograd saves, apart from the operands that backward is given.
+
+    It knows nothing of the graph that holds it: what held itself would never be let go.
 
     Attributes:
-        leaves: the operands that get gradients.
-        kept: positions of operands that it reads.
+        given: the operands of a backward that is running, by their position.
+        kept: positions of operands that a backward reads.
         storages: of what was saved and is no operand's, by address.
         saved_bytes: of these.
     """
 
-    def __init__(self, operands: Tensors, expected: Collection[int] | None = None):
+    def __init__(self, operands: Tensors, expected: Collection[int] | None):
         self._expected = expected
         # addresses, not tensors: an operand is not to live longer for this
-        self._operands = {t.untyped_storage().data_ptr(): i for i, t in enumerate(operands)}
-        self._offsets = [int(t.storage_offset()) for t in operands]
-        self._given: dict[int, torch.Tensor] = {}
-        self.leaves: list[torch.Tensor] = []
-        self.outputs: tuple[torch.Tensor, ...] = ()
+        self._spans = [_span(tensor) for tensor in operands]
+        self._offsets = [int(tensor.storage_offset()) for tensor in operands]
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in operands}
+        self.given: dict[int, torch.Tensor] = {}
         self.kept: set[int] = set()
         self.storages: set[int] = set()
         self.saved_bytes = 0
 
-    def packing(self, trains: bool) -> contextlib.AbstractContextManager[Any]:
-        if not trains:
-            return contextlib.nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, tensor: torch.Tensor) -> Any:
+    def pack(self, tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
-        operand = self._operands.get(storage.data_ptr()) if tensor.numel() else None
-        if operand is not None and (self._expected is None or operand in self._expected):
-            self.kept.add(operand)
-            offset = int(tensor.storage_offset()) - self._offsets[operand]
-            return _Packed(operand, tensor.shape, tensor.stride(), offset)
-        if operand is not None:  # which backward is not given, and others may write over
-            return tensor.detach().clone()
-        if storage.data_ptr() not in self.storages:
-            self.storages.add(storage.data_ptr())
-            self.saved_bytes += storage.nbytes()
-        return tensor.detach()  # an output that held itself would never be let go
+        if not tensor.numel() or storage.data_ptr() not in self._storages:
+            if storage.data_ptr() not in self.storages:
+                self.storages.add(storage.data_ptr())
+                self.saved_bytes += storage.nbytes()
+            return tensor.detach()
+        begin, end = _span(tensor)
+        for i, (first, last) in enumerate(self._spans):
+            if first <= begin and end <= last and (self._expected is None or i in self._expected):
+                self.kept.add(i)
+                offset = int(tensor.storage_offset()) - self._offsets[i]
+                return _Packed(i, tensor.shape, tensor.stride(), offset)
+        return tensor.detach().clone()  # backward is not given it, and others may write over it
 
-    def _unpack(self, packed: Any) -> torch.Tensor:
+    def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        given = self._given[packed.operand]
+        given = self.given[packed.operand]
         offset = given.storage_offset() + packed.offset
         return given.detach().as_strided(packed.shape, packed.stride, offset)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and of that after its last."""
+    if not tensor.numel():
+        return 0, -1
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = 1 + sum((int(n) - 1) * int(step) for n, step in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+
+
+class Saved:
+    """One call's graph, without the memory of its operands and outputs.
+
+    Args:
+        leaves: the operands that get gradients; their memory is let go.
+    """
+
+    def __init__(self, packing: Packing, outputs: Tensors, leaves: Tensors):
+        self.packing = packing
+        self._edges = [get_gradient_edge(t) if t.requires_grad else None for t in outputs]
+        self._leaves = leaves
+        for leaf in leaves:
+            leaf.data = leaf.new_empty(()).expand(leaf.shape)
 
     def gradients(
         self, kept: dict[int, torch.Tensor], grads: Optionals, carried: Optionals
@@ -306,33 +334,33 @@ class Saved:
             carried: of the leaves, what was added up before.
         """
         pairs = [
-            (output, grad)
-            for output, grad in zip(self.outputs, grads, strict=True)
-            if grad is not None and output.requires_grad
+            (edge, grad)
+            for edge, grad in zip(self._edges, grads, strict=True)
+            if grad is not None and edge is not None
         ]
         with torch.enable_grad():  # of what is made last autograd makes the gradients first
             pairs += [
-                (leaf.view_as(leaf), before)
-                for leaf, before in zip(self.leaves, carried, strict=True)
+                (get_gradient_edge(leaf.view_as(leaf)), before)
+                for leaf, before in zip(self._leaves, carried, strict=True)
                 if before is not None
             ]
         if not pairs:
-            return [_not_reached(leaf) for leaf in self.leaves]
-        self._given = kept
+            return [_not_reached(leaf) for leaf in self._leaves]
+        self.packing.given = kept
         try:
             found = torch.autograd.grad(
-                [output for output, _ in pairs],
-                self.leaves,
+                [edge for edge, _ in pairs],
+                self._leaves,
                 [grad for _, grad in pairs],
                 retain_graph=True,  # it goes with the ticket
                 allow_unused=True,
             )
         finally:
-            self._given = {}
+            self.packing.given = {}
         taken = {t.untyped_storage().data_ptr() for t in (*kept.values(), *(g for _, g in pairs))}
-        taken |= self.storages
+        taken |= self.packing.storages
         results = []
-        for leaf, grad in zip(self.leaves, found, strict=True):
+        for leaf, grad in zip(self._leaves, found, strict=True):
             results.append(_not_reached(leaf) if grad is None else _apart(grad, taken))
             taken.add(results[-1].untyped_storage().data_ptr())
         return results

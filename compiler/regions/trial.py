@@ -67,23 +67,26 @@ def _tried(site: Site, operands: Sequence[torch.Tensor]) -> Facts:
     counts, meter = _Counts(), StorageMeter()
     gradients: tuple[torch.Tensor, ...] = ()
     if site.trains:
-        kept = {i: first[i] for i in run.saved.kept}
-        ones = [torch.ones_like(t) if t.requires_grad else None for t in run.outputs]
+        kept = {i: first[i] for i in run.saved.packing.kept}
+        pairs = zip(run.outputs, run.differentiable, strict=True)
+        ones = [torch.ones_like(output) if flows else None for output, flows in pairs]
         with meter, counts:
-            made = run.saved.gradients(kept, ones, [None] * len(run.saved.leaves))
+            made = run.saved.gradients(kept, ones, [None] * sum(site.needs))
         gradients = tuple(map(meta_like, made))
     backward = Work(counts.kernels, max(0, meter.peak_bytes - meter.current_bytes))
     # weights are there anyway, and which of them are read may depend on data
-    needed = (run.saved.kept | set(range(names))) - set(run.changed) if site.trains else set()
+    needed = (
+        (run.saved.packing.kept | set(range(names))) - set(run.changed) if site.trains else set()
+    )
     return Facts(
         tuple(map(meta_like, (*run.outputs, *run.changed.values()))),
         run.tree,
         run.others,
-        tuple(output.requires_grad for output in run.outputs),
+        run.differentiable,
         tuple(run.changed),
         tuple(sorted(needed)),
         gradients,
-        run.saved.saved_bytes,
+        run.saved.packing.saved_bytes,
         draws,
         forward,
         backward,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import pytest
 import torch
-from pipecompile.errors import CaptureError, OptionError, StateError
+from pipecompile.compiler.regions import site
+from pipecompile.errors import CaptureError, OptionError, PartitionError, StateError
 from support import plain
 from support.gang import Gang
 from support.matrix import quickly
@@ -42,7 +47,8 @@ class Experts(nn.Module):
         for i, expert in enumerate(self.experts):
             rows, which = torch.where(chosen == i)
             if rows.numel():
-                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, which, None])
+                made = expert(tokens[rows]) * weights[rows, which, None]
+                out.index_add_(0, rows, made.to(out.dtype))
         return out.view_as(x)
 
 
@@ -60,7 +66,7 @@ class Counting(nn.Module):
             self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
             self.calls = self.calls + 1
         if bool((x.sum() > 0).item()):
-            x = self.scale(x)
+            x = self.scale(x).to(x.dtype)
         return {"x": x * 2 if twice else x, "extra": None, "mean": self.mean.clone()}
 
 
@@ -191,11 +197,67 @@ def test_what_a_region_draws_is_the_same_in_any_division(n_stages: int) -> None:
     assert "identical to the last bit" in pipe.verification
 
 
+def test_nothing_holds_a_call_that_is_over() -> None:
+    """Nor needs Python's collector of circles to let it go."""
+    alive: weakref.WeakSet[site.Saved] = weakref.WeakSet()
+    pipe = pipecompile.compile(Net("experts"), 2, microbatches=2, example_batch=batches(4)[0])
+    made = site.Saved.__init__
+
+    def noted(self: site.Saved, *args: Any) -> None:
+        alive.add(self)
+        made(self, *args)
+
+    gc.disable()
+    try:
+        with mock.patch.object(site.Saved, "__init__", noted):
+            pipe.forward_backward(batches(4)[0])
+            assert not alive
+    finally:
+        gc.enable()
+
+
+class Halves(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b if bool(a.sum() > b.sum()) else a + a * b
+
+
+class TwoViews(nn.Module):
+    """Gives a region two views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mix, self.last = nn.Linear(4, 4), Halves(), nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> Output:
+        h = self.first(x)
+        return Output(self.last(self.mix(h[:, :2], h[:, 2:])).sum())
+
+
+@pytest.mark.parametrize("n_stages", [1, 2])
+def test_operands_may_share_memory(n_stages: int) -> None:
+    data = [{"x": torch.randn(4, 4)} for _ in range(2)]
+    pipe = pipecompile.compile(TwoViews(), n_stages, optimizer=ADAMW, microbatches=2)
+    run = plain.train_pipeline(pipe, data)
+    model = TwoViews()
+    expected = plain.train(model, data, ADAMW, 1, 2)
+    assert all(map(torch.equal, run.losses, expected.losses))
+    assert plain.equal(run.params, model.state_dict())
+
+
 def test_a_plan_says_what_runs_eagerly_and_what_it_costs() -> None:
-    pipe = pipecompile.compile(Net("experts"), 2, example_batch=batches(4)[0], microbatches=2)
+    options: dict[str, Any] = {"example_batch": batches(4)[0], "microbatches": 2}
+    said = r"runs eagerly, each call as one node on one stage: layers\.\*; eager_modules=\['layers"
+    with pytest.warns(UserWarning, match=said):
+        pipe = pipecompile.compile(Net("experts"), 2, **options)
     (note,) = [note for name, note in pipe.plan.notes if name == "capture"]
     assert "layers.* runs eagerly, each call as one node (3 of them)" in note
     assert pipe.plan.stages[0].forward_s > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipecompile.compile(Net("experts"), 2, eager_modules=["layers.*"], **options)
+    with pytest.raises(PartitionError, match=r"only \d units .*layers.\* runs eagerly"):
+        pipecompile.compile(Net("experts"), 9, eager_modules=["layers.*"], **options)
 
 
 def test_a_user_may_ask_for_it() -> None:
@@ -206,7 +268,8 @@ def test_a_user_may_ask_for_it() -> None:
     data = [{"input": torch.randn(4, 4)} for _ in range(2)]
     loss = lambda output, batch: output.square().mean()  # noqa: E731
     make = partial(torch.optim.SGD, lr=0.1)
-    pipe = pipecompile.compile(model, 2, eager_modules=["1"], loss_fn=loss, optimizer=make)
+    options: dict[str, Any] = {"loss_fn": loss, "optimizer": make, "microbatches": 1}
+    pipe = pipecompile.compile(model, 2, eager_modules=["1"], **options)
     plain_optimizer = make(other.parameters())
     for batch in data:
         pipe.step(batch)
