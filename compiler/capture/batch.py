@@ -175,10 +175,17 @@ def flatten_results(
     output: Any,
 ) -> tuple[dict[str, torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
     """The tensors in what a model returned, by their places in it, and a function that puts others
-    there."""
+    there.
+
+    An object in it that keeps tensors to itself, such as a cache, becomes None.
+    """
     paths, tree = tree_flatten_with_path(output)
     leaves = [leaf for _, leaf in paths]
-    others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    others = {
+        i: None if _keeps_tensors(leaf) else leaf
+        for i, leaf in enumerate(leaves)
+        if not isinstance(leaf, torch.Tensor)
+    }
     size = len(leaves)
 
     def rebuild(values: list[torch.Tensor]) -> Any:
@@ -187,3 +194,16 @@ def flatten_results(
 
     named = {_name(path): leaf for path, leaf in paths if isinstance(leaf, torch.Tensor)}
     return named, rebuild
+
+
+def _keeps_tensors(value: Any) -> bool:
+    """Whether an object has tensors in its attributes, or in those of objects in them."""
+    pending, seen = [value], set()
+    while pending:
+        leaf = pending.pop()
+        if isinstance(leaf, torch.Tensor):
+            return True
+        if id(leaf) not in seen and not isinstance(leaf, _NAMED):
+            seen.add(id(leaf))
+            pending += pytree.tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+    return False

@@ -139,15 +139,6 @@ def _function(
     compute: torch.dtype | None,
 ) -> tuple[Traced, Leaves]:
     """What is traced, and its arguments."""
-    given = {leaf.name for leaf in spec.leaves}
-    if skeleton.cacheless and "position_ids" in given and "attention_mask" not in given:
-        warnings.warn(
-            "the pipeline runs with use_cache=False, and the model has use_cache=True: without a "
-            "cache transformers takes position_ids that restart for packed sequences, which do not "
-            "see each other; set model.config.use_cache = False to have that on one device too, or "
-            "give an attention_mask",
-            stacklevel=2,
-        )
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
     if loss_fn is not None and skeleton.loss_fn is not None:
         loss_fn = skeleton.loss_fn

@@ -21,7 +21,7 @@ from ..effects.next_call import Left, check_next_calls
 from ..effects.outside import Reading
 from ..effects.replaced import replaced_buffers
 from ..effects.world import watching
-from ..ir.errors import LossError
+from ..ir.errors import CaptureError, LossError
 from ..regions.regions import Regions
 from . import batch as batches
 from .batch import BatchSpec
@@ -113,6 +113,11 @@ class Traced(nn.Module):
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
+            if not values:
+                raise CaptureError(
+                    f"{type(self.model).__name__} returns a {type(output).__name__}, in which no "
+                    "tensor is found: return tensors, in a dict, a tuple or a list"
+                )
             found.names = tuple(values)
             return (*values.values(), *replaced.values.values())
         if torch.is_grad_enabled() and not loss.requires_grad:

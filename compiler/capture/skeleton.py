@@ -35,7 +35,6 @@ class Skeleton:
             tensor. Attributes are buffers of the copy.
         params: canonical parameter names, in ``named_parameters()`` order.
         attributes: what is known of the attributes.
-        cacheless: the copy's configuration has no ``use_cache`` any more, and the model's has.
         originals: the tensors of the user's model.
         regions: which parts of it run eagerly.
     """
@@ -47,7 +46,6 @@ class Skeleton:
     attributes: Attributes
     originals: Originals
     regions: Regions
-    cacheless: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -103,12 +101,6 @@ def skeleton_of(
             f"{type(model_of(model)).__name__} cannot be copied with copy.deepcopy ({error}): "
             "pipecompile traces a copy without weights; make its attributes copyable"
         ) from error
-    cacheless = False
-    for part in module.modules():
-        config: Any = getattr(part, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False  # a cache is an output that training does not read
-            cacheless = True
     names = promote(module)
     attributes = Attributes(names, _in_parameters(model, {n: state[n] for n in names}))
     first: dict[int, str] = {}
@@ -116,7 +108,7 @@ def skeleton_of(
     params = tuple(name for name, _ in module.named_parameters())
     originals = originals_of(state)
     regions = Regions(model_of(module), eager_modules)
-    return Skeleton(module, mode, canonical, params, attributes, originals, regions, cacheless)
+    return Skeleton(module, mode, canonical, params, attributes, originals, regions)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

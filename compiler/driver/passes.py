@@ -23,6 +23,7 @@ from ...passes.graph import autocast, boundary
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
 from ...passes.graph.casts import is_widening, settle_casts
+from ...passes.graph.joins import copy_where_nothing_is_joined
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
 from ...passes.graph.verify import verify_graph, verify_placement
@@ -73,6 +74,10 @@ def _attention(work: Exported) -> str:
     return restore_attention(work.module, work.leaves)
 
 
+def _joins(work: Exported) -> str:
+    return copy_where_nothing_is_joined(work.module, work.leaves)
+
+
 def _autocast(work: Exported) -> str:
     assert work.mixed is not None
     return autocast.insert_casts(work.module, work.leaves, work.mixed, work.device)
@@ -80,6 +85,7 @@ def _autocast(work: Exported) -> str:
 
 FORWARD: tuple[Pass[Exported], ...] = (
     Pass("attention", _attention, told=False),
+    Pass("joins", _joins, told=False),
     Pass(
         "autocast",
         _autocast,

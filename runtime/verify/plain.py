@@ -67,10 +67,6 @@ class Plain:
         self.model = model_of(self.whole)
         loss = loss_of(self.whole)
         self._loss_fn = options.loss_fn if loss is None else loss
-        for part in self.whole.modules():
-            config: Any = getattr(part, "config", None)
-            if getattr(config, "use_cache", False):
-                config.use_cache = False  # as in the copy that is compiled
         self._replicas = [self._buffers() for _ in range(options.dp)]
         assert options.optimizer is not None
         self._optimizer = options.optimizer(list(self.whole.named_parameters()))

@@ -6,6 +6,7 @@ Each of these once gave other gradients than the untraced model, without a word.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pipecompile
@@ -182,12 +183,41 @@ def test_what_cannot_be_kept_is_refused(model: Callable[[], nn.Module], message:
         pipecompile.compile(model(), 1, example_batch=X)
 
 
-def test_packed_sequences_are_told_apart_only_without_a_cache() -> None:
-    """What use_cache=False changes is said, where it matters."""
-    model = models.build("llama")
-    model.config.use_cache = True
-    batch = models.batches("llama", 2, 1)[0]
-    batch.pop("attention_mask", None)
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(2, 1) % 5
-    with pytest.warns(UserWarning, match="use_cache=False"):
-        pipecompile.compile(model, 1, microbatches=1, example_batch=batch)
+@pytest.mark.parametrize("cached", [True, False])
+def test_caches_are_as_on_one_device(cached: bool) -> None:
+    """Without one, transformers takes positions that begin again for packed sequences."""
+    model = models.llama(num_hidden_layers=2)
+    model.config.use_cache = cached
+    batch = models.tokens(2)
+    length = batch["input_ids"].shape[1]
+    batch["position_ids"] = torch.arange(length).repeat(2, 1) % (length // 2)
+    pipe = pipecompile.compile(model, 2, microbatches=2, optimizer=jobs.SGD)
+    found = plain.train_pipeline(pipe, [batch] * 2)
+    plain.assert_equal(found, plain.train(model, [batch] * 2, jobs.SGD, 1, 2))
+    assert ("cache" in model(**batch)) is cached
+    assert "cache" not in pipe.forward(batch)
+
+
+@dataclass
+class Kept:
+    """What a model returns, and pytree does not look into."""
+
+    hidden: torch.Tensor
+
+
+class Keeping(Layers):
+    def forward(self, x: torch.Tensor, whole: bool) -> Any:
+        kept = Kept(self.first(x))
+        return kept if whole else {"kept": [kept, 3], "y": self.second(kept.hidden)}
+
+
+def test_objects_that_keep_tensors_to_themselves_are_left_out() -> None:
+    model = Keeping()
+    pipe = pipecompile.compile(
+        model, 2, microbatches=2, loss_fn=lambda output, _: output["y"].square().mean()
+    )
+    found = pipe.forward((X, False))
+    assert found["kept"] == [None, 3]
+    assert torch.equal(found["y"], torch.cat([model(x, False)["y"] for x in X.chunk(2)]))
+    with pytest.raises(errors.CaptureError, match=r"returns a Kept, .* in a dict"):
+        pipe.forward((X, True))

@@ -128,7 +128,7 @@ def test_a_skip_without_effect_is_refused() -> None:
 def test_inspect_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     report = inspect(f"{SMALL_GPT2} --stages 2 --precision bf16 --passes --skip inplace", capsys)
     rows = re.findall(
-        r"^ *(\d+)  (\w+) +(\w+) +[\d.]+ (?:s|ms|µs)  ?(.*)$",
+        r"^ *(\d+)  (\w+) +(\w+) +[\d.]+ (?:s|ms|µs) *(.*)$",
         report.partition("\npasses\n")[2],
         re.M,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipecompile.compiler.planning import units
 from pipecompile.compiler.planning.units import crossing_bytes, units_of
 from pipecompile.passes.graph import attention
 from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.graph.joins import copy_where_nothing_is_joined
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from support import jobs, models, plain
 from torch import nn
@@ -73,9 +75,14 @@ def test_placement_must_rise_forward_and_fall_backward() -> None:
 
 
 def test_constant_causal_masks_become_a_flag() -> None:
-    with_masks, with_flags = known("gpt2"), captured("gpt2", (restore_attention,))
+    """Without a cache, transformers looks for packed sequences, and so builds a mask."""
+    spec = batches.flatten(models.tokens(2))[1]
+    skeleton = skeleton_of(models.gpt2(use_cache=False), DEVICE)
+    with_masks, with_flags = (
+        capture_training(skeleton, spec, None, DEVICE, passes).graph
+        for passes in ((), (restore_attention,))
+    )
     assert calls(with_masks, "cumsum")
-    assert not calls(with_flags, "cumsum")
     kernels = calls(with_flags, "flash_attention_for_cpu.default")
     assert kernels
     assert all(node.args[4] is True and "attn_mask" not in node.kwargs for node in kernels)
@@ -88,10 +95,25 @@ def test_repeated_heads_become_grouped_attention(
     """2 key heads of width 8 for 4 query heads, up to transformers' own limit of the width."""
     monkeypatch.setattr(attention, "MAX_GROUPED_DIM", widest)
     spec = batches.flatten(models.tokens(2))[1]
-    skeleton = skeleton_of(models.llama(num_hidden_layers=1), DEVICE)
+    skeleton = skeleton_of(models.llama(num_hidden_layers=1, use_cache=False), DEVICE)
     graph = capture_training(skeleton, spec, None, DEVICE, (restore_attention,)).graph
     kernels = calls(graph, "flash_attention_for_cpu.default")
     assert all(node.args[1].meta["val"].shape[1] == heads for node in kernels)
+
+
+def test_of_a_cache_only_copies_are_left() -> None:
+    """Of keys and values, in the layout that attention reads them in untraced; caches are joined
+    to nothing in the beginning."""
+    made = []
+    for cached in (True, False):
+        model = models.gpt2(n_layer=2, use_cache=cached)
+        spec = batches.flatten(models.tokens(2))[1]
+        skeleton = skeleton_of(model, DEVICE)
+        passes = (restore_attention, copy_where_nothing_is_joined)
+        graph = capture_training(skeleton, spec, None, DEVICE, passes).graph
+        made.append(Counter(str(node.target) for node in graph.ops()))
+    assert made[0] - made[1] == {"aten.clone.default": 4}
+    assert made[0] >= made[1]
 
 
 def test_masks_made_from_the_batch_stay() -> None:
