@@ -95,6 +95,11 @@ def explain(
     )
 
 
+def is_explained(error: CaptureError) -> bool:
+    """Whether an error names a cause, and not that tracing may have taken another branch."""
+    return _OTHERWISE not in str(error)
+
+
 def _user_line(chain: list[BaseException]) -> str:
     """File, line and text of the innermost frame that is neither torch's nor pipecompile's."""
     found = "an unknown line"

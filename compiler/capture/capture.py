@@ -15,13 +15,14 @@ from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError, R
 from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
 from .batch import BatchSpec
-from .blame import data_dependent, explain
+from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind
 from .exporting import Results, Traced, exported, tracing
 from .joint import differentiated
 from .outputs import Output, outputs_of
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
+from .tracing import UNTRACED
 
 ForwardPass = Callable[[fx.GraphModule, Sequence[torch.Tensor]], str]
 """Rewrites an exported forward graph in place, given its arguments (fake); returns a note on what
@@ -155,15 +156,15 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
     it cannot be so either, with one more part of it as a region, until it can be traced.
 
     Raises:
-        CaptureError: what the second attempt says, where nothing is left but the model itself.
+        CaptureError: what the attempts without regions say, where nothing is left but the model.
     """
     regions = function.regions
     before, told = dict(regions.why), set(regions.patterns)
     errors: list[CaptureError] = []  # each is over before the next attempt, which would name it
     found: list[T] = []
     with tracing():
-        while not found and (len(errors) < 2 or regions.extend(errors[-1])):
-            function.as_untraced = len(errors) != 1
+        while not found and (len(errors) < len(UNTRACED) or regions.extend(errors[-1])):
+            function.denied = UNTRACED[len(errors) if len(errors) < len(UNTRACED) else 0]
             try:
                 found.append(attempt())
             except CaptureError as error:
@@ -172,7 +173,8 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
         _tell(regions, told)
         return found[0]
     regions.why = before
-    refused, last = errors[1], errors[-1]
+    whole, last = errors[: len(UNTRACED)], errors[-1]
+    refused = next(filter(is_explained, reversed(whole)), whole[-1])
     if isinstance(last, RegionError):
         raise CaptureError(f"{refused}; and {last}", refused.module)
     raise refused

@@ -29,8 +29,10 @@ from .blame import explain
 from .calling import Call, LossFn, find_loss
 from .skeleton import tracking_modules
 from .tracing import (
+    UNTRACED,
     depends_on_call,
     kept_functions,
+    kept_modules,
     native_kernels,
     refused_hooks,
     restore_functions,
@@ -89,7 +91,8 @@ class Traced(nn.Module):
         vars(self)["whole"] = whole  # no submodule: its parts are
         self.model = model_of(whole)
         self.spec, self.call, self.loss_fn = spec, call, loss_fn
-        self.wants_loss = self.as_untraced = True
+        self.wants_loss = True
+        self.denied: Collection[str] = UNTRACED[0]
         self.compute: torch.dtype | None = None
         self.attributes: Collection[str] = ()
         self.found: Callable[[Results], None] = lambda _: None
@@ -102,7 +105,7 @@ class Traced(nn.Module):
             drawing(is_foreign) as drawn,
             watching(self.whole, others) as watched,
             replaced_buffers(self.whole, self.attributes) as replaced,
-            untraced_branches() if self.as_untraced else contextlib.nullcontext(),
+            untraced_branches(self.denied),
             Reading() as outside,
         ):
             output = self.model(*args, **kwargs)
@@ -149,6 +152,7 @@ def _exported(
     with (
         _same_attributes(whole),
         refused_hooks(),
+        kept_modules(),
         kept_functions() as calls,
         function.regions.entered(),
         _autocast(function.compute, leaves),

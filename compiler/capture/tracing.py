@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import _get_dispatch_mode_pre_dispatch
 from torch.export.custom_ops import (
     _call_custom_autograd_function_in_pre_dispatch as _placeholder_call,
@@ -32,15 +32,22 @@ Call = Callable[..., Any]
 _dispatch_mode = cast(Call, _get_dispatch_mode_pre_dispatch)
 
 
+UNTRACED = (("is_compiling", "is_exporting"), ("is_exporting",), ())
+"""What of `torch.compiler` says no, from a model that does all as untraced to one that is told."""
+
+
 @contextlib.contextmanager
-def untraced_branches() -> Iterator[None]:
-    """`torch.compiler.is_exporting()` says no, so that models do what they do untraced."""
-    before = torch.compiler._is_exporting_flag
-    torch.compiler._is_exporting_flag = False
+def untraced_branches(denied: Collection[str]) -> Iterator[None]:
+    """`torch.compiler.is_exporting()` and the like say no: models do what they do untraced."""
+    flags = [f"_{name}_flag" for name in denied]
+    before = [getattr(torch.compiler, flag) for flag in flags]
+    for flag in flags:
+        setattr(torch.compiler, flag, False)
     try:
         yield
     finally:
-        torch.compiler._is_exporting_flag = before
+        for flag, value in zip(flags, before, strict=True):
+            setattr(torch.compiler, flag, value)
 
 
 @contextlib.contextmanager
@@ -182,3 +189,32 @@ def refused_hooks() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.register_hook = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def kept_modules() -> Iterator[None]:
+    """A `Module.to` that has nothing to convert does nothing, as it does untraced.
+
+    It would swap parameters for themselves, which tensors that are being traced do not allow.
+    """
+    convert = nn.Module.to
+
+    def kept(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = (*module.parameters(), *module.buffers())
+        as_it_is = layout is None and all(
+            device in (None, t.device) and (dtype in (None, t.dtype) or not _converts(t))
+            for t in tensors
+        )
+        return module if as_it_is else convert(module, *args, **kwargs)
+
+    nn.Module.to = kept  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = convert  # type: ignore[method-assign]
+
+
+def _converts(tensor: torch.Tensor) -> bool:
+    """Whether `Module.to` gives a tensor another dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()

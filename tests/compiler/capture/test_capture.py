@@ -221,3 +221,46 @@ def test_objects_that_keep_tensors_to_themselves_are_left_out() -> None:
     assert torch.equal(found["y"], torch.cat([model(x, False)["y"] for x in X.chunk(2)]))
     with pytest.raises(errors.CaptureError, match=r"returns a Kept, .* in a dict"):
         pipe.forward((X, True))
+
+
+class Asking(Layers):
+    """Does something else where it is told that it is traced."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        self.second.to(y.dtype)  # converts nothing
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return y
+        return y.sin()
+
+
+class Checking(Layers):
+    """Has a check that cannot be traced, and leaves it out where it is told."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and bool(y.isnan().any()):
+            raise ValueError
+        return y.sin()
+
+
+class Wrong(Layers):
+    """Takes a branch that fails where it is told; the other one cannot be traced."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            raise TypeError("no mask")
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("kind", [Asking, Checking])
+def test_a_model_hardly_knows_that_it_is_traced(kind: Callable[[], nn.Module]) -> None:
+    model, pipe = kind(), pipecompile.compile(kind(), 2, microbatches=2)
+    loss = torch.stack([model(x) for x in X.chunk(2)]).mean()
+    loss.backward()
+    assert torch.equal(pipe.forward_backward(X), loss.detach())
+    grads = {name: param.grad for name, param in model.named_parameters()}
+    assert plain.equal({n: p.grad for n, p in pipe.named_parameters()}, grads)
+
+
+def test_of_several_errors_the_one_with_a_cause_is_raised() -> None:
+    with pytest.raises(errors.CaptureError, match=r"y if y.sum.*torch.where"):
+        pipecompile.compile(Wrong(), 1, example_batch=X)
