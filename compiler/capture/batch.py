@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..ir.errors import BatchError
-from ..ir.pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
+from ..ir.pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 """Equal to themselves alone, and the same whenever they are seen."""
@@ -205,5 +205,5 @@ def _keeps_tensors(value: Any) -> bool:
             return True
         if id(leaf) not in seen and not isinstance(leaf, _NAMED):
             seen.add(id(leaf))
-            pending += pytree.tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
+            pending += tree_leaves(list(getattr(leaf, "__dict__", {}).values()))
     return False

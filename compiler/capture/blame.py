@@ -95,7 +95,7 @@ def explain(
     )
 
 
-def is_explained(error: CaptureError) -> bool:
+def is_explained(error: Exception) -> bool:
     """Whether an error names a cause, and not that tracing may have taken another branch."""
     return _OTHERWISE not in str(error)
 

@@ -156,27 +156,29 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
     it cannot be so either, with one more part of it as a region, until it can be traced.
 
     Raises:
-        CaptureError: what the attempts without regions say, where nothing is left but the model.
+        PipecompileError: what the attempts without regions say, where only the model is left.
     """
-    regions = function.regions
+    regions, count = function.regions, len(UNTRACED)
     before, told = dict(regions.why), set(regions.patterns)
-    errors: list[CaptureError] = []  # each is over before the next attempt, which would name it
+    errors: list[PipecompileError] = []  # each is over before the next attempt, which would name it
     found: list[T] = []
     with tracing():
-        while not found and (len(errors) < len(UNTRACED) or regions.extend(errors[-1])):
-            function.denied = UNTRACED[len(errors) if len(errors) < len(UNTRACED) else 0]
+        while not found:
+            last = errors[0 if len(errors) == count else -1] if errors else None
+            if len(errors) >= count and not regions.extend(last):
+                break
+            function.denied = UNTRACED[len(errors) if len(errors) < count else 0]
             try:
                 found.append(attempt())
-            except CaptureError as error:
+            except (CaptureError, BatchError) as error:
                 errors.append(error)
     if found:
         _tell(regions, told)
         return found[0]
     regions.why = before
-    whole, last = errors[: len(UNTRACED)], errors[-1]
-    refused = next(filter(is_explained, reversed(whole)), whole[-1])
-    if isinstance(last, RegionError):
-        raise CaptureError(f"{refused}; and {last}", refused.module)
+    refused = next(filter(is_explained, reversed(errors[:count])), errors[count - 1])
+    if isinstance(errors[-1], RegionError) and isinstance(refused, CaptureError):
+        raise CaptureError(f"{refused}; and {errors[-1]}", refused.module)
     raise refused
 
 

@@ -30,6 +30,7 @@ from .calling import Call, LossFn, find_loss
 from .skeleton import tracking_modules
 from .tracing import (
     UNTRACED,
+    copied_tensors,
     depends_on_call,
     kept_functions,
     kept_modules,
@@ -106,6 +107,7 @@ class Traced(nn.Module):
             watching(self.whole, others) as watched,
             replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches(self.denied),
+            copied_tensors(),
             Reading() as outside,
         ):
             output = self.model(*args, **kwargs)

@@ -32,6 +32,24 @@ Call = Callable[..., Any]
 _dispatch_mode = cast(Call, _get_dispatch_mode_pre_dispatch)
 
 
+@contextlib.contextmanager
+def copied_tensors() -> Iterator[None]:
+    """`copy.deepcopy` of a tensor that is being traced, which has no memory, is an operator."""
+    deepcopy = torch.Tensor.__deepcopy__
+
+    def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+        found: torch.Tensor = memo[id(tensor)]
+        return found
+
+    torch.Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+
+
 UNTRACED = (("is_compiling", "is_exporting"), ("is_exporting",), ())
 """What of `torch.compiler` says no, from a model that does all as untraced to one that is told."""
 

@@ -49,10 +49,10 @@ class Regions:
                 )
             self._add(dict.fromkeys(found, "eager_modules asks for it"))
 
-    def extend(self, error: CaptureError) -> bool:
+    def extend(self, error: Exception | None) -> bool:
         """Add the submodule that an error is about, or one around it, with those of other layers
         that are like it; False where there is none but the model itself."""
-        name = error.module or ""
+        name = (error.module if isinstance(error, CaptureError) else None) or ""
         tried = [outer for outer in self.why if f"{name}.".startswith(f"{outer}.")]
         if tried:  # in vain: it cannot run so, or its other methods are called
             name = min(tried, key=len).rpartition(".")[0]

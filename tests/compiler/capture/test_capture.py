@@ -5,6 +5,7 @@ Each of these once gave other gradients than the untraced model, without a word.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -242,6 +243,23 @@ class Checking(Layers):
         return y.sin()
 
 
+class Picky(Layers):
+    """Calls a kernel that takes no such dtype when it is traced, as grouped products do."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and type(y) is not torch.Tensor:
+            raise RuntimeError("expected dtype BF16")
+        return y.sin()
+
+
+class Copying(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        kept = copy.deepcopy([y.detach(), self.count])
+        y = y + kept[0]
+        kept[0] += 1
+        return y * kept[1].cos()
+
+
 class Wrong(Layers):
     """Takes a branch that fails where it is told; the other one cannot be traced."""
 
@@ -251,7 +269,7 @@ class Wrong(Layers):
         return y if y.sum() > 0 else -y
 
 
-@pytest.mark.parametrize("kind", [Asking, Checking])
+@pytest.mark.parametrize("kind", [Asking, Checking, Picky, Copying])
 def test_a_model_hardly_knows_that_it_is_traced(kind: Callable[[], nn.Module]) -> None:
     model, pipe = kind(), pipecompile.compile(kind(), 2, microbatches=2)
     loss = torch.stack([model(x) for x in X.chunk(2)]).mean()
