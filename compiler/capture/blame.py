@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import traceback
-from itertools import pairwise
 
 import torch
 from torch import fx
 
-from ..effects.code import is_foreign
+from ..effects.code import is_foreign, user_line
 from ..ir.errors import BatchError, CaptureError, PipecompileError
 from ..ir.graph import module_path, tensors
 
@@ -39,19 +38,8 @@ def data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
         if any(
             isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (value, *sizes)
         ):
-            return module_path(node).removeprefix("model").removeprefix("."), _trace_line(node)
+            return module_path(node).removeprefix("model").removeprefix("."), user_line(node)
     return "", ""
-
-
-def _trace_line(node: fx.Node) -> str:
-    """Where in the user's code a node was made: the last frame that torch.export noted."""
-    found = ""
-    lines = str(node.meta.get("stack_trace", "")).splitlines()
-    for line, text in pairwise(lines):
-        match = re.match(r'\s*File "(.+)", line (\d+)', line)
-        if match and not is_foreign(match[1]):
-            found = f"at {match[1]}:{match[2]} ({text.strip()})"
-    return found
 
 
 def explain(

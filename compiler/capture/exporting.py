@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -31,12 +32,12 @@ from .skeleton import tracking_modules
 from .tracing import (
     UNTRACED,
     copied_tensors,
-    depends_on_call,
     kept_functions,
     kept_modules,
     native_kernels,
     refused_hooks,
     restore_functions,
+    sources_of,
     untraced_branches,
 )
 from .whole import model_of
@@ -114,7 +115,9 @@ class Traced(nn.Module):
             outside.by = "forward" if self.loss_fn is None else "loss_fn"
             loss = find_loss(output, batch, self.loss_fn) if self.wants_loss else None
         found = Results(replaced=tuple(replaced.values), lost=replaced.lost, outside=outside)
-        found.left = Left(watched, drawn, any(map(depends_on_call, watched.tensors)))
+        of_arguments, of_model = sources_of(watched.tensors, leaves)
+        of_arguments |= of_model and bool(replaced.values)  # buffers become others in each call
+        found.left = Left(watched, drawn, of_arguments, of_model)
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
@@ -141,7 +144,13 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     """
     with tracking_modules(function.whole) as where:
         traced, results = _exported(function, leaves, where)
-        check_next_calls(traced, results.left, lambda: _exported(function, leaves, where))
+        evaluates = not function.whole.training and not torch.is_grad_enabled()
+        check_next_calls(
+            traced,
+            results.left,
+            lambda: _exported(function, leaves, where),
+            partial(_switched, function.whole) if evaluates else None,
+        )
     return traced, results
 
 
@@ -179,6 +188,15 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for part, attributes in before:
             vars(part).update(attributes)
+
+
+@contextlib.contextmanager
+def _switched(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has been switched to training and back, and done what it does then."""
+    with _same_attributes(model):
+        model.train()
+        model.eval()
+        yield
 
 
 def _described(model: nn.Module, module: str, spec: BatchSpec) -> str:

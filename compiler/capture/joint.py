@@ -189,9 +189,10 @@ class _Reader:
                 self._add_gradient(joint, desc.grad_of.target, node)
             elif isinstance(desc, InputMutationAOTOutput):
                 mutated = desc.mutated_input
-                if isinstance(mutated, ParamAOTInput) and torch.is_grad_enabled():
+                if isinstance(mutated, ParamAOTInput):
+                    mode = "" if torch.is_grad_enabled() else "in evaluation, "
                     raise CaptureError(
-                        f"forward changes parameter {_fqn(mutated.target)!r} in "
+                        f"{mode}forward changes parameter {_fqn(mutated.target)!r} in "
                         "place: do it after the optimizer's step, or make it a buffer"
                     )
                 if isinstance(mutated, BufferAOTInput):

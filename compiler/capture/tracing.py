@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -92,22 +92,33 @@ def native_kernels() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
-def depends_on_call(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that is being traced is made of arguments, parameters or buffers."""
-    mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    proxy = None if mode is None else mode.tracer.unwrap_proxy(tensor)
-    pending, seen = [getattr(proxy, "node", None)], set()
+def sources_of(
+    tensors: Iterable[torch.Tensor], arguments: Iterable[torch.Tensor]
+) -> tuple[bool, bool]:
+    """Whether tensors that are being traced are made of arguments; of parameters or buffers."""
+    given = {_node_of(each) for each in arguments}
+    pending, seen = [_node_of(tensor) for tensor in tensors], set()
+    of_arguments = of_model = False
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        if not isinstance(node, fx.Node) or node.op == "placeholder":
-            return True
-        if node.op == "get_attr" and "constant" not in str(node.target):
-            return True
-        pending += node.all_input_nodes
-    return False
+        if node is None or node in given:
+            of_arguments = True
+        elif node.op == "placeholder" or (
+            node.op == "get_attr" and "constant" not in str(node.target)
+        ):
+            of_model = True
+        else:
+            pending += node.all_input_nodes
+    return of_arguments, of_model
+
+
+def _node_of(tensor: torch.Tensor) -> fx.Node | None:
+    mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    node = getattr(None if mode is None else mode.tracer.unwrap_proxy(tensor), "node", None)
+    return node if isinstance(node, fx.Node) else None
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
-"""Whose code a file is."""
+"""Whose code a file is, and which line of the user's made a node."""
 
 from __future__ import annotations
 
+import re
 import traceback
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import fx
 
 _FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
@@ -20,3 +23,14 @@ def is_foreign(filename: str) -> bool:
     installed = {"site-packages", "dist-packages"}.intersection(path.parts)
     own = path.is_relative_to(Path(traceback.__file__).parent) and not installed
     return own or any(map(path.is_relative_to, _FOLDERS))
+
+
+def user_line(node: fx.Node) -> str:
+    """Where in the user's code a node was made: the last frame that torch.export noted."""
+    found = ""
+    lines = str(node.meta.get("stack_trace", "")).splitlines()
+    for line, text in pairwise(lines):
+        match = re.match(r'\s*File "(.+)", line (\d+)', line)
+        if match and not is_foreign(match[1]):
+            found = f"at {match[1]}:{match[2]} ({text.strip()})"
+    return found

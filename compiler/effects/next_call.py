@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,12 +23,13 @@ from ..ir.errors import CaptureError
 from ..ir.fakes import is_fake
 from ..ir.graph import describe
 from .chance import FRACTIONS, drawn_as
-from .code import is_foreign
+from .code import is_foreign, user_line
 from .world import Watched, left_by
 
 FAR = 1_000_000  # calls later
 
 Export = Callable[[], tuple[fx.GraphModule, Any]]
+Switch = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -36,19 +39,24 @@ class Left:
     Attributes:
         watched: what it has changed.
         drawn: sources of randomness and time that it has read.
-        of_call: whether it has left tensors behind that depend on its arguments or the model.
+        of_arguments: whether it has left tensors behind that depend on its arguments.
+        of_model: whether it has left such that depend on the model's parameters and buffers.
     """
 
     watched: Watched = field(default_factory=Watched)
     drawn: set[str] = field(default_factory=set)
-    of_call: bool = False
+    of_arguments: bool = False
+    of_model: bool = False
 
 
-def check_next_calls(traced: fx.GraphModule, left: Left, export: Export) -> None:
+def check_next_calls(
+    traced: fx.GraphModule, left: Left, export: Export, switched: Switch | None = None
+) -> None:
     """Trace again where something was left behind or drawn.
 
     Args:
         export: traces anew; its second result has what it left behind, as ``left``.
+        switched: inside, the model has been trained and evaluates again; None in training.
 
     Raises:
         CaptureError: the next call would compute something else.
@@ -60,58 +68,115 @@ def check_next_calls(traced: fx.GraphModule, left: Left, export: Export) -> None
         raise _drawn(streams, "")
     if left.drawn:
         _check_draws(_text(traced), left.drawn, export)
-    if _keeps(traced, left.watched, left.of_call, export):
+    call = _Call(traced, left, export, switched)
+    if call.keeps(left.watched):
         left.watched.keep()  # so that other graphs of the model need not be traced twice
     else:
         parts = left.watched.apart()
-        guilty = [part for part in parts if not _keeps(traced, part, left.of_call, export)]
+        guilty = [part for part in parts if not call.keeps(part)]
         changes = [c for part in guilty or [left.watched] for c in part.changes]
         named = "; ".join(map(str, changes[:3]))
+        mode = "" if switched is None else "in evaluation, "
         raise CaptureError(
-            f"forward changes {named}, and what it computes in the next call depends on it, which "
-            "a graph that is made once cannot follow: keep tensors in buffers (register_buffer), "
-            "numbers too (torch.tensor(0)), and decide with torch.where"
+            f"{mode}forward changes {named}, and what it computes in the next call depends on it"
+            f"{call.otherwise()}, which a graph that is made once cannot follow: keep tensors in "
+            "buffers (register_buffer), numbers too (torch.tensor(0)), decide with torch.where, "
+            "and change weights before compiling"
         )
 
 
-def _keeps(first: fx.GraphModule, watched: Watched, of_call: bool, export: Export) -> bool:
-    """Whether the calls that follow have the same graph."""
-    grows = any(_later(2, c.old, c.new) != _later(1, c.old, c.new) for c in watched.numbers)
-    for calls in (1, FAR) if grows else (1,) if watched.contents else ():
-        with left_by(watched, partial(_later, calls)):
+@dataclass(frozen=True)
+class _Call:
+    """A call that has left something behind, and those that come after it."""
+
+    traced: fx.GraphModule
+    left: Left
+    export: Export
+    switched: Switch | None
+
+    def keeps(self, watched: Watched) -> bool:
+        """Whether the calls that follow have the same graph."""
+        grows = any(_later(2, c.old, c.new) != _later(1, c.old, c.new) for c in watched.numbers)
+        for calls in (1, FAR) if grows else (1,) if watched.contents else ():
+            with left_by(watched, partial(_later, calls)):
+                try:
+                    traced, results = self.export()
+                except CaptureError:
+                    return False
+            if _text(traced) == _text(self.traced):
+                continue
+            settled = calls == 1 and not results.left.watched.changes
+            return settled and not self.left.of_arguments and self._reads_what_was_kept(traced)
+        return True
+
+    def _reads_what_was_kept(self, traced: fx.GraphModule) -> bool:
+        """Whether the next graph lacks nothing but what this one has made of no argument: that was
+        kept, and to make it again in every call gives the same.
+
+        What was made of parameters must not outlive a step of the optimizer: training the model
+        in between forgets it.
+        """
+        before, constant, of_model = _operators(self.traced)
+        after, _, _ = _operators(traced)
+        if self.left.of_model and not self._forgets():
+            return False
+        return not after - before and not (before - after) - (
+            of_model if self.left.of_model else constant
+        )
+
+    def _forgets(self) -> bool:
+        """Whether an evaluation is as the first one again, once the model has been trained."""
+        if self.switched is None:
+            return False
+        with left_by(self.left.watched, partial(_later, 1)), self.switched():
             try:
-                traced, results = export()
+                traced, _ = self.export()
             except CaptureError:
                 return False
-        if _text(traced) == _text(first):
-            continue
-        settled = calls == 1 and not results.left.watched.changes
-        return settled and not of_call and _reads_what_it_made(first, traced)
-    return True
+        return _text(traced) == _text(self.traced)
+
+    def otherwise(self) -> str:
+        """The first line that the next call computes otherwise."""
+        with left_by(self.left.watched, partial(_later, 1)):
+            try:
+                traced, _ = self.export()
+            except CaptureError:
+                return ""
+        for node, later in zip_longest(_calls(self.traced), _calls(traced)):
+            if str(node and (node.target, node.args)) != str(later and (later.target, later.args)):
+                line = user_line(node or later)
+                return f" ({line})" if line else ""
+        return ""
 
 
-def _reads_what_it_made(first: fx.GraphModule, traced: fx.GraphModule) -> bool:
-    """Whether a graph lacks nothing but what the first one made of no argument: that was kept, and
-    to make it again in every call gives the same."""
-    before, alone = _operators(first)
-    after, _ = _operators(traced)
-    return not after - before and not (before - after) - alone
+def _calls(traced: fx.GraphModule) -> Iterator[Any]:
+    return (node for node in traced.graph.nodes if node.op == "call_function")
 
 
-def _operators(traced: fx.GraphModule) -> tuple[Counter[str], Counter[str]]:
-    """All operators of a graph, and those that depend neither on arguments nor on the model."""
-    every, alone = Counter[str](), Counter[str]()
+def _operators(traced: fx.GraphModule) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """All operators of a graph, those of constants, and those of constants and of what
+    the model has and does not change."""
+    every, constant, of_model = Counter[str](), Counter[str](), Counter[str]()
     free: set[fx.Node] = set()
+    state: set[fx.Node] = set()
     for node in traced.graph.nodes:
-        if node.op == "get_attr" and _is_real(operator.attrgetter(str(node.target))(traced)):
-            free.add(node)
+        if node.op == "get_attr":
+            if not any(map(_writes, node.users)):
+                state.add(node)
+            if _is_real(operator.attrgetter(str(node.target))(traced)):
+                free.add(node)
         elif node.op == "call_function":
             described = f"{node.target} {describe(node)}"
             every[described] += 1
-            if free.issuperset(node.all_input_nodes):
-                free.add(node)
-                alone[described] += 1
-    return every, alone
+            for nodes, counted in ((free, constant), (state, of_model)):
+                if nodes.issuperset(node.all_input_nodes):
+                    nodes.add(node)
+                    counted[described] += 1
+    return every, constant, of_model
+
+
+def _writes(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _later(calls: int, old: Any, new: Any) -> Any:

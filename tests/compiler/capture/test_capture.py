@@ -282,3 +282,18 @@ def test_a_model_hardly_knows_that_it_is_traced(kind: Callable[[], nn.Module]) -
 def test_of_several_errors_the_one_with_a_cause_is_raised() -> None:
     with pytest.raises(errors.CaptureError, match=r"y if y.sum.*torch.where"):
         pipecompile.compile(Wrong(), 1, example_batch=X)
+
+
+class Fading(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            with torch.no_grad():
+                self.second.weight.mul_(0.5)
+        return y
+
+
+def test_evaluation_that_changes_parameters_is_refused() -> None:
+    pipe = pipecompile.compile(Fading(), 2, microbatches=2, optimizer=jobs.SGD)
+    pipe.step(X)
+    with pytest.raises(errors.CaptureError, match=r"in evaluation, .*'second.weight' in place"):
+        pipe.evaluate(X)

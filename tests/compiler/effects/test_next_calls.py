@@ -195,6 +195,73 @@ def test_what_the_next_call_computes_otherwise_is_refused(name: str) -> None:
         pipe.step(rows())
 
 
+class Preparing(Model):
+    """Keeps what evaluation prepares until it is trained again."""
+
+    def __init__(self, prepare: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(lambda model, x: model.prepared(x))
+        self.kept: dict[str, torch.Tensor] = {}
+        self.prepare = prepare
+        self.register_buffer("count", torch.ones(()))
+
+    def prepared(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return x * self.prepare(self, x)
+        if not self.kept:
+            self.kept["table"] = self.prepare(self, x)
+        return x * self.kept["table"]
+
+
+class Forgetting(Preparing):
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+
+def of_weights(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return model.first.weight.sum(0) * model.count
+
+
+def of_the_batch(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.mean(0)
+
+
+def of_what_changes(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model.count += 1
+    return model.count * 2
+
+
+def test_what_is_kept_until_the_model_is_trained_again_is_made_anew() -> None:
+    model = Forgetting(of_weights)
+    pipe = pipecompile.compile(model, 2, microbatches=2, optimizer=jobs.SGD)
+    for _ in range(2):
+        pipe.step(rows())
+        plain = Forgetting(of_weights).eval()
+        plain.load_state_dict(pipe.state_dict())
+        with torch.no_grad():
+            losses = [plain(piece) for piece in rows().chunk(2)]
+        assert plain.kept
+        for _ in range(2):
+            assert torch.equal(pipe.evaluate(rows()), torch.stack(losses).mean())
+    assert not model.kept
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Preparing(of_weights), Forgetting(of_the_batch), Forgetting(of_what_changes)],
+    ids=["for ever", "of the batch", "of what changes"],
+)
+def test_what_else_is_kept_in_evaluation_is_refused(model: nn.Module) -> None:
+    pipe = pipecompile.compile(model, 2, microbatches=2, optimizer=jobs.SGD)
+    pipe.step(rows())
+    message = (
+        r"in evaluation, .*kept\.table \(nothing -> a tensor .*\(at .*test_next_calls\.py:\d+ "
+    )
+    with pytest.raises(pipecompile.errors.CaptureError, match=message):
+        pipe.evaluate(rows())
+
+
 def test_tracing_leaves_the_world_as_it_was() -> None:
     """The user's own model goes on, with what its functions have kept and what is drawn next."""
     TABLE.clear()
