@@ -2,7 +2,8 @@
 
 The staged forward nodes stand in the order in which the model ran them. Between any two of them
 a number of bytes crosses: values made before and read after. A unit ends where that number has
-a local minimum: after a residual sum, say, so that attention and MLP are units of their own.
+a local minimum, or no more than anywhere before or anywhere behind: after a residual sum, say, so
+that attention and MLP are units of their own.
 Of several minima without a matrix product between them only the best counts.
 """
 
@@ -134,10 +135,13 @@ def _good_cuts(nodes: list[fx.Node], crossing: list[int], whole: Collection[int]
         if rises_left and rises_right:
             minima.append(legal[start])
         start = end + 1
-    best = _best_between_products(nodes, crossing, minima)
+    done = list(accumulate(node_flops(node) for node in nodes))
+    plain = [i for i in _lowest_so_far(legal, crossing) if 0 < done[i] < done[-1]]
+    best = _best_between_products(done, crossing, plain)
+    best |= _best_between_products(done, crossing, minima)
     chosen: list[int] = []
-    for level in sorted({crossing[i] for i in best}):
-        tier = [i for i in best if crossing[i] == level]
+    for level in sorted({crossing[i] for i in best.values()}):
+        tier = [i for i in sorted(best.values()) if crossing[i] == level]
         room = MAX_UNITS - 1 - len(chosen)
         if chosen and len(tier) > room:
             break
@@ -145,15 +149,30 @@ def _good_cuts(nodes: list[fx.Node], crossing: list[int], whole: Collection[int]
     return sorted(chosen)
 
 
-def _best_between_products(nodes: list[fx.Node], crossing: list[int], cuts: list[int]) -> list[int]:
+def _lowest_so_far(legal: list[int], crossing: list[int]) -> list[int]:
+    """Positions that no other one before, or none behind, undercuts: in a chain whose values keep
+    their size, shrink (convolutions and pooling) or grow, no minimum tells where to cut."""
+    found: set[int] = set()
+    for positions in (legal, legal[::-1]):
+        least = float("inf")
+        for i in positions:
+            if crossing[i] <= least:
+                least = crossing[i]
+                found.add(i)
+    return sorted(found)
+
+
+def _best_between_products(done: list[int], crossing: list[int], cuts: list[int]) -> dict[int, int]:
     """Of the cuts that have the same matrix products before them, the one that least crosses.
 
     The others move next to no work: in the middle of a norm, say. Of equals the last.
+
+    Args:
+        done: work up to each position.
     """
-    done = list(accumulate(node_flops(node) for node in nodes))
     best: dict[int, int] = {}
     for cut in cuts:
         other = best.get(done[cut])
         if other is None or crossing[cut] <= crossing[other]:
             best[done[cut]] = cut
-    return list(best.values())
+    return best

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.graph import JointGraph, Phase, is_latest, module_of, phase_of, storage_root
+from ...compiler.ir.graph import (
+    JointGraph,
+    Phase,
+    is_getitem,
+    is_latest,
+    module_of,
+    phase_of,
+    storage_root,
+)
 from ...compiler.ir.locality import Locality, backward_places
 
 Site = tuple[str, str, int]
@@ -58,7 +66,7 @@ def follow(
         if not apart:
             break
         for pair in apart:  # a buffer is read where it is updated
-            lowest |= dict.fromkeys(pair, max(forward[node] for node in pair))
+            lowest |= dict.fromkeys(map(_whole, pair), max(forward[node] for node in pair))
     return Placement(backward_places(graph, locality, forward), dict(sites))
 
 
@@ -75,37 +83,59 @@ def _followed(
         node: [owner[root] for a in node.all_input_nodes if (root := storage_root(a)) in owner]
         for node, _ in sites_of(locality)
     }
-    highest = _highest(reads, homes)
+    possible = {node: _holders(names, homes) for node, names in reads.items()}
+    highest = _highest(possible, reads)
     for node, site in sites_of(locality):
+        if is_getitem(node):
+            forward[node] = forward[_whole(node)]
+            continue
         sources = (forward[a] for a in node.all_input_nodes if a in forward)
         lowest = max(at_least.get(node, 0), *sources, 0)
         wanted = max(min(sites.get(site, lowest), highest[node]), lowest)
         if is_latest(node):
             wanted = lowest  # where the first graph read it says nothing about this one
-        names = reads[node]
-        if any(wanted not in homes[name] for name in names):
-            shared = set.intersection(*(set(homes[name]) for name in names))
-            wanted = min((s for s in shared if s >= lowest), default=-1)
+        holders = possible[node]
+        if holders is not None and wanted not in holders:
+            wanted = min((s for s in holders if s >= wanted), default=-1)
             if wanted < 0:
-                raise PartitionError(
-                    f"in this mode or batch shape, {module_of(node) or 'the model'} reads "
-                    f"{', '.join(names)} at another point than when the stages were chosen: "
-                    "compile a pipeline of its own for it"
-                )
+                raise _astray(node, reads[node])
         forward[node] = wanted
     return forward
 
 
+def _whole(node: fx.Node) -> fx.Node:
+    """The operator that makes a value, of several perhaps."""
+    while is_getitem(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _astray(node: fx.Node, names: Sequence[str]) -> PartitionError:
+    return PartitionError(
+        f"in this mode or batch shape, {module_of(node) or 'the model'} reads {', '.join(names)} "
+        "at another point than when the stages were chosen: compile a pipeline of its own for it"
+    )
+
+
+def _holders(names: Sequence[str], homes: Mapping[str, Collection[int]]) -> set[int] | None:
+    """The stages that hold all of some parameters; None for no parameters: all."""
+    return set.intersection(*(set(homes[name]) for name in names)) if names else None
+
+
 def _highest(
-    reads: Mapping[fx.Node, list[str]], homes: Mapping[str, Collection[int]]
+    possible: Mapping[fx.Node, set[int] | None], reads: Mapping[fx.Node, Sequence[str]]
 ) -> dict[fx.Node, int]:
     """Per forward node the last stage from which all that depends on it still finds its
     parameters: operators of another branch may share a site with those of a later one."""
     highest: dict[fx.Node, int] = {}
-    for node in reversed(list(reads)):
-        limits = [max(homes[name]) for name in reads[node]]
-        limits += [highest[user] for user in node.users if user in highest]
-        highest[node] = min(limits, default=sys.maxsize)
+    for node in reversed(list(possible)):
+        limit = min((highest[user] for user in node.users if user in highest), default=sys.maxsize)
+        holders = possible[node]
+        if holders is not None:
+            limit = max((s for s in holders if s <= limit), default=-1)
+            if limit < 0:
+                raise _astray(node, reads[node])
+        highest[node] = limit
     return highest
 
 

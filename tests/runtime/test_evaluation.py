@@ -166,3 +166,32 @@ def test_kinds_of_batches(kind: str) -> None:
     assert torch.equal(loss, expected.mean())
     named = dict(model.named_parameters())
     assert all(torch.allclose(p.grad, named[n].grad) for n, p in pipe.named_parameters())
+
+
+class Looping(nn.Module):
+    """Weights that several stages hold; evaluation goes through them in another order."""
+
+    def __init__(self, trained: str, evaluated: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.order = {True: trained, False: evaluated}
+        self.low, self.high = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.order[self.training]:
+            x = self.norm(self.low(x)) if name == "l" else self.high(x).tanh()
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated"), [("lhlh", "lhlhh"), ("llhllh", "lhlllh"), ("lhhllhhl", "hlhlhlhl")]
+)
+def test_evaluation_finds_shared_weights_in_another_order(trained: str, evaluated: str) -> None:
+    model, batch = Looping(trained, evaluated), torch.randn(8, 8)
+    pipe = pipecompile.compile(model, 4, microbatches=2, optimizer=jobs.SGD)
+    pipe.step(batch)
+    model.load_state_dict(pipe.state_dict())
+    with torch.no_grad():
+        losses = [model.eval()(piece) for piece in batch.chunk(2)]
+    assert torch.equal(pipe.evaluate(batch), torch.stack(losses).mean())

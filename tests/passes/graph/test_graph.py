@@ -238,3 +238,24 @@ def test_parameter_names_that_are_no_python_names() -> None:
     assert {n for n, p in pipe.named_parameters() if p.grad is not None} == {
         n for n, _ in model.named_parameters()
     }
+
+
+class Chain(nn.Module):
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        pairs = zip(widths, widths[1:], strict=False)
+        self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).square().mean()
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8, 8), (32, 16, 8, 4, 2), (2, 4, 8, 16, 32)])
+def test_chains_are_cut_between_any_products(widths: tuple[int, ...]) -> None:
+    """Where values keep their size, or always shrink or grow, no minimum tells where to cut."""
+    x = torch.randn(4, widths[0])
+    skeleton = skeleton_of(Chain(*widths), DEVICE)
+    graph = capture_training(skeleton, batches.flatten(x)[1], None, DEVICE).graph
+    made = units_of(graph, locality_of(graph), CPU)
+    products = [[n for n in unit.nodes if "mm" in str(n.target)] for unit in made]
+    assert [len(each) for each in products] == [1] * (len(widths) - 1)
