@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -243,7 +244,7 @@ def test_parameter_names_that_are_no_python_names() -> None:
 class Chain(nn.Module):
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
