@@ -32,6 +32,7 @@ from .skeleton import tracking_modules
 from .tracing import (
     UNTRACED,
     copied_tensors,
+    drop_metadata_checks,
     kept_functions,
     kept_modules,
     native_kernels,
@@ -176,6 +177,7 @@ def _exported(
             name = type(function.model).__name__
             raise explain(error, name, where(), given=given) from error
     restore_functions(traced, calls)
+    drop_metadata_checks(traced)
     return traced, results[-1]
 
 

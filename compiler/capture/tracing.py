@@ -199,6 +199,18 @@ def restore_functions(traced: fx.GraphModule, calls: list[Call]) -> None:
             node.args = node.args[1:]
 
 
+def drop_metadata_checks(traced: fx.GraphModule) -> None:
+    """Conversions leave checks of the dtype that they found while they were traced, which casts by
+    other tables change; shapes and dtypes are fixed anyway."""
+    check = torch.ops.aten._assert_tensor_metadata.default
+    for module in (m for m in traced.modules() if isinstance(m, fx.GraphModule)):
+        found = module.graph.find_nodes(op="call_function", target=check)
+        for node in found:
+            module.graph.erase_node(node)
+        if found:
+            module.recompile()
+
+
 @contextlib.contextmanager
 def refused_hooks() -> Iterator[None]:
     """A gradient hook that forward sets would be lost: say so."""
