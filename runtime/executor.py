@@ -30,6 +30,10 @@ Values = dict[str, torch.Tensor]
 """Of one stage and microbatch: what a program has made, or a message brought, by name."""
 
 
+_OUT_OF_RANGE = re.compile("out of (bounds|range)|^Class values must be")
+"""How operators say that of an index."""
+
+
 @dataclass
 class Job:
     """One run of a rank's actions: what goes in, and what comes out.
@@ -170,7 +174,9 @@ class Executor:
         if node is not None:
             module = f"module {module_of(node)!r}" if module_of(node) else "the model or loss_fn"
             where += f", {module} ({node.target})"
-        if isinstance(error, IndexError) or re.search(r"out of (bounds|range)", str(error)):
+        if node is not None and str(node.target).startswith("pipecompile.require"):
+            return BatchError(f"{where}: {error}")
+        if isinstance(error, IndexError) or _OUT_OF_RANGE.search(str(error)):
             return BatchError(
                 f"{where}: a token id, a label or another index in the batch is out of range for "
                 f"{_table(node)}: {error}"

@@ -16,7 +16,13 @@ from ..compiler.capture.whole import LOSS
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
-from ..compiler.ir.errors import BatchError, NotCompiledError, OptionError, StateError
+from ..compiler.ir.errors import (
+    BatchError,
+    CaptureError,
+    NotCompiledError,
+    OptionError,
+    StateError,
+)
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
 from ..compiler.plan.plan import Plan
@@ -427,7 +433,7 @@ class Pipeline:
         output, why_not = None, ""
         try:
             output = self.forward(batch)
-        except BatchError as error:
+        except (BatchError, CaptureError) as error:
             why_not = str(error)
         verifier.returned(output, why_not)
 

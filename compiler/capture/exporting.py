@@ -28,6 +28,7 @@ from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
 from .calling import Call, LossFn, find_loss
+from .kept_checks import Checks
 from .skeleton import tracking_modules
 from .tracing import (
     UNTRACED,
@@ -110,6 +111,8 @@ class Traced(nn.Module):
             replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
+            Checks() as checks,
+            checks.of_tensors(),
             Reading() as outside,
         ):
             output = self.model(*args, **kwargs)
@@ -128,13 +131,13 @@ class Traced(nn.Module):
                     "tensor is found: return tensors, in a dict, a tuple or a list"
                 )
             found.names = tuple(values)
-            return (*values.values(), *replaced.values.values())
+            return (*checks.demanded(values).values(), *replaced.values.values())
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise LossError(
                 "the loss does not depend on any trainable parameter: was it detached, or "
                 "computed under torch.no_grad()?"
             )
-        return (loss, *replaced.values.values())
+        return (checks.demanded({"loss": loss})["loss"], *replaced.values.values())
 
 
 def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:

@@ -24,6 +24,7 @@ from ..costs.cost import total_cost
 from ..costs.hardware import device_spec
 from ..ir import ops
 from ..ir.actions import Kind
+from ..ir.checks import unchecked
 from ..ir.graph import tensors
 from ..ir.program import Port, Program, Role, StageProgram
 from ..ir.region import alike
@@ -209,6 +210,11 @@ class Profiler:
     @contextlib.contextmanager
     def _at_home(self) -> Iterator[None]:
         """On the device, and with its generators as they were afterwards."""
+        with unchecked(), self._on_device():
+            yield
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
         if self.device.type == "cuda":
             with torch.cuda.device(self.device), torch.random.fork_rng([self.device]):
                 yield
