@@ -16,13 +16,7 @@ from ..compiler.capture.whole import LOSS
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
-from ..compiler.ir.errors import (
-    BatchError,
-    CaptureError,
-    NotCompiledError,
-    OptionError,
-    StateError,
-)
+from ..compiler.ir.errors import BatchError, CaptureError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
 from ..compiler.plan.plan import Plan

@@ -14,6 +14,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
 ROOMS = (
+    "compiler/tensors",
     "compiler/ir",
     "passes/partition",
     "passes/graph",

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from ..ir.errors import BatchError
-from ..ir.pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from ..tensors.pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 """Equal to themselves alone, and the same whenever they are seen."""

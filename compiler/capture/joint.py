@@ -16,9 +16,9 @@ from torch import fx, nn
 from torch.fx.traceback import preserve_node_meta
 
 from ..ir.errors import CaptureError
-from ..ir.fakes import is_fake
 from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
 from ..regions.operators import known_work
+from ..tensors.fakes import is_fake
 from .skeleton import Skeleton
 
 try:

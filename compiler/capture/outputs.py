@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.fakes import is_fake
 from ..ir.graph import tensors
+from ..tensors.fakes import is_fake
 
 
 class How(StrEnum):

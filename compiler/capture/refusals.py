@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..ir.errors import BatchError, CaptureError, OptionError
-from ..ir.fakes import FakeTensor
 from ..ir.graph import JointGraph, Phase, module_of, tensors
 from ..ir.precision import REDUCED
+from ..tensors.fakes import FakeTensor
 from .batch import BatchSpec
 from .whole import with_loss
 

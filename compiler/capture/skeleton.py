@@ -18,9 +18,9 @@ from torch import nn
 from ..effects.attributes import Attributes, promote
 from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
-from ..ir.fakes import FakeTensor, FakeTensorMode, is_fake
 from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
+from ..tensors.fakes import FakeTensor, FakeTensorMode, is_fake
 from .whole import LOSS, loss_of, model_of
 
 

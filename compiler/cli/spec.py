@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..capture.calling import LossFn
 from ..ir.errors import OptionError, SpecError
-from ..ir.fakes import weightless
+from ..tensors.fakes import weightless
 from ..zoo.families import TASKS, class_tables
 
 SEED = 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ir.pytree import tree_leaves
+from ..tensors.pytree import tree_leaves
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 

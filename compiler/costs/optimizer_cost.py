@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ir.fakes import is_fake, weightless
-from ..ir.pytree import tree_leaves
+from ..tensors.fakes import is_fake, weightless
+from ..tensors.pytree import tree_leaves
 from .meter import StorageMeter
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]

@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from ..ir.errors import CaptureError
-from ..ir.fakes import is_fake
 from ..ir.graph import describe
+from ..tensors.fakes import is_fake
 from .chance import FRACTIONS, drawn_as
 from .code import is_foreign, user_line
 from .world import Watched, left_by

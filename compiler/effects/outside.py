@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError
-from ..ir.fakes import is_fake
+from ..tensors.fakes import is_fake
 
 Originals = Mapping[str, "ref[torch.Tensor]"]
 """First name of each tensor in the user's own model that has values."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..ir.fakes import is_fake
+from ..tensors.fakes import is_fake
 
 MOST = 20_000  # containers that are watched
 CALLED = 500  # functions and classes whose code is looked into, nearest first

@@ -28,7 +28,7 @@ from torch import nn
 from ..costs.meter import StorageMeter
 from ..costs.optimizer_cost import answering
 from ..ir.errors import OptionError
-from ..ir.fakes import weightless
+from ..tensors.fakes import weightless
 from .standins import Factory, Shape, StandIns, Tensors, called, gradients, stand_ins, values
 
 STEPS = 8

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import CaptureError, OptionError, RegionError
-from ..ir.pytree import tree_flatten
+from ..tensors.pytree import tree_flatten
 from .operators import run
 from .site import Site, enter
 from .trial import tried

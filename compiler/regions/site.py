@@ -20,8 +20,8 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call
 
 from ..ir.errors import StateError
-from ..ir.pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..ir.region import Work, mark_not_reached
+from ..tensors.pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Tensors = Sequence[torch.Tensor]
 Optionals = Sequence[torch.Tensor | None]

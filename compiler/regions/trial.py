@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ..costs.meter import StorageMeter, storages_of
 from ..ir.errors import RegionError
-from ..ir.fakes import meta_like
 from ..ir.graph import tensors
 from ..ir.region import Kernel, Work
+from ..tensors.fakes import meta_like
 from .site import Facts, Run, Site
 
 T = TypeVar("T")

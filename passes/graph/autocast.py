@@ -29,7 +29,7 @@ from torch import fx
 from ...compiler.ir.errors import OptionError, VerificationError
 from ...compiler.ir.graph import is_operator, module_path, tensors
 from ...compiler.ir.precision import Precision
-from ...compiler.ir.pytree import tree_leaves
+from ...compiler.tensors.pytree import tree_leaves
 from .autocast_tables import TABLES, TO_FP32_BY_DTYPE
 
 _TO = torch.ops.aten.to.dtype

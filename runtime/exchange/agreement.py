@@ -19,8 +19,8 @@ from ...compiler.ir.errors import (
     PipecompileError,
     RankMismatchError,
 )
-from ...compiler.ir.fakes import is_fake
 from ...compiler.options.options import CompileOptions
+from ...compiler.tensors.fakes import is_fake
 from .digest import digest, sample
 from .mesh import Mesh
 

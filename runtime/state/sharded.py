@@ -20,9 +20,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ...compiler.ir.fakes import meta_like
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Owners, Parcel, items_of, parcels_of, rows_of
+from ...compiler.tensors.fakes import meta_like
 from ..exchange.parcels import GatheredGroup, Gathering
 from ..exchange.processes import Processes
 from ..exchange.transport import Endpoint

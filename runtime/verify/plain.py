@@ -23,9 +23,9 @@ from ...compiler.capture.calling import bind, find_loss
 from ...compiler.capture.skeleton import named_state
 from ...compiler.capture.whole import loss_of, model_of
 from ...compiler.ir.errors import OptionError
-from ...compiler.ir.fakes import is_fake
 from ...compiler.ir.ops import draws, generator_of, mix
 from ...compiler.options.options import CompileOptions
+from ...compiler.tensors.fakes import is_fake
 
 Leaves = Sequence[torch.Tensor]
 Tensors = dict[str, torch.Tensor]

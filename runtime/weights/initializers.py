@@ -18,7 +18,7 @@ from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton, named_state
 from ...compiler.ir.errors import PipecompileError, StateError
-from ...compiler.ir.fakes import meta_like
+from ...compiler.tensors.fakes import meta_like
 from .allocation import Allocation
 from .draws import Draws
 

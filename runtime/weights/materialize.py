@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton, named_state
-from ...compiler.ir.fakes import is_fake, meta_like
+from ...compiler.tensors.fakes import is_fake, meta_like
 from .allocation import Allocation, Cut
 from .initializers import Initializers
 from .weight_files import WeightFiles

@@ -29,7 +29,6 @@ from pipecompile.compiler.driver.assembly import assemble, forward_passes
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
 from pipecompile.compiler.ir.errors import MemoryBudgetError
-from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.precision import Precision
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
@@ -40,6 +39,7 @@ from pipecompile.compiler.planning import decide
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.planning.pricing import roofline
 from pipecompile.compiler.report.compare import solution_in
+from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.passes.graph.casts import settle_casts
 from pipecompile.passes.graph.placement import Placement
 from pipecompile.passes.partition import baselines

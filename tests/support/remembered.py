@@ -17,11 +17,11 @@ import torch
 from pipecompile.compiler.capture.capture import Captured
 from pipecompile.compiler.costs import footprint
 from pipecompile.compiler.driver.builder import Builder
-from pipecompile.compiler.ir.fakes import is_fake
 from pipecompile.compiler.ir.graph import describe
 from pipecompile.compiler.planning import cutter, planner
 from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.stash import Body, Stash
+from pipecompile.compiler.tensors.fakes import is_fake
 from torch import fx, nn
 
 T = TypeVar("T")

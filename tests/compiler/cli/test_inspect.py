@@ -19,9 +19,9 @@ import torch
 from pipecompile.compiler.cli.main import main
 from pipecompile.compiler.cli.spec import ModelOptions, Subject, load
 from pipecompile.compiler.ir.errors import PipecompileError
-from pipecompile.compiler.ir.fakes import is_fake
 from pipecompile.compiler.plan.plan import PLAN_VERSION
 from pipecompile.compiler.report.report import write_report
+from pipecompile.compiler.tensors.fakes import is_fake
 from support.commands import SMALL_GPT2, inspect
 from support.plans import EXTRAS, hand_made
 

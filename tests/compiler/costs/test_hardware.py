@@ -28,7 +28,7 @@ from pipecompile.compiler.costs.hardware import (
     parse_device,
 )
 from pipecompile.compiler.ir.errors import OptionError
-from pipecompile.compiler.ir.fakes import weightless
+from pipecompile.compiler.tensors.fakes import weightless
 from torch import fx
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.costs.meter import StorageMeter
-from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.profiling.synthetic import Synthesizer
+from pipecompile.compiler.tensors.fakes import weightless
 from support import models, units
 from torch.profiler import ProfilerActivity, profile
 

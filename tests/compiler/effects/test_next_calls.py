@@ -13,7 +13,7 @@ import numpy as np
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.ir.fakes import is_fake
+from pipecompile.compiler.tensors.fakes import is_fake
 from support import jobs
 from torch import nn
 

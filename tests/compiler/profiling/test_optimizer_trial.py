@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.ir.errors import OptionError
-from pipecompile.compiler.ir.fakes import weightless
 from pipecompile.compiler.profiling.optimizer_trial import Reach, Verdict, try_optimizer
+from pipecompile.compiler.tensors.fakes import weightless
 from support import models, optimizers
 from torch import nn, optim
 

@@ -1,0 +1,1 @@
+"""Tensors apart from graphs: without data, and in structures."""
