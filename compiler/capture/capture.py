@@ -158,28 +158,48 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
     Raises:
         PipecompileError: what the attempts without regions say, where only the model is left.
     """
-    regions, count = function.regions, len(UNTRACED)
+    regions = function.regions
     before, told = dict(regions.why), set(regions.patterns)
-    errors: list[PipecompileError] = []  # each is over before the next attempt, which would name it
-    found: list[T] = []
     with tracing():
-        while not found:
-            last = errors[0 if len(errors) == count else -1] if errors else None
-            if len(errors) >= count and not regions.extend(last):
-                break
-            function.denied = UNTRACED[len(errors) if len(errors) < count else 0]
-            try:
-                found.append(attempt())
-            except (CaptureError, BatchError) as error:
-                errors.append(error)
+        found, errors = _each_way(function, attempt)
+        refused = next(filter(is_explained, reversed(errors)), errors[-1] if errors else None)
+        # with regions, the first error that names a module tells which is the next
+        while not found and regions.extend(next(filter(_is_of_capture, errors), errors[0])):
+            found, errors = _each_way(function, attempt, until=_is_of_capture)
     if found:
         _tell(regions, told)
         return found[0]
-    regions.why = before
-    refused = next(filter(is_explained, reversed(errors[:count])), errors[count - 1])
+    regions.restore(before)
+    assert refused is not None
     if isinstance(errors[-1], RegionError) and isinstance(refused, CaptureError):
         raise CaptureError(f"{refused}; and {errors[-1]}", refused.module)
     raise refused
+
+
+def _each_way(
+    function: Traced,
+    attempt: Callable[[], T],
+    until: Callable[[PipecompileError], bool] = lambda _: False,
+) -> tuple[list[T], list[PipecompileError]]:
+    """What the first attempt made that succeeded, if one did, and the errors of those before it.
+
+    Args:
+        until: an error after which no other way is tried.
+    """
+    errors: list[PipecompileError] = []  # each is over before the next attempt, which would name it
+    for denied in UNTRACED:
+        function.denied = denied
+        try:
+            return [attempt()], errors
+        except (CaptureError, BatchError) as error:
+            errors.append(error)
+        if until(errors[-1]):
+            break
+    return [], errors
+
+
+def _is_of_capture(error: PipecompileError) -> bool:
+    return isinstance(error, CaptureError)
 
 
 def _tell(regions: Regions, before: Collection[str]) -> None:
@@ -191,6 +211,14 @@ def _tell(regions: Regions, before: Collection[str]) -> None:
             f"what cannot be traced runs eagerly, each call as one node on one stage: "
             f"{', '.join(names)}; eager_modules={names} finds it sooner, and says nothing "
             f"({next(iter(new.values()))})",
+            stacklevel=2,
+        )
+    if new and regions.cacheless:
+        warnings.warn(
+            "they are given a cache, which is none between calls, so the pipeline runs with "
+            "use_cache=False; without a cache transformers takes position_ids that restart for "
+            "packed sequences: set model.config.use_cache = False to have that on one device too, "
+            "or give an attention_mask",
             stacklevel=2,
         )
 

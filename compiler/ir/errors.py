@@ -49,7 +49,15 @@ class CaptureError(PipecompileError, RuntimeError):
 
 
 class RegionError(CaptureError):
-    """A submodule that cannot run eagerly inside a graph."""
+    """A submodule that cannot run eagerly inside a graph.
+
+    Attributes:
+        cache: because it is given a cache of keys and values.
+    """
+
+    def __init__(self, message: str, module: str | None = None, cache: bool = False):
+        super().__init__(message, module)
+        self.cache = cache
 
 
 class LossError(PipecompileError, ValueError):

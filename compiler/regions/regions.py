@@ -38,6 +38,7 @@ class Regions:
     def __init__(self, module: nn.Module, asked: Iterable[str] = ()):
         self._parts = dict(module.named_modules())
         self.why: dict[str, str] = {}
+        self._cacheless: list[Any] = []
         self.sites: dict[str, Site] = {}
         for pattern in asked:
             found = [name for name in self._parts if name and _matches(pattern, name)]
@@ -51,7 +52,16 @@ class Regions:
 
     def extend(self, error: Exception | None) -> bool:
         """Add the submodule that an error is about, or one around it, with those of other layers
-        that are like it; False where there is none but the model itself."""
+        that are like it; False where there is none but the model itself.
+
+        A cache that a submodule is given is of no use in training, and goes first.
+        """
+        if isinstance(error, RegionError) and error.cache and not self._cacheless:
+            configs = [getattr(part, "config", None) for part in self._parts.values()]
+            self._cacheless = [each for each in configs if getattr(each, "use_cache", False)]
+            self._use_cache(False)
+            if self._cacheless:
+                return True
         name = (error.module if isinstance(error, CaptureError) else None) or ""
         tried = [outer for outer in self.why if f"{name}.".startswith(f"{outer}.")]
         if tried:  # in vain: it cannot run so, or its other methods are called
@@ -68,6 +78,21 @@ class Regions:
         ]
         self._add(dict.fromkeys(alike, str(error)))
         return True
+
+    def restore(self, why: dict[str, str]) -> None:
+        """As before `extend`."""
+        self.why = why
+        self._use_cache(True)
+        self._cacheless = []
+
+    @property
+    def cacheless(self) -> bool:
+        """Whether the copy's configuration says ``use_cache=False`` and the model's does not."""
+        return bool(self._cacheless)
+
+    def _use_cache(self, use: bool) -> None:
+        for config in self._cacheless:
+            config.use_cache = use
 
     def _add(self, why: dict[str, str]) -> None:
         self.why |= why
@@ -130,7 +155,8 @@ class Regions:
                 raise RegionError(
                     f"module {name!r} cannot run eagerly inside a graph: it is given a "
                     f"{type(leaf).__name__}",
-                    module=name,
+                    name,
+                    cache=hasattr(leaf, "get_seq_length"),
                 )
         needs = torch.is_grad_enabled()
         kinds = {tensor.device.type for tensor in operands.values()}

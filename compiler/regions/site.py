@@ -158,9 +158,9 @@ class Site:
         others = {i: leaf for i, leaf in enumerate(flat) if not isinstance(leaf, torch.Tensor)}
         updated = {i: after[i].detach() for i in changed}
         differentiable = tuple(output.requires_grad for output in outputs)
+        plain = tuple(output.detach() for output in outputs)  # one may be a leaf
         needed = [leaf for leaf, needs in zip(leaves, self.needs, strict=True) if needs]
         saved = Saved(packing, outputs, needed)
-        plain = tuple(output.detach() for output in outputs)
         return Run(plain, differentiable, others, tree, updated, saved)
 
     def backward(

@@ -217,12 +217,12 @@ def test_nothing_holds_a_call_that_is_over() -> None:
 
 
 class Halves(nn.Module):
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a * b if bool(a.sum() > b.sum()) else a + a * b
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return a * b if bool(a.sum() > b.sum()) else a + a * b, a
 
 
 class TwoViews(nn.Module):
-    """Gives a region two views of one tensor."""
+    """Gives a region two views of one tensor, and gets one back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,8 @@ class TwoViews(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Output:
         h = self.first(x)
-        return Output(self.last(self.mix(h[:, :2], h[:, 2:])).sum())
+        made, same = self.mix(h[:, :2], h[:, 2:])
+        return Output(self.last(made * same).sum())
 
 
 @pytest.mark.parametrize("n_stages", [1, 2])
