@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from ..effects.code import user_line
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
 from ..regions.operators import known_work
@@ -119,8 +120,23 @@ class _Reader:
             self.env[node] = self._placeholder(node, "tangent")
             self.env[node].meta["phase"] = Phase.BACKWARD
             self.tangent = self.env[node]
+        elif "Token" in type(desc).__name__:
+            raise CaptureError(self._ordered())
         elif node.users:
             raise CaptureError(f"the graph has an input that pipecompile does not know: {desc}")
+
+    def _ordered(self) -> str:
+        """Why operators with effects, such as checks of a result, are refused."""
+        for node in self.source.graph.nodes:
+            if str(node.target) == "with_effects":
+                line = user_line(node)
+                return (
+                    f"forward calls {node.args[1]}{f', {line}' if line else ''}, which checks or "
+                    "does something in an order that stages cannot keep: use a function without "
+                    "it (of torch.linalg those whose names end in _ex), or pass what it gives in "
+                    "with the batch"
+                )
+        return "forward calls an operator with effects, whose order stages cannot keep"
 
     def _state(self, node: fx.Node, target: str) -> fx.Node:
         name = self.skeleton.canonical.get(_fqn(target))

@@ -17,6 +17,15 @@ from ..effects.code import is_foreign
 from ..ir import checks
 
 _ONE_HOT: Any = torch.nn.functional.one_hot
+_INFORMED: dict[Callable[..., Any], tuple[Callable[..., Any], str]] = {
+    torch.linalg.cholesky: (torch.linalg.cholesky_ex, "a matrix is not positive definite"),
+    **dict.fromkeys(
+        (torch.linalg.inv, torch.inverse, torch.Tensor.inverse),
+        (torch.linalg.inv_ex, "a matrix is singular"),
+    ),
+    torch.linalg.solve: (torch.linalg.solve_ex, "a matrix is singular"),
+}
+"""Function -> the same, with a second result that is 0 for success, and what it is not."""
 _UNTRUE = "a check of the forward is untrue"
 
 
@@ -43,6 +52,11 @@ class Checks(TorchFunctionMode):
         if func is torch._assert_async:
             self._note(*args, **named)
             return None
+        if func in _INFORMED and "out" not in named:
+            informed, message = _INFORMED[func]
+            made, info = informed(*args, **named)
+            self._note((info == 0).all(), f"{informed.__name__}: {message}")
+            return made
         return func(*args, **named)
 
     def demanded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

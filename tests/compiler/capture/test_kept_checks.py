@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pipecompile
 import pytest
 import torch
-from pipecompile.errors import BatchError
+from pipecompile.errors import BatchError, CaptureError
 from support import jobs
 from torch import nn
 from torch.nn.functional import one_hot
@@ -36,6 +36,10 @@ def of_tensors(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def of_a_matrix(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return y * torch.linalg.cholesky(torch.diag(100.0 - labels) + y.square().mean()).sum()
+
+
 class Demanding(nn.Module):
     def __init__(self, check: Check) -> None:
         super().__init__()
@@ -48,7 +52,14 @@ class Demanding(nn.Module):
         return {"loss": y.square().mean(), "y": y}
 
 
-@pytest.mark.parametrize("check", [of_one_hot, of_the_batch, of_values, of_tensors])
+TOO_LARGE = r"a label is too large \(at .*test_kept_checks"
+MESSAGES = dict.fromkeys((of_the_batch, of_values, of_tensors), TOO_LARGE) | {
+    of_one_hot: "is out of range",
+    of_a_matrix: r"cholesky_ex: a matrix is not positive definite \(at .*test_kept_checks",
+}
+
+
+@pytest.mark.parametrize("check", list(MESSAGES))
 def test_checks_refuse_a_batch(check: Check) -> None:
     x, labels = torch.randn(4, CLASSES), torch.arange(4)
     wrong = labels.clone()
@@ -59,8 +70,7 @@ def test_checks_refuse_a_batch(check: Check) -> None:
     with pytest.raises(RuntimeError):
         model(x, wrong)
     for call in (pipe.step, pipe.evaluate, pipe.forward):
-        message = "is out of range" if check is of_one_hot else r"too large \(at .*test_kept_checks"
-        with pytest.raises(BatchError, match=message):
+        with pytest.raises(BatchError, match=MESSAGES[check]):
             call((x, wrong))
     for _ in range(2):
         losses = [model(*pair)["loss"] for pair in zip(x.chunk(2), labels.chunk(2), strict=True)]
@@ -81,3 +91,13 @@ def test_a_model_without_checks_has_no_more_operators() -> None:
     programs = [p for stage in pipe.programs.stages for p in stage.parts.values()]
     targets = [str(node.target) for program in programs for node in program.module.graph.nodes]
     assert not [target for target in targets if "pipecompile" in target]
+
+
+def test_operators_with_other_checks_are_refused_with_their_line() -> None:
+    def check(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return y + torch.linalg.eigvals(y.T @ y).real
+
+    message = r"_linalg_check_errors.*, at .*test_kept_checks\.py:\d+ "
+    with pytest.raises(CaptureError, match=message):
+        batch = torch.randn(4, CLASSES), torch.arange(4)
+        pipecompile.compile(Demanding(check), 1, microbatches=1, example_batch=batch)
