@@ -97,7 +97,7 @@ def test_operators_with_other_checks_are_refused_with_their_line() -> None:
     def check(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return y + torch.linalg.eigvals(y.T @ y).real
 
+    batch = torch.randn(4, CLASSES), torch.arange(4)
     message = r"_linalg_check_errors.*, at .*test_kept_checks\.py:\d+ "
     with pytest.raises(CaptureError, match=message):
-        batch = torch.randn(4, CLASSES), torch.arange(4)
         pipecompile.compile(Demanding(check), 1, microbatches=1, example_batch=batch)
