@@ -6,13 +6,14 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow mutants lint bench predictions planner-table \
+.PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
 	@echo "make test              the tests that take minutes"
 	@echo "make test-slow         all tests but the timings"
+	@echo "make test-torch        the same as make test, with another torch: TORCH=2.11.0"
 	@echo "make mutants           do the tests find faults that are planted? 15 minutes"
 	@echo "make lint              ruff and mypy"
 	@echo "make bench             the timings"
@@ -32,6 +33,19 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"
+
+# An environment of its own for each torch. The tests are those that take minutes.
+test-torch:
+	@test -n "$(TORCH)" || { echo "say which: make test-torch TORCH=2.11.0"; exit 2; }
+	test -e .venv-torch/$(TORCH)/ready || $(MAKE) --no-print-directory .venv-torch/$(TORCH)/ready
+	.venv-torch/$(TORCH)/bin/pytest -n 2 --dist loadgroup --durations=20
+
+.venv-torch/%/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-torch/$*
+	echo "torch==$*" > .venv-torch/$*/constraints.txt
+	.venv-torch/$*/bin/python -m pip install -qq torch==$*
+	.venv-torch/$*/bin/python -m pip install -qq -c .venv-torch/$*/constraints.txt -e '.[dev]'
+	touch $@
 
 mutants: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m mutants.run
@@ -75,5 +89,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-torch build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
