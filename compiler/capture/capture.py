@@ -205,22 +205,21 @@ def _is_of_capture(error: PipecompileError) -> bool:
 def _tell(regions: Regions, before: Collection[str]) -> None:
     """Warn of parts that were not asked for."""
     new = {pattern: why for pattern, why in regions.patterns.items() if pattern not in before}
-    if new:
-        names = list(new)
-        warnings.warn(
-            f"what cannot be traced runs eagerly, each call as one node on one stage: "
-            f"{', '.join(names)}; eager_modules={names} finds it sooner, and says nothing "
-            f"({next(iter(new.values()))})",
-            stacklevel=2,
+    if not new:
+        return
+    text = (
+        f"what cannot be traced runs eagerly, each call as one node on one stage: "
+        f"{', '.join(new)}; eager_modules={list(new)} finds it sooner, and says nothing "
+        f"({next(iter(new.values()))})"
+    )
+    if regions.cacheless:
+        text += (
+            ". It has no part in a cache, so the pipeline runs with use_cache=False, with which "
+            "transformers takes position_ids that restart for packed sequences: set "
+            "model.config.use_cache = False to have that on one device too, or give an "
+            "attention_mask"
         )
-    if new and regions.cacheless:
-        warnings.warn(
-            "they are given a cache, which is none between calls, so the pipeline runs with "
-            "use_cache=False; without a cache transformers takes position_ids that restart for "
-            "packed sequences: set model.config.use_cache = False to have that on one device too, "
-            "or give an attention_mask",
-            stacklevel=2,
-        )
+    warnings.warn(text, stacklevel=2)
 
 
 def _differentiated(

@@ -15,7 +15,7 @@ from ..ir.errors import CaptureError, OptionError, RegionError
 from ..tensors.pytree import tree_flatten
 from .operators import run
 from .site import Site, enter
-from .trial import tried
+from .trial import is_cache, tried
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -156,7 +156,7 @@ class Regions:
                     f"module {name!r} cannot run eagerly inside a graph: it is given a "
                     f"{type(leaf).__name__}",
                     name,
-                    cache=hasattr(leaf, "get_seq_length"),
+                    cache=is_cache(leaf),
                 )
         needs = torch.is_grad_enabled()
         kinds = {tensor.device.type for tensor in operands.values()}

@@ -97,16 +97,25 @@ def _check_alike(site: Site, run: Run, again: Run) -> None:
     shapes, others = [[(t.shape, t.dtype) for t in each.outputs] for each in (run, again)]
     if shapes != others or run.tree != again.tree:
         raise _refused(site, "the shapes of its results depend on data")
-    if any(not _is_plain(value) for value in run.others.values()) or run.others != again.others:
-        raise _refused(site, "it returns Python values that depend on data, or objects")
+    odd = next((value for value in run.others.values() if not _is_plain(value)), None)
+    if odd is not None:
+        raise _refused(site, f"it returns a {type(odd).__name__}", is_cache(odd))
+    if run.others != again.others:
+        raise _refused(site, "it returns Python values that depend on data")
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
-def _refused(site: Site, why: str) -> RegionError:
-    return RegionError(f"module {site.path!r} cannot run eagerly inside a graph: {why}")
+def is_cache(value: object) -> bool:
+    """Whether it is a cache of keys and values of transformers'."""
+    return hasattr(value, "get_seq_length")
+
+
+def _refused(site: Site, why: str, cache: bool = False) -> RegionError:
+    text = f"module {site.path!r} cannot run eagerly inside a graph: {why}"
+    return RegionError(text, cache=cache)
 
 
 def _attributes(site: Site) -> dict[str, Any]:

@@ -82,6 +82,20 @@ class Choosing(nn.Module):
         return x + kept.sum() * self.head.weight.mean() + (x + x * 0.1).relu()
 
 
+class Dropping(nn.Module):
+    """Leaves layers out by chance, whose parameters then get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) > 0.5:
+                x = x + layer(x).tanh()
+        return x
+
+
 class Net(nn.Module):
     def __init__(self, kind: str, count: int = 6) -> None:
         super().__init__()
@@ -92,6 +106,7 @@ class Net(nn.Module):
             "experts": lambda: Experts(count),
             "counting": Counting,
             "choosing": lambda: Choosing(self.head),
+            "dropping": Dropping,
         }
         self.layers = nn.ModuleList(make[kind]() for _ in range(3))
         self.kind = kind
@@ -184,13 +199,14 @@ def test_in_more_processes(gang: Callable[[int], Gang], zero: int) -> None:
 
 
 @pytest.mark.parametrize("n_stages", quickly([2], [1, 2]))
-def test_what_a_region_draws_is_the_same_in_any_division(n_stages: int) -> None:
-    one = trained("choosing", 1, 1, seed=3)[0]
-    other = trained("choosing", 2, 1, seed=3, remat="full")[0]
+@pytest.mark.parametrize("kind", ["choosing", "dropping"])
+def test_what_a_region_draws_is_the_same_in_any_division(kind: str, n_stages: int) -> None:
+    one = trained(kind, 1, 1, seed=3)[0]
+    other = trained(kind, 2, 1, seed=3, remat="full")[0]
     assert all(map(torch.equal, one.losses, other.losses))
     assert plain.equal(one.params, other.params)
     pipe = pipecompile.compile(
-        Net("choosing"), n_stages, optimizer=ADAMW, microbatches=2, verify=2, max_grad_norm=0.1
+        Net(kind), n_stages, optimizer=ADAMW, microbatches=2, verify=2, max_grad_norm=0.1
     )
     for batch in batches(4):
         pipe.step(batch)
