@@ -28,6 +28,7 @@ from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
 from .calling import Call, LossFn, find_loss
+from .constants import told_constants
 from .kept_checks import Checks
 from .skeleton import tracking_modules
 from .tracing import (
@@ -111,6 +112,7 @@ class Traced(nn.Module):
             replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
+            told_constants() if self.denied == UNTRACED[0] else contextlib.nullcontext(),
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,
@@ -181,6 +183,7 @@ def _exported(
             raise explain(error, name, where(), given=given) from error
     restore_functions(traced, calls)
     drop_metadata_checks(traced)
+    traced.meta["as_untraced"] = function.denied == UNTRACED[0]
     return traced, results[-1]
 
 

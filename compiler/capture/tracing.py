@@ -115,10 +115,27 @@ def sources_of(
     return of_arguments, of_model
 
 
-def _node_of(tensor: torch.Tensor) -> fx.Node | None:
+def traced_as(tensor: torch.Tensor) -> tuple[fx.Node | None, Any]:
+    """The node of a tensor that is being traced, and the module with the graph's constants."""
     mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    node = getattr(None if mode is None else mode.tracer.unwrap_proxy(tensor), "node", None)
-    return node if isinstance(node, fx.Node) else None
+    if mode is None:
+        return None, None
+    node = getattr(mode.tracer.unwrap_proxy(tensor), "node", None)
+    return (node if isinstance(node, fx.Node) else None), mode.tracer.root
+
+
+def _node_of(tensor: torch.Tensor) -> fx.Node | None:
+    return traced_as(tensor)[0]
+
+
+@contextlib.contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """What is called inside is not taken for a part of the graph."""
+    key = torch._C.DispatchKey.PreDispatch
+    include = torch._C._dispatch_tls_local_include_set().remove(key)
+    exclude = torch._C._dispatch_tls_local_exclude_set() | torch._C.DispatchKeySet(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        yield
 
 
 @contextlib.contextmanager
@@ -178,10 +195,7 @@ def _hold_place(
                 stack.enter_context(torch.autocast(kind, dtype))
             return apply.__get__(None, cls)(*again, **named)
 
-    key = torch._C.DispatchKey.PreDispatch
-    include = torch._C._dispatch_tls_local_include_set().remove(key)
-    exclude = torch._C._dispatch_tls_local_exclude_set() | torch._C.DispatchKeySet(key)
-    with torch._C._ForceDispatchKeyGuard(include, exclude):
+    with outside_of_tracing():
         output = call(*inputs)
     calls.append(call)
     proxies = [mode.tracer.unwrap_proxy(tensor) for tensor in inputs]

@@ -22,7 +22,7 @@ from ..tensors.fakes import is_fake
 Originals = Mapping[str, "ref[torch.Tensor]"]
 """First name of each tensor in the user's own model that has values."""
 
-_NUMBERS = {
+NUMBERS = {
     getattr(torch.Tensor, name)
     for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__")
 }
@@ -82,7 +82,7 @@ class Reading(TorchFunctionMode):
         for tensor in _tensors((args, kwargs or {})):
             if _has_values(tensor):
                 self.found.setdefault(id(tensor), (self.by, tensor, _version(tensor)))
-                if func in _NUMBERS:
+                if func in NUMBERS:
                     self.numbers.add(id(tensor))
         return func(*args, **(kwargs or {}))
 

@@ -1,6 +1,6 @@
 """Attention as transformers runs it when nobody traces it.
 
-While it is traced, transformers cannot look at its masks. It then builds a causal mask of
+Told that it is traced, transformers does not look at its masks. It then builds a causal mask of
 (batch, 1, seq, seq) where it would set a flag, builds a mask of nothing but ones where it would
 pass none, and repeats key and value heads where it would leave grouping to the kernel. Here the
 mask can be looked at, if it is a constant: what untraced code would have done is restored.
@@ -38,6 +38,8 @@ class _Mask(Enum):
 def restore_attention(module: fx.GraphModule, leaves: Sequence[torch.Tensor] = ()) -> str:
     """Rewrite the attention calls whose mask is a constant; returns a note."""
     del leaves  # shapes are in the graph
+    if module.meta.get("as_untraced"):
+        return ""  # masks are there because the model wants them
     kinds: dict[fx.Node, _Mask] = {}
     changed = 0
     for node in module.graph.find_nodes(op="call_function", target=_ATTENTION):

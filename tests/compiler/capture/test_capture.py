@@ -260,6 +260,16 @@ class Copying(Layers):
         return y * kept[1].cos()
 
 
+class Deciding(Layers):
+    """Asks for values that no call changes."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(4, 4, dtype=torch.bool).tril()
+        if seen[-1].all() and not seen.all() and seen.sum().item() == 10:
+            y = y.sin() * int(torch.arange(3).max())
+        return y * len(torch.tensor([1, 2]).tolist())
+
+
 class Wrong(Layers):
     """Takes a branch that fails where it is told; the other one cannot be traced."""
 
@@ -269,7 +279,7 @@ class Wrong(Layers):
         return y if y.sum() > 0 else -y
 
 
-@pytest.mark.parametrize("kind", [Asking, Checking, Picky, Copying])
+@pytest.mark.parametrize("kind", [Asking, Checking, Picky, Copying, Deciding])
 def test_a_model_hardly_knows_that_it_is_traced(kind: Callable[[], nn.Module]) -> None:
     model, pipe = kind(), pipecompile.compile(kind(), 2, microbatches=2)
     loss = torch.stack([model(x) for x in X.chunk(2)]).mean()

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture import capture
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.capture.tracing import UNTRACED
 from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
@@ -75,6 +77,13 @@ def test_placement_must_rise_forward_and_fall_backward() -> None:
         verify_placement(graph, stage)
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that cannot be traced otherwise are told that they are compiled."""
+    monkeypatch.setattr(capture, "UNTRACED", UNTRACED[1:])
+
+
+@pytest.mark.usefixtures("told")
 def test_constant_causal_masks_become_a_flag() -> None:
     """Without a cache, transformers looks for packed sequences, and so builds a mask."""
     spec = batches.flatten(models.tokens(2))[1]
@@ -89,6 +98,19 @@ def test_constant_causal_masks_become_a_flag() -> None:
     assert all(node.args[4] is True and "attn_mask" not in node.kwargs for node in kernels)
 
 
+def test_masks_that_the_untraced_model_builds_stay() -> None:
+    """A constant is looked at while the model is traced: what it builds all the same, it wants."""
+    assert attention_with("causal", TRANSFORMERS) == [None, 0.0, True]
+    assert attention_with("causal", TRANSFORMERS, as_untraced=True) == ["mask"]
+    spec = batches.flatten(models.tokens(2))[1]
+    skeleton = skeleton_of(models.gpt2(use_cache=False), DEVICE)
+    graph = capture_training(skeleton, spec, None, DEVICE).graph
+    assert not calls(graph, "cumsum")
+    kernels = calls(graph, "flash_attention_for_cpu.default")
+    assert all(node.args[4] is True for node in kernels)
+
+
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize(("widest", "heads"), [(256, 2), (8, 2), (7, 4)])
 def test_repeated_heads_become_grouped_attention(
     monkeypatch: pytest.MonkeyPatch, widest: int, heads: int
@@ -124,7 +146,7 @@ def test_masks_made_from_the_batch_stay() -> None:
     assert all("attn_mask" in node.kwargs for node in kernels)
 
 
-def attention_with(kind: str, line: str) -> list[Any]:
+def attention_with(kind: str, line: str, as_untraced: bool = False) -> list[Any]:
     """What an attention call has for a mask and a flag after the pass."""
 
     class Model(nn.Module):
@@ -143,6 +165,7 @@ def attention_with(kind: str, line: str) -> list[Any]:
     traced = torch.export.export(Model(), (torch.ones(1, 2, 3, 4),)).module(check_guards=False)
     for node in traced.graph.nodes:
         node.meta["stack_trace"] = f'File "model.py", line 1, in forward\n    {line}'
+    traced.meta["as_untraced"] = as_untraced
     restore_attention(traced)
     target = torch.ops.aten.scaled_dot_product_attention.default
     (call,) = traced.graph.find_nodes(op="call_function", target=target)
