@@ -17,7 +17,6 @@ import torch
 from torch import fx, nn
 
 from ..effects.chance import drawing
-from ..effects.code import is_foreign
 from ..effects.next_call import Left, check_next_calls
 from ..effects.outside import Reading
 from ..effects.replaced import replaced_buffers
@@ -107,7 +106,7 @@ class Traced(nn.Module):
         args, kwargs = self.call.arguments(batch)
         others = () if self.loss_fn is None else (self.loss_fn,)  # a module is watched as one
         with (
-            drawing(is_foreign) as drawn,
+            drawing() as drawn,
             watching(self.whole, others) as watched,
             replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches(self.denied),

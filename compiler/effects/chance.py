@@ -20,6 +20,8 @@ from unittest import mock
 
 import numpy as np
 
+from .code import is_foreign
+
 _CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns")
 _UNIFORM = ("random", "random_sample", "ranf", "sample", "rand", "uniform")  # of numpy
 _SECONDS = 1_000_000
@@ -35,13 +37,9 @@ FRACTIONS = (0.0, 1.0 - 2.0**-53)
 
 
 @contextmanager
-def drawing(is_foreign: Callable[[str], bool]) -> Iterator[set[str]]:
+def drawing() -> Iterator[set[str]]:
     """A forward inside; afterwards the generators are as they were, and what is yielded names what
-    forward has read.
-
-    Args:
-        is_foreign: whether a file is no user's.
-    """
+    forward has read."""
     read: set[str] = set()
 
     def noting(name: str) -> Callable[[], Any]:
@@ -83,7 +81,7 @@ class Asked:
 
 
 @contextmanager
-def drawn_as(fraction: float, is_foreign: Callable[[str], bool]) -> Iterator[Asked]:
+def drawn_as(fraction: float) -> Iterator[Asked]:
     """Inside, ``random`` and ``numpy.random`` give this thread values at this fraction of what they
     may give, and clocks are elsewhere."""
     asked = Asked()

@@ -1,8 +1,10 @@
-"""Whose code a file is, and which line of the user's made a node."""
+"""Whose code it is, the user's or that of libraries in which nobody looks for its mistakes, and which
+line of it made a node."""
 
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from functools import cache
 from itertools import pairwise
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+_MODULES = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "pipecompile"}
 _FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
@@ -34,3 +37,8 @@ def user_line(node: fx.Node) -> str:
         if match and not is_foreign(match[1]):
             found = f"at {match[1]}:{match[2]} ({text.strip()})"
     return found
+
+
+def is_foreign_module(name: str) -> bool:
+    """Whether a module is torch's, NumPy's, Python's own, or pipecompile's."""
+    return name.split(".")[0] in _MODULES

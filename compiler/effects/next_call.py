@@ -23,7 +23,7 @@ from ..ir.errors import CaptureError
 from ..ir.graph import describe
 from ..tensors.fakes import is_fake
 from .chance import FRACTIONS, drawn_as
-from .code import is_foreign, user_line
+from .code import user_line
 from .world import Watched, left_by
 
 FAR = 1_000_000  # calls later
@@ -200,7 +200,7 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
 def _check_draws(first: str, drawn: set[str], export: Export) -> None:
     asked: list[str] = []
     for fraction in FRACTIONS:
-        with drawn_as(fraction, is_foreign) as found:
+        with drawn_as(fraction) as found:
             try:
                 traced, results = export()
             except CaptureError:

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from ..tensors.fakes import is_fake
+from .code import is_foreign_module
 
 MOST = 20_000  # containers that are watched
 CALLED = 500  # functions and classes whose code is looked into, nearest first
 LONG = 1_000  # of longer ones the items are not looked into
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _WATCHED = (dict, OrderedDict, defaultdict, Counter, list, set, deque)  # and no classes of others
-_FOREIGN = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "pipecompile"}
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _globals(parts: Sequence[nn.Module], others: Sequence[Any]) -> Iterator[tupl
     named: dict[int, Names] = {}
     methods: dict[str, list[Any]] = defaultdict(list)
     for kind in dict.fromkeys(kind for part in parts for kind in type(part).__mro__):
-        if not _is_foreign(kind.__module__):
+        if not is_foreign_module(kind.__module__):
             yield kind.__qualname__, kind
             for name, value in vars(kind).items():
                 methods[name].append(value)
@@ -311,7 +311,7 @@ def _globals(parts: Sequence[nn.Module], others: Sequence[Any]) -> Iterator[tupl
     while pending and len(seen) < CALLED:
         value = inspect.unwrap(pending.popleft())
         value = getattr(value, "__func__", getattr(value, "fget", value))
-        if id(value) in seen or _is_foreign(getattr(value, "__module__", None) or ""):
+        if id(value) in seen or is_foreign_module(getattr(value, "__module__", None) or ""):
             continue
         seen.add(id(value))
         if isinstance(value, type):
@@ -329,7 +329,8 @@ def _globals(parts: Sequence[nn.Module], others: Sequence[Any]) -> Iterator[tupl
                 pending += methods.pop(name, ())
                 for space in spaces:
                     found = space.get(name)
-                    if isinstance(found, types.ModuleType) and not _is_foreign(found.__name__):
+                    module = found.__name__ if isinstance(found, types.ModuleType) else ""
+                    if module and not is_foreign_module(module):
                         spaces.append(vars(found))
                     elif callable(found):
                         pending.append(found)
@@ -360,23 +361,19 @@ def _container(value: Any) -> Any:
     if isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
         return Stream(value)
     if isinstance(value, type):
-        return None if _is_foreign(value.__module__) else value
+        return None if is_foreign_module(value.__module__) else value
     opaque = isinstance(value, (*_PLAIN, torch.Tensor, nn.Module, types.ModuleType)) or callable(
         value
     )
-    if opaque or _is_foreign(type(value).__module__):
+    if opaque or is_foreign_module(type(value).__module__):
         return None
     return getattr(value, "__dict__", None)
-
-
-def _is_foreign(module: str) -> bool:
-    return module.split(".")[0] in _FOREIGN
 
 
 def _caches() -> Iterator[Any]:
     """The functions with `functools.lru_cache` in all modules but torch's and Python's own."""
     for name, module in list(sys.modules.items()):
-        if _is_foreign(name) or not isinstance(module, types.ModuleType):
+        if is_foreign_module(name) or not isinstance(module, types.ModuleType):
             continue
         for value in list(vars(module).values()):
             if isinstance(value, functools._lru_cache_wrapper):
