@@ -1,5 +1,4 @@
-"""Whose code it is, the user's or that of libraries in which nobody looks for its mistakes, and which
-line of it made a node."""
+"""Whose code it is, the user's or a library's, and which line of the user's made a node."""
 
 from __future__ import annotations
 

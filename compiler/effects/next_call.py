@@ -21,6 +21,7 @@ from torch import fx
 
 from ..ir.errors import CaptureError
 from ..ir.graph import describe
+from ..tensors.digest import digest
 from ..tensors.fakes import is_fake
 from .chance import FRACTIONS, drawn_as
 from .code import user_line
@@ -242,14 +243,9 @@ def _text(traced: fx.GraphModule) -> str:
                 target = getattr(node.target, "__name__", node.target)
                 lines.append(f"{node} {target} {node.args} {node.kwargs} {describe(node)}")
     for name, value in _constants(traced):
-        lines.append(f"{name} {'fake' if is_fake(value) else _hash(value)}")
+        lines.append(f"{name} {'fake' if is_fake(value) else digest(value)}")
     return "\n".join(lines)
 
 
 def _is_real(value: object) -> bool:
     return isinstance(value, torch.Tensor) and not is_fake(value)
-
-
-def _hash(value: torch.Tensor) -> int:
-    data: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hash(data.tobytes())

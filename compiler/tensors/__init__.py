@@ -1,1 +1,1 @@
-"""Tensors apart from graphs: without data, and in structures."""
+"""Tensors apart from graphs: without data, in structures, and as digests."""

@@ -20,8 +20,8 @@ from ...compiler.ir.errors import (
     RankMismatchError,
 )
 from ...compiler.options.options import CompileOptions
+from ...compiler.tensors.digest import digest, sample
 from ...compiler.tensors.fakes import is_fake
-from .digest import digest, sample
 from .mesh import Mesh
 
 T = TypeVar("T")
