@@ -14,6 +14,7 @@ from ..effects.outside import Read, constants_of
 from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError, RegionError
 from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
+from ..tracing.kept import UNTRACED
 from .batch import BatchSpec
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind
@@ -22,7 +23,6 @@ from .joint import differentiated
 from .outputs import Output, outputs_of
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
-from .tracing import UNTRACED
 
 ForwardPass = Callable[[fx.GraphModule, Sequence[torch.Tensor]], str]
 """Rewrites an exported forward graph in place, given its arguments (fake); returns a note on what

@@ -23,14 +23,8 @@ from ..effects.replaced import replaced_buffers
 from ..effects.world import watching
 from ..ir.errors import CaptureError, LossError
 from ..regions.regions import Regions
-from . import batch as batches
-from .batch import BatchSpec
-from .blame import explain
-from .calling import Call, LossFn, find_loss
-from .constants import told_constants
-from .kept_checks import Checks
-from .skeleton import tracking_modules
-from .tracing import (
+from ..tracing.constants import told_constants
+from ..tracing.kept import (
     UNTRACED,
     copied_tensors,
     drop_metadata_checks,
@@ -42,6 +36,12 @@ from .tracing import (
     sources_of,
     untraced_branches,
 )
+from ..tracing.kept_checks import Checks
+from . import batch as batches
+from .batch import BatchSpec
+from .blame import explain
+from .calling import Call, LossFn, find_loss
+from .skeleton import tracking_modules
 from .whole import model_of
 
 

@@ -13,7 +13,6 @@ from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture import capture
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
-from pipecompile.compiler.capture.tracing import UNTRACED
 from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
@@ -21,6 +20,7 @@ from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.planning import units
 from pipecompile.compiler.planning.units import crossing_bytes, units_of
 from pipecompile.compiler.tensors.fakes import weightless
+from pipecompile.compiler.tracing.kept import UNTRACED
 from pipecompile.passes.graph import attention
 from pipecompile.passes.graph.attention import restore_attention
 from pipecompile.passes.graph.joins import copy_where_nothing_is_joined

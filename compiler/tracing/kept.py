@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import track_tensor_tree
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..ir.errors import CaptureError
-from . import batch as batches
+from ..tensors.pytree import tree_flatten, tree_unflatten
 
 Call = Callable[..., Any]
 _dispatch_mode = cast(Call, _get_dispatch_mode_pre_dispatch)
@@ -175,7 +175,7 @@ def _hold_place(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run a Function on fake tensors, and leave one node for it in the graph."""
-    leaves, rebuild = batches.flatten_arguments((args, kwargs))
+    leaves, tree = tree_flatten((args, kwargs))
     opaque = [x for x in leaves if callable(x) and not isinstance(x, (type, torch.Tensor))]
     if opaque:
         raise CaptureError(
@@ -189,7 +189,7 @@ def _hold_place(
     def call(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
         whole = [next(given) if isinstance(x, torch.Tensor) else x for x in leaves]
-        again, named = rebuild(whole)
+        again, named = tree_unflatten(whole, tree)
         with contextlib.ExitStack() as stack:
             for kind, dtype in regions.items():
                 stack.enter_context(torch.autocast(kind, dtype))

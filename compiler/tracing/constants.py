@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..effects.outside import NUMBERS
 from ..ir.graph import is_getitem, is_operator, is_random
 from ..tensors.fakes import is_fake
-from .tracing import outside_of_tracing, traced_as
+from .kept import outside_of_tracing, traced_as
 
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed to look at
 

@@ -1,0 +1,1 @@
+"""What torch.export would change about a model, or leave out, kept while it traces."""
