@@ -30,8 +30,9 @@ _ADVICE = {
 }
 
 
-def data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
-    """Module and source line of the first operator with a result that only data can tell."""
+def data_dependent(traced: fx.GraphModule, error: Exception) -> tuple[str, str]:
+    """Module and source line of the first operator with a result, or a derivative, that only data
+    can tell."""
     for node in traced.graph.nodes:
         value = node.meta.get("val")
         sizes = [n for t in tensors(value) for n in t.shape]
@@ -39,7 +40,19 @@ def data_dependent(traced: fx.GraphModule) -> tuple[str, str]:
             isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (value, *sizes)
         ):
             return module_path(node).removeprefix("model").removeprefix("."), user_line(node)
+    in_derivative = type(error).__name__ == "DynamicOutputShapeException"
+    for node in filter(_selects, traced.graph.nodes if in_derivative else ()):
+        return module_path(node).removeprefix("model").removeprefix("."), user_line(node)
     return "", ""
+
+
+def _selects(node: fx.Node) -> bool:
+    """Whether elements are chosen by a mask, as the derivative does then, too."""
+    chosen = node.args[1] if "aten.index" in str(node.target) and len(node.args) > 1 else ()
+    return isinstance(chosen, (list, tuple)) and any(
+        isinstance(each, fx.Node) and tensors(each.meta.get("val"))[0].dtype is torch.bool
+        for each in chosen
+    )
 
 
 def explain(

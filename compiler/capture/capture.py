@@ -233,7 +233,7 @@ def _differentiated(
         raise
     except Exception as error:
         name = type(skeleton.model).__name__
-        raise explain(error, name, *data_dependent(traced)) from error
+        raise explain(error, name, *data_dependent(traced, error)) from error
     read = {name for name, node in graph.buffers.items() if node.users}
     skeleton.attributes.met(read, results.lost)
     outside = constants_of(

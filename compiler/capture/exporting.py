@@ -26,6 +26,7 @@ from ..regions.regions import Regions
 from ..tracing.constants import told_constants
 from ..tracing.kept import (
     UNTRACED,
+    ParameterData,
     copied_tensors,
     drop_metadata_checks,
     kept_functions,
@@ -111,6 +112,7 @@ class Traced(nn.Module):
             replaced_buffers(self.whole, self.attributes) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
+            ParameterData(self.whole.parameters()),
             told_constants() if self.denied == UNTRACED[0] else contextlib.nullcontext(),
             Checks() as checks,
             checks.of_tensors(),

@@ -112,6 +112,8 @@ class _Reader:
             self.inputs[desc.idx] = self.env[node]
         elif isinstance(desc, TangentAOTInput):
             if isinstance(desc.output, InputMutationAOTOutput):
+                if isinstance(desc.output.mutated_input, ParamAOTInput):
+                    raise _changes_parameter(desc.output.mutated_input.target)
                 mutated = getattr(desc.output.mutated_input, "target", "a leaf of the batch")
                 raise CaptureError(
                     f"forward changes {_fqn(mutated)!r} in place, and it needs a "
@@ -206,11 +208,7 @@ class _Reader:
             elif isinstance(desc, InputMutationAOTOutput):
                 mutated = desc.mutated_input
                 if isinstance(mutated, ParamAOTInput):
-                    mode = "" if torch.is_grad_enabled() else "in evaluation, "
-                    raise CaptureError(
-                        f"{mode}forward changes parameter {_fqn(mutated.target)!r} in "
-                        "place: do it after the optimizer's step, or make it a buffer"
-                    )
+                    raise _changes_parameter(mutated.target)
                 if isinstance(mutated, BufferAOTInput):
                     joint.mutations[self.skeleton.canonical[_fqn(mutated.target)]] = node
         ordered = tuple(results[i] for i in sorted(results))
@@ -234,6 +232,14 @@ class _Reader:
             node.target = torch.ops.aten.add.Tensor
             node.meta = dict(summand.meta)
         joint.grads[name] = node
+
+
+def _changes_parameter(target: str) -> CaptureError:
+    mode = "" if torch.is_grad_enabled() else "in evaluation, "
+    return CaptureError(
+        f"{mode}forward changes parameter {_fqn(target)!r} in place: do it after the optimizer's "
+        "step, compute a new tensor, or make it a buffer"
+    )
 
 
 def _fqn(target: str) -> str:

@@ -157,6 +157,21 @@ class Through(torch.autograd.Function):
         return None, grads[0]
 
 
+class Clamping(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        self.second.weight.data.clamp_(-0.1, 0.1)
+        return y
+
+
+class Filling(Layers):
+    """The derivative of what is filled in has as many rows as were filled."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        y = y.clone()
+        y[y[:, 0] > 0] = self.first.bias
+        return y
+
+
 def with_parameter_hook() -> nn.Module:
     model = Caching()
     model.first.weight.register_hook(lambda grad: grad * 2)
@@ -173,6 +188,8 @@ def with_module_hook() -> nn.Module:
     ("model", "message"),
     [
         (Hooking, "Tensor.register_hook.*torch.autograd.Function"),
+        (Clamping, "changes parameter 'second.weight' in place: do it after the optimizer's step"),
+        (Filling, r"test_capture\.py:\d+ .*use masks of a fixed shape"),
         (Detaching, "forward changes .*'first.weight' in place"),
         (Holding, "Through.apply is given a Linear"),
         (with_parameter_hook, "'first.weight' has a gradient hook"),
@@ -270,6 +287,11 @@ class Deciding(Layers):
         return y * len(torch.tensor([1, 2]).tolist())
 
 
+class Reading(Layers):
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        return y * self.second.weight.data.norm()
+
+
 class Wrong(Layers):
     """Takes a branch that fails where it is told; the other one cannot be traced."""
 
@@ -279,7 +301,7 @@ class Wrong(Layers):
         return y if y.sum() > 0 else -y
 
 
-@pytest.mark.parametrize("kind", [Asking, Checking, Picky, Copying, Deciding])
+@pytest.mark.parametrize("kind", [Asking, Checking, Picky, Copying, Deciding, Reading])
 def test_a_model_hardly_knows_that_it_is_traced(kind: Callable[[], nn.Module]) -> None:
     model, pipe = kind(), pipecompile.compile(kind(), 2, microbatches=2)
     loss = torch.stack([model(x) for x in X.chunk(2)]).mean()
