@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..ir.errors import BatchError
+from ..tensors.facts import described
 from ..tensors.pytree import (
     TreeSpec,
     tree_flatten,
@@ -34,7 +35,7 @@ class Leaf:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{self.name}: {described(self.shape, self.dtype)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..ir.errors import BatchError, CaptureError, OptionError
 from ..ir.graph import JointGraph, Phase, module_of, tensors
 from ..ir.precision import REDUCED
+from ..tensors.facts import short_name
 from ..tensors.fakes import FakeTensor
 from .batch import BatchSpec
 from .whole import with_loss
@@ -155,12 +156,13 @@ def check_operands(graph: JointGraph, spec: BatchSpec) -> None:
         for leaf in (spec.leaves[i] for i in sorted(_leaves(graph, node))):
             if leaf.dtype in odd:
                 raise BatchError(
-                    f"the batch's {leaf.name!r} is {_short(leaf.dtype)}, and {_module(node)} "
-                    f"computes with {_short(expected)}: give it .to({expected})"
+                    f"the batch's {leaf.name!r} is {short_name(leaf.dtype)}, and {_module(node)} "
+                    f"computes with {short_name(expected)}: give it .to({expected})"
                 )
+        given = ", ".join(sorted(map(short_name, odd)))
         raise CaptureError(
-            f"{_module(node)} gives {node.target} {', '.join(sorted(map(_short, odd)))} where it "
-            f"takes {_short(expected)}: convert it with .to()"
+            f"{_module(node)} gives {node.target} {given} where it takes {short_name(expected)}: "
+            "convert it with .to()"
         )
 
 
@@ -207,7 +209,3 @@ def _leaves(graph: JointGraph, node: fx.Node) -> set[int]:
 def _module(node: fx.Node) -> str:
     name = module_of(node)
     return f"module {name!r}" if name else "the model itself"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

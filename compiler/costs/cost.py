@@ -18,6 +18,7 @@ from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from ..ir.region import Kernel
 from ..ir.region import work_of as region_work
+from ..tensors.facts import short_name
 from .hardware import Device
 
 
@@ -88,7 +89,7 @@ def _work(node: fx.Node) -> _Work:
         work = _Work(node.args, value, 0, 0, "")
     else:
         sources = [t for n in node.all_input_nodes for t in tensors(n.meta.get("val"))]
-        dtype = str(sources[0].dtype).removeprefix("torch.") if sources else ""
+        dtype = short_name(sources[0].dtype) if sources else ""
         work = _Work(node.args, value, _flops(node), _moved_bytes(node), dtype)
     node.meta["work"] = work
     return work

@@ -21,7 +21,7 @@ from torch import fx
 
 from ..ir.errors import CaptureError
 from ..ir.graph import describe
-from ..tensors.digest import digest
+from ..tensors.facts import digest
 from ..tensors.fakes import is_fake
 from .chance import FRACTIONS, drawn_as
 from .code import user_line

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CaptureError
+from ..tensors.facts import described, memory_of
 from ..tensors.fakes import is_fake
 
 Originals = Mapping[str, "ref[torch.Tensor]"]
@@ -47,11 +48,14 @@ class Read:
     version: int
     numbers: bool
 
+    def __str__(self) -> str:
+        return described(self.tensor.shape, self.tensor.dtype)
+
     def check(self) -> None:
         """Raises CaptureError if it has been changed since."""
         if _version(self.tensor) != self.version:
             raise CaptureError(
-                f"{self.by} reads {_described(self.tensor)} that is none of the model's and that "
+                f"{self.by} reads a tensor of {self} that is none of the model's and that "
                 "has been changed in place since it was compiled, which the compiled graph would "
                 "not follow: pass it in with the batch"
             )
@@ -92,7 +96,7 @@ class Reading(TorchFunctionMode):
         return [
             Read(by, tensor.detach(), tensor.requires_grad, version, key in self.numbers)
             for key, (by, tensor, version) in self.found.items()
-            if _memory(tensor) is not None
+            if memory_of(tensor) is not None
         ]
 
 
@@ -120,12 +124,12 @@ def constants_of(
     Raises:
         CaptureError: one of them is no constant.
     """
-    memories = {_memory(tensor) for tensor in constants}
-    found = tuple(each for each in read if each.numbers or _memory(each.tensor) in memories)
+    memories = {memory_of(tensor) for tensor in constants}
+    found = tuple(each for each in read if each.numbers or memory_of(each.tensor) in memories)
     held = [(n, tensor) for n, each in originals.items() if (tensor := each()) is not None]
-    names = {_memory(t): (n, t) for n, t in reversed(held)}
+    names = {memory_of(t): (n, t) for n, t in reversed(held)}
     for each in found:
-        name, original = names.get(_memory(each.tensor), ("", None))
+        name, original = names.get(memory_of(each.tensor), ("", None))
         trained = isinstance(original, nn.Parameter)
         if name and (trained or name in updated):
             kind = "parameter" if trained else "buffer"
@@ -136,7 +140,7 @@ def constants_of(
             )
         if each.trained:
             raise CaptureError(
-                f"{each.by} reads {_described(each.tensor)} that requires gradients and is no "
+                f"{each.by} reads a tensor of {each} that requires gradients and is no "
                 "parameter of the model, so it would be a constant: if it is one, set "
                 "requires_grad_(False) on it; if not, "
                 + _advice(each.by, "make it a parameter of a module of the model")
@@ -170,18 +174,6 @@ def _has_values(tensor: torch.Tensor) -> bool:
     )
 
 
-def _memory(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """Where its values are; None where there are none."""
-    try:
-        return (tensor.device, tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-    except RuntimeError:  # functional tensors look like any other
-        return None
-
-
 def _version(tensor: torch.Tensor) -> int:
     """Tensors of `torch.inference_mode` count no changes."""
     return 0 if tensor.is_inference() else int(tensor._version)
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

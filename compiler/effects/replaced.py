@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import CaptureError
+from ..tensors.facts import described
 
 
 @dataclass
@@ -68,7 +69,7 @@ def _problem(old: torch.Tensor, new: object, shared: bool) -> str:
         return "takes it away: give it another value instead"
     if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         return (
-            f"replaces its {_described(old)} by {_described(new)}, which the next call would "
+            f"replaces its {_on_device(old)} by {_on_device(new)}, which the next call would "
             "compute with: keep shape, dtype and device"
         )
     if new.requires_grad:
@@ -81,5 +82,5 @@ def _problem(old: torch.Tensor, new: object, shared: bool) -> str:
     return ""
 
 
-def _described(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+def _on_device(tensor: torch.Tensor) -> str:
+    return f"{described(tensor.shape, tensor.dtype)} on {tensor.device}"

@@ -30,6 +30,7 @@ from functools import cache
 import torch
 from torch import fx, nn
 
+from ..tensors.facts import short_name
 from .actions import Phase as Phase
 from .ops import draws
 from .region import alike
@@ -211,7 +212,7 @@ def describe(node: fx.Node) -> str:
 
 
 def _short(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
+    name = short_name(dtype)
     for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
         if name.startswith(long):
             return short + name.removeprefix(long)

@@ -20,10 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...compiler.ir.errors import CheckpointError
+from ...compiler.tensors.facts import short_name
 
 # dtype's name -> dtype, its name in the format
 DTYPES: dict[str, tuple[torch.dtype, str]] = {
-    str(dtype).removeprefix("torch."): (dtype, code)
+    short_name(dtype): (dtype, code)
     for dtype, code in (
         (torch.float64, "F64"),
         (torch.float32, "F32"),

@@ -20,7 +20,7 @@ from ...compiler.ir.errors import (
     RankMismatchError,
 )
 from ...compiler.options.options import CompileOptions
-from ...compiler.tensors.digest import digest, sample
+from ...compiler.tensors.facts import digest, sample
 from ...compiler.tensors.fakes import is_fake
 from .mesh import Mesh
 

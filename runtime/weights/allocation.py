@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ...compiler.tensors.digest import digest, sample
+from ...compiler.tensors.facts import digest, sample
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 """A view of the rows that are kept of a tensor."""

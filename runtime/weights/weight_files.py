@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ...compiler.capture.skeleton import Skeleton
 from ...compiler.ir.errors import StateError
 from ...compiler.options.weight_path import locate_weights
+from ...compiler.tensors.facts import short_name
 from .allocation import Allocation
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -107,7 +108,7 @@ class WeightFiles:
         if not _casts(entry.dtype, tensor.dtype):
             raise StateError(
                 f"{entry.file}: {name!r} is {entry.dtype}, which has no meaning as "
-                f"{str(tensor.dtype).removeprefix('torch.')}: convert quantised weights first"
+                f"{short_name(tensor.dtype)}: convert quantised weights first"
             )
 
     def _advice(self, missing: Collection[str]) -> str:

@@ -28,6 +28,7 @@ from pipecompile.compiler.costs.hardware import (
     parse_device,
 )
 from pipecompile.compiler.ir.errors import OptionError
+from pipecompile.compiler.tensors.facts import short_name
 from pipecompile.compiler.tensors.fakes import weightless
 from torch import fx
 
@@ -148,7 +149,7 @@ def test_products_run_at_the_peak_of_their_operands(dtype: torch.dtype) -> None:
     cost = node_cost(node, H100)
     assert cost.flops == node_flops(node) == 2 * 2048**3
     assert cost.moved_bytes == 3 * 2048**2 * dtype.itemsize
-    name = str(dtype).removeprefix("torch.")
+    name = short_name(dtype)
     assert cost.seconds == pytest.approx(cost.flops / H100.peak(name) + H100.launch_s)
     assert total_cost([node, node], H100).flops == 2 * cost.flops
 

@@ -13,7 +13,7 @@ import torch
 from pipecompile import errors
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
 from pipecompile.compiler.ir.shards import rows_of
-from pipecompile.compiler.tensors.digest import digest, sample
+from pipecompile.compiler.tensors.facts import digest, sample
 from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.runtime.weights.initializers import Initializers
 from pipecompile.runtime.weights.materialize import materialize, source_of
