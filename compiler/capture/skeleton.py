@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..effects.attributes import Attributes, promote
+from ..effects.attributes import Attributes, attributes_of, promote
 from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
-from ..tensors.fakes import FakeTensor, FakeTensorMode, is_fake
+from ..tensors.facts import memory_of
+from ..tensors.fakes import FakeTensor, FakeTensorMode
 from .whole import LOSS, loss_of, model_of
 
 
@@ -113,15 +114,10 @@ def skeleton_of(
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, buffers, and other attributes that are tensors, under each of their names."""
-    known = set()
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            known.add(id(tensor))
-            yield name, tensor
-    for path, part in model.named_modules(remove_duplicate=False):
-        for attribute, value in vars(part).items():
-            if isinstance(value, torch.Tensor) and id(value) not in known:
-                yield f"{path}.{attribute}".lstrip("."), value
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+    for name, _, _, tensor in attributes_of(model):
+        yield name, tensor
 
 
 @contextmanager
@@ -201,29 +197,22 @@ def _check_hooks(model: nn.Module) -> None:
 
 def _in_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The tensors that lie in the memory of a parameter -> its name."""
-    owners = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters() if _real(p)}
-    return {
-        name: owners[memory]
-        for name, tensor in tensors.items()
-        if _real(tensor) and (memory := tensor.untyped_storage().data_ptr()) in owners
-    }
-
-
-def _real(tensor: torch.Tensor) -> bool:
-    return not is_fake(tensor) and tensor.numel() > 0
+    owners = {memory: n for n, p in model.named_parameters() if (memory := memory_of(p))}
+    memories = {name: memory_of(tensor) for name, tensor in tensors.items()}
+    return {name: owners[memory] for name, memory in memories.items() if memory in owners}
 
 
 def _check_storage(model: nn.Module) -> None:
     spans: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
     for name, param in model.named_parameters():
-        if not _real(param):
+        memory = memory_of(param)
+        if memory is None:
             continue
         start = int(param.storage_offset()) * param.element_size()
         extent = (
             sum((int(n) - 1) * int(s) for n, s in zip(param.shape, param.stride(), strict=True)) + 1
         )
-        key = (param.device, param.untyped_storage().data_ptr())
-        spans.setdefault(key, []).append((start, start + extent * param.element_size(), name))
+        spans.setdefault(memory, []).append((start, start + extent * param.element_size(), name))
     for group in spans.values():
         group.sort()
         for (_, end, first), (start, _, second) in pairwise(group):

@@ -8,7 +8,7 @@ known when its graphs are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -54,14 +54,20 @@ class Attributes:
                 )
 
 
-def promote(module: nn.Module) -> frozenset[str]:
-    """Make the tensors that are attributes buffers, in place; their names."""
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Each such tensor: its name, and of which module it is which attribute; those that are shared
+    under every name."""
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    names = set()
     for path, part in module.named_modules(remove_duplicate=False):
         for attribute, value in list(vars(part).items()):
             if isinstance(value, torch.Tensor) and id(value) not in known:
-                del vars(part)[attribute]
-                part.register_buffer(attribute, value, persistent=False)
-                names.add(f"{path}.{attribute}".lstrip("."))
-    return frozenset(names)
+                yield f"{path}.{attribute}".lstrip("."), part, attribute, value
+
+
+def promote(module: nn.Module) -> frozenset[str]:
+    """Make the tensors that are attributes buffers, in place; their names."""
+    found = list(attributes_of(module))  # one that is shared is an attribute under all its names
+    for _, part, attribute, value in found:
+        if vars(part).pop(attribute, None) is not None:
+            part.register_buffer(attribute, value, persistent=False)
+    return frozenset(name for name, *_ in found)
