@@ -1,4 +1,4 @@
-"""The user's optimizer over this process's parameters, its scheduler, and clipping by the norm.
+"""The user's optimizer over this process's parameters, and clipping by the norm.
 
 In which order torch takes the dtypes of a model only it knows; `_group_tensors_by_device_and_dtype`
 has no public name, so this file is its home.
@@ -6,7 +6,6 @@ has no public name, so this file is its home.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from ..compiler.ir.errors import OptionError
 from ..compiler.profiling.standins import called
 from .state.accumulation import reported, reported_squares
 from .state.model_state import ModelState
@@ -36,40 +34,6 @@ def make_optimizer(
     if not named:
         named = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
     return called(factory, named)
-
-
-def make_scheduler(
-    factory: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer
-) -> Any:
-    """Call the factory with the optimizer.
-
-    Raises:
-        OptionError: it returned no scheduler, or one of another optimizer.
-    """
-    scheduler = factory(optimizer)
-    if not callable(getattr(scheduler, "step", None)) or isinstance(scheduler, type):
-        kind = "None" if scheduler is None else f"a {type(scheduler).__name__}"
-        raise OptionError(
-            f"lr_scheduler= returned {kind}: give a function that takes the optimizer and returns "
-            "its scheduler, such as functools.partial(LambdaLR, lr_lambda=...)"
-        )
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise OptionError(
-            "lr_scheduler= returned the scheduler of another optimizer, which would have no "
-            "effect: make one of the optimizer that it is given"
-        )
-    return scheduler
-
-
-def steps_alone(scheduler: Any) -> bool:
-    """Whether ``step()`` needs no argument: that of `ReduceLROnPlateau` needs a metric."""
-    try:
-        inspect.signature(scheduler.step).bind()
-    except TypeError:
-        return False
-    except ValueError:  # of a built-in, which does not say
-        return True
-    return True
 
 
 def clip_gradients(

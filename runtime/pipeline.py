@@ -19,6 +19,7 @@ from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import BatchError, CaptureError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.options.options import CompileOptions
+from ..compiler.options.schedulers import steps_alone
 from ..compiler.plan.plan import Plan
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training, config_of
@@ -27,7 +28,6 @@ from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Request
 from .loss_scaler import LossScaler
-from .optimizer import steps_alone
 from .session import Loaded, Session
 from .state import state_dict as state_dicts
 from .verify.verifier import Verifier

@@ -16,10 +16,11 @@ from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.options.options import CompileOptions
+from ..compiler.options.schedulers import make_scheduler
 from .executor import Executor, Job, drive
 from .loader import Request
 from .loss_scaler import LossScaler
-from .optimizer import clip_gradients, make_optimizer, make_scheduler
+from .optimizer import clip_gradients, make_optimizer
 from .own_optimizers import OwnOptimizers
 from .state.accumulation import Accumulation
 from .state.buffers import LatestBuffers

@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
@@ -22,6 +22,7 @@ from ..effects.outside import Reading
 from ..effects.replaced import replaced_buffers
 from ..effects.world import watching
 from ..ir.errors import CaptureError, LossError
+from ..ir.precision import autocast
 from ..regions.regions import Regions
 from ..tracing.constants import told_constants
 from ..tracing.kept import (
@@ -173,7 +174,7 @@ def _exported(
         kept_modules(),
         kept_functions() as calls,
         function.regions.entered(),
-        _autocast(function.compute, leaves),
+        autocast(function.compute, leaves[0].device),
     ):
         try:
             program = torch.export.export(function, leaves, strict=False)
@@ -212,14 +213,6 @@ def _described(model: nn.Module, module: str, spec: BatchSpec) -> str:
     """The batch that a module failed on, and the dtype that it may have expected."""
     param = next(model.get_submodule(module).parameters(), None)
     return f"({spec})" if param is None else f"({spec}), with parameters in {param.dtype}"
-
-
-def _autocast(
-    compute: torch.dtype | None, leaves: Sequence[torch.Tensor]
-) -> contextlib.AbstractContextManager[Any]:
-    if compute is None:
-        return contextlib.nullcontext()
-    return torch.autocast(leaves[0].device.type, dtype=compute)
 
 
 class _Unheard(io.TextIOBase):

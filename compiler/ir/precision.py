@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -150,6 +152,13 @@ def parse_precision(given: object) -> Precision | None:
         return Precision(compute=NAMED[given])
     names = ", ".join(map(repr, NAMED))
     raise OptionError(f"precision={given!r}: use {names}, or a pipecompile.Precision")
+
+
+def autocast(compute: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """torch's own, to this dtype; None changes nothing."""
+    if compute is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=compute)
 
 
 def _short(dtype: torch.dtype) -> str:

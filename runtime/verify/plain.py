@@ -20,11 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.calling import bind, find_loss
-from ...compiler.capture.skeleton import named_state
+from ...compiler.capture.skeleton import evaluating, named_state
 from ...compiler.capture.whole import loss_of, model_of
 from ...compiler.ir.errors import OptionError
 from ...compiler.ir.ops import draws, generator_of, mix
+from ...compiler.ir.precision import autocast
 from ...compiler.options.options import CompileOptions
+from ...compiler.options.schedulers import make_scheduler, steps_alone
+from ...compiler.profiling.standins import called
 from ...compiler.tensors.fakes import is_fake
 
 Leaves = Sequence[torch.Tensor]
@@ -56,7 +59,7 @@ class Plain:
             others than its microbatches do.
 
     Raises:
-        OptionError: the model has no values to copy.
+        OptionError: the model has no values to copy, or the scheduler needs a metric.
     """
 
     evaluation_updates = False
@@ -69,9 +72,8 @@ class Plain:
         self._loss_fn = options.loss_fn if loss is None else loss
         self._replicas = [self._buffers() for _ in range(options.dp)]
         assert options.optimizer is not None
-        self._optimizer = options.optimizer(list(self.whole.named_parameters()))
-        make = options.lr_scheduler
-        self._scheduler: Any = make(self._optimizer) if make is not None else None
+        self._optimizer = called(options.optimizer, list(self.whole.named_parameters()))
+        self._scheduler = _scheduler(options, self._optimizer)
 
     @torch.enable_grad()
     def step(
@@ -121,7 +123,7 @@ class Plain:
     def evaluate(self, shares: Sequence[Sequence[Leaves]], spec: BatchSpec) -> torch.Tensor:
         """The mean loss of a batch in evaluation mode."""
         losses, before = [], self._replicas[0]
-        with self._evaluating():
+        with evaluating(self.whole):
             for replica, pieces in enumerate(shares):
                 self._set_buffers(self._replicas[replica])
                 with self._autocast():
@@ -135,7 +137,7 @@ class Plain:
     @torch.no_grad()
     def outputs(self, whole: Leaves, spec: BatchSpec) -> Any:
         """What the model returns for a whole batch, in evaluation mode."""
-        with self._evaluating(), self._autocast():
+        with evaluating(self.whole), self._autocast():
             batch = spec.build([leaf.to(self._device) for leaf in whole])
             args, kwargs = bind(self.model, batch, None).arguments(batch)
             return self.model(*args, **kwargs)
@@ -163,19 +165,7 @@ class Plain:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         mixed = self._options.mixed
-        if mixed is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=mixed.compute)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Any:
-        modes = {part: part.training for part in self.whole.modules()}
-        self.whole.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
+        return autocast(None if mixed is None else mixed.compute, self._device)
 
     @contextlib.contextmanager
     def _drawing(self, seed: int, eager: Collection[str]) -> Any:
@@ -228,6 +218,18 @@ def _mean(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
     for part in parts[1:]:
         total = total + part
     return total / count
+
+
+def _scheduler(options: CompileOptions, optimizer: torch.optim.Optimizer) -> Any:
+    if options.lr_scheduler is None:
+        return None
+    scheduler = make_scheduler(options.lr_scheduler, optimizer)
+    if not steps_alone(scheduler):
+        raise OptionError(
+            f"verify= steps the scheduler, and a {type(scheduler).__name__} needs a metric, which "
+            "step() leaves to you: leave lr_scheduler= out while you verify"
+        )
+    return scheduler
 
 
 def _copied(model: nn.Module) -> nn.Module:

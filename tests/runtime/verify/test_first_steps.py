@@ -26,6 +26,7 @@ from support.gang import Gang
 from support.matrix import quickly
 from torch import nn
 from torch.nn.utils import spectral_norm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 WIDTH = 8
 adamw = partial(torch.optim.AdamW, lr=1e-2)
@@ -299,6 +300,8 @@ def test_where_a_difference_belongs_is_said() -> None:
     [
         ({"optimizer": None, "max_grad_norm": None}, "give compile\\(\\) an optimizer="),
         ({"precision": "fp16"}, "fp16"),
+        ({"lr_scheduler": ReduceLROnPlateau}, "a ReduceLROnPlateau needs a metric"),
+        ({"lr_scheduler": lambda _: None}, "lr_scheduler= returned None"),
         ({"verify": -1}, "verify=-1 must be at least 0"),
         ({"verify": 1.5}, "verify=1.5 must be an int"),
     ],
