@@ -10,10 +10,20 @@ from dataclasses import MISSING
 from typing import Any, NoReturn, TypeVar
 
 from ..ir.errors import OptionError
+from ..options.arguments import PLANNER, Arguments
 from ..options.declaration import Declaration, declarations_of
 from ..options.parsing import parse_count, parse_seconds
 
 T = TypeVar("T")
+
+_SPEC_HELP = """\
+SPEC is one of
+  path/to/file.py:function   the function takes nothing and returns (model, example batch) or
+                             (model, example batch, loss_fn); tensors that it makes have no
+                             data, so the model may be of any size
+  hf:MODEL_TYPE              a transformers model, for example hf:gpt2, hf:llama, hf:t5, hf:vit
+  hf:path/to/config.json     the model of a transformers configuration
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +34,73 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"{message} (see {self.prog} --help)")
+
+
+def add_command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    optimizers: tuple[str, ...],
+    *,
+    help: str,
+    description: str,
+    examples: str,
+) -> tuple[Parser, dict[str, argparse._ArgumentGroup]]:
+    """Add a command on a model: SPEC, the flags of options, and those of the model.
+
+    Args:
+        optimizers: the first is the default.
+
+    Returns:
+        Its parser, and the groups of the options' flags by title.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=_SPEC_HELP + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("spec", metavar="SPEC", help="the model: see below")
+    groups = add_flags(parser, Arguments)
+    groups[PLANNER].add_argument(
+        "--optimizer",
+        default=optimizers[0],
+        choices=optimizers,
+        help="its states are part of the memory; sgd is without momentum "
+        f"(default: {optimizers[0]})",
+    )
+    _add_model(parser.add_argument_group("the model, for hf: only"))
+    return parser, groups
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration; repeatable; text_config.KEY=VALUE for one inside it",
+    )
+    group.add_argument(
+        "--task",
+        metavar="TASK",
+        help="causal-lm, masked-lm, seq2seq-lm, sequence-classification or image-classification "
+        "(default: that of the configuration)",
+    )
+    group.add_argument(
+        "--batch",
+        type=count,
+        metavar="ROWS",
+        help="rows of the batch of all replicas (default: one per microbatch)",
+    )
+    group.add_argument(
+        "--seq",
+        type=count,
+        metavar="TOKENS",
+        help="tokens per row (default: 512, or the model's longest if that is shorter)",
+    )
 
 
 def add_flags(

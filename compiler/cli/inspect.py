@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..options.arguments import OUTPUT, PLANNER, Arguments
+from ..options.arguments import OUTPUT
 from ..options.parsing import parse_names
-from .flags import add_flags, count
+from .flags import add_command
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
 
     from .flags import Parser
 
-SPEC_HELP = """\
-SPEC is one of
-  path/to/file.py:function   the function takes nothing and returns (model, example batch) or
-                             (model, example batch, loss_fn); tensors that it makes have no
-                             data, so the model may be of any size
-  hf:MODEL_TYPE              a transformers model, for example hf:gpt2, hf:llama, hf:t5, hf:vit
-  hf:path/to/config.json     the model of a transformers configuration
-"""
 _EXAMPLES = """\
 
 examples
@@ -36,25 +28,17 @@ examples
 
 
 def add_to(commands: _SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
+    _, groups = add_command(
+        commands,
         "inspect",
+        _run,
+        ("adamw", "sgd", "none"),
         help="show how a model is divided, scheduled and what it costs",
         description="Show how a model is divided into stages, what each costs and needs, the "
         "schedule, and what would help. Needs no weights, no GPU and no other process.",
-        epilog=SPEC_HELP + _EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_run)
-    parser.add_argument("spec", metavar="SPEC", help="the model: see below")
-    groups = add_flags(parser, Arguments)
-    groups[PLANNER].add_argument(
-        "--optimizer",
-        default="adamw",
-        choices=("adamw", "sgd", "none"),
-        help="its states are part of the memory; sgd is without momentum (default: adamw)",
+        examples=_EXAMPLES,
     )
     _add_output(groups[OUTPUT])
-    add_model(parser.add_argument_group("the model, for hf: only"))
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -71,34 +55,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--save", metavar="FILE", help="write the plan, for --plan and compile()")
     group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
-
-
-def add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the configuration; repeatable; text_config.KEY=VALUE for one inside it",
-    )
-    group.add_argument(
-        "--task",
-        metavar="TASK",
-        help="causal-lm, masked-lm, seq2seq-lm, sequence-classification or image-classification "
-        "(default: that of the configuration)",
-    )
-    group.add_argument(
-        "--batch",
-        type=count,
-        metavar="ROWS",
-        help="rows of the batch of all replicas (default: one per microbatch)",
-    )
-    group.add_argument(
-        "--seq",
-        type=count,
-        metavar="TOKENS",
-        help="tokens per row (default: 512, or the model's longest if that is shorter)",
-    )
 
 
 def _run(args: argparse.Namespace) -> int:

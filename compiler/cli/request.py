@@ -1,4 +1,4 @@
-"""What `pipecompile inspect` is asked for: its arguments, checked against each other."""
+"""What `pipecompile inspect` and `verify` are asked for: arguments, checked against each other."""
 
 from __future__ import annotations
 
@@ -56,21 +56,15 @@ class Request:
     @staticmethod
     def of(args: argparse.Namespace) -> Request:
         """Raises OptionError or PlanError for what does not go together."""
-        _check(args)
-        given = None if args.plan is None else Plan.load(args.plan)
-        options = options_of(args, given)
-        if args.n_stages != AUTO:
-            options.check_zero()
-        rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
-        if given is not None and not args.microbatches and not args.dp:
-            rows *= given.microbatch_rows
+        _check_output(args)
+        options, model, given = asked(args)
         device = _device(args.hardware, given)
         limit: float = device.memory_bytes if args.hardware else math.inf
         if given is not None:
             limit = math.inf if given.budget_bytes is None else given.budget_bytes
         return Request(
             args.spec,
-            ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows),
+            model,
             options,
             device,
             options.memory_bytes or limit,
@@ -82,12 +76,30 @@ class Request:
         )
 
 
-def _check(args: argparse.Namespace) -> None:
+def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan | None]:
+    """What a command on a model is given for the pipeline and for the model, and the plan.
+
+    Raises:
+        OptionError, PlanError: what does not go together.
+    """
+    _check_stages(args)
+    given = None if args.plan is None else Plan.load(args.plan)
+    options = _options_of(args, given)
+    if args.n_stages != AUTO:
+        options.check_zero()
+    rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
+    if given is not None and not args.microbatches and not args.dp:
+        rows *= given.microbatch_rows
+    return options, ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows), given
+
+
+def _check_stages(args: argparse.Namespace) -> None:
     """Raises OptionError for arguments that need each other, or have no effect together."""
     auto = args.n_stages == AUTO
     if args.n_stages is None and args.plan is None:
         raise OptionError(
-            "the following arguments are required: --stages (see pipecompile inspect --help)"
+            "the following arguments are required: --stages N (see pipecompile "
+            f"{args.command} --help)"
         )
     if auto and args.devices is None:
         raise OptionError("--stages auto divides --devices N: say how many there are")
@@ -100,6 +112,10 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if auto and value:
             raise OptionError(f"{flag} cannot be given with --stages auto: {why}")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """The same of what is shown."""
     check_names(args.compare)
     if args.compare and args.json:
         raise OptionError("--compare has no effect on --json, which prints the plan alone")
@@ -111,7 +127,7 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError(f"--save {args.save}: there is no folder {str(Path(args.save).parent)!r}")
 
 
-def options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
+def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
     """Those of the flags; where a plan is given, it says what no flag does."""
     found: dict[str, Any] = {}
     for name, option in declarations_of(CompileOptions).items():

@@ -8,10 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..options.arguments import PLANNER, Arguments
 from ..options.parsing import AUTO
-from .flags import add_flags, count
-from .inspect import SPEC_HELP, add_model
+from .flags import add_command, count
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -29,20 +27,16 @@ examples
 
 
 def add_to(commands: _SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
+    parser, _ = add_command(
+        commands,
         "verify",
+        _run,
+        ("adamw", "sgd"),
         help="train some steps beside the model in one process, and compare all of it",
         description="Train some steps of the pipeline beside a copy of the model in eager PyTorch, "
         "in one process: losses, gradients, norms, parameters, buffers, evaluation and outputs. "
         "The same microbatches, and the same dropout. Exit status 1 if anything differs.",
-        epilog=SPEC_HELP + _EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_run)
-    parser.add_argument("spec", metavar="SPEC", help="the model: see below")
-    groups = add_flags(parser, Arguments)
-    groups[PLANNER].add_argument(
-        "--optimizer", default="adamw", choices=("adamw", "sgd"), help="(default: adamw)"
+        examples=_EXAMPLES,
     )
     parser.add_argument(
         "--steps", type=count, default=2, metavar="N", help="how many are compared (default: 2)"
@@ -54,14 +48,11 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
         metavar="NORM",
         help="the norm that gradients are clipped to (default: 1)",
     )
-    add_model(parser.add_argument_group("the model, for hf: only"))
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..ir.errors import OptionError, VerifyError
+    from ..ir.errors import VerifyError
 
-    if args.n_stages in (None, AUTO):
-        raise OptionError("verify needs --stages N: a number of stages")
     try:
         said = _verified(args)
     except VerifyError as error:
@@ -77,14 +68,12 @@ def _verified(args: argparse.Namespace) -> str:
     with quiet():
         import torch
 
-        from ...runtime.start import start
+        from ...runtime.start import start, start_best
         from ..capture import batch as batches
-        from .request import options_of
-        from .spec import ModelOptions, load
+        from .request import asked
+        from .spec import load
 
-    options = options_of(args, None)
-    rows = options.dp * (options.microbatches or 4 * options.n_stages)
-    wanted = ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows)
+    options, wanted, _ = asked(args)
     subject = load(args.spec, wanted, real=True)
     factories = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     chosen = replace(
@@ -94,7 +83,11 @@ def _verified(args: argparse.Namespace) -> str:
         max_grad_norm=args.clip,
         verify=args.steps,
     )
-    pipe = start(subject.model, chosen)
+    if args.n_stages == AUTO:
+        planned = replace(chosen, example_batch=subject.batch)
+        pipe = start_best(subject.model, planned, args.devices)
+    else:
+        pipe = start(subject.model, chosen)
     values, spec = batches.flatten(subject.batch)
     share = batches.cut(values, pipe.data_shards)[pipe.data_shard]
     for _ in range(args.steps):

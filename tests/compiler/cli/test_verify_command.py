@@ -54,6 +54,38 @@ def test_what_differs_is_named(spec: Path, capsys: pytest.CaptureFixture[str]) -
     assert "step 1, loss: 'loss' differs by" in capsys.readouterr().err
 
 
+def test_stages_may_be_chosen(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec.write_text(FILE.replace("{0}", ""))
+    command = ["verify", f"{spec}:build", "--stages", "auto", "--devices", "2"]
+    assert main([*command, "--microbatches", "2"]) == 0
+    assert capsys.readouterr().out.count("identical to the last bit") >= 8
+
+
+def test_a_plan_has_its_stages(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec.write_text(FILE.replace("{0}", ""))
+    plan = str(spec.with_name("plan.json"))
+    inspected = ["inspect", f"{spec}:build", "--stages", "2", "--microbatches", "2"]
+    assert main([*inspected, "--save", plan]) == 0
+    capsys.readouterr()
+    assert main(["verify", f"{spec}:build", "--plan", plan]) == 0
+    assert capsys.readouterr().out.count("identical to the last bit") >= 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--stages 2 --devices 4", "--devices has no effect without --stages auto"),
+        ("--stages auto", "--stages auto divides --devices N: say how many there are"),
+        ("--stages auto --devices 4 --dp 2", "--dp cannot be given with --stages auto"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "hf:gpt2", *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_number_of_stages_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "hf:gpt2"]) == 2
     assert "--stages N" in capsys.readouterr().err
