@@ -60,8 +60,8 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ...passes.partition.public_problems import files_of, read
     from ..report.solve_report import outcome_of, write_outcomes
-    from .public_problems import files_of, read
 
     outcomes = []
     for path in files_of(args.files):

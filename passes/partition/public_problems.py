@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..ir.errors import ProblemFileError
-from ..ir.problem import Option, Problem, Value
+from ...compiler.ir.errors import ProblemFileError
+from ...compiler.ir.problem import Option, Problem, Value
 
 GIB = 2**30
 
