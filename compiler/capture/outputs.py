@@ -127,10 +127,10 @@ class _Ways:
         how = self.how.get(node, How.NONE)
         if how is How.NONE and name == LOSS:
             how = How.MEAN
-        why = (
-            "" if how is not How.NONE else "depends on the batch, but neither row by row nor as a "
-        )
-        return Output(name, how, why=why and why + "mean or a sum over rows")
+        if how is not How.NONE:
+            return Output(name, how)
+        why = "depends on the batch, but neither row by row nor as a mean or a sum over rows"
+        return Output(name, How.NONE, why=why)
 
     def _way(self, node: fx.Node) -> How:
         if grown(node, self.twin[node]):
