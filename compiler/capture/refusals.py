@@ -132,8 +132,12 @@ _NORMS = {
 """The same, but that a reduced dtype goes with fp32 parameters."""
 
 
-_LABELS = {_aten.nll_loss_forward.default, _aten.nll_loss2d_forward.default}
-"""Their second operand counts classes, in int64 or uint8."""
+_COUNTS = {
+    _aten.nll_loss_forward.default: {torch.int64, torch.uint8},
+    _aten.nll_loss2d_forward.default: {torch.int64, torch.uint8},
+    _aten.embedding.default: {torch.int64, torch.int32},
+}
+"""Their second operand counts classes or rows: in which dtypes. Torch 2.11 traces others, too."""
 
 
 def check_operands(graph: JointGraph, spec: BatchSpec) -> None:
@@ -169,8 +173,8 @@ def check_operands(graph: JointGraph, spec: BatchSpec) -> None:
 def _odd(graph: JointGraph, node: fx.Node) -> tuple[torch.dtype, set[torch.dtype]]:
     """The dtype that an operator wants, and those of its operands that it refuses."""
     dtypes = [value.dtype for each in _given(node) for value in tensors(each.meta.get("val"))]
-    if node.target in _LABELS:
-        return torch.int64, {dtypes[1]} - {torch.int64, torch.uint8}
+    if node.target in _COUNTS:
+        return torch.int64, {dtypes[1]} - _COUNTS[node.target]
     expected = _expected(graph, node, dtypes[-1]) if dtypes else torch.float32
     mixes = node.target in _NORMS and dtypes[0] in REDUCED and set(dtypes[1:]) == {torch.float32}
     if len(set(dtypes)) < 2 or mixes or node.target not in _ALIKE | _NORMS:

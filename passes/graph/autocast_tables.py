@@ -62,7 +62,7 @@ TABLES = {
     ),
     "cuda": _table(
         f"{_PRODUCTS} _scaled_dot_product_flash_attention _thnn_fused_gru_cell "
-        "_thnn_fused_lstm_cell addmv addr chain_matmul convolution cudnn_convolution "
+        "_cudnn_rnn _thnn_fused_lstm_cell addmv addr chain_matmul convolution cudnn_convolution "
         "cudnn_convolution_transpose einsum gru_cell linalg_multi_dot lstm_cell mv prelu "
         "rnn_relu_cell rnn_tanh_cell",
         f"{_LOSSES} "

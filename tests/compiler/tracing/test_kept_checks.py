@@ -11,6 +11,7 @@ from pipecompile.errors import BatchError, CaptureError
 from support import jobs
 from torch import nn
 from torch.nn.functional import one_hot
+from torch.torch_version import TorchVersion
 
 CLASSES = 8
 Check = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -93,6 +94,9 @@ def test_a_model_without_checks_has_no_more_operators() -> None:
     assert not [target for target in targets if "pipecompile" in target]
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="there eigvals is one operator, which checks"
+)
 def test_operators_with_other_checks_are_refused_with_their_line() -> None:
     def check(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return y + torch.linalg.eigvals(y.T @ y).real
