@@ -19,26 +19,18 @@ from pipecompile.passes.schedule.verify import verify_exchange
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from support.matrix import quickly
-from support.zero import LEVELS, small_parcels
+from support.zero import LEVELS, compiled, save, small_parcels
 from torch import nn
 
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
 def pipeline(n_stages: int, dp: int, zero: int, precision: str | None) -> Any:
-    pipe = jobs.pipeline("gpt2", n_stages, dp, 12 // dp, zero=zero, precision=precision)
-    pipe.compile_for(plain.cut(models.batches("gpt2", 12, 1)[0], pipe.data_shards)[0])
-    return pipe
+    return compiled(n_stages, dp, zero=zero, precision=precision)
 
 
 def saved(folder: str, *division: Any) -> dict[str, Any]:
-    """Two steps, then a checkpoint: parameters and, gathered by loading, optimizer states."""
-    pipe = pipeline(*division)
-    for batch in models.batches("gpt2", 12, 2):
-        pipe.step(plain.cut(batch, pipe.data_shards)[pipe.data_shard])
-    pipe.save(folder, async_save=True)
-    pipe.wait_for_save()
-    return pipe.state_dict()
+    return save(pipeline(*division), folder)
 
 
 def resumed(folder: str, *division: Any) -> tuple[Any, Any, Any]:

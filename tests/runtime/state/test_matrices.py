@@ -17,7 +17,7 @@ from pipecompile.compiler.ir.shards import item_of, owners_of, parcels_of, rows_
 from support import jobs, measured, models, optimizers, plain
 from support.gang import Gang
 from support.matrix import quickly
-from support.zero import LEVELS, small_parcels
+from support.zero import LEVELS, accumulate, assert_equal, compiled, save, small_parcels
 from torch import nn
 
 KINDS: dict[str, Any] = {
@@ -53,13 +53,6 @@ def oracle(name: str, dp: int, kind: str, dtype: torch.dtype | None = None) -> p
     named = list(model.named_parameters())
     batches = models.batches(name, 4 * dp, STEPS)
     return plain.train(model, batches, lambda _: KINDS[kind](named), dp, 2, dtype=dtype)
-
-
-def assert_equal(found: plain.Trained, expected: plain.Trained) -> None:
-    """Losses, norms and parameters, bit for bit."""
-    assert all(map(torch.equal, found.losses, expected.losses))
-    assert all(map(torch.equal, found.norms, expected.norms))
-    assert not [n for n, p in expected.params.items() if not torch.equal(found.params[n], p)]
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -124,28 +117,14 @@ class Odd(nn.Module):
 
 @small_parcels(32)
 def accumulated(dp: int, zero: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Two batches before the step, gradients kept, evaluation in between, an LR schedule; what
-    this process's optimizer has."""
+    """What `accumulate` gives, and what this process's optimizer has."""
     pipe = pipecompile.compile(
         Odd(), 1, dp, microbatches=2, optimizer=optimizers.Muon, zero=zero, device="cpu"
     )
     torch.manual_seed(4)
-    batches = [torch.randn(4 * dp, 6) for _ in range(4)]
-    shares = [b.chunk(pipe.data_shards)[pipe.data_shard] for b in batches]
-    pipe.compile_for(shares[0])
-    schedule = torch.optim.lr_scheduler.ExponentialLR(pipe.optimizer, 0.5)
-    for first, second in (shares[:2], shares[2:]):
-        pipe.zero_grad()
-        pipe.forward_backward(first)
-        loss = pipe.evaluate(second)
-        pipe.forward_backward(second)
-        norm = pipe.clip_grad_norm_(0.01)
-        pipe.optimizer.step()
-        schedule.step()
-    state = pipe.state_dict()
-    pipe.load_state_dict(state)
+    found = accumulate(pipe, [torch.randn(4 * dp, 6) for _ in range(4)])
     owned = [n for n, p in pipe.named_parameters() if p.requires_grad and p.numel()]
-    return {**state, "loss": loss, "norm": norm}, owned
+    return found, owned
 
 
 @pytest.mark.parametrize(
@@ -172,19 +151,11 @@ Division = tuple[int, int, int, str]  # stages, replicas, level, how
 def pipeline(kind: str, division: Division, precision: str | None) -> Any:
     n_stages, dp, zero, by = division
     options = {"optimizer": KINDS[kind], "zero": zero, "zero_by": by, "precision": precision}
-    pipe = jobs.pipeline("gpt2", n_stages, dp, 12 // dp, **options)
-    pipe.compile_for(plain.cut(models.batches("gpt2", 12, 1)[0], pipe.data_shards)[0])
-    return pipe
+    return compiled(n_stages, dp, **options)
 
 
 def saved(folder: str, *setting: Any) -> dict[str, Any]:
-    """Two steps, then a checkpoint."""
-    pipe = pipeline(*setting)
-    for batch in models.batches("gpt2", 12, 2):
-        pipe.step(plain.cut(batch, pipe.data_shards)[pipe.data_shard])
-    pipe.save(folder, async_save=True)
-    pipe.wait_for_save()
-    return pipe.state_dict()
+    return save(pipeline(*setting), folder)
 
 
 def resumed(folder: str, *setting: Any) -> tuple[Any, Any]:

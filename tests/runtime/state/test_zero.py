@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import jobs, models, plain
 from support.gang import Gang
-from support.zero import LEVELS, small_parcels
+from support.zero import LEVELS, accumulate, assert_equal, small_parcels
 from torch import nn
 
 BF16 = torch.bfloat16
@@ -142,13 +142,6 @@ def assert_close(found: plain.Trained, expected: plain.Trained, bounds: Bounds) 
             assert difference.mean() <= bounds.mean, name
 
 
-def assert_equal(found: plain.Trained, expected: plain.Trained) -> None:
-    """Losses, norms and parameters, bit for bit."""
-    assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(found.norms, expected.norms, strict=True))
-    assert not [n for n, p in expected.params.items() if not torch.equal(found.params[n], p)]
-
-
 # -- numbers --------------------------------------------------------------------------------------
 
 QUICK = [
@@ -250,8 +243,7 @@ def test_loss_scaling_and_overflows(gang: Callable[[int], Gang], zero: int) -> N
 
 @small_parcels(32)
 def accumulated(zero: int) -> dict[str, torch.Tensor]:
-    """Two batches before the step, evaluation in between, a learning rate schedule, frozen weights
-    and a weight without dimensions; parcels of a row or two."""
+    """With frozen weights and a weight without dimensions; parcels of a row or two."""
     model = Odd()
     model.frozen.requires_grad_(False)
     pipe = pipecompile.compile(
@@ -264,22 +256,9 @@ def accumulated(zero: int) -> dict[str, torch.Tensor]:
         device="cpu",
     )
     torch.manual_seed(4)
-    batches = [torch.randn(8, 5) for _ in range(4)]
-    shares = [b.chunk(pipe.data_shards)[pipe.data_shard] for b in batches]
-    pipe.forward_backward(shares[0])
-    schedule = torch.optim.lr_scheduler.ExponentialLR(pipe.optimizer, 0.5)
-    for first, second in (shares[:2], shares[2:]):
-        pipe.zero_grad()
-        pipe.forward_backward(first)
-        loss = pipe.evaluate(second)
-        pipe.forward_backward(second)
-        pipe.clip_grad_norm_(0.01)
-        pipe.optimizer.step()
-        schedule.step()
-    state = pipe.state_dict()
-    pipe.load_state_dict(state)
+    found = accumulate(pipe, [torch.randn(8, 5) for _ in range(4)])
     states = sum(t.numel() for s in pipe.optimizer.state.values() for t in s.values() if t.dim())
-    return {**state, "loss": loss, "states": torch.tensor(states)}
+    return {**found, "states": torch.tensor(states)}
 
 
 class Odd(nn.Module):
