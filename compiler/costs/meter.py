@@ -1,7 +1,6 @@
 """Counts the bytes of live tensors, storage by storage, as operators make and drop them.
 
-`TorchDispatchMode` is torch's hook below autograd. Its module has no public name, so this file and
-`runtime/weights/draws.py` are its only homes.
+`TorchDispatchMode` is torch's hook below autograd; its module has no public name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Random draws that depend on what they are for, not on what was drawn before.
 
-`TorchDispatchMode` is torch's hook below autograd. Its module has no public name, so this file and
-`compiler/costs/meter.py` are its only homes.
+`TorchDispatchMode` is torch's hook below autograd; its module has no public name.
 """
 
 from __future__ import annotations
