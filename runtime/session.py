@@ -23,7 +23,7 @@ from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer
 from .own_optimizers import OwnOptimizers
 from .state.accumulation import Accumulation
-from .state.buffers import LatestBuffers
+from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
 from .weights.materialize import Source
 from .world import World
@@ -34,11 +34,13 @@ class Loaded:
     """A compiled graph, and per rank of this process what runs it.
 
     Attributes:
-        stale: the buffers that other graphs have updated since its constants were made.
+        buffers: what it does with buffers.
+        stale: those that other graphs have updated since its constants were made.
     """
 
     compiled: Compiled
     executors: Mapping[int, Executor]
+    buffers: BufferUse
     stale: set[str]
 
     def refresh(self) -> None:
@@ -139,7 +141,8 @@ class Session:
             )
             for rank, state in self.state.ranks.items()
         }
-        self.loaded[request] = Loaded(compiled, executors, set(self.buffers.stages))
+        use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
+        self.loaded[request] = Loaded(compiled, executors, use, stale)
 
     def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
         """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
@@ -152,10 +155,10 @@ class Session:
         with self._abandoned_if_it_fails(), _kept_generators(loaded):
             drive(runs, self._world.transport.progress)
             self._world.transport.flush()
-        updated = self.buffers.update(loaded.compiled.program)
+        self.buffers.update(loaded.buffers)
         for other in self.loaded.values():
             if other is not loaded:
-                other.stale.update(updated)
+                other.stale.update(loaded.buffers.updated)
         self._at_work = None
 
     @contextlib.contextmanager
@@ -173,12 +176,12 @@ class Session:
 
     def _catch_up(self, loaded: Loaded) -> None:
         """With what other graphs have done to the buffers that this one reads."""
-        program, transport = loaded.compiled.program, self._world.transport
-        transport.open(self.buffers.routes(program))
-        self.buffers.bring(program)
-        transport.flush()
-        read = {str(port.key) for stage in program.stages for port in stage.constants.inputs}
-        if loaded.stale & read:
+        transport, missing = self._world.transport, self.buffers.missing(loaded.buffers)
+        transport.open((each.src, each.dst) for each in missing)  # which a run that failed forbids
+        if missing:
+            self.buffers.bring(missing)
+            transport.flush()
+        if not loaded.stale.isdisjoint(loaded.buffers.constant):
             loaded.refresh()
         loaded.stale.clear()
 

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ...compiler.ir.program import PipelineProgram, Role, ValueSpec
 from ..exchange.mesh import Mesh
 from .rank_state import RankState
+
+
+@dataclass(frozen=True)
+class BufferUse:
+    """What a program does with buffers.
+
+    Attributes:
+        needed: (buffer, stage), of each stage that uses it.
+        constant: the buffers that constants are made of.
+        updated: buffer -> the stages that compute its new value.
+    """
+
+    needed: tuple[tuple[str, int], ...]
+    constant: frozenset[str]
+    updated: Mapping[str, frozenset[int]]
+
+    @staticmethod
+    def of(program: PipelineProgram) -> BufferUse:
+        updated: dict[str, frozenset[int]] = {}
+        for stage in program.stages:
+            for port in stage.forward.outputs:
+                if port.role is Role.BUFFER:
+                    name = str(port.key)
+                    updated[name] = updated.get(name, frozenset()) | {stage.stage}
+        return BufferUse(
+            tuple((name, stage.stage) for stage in program.stages for name in stage.buffers),
+            frozenset(str(p.key) for stage in program.stages for p in stage.constants.inputs),
+            updated,
+        )
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A buffer, a stage that has its latest value, and one that will read it."""
+
+    name: str
+    src: int
+    dst: int
 
 
 class LatestBuffers:
@@ -24,58 +63,42 @@ class LatestBuffers:
 
     def __init__(self, mesh: Mesh, states: Mapping[int, RankState]):
         self._mesh, self._states = mesh, states
-        self._holders: dict[str, set[int]] = {}  # stages, of the buffers that not all have
+        self._holders: dict[str, frozenset[int]] = {}  # stages, of the buffers that not all have
 
     @property
     def stages(self) -> dict[str, int]:
         """The buffers that any run has updated, and for each a stage that has its latest value."""
         return {name: min(holders) for name, holders in self._holders.items()}
 
-    def update(self, program: PipelineProgram) -> set[str]:
-        """A program has run; the names of the buffers that it has updated."""
-        written = _updates(program)
-        self._holders |= written
-        return set(written)
+    def update(self, use: BufferUse) -> None:
+        """A program has run."""
+        self._holders |= use.updated
 
-    def bring(self, program: PipelineProgram) -> None:
-        """Give the stages of a program the latest values of the buffers that they use; every rank
-        calls it. What they were given may be under way, until the transport is flushed."""
-        missing = list(self._missing(program))
-        for name, src, dst in missing:
+    def missing(self, use: BufferUse) -> list[Missing]:
+        """What the stages of a program use and have no latest value of; the same on every rank."""
+        return [
+            Missing(name, min(holders), stage)
+            for name, stage in (use.needed if self._holders else ())
+            if (holders := self._holders.get(name)) is not None and stage not in holders
+        ]
+
+    def bring(self, missing: Sequence[Missing]) -> None:
+        """Give stages what they miss; every rank calls it, with the routes open. What they were
+        given may be under way, until the transport is flushed."""
+        for each in missing:
             for state in self._states.values():
-                if src in state.stages and dst not in state.stages:
-                    buffer = state.buffers[name]
-                    state.endpoint.send(src, dst, [buffer], [_spec(name, buffer)])
-        for name, src, dst in missing:
+                if each.src in state.stages and each.dst not in state.stages:
+                    buffer = state.buffers[each.name]
+                    state.endpoint.send(each.src, each.dst, [buffer], [_spec(each.name, buffer)])
+        for each in missing:
             for state in self._states.values():
-                if dst in state.stages and src not in state.stages:
-                    buffer = state.buffers[name]
-                    (value,) = state.endpoint.receive(src, dst, [_spec(name, buffer)]).wait()
+                if each.dst in state.stages and each.src not in state.stages:
+                    buffer = state.buffers[each.name]
+                    specs = [_spec(each.name, buffer)]
+                    (value,) = state.endpoint.receive(each.src, each.dst, specs).wait()
                     buffer.copy_(value)
-            self._holders[name].add(dst)
-
-    def routes(self, program: PipelineProgram) -> set[tuple[int, int]]:
-        """The stages between which `bring` sends now (from, to)."""
-        return {(src, dst) for _, src, dst in self._missing(program)}
-
-    def _missing(self, program: PipelineProgram) -> Iterator[tuple[str, int, int]]:
-        """A buffer, a stage that has its latest value, and one that will read it."""
-        for stage in program.stages:
-            for name in stage.buffers:
-                holders = self._holders.get(name)
-                if holders and stage.stage not in holders:
-                    yield name, min(holders), stage.stage
+            self._holders[each.name] |= {each.dst}
 
 
 def _spec(name: str, buffer: torch.Tensor) -> ValueSpec:
     return ValueSpec(name, tuple(buffer.shape), buffer.stride(), buffer.dtype)
-
-
-def _updates(program: PipelineProgram) -> dict[str, set[int]]:
-    """The buffers that a program updates, and the stages that do."""
-    found: dict[str, set[int]] = {}
-    for stage in program.stages:
-        for port in stage.forward.outputs:
-            if port.role is Role.BUFFER:
-                found.setdefault(str(port.key), set()).add(stage.stage)
-    return found
