@@ -56,8 +56,8 @@ TABLES = {
         "_lu_with_info cholesky cholesky_inverse cholesky_solve geqrf inverse linalg_cholesky "
         "linalg_cholesky_ex linalg_cond linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh "
         "linalg_householder_product linalg_inv linalg_inv_ex linalg_lstsq linalg_matrix_rank "
-        "linalg_qr linalg_solve linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve "
-        "lu_solve orgqr ormqr pinverse qr svd triangular_solve",
+        "linalg_matrix_sqrth linalg_qr linalg_solve linalg_svd linalg_svdvals linalg_tensorinv "
+        "linalg_tensorsolve lu_solve orgqr ormqr pinverse qr svd triangular_solve",
         "cat stack index_copy",
     ),
     "cuda": _table(
@@ -68,8 +68,8 @@ TABLES = {
         f"{_LOSSES} "
         "acos asin cosh erfinv exp expm1 log log10 log1p log2 pow reciprocal rsqrt sinh softplus "
         "tan cdist cosine_similarity cumprod cumsum dist frobenius_norm group_norm layer_norm "
-        "linalg_matrix_norm linalg_vector_norm log_softmax logsumexp native_layer_norm norm "
-        "nuclear_norm pdist prod renorm rms_norm softmax sum "
+        "linalg_matrix_norm linalg_matrix_sqrth linalg_vector_norm log_softmax logsumexp "
+        "native_layer_norm norm nuclear_norm pdist prod renorm rms_norm softmax sum "
         "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d "
         "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_bicubic2d "
         "upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d "
