@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 _PRODUCTS = (
     "addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d "
     "conv_transpose3d _convolution linalg_vecdot linear matmul mm scaled_dot_product_attention"
@@ -23,6 +25,12 @@ _LOSSES = (
     "mse_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d poisson_nll_loss "
     "smooth_l1_loss soft_margin_loss triplet_margin_loss binary_cross_entropy "
     "binary_cross_entropy_with_logits cross_entropy_loss"
+)
+# not in torch 2.11; what is registered has no public name
+_RMS_NORM = (
+    "rms_norm"
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+    else ""
 )
 
 
@@ -69,7 +77,8 @@ TABLES = {
         "acos asin cosh erfinv exp expm1 log log10 log1p log2 pow reciprocal rsqrt sinh softplus "
         "tan cdist cosine_similarity cumprod cumsum dist frobenius_norm group_norm layer_norm "
         "linalg_matrix_norm linalg_matrix_sqrth linalg_vector_norm log_softmax logsumexp "
-        "native_layer_norm norm nuclear_norm pdist prod renorm rms_norm softmax sum "
+        "native_layer_norm norm nuclear_norm pdist prod renorm softmax sum "
+        f"{_RMS_NORM} "
         "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d "
         "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_bicubic2d "
         "upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d "
