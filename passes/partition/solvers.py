@@ -11,6 +11,12 @@ from typing import Any
 
 import pulp  # type: ignore[import-untyped]
 
+# PuLP keeps why a solver is missing, and with it the frames of whoever imported it first: what
+# those functions had, such as the first pipeline and its model, would never be let go of.
+for _kind in list(vars(pulp).values()):
+    if isinstance(_missing := getattr(_kind, "err", None), Exception):
+        _missing.__traceback__ = None
+
 GAP = 1e-6  # (objective − bound) / objective at which a solution counts as proven
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -351,3 +353,28 @@ def test_every_parameter_of_a_stage_is_read_there() -> None:
         assert read == set(stage.params)
     held = {name for stage in pipe.programs.stages for name in stage.params}
     assert held == {name for name, _ in models.build("t5").named_parameters()}
+
+
+FIRST = """
+import gc
+import weakref
+import pipecompile
+import torch
+
+def used():
+    model = torch.nn.Linear(4, 4)
+    squared = lambda output, batch: output.square().mean()
+    pipe = pipecompile.compile(model, 1, loss_fn=squared, microbatches=1)
+    pipe.forward_backward(torch.randn(2, 4))
+    torch.optim.Adam(pipe.parameters()).step()
+    return [weakref.ref(each) for each in (pipe, model, *pipe.parameters())]
+
+held = used()
+gc.collect()
+assert not any(each() is not None for each in held)
+"""
+
+
+def test_the_first_pipeline_of_a_process_is_let_go_of() -> None:
+    """Libraries that are imported with it may keep frames."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True)
