@@ -58,8 +58,9 @@ class OwnOptimizers:
         mine = [id(param) for param in params if id(param) in self._params]
         self._last |= dict.fromkeys(mine, ref(optimizer))
         theirs = [param for param in params if self._is_original(param)]
-        waiting = any(param.grad is not None for param in self._params.values())
-        if theirs and waiting and all(param.grad is None for param in theirs):
+        if not theirs or any(param.grad is not None for param in theirs):
+            return
+        if any(param.grad is not None for param in self._params.values()):
             raise OptionError(
                 f"the {type(optimizer).__name__} has stepped parameters of the model that "
                 "compile() was given, which have no gradients, as the pipeline trains copies: make "

@@ -1,7 +1,7 @@
 """The user's own objects in a checkpoint.
 
 Optimizers of the pipeline's parameters are kept by parameter name, so that any division takes them
-up; of others the state that all ranks share, or else each rank's.
+up; of others the state that all ranks that have one share, or else each rank's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from ...compiler.ir.errors import CheckpointError
 from ..exchange.mesh import Mesh
@@ -55,9 +56,9 @@ def check_own(own: Sequence[torch.optim.Optimizer], extras: Mapping[str, Any]) -
     Args:
         own: optimizers with which the user steps the pipeline's parameters.
     """
-    if None in extras.values():
+    if any(extra is None for extra in extras.values()):
         return
-    kept = [each for extra in extras.values() for each in (extra, *_attributes(extra))]
+    kept = [each for extra in extras.values() for each in (extra, *_inside(extra))]
     for optimizer in own:
         if optimizer.state and not any(each is optimizer for each in kept):
             raise CheckpointError(
@@ -67,18 +68,20 @@ def check_own(own: Sequence[torch.optim.Optimizer], extras: Mapping[str, Any]) -
             )
 
 
-def _attributes(extra: object) -> list[Any]:
-    return list(getattr(extra, "__dict__", {}).values())
+def _inside(extra: object) -> list[Any]:
+    """What an object's state may contain: a scheduler's has all but its optimizer."""
+    return [] if isinstance(extra, LRScheduler) else list(getattr(extra, "__dict__", {}).values())
 
 
 def merge(parts: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
-    """The states of all processes, in rank order: one where they are alike."""
+    """The states of all processes, in rank order: one where all that have one are alike."""
     keys = dict.fromkeys(key for part in parts for key in part)
     alike, differing = {}, {}
     for key in keys:
         states = [part.get(key) for part in parts]
-        if len({json.dumps(state, sort_keys=True) for state in states}) == 1:
-            alike[key] = states[0]
+        present = [state for state in states if state is not None]
+        if len({json.dumps(state, sort_keys=True) for state in present}) < 2:
+            alike[key] = present[0] if present else None
         else:
             differing[key] = states
     return {"extras": alike, "extras_of_ranks": differing, "division": [mesh.pp, mesh.dp]}

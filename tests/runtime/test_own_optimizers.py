@@ -126,6 +126,17 @@ def test_one_that_is_kept_inside_of_another_object_is_kept(tmp_path: Path) -> No
     pipe.save(tmp_path)
 
 
+def test_a_scheduler_does_not_keep_its_optimizer(tmp_path: Path) -> None:
+    pipe = compiled()
+    optimizer = ADAM(pipe.parameters())
+    train(pipe, [optimizer], 0, 1)
+    pipe.checkpoint_extras["rate"] = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(CheckpointError, match="leave out the state of your Adam"):
+        pipe.save(tmp_path)
+    pipe.checkpoint_extras["optimizer"] = optimizer
+    pipe.save(tmp_path)
+
+
 def test_the_pipelines_own_optimizer_needs_no_extras(tmp_path: Path) -> None:
     pipe = compiled(optimizer=ADAM)
     pipe.step(rows(0))
@@ -173,6 +184,24 @@ def test_extras_that_differ_between_ranks(tmp_path: Path, gang: Callable[[int], 
     gang(2).run(counts, 2, 1, tmp_path / "alike", (5, 5))
     assert gang(2).run(counts, 1, 2, tmp_path / "alike", None) == [5, 5]
     assert counts(2, 1, tmp_path / "alike", None) == 5
+
+
+def counted(n_stages: int, dp: int, folder: Path, saves: bool) -> int:
+    """What rank 0 alone has."""
+    pipe = compiled(None, n_stages, dp, microbatches=1)
+    mine = Count(7 if saves else -1)
+    if pipe.is_main:
+        pipe.checkpoint_extras["count"] = mine
+    pipe.save(folder) if saves else pipe.load(folder)
+    return mine.value
+
+
+def test_an_extra_of_one_rank_goes_on_under_any_division(
+    tmp_path: Path, gang: Callable[[int], Gang]
+) -> None:
+    gang(2).run(counted, 2, 1, tmp_path, True)
+    assert gang(2).run(counted, 1, 2, tmp_path, False) == [7, -1]
+    assert counted(2, 1, tmp_path, False) == 7
 
 
 def test_extras_that_have_become_something_else(tmp_path: Path) -> None:
