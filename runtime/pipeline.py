@@ -98,11 +98,12 @@ class Pipeline:
         """Compile the training step for batches of this shape now, without running it.
 
         Args:
-            batch: what `step` will be given, or its `BatchSpec`: values do not matter.
+            batch: what `step` will be given, or its `BatchSpec`. Values matter only where forward
+                decides by them (``if mask.any():``).
         """
         with self._world.guard():
-            whole = batch if isinstance(batch, BatchSpec) else batches.flatten(batch)[1]
-            session, request = self._load(Mode.TRAIN, whole, [])
+            values, whole = ([], batch) if isinstance(batch, BatchSpec) else batches.flatten(batch)
+            session, request = self._load(Mode.TRAIN, whole, values, runs=False)
             return session.loaded[request].compiled.plan
 
     # -- training ---------------------------------------------------------------------------
@@ -379,12 +380,12 @@ class Pipeline:
         return self._session.current if self._session is not None else ""
 
     def _load(
-        self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor]
+        self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor], runs: bool = True
     ) -> tuple[Session, Request]:
-        """Compile for a batch's shape if need be; the first graph begins the session."""
+        """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
         session = self._session
         obstacle = session.obstacle(mode) if session is not None else ""
-        request = self._loader.request(mode, whole, values, obstacle)
+        request = self._loader.request(mode, whole, values if runs else [], obstacle)
         if session is None:
             assert self._source is not None
             first = self._loader.compile(request, None, values)

@@ -148,6 +148,8 @@ class Session:
         """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
         for read in loaded.compiled.outside:
             read.check()
+        for state in self.state.ranks.values():
+            loaded.compiled.guards.check(state.buffers)
         self._at_work = next(iter(loaded.executors.values()))
         self.state.spread()
         self._catch_up(loaded)

@@ -43,7 +43,8 @@ class Branching(Tiny):
 
 class Reading(Tiny):
     def forward(self, x: torch.Tensor) -> Any:
-        return self.second(self.first(x)).mean() * float(x.sum())
+        y = self.first(x)
+        return self.second(y).mean() * float(y.sum())
 
 
 class Selecting(Tiny):
@@ -216,7 +217,7 @@ def test_nothing_to_train() -> None:
     ("model", "line", "advice"),
     [
         (Branching, "if y.sum() > 0", "torch.where"),
-        (Reading, "float(x.sum())", "keep it a tensor"),
+        (Reading, "float(y.sum())", "keep it a tensor"),
         (Selecting, "y[y.sum(1) > 0]", "masks of a fixed shape"),
     ],
 )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dis
 import re
 import traceback
+import types
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from ..effects.code import is_foreign, user_line
-from ..ir.errors import BatchError, CaptureError, PipecompileError
+from ..ir.errors import BatchError, CaptureError, PipecompileError, RaisedError
 from ..ir.graph import module_path, tensors
 
 _OTHERWISE = (
     "if the model runs on this batch by itself, tracing takes another branch here: pass optional "
     "inputs such as attention_mask, or make this code traceable by torch.export"
 )
+_RAISE = "RAISE_VARARGS"  # Python's instruction for raise and assert
 _DERIVED = "write the derivative as operators, or as a torch.autograd.Function's backward"
 _ADVICE = {
     "GuardOnDataDependentSymNode": "a decision, a number or a shape depends on the values in a "
@@ -56,12 +60,13 @@ def _selects(node: fx.Node) -> bool:
 
 
 def explain(
-    error: Exception, model: str, module: str, line: str = "", given: str = ""
+    error: Exception, model: str, module: str, line: str = "", given: str = "", asked: bool = False
 ) -> PipecompileError:
     """The user's own mistake if one is in the chain, else what failed, where, and what to do.
 
     Args:
         given: the batch and its dtypes, which may be to blame.
+        asked: whether forward has got values of the batch, and may refuse them.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -73,6 +78,12 @@ def explain(
             item.module = module
         if isinstance(item, PipecompileError):
             return item
+    said = _said(chain[-1]) if asked else ""
+    if said:
+        return RaisedError(
+            f"{model} raises on this batch: in module {module or '(the model itself)'!r}, "
+            f"{_user_line(chain)}: {said}"
+        )
     kinds = [type(item).__name__ for item in chain]
     kind = next((k for k in kinds if k in _ADVICE), kinds[-1])
     advice = _ADVICE.get(kind, _OTHERWISE)
@@ -99,6 +110,30 @@ def explain(
 def is_explained(error: Exception) -> bool:
     """Whether an error names a cause, and not that tracing may have taken another branch."""
     return _OTHERWISE not in str(error)
+
+
+def _said(error: BaseException) -> str:
+    """What the code of the model, or a `torch._check` of it, has raised; "" for other errors."""
+    frames = [(tb.tb_frame, tb.tb_lasti) for tb in _walk(error.__traceback__)]
+    if not frames:
+        return ""
+    frame, at = frames[-1]
+    code = frame.f_code
+    checks = code.co_name.startswith("_check") and frame.f_globals["__name__"] == "torch"
+    if dis.opname[code.co_code[at]] != _RAISE or (is_foreign(code.co_filename) and not checks):
+        return ""
+    kind, text = type(error).__name__, str(error)
+    for each, _ in frames:  # transformers leaves its message out while it is traced
+        if each.f_code.co_name == "torch_compilable_check":
+            message, kind = each.f_locals["msg"], each.f_locals["error_type"].__name__
+            text = message() if callable(message) else message
+    return f"{kind}: {text}" if text else kind
+
+
+def _walk(frame: types.TracebackType | None) -> Iterator[types.TracebackType]:
+    while frame is not None:
+        yield frame
+        frame = frame.tb_next
 
 
 def _user_line(chain: list[BaseException]) -> str:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
+from ..answers.guards import Guards
 from ..effects.outside import Read, constants_of
-from ..ir.errors import BatchError, CaptureError, LossError, PipecompileError, RegionError
+from ..ir.errors import (
+    BatchError,
+    CaptureError,
+    LossError,
+    PipecompileError,
+    RaisedError,
+    RegionError,
+)
 from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
 from ..tracing.kept import UNTRACED
@@ -40,6 +49,7 @@ class Captured:
         outputs: per result, how those of microbatches are joined.
         notes: what the passes over the forward graph did.
         outside: what it has as constants and is not the model's.
+        guards: what forward has asked the batch, and the answers that the graph is made for.
     """
 
     graph: JointGraph
@@ -47,6 +57,7 @@ class Captured:
     outputs: tuple[Output, ...] = ()
     notes: tuple[str, ...] = ()
     outside: tuple[Read, ...] = ()
+    guards: Guards = field(default_factory=Guards)
 
 
 def capture_training(
@@ -56,12 +67,14 @@ def capture_training(
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
+    values: Leaves = (),
 ) -> Captured:
     """Forward, loss and backward of one microbatch, in the mode that the model is in.
 
     Args:
         passes: applied to the exported forward graph, before it is differentiated.
         compute: trace under autocast to this dtype, which a pass then has to carry out.
+        values: the leaves of the batch, which forward may ask; empty where there are none.
 
     Raises:
         BatchError, LossError, CaptureError: see each.
@@ -70,7 +83,7 @@ def capture_training(
     if not trainable:
         raise LossError("no parameter has requires_grad=True: there is nothing to train")
     with torch.enable_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values)
 
 
 def capture_evaluation(
@@ -80,10 +93,11 @@ def capture_evaluation(
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
+    values: Leaves = (),
 ) -> Captured:
     """Forward and loss in evaluation mode, without backward."""
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values)
 
 
 def capture_forward(
@@ -92,6 +106,7 @@ def capture_forward(
     device: torch.device,
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
+    values: Leaves = (),
 ) -> Captured:
     """All that the model returns, in evaluation mode, without backward.
 
@@ -100,10 +115,11 @@ def capture_forward(
 
     def again(rows: int) -> tuple[fx.GraphModule, Results]:
         function, leaves = _function(skeleton, spec.repeat(rows), None, device, "results", None)
+        function.values = tuple(torch.cat([v] * rows) if v.dim() else v for v in values)
         return _attempted(function, lambda: exported(function, leaves))
 
     with evaluating(skeleton.module), torch.no_grad():
-        captured = _capture(skeleton, spec, None, device, "results", passes, compute)
+        captured = _capture(skeleton, spec, None, device, "results", passes, compute, values)
         doubled, results = again(2)
         return replace(
             captured,
@@ -119,8 +135,10 @@ def _capture(
     wants: str,
     passes: Sequence[ForwardPass],
     compute: torch.dtype | None,
+    values: Leaves,
 ) -> Captured:
     function, leaves = _function(skeleton, spec, loss_fn, device, wants, compute)
+    function.values = values
     captured = _attempted(function, lambda: _differentiated(skeleton, function, leaves, passes))
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
@@ -148,6 +166,7 @@ def _function(
     function.wants_loss = wants == "loss"
     function.compute = compute
     function.attributes = skeleton.attributes.names
+    function.constants = skeleton.values_of_buffers()
     return function, leaves
 
 
@@ -183,16 +202,29 @@ def _each_way(
 ) -> tuple[list[T], list[PipecompileError]]:
     """What the first attempt made that succeeded, if one did, and the errors of those before it.
 
+    torch takes no `Number`: where that may be why, forward gets plain ones.
+
     Args:
         until: an error after which no other way is tried.
+
+    Raises:
+        RaisedError: the model raises as it would on one device.
     """
     errors: list[PipecompileError] = []  # each is over before the next attempt, which would name it
-    for denied in UNTRACED:
-        function.denied = denied
+    for denied, lazily in product(UNTRACED, (True, False)):
+        answering = function.answering
+        if errors and not lazily and (answering is None or not answering.numbers):
+            continue
+        function.denied, function.lazily = denied, lazily
         try:
             return [attempt()], errors
         except (CaptureError, BatchError) as error:
             errors.append(error)
+        if lazily and function.answering is not None and function.answering.numbers:
+            continue
+        raised = [error for error in errors if isinstance(error, RaisedError)]
+        if raised:
+            raise raised[0]
         if until(errors[-1]):
             break
     return [], errors
@@ -239,8 +271,10 @@ def _differentiated(
     outside = constants_of(
         graph.used_constants, results.outside.reads, skeleton.originals, graph.mutations
     )
+    guards = results.guards
+    skeleton.attributes.asked(guards.buffers, (*graph.mutations, *results.lost))
     notes += skeleton.regions.notes
-    return Captured(graph, results.rebuild, notes=notes, outside=outside)
+    return Captured(graph, results.rebuild, notes=notes, outside=outside, guards=guards)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
@@ -16,6 +16,10 @@ from typing import Any, TextIO
 import torch
 from torch import fx, nn
 
+from ..answers.answering import Answering
+from ..answers.guards import Guards
+from ..answers.known import untraced
+from ..answers.sizing import HANDLERS
 from ..effects.chance import drawing
 from ..effects.next_call import Left, check_next_calls
 from ..effects.outside import Reading
@@ -63,6 +67,7 @@ class Results:
         lost: attributes that the next call cannot read -> why.
         left: what else the next call may find changed.
         outside: tensors that are none of the model's, and were read.
+        guards: what forward has asked the batch.
     """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = _only
@@ -71,6 +76,7 @@ class Results:
     lost: Mapping[str, str] = field(default_factory=dict)
     left: Left = field(default_factory=Left)
     outside: Reading = field(default_factory=Reading)
+    guards: Guards = field(default_factory=Guards)
 
 
 class Traced(nn.Module):
@@ -79,6 +85,12 @@ class Traced(nn.Module):
     Args:
         whole: the model, with the loss where that is a module.
         regions: which parts of it run eagerly.
+
+    Attributes:
+        values: the batch's leaves with their values; empty where there are none.
+        constants: buffers of the model with values, which forward may ask too.
+        lazily: comparing a number of the batch asks for no more than what comes of that.
+        answering: what forward had asked the batch when it could not be traced.
     """
 
     whole: nn.Module
@@ -102,11 +114,21 @@ class Traced(nn.Module):
         self.compute: torch.dtype | None = None
         self.attributes: Collection[str] = ()
         self.found: Callable[[Results], None] = lambda _: None
+        self.values: Sequence[torch.Tensor] = ()
+        self.constants: Mapping[str, torch.Tensor] = {}
+        self.lazily = True
+        self.where: Callable[[], str] = str
+        self.began: Callable[[Answering], None] = lambda _: None
+        self.answering: Answering | None = None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
         args, kwargs = self.call.arguments(batch)
         others = () if self.loss_fn is None else (self.loss_fn,)  # a module is watched as one
+        answering = Answering(HANDLERS, self.where, self.lazily)
+        self.began(answering)
+        if self.values:
+            answering.begin(self._given(leaves))
         with (
             drawing() as drawn,
             watching(self.whole, others) as watched,
@@ -118,6 +140,7 @@ class Traced(nn.Module):
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,
+            answering,
         ):
             output = self.model(*args, **kwargs)
             outside.by = "forward" if self.loss_fn is None else "loss_fn"
@@ -126,6 +149,7 @@ class Traced(nn.Module):
         of_arguments, of_model = sources_of(watched.tensors, leaves)
         of_arguments |= of_model and bool(replaced.values)  # buffers become others in each call
         found.left = Left(watched, drawn, of_arguments, of_model)
+        found.guards = answering.guards(leaves[0].device, self.compute)
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
@@ -143,6 +167,17 @@ class Traced(nn.Module):
             )
         return (checks.demanded({"loss": loss})["loss"], *replaced.values.values())
 
+    def _given(
+        self, leaves: Sequence[torch.Tensor]
+    ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """What there are values of, while it is traced: leaves by their numbers, and buffers."""
+        given = [(str(i), *pair) for i, pair in enumerate(zip(leaves, self.values, strict=True))]
+        named = self.whole.named_buffers()
+        given += [(n, each, self.constants[n]) for n, each in named if n in self.constants]
+        with untraced():
+            values = [v.detach().to(leaves[0].device, traced.dtype) for _, traced, v in given]
+        return [(n, each, value) for (n, each, _), value in zip(given, values, strict=True)]
+
 
 def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, Results]:
     """The graph of a call, and what it returned.
@@ -151,6 +186,7 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
         PipecompileError: why it cannot be traced, or is not the graph of every call.
     """
     with tracking_modules(function.whole) as where:
+        function.where = where
         traced, results = _exported(function, leaves, where)
         evaluates = not function.whole.training and not torch.is_grad_enabled()
         check_next_calls(
@@ -167,7 +203,8 @@ def _exported(
 ) -> tuple[fx.GraphModule, Results]:
     whole = function.whole
     results = [Results()]
-    function.found = results.append
+    answering: list[Answering] = []
+    function.found, function.began = results.append, answering.append
     with (
         _same_attributes(whole),
         refused_hooks(),
@@ -182,7 +219,9 @@ def _exported(
         except Exception as error:
             given = _described(whole, where(), function.spec)
             name = type(function.model).__name__
-            raise explain(error, name, where(), given=given) from error
+            function.answering = answering[-1] if answering else None
+            asked = any(each.asked for each in answering[-1:])
+            raise explain(error, name, where(), given=given, asked=asked) from error
     restore_functions(traced, calls)
     drop_metadata_checks(traced)
     traced.meta["as_untraced"] = function.denied == UNTRACED[0]

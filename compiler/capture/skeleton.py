@@ -62,6 +62,12 @@ class Skeleton:
         """Whether a tensor belongs to the loss alone, by the first of its names."""
         return self.loss_fn is not None and name.startswith(f"{LOSS}.")
 
+    def values_of_buffers(self) -> dict[str, torch.Tensor]:
+        """Those that the user's model has, where it is still there."""
+        found = ((name, self.originals.get(name)) for name, _ in self.module.named_buffers())
+        values = ((name, None if each is None else each()) for name, each in found)
+        return {name: value for name, value in values if value is not None}
+
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A contiguous fake tensor, for an input of the model."""
         with self.mode:

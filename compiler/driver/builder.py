@@ -16,7 +16,14 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
-from ..ir.errors import CaptureError, LossError, OptionError, PartitionError
+from ..ir.errors import (
+    BatchError,
+    CaptureError,
+    LossError,
+    OptionError,
+    PartitionError,
+    PipecompileError,
+)
 from ..ir.graph import JointGraph, Phase, module_of, phase_of
 from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
@@ -96,14 +103,17 @@ class Builder:
             spec: of one microbatch.
             layout: what another graph of the model has decided.
             dump: write the files that ``dump_dir`` asks for (one rank does).
-            batch: leaves of one microbatch, to measure with.
+            batch: leaves of one microbatch, which forward may ask, and to measure with.
+
+        Raises:
+            BatchError: forward asks the batch, and ranks hear different answers.
         """
         if layout is None and mode is not Mode.TRAIN:
             with contextlib.suppress(LossError, CaptureError):
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
         recorder = Recorder(self._folder(mode, spec) if dump else None)
-        captured = self._captured(mode, spec, recorder)
+        captured = self._captured(mode, spec, batch, recorder)
         graph, locality = captured.graph, locality_of(captured.graph)
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
@@ -143,6 +153,7 @@ class Builder:
             tuple(recorder.records),
             decided.problem,
             captured.outside,
+            captured.guards,
         )
 
     @contextlib.contextmanager
@@ -162,7 +173,9 @@ class Builder:
         shape = "x".join(str(n) for n in spec.leaves[0].shape)
         return Path(self.options.dump_dir) / f"{mode}-{shape}"
 
-    def _captured(self, mode: Mode, spec: BatchSpec, recorder: Recorder) -> Captured:
+    def _captured(
+        self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor], recorder: Recorder
+    ) -> Captured:
         """The joint graph, with the passes over it."""
         options = self.options
         if self.why:
@@ -170,7 +183,8 @@ class Builder:
                 outcome.note = self.why
         inner: list[PassRecord] = []
         with recorder.record("joint", "capture") as outcome:
-            captured = self._capture(mode, spec, inner)
+            captured = self.team.together(lambda: self._capture(mode, spec, batch, inner))
+            self.team.alike(captured.guards)
             recorder.records += inner
             graph = captured.graph
             verify_graph(graph)
@@ -180,14 +194,31 @@ class Builder:
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
 
-    def _capture(self, mode: Mode, spec: BatchSpec, records: list[PassRecord]) -> Captured:
+    def _capture(
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        batch: Sequence[torch.Tensor],
+        records: list[PassRecord],
+    ) -> Captured:
         options, device = self.options, self.target.device
         compute = options.mixed.compute if options.mixed else None
         rewrites = forward_passes(options.mixed, self.target.kind, options.skip, records)
+        values = tuple(batch)
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, device, rewrites, compute)
+            return capture_forward(self.skeleton, spec, device, rewrites, compute, values)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(self.skeleton, spec, options.loss_fn, device, rewrites, compute)
+        return capture(self.skeleton, spec, options.loss_fn, device, rewrites, compute, values)
+
+    def refusal(self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor]) -> str:
+        """What forward raises on a microbatch, by its values; "" if it takes it."""
+        try:
+            self._capture(mode, spec, batch, [])
+        except BatchError as error:
+            return str(error)
+        except PipecompileError:
+            pass
+        return ""
 
     # -- deciding, and following --------------------------------------------------------------
 

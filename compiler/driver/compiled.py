@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
 
+from ..answers.guards import Guards
 from ..capture.outputs import Output
 from ..costs.simulate import Timeline
 from ..effects.outside import Read
@@ -40,6 +41,7 @@ class Compiled:
         records: what each pass did, in order.
         problem: the partitioning problem that this process solved, if it did.
         outside: what the graph has as constants and is not the model's.
+        guards: what forward has asked the batch, and the answers that the graph is made for.
     """
 
     program: PipelineProgram
@@ -52,3 +54,4 @@ class Compiled:
     records: tuple[PassRecord, ...]
     problem: Problem | None = None
     outside: tuple[Read, ...] = ()
+    guards: Guards = field(default_factory=Guards)

@@ -8,7 +8,7 @@ known when its graphs are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,12 +26,16 @@ class Attributes:
         names: all of them.
         lost: attributes that a graph leaves without a value for the next call -> why.
         read: attributes whose values a graph reads.
+        decided: buffers whose values Python has got while a graph was made.
+        updated: buffers that a graph updates.
     """
 
     names: frozenset[str]
     shared: Mapping[str, str]
     lost: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+    decided: set[str] = field(default_factory=set)
+    updated: set[str] = field(default_factory=set)
 
     def met(self, read: set[str], lost: Mapping[str, str]) -> None:
         """Of one more graph, what it reads and what it leaves without a value.
@@ -52,6 +56,21 @@ class Attributes:
                     f"attribute {name!r} lies in the memory of parameter {self.shared[name]!r}, "
                     "which the optimizer changes: read the parameter in forward"
                 )
+
+    def asked(self, decided: Iterable[str], updated: Iterable[str]) -> None:
+        """Of one more graph, the buffers by whose values it was made, and those that it updates.
+
+        Raises:
+            CaptureError: a buffer is both, of this graph or of two.
+        """
+        self.decided |= set(decided)
+        self.updated |= set(updated)
+        for name in sorted(self.decided & self.updated):
+            raise CaptureError(
+                f"buffer {name!r}: forward updates it, and its value is read in Python (.item(), "
+                "bool(), int()), which a graph that is made once cannot follow: keep it a tensor, "
+                "and decide with torch.where"
+            )
 
 
 def attributes_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:

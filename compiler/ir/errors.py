@@ -24,6 +24,10 @@ class BatchError(PipecompileError, ValueError):
     """A batch that the model does not take, or that cannot be cut as asked."""
 
 
+class RaisedError(BatchError):
+    """The model's own code raises on a batch, as it does on one device."""
+
+
 class SpecError(PipecompileError, ValueError):
     """A SPEC that names no model, or one that cannot be built."""
 

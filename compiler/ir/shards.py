@@ -308,12 +308,27 @@ def owners_of(
 
 
 def homes_in(program: PipelineProgram, params: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """FQN -> the stages that hold it; a parameter that nothing reads lives on stage 0."""
-    holders = {
-        name: tuple(stage.stage for stage in program.stages if name in stage.params)
-        for name in params
-    }
-    return {name: stages or (0,) for name, stages in holders.items()}
+    """FQN -> the stages that hold it.
+
+    A parameter that nothing reads lives where the last of its module's others do: another graph may
+    read it there. If none of any module around it is read, that is stage 0.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    last: dict[str, int] = {}  # of a module, what its parameters' last stage is
+    for name in params:
+        found[name] = tuple(stage.stage for stage in program.stages if name in stage.params)
+        for path in _around(name) if found[name] else ():
+            last[path] = max(last.get(path, 0), *found[name])
+    for name, stages in found.items():
+        near = (last[path] for path in _around(name) if path in last)
+        found[name] = stages or (next(near, 0),)
+    return found
+
+
+def _around(name: str) -> list[str]:
+    """The modules that a parameter is in, the innermost first; the model itself is none of them."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 def layer_of(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from ..answers.guards import Guards
+
 T = TypeVar("T")
 
 
@@ -13,6 +15,14 @@ class Team(Protocol):
 
     def agree(self, fingerprint: str) -> None:
         """Raise on every rank where graphs, options or weights differ."""
+        ...
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What ``act`` returns here, once it has succeeded on every rank; else its error on all."""
+        ...
+
+    def alike(self, guards: Guards) -> None:
+        """Raise on every rank where ranks have heard different answers of their batches."""
         ...
 
     def share(self, decide: Callable[[], T]) -> T:
@@ -38,6 +48,12 @@ class Alone:
     """One process: its own decision, its own seconds."""
 
     def agree(self, fingerprint: str) -> None:
+        pass
+
+    def together(self, act: Callable[[], T]) -> T:
+        return act()
+
+    def alike(self, guards: Guards) -> None:
         pass
 
     def share(self, decide: Callable[[], T]) -> T:

@@ -14,11 +14,10 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import _get_dispatch_mode_pre_dispatch
 from torch.export.custom_ops import (
     _call_custom_autograd_function_in_pre_dispatch as _placeholder_call,
 )
@@ -26,12 +25,12 @@ from torch.fx.experimental.proxy_tensor import track_tensor_tree
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..answers.known import proxy_mode
 from ..ir.errors import CaptureError
 from ..tensors.pytree import tree_flatten, tree_unflatten
 
 Call = Callable[..., Any]
 _DATA: Any = torch.Tensor.data
-_dispatch_mode = cast(Call, _get_dispatch_mode_pre_dispatch)
 
 
 @contextlib.contextmanager
@@ -142,7 +141,7 @@ def sources_of(
 
 def traced_as(tensor: torch.Tensor) -> tuple[fx.Node | None, Any]:
     """The node of a tensor that is being traced, and the module with the graph's constants."""
-    mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    mode = proxy_mode()
     if mode is None:
         return None, None
     node = getattr(mode.tracer.unwrap_proxy(tensor), "node", None)
@@ -176,7 +175,7 @@ def kept_functions() -> Iterator[list[Call]]:
     here = threading.get_ident()
 
     def kept(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        mode = _dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        mode = proxy_mode()
         traces = mode is not None and threading.get_ident() == here  # modes are all threads'
         if not traces or not torch.is_grad_enabled():
             return apply.__get__(None, cls)(*args, **kwargs)

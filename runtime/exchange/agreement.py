@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ...compiler.answers.guards import Choice, unlike
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.skeleton import named_state
 from ...compiler.driver.compiled import Mode
 from ...compiler.ir.errors import (
+    BatchError,
     CaptureError,
     CheckpointError,
     PipecompileError,
@@ -75,6 +77,8 @@ class Agreement:
         spec: BatchSpec,
         microbatches: int,
         values: Sequence[torch.Tensor],
+        choice: Choice,
+        refusal: Callable[[], str],
         obstacle: str = "",
     ) -> None:
         """Every rank is about to run the same program, and the stages of a replica on the same
@@ -82,23 +86,34 @@ class Agreement:
 
         Args:
             values: the leaves of the batch; a sample of each is compared.
+            choice: of the programs for batches of this shape.
+            refusal: what forward raises on the batch; "" if it takes it.
             obstacle: what keeps this rank from running, if anything does: a `CaptureError` on all.
+
+        Raises:
+            RankMismatchError: shapes, or data within a replica, differ.
+            BatchError: the values of microbatches, or of replicas, ask for different programs.
         """
         if not self._mesh.distributed:
             if obstacle:
                 raise CaptureError(obstacle)
+            if choice.obstacle:
+                raise BatchError(choice.obstacle)
             return
         text = f"{mode} {spec.described()}"
         number = _number(f"{text} {microbatches}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        mine = torch.tensor([number, data, bool(obstacle)])
+        mine = torch.tensor([number, data, bool(obstacle), choice.outcome, bool(choice.obstacle)])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
-        programs, batches, stopped = zip(*(each.tolist() for each in everyone), strict=True)
+        programs, batches, stopped, *chosen = zip(*(x.tolist() for x in everyone), strict=True)
         if any(stopped):
             raise CaptureError(next(filter(None, self.gather(obstacle))))
         if set(programs) == {number}:
             self._check_data(batches)
+            outcomes, mixed = chosen
+            if len(set(outcomes)) > 1 or any(mixed):
+                self._refuse(choice, refusal)
             return
         first, *others = self.gather((microbatches, text))
         for rank, (count, theirs) in enumerate(others, 1):
@@ -112,6 +127,21 @@ class Agreement:
                     f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
                     "microbatch: all ranks must make the same calls with equal shapes"
                 )
+
+    def _refuse(self, choice: Choice, refusal: Callable[[], str]) -> None:
+        """Ranks, or the microbatches of one, would run different programs."""
+        choices = self.gather(choice)
+        for each in choices:
+            if each.obstacle:
+                raise BatchError(each.obstacle)
+        ranks = range(len(choices))
+        least = min(ranks, key=lambda rank: choices[rank].outcome)
+        odd = choice.outcome != choices[least].outcome
+        for raised in filter(None, self.gather(refusal() if odd else "")):
+            raise BatchError(raised)
+        other = next(rank for rank in ranks if choices[rank].outcome != choices[least].outcome)
+        where, expected, answer = choices[other].others[choices[least].outcome]
+        raise BatchError(unlike(where, (f"rank {least}", expected), (f"rank {other}", answer)))
 
     def check_options(self, options: CompileOptions) -> None:
         """Equal options on all ranks, as far as they are declared to be compared."""

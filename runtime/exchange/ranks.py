@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from ...compiler.ir.errors import PipecompileError
+from ...compiler.answers.guards import Guards, unlike
+from ...compiler.ir.errors import BatchError, CaptureError, PipecompileError
 from ...compiler.options.options import CompileOptions
 from .agreement import Agreement
 from .mesh import Mesh
@@ -29,6 +30,18 @@ class Ranks:
         if self._model is not None:
             self._agreement.check_ranks(fingerprint, self._model, self._options)
             self._model = None
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What ``act`` returns here, once it has succeeded on every rank; else its error on all."""
+        return act() if self._mesh.rank is None else self._agreement.together(act, CaptureError)
+
+    def alike(self, guards: Guards) -> None:
+        """Raises BatchError on every rank where ranks have heard different answers."""
+        first, *others = self._agreement.gather(guards.heard)
+        for rank, heard in enumerate(others, 1):
+            for (where, answer), (_, theirs) in zip(first, heard, strict=False):
+                if answer != theirs:
+                    raise BatchError(unlike(where, ("rank 0", answer), (f"rank {rank}", theirs)))
 
     def share(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on every rank.

@@ -48,14 +48,18 @@ def remembering() -> Iterator[None]:
 def _capturing(capture: Callable[..., Captured]) -> Callable[..., Captured]:
     known: dict[Hashable, tuple[Captured, list[list[Any]]]] = {}
 
-    def captured(builder: Builder, mode: Any, spec: Any, *records: list[Any]) -> Captured:
+    def captured(
+        builder: Builder, mode: Any, spec: Any, batch: Any, *records: list[Any]
+    ) -> Captured:
         model = builder.skeleton.module
         parts = {type(part).__module__ for part in model.modules()}
         if builder.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
-            return capture(builder, mode, spec, *records)
+            return capture(builder, mode, spec, batch, *records)
         key = (mode, spec, shape_of(model), *_told(builder))
         if key not in known:
-            made = capture(builder, mode, spec, *records)
+            made = capture(builder, mode, spec, batch, *records)
+            if made.guards:  # for this batch
+                return made
             known[key] = _copied(made), [list(each) for each in records]
             return made
         found, kept = known[key]

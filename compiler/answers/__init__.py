@@ -1,0 +1,1 @@
+"""What forward asks the batch in Python: the answers, and how every other batch is asked."""

@@ -1,0 +1,162 @@
+"""What forward asks a tensor in Python, answered from the batch at hand where that determines it.
+
+``if mask.any():``, ``assert lengths.max().item() <= 512``, ``labels.nonzero()``: no graph follows
+these, but where no parameter has a part in it a batch tells the answer. Forward gets it, and it is
+written down, to be asked of other batches (`guards`).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
+
+from ..effects.code import is_foreign
+from ..tensors.fakes import FakeTensor
+from .guards import Guards, Question, Reading
+from .known import Known, copied, node_of, untraced
+from .number import How, Number, plain
+
+PASS = object()
+"""Of what is not answered here, but by torch."""
+
+
+def _same(found: Any) -> Any:
+    return found
+
+
+class Answering(TorchFunctionMode):
+    """A forward inside, while it is traced.
+
+    Args:
+        handlers: torch's function -> what stands for it; may return `PASS`.
+        module: names the module that runs.
+        lazily: ``.item()`` gives a `Number` instead of Python's own.
+
+    Attributes:
+        numbers: whether it has given one.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[Any, Callable[..., Any]],
+        module: Callable[[], str],
+        lazily: bool,
+    ):
+        super().__init__()
+        self._handlers, self._module, self._lazily = handlers, module, lazily
+        self._known: Known | None = None
+        self._readings: list[tuple[Reading, int]] = []
+        self._given: dict[str, torch.Tensor] = {}
+        self._names: dict[fx.Node, str] = {}
+        self.numbers = False
+
+    def begin(self, given: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
+        """What is known.
+
+        Args:
+            given: a name, the tensor as it is traced, and its value on the same device.
+        """
+        values = {}
+        for name, traced, value in given:
+            node = node_of(traced)
+            if node is not None and node.op == "placeholder":
+                values[node], self._names[node], self._given[name] = value, name, value
+        self._known = Known(values)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._known is None:
+            return func(*args, **kwargs)
+        if self.numbers:
+            args, kwargs = plain((args, kwargs))
+        handler = self._handlers.get(func)
+        found = PASS if handler is None else handler(self, func, *args, **kwargs)
+        return func(*args, **kwargs) if found is PASS else found
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def knows(self, *tensors: Any) -> bool:
+        """Whether the batch determines these; other values are what they are."""
+        traced = [each for each in tensors if isinstance(each, torch.Tensor)]
+        return bool(traced) and all(self._node(each) is not None for each in traced)
+
+    def ask(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+        """What Python gets of a tensor that is known."""
+        return self._asker(tensor, read)[0](_same)
+
+    def number(self, tensor: torch.Tensor) -> Any:
+        """The one element of a tensor that is known."""
+        ask, found = self._asker(tensor, torch.Tensor.item)
+        if not self._lazily or type(found) not in (int, float):
+            return ask(_same)
+        self.numbers = True
+        return Number(ask, found)
+
+    def _node(self, tensor: torch.Tensor) -> fx.Node | None:
+        if self._known is None or type(tensor) is not FakeTensor:
+            return None
+        return self._known.node(tensor)
+
+    def _asker(
+        self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]
+    ) -> tuple[Callable[[How], Any], Any]:
+        node, known = self._node(tensor), self._known
+        assert node is not None
+        assert known is not None
+        with untraced():
+            found = read(known.value(node))
+        reading = Reading(node, read)
+        self._readings.append((reading, len(known.order)))
+
+        def ask(how: How) -> Any:
+            question = Question(self._where(), how, how(found))
+            reading.questions.append(question)
+            return question.answer
+
+        return ask, found
+
+    def _where(self) -> str:
+        frames = [f for f in traceback.extract_stack() if not is_foreign(f.filename)]
+        at = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+        return f"in module {self._module() or '(the model itself)'!r}, {at or 'an unknown line'}"
+
+    # -- what was asked -------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        return any(reading.questions for reading, _ in self._readings)
+
+    def guards(self, device: torch.device, compute: torch.dtype | None) -> Guards:
+        """All questions, and the operators that lead to them."""
+        known = self._known
+        asked = [(reading, at) for reading, at in self._readings if reading.questions]
+        if known is None or not asked:
+            return Guards()
+        nodes, writes = known.needed([reading.node for reading, _ in asked])
+        twin = copied(nodes, self._names)
+        constants = {str(n.target): known.value(n) for n in nodes if n.op == "get_attr"}
+        given = {self._names[n] for n in nodes if n.op == "placeholder"}
+        steps: list[fx.Node | Reading] = []
+        position = {node: i for i, node in enumerate(known.order)}
+        for node in nodes:
+            while asked and asked[0][1] <= position[node]:
+                steps.append(_moved(asked.pop(0)[0], twin))
+            steps.append(twin[node])
+        steps += [_moved(reading, twin) for reading, _ in asked]
+        buffers = {name: self._given[name] for name in given if not name.isdecimal()}
+        return Guards(tuple(steps), constants | buffers, tuple(buffers), writes, device, compute)
+
+
+def _moved(reading: Reading, twin: Mapping[fx.Node, fx.Node]) -> Reading:
+    return Reading(twin[reading.node], reading.read, reading.questions)
