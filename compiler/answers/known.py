@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..tensors.fakes import is_fake
@@ -154,8 +153,9 @@ def _writes(node: fx.Node, value: Callable[[fx.Node], Any]) -> list[Any]:
 
 def _spots(value: Any) -> set[int]:
     """Where in memory a value is."""
-    leaves = pytree.tree_leaves(value)
-    return {t.untyped_storage()._cdata for t in leaves if isinstance(t, torch.Tensor)}
+    if isinstance(value, torch.Tensor):
+        return {value.untyped_storage()._cdata}
+    return set().union(*map(_spots, value)) if isinstance(value, (tuple, list)) else set()
 
 
 def copied(nodes: Nodes, names: Mapping[fx.Node, str]) -> dict[fx.Node, fx.Node]:

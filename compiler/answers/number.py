@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 How = Callable[[Any], Any]
 
@@ -52,7 +51,13 @@ class Number:
 
 def plain(value: Any) -> Any:
     """A value in which numbers are Python's own."""
-    return pytree.tree_map(lambda each: each.plain() if type(each) is Number else each, value)
+    if type(value) is Number:
+        return value.plain()
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {key: plain(each) for key, each in value.items()}
+    return value
 
 
 def _operand(other: Any) -> Any:

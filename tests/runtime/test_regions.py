@@ -340,7 +340,7 @@ class Sometimes(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if bool(x.sum() < 100):
+        if bool((x * self.weight).sum() < 100):
             self.mean = self.mean + 1
         return (x * self.weight).sum()
 
