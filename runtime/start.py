@@ -15,6 +15,7 @@ from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
+from ..compiler.ir.fakes import is_fake
 from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
 from .exchange.agreement import Agreement
@@ -62,13 +63,15 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
     weights = options.weights
     if weights is not None:  # refuse what does not fit before planning
         agreement.together(lambda: WeightFiles(weights, skeleton), StateError)
-    _, whole = batches.flatten(options.example_batch)
+    values, whole = batches.flatten(options.example_batch)
+    values = [] if any(map(is_fake, values)) else values
     target = target_of(options, device, mesh)
 
     def build(n_stages: int, dp: int, finer: int) -> Compiled:
         tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
         piece, microbatches = divide(whole, tried, dp, finer=finer)
-        return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches)
+        asked = batches.cut(values, dp * microbatches)[0] if values else ()
+        return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches, batch=asked)
 
     team = Ranks(mesh, agreement, model, options)
     best, trials = team.share(lambda: choose_stages(mesh.size, build))
@@ -82,5 +85,6 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
     mesh = make_mesh(best.n_stages, best.dp)
     why = f"{best} is the shortest predicted step of {listed(trials)}"
     pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
-    pipe.compile_for(whole.cut(pipe.data_shards))
+    share = whole.cut(pipe.data_shards)
+    pipe.compile_for(share.build(batches.cut(values, pipe.data_shards)[0]) if values else share)
     return pipe

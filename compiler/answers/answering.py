@@ -81,6 +81,8 @@ class Answering(TorchFunctionMode):
         if self.numbers:
             args, kwargs = plain((args, kwargs))
         handler = self._handlers.get(func)
+        if handler is not None and "input" in kwargs:
+            args, kwargs = (kwargs["input"], *args), {k: kwargs[k] for k in kwargs if k != "input"}
         found = PASS if handler is None else handler(self, func, *args, **kwargs)
         return func(*args, **kwargs) if found is PASS else found
 
@@ -149,7 +151,8 @@ class Answering(TorchFunctionMode):
         given = {self._names[n] for n in nodes if n.op == "placeholder"}
         steps: list[fx.Node | Reading] = []
         position = {node: i for i, node in enumerate(known.order)}
-        for node in nodes:
+        last = max(at for _, at in asked)
+        for node in (node for node in nodes if position[node] < last):
             while asked and asked[0][1] <= position[node]:
                 steps.append(_moved(asked.pop(0)[0], twin))
             steps.append(twin[node])

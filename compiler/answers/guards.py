@@ -135,9 +135,13 @@ class Guards:
 
     def _asked(self, values: Sequence[torch.Tensor]) -> Difference | None:
         made: dict[fx.Node, Any] = {}
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
             if not isinstance(step, Reading):
-                made[step] = self._run(step, made, values)
+                try:
+                    made[step] = self._run(step, made, values)
+                except Exception as error:  # an index out of range: forward fails there too
+                    left = (each for each in self.steps[i:] if isinstance(each, Reading))
+                    return Difference(next(left).questions[0], type(error).__name__)
                 continue
             found = step.read(made[step.node])
             for question in step.questions:

@@ -90,16 +90,21 @@ def _index(answers: Answering, index: Any) -> Any:
                 return PASS
             found += _places(answers, part).unbind(1)
         elif isinstance(part, slice):
-            found.append(slice(*(_whole(answers, x) for x in (part.start, part.stop, part.step))))
+            ends = (part.start, part.stop, part.step)
+            wholes = [_whole(answers, end) for end in ends]
+            found.append(part if all(map(operator.is_, ends, wholes)) else slice(*wholes))
         else:
             found.append(part)
-    same = len(found) == len(parts) and all(a is b for a, b in zip(found, parts, strict=True))
+    same = len(found) == len(parts) and all(map(operator.is_, found, parts))
     return PASS if same else tuple(found)
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def _whole(answers: Answering, value: Any) -> Any:
     """A tensor that stands where Python has a whole number."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype in _WHOLE:
         return answers.ask(value, lambda x: int(x.item())) if answers.knows(value) else value
     return value
 
@@ -114,7 +119,7 @@ def _wholes(answers: Answering, func: Any, *args: Any, **kwargs: Any) -> Any:
 
     own = args[:1] if func in _OF_TENSORS else ()
     rest = tuple(plain(value) for value in args[len(own) :])
-    named = {key: value if key == "input" else plain(value) for key, value in kwargs.items()}
+    named = {key: plain(value) for key, value in kwargs.items()}
     return func(*own, *rest, **named)
 
 
@@ -207,7 +212,7 @@ _OF_TENSORS = {
         *("repeat", "split", "unflatten", "roll", "tile"),
     )
 } | {torch.narrow, torch.reshape, torch.split, torch.roll, torch.tile}
-_CREATING = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace}
+_CREATING = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full}
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     _T.item: _item,
