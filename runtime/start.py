@@ -15,9 +15,9 @@ from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
-from ..compiler.ir.fakes import is_fake
 from ..compiler.options.microbatches import divide
 from ..compiler.options.options import CompileOptions
+from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, device_of, target_of
 from .exchange.mesh import Mesh, connect, make_mesh, world_size
