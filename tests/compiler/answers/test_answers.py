@@ -350,3 +350,35 @@ def test_what_forward_raises_in_one_replica_is_raised_on_every_rank(
 ) -> None:
     for text in gang(2).run(raising_in_one, (0, 6)):
         assert "AssertionError: an empty row" in text
+
+
+def losses_of_stages() -> list[torch.Tensor]:
+    how, batches = CASES["branch"]
+    pipe = compiled(built(how))
+    return [*map(pipe.step, batches), pipe.evaluate(batches[0])]
+
+
+def test_stages_in_processes_take_the_same_branch(gang: Callable[[int], Gang]) -> None:
+    how, batches = CASES["branch"]
+    pipe = compiled(built(how), 1)
+    expected = [*map(pipe.step, batches), pipe.evaluate(batches[0])]
+    for found in gang(2).run(losses_of_stages):
+        assert all(map(torch.equal, found, expected))
+
+
+def rounding(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether a product of matrices is one of bf16 decides."""
+    x = ids.float() / 3
+    inexact = ((x @ x.mT).float() - (x[:, None] * x).sum(-1)).abs().max() > 1e-3
+    return model.loss(model.hidden(ids).mean(1), labels) * (2 if inexact else 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_asked_in_the_precision_of_forward(precision: str) -> None:
+    model = built(rounding)
+    pipe = compiled(copy.deepcopy(model), precision=precision)
+    found = [pipe.forward_backward(batch()) for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        expected = torch.stack([model(*part)["loss"].detach() for part in cut(batch())]).mean()
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
