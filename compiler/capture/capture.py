@@ -178,6 +178,7 @@ def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
         PipecompileError: what the attempts without regions say, where only the model is left.
     """
     regions = function.regions
+    regions.find()
     before, told = dict(regions.why), set(regions.patterns)
     with tracing():
         found, errors = _each_way(function, attempt)

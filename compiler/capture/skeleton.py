@@ -87,7 +87,6 @@ def skeleton_of(
         eager_modules: names of submodules that run eagerly, as the option says.
 
     Raises:
-        OptionError: no submodule has such a name.
         SharedStorageError: two different parameters overlap in memory.
         CaptureError: the model cannot be copied, or has gradient hooks.
     """

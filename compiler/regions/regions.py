@@ -30,25 +30,32 @@ class Regions:
     Attributes:
         why: submodule -> why it runs eagerly.
         sites: calls that graphs have, by key.
-
-    Raises:
-        OptionError: a name that no submodule has.
     """
 
     def __init__(self, module: nn.Module, asked: Iterable[str] = ()):
         self._parts = dict(module.named_modules())
+        self._asked = tuple(asked)
         self.why: dict[str, str] = {}
         self._cacheless: list[Any] = []
         self.sites: dict[str, Site] = {}
-        for pattern in asked:
-            found = [name for name in self._parts if name and _matches(pattern, name)]
+
+    def find(self) -> None:
+        """Take what the user has asked for; ranks have compared it before.
+
+        Raises:
+            OptionError: a name that no submodule has.
+        """
+        names = [name for name in self._parts if name]
+        for pattern in self._asked:
+            found = [name for name in names if _matches(pattern, name)]
             if not found:
+                few = ", ".join(map(repr, names[:6])) or "none"
                 raise OptionError(
-                    f"eager_modules: {pattern!r} stands for no submodule of the model; there are "
-                    + ", ".join(list(self._parts)[1:6])
-                    + " and more"
+                    f"eager_modules: {pattern!r} stands for no submodule of the model, which has "
+                    + (f"{few} and more" if len(names) > 6 else few)
                 )
             self._add(dict.fromkeys(found, "eager_modules asks for it"))
+        self._asked = ()
 
     def extend(self, error: Exception | None) -> bool:
         """Add the submodule that an error is about, or one around it, with those of other layers

@@ -294,8 +294,11 @@ def test_a_user_may_ask_for_it() -> None:
         plain_optimizer.step()
         plain_optimizer.zero_grad()
     assert plain.equal(pipe.state_dict(), other.state_dict())
-    with pytest.raises(OptionError, match=r"eager_modules: 'layers\.\*' stands for no submodule"):
-        pipecompile.compile(model, 2, eager_modules=["layers.*"], loss_fn=loss)
+    options |= {"example_batch": data[0]}
+    with pytest.raises(
+        OptionError, match=r"'layers\.\*' stands for no submodule.* has '0', '1', '1.0'"
+    ):
+        pipecompile.compile(model, 2, eager_modules=["layers.*"], **options)
 
 
 class Stateful(nn.Module):
