@@ -59,7 +59,6 @@ def oracle(name: str, dp: int, kind: str, dtype: torch.dtype | None = None) -> p
 
 QUICK = [
     (("gpt2", 2, 2, "muon", 1), {}),
-    (("llama", 1, 3, "factored", 2), {"precision": "bf16"}),
     (("gpt2", 2, 2, "shampoo", 3), {}),
 ]
 FULL = [
