@@ -124,7 +124,8 @@ class Regions:
     @property
     def drawing(self) -> frozenset[str]:
         """Submodules of which calls draw random numbers."""
-        return frozenset(site.path for site in self.sites.values() if site.known.draws)
+        tried = [(site.path, site.facts) for site in self.sites.values()]
+        return frozenset(path for path, facts in tried if facts is not None and facts.draws)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

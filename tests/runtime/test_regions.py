@@ -107,6 +107,7 @@ class Net(nn.Module):
             "counting": Counting,
             "choosing": lambda: Choosing(self.head),
             "dropping": Dropping,
+            "sorted": Sorted,
         }
         self.layers = nn.ModuleList(make[kind]() for _ in range(3))
         self.kind = kind
@@ -334,6 +335,45 @@ def test_what_cannot_be_a_region_is_refused(inner: nn.Module, message: str) -> N
 
     with pytest.raises(CaptureError, match=message):
         pipecompile.compile(Outer(), 1, example_batch={"x": torch.randn(2, 4)})
+
+
+class Sizes(nn.Module):
+    """Returns numbers that only its own weights and data tell: no node can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        chosen = self.lin(x).argmax(-1)
+        return chosen.argsort(), torch.bincount(chosen, minlength=3).tolist()
+
+
+class Sorted(nn.Module):
+    """Experts on tokens that are sorted by them, in parts of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = Sizes()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        order, sizes = self.sizes(tokens)
+        parts = tokens[order].split(sizes)
+        made = torch.cat([e(part) for e, part in zip(self.experts, parts, strict=True)])
+        return torch.zeros_like(tokens).index_copy(0, order, made).view_as(x)
+
+
+def test_what_is_around_it_runs_eagerly_where_a_part_cannot() -> None:
+    model = Net("sorted")
+    pipe = pipecompile.compile(model, 2, optimizer=ADAMW, microbatches=2, verify=2)
+    for batch in batches(4):
+        pipe.step(batch)
+    assert "identical to the last bit" in pipe.verification
+    (note,) = [note for name, note in pipe.plan.notes if name == "capture"]
+    assert "layers.* runs eagerly" in note
+    assert "sizes" not in note
 
 
 class Sometimes(nn.Module):
