@@ -194,16 +194,29 @@ class Session:
         for executor in loaded.executors.values():
             executor.scale_loss(scale)
         self._sums.open(scale)
-        by_data = next(iter(loaded.executors.values())).by_data
-        self.run(loaded, jobs)
-        if by_data:
-            mine = set().union(*(state.reached.names for state in self.state.ranks.values()))
-            reached = set().union(*self._world.agreement.gather(mine))
-            self._sums.forget(by_data - reached)
+        with self._left_alone(loaded):
+            self.run(loaded, jobs)
         if scaler is None or self._unscaled(scaler):
             self._sums.close(scale)
         else:
             self._sums.drop()
+
+    @contextlib.contextmanager
+    def _left_alone(self, loaded: Loaded) -> Iterator[None]:
+        """A run inside; parameters that no gradient has reached, on any rank, are as without it."""
+        by_data = next(iter(loaded.executors.values())).by_data
+        if not by_data:
+            yield
+            return
+        states, blank = self.state.ranks.values(), self._sums.blank(by_data)
+        for state in states:
+            state.reached.restart()
+        yield
+        mine = set().union(*(state.reached.names for state in states))
+        reached = set().union(*self._world.agreement.gather(mine))
+        for name, slot in blank:
+            if name not in reached:
+                slot.fresh = True  # what it got is zeros
 
     def _unscaled(self, scaler: LossScaler) -> bool:
         """Whether all ranks have finite gradients; these are unscaled then."""

@@ -7,7 +7,6 @@ written down, to be asked of other batches (`guards`).
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from ..effects.code import is_foreign
+from ..effects.code import running
 from ..tensors.fakes import FakeTensor
 from .guards import Guards, Question, Reading
 from .known import Known, copied, node_of, untraced
@@ -129,8 +128,8 @@ class Answering(TorchFunctionMode):
         return ask, found
 
     def _where(self) -> str:
-        frames = [f for f in traceback.extract_stack() if not is_foreign(f.filename)]
-        at = f"at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+        frame = running()
+        at = f"at {frame.filename}:{frame.lineno} ({frame.line})" if frame else ""
         return f"in module {self._module() or '(the model itself)'!r}, {at or 'an unknown line'}"
 
     # -- what was asked -------------------------------------------------------------------------

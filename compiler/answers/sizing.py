@@ -155,8 +155,7 @@ def _unique(
 ) -> Any:
     if not answers.knows(x):
         return PASS
-    dim = dim if dim is None else dim % max(x.dim(), 1)
-    size = answers.ask(x, lambda value: torch.unique(value, dim=dim).shape[dim or 0])
+    dim, size = _how_many(answers, x, dim, torch.unique)
     found = sized.unique(x, sorted, dim, size)
     return _some(found, return_inverse, return_counts)
 
@@ -171,9 +170,16 @@ def _consecutive(
 ) -> Any:
     if not answers.knows(x):
         return PASS
-    dim = dim if dim is None else dim % max(x.dim(), 1)
-    size = answers.ask(x, lambda value: torch.unique_consecutive(value, dim=dim).shape[dim or 0])
+    dim, size = _how_many(answers, x, dim, torch.unique_consecutive)
     return _some(sized.unique_consecutive(x, dim, size), return_inverse, return_counts)
+
+
+def _how_many(
+    answers: Answering, x: torch.Tensor, dim: int | None, unique: Callable[..., torch.Tensor]
+) -> tuple[int | None, int]:
+    """The dimension counted from the first, and how many are left along it."""
+    dim = dim if dim is None else dim % max(x.dim(), 1)
+    return dim, answers.ask(x, lambda value: unique(value, dim=dim).shape[dim or 0])
 
 
 def _some(found: list[torch.Tensor], inverse: bool, counts: bool) -> Any:

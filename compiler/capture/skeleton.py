@@ -20,7 +20,7 @@ from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
 from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
-from ..tensors.facts import memory_of
+from ..tensors.facts import extent, memory_of
 from ..tensors.fakes import FakeTensor, FakeTensorMode
 from .whole import LOSS, loss_of, model_of
 
@@ -214,10 +214,8 @@ def _check_storage(model: nn.Module) -> None:
         if memory is None:
             continue
         start = int(param.storage_offset()) * param.element_size()
-        extent = (
-            sum((int(n) - 1) * int(s) for n, s in zip(param.shape, param.stride(), strict=True)) + 1
-        )
-        spans.setdefault(memory, []).append((start, start + extent * param.element_size(), name))
+        end = start + extent(param) * param.element_size()
+        spans.setdefault(memory, []).append((start, end, name))
     for group in spans.values():
         group.sort()
         for (_, end, first), (start, _, second) in pairwise(group):

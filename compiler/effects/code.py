@@ -27,6 +27,12 @@ def is_foreign(filename: str) -> bool:
     return own or any(map(path.is_relative_to, _FOLDERS))
 
 
+def running() -> traceback.FrameSummary | None:
+    """The user's innermost line that is being run."""
+    frames = traceback.extract_stack()
+    return next((f for f in reversed(frames) if not is_foreign(f.filename)), None)
+
+
 def user_line(node: fx.Node) -> str:
     """Where in the user's code a node was made: the last frame that torch.export noted."""
     found = ""

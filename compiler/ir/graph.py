@@ -23,9 +23,10 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -261,6 +262,34 @@ def overwritten(node: fx.Node) -> fx.Node | None:
             assert isinstance(source, fx.Node)
             return source
     return None
+
+
+def made_of(wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[fx.Node] | None:
+    """All that a node is made of, itself the last, in order; None if any of it is not allowed."""
+    needed: set[fx.Node] = set()
+    pending = [wanted]
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            continue
+        if not allowed(node):
+            return None
+        needed.add(node)
+        pending += node.all_input_nodes
+    return sorted(needed)
+
+
+def computed(nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The values of nodes in order, on the CPU, added to those that are there."""
+    for node in nodes:
+        if node not in values:
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = dict(fx.node.map_arg(node.kwargs, values.__getitem__))
+            if "device" in kwargs:
+                kwargs["device"] = torch.device("cpu")
+            target: Any = node.target
+            values[node] = target(*args, **kwargs)
+    return values
 
 
 def root_bytes(nodes: Iterable[fx.Node]) -> int:

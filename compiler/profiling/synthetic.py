@@ -13,6 +13,7 @@ import torch
 
 from ..ir.ops import add_gradient
 from ..ir.program import Port, Program, Role
+from ..tensors.facts import extent
 
 SCALE = 0.02  # what transformers initialise weights with
 _NOISE = 1 << 20  # so many different numbers; more would take longer to draw than to use
@@ -65,15 +66,14 @@ class Synthesizer:
 
     def tensor(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor of the same shape, strides and dtype, in memory of its own."""
-        steps = zip(like.shape, like.stride(), strict=True)
-        extent = 0 if like.numel() == 0 else 1 + sum((int(n) - 1) * int(s) for n, s in steps)
+        length = extent(like)
         if like.dtype.is_floating_point or like.dtype.is_complex:
-            flat = torch.empty(extent, dtype=like.dtype, device=self.device)
-            for start in range(0, extent, _NOISE):
+            flat = torch.empty(length, dtype=like.dtype, device=self.device)
+            for start in range(0, length, _NOISE):
                 piece = flat[start : start + _NOISE]
                 piece.copy_(self.noise[: piece.numel()])
         elif like.dtype is torch.bool:
-            flat = torch.ones(extent, dtype=like.dtype, device=self.device)
+            flat = torch.ones(length, dtype=like.dtype, device=self.device)
         else:
-            flat = torch.zeros(extent, dtype=like.dtype, device=self.device)
+            flat = torch.zeros(length, dtype=like.dtype, device=self.device)
         return flat.as_strided(like.shape, like.stride())

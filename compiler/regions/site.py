@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from ..ir.errors import StateError
 from ..ir.region import Work, mark_not_reached
+from ..tensors.facts import extent
 from ..tensors.pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Tensors = Sequence[torch.Tensor]
@@ -304,9 +305,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses of its first byte and of that after its last."""
     if not tensor.numel():
         return 0, -1
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = 1 + sum((int(n) - 1) * int(step) for n, step in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor) * tensor.element_size()
 
 
 class Saved:

@@ -24,6 +24,12 @@ def described(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{short_name(dtype)}{list(shape)}"
 
 
+def extent(tensor: torch.Tensor) -> int:
+    """How many elements of memory it spans."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((int(n) - 1) * int(step) for n, step in steps) if tensor.numel() else 0
+
+
 def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
     """Where its values are; None where there are none."""
     if tensor.numel() == 0 or is_fake(tensor):

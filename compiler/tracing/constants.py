@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..effects.outside import NUMBERS
-from ..ir.graph import is_getitem, is_operator, is_random
+from ..ir.graph import computed, is_getitem, is_operator, is_random, made_of
 from ..tensors.fakes import is_fake
 from .kept import outside_of_tracing, traced_as
 
@@ -66,20 +66,14 @@ def constant_value(tensor: torch.Tensor) -> torch.Tensor | None:
     found = _operators(tensor)
     if found is None:
         return None
-    wanted, nodes, root = found
-    values: dict[fx.Node, Any] = {}
+    nodes, root = found
+    values = {
+        node: operator.attrgetter(str(node.target))(root).cpu()
+        for node in nodes
+        if node.op == "get_attr"
+    }
     with _untraced(), torch.no_grad():
-        for node in nodes:
-            if node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(root).cpu()
-                continue
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = dict(fx.node.map_arg(node.kwargs, values.__getitem__))
-            if "device" in kwargs:
-                kwargs["device"] = torch.device("cpu")
-            target: Any = node.target
-            values[node] = target(*args, **kwargs)
-    value = values[wanted]
+        value = computed(nodes, values)[nodes[-1]]
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -89,25 +83,14 @@ def _untraced() -> Iterator[None]:
         yield
 
 
-def _operators(tensor: Any) -> tuple[fx.Node, list[fx.Node], Any] | None:
-    """The node of a constant, all that it is made of in their order, and whose constants these
-    are; None for any other tensor."""
+def _operators(tensor: Any) -> tuple[list[fx.Node], Any] | None:
+    """All that a constant is made of, in order, and whose constants these are; None for any other
+    tensor."""
     if not isinstance(tensor, torch.Tensor):
         return None
     wanted, root = traced_as(tensor)
-    if wanted is None:
-        return None
-    needed: set[fx.Node] = set()
-    pending = [wanted]
-    while pending:
-        node = pending.pop()
-        if node in needed:
-            continue
-        if not _is_constant(node, root):
-            return None
-        needed.add(node)
-        pending += node.all_input_nodes
-    return wanted, sorted(needed), root
+    nodes = None if wanted is None else made_of(wanted, lambda node: _is_constant(node, root))
+    return None if nodes is None else (nodes, root)
 
 
 def _is_constant(node: fx.Node, root: Any) -> bool:

@@ -5,7 +5,6 @@ Tracing would drop them, as nothing reads their results.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..effects.code import is_foreign
+from ..effects.code import running
 from ..ir import checks
 
 _ONE_HOT: Any = torch.nn.functional.one_hot
@@ -94,5 +93,5 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
 
 def _line() -> str:
     """The user's line that is run."""
-    frames = [f for f in traceback.extract_stack() if not is_foreign(f.filename)]
-    return f"at {frames[-1].filename}:{frames[-1].lineno}" if frames else "at an unknown line"
+    frame = running()
+    return f"at {frame.filename}:{frame.lineno}" if frame else "at an unknown line"

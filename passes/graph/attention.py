@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
 
-from ...compiler.ir.graph import is_getitem, is_operator, is_random
+from ...compiler.ir.graph import computed, is_getitem, is_operator, is_random, made_of
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN.scaled_dot_product_attention.default
@@ -96,7 +96,7 @@ def _kind(module: fx.GraphModule, mask: fx.Node) -> _Mask:
     fake = mask.meta.get("val")
     if not isinstance(fake, torch.Tensor) or fake.dim() < 2 or fake.numel() > MAX_ELEMENTS:
         return _Mask.OTHER
-    value = _constant_value(module, mask)
+    value = _constant_value(mask)
     if value is None or not (value.dtype is torch.bool or value.is_floating_point()):
         return _Mask.OTHER
     seen = value if value.dtype is torch.bool else value == 0
@@ -109,25 +109,12 @@ def _kind(module: fx.GraphModule, mask: fx.Node) -> _Mask:
     return _Mask.CAUSAL if rows == columns and torch.equal(seen, causal) else _Mask.OTHER
 
 
-def _constant_value(module: fx.GraphModule, wanted: fx.Node) -> torch.Tensor | None:
+def _constant_value(wanted: fx.Node) -> torch.Tensor | None:
     """The value of a node that depends on literals alone, computed on the CPU; else None."""
-    needed: set[fx.Node] = set()
-    pending = [wanted]
-    while pending:
-        node = pending.pop()
-        if node in needed:
-            continue
-        if not (is_operator(node) or is_getitem(node)) or is_random(node):
-            return None
-        needed.add(node)
-        pending.extend(node.all_input_nodes)
-    values: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node in needed:
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = dict(fx.node.map_arg(node.kwargs, values.__getitem__))
-            if "device" in kwargs:
-                kwargs["device"] = torch.device("cpu")
-            values[node] = cast(Any, node.target)(*args, **kwargs)
-    value = values[wanted]
+    nodes = made_of(
+        wanted, lambda node: (is_operator(node) or is_getitem(node)) and not is_random(node)
+    )
+    if nodes is None:
+        return None
+    value = computed(nodes, {})[wanted]
     return value if isinstance(value, torch.Tensor) else None

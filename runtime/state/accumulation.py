@@ -18,8 +18,8 @@ class Accumulation:
     def __init__(self, state: ModelState):
         self._state = state
         self._before: dict[str, torch.Tensor] = {}
-        self._blank: list[tuple[str, GradSlot]] = []
 
+    @torch.no_grad()
     def open(self, scale: float = 1.0) -> None:
         """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
 
@@ -28,21 +28,6 @@ class Accumulation:
         Args:
             scale: of the loss in this run.
         """
-        self._open(scale)
-        ranks = self._state.ranks.values()
-        slots = [each for state in ranks for each in state.grads.slots.items()]
-        self._blank = [(name, slot) for name, slot in slots if slot.fresh]
-        for state in ranks:
-            state.reached.restart()
-
-    def forget(self, names: Collection[str]) -> None:
-        """No gradient of this run has reached these parameters: what they got is zeros."""
-        for name, slot in self._blank:
-            if name in names:
-                slot.fresh = True
-
-    @torch.no_grad()
-    def _open(self, scale: float) -> None:
         if self._state.zero.closes:
             self._keep()
             return
@@ -76,6 +61,11 @@ class Accumulation:
             if param.grad is not None:
                 self._before[name] = param.grad.clone()
                 param.grad = None
+
+    def blank(self, names: Collection[str]) -> list[tuple[str, GradSlot]]:
+        """The slots of these parameters that have no gradient yet."""
+        slots = (each for s in self._state.ranks.values() for each in s.grads.slots.items())
+        return [(name, slot) for name, slot in slots if name in names and slot.fresh]
 
     def unscale(self, scale: float) -> bool:
         """Undo the scaling of the loss; narrow sums are widened first, when they are shown.
