@@ -18,7 +18,9 @@ from torch.utils.flop_counter import flop_registry
 from ..costs.meter import StorageMeter, storages_of
 from ..ir.errors import RegionError
 from ..ir.graph import tensors
+from ..ir.ops import generator_of
 from ..ir.region import Kernel, Work
+from ..tensors.facts import extent
 from ..tensors.fakes import meta_like
 from .site import Facts, Run, Site
 
@@ -48,12 +50,13 @@ def tried(site: Site, operands: Sequence[torch.Tensor]) -> Facts:
 def _tried(site: Site, operands: Sequence[torch.Tensor]) -> Facts:
     first, second = _values(operands, 0), _values(operands, 1)
     attributes = _attributes(site)
-    drawn = torch.get_rng_state()
+    generator = generator_of(operands[0].device)
+    drawn = generator.get_state()
     meter, counts = StorageMeter(), _Counts()
     with meter, counts:
         run = site.run(first)
     forward = Work(counts.kernels, max(0, meter.peak_bytes - meter.current_bytes))
-    draws = not torch.equal(drawn, torch.get_rng_state())
+    draws = not torch.equal(drawn, generator.get_state())
     again = site.run(second)
     _check_alike(site, run, again)
     if changed := [n for n, value in _attributes(site).items() if attributes.get(n) is not value]:
@@ -133,9 +136,7 @@ def _values(operands: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
     made = []
     for i, operand in enumerate(operands):
         device = operand.device
-        steps = zip(operand.shape, operand.stride(), strict=True)
-        extent = 1 + sum((n - 1) * s for n, s in steps) if operand.numel() else 0
-        flat = torch.empty(extent, dtype=operand.dtype, device=device)
+        flat = torch.empty(extent(operand), dtype=operand.dtype, device=device)
         generator = torch.Generator(device).manual_seed(100 * i + seed)
         if flat.is_floating_point() or flat.is_complex():
             flat.normal_(0, 0.5, generator=generator)
@@ -183,7 +184,7 @@ class _Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = dict(kwargs or {})
         made = func(*args, **named)
         given = [*args, *named.values()]
-        read = {id(s): s.nbytes() for s in storages_of(given)}
+        read = set(map(id, storages_of(given)))
         new = [t for t in tensors(made) if id(t.untyped_storage()) not in read]
         if not new and func._schema.is_mutable is False:
             return made  # a view
