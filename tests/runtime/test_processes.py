@@ -16,7 +16,7 @@ import pytest
 import torch
 from pipecompile import errors
 from support import jobs, models, options
-from support.gang import Gang
+from support.gang import Gang, free_port
 
 LIMIT_S = 90  # start of the processes included; a hang would take gloo's half hour
 
@@ -203,7 +203,7 @@ print("finished", rank)
 def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, cause: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    port = str(20000 + os.getpid() % 20000)
+    port = str(free_port())
     start = time.monotonic()
     processes = [
         subprocess.Popen(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import traceback
@@ -27,6 +29,19 @@ IMPORTED = (
 )
 
 
+def free_port() -> int:
+    """A port for processes that meet at ``MASTER_PORT``, which nothing listens on.
+
+    From below those that a system hands out by itself (32768 on Linux): no connection of another
+    process gets it between this look and rank 0's start.
+    """
+    while True:
+        port = 20000 + random.SystemRandom().randrange(12000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Gang:
     """``size`` processes that have met; each runs the functions that it is told to.
 
@@ -35,9 +50,7 @@ class Gang:
     """
 
     def __init__(self, size: int):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         anew, forked = (multiprocessing.get_context(how) for how in ("spawn", "forkserver"))
         forked.set_forkserver_preload(list(IMPORTED))
         self.pipes: list[Connection] = []
