@@ -115,12 +115,11 @@ def is_explained(error: Exception) -> bool:
 def _said(error: BaseException) -> str:
     """What the code of the model, or a `torch._check` of it, has raised; "" for other errors."""
     frames = [(tb.tb_frame, tb.tb_lasti) for tb in _walk(error.__traceback__)]
-    if not frames:
-        return ""
+    callers = [frame for frame, _ in frames if not _is_check(frame)]
+    if not callers or is_foreign(callers[-1].f_code.co_filename):
+        return ""  # torch's own, of a kernel that a fake tensor cannot have
     frame, at = frames[-1]
-    code = frame.f_code
-    checks = code.co_name.startswith("_check") and frame.f_globals["__name__"] == "torch"
-    if dis.opname[code.co_code[at]] != _RAISE or (is_foreign(code.co_filename) and not checks):
+    if dis.opname[frame.f_code.co_code[at]] != _RAISE:
         return ""
     kind, text = type(error).__name__, str(error)
     for each, _ in frames:  # transformers leaves its message out while it is traced
@@ -128,6 +127,11 @@ def _said(error: BaseException) -> str:
             message, kind = each.f_locals["msg"], each.f_locals["error_type"].__name__
             text = message() if callable(message) else message
     return f"{kind}: {text}" if text else kind
+
+
+def _is_check(frame: types.FrameType) -> bool:
+    """Whether it is of `torch._check` or its like."""
+    return frame.f_code.co_name.startswith("_check") and frame.f_globals["__name__"] == "torch"
 
 
 def _walk(frame: types.TracebackType | None) -> Iterator[types.TracebackType]:

@@ -41,7 +41,11 @@ def subject_of(architecture: Architecture) -> Subject:
 
     config = config_of(architecture)
     names = class_tables()[architecture.family][architecture.name]
-    model = getattr(transformers, names if isinstance(names, str) else names[0])(config)
+    kind = getattr(transformers, names if isinstance(names, str) else names[0])
+    text = config.get_text_config(decoder=True)
+    if not isinstance(config, kind.config_class) and isinstance(text, kind.config_class):
+        config = text  # of an architecture that reads images too
+    model = kind(config)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # some architectures have constants for it

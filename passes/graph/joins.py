@@ -10,11 +10,12 @@ Works on the exported forward graph, before differentiation.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 _ATEN = torch.ops.aten
 _JOIN = _ATEN.cat.default
@@ -29,7 +30,9 @@ def copy_where_nothing_is_joined(
     for node in module.graph.find_nodes(op="call_function", target=_JOIN):
         parts = cast(list[fx.Node], node.args[0])
         full = [part for part in parts if _value(part).numel()]
-        if len(full) == 1 and len(parts) > 1 and _is_copy(_value(node), _value(full[0])):
+        trained = any(_reads_parameter(module, part) for part in parts if part not in full)
+        alone = len(full) == 1 and len(parts) > 1 and not trained
+        if alone and _is_copy(_value(node), _value(full[0])):
             node.target, node.args = _ATEN.clone.default, (full[0],)
             node.kwargs = {"memory_format": torch.contiguous_format}
             changed += 1
@@ -37,6 +40,17 @@ def copy_where_nothing_is_joined(
         module.graph.eliminate_dead_code()
         module.recompile()
     return f"{changed} joins with nothing" if changed else ""
+
+
+def _reads_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a parameter without elements is behind a value: it gets a gradient, of as many."""
+    behind, pending = {node}, [node]
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - behind
+        behind |= fresh
+        pending += fresh
+    read = (str(each.target) for each in behind if each.op == "get_attr")
+    return any(isinstance(operator.attrgetter(name)(module), nn.Parameter) for name in read)
 
 
 def _value(node: fx.Node) -> torch.Tensor:

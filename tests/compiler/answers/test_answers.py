@@ -252,6 +252,26 @@ def test_what_forward_raises_is_raised(how: Forward, odd: Batch, message: str) -
     pipe.step(batch())
 
 
+def grouped(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Experts of transformers: traced, they take another kernel than untraced, which torch cannot
+    trace in fp32."""
+    x, padding = model.hidden(ids), ids == PAD
+    if padding.any():
+        x = x.masked_fill(padding[..., None], 0.0)
+    x = x.sum(1)
+    if torch.compiler.is_compiling():
+        return model.loss(x @ model.rare.weight, labels)
+    ends = torch.tensor([len(x)], dtype=torch.int32)
+    return model.loss(F.grouped_mm(x, model.rare.weight[None], offs=ends), labels)
+
+
+def test_what_a_kernel_refuses_while_it_is_traced_is_no_error_of_forward() -> None:
+    model, batched = built(grouped), batch(pads=1)
+    loss = compiled(model).step(batched)
+    expected = [model(**{k: v[i : i + 2] for k, v in batched.items()})["loss"] for i in (0, 2)]
+    torch.testing.assert_close(loss, torch.stack(expected).mean().detach())
+
+
 def test_more_programs_than_a_few_are_refused() -> None:
     pipe = compiled(built(lambda model, ids, labels: labels[0].item() * model.hidden(ids).sum()))
     with mock.patch.object(Builder, "build", autospec=True, side_effect=Builder.build) as build:

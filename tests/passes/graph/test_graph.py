@@ -7,6 +7,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.capture import batch as batches
@@ -137,6 +138,23 @@ def test_of_a_cache_only_copies_are_left() -> None:
         made.append(Counter(str(node.target) for node in graph.ops()))
     assert made[0] - made[1] == {"aten.clone.default": 4}
     assert made[0] >= made[1]
+
+
+class Widened(nn.Module):
+    """A projection of two parts, of which one has no elements: MobileBERT's head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.rest = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ torch.cat([self.weight, self.rest])).square().mean()
+
+
+def test_a_parameter_without_elements_has_its_gradient() -> None:
+    pipe = pipecompile.compile(Widened(), 1)
+    pipe.forward_backward(torch.randn(2, 4))
+    assert [p.grad is not None for p in pipe.parameters()] == [True, True]
 
 
 def test_masks_made_from_the_batch_stay() -> None:
