@@ -21,7 +21,8 @@ class Bound:
     Attributes:
         fixed: one per argument; None for those of a microbatch.
         values, batch: (position, name) and (position, batch leaf) of these.
-        seed: the position of the seed of random ops, if there is one.
+        seed, tangent: the positions of the seed of random ops, and of the tangent of the loss, if
+            there is one.
         drops: the values that nothing needs once the program has started.
     """
 
@@ -30,6 +31,7 @@ class Bound:
     values: tuple[tuple[int, str], ...]
     batch: tuple[tuple[int, int], ...]
     seed: int | None
+    tangent: int | None
     drops: tuple[str, ...]
 
 
@@ -37,7 +39,6 @@ class BoundStage:
     """One stage's programs on the rank that holds it.
 
     Args:
-        tangent: of a microbatch's loss; None where nothing is differentiated.
         by_data: the parameters that gradients may not reach.
 
     Attributes:
@@ -48,10 +49,9 @@ class BoundStage:
         self,
         code: StageProgram,
         state: RankState,
-        tangent: torch.Tensor | None,
         by_data: Collection[str] = (),
     ):
-        self.code, self._state, self._tangent, self._by_data = code, state, tangent, by_data
+        self.code, self._state, self._by_data = code, state, by_data
         for program in (code.constants, *code.parts.values()):
             _retarget(program, state.device)
             program.prepare()
@@ -88,12 +88,14 @@ class BoundStage:
         fixed = [self._fixed(port, constants) for port in program.inputs]
         at = [(i, port) for i, port in enumerate(program.inputs)]
         seeds = [i for i, port in at if port.role is Role.SEED]
+        tangents = [i for i, port in at if port.role is Role.TANGENT]
         return Bound(
             program,
             fixed,
             tuple((i, str(port.key)) for i, port in at if port.role is Role.VALUE),
             tuple((i, int(port.key)) for i, port in at if port.role is Role.BATCH),
             seeds[0] if seeds else None,
+            tangents[0] if tangents else None,
             self.code.drops.get((kind, -1), ()),
         )
 
@@ -112,7 +114,7 @@ class BoundStage:
             return state.reached.watched(name, inlet) if name in self._by_data else inlet
         if port.role is Role.GROUP:
             return self._groups[int(port.key)]
-        return self._tangent if port.role is Role.TANGENT else None
+        return None
 
 
 def _retarget(program: Program, device: torch.device) -> None:

@@ -41,14 +41,24 @@ class Job:
     Attributes:
         batches: per microbatch, the batch leaves on this rank's device.
         seeds: per microbatch, the seed of its random ops.
+        weights: per microbatch, what the gradient of its loss is multiplied by; empty where all
+            count as much.
+        shares: per microbatch, further leaves: what terms of its loss are multiplied by.
         losses: per microbatch, on the stage that computes it.
         results: per microbatch, what the model returned, on the last stage.
     """
 
     batches: Sequence[Sequence[torch.Tensor]]
     seeds: Sequence[int]
+    weights: Sequence[float] = ()
+    shares: Sequence[Sequence[torch.Tensor]] = ()
     losses: list[torch.Tensor] = field(default_factory=list)
     results: list[dict[int, torch.Tensor]] = field(default_factory=list)
+
+    def leaf(self, index: int, number: int) -> torch.Tensor:
+        """An argument of a microbatch."""
+        given = self.batches[index]
+        return given[number] if number < len(given) else self.shares[index][number - len(given)]
 
 
 class Executor:
@@ -62,6 +72,7 @@ class Executor:
         actions: of the rank.
 
     Attributes:
+        scale: the loss is multiplied by it before it is differentiated.
         by_data: the parameters, of all stages, that a step's gradients may not reach.
     """
 
@@ -74,15 +85,12 @@ class Executor:
     ):
         self.actions, self.state, self.microbatches = actions, state, microbatches
         self.current: Action | None = None
-        self.tangent: torch.Tensor | None = None
-        if pipeline.loss_dtype is not None:
-            self.tangent = torch.empty((), dtype=pipeline.loss_dtype, device=state.device)
-            self.scale_loss(1.0)
+        self.scale = 1.0
+        self._loss_dtype = pipeline.loss_dtype
         self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
         self.by_data = reached_by_data(pipeline)
         self.stages = {
-            stage: BoundStage(pipeline.stages[stage], state, self.tangent, self.by_data)
-            for stage in state.stages
+            stage: BoundStage(pipeline.stages[stage], state, self.by_data) for stage in state.stages
         }
         self.leaving = {
             stage: state.grads.departures(
@@ -98,11 +106,6 @@ class Executor:
         """Whether a program has random ops."""
         return any(bound.draws for bound in self.stages.values())
 
-    def scale_loss(self, scale: float) -> None:
-        """Multiply the loss that is differentiated, the mean over microbatches, by a number."""
-        if self.tangent is not None:
-            self.tangent.fill_(scale).div_(self.microbatches)
-
     def refresh(self) -> None:
         """Make what was computed from buffers anew."""
         for bound in self.stages.values():
@@ -113,6 +116,7 @@ class Executor:
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         self.tied.restart()
+        tangents = self._tangents(job)
         for action in self.actions:
             self.current = action
             kind, stage, index = action.kind, action.stage, action.microbatch
@@ -128,7 +132,7 @@ class Executor:
                 if kind is not Kind.F:
                     last = index == self.microbatches - 1
                     self.state.grads.begin(self.leaving[stage], kind, last)
-                self._compute(stage, kind, index, values, job)
+                self._compute(stage, kind, index, values, job, tangents)
                 self._hand_over(stage, kind, index, alive)
             elif kind in SEND.values():
                 assert index is not None
@@ -140,13 +144,31 @@ class Executor:
                 yield from self._exchange(action)
         self.current = None
 
-    def _compute(self, stage: int, kind: Kind, index: int, values: Values, job: Job) -> None:
+    def _tangents(self, job: Job) -> Sequence[torch.Tensor]:
+        """Of the losses of the microbatches."""
+        if self._loss_dtype is None:
+            return ()
+        plain = [1 / self.microbatches] * self.microbatches
+        weights = [weight * self.scale for weight in job.weights or plain]
+        return torch.tensor(weights, dtype=self._loss_dtype, device=self.state.device).unbind()
+
+    def _compute(
+        self,
+        stage: int,
+        kind: Kind,
+        index: int,
+        values: Values,
+        job: Job,
+        tangents: Sequence[torch.Tensor],
+    ) -> None:
         bound = self.stages[stage].parts[kind]
         arguments = bound.fixed.copy()
         for position, name in bound.values:
             arguments[position] = values[name]
         for position, leaf in bound.batch:
-            arguments[position] = job.batches[index][leaf]
+            arguments[position] = job.leaf(index, leaf)
+        if bound.tangent is not None:
+            arguments[bound.tangent] = tangents[index]
         if bound.seed is not None:
             arguments[bound.seed] = job.seeds[index]
         for name in bound.drops:

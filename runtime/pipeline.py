@@ -158,9 +158,9 @@ class Pipeline:
         """
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.TRAIN, batch)
-            session.accumulate(loaded, jobs)
+            loss = session.accumulate(loaded, jobs)
             self._steps += 1
-            return session.mean_loss(loaded, jobs)
+            return loss
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``.
@@ -210,8 +210,7 @@ class Pipeline:
         """The mean loss of a batch in evaluation mode, on every rank; nothing is stashed."""
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.EVALUATE, batch)
-            session.run(loaded, jobs)
-            return session.mean_loss(loaded, jobs)
+            return session.evaluated(loaded, jobs)
 
     def forward(self, batch: Any) -> Any:
         """What the model returns for a batch, in evaluation mode.
@@ -412,10 +411,11 @@ class Pipeline:
             return None
         with self._world.guard():
             values, whole = batches.flatten(batch)
-            request = self._load(Mode.TRAIN, whole, values)[1]
+            session, request = self._load(Mode.TRAIN, whole, values)
             jobs = self._loader.deal(request, values, self._seed, self._steps)
+            weights = session.weigh(session.loaded[request], jobs)
         mine, eager = self._loader.by_replica(jobs), self._skeleton.regions.drawing
-        verifier.begin(mine, request.spec, self._seed, self._steps, eager)
+        verifier.begin(mine, request.spec, self._seed, self._steps, weights, eager)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

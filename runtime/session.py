@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..compiler.capture.outputs import joined
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
+from ..compiler.rows.loss import Weights
+from ..compiler.rows.outputs import joined
+from .batch_loss import BatchLoss
 from .executor import Executor, Job, drive
 from .loader import Request
 from .loss_scaler import LossScaler
@@ -34,12 +35,14 @@ class Loaded:
     """A compiled graph, and per rank of this process what runs it.
 
     Attributes:
+        loss: of the batch.
         buffers: what it does with buffers.
         stale: those that other graphs have updated since its constants were made.
     """
 
     compiled: Compiled
     executors: Mapping[int, Executor]
+    loss: BatchLoss
     buffers: BufferUse
     stale: set[str]
 
@@ -78,6 +81,7 @@ class Session:
         scaler: LossScaler | None,
     ):
         self._world, self._scaler, self.layout = world, scaler, first.layout
+        self._loss_weight = options.loss_weight
         self.state = world.agreement.together(
             lambda: ModelState(
                 source, skeleton, first.layout, first.program, options.dtypes, world.endpoints
@@ -141,8 +145,11 @@ class Session:
             )
             for rank, state in self.state.ranks.items()
         }
+        loss = BatchLoss(
+            self._world, compiled.program, compiled.loss, self._loss_weight, request.spec
+        )
         use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
-        self.loaded[request] = Loaded(compiled, executors, use, stale)
+        self.loaded[request] = Loaded(compiled, executors, loss, use, stale)
 
     def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
         """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
@@ -187,12 +194,19 @@ class Session:
             loaded.refresh()
         loaded.stale.clear()
 
-    def accumulate(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
-        """Run a training graph, and add its gradients to ``.grad``, as `forward_backward` says."""
+    def weigh(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Weights:
+        """What the microbatches of all replicas count; jobs are told."""
+        buffers = {rank: state.buffers for rank, state in self.state.ranks.items()}
+        return loaded.loss.weigh(jobs, buffers)
+
+    def accumulate(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
+        """Run a training graph, and add its gradients to ``.grad``, as `forward_backward` says; the
+        loss."""
+        weights = self.weigh(loaded, jobs)
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale
         for executor in loaded.executors.values():
-            executor.scale_loss(scale)
+            executor.scale = scale
         self._sums.open(scale)
         with self._left_alone(loaded):
             self.run(loaded, jobs)
@@ -200,6 +214,7 @@ class Session:
             self._sums.close(scale)
         else:
             self._sums.drop()
+        return loaded.loss.total(jobs, weights)
 
     @contextlib.contextmanager
     def _left_alone(self, loaded: Loaded) -> Iterator[None]:
@@ -236,24 +251,11 @@ class Session:
 
     # -- what a run gave --------------------------------------------------------------------
 
-    def mean_loss(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
-        """Over the microbatches of all replicas, on every rank."""
-        program, mesh = loaded.compiled.program, self._world.mesh
-        mine = {
-            mesh.replica_of(rank): torch.stack(job.losses).mean()
-            for rank, job in jobs.items()
-            if program.loss_stage in mesh.stages_of(rank)
-        }
-        device = self.state.device
-        if not mesh.distributed:
-            return torch.stack([mine[r].to(device) for r in sorted(mine)]).mean()
-        losses = torch.zeros(mesh.size, dtype=torch.float64, device=device)
-        for replica, loss in mine.items():
-            losses[mesh.rank_of(replica, program.loss_stage)] = loss
-        dist.all_reduce(losses)  # adds zeros: exact
-        assert program.loss_dtype is not None
-        ranks = mesh.replicas_of(program.loss_stage)
-        return losses[list(ranks)].to(program.loss_dtype).mean()
+    def evaluated(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
+        """Run a graph that has a loss; the loss of the batch, on every rank."""
+        weights = self.weigh(loaded, jobs)
+        self.run(loaded, jobs)
+        return loaded.loss.total(jobs, weights)
 
     def output(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Any:
         """What the model returns, on the ranks of the last stage; None on others.

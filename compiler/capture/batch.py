@@ -164,6 +164,11 @@ def cut(values: Sequence[torch.Tensor], parts: int) -> list[list[torch.Tensor]]:
     return [[piece[i] for piece in pieces] for i in range(parts)]
 
 
+def repeated(values: Sequence[torch.Tensor], times: int) -> tuple[torch.Tensor, ...]:
+    """The values of a batch with ``times`` as many rows."""
+    return tuple(torch.cat([v] * times) if v.dim() else v for v in values)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     """Of a leaf by its path; "batch" where it is all that there is."""
     if not path:

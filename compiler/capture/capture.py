@@ -23,13 +23,16 @@ from ..ir.errors import (
 )
 from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
+from ..rows.forming import formed
+from ..rows.loss import LossForm
+from ..rows.outputs import Output, outputs_of
+from ..rows.weighing import UNWEIGHED
 from ..tracing.kept import UNTRACED
-from .batch import BatchSpec
+from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind
 from .exporting import Results, Traced, exported, tracing
 from .joint import differentiated
-from .outputs import Output, outputs_of
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
 
@@ -50,6 +53,7 @@ class Captured:
         notes: what the passes over the forward graph did.
         outside: what it has as constants and is not the model's.
         guards: what forward has asked the batch, and the answers that the graph is made for.
+        loss: how the losses of microbatches make that of the batch, where that was to be told.
     """
 
     graph: JointGraph
@@ -58,6 +62,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     outside: tuple[Read, ...] = ()
     guards: Guards = field(default_factory=Guards)
+    loss: LossForm | None = None
 
 
 def capture_training(
@@ -68,6 +73,7 @@ def capture_training(
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
     values: Leaves = (),
+    weighs: bool = False,
 ) -> Captured:
     """Forward, loss and backward of one microbatch, in the mode that the model is in.
 
@@ -75,6 +81,7 @@ def capture_training(
         passes: applied to the exported forward graph, before it is differentiated.
         compute: trace under autocast to this dtype, which a pass then has to carry out.
         values: the leaves of the batch, which forward may ask; empty where there are none.
+        weighs: tell how the losses of microbatches make that of the batch.
 
     Raises:
         BatchError, LossError, CaptureError: see each.
@@ -83,7 +90,7 @@ def capture_training(
     if not trainable:
         raise LossError("no parameter has requires_grad=True: there is nothing to train")
     with torch.enable_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs)
 
 
 def capture_evaluation(
@@ -94,10 +101,11 @@ def capture_evaluation(
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
     values: Leaves = (),
+    weighs: bool = False,
 ) -> Captured:
     """Forward and loss in evaluation mode, without backward."""
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values)
+        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs)
 
 
 def capture_forward(
@@ -115,7 +123,7 @@ def capture_forward(
 
     def again(rows: int) -> tuple[fx.GraphModule, Results]:
         function, leaves = _function(skeleton, spec.repeat(rows), None, device, "results", None)
-        function.values = tuple(torch.cat([v] * rows) if v.dim() else v for v in values)
+        function.values = repeated(values, rows)
         return _attempted(function, lambda: exported(function, leaves))
 
     with evaluating(skeleton.module), torch.no_grad():
@@ -136,10 +144,22 @@ def _capture(
     passes: Sequence[ForwardPass],
     compute: torch.dtype | None,
     values: Leaves,
+    weighs: bool = False,
 ) -> Captured:
     function, leaves = _function(skeleton, spec, loss_fn, device, wants, compute)
     function.values = values
-    captured = _attempted(function, lambda: _differentiated(skeleton, function, leaves, passes))
+
+    def more(rows: int) -> fx.GraphModule:
+        """The same way as the last attempt, with so many times as many rows."""
+        other, given = _function(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
+        other.values = repeated(values, rows)
+        other.denied, other.lazily = function.denied, function.lazily
+        return exported(other, given)[0]
+
+    again = more if weighs else None
+    captured = _attempted(
+        function, lambda: _differentiated(skeleton, function, leaves, passes, again)
+    )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
             "the loss has no gradient once captured: a part of forward runs without gradients"
@@ -256,12 +276,22 @@ def _tell(regions: Regions, before: Collection[str]) -> None:
 
 
 def _differentiated(
-    skeleton: Skeleton, function: Traced, leaves: Leaves, passes: Sequence[ForwardPass]
+    skeleton: Skeleton,
+    function: Traced,
+    leaves: Leaves,
+    passes: Sequence[ForwardPass],
+    more: Callable[[int], fx.GraphModule] | None,
 ) -> Captured:
     traced, results = exported(function, leaves)
+    names = [leaf.name for leaf in function.spec.leaves]
+    found = None if more is None else formed(traced, more, names)
+    weighed = UNWEIGHED if found is None else found.weighed
+    leaves = (*leaves, *(skeleton.fake((), each, leaves[0].device) for each in weighed.shares))
     try:
         notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
-        graph = differentiated(skeleton, traced, leaves, function.wants_loss, results.replaced)
+        graph, counting = differentiated(
+            skeleton, traced, leaves, function.wants_loss, results.replaced, weighed.counts
+        )
     except PipecompileError:
         raise
     except Exception as error:
@@ -275,7 +305,11 @@ def _differentiated(
     guards = results.guards
     skeleton.attributes.asked(guards.buffers, (*graph.mutations, *results.lost))
     notes += skeleton.regions.notes
-    return Captured(graph, results.rebuild, notes=notes, outside=outside, guards=guards)
+    loss = None
+    if found is not None:
+        factored = bool(weighed.shares)
+        loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
+    return Captured(graph, results.rebuild, (), notes, outside, guards, loss)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

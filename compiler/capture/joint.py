@@ -19,6 +19,7 @@ from ..effects.code import user_line
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
 from ..regions.operators import known_work
+from ..rows.loss import Counting, counting_of
 from ..tensors.fakes import is_fake
 from .skeleton import Skeleton
 
@@ -48,15 +49,19 @@ def differentiated(
     leaves: Sequence[torch.Tensor],
     wants_loss: bool,
     replaced: Sequence[str] = (),
-) -> JointGraph:
-    """The graph of what was exported and, where gradients are on, of its backward.
+    counts: int = 0,
+) -> tuple[JointGraph, Counting | None]:
+    """The graph of what was exported and, where gradients are on, of its backward; and what counts
+    by what microbatches are weighed, if anything does.
 
     Args:
-        replaced: buffers whose new values are the last results.
+        replaced: buffers whose new values follow the results.
+        counts: so many counts are the last results.
     """
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
-    return _Reader(skeleton, traced, joint.graph_module).read(wants_loss, replaced)
+    reader = _Reader(skeleton, traced, joint.graph_module)
+    return reader.read(wants_loss, replaced, counts), reader.counting
 
 
 class _Interpreted(nn.Module):
@@ -83,8 +88,9 @@ class _Reader:
         self.buffers: dict[str, fx.Node] = {}
         self.inputs: dict[int, fx.Node] = {}
         self.tangent: fx.Node | None = None
+        self.counting: Counting | None = None
 
-    def read(self, wants_loss: bool, replaced: Sequence[str]) -> JointGraph:
+    def read(self, wants_loss: bool, replaced: Sequence[str], counts: int) -> JointGraph:
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._read_placeholder(node)
         for node in self.source.graph.nodes:
@@ -98,7 +104,7 @@ class _Reader:
             self.inputs,
             self.tangent,
         )
-        self._read_outputs(joint, wants_loss, replaced)
+        self._read_outputs(joint, wants_loss, replaced, counts)
         joint.set_output()
         self.graph.eliminate_dead_code()
         return joint
@@ -194,7 +200,9 @@ class _Reader:
             )
         self.env[node] = new
 
-    def _read_outputs(self, joint: JointGraph, wants_loss: bool, replaced: Sequence[str]) -> None:
+    def _read_outputs(
+        self, joint: JointGraph, wants_loss: bool, replaced: Sequence[str], counts: int
+    ) -> None:
         (output,) = self.source.graph.find_nodes(op="output")
         results: dict[int, fx.Node] = {}
         for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
@@ -212,6 +220,9 @@ class _Reader:
                 if isinstance(mutated, BufferAOTInput):
                     joint.mutations[self.skeleton.canonical[_fqn(mutated.target)]] = node
         ordered = tuple(results[i] for i in sorted(results))
+        if counts:
+            self.counting = counting_of(joint, ordered[-counts:])
+            ordered = ordered[:-counts]
         if replaced:
             names = (self.skeleton.canonical[name] for name in replaced)
             values = map(_uncopied, ordered[-len(replaced) :])

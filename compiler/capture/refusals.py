@@ -157,7 +157,7 @@ def check_operands(graph: JointGraph, spec: BatchSpec) -> None:
         expected, odd = _odd(graph, node)
         if not odd:
             continue
-        for leaf in (spec.leaves[i] for i in sorted(_leaves(graph, node))):
+        for leaf in (spec.leaves[i] for i in sorted(_leaves(graph, node, len(spec.leaves)))):
             if leaf.dtype in odd:
                 raise BatchError(
                     f"the batch's {leaf.name!r} is {short_name(leaf.dtype)}, and {_module(node)} "
@@ -194,9 +194,13 @@ def _expected(graph: JointGraph, node: fx.Node, otherwise: torch.dtype) -> torch
     return next((value.dtype for value in values), otherwise)
 
 
-def _leaves(graph: JointGraph, node: fx.Node) -> set[int]:
-    """The leaves of the batch that an operator's operands are made of, without weights."""
-    index = {each: i for i, each in graph.inputs.items()}
+def _leaves(graph: JointGraph, node: fx.Node, count: int) -> set[int]:
+    """The leaves of the batch that an operator's operands are made of, without weights.
+
+    Args:
+        count: of the leaves; further inputs are none.
+    """
+    index = {each: i for i, each in graph.inputs.items() if i < count}
     found, seen, todo = set(), {node}, [node]
     while todo:
         each = todo.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -71,6 +72,7 @@ class Builder:
         self._verdict = self._tried()
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
+        self._warned: set[str] = set()
 
     def _tried(self) -> Verdict | None:
         """How the optimizer steps, where that matters: it has a part of the parameters."""
@@ -113,7 +115,7 @@ class Builder:
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
         recorder = Recorder(self._folder(mode, spec) if dump else None)
-        captured = self._captured(mode, spec, batch, recorder)
+        captured = self._captured(mode, spec, batch, recorder, microbatches * self.options.dp)
         graph, locality = captured.graph, locality_of(captured.graph)
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
@@ -154,6 +156,7 @@ class Builder:
             decided.problem,
             captured.outside,
             captured.guards,
+            captured.loss,
         )
 
     @contextlib.contextmanager
@@ -174,16 +177,27 @@ class Builder:
         return Path(self.options.dump_dir) / f"{mode}-{shape}"
 
     def _captured(
-        self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor], recorder: Recorder
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        batch: Sequence[torch.Tensor],
+        recorder: Recorder,
+        pieces: int,
     ) -> Captured:
-        """The joint graph, with the passes over it."""
+        """The joint graph, with the passes over it.
+
+        Args:
+            pieces: the microbatches of all replicas.
+        """
         options = self.options
+        by_graph = options.loss_normalization != "microbatch" and options.loss_weight is None
+        weighs = by_graph and pieces > 1 and mode is not Mode.FORWARD
         if self.why:
             with recorder.record("joint", "stages") as outcome:
                 outcome.note = self.why
         inner: list[PassRecord] = []
         with recorder.record("joint", "capture") as outcome:
-            captured = self.team.together(lambda: self._capture(mode, spec, batch, inner))
+            captured = self.team.together(lambda: self._capture(mode, spec, batch, weighs, inner))
             self.team.alike(captured.guards)
             recorder.records += inner
             graph = captured.graph
@@ -191,6 +205,10 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join((counts, *captured.notes))
             outcome.texts[".py"] = graph.text
+        if captured.loss is not None:
+            with recorder.record("forward", "loss") as outcome:
+                outcome.note = captured.loss.note
+            self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
 
@@ -199,6 +217,7 @@ class Builder:
         mode: Mode,
         spec: BatchSpec,
         batch: Sequence[torch.Tensor],
+        weighs: bool,
         records: list[PassRecord],
     ) -> Captured:
         options, device = self.options, self.target.device
@@ -208,12 +227,26 @@ class Builder:
         if mode is Mode.FORWARD:
             return capture_forward(self.skeleton, spec, device, rewrites, compute, values)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(self.skeleton, spec, options.loss_fn, device, rewrites, compute, values)
+        return capture(
+            self.skeleton, spec, options.loss_fn, device, rewrites, compute, values, weighs
+        )
+
+    def _warn(self, text: str) -> None:
+        """Once, of a loss that is not that of the whole batch.
+
+        Raises:
+            LossError: it was to be that.
+        """
+        if text and self.options.loss_normalization == "batch":
+            raise LossError(f'loss_normalization="batch": {text}')
+        if text and text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def refusal(self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor]) -> str:
         """What forward raises on a microbatch, by its values; "" if it takes it."""
         try:
-            self._capture(mode, spec, batch, [])
+            self._capture(mode, spec, batch, False, [])
         except BatchError as error:
             return str(error)
         except PipecompileError:

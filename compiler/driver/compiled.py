@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ..answers.guards import Guards
-from ..capture.outputs import Output
 from ..costs.simulate import Timeline
 from ..effects.outside import Read
 from ..ir.actions import Schedule
 from ..ir.problem import Problem
 from ..ir.program import PipelineProgram
 from ..plan.plan import Plan
+from ..rows.loss import LossForm
+from ..rows.outputs import Output
 from .layout import Layout
 from .record import PassRecord
 
@@ -42,6 +43,7 @@ class Compiled:
         problem: the partitioning problem that this process solved, if it did.
         outside: what the graph has as constants and is not the model's.
         guards: what forward has asked the batch, and the answers that the graph is made for.
+        loss: how the losses of microbatches make that of the batch, where the graph tells it.
     """
 
     program: PipelineProgram
@@ -55,3 +57,4 @@ class Compiled:
     problem: Problem | None = None
     outside: tuple[Read, ...] = ()
     guards: Guards = field(default_factory=Guards)
+    loss: LossForm | None = None

@@ -111,6 +111,25 @@ class Options:
         "an ``nn.Module`` are trained too.",
         check=callable_or("give a function of (output, batch)"),
     )  # ranks compare the graph that it is part of
+    loss_normalization: str = option(
+        "auto",
+        help='what microbatches count in the loss and its gradients: "batch": what makes it the '
+        'loss of the whole batch on one device, whatever microbatches and replicas; "microbatch": '
+        'all as much; "auto": "batch" where the graph tells how, else a warning',
+        more="Means over the labels that are kept, over rows, and sums are told apart, and several "
+        "terms weighed each by its own.",
+        choices=("auto", "batch", "microbatch"),
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="HOW"),
+    )
+    loss_weight: Callable[[Any], float | torch.Tensor] | None = option(
+        None,
+        help="(microbatch) -> what it counts, for a loss that is a mean over something else",
+        more="It gets the microbatch as the model does, and may return the number of tokens that "
+        "the loss is a mean over. The loss of the batch is the mean weighed by it.",
+        check=callable_or("give a function of a microbatch that returns a number"),
+        compared=whether_given,
+    )
     max_grad_norm: float | None = option(
         None,
         help="`step` clips the global gradient norm to it",

@@ -55,6 +55,11 @@ class CompileOptions(Options):
                 f'zero_by="{self.zero_by}" has no effect with zero=0, which divides nothing: give '
                 'zero=1, 2, 3 or "auto", or leave it out'
             )
+        if self.loss_weight is not None and self.loss_normalization == "microbatch":
+            raise OptionError(
+                'loss_weight= has no effect with loss_normalization="microbatch", which lets all '
+                "microbatches count as much: leave one of them out"
+            )
         if self.optimizer is None:
             for name in ("lr_scheduler", "max_grad_norm"):
                 if getattr(self, name) is not None:

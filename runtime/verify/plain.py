@@ -28,6 +28,7 @@ from ...compiler.ir.precision import autocast
 from ...compiler.options.options import CompileOptions
 from ...compiler.options.schedulers import make_scheduler, steps_alone
 from ...compiler.profiling.standins import called
+from ...compiler.rows.loss import Weights, loss_of_batch, loss_of_replica
 from ...compiler.tensors.fakes import is_fake
 
 Leaves = Sequence[torch.Tensor]
@@ -81,6 +82,7 @@ class Plain:
         shares: Sequence[Sequence[Leaves]],
         spec: BatchSpec,
         seeds: Sequence[Sequence[int]],
+        weights: Weights,
         eager: Collection[str] = (),
     ) -> Outcome:
         """Train on a batch.
@@ -89,6 +91,7 @@ class Plain:
             shares: per replica, the leaves of its microbatches.
             spec: of a microbatch.
             seeds: per replica and microbatch.
+            weights: what these count.
             eager: submodules of which a call draws from one seed.
         """
         totals: list[Tensors] = []
@@ -96,12 +99,13 @@ class Plain:
         for replica, (pieces, drawn) in enumerate(zip(shares, seeds, strict=True)):
             self._set_buffers(self._replicas[replica])
             found = []
-            for leaves, seed in zip(pieces, drawn, strict=True):
+            tangents = weights.tangents[replica]
+            for leaves, seed, tangent in zip(pieces, drawn, tangents, strict=True):
                 with self._drawing(seed, eager), self._autocast():
                     loss = self._loss(leaves, spec)
-                torch.autograd.backward(loss / len(pieces))
+                torch.autograd.backward(loss * tangent)
                 found.append(loss.detach())
-            losses.append(torch.stack(found).mean())
+            losses.append(loss_of_replica(torch.stack(found), weights, replica))
             self._replicas[replica] = self._buffers()
             totals.append(self._taken())
         params = dict(self.whole.named_parameters())
@@ -117,22 +121,25 @@ class Plain:
             self._scheduler.step()
         self._optimizer.zero_grad()
         after = {name: param.detach().clone() for name, param in params.items()}
-        return Outcome(torch.stack(losses).mean(), norm, grads, after, self._replicas[0])
+        whole = loss_of_batch(torch.stack(losses), weights, loss.dtype)
+        return Outcome(whole, norm, grads, after, self._replicas[0])
 
     @torch.no_grad()
-    def evaluate(self, shares: Sequence[Sequence[Leaves]], spec: BatchSpec) -> torch.Tensor:
-        """The mean loss of a batch in evaluation mode."""
+    def evaluate(
+        self, shares: Sequence[Sequence[Leaves]], spec: BatchSpec, weights: Weights
+    ) -> torch.Tensor:
+        """The loss of a batch in evaluation mode; arguments as of `step`."""
         losses, before = [], self._replicas[0]
         with evaluating(self.whole):
             for replica, pieces in enumerate(shares):
                 self._set_buffers(self._replicas[replica])
                 with self._autocast():
                     found = [self._loss(leaves, spec) for leaves in pieces]
-                losses.append(torch.stack(found).mean())
+                losses.append(loss_of_replica(torch.stack(found), weights, replica))
                 self._replicas[replica] = self._buffers()
         after = self._replicas[0]
         self.evaluation_updates = any(not torch.equal(before[name], after[name]) for name in before)
-        return torch.stack(losses).mean()
+        return loss_of_batch(torch.stack(losses), weights, found[0].dtype)
 
     @torch.no_grad()
     def outputs(self, whole: Leaves, spec: BatchSpec) -> Any:

@@ -10,10 +10,11 @@ from torch import nn
 
 from ...compiler.capture import batch as batches
 from ...compiler.capture.batch import BatchSpec
-from ...compiler.capture.outputs import LOSS
-from ...compiler.ir.errors import OptionError, VerifyError
+from ...compiler.ir.errors import BatchError, OptionError, VerifyError
 from ...compiler.ir.ops import mix
 from ...compiler.options.options import CompileOptions
+from ...compiler.rows.loss import Weights
+from ...compiler.rows.outputs import LOSS
 from ..exchange.agreement import Agreement
 from ..exchange.mesh import Mesh
 from .plain import Leaves, Outcome, Plain
@@ -55,6 +56,7 @@ class Verifier:
         )
         self._done = 0
         self._expected: Outcome | None = None
+        self._weights: Weights | None = None
         self._shares: list[Sequence[Leaves]] = []
         self._spec: BatchSpec | None = None
 
@@ -69,6 +71,7 @@ class Verifier:
         spec: BatchSpec,
         seed: int,
         step: int,
+        weights: Weights,
         eager: Collection[str] = (),
     ) -> None:
         """A batch is about to be trained on; a collective, as all of these are.
@@ -77,8 +80,19 @@ class Verifier:
             mine: replica -> the leaves of its microbatches, of those that this process deals out.
             spec: of a microbatch.
             seed, step: what the pipeline draws from.
+            weights: what microbatches count.
             eager: submodules that run eagerly and draw: each call from one seed.
+
+        Raises:
+            BatchError: terms of the loss count differently, which plain PyTorch cannot follow.
         """
+        if not weights.even:
+            raise BatchError(
+                "verify= compares with plain PyTorch, which cannot weigh the terms of one loss "
+                "apart, as this batch asks for: give batches whose microbatches keep as many "
+                'labels, or loss_normalization="microbatch", while it compares'
+            )
+        self._weights = weights
         here = {r: [[leaf.cpu() for leaf in p] for p in pieces] for r, pieces in mine.items()}
         merged = {r: each for part in self._agreement.gather(here) for r, each in part.items()}
         self._shares, self._spec = [merged[replica] for replica in sorted(merged)], spec
@@ -86,7 +100,9 @@ class Verifier:
         seeds = [[mix(seed, step, r, i) for i in count] for r in range(len(self._shares))]
         plain = self._plain
         self._expected = self._agreement.together(
-            lambda: None if plain is None else plain.step(self._shares, spec, seeds, eager),
+            lambda: (
+                None if plain is None else plain.step(self._shares, spec, seeds, weights, eager)
+            ),
             VerifyError,
         )
 
@@ -120,7 +136,8 @@ class Verifier:
     def evaluated(self, loss: torch.Tensor) -> None:
         """After the last step, the same batch in evaluation."""
         if self._plain is not None and self._spec is not None:
-            expected = self._plain.evaluate(self._shares, self._spec)
+            assert self._weights is not None
+            expected = self._plain.evaluate(self._shares, self._spec, self._weights)
             self._compare("evaluation", {"loss": loss}, {"loss": expected})
         self._judge()
 

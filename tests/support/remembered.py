@@ -49,15 +49,15 @@ def _capturing(capture: Callable[..., Captured]) -> Callable[..., Captured]:
     known: dict[Hashable, tuple[Captured, list[list[Any]]]] = {}
 
     def captured(
-        builder: Builder, mode: Any, spec: Any, batch: Any, *records: list[Any]
+        builder: Builder, mode: Any, spec: Any, batch: Any, weighs: bool, *records: list[Any]
     ) -> Captured:
         model = builder.skeleton.module
         parts = {type(part).__module__ for part in model.modules()}
         if builder.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
-            return capture(builder, mode, spec, batch, *records)
-        key = (mode, spec, shape_of(model), *_told(builder))
+            return capture(builder, mode, spec, batch, weighs, *records)
+        key = (mode, spec, weighs, shape_of(model), *_told(builder))
         if key not in known:
-            made = capture(builder, mode, spec, batch, *records)
+            made = capture(builder, mode, spec, batch, weighs, *records)
             if made.guards:  # for this batch
                 return made
             known[key] = _copied(made), [list(each) for each in records]

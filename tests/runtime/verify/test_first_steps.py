@@ -13,10 +13,10 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.capture import capture, exporting
-from pipecompile.compiler.capture.outputs import How, Output
 from pipecompile.compiler.driver import builder, passes
 from pipecompile.compiler.effects import replaced
 from pipecompile.compiler.profiling.optimizer_trial import Reach, Verdict
+from pipecompile.compiler.rows.outputs import How, Output
 from pipecompile.errors import OptionError, VerifyError
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.pipeline import Pipeline

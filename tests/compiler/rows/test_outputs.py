@@ -11,8 +11,8 @@ import pytest
 import torch
 from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture.capture import capture_forward
-from pipecompile.compiler.capture.outputs import How
 from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.rows.outputs import How
 from support import jobs
 from torch import nn
 

@@ -1,0 +1,112 @@
+"""The loss of a forward graph -> what it is made of, with the graph made ready to be weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ir.errors import PipecompileError
+from .coupling import coupled
+from .terms import Term, Way, terms_of
+from .ways import Ways, alike, returned
+from .weighing import UNWEIGHED, Weighed, weigh
+
+WAY_OUT = (
+    "microbatches=1 and dp=1 compute it over the whole batch, loss_weight= says what microbatches "
+    'count, and loss_normalization="microbatch" takes their mean without this warning'
+)
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What was found of a loss.
+
+    Attributes:
+        note, warning: as `LossForm` has them.
+    """
+
+    weighed: Weighed
+    note: str
+    warning: str
+
+
+def formed(
+    single: fx.GraphModule, more: Callable[[int], fx.GraphModule], names: Sequence[str]
+) -> Formed:
+    """Tell a loss by its graph, which is rewritten in place.
+
+    Args:
+        more: exports it again, with so many times as many rows.
+        names: of the leaves of the batch.
+    """
+    try:
+        ways = Ways(single, more(2))
+        if not ways.how:  # models do other things with one row
+            ways = Ways(more(2), more(4))
+    except (PipecompileError, ValueError) as error:
+        return _unknown(f"twice the rows cannot be traced: {error}")
+    loss = returned(ways.modules[0])[0] if ways.how else None
+    moved = alike(returned(single)[0], loss) if loss is not None else {}
+    if loss is None or not moved:
+        return _unknown("forward runs other operators with twice the rows")
+    where = coupled(ways, loss)
+    terms = terms_of(ways, loss)
+    try:
+        weighed = weigh(single, [term.moved(moved) for term in terms])
+    except KeyError:
+        return _unknown("the loss is made by other operators with twice the rows")
+    note = "; ".join(dict.fromkeys(_said(term, ways.modules[0], names) for term in terms))
+    if where:
+        return Formed(weighed, f"{note}; {where}", _couples(where))
+    known = {term.way for term in terms} - {Way.SAME}
+    if Way.OWN in known and not known & {Way.KEPT, Way.SUM}:
+        why = next(term.why for term in terms if term.way is Way.OWN)
+        return Formed(weighed, note, _untold(why))
+    return Formed(weighed, note, "")
+
+
+def _unknown(why: str) -> Formed:
+    return Formed(UNWEIGHED, f"the mean over microbatches: {why}", _untold(why))
+
+
+def _untold(why: str) -> str:
+    return (
+        "how the loss of the batch follows from those of its microbatches cannot be told from "
+        f"its graph ({why}): their mean is taken, which may be another loss than one device "
+        f"computes for the whole batch; {WAY_OUT}"
+    )
+
+
+def _couples(where: str) -> str:
+    return (
+        f"{where}, and a microbatch has only some of the rows: loss and gradients are not those "
+        f"that one device computes for the whole batch; {WAY_OUT}"
+    )
+
+
+def _said(term: Term, module: fx.GraphModule, names: Sequence[str]) -> str:
+    if term.way is Way.KEPT:
+        assert term.count is not None
+        return f"a mean over what is kept of {_leaves(term.count.node, module, names)}"
+    if term.way is Way.OWN:
+        return f"a part of which each microbatch has its own, and their mean is taken ({term.why})"
+    return {
+        Way.ROWS: "a mean over rows",
+        Way.SUM: "a sum over rows, of all microbatches",
+        Way.SAME: "a part that is no row's",
+    }[term.way]
+
+
+def _leaves(node: fx.Node, module: fx.GraphModule, names: Sequence[str]) -> str:
+    """The leaves that a node is made of."""
+    places = module.graph.find_nodes(op="placeholder")
+    found, pending = {node}, [node]
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - found
+        found |= fresh
+        pending += fresh
+    return " and ".join(
+        repr(name) for name, place in zip(names, places, strict=False) if place in found
+    )

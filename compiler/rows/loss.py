@@ -1,0 +1,190 @@
+"""How the losses of microbatches make the loss of the batch, as numbers.
+
+The loss of a batch is the sum over its microbatches of ``factor × loss``. The factor of a mean over
+what is kept is ``count / total``, where the total is over all microbatches of all replicas; that of
+a mean over rows is the share of rows; that of a sum is 1. What cannot be told has a plain mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import fx
+
+from ..ir.graph import JointGraph
+from ..ir.program import Port, Role
+from .terms import Way
+
+
+@dataclass(frozen=True)
+class Counting:
+    """The operators that count, from the leaves of a microbatch and buffers of the model."""
+
+    module: fx.GraphModule
+    inputs: tuple[Port, ...]
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return tuple(str(port.key) for port in self.inputs if port.role is Role.BUFFER)
+
+    @torch.no_grad()
+    def __call__(
+        self, leaves: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]
+    ) -> list[float]:
+        """The counts of a microbatch."""
+        arguments = [
+            buffers[str(port.key)] if port.role is Role.BUFFER else leaves[int(port.key)]
+            for port in self.inputs
+        ]
+        return [float(value) for value in self.module(*arguments)]
+
+
+def counting_of(graph: JointGraph, counts: Sequence[fx.Node]) -> Counting:
+    """The operators that lead to some nodes of a graph, which no parameter has a part in."""
+    ports = {node: Port(Role.BATCH, index) for index, node in graph.inputs.items()}
+    ports |= {node: Port(Role.BUFFER, name) for name, node in graph.buffers.items()}
+    needed, pending = set(counts), list(counts)
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - needed
+        needed |= fresh
+        pending += fresh
+    made = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    nodes = [node for node in graph.graph.nodes if node in needed]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    for node in (*inputs, *(each for each in nodes if each.op != "placeholder")):
+        twin[node] = made.node_copy(node, twin.__getitem__)
+    made.output([twin[node] for node in counts])
+    module = fx.GraphModule(graph.constants, made)
+    return Counting(module, tuple(ports[node] for node in inputs))
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What microbatches are weighed by in one term.
+
+    Attributes:
+        count: which of the counts.
+        floor, more, by_rows: as `Count` has them.
+    """
+
+    way: Way
+    count: int = -1
+    floor: float = 0.0
+    more: float = 0.0
+    by_rows: bool = False
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """Of what a loss is made.
+
+    Attributes:
+        terms: one, where the loss is weighed as a whole.
+        factored: each term is multiplied in the graph by a share of its own, a further leaf of the
+            batch; shares are 1 where all microbatches count as much.
+        counting: None where nothing is counted.
+        note: what the plan says of it.
+        warning: why it is another loss than that of the whole batch; "" where it is that.
+    """
+
+    terms: tuple[Weighing, ...] = (Weighing(Way.ROWS),)
+    factored: bool = False
+    counting: Counting | None = None
+    note: str = ""
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the microbatches of a step count, per replica and microbatch.
+
+    Attributes:
+        tangents: the gradient of the loss is multiplied by it, before the mean over replicas.
+        shares: per term, what it is multiplied by; empty where terms have no shares of their own.
+        factors: what losses are multiplied by before they are added; None for their plain mean.
+    """
+
+    tangents: list[list[float]]
+    shares: list[list[list[float]]]
+    factors: list[list[float]] | None
+
+    @property
+    def even(self) -> bool:
+        """Whether plain accumulation over microbatches computes the same: no term counts another
+        way than the loss does."""
+        return all(share == 1.0 for replica in self.shares for each in replica for share in each)
+
+
+def weights_of(form: LossForm, counts: Counts, rows: Sequence[Sequence[int]]) -> Weights:
+    """What each microbatch counts.
+
+    Args:
+        counts: per replica and microbatch.
+        rows: as many.
+
+    Raises:
+        ZeroDivisionError: nothing counts in any microbatch.
+    """
+    dp, sizes = len(rows), [len(replica) for replica in rows]
+    flat = [each for replica in counts for each in replica]
+    terms = [_factors(term, flat, [n for replica in rows for n in replica]) for term in form.terms]
+    pieces = sum(sizes)
+    if form.factored:
+        shares = [list(each) for each in zip(*terms, strict=True)]
+        whole = [[share * pieces for share in each] for each in shares]
+        return Weights([[dp / pieces] * n for n in sizes], _divided(whole, sizes), None)
+    factors = terms[0]
+    plain = all(factor == 1 / pieces for factor in factors)
+    tangents = _divided([factor * dp for factor in factors], sizes)
+    return Weights(tangents, [[[]] * n for n in sizes], None if plain else _divided(factors, sizes))
+
+
+Counts = Sequence[Sequence[Sequence[float]]]
+T = TypeVar("T")
+
+
+def _divided(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+    rest = iter(values)
+    return [[next(rest) for _ in range(size)] for size in sizes]
+
+
+def _factors(term: Weighing, counts: Sequence[Sequence[float]], rows: Sequence[int]) -> list[float]:
+    """What each microbatch is multiplied by before all of them are added."""
+    pieces = len(rows)
+    if term.way is Way.SUM:
+        return [1.0] * pieces
+    if term.way is Way.ROWS:
+        return [n / sum(rows) for n in rows]
+    if term.way is Way.KEPT:
+        mine = [each[term.count] for each in counts]
+        if term.by_rows:
+            mine = [count * n for count, n in zip(mine, rows, strict=True)]
+        total = _divisor(term, sum(mine))
+        return [_divisor(term, count) / total for count in mine]
+    return [1 / pieces] * pieces
+
+
+def _divisor(term: Weighing, count: float) -> float:
+    return max(count, term.floor) + term.more
+
+
+def loss_of_replica(losses: torch.Tensor, weights: Weights, replica: int) -> torch.Tensor:
+    """What the losses of a replica's microbatches make; those that count nothing may be NaN."""
+    if weights.factors is None:
+        return losses.mean()
+    total = losses.new_zeros((), dtype=torch.float64)
+    for loss, factor in zip(losses.double(), weights.factors[replica], strict=True):
+        if factor:
+            total += factor * loss
+    return total
+
+
+def loss_of_batch(parts: torch.Tensor, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
+    """What those of the replicas make."""
+    if weights.factors is None:
+        return parts.to(dtype).mean()
+    return parts.sum().to(dtype)

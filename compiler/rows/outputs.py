@@ -1,0 +1,81 @@
+"""How the outputs of microbatches become those of the whole batch; what cannot is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .ways import How, Ways, grown, returned
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of what the model returns.
+
+    Attributes:
+        name: its place in the structure.
+        dim: along which rows are joined.
+        why: why it cannot be joined.
+    """
+
+    name: str
+    how: How
+    dim: int = 0
+    why: str = ""
+
+
+LOSS = "loss"
+"""The output that is the loss: that of a batch is the mean over its microbatches."""
+
+
+def outputs_of(
+    names: Sequence[str],
+    results: Sequence[fx.Node],
+    doubled: fx.GraphModule,
+    single: Callable[[], fx.GraphModule],
+) -> tuple[Output, ...]:
+    """Per result of a forward.
+
+    Args:
+        names: of the results.
+        results: nodes that stand for them.
+        single, doubled: the graph as exported, with as many rows and with twice as many.
+    """
+    twice = returned(doubled)[: len(names)]
+    dims = [grown(*pair) for pair in zip(results, twice, strict=True)]
+    if all(len(each) == 1 for each in dims):
+        return tuple(Output(n, How.ROWS, d) for n, (d,) in zip(names, dims, strict=True))
+    alone = single()
+    ways = Ways(alone, doubled)
+    pairs = zip(names, returned(alone), twice, strict=False)
+    return tuple(_output(ways, *pair) for pair in pairs)
+
+
+def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
+    dims = grown(node, doubled)
+    if len(dims) == 1:
+        return Output(name, How.ROWS, dims[0])
+    if dims:
+        listed = " and ".join(map(str, dims))
+        why = f"grows with the batch in dimensions {listed}: a microbatch has only a part of it"
+        return Output(name, How.NONE, why=why)
+    how = ways.how.get(node, How.NONE)
+    if how is How.NONE and name == LOSS:
+        how = How.MEAN
+    if how is not How.NONE:
+        return Output(name, how)
+    why = "depends on the batch, but neither row by row nor as a mean or a sum over rows"
+    return Output(name, How.NONE, why=why)
+
+
+def joined(pieces: list[torch.Tensor], output: Output) -> torch.Tensor:
+    """One output from those of the microbatches, which are all on one device."""
+    if len(pieces) == 1 or output.how is How.SAME:
+        return pieces[0]
+    if output.how is How.ROWS:
+        return torch.cat(pieces, output.dim)
+    total = torch.stack(pieces)
+    return total.mean(0) if output.how is How.MEAN else total.sum(0)

@@ -1,0 +1,172 @@
+"""Of what a loss is the sum, and over what each part is a mean.
+
+A mean over the labels that are kept has in every microbatch another denominator. Where the batch
+alone gives it (labels, a mask), it can be counted before anything runs, and microbatches be weighed
+by it: so the sum over all of them is the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from torch import fx
+
+from .ways import LINEAR, How, Ways, arguments_of, name_of, numbers_of
+
+_CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
+_MEAN = 1  # torch's ``reduction``
+
+
+class Way(StrEnum):
+    """How a term of the batch comes of those of the microbatches."""
+
+    KEPT = "kept"  # the mean over what is counted
+    ROWS = "rows"  # the mean over rows, or over elements of which each row has as many
+    SUM = "sum"
+    SAME = "same"  # in every microbatch: a penalty on weights
+    OWN = "own"  # unknown: each microbatch has its own, and their mean is taken
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the mean of a microbatch is divided by; only nodes that the batch alone determines.
+
+    Attributes:
+        node: the count itself; or labels, of which those that are not ``ignored`` count.
+        divisor: what the sum is divided by in the graph; None where an operator counts labels.
+        weight: of each class, if labels count by it.
+        smooths: whether labels are smoothed, so that a loss without any has no gradient but NaN.
+        floor, more: what is divided by is ``max(count, floor) + more``.
+        by_rows: it is a mean over rows itself.
+    """
+
+    node: fx.Node
+    divisor: fx.Node | None = None
+    ignored: int | None = None
+    weight: fx.Node | None = None
+    smooths: bool = False
+    floor: float = 0.0
+    more: float = 0.0
+    by_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the loss.
+
+    Attributes:
+        node: its value.
+        why: what it is that is not known; of `Way.OWN`.
+    """
+
+    node: fx.Node
+    way: Way
+    count: Count | None = None
+    why: str = ""
+
+    def moved(self, twin: Mapping[fx.Node, fx.Node]) -> Term:
+        """The same of another graph."""
+        count = self.count
+        if count is not None:
+            divisor, weight = count.divisor and twin[count.divisor], count.weight
+            weight = weight and twin[weight]
+            count = replace(count, node=twin[count.node], divisor=divisor, weight=weight)
+        return replace(self, node=twin[self.node], count=count)
+
+
+def terms_of(ways: Ways, loss: fx.Node) -> list[Term]:
+    """The terms that a loss is a linear combination of, in the order of the graph."""
+    found = dict.fromkeys(_split(ways, loss))
+    order = {node: i for i, node in enumerate(ways.how)}
+    return sorted(found, key=lambda term: order[term.node])
+
+
+def _split(ways: Ways, node: fx.Node) -> Iterator[Term]:
+    if ways.how[node] is How.SAME:
+        yield Term(node, Way.SAME)
+        return
+    parts = _parts(ways, node)
+    if parts and name_of(node) in ("add", "sub", "rsub") and numbers_of(node):
+        yield Term(node, Way.SAME)
+    if parts:
+        for part in parts:
+            yield from _split(ways, part)
+    else:
+        yield _term(ways, node)
+
+
+def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
+    """The operands of which a value is a linear combination; none where it is no such thing, or
+    made of rows."""
+    operands = node.all_input_nodes
+    if not operands or any(ways.how[each] is How.ROWS for each in operands):
+        return []
+    name = name_of(node)
+    if name in LINEAR or name in ("add", "sub", "rsub"):
+        return operands
+    if name == "mul":
+        varying = [each for each in operands if ways.how[each] is not How.SAME]
+        return varying if len(varying) == 1 and _same_numbers(ways, node) else []
+    if name == "div":
+        by = node.args[1]
+        constant = not isinstance(by, fx.Node) or ways.how[by] is How.SAME
+        return [node.all_input_nodes[0]] if constant and _same_numbers(ways, node) else []
+    return []
+
+
+def _same_numbers(ways: Ways, node: fx.Node) -> bool:
+    return numbers_of(node) == numbers_of(ways.twin[node])
+
+
+def _term(ways: Ways, node: fx.Node) -> Term:
+    name = name_of(node)
+    if name in _CROSS_ENTROPIES and arguments_of(node).get("reduction") == _MEAN:
+        return _cross_entropy(ways, node)
+    if name == "div" and isinstance(node.args[1], fx.Node):
+        return _quotient(ways, node, node.args[1])
+    known = {How.MEAN: Way.ROWS, How.SUM: Way.SUM}.get(ways.how[node])
+    if known is not None:
+        return Term(node, known)
+    return Term(node, Way.OWN, why=f"{name} is neither a mean nor a sum over rows")
+
+
+def _cross_entropy(ways: Ways, node: fx.Node) -> Term:
+    arguments = arguments_of(node)
+    labels, weight = arguments["target"], arguments.get("weight")
+    if labels.meta["val"].is_floating_point():
+        return Term(node, Way.ROWS)  # probabilities, of which none is ignored
+    if not ways.given.issuperset({labels} | ({weight} if weight is not None else set())):
+        return Term(node, Way.OWN, why=f"the labels of {name_of(node)} are made by the model")
+    smooths = bool(arguments.get("label_smoothing", 0.0))
+    return Term(node, Way.KEPT, Count(labels, None, arguments["ignore_index"], weight, smooths))
+
+
+def _quotient(ways: Ways, node: fx.Node, by: fx.Node) -> Term:
+    inner, floor, more = _bare(by)
+    over = node.args[0]
+    assert isinstance(over, fx.Node)
+    summed = ways.how[over] is How.SUM and ways.how[inner] is How.SUM
+    averaged = ways.how[over] is How.MEAN and ways.how[inner] is How.MEAN
+    if inner not in ways.given or not (summed or (averaged and not floor and not more)):
+        return Term(node, Way.OWN, why="it divides by what is no sum over rows of the batch")
+    return Term(node, Way.KEPT, Count(inner, by, floor=floor, more=more, by_rows=averaged))
+
+
+def _bare(node: fx.Node) -> tuple[fx.Node, float, float]:
+    """A denominator without what keeps it from zero: ``max(bare, floor) + more``."""
+    floor, more, name = 0.0, 0.0, name_of(node)
+    if name == "add" and len(node.all_input_nodes) == 1 and numbers_of(node):
+        more = float(numbers_of(node)[0])
+        node = node.all_input_nodes[0]
+        name = name_of(node)
+    arguments = arguments_of(node)
+    lowest: Any = arguments.get("min")
+    if name in ("clamp", "clamp_min") and lowest is not None and arguments.get("max") is None:
+        floor = float(lowest)
+        node = node.all_input_nodes[0]
+    while name_of(node) in ("to", "_to_copy", "clone", "detach") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node, floor, more

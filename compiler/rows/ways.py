@@ -1,0 +1,237 @@
+"""How the values of a graph came about from the rows of a batch.
+
+A forward is exported twice, the second time with twice the rows: the dimensions that grow are the
+batch's. A value that has none came about by a mean or a sum over rows, or does not depend on them;
+which it is, is followed through the operators between.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir.graph import tensors
+from ..ir.ops import draws
+from ..tensors.fakes import is_fake
+
+
+class How(StrEnum):
+    """How results of microbatches are joined."""
+
+    ROWS = "rows"  # one after the other, along a dimension
+    MEAN = "mean"  # over microbatches of equal size
+    SUM = "sum"
+    SAME = "same"  # in every microbatch
+    NONE = "none"
+
+
+MEANS = ("mean", "nanmean")
+SUMS = ("sum", "nansum")
+LINEAR = (  # each element of the result is a sum of elements, times numbers
+    *MEANS,
+    *SUMS,
+    *("neg", "clone", "detach", "alias", "view", "reshape", "squeeze", "unsqueeze", "expand"),
+    *("to", "_to_copy", "permute", "transpose", "t", "select", "slice", "contiguous", "flatten"),
+    *("stack", "cat", "getitem", "unbind"),
+)
+_MEAN_REDUCTION, _SUM_REDUCTION = 1, 2  # of torch's losses
+
+
+class Ways:
+    """Of every value of a graph how it came about from rows.
+
+    Args:
+        single, doubled: the graph as exported, with as many rows and with twice as many.
+
+    Attributes:
+        how: of each node; empty where the two are not the same operators.
+        twin: of each node in the larger graph.
+        given: the nodes that the batch alone determines, with constants and buffers.
+    """
+
+    def __init__(self, single: fx.GraphModule, doubled: fx.GraphModule):
+        ours, theirs = list(single.graph.nodes), list(doubled.graph.nodes)
+        self.modules = single, doubled
+        alike = [str(n.target) for n in ours] == [str(n.target) for n in theirs]
+        self.twin = dict(zip(ours, theirs, strict=True)) if alike else {}
+        self.how: dict[fx.Node, How] = {}
+        for node in self.twin:
+            if node.op != "output":
+                self.how[node] = self._way(node)
+        self.given = _given(single) if alike else set()
+
+    def dims(self, node: fx.Node) -> list[int]:
+        """The dimensions of a node's value that are the batch's."""
+        return grown(node, self.twin[node])
+
+    def _way(self, node: fx.Node) -> How:
+        if grown(node, self.twin[node]):
+            return How.ROWS
+        if node.op == "placeholder":
+            return How.SAME if not node.users or node.meta["val"].dim() == 0 else How.NONE
+        if node.op == "get_attr":
+            one, two = (operator.attrgetter(str(node.target))(m) for m in self.modules)
+            return How.SAME if _alike(one, two) else How.NONE
+        kinds = {self.how[source] for source in node.all_input_nodes}
+        name = name_of(node)
+        if kinds <= {How.SAME}:
+            return How.SAME if numbers_of(node) == numbers_of(self.twin[node]) else How.NONE
+        if How.NONE in kinds:
+            return How.NONE
+        if How.ROWS in kinds:
+            return _reduced(node, name)
+        (kind, *others) = kinds - {How.SAME}
+        if others:
+            return How.NONE
+        if name in LINEAR:
+            return kind
+        if name in ("add", "sub"):
+            shifted = How.SAME in kinds or bool(numbers_of(node))
+            return How.NONE if shifted and kind is How.SUM else kind
+        return self._scaled(node, name, kind)
+
+    def _is(self, argument: Any, kind: How) -> bool:
+        return isinstance(argument, fx.Node) and self.how[argument] is kind
+
+    def _scaled(self, node: fx.Node, name: str, kind: How) -> How:
+        """Of a product with what is no row's: by the number of rows a sum becomes a mean."""
+        if name not in ("mul", "div") or (name == "div" and self._is(node.args[-1], kind)):
+            return How.NONE
+        here, there = numbers_of(node), numbers_of(self.twin[node])
+        if here == there:
+            return kind
+        (rows,), (twice,) = here or (0,), there or (0,)
+        ratio = twice / rows if rows else 0
+        by_rows = ratio == 2 if name == "div" else ratio == 0.5
+        return How.MEAN if by_rows and kind is How.SUM else How.NONE
+
+
+def grown(single: fx.Node, doubled: fx.Node) -> list[int]:
+    """The dimensions that are the batch's."""
+    one, two = tensors(single.meta.get("val")), tensors(doubled.meta.get("val"))
+    found = (
+        d
+        for a, b in zip(one, two, strict=True)
+        for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
+        if m == 2 * n != n
+    )
+    return list(dict.fromkeys(found))
+
+
+def returned(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that a graph returns."""
+    (end,) = graph.graph.find_nodes(op="output")
+    found: list[fx.Node] = []
+    fx.node.map_arg(end.args, found.append)
+    return found
+
+
+def alike(single: fx.Node, other: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Nodes behind one of another graph -> those behind this one, as far as both are made alike."""
+    found: dict[fx.Node, fx.Node] = {}
+    pending = [(single, other)]
+    while pending:
+        mine, theirs = pending.pop()
+        if theirs in found or _kind(mine) != _kind(theirs):
+            continue
+        found[theirs] = mine
+        pending += zip(mine.all_input_nodes, theirs.all_input_nodes, strict=True)
+    return found
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, str(node.target), len(node.all_input_nodes)
+
+
+def name_of(node: fx.Node) -> str:
+    """Of an operator, without its overload, nor the sign that it works in place."""
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0].removesuffix("_")
+
+
+def numbers_of(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float)))
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Of an operator of torch's, by their names, those that are not given with their defaults."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    names = (argument.name for argument in schema.arguments)
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _reduced(node: fx.Node, name: str) -> How:
+    """What an operator makes of rows that leaves none."""
+    arguments = arguments_of(node)
+    if "reduction" in arguments:
+        ways = {_MEAN_REDUCTION: How.MEAN, _SUM_REDUCTION: How.SUM}
+        return ways.get(arguments["reduction"], How.NONE)
+    return How.MEAN if name in MEANS else How.SUM if name in SUMS else How.NONE
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Whether two graphs read the same: state of the model, or equal constants."""
+    if not isinstance(one, torch.Tensor) or is_fake(one):
+        return True
+    try:
+        return torch.equal(one, two)
+    except RuntimeError:  # of a tensor that has no values, inside a transform of torch.func
+        return False
+
+
+def _given(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that are made of the batch, constants and buffers alone.
+
+    What an operator writes into from elsewhere is none, nor are its views; nor is a buffer that is
+    updated.
+    """
+    found: set[fx.Node] = set()
+    written: set[int] = set()
+    updated = _places([each for node in graph.graph.nodes for each in _written(node)])
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            found.add(node)
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(graph)
+            if not isinstance(value, nn.Parameter) and updated.isdisjoint(_places([node])):
+                found.add(node)
+        elif node.op == "call_function":
+            known = found.issuperset(node.all_input_nodes) and _is_plain(node)
+            known = known and written.isdisjoint(_places(node.all_input_nodes))
+            if known:
+                found.add(node)
+            else:
+                written |= _places(_written(node))
+    return found
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether an operator gives the same for the same operands."""
+    if node.target is operator.getitem:
+        return True
+    plain = isinstance(node.target, torch._ops.OpOverload)
+    return plain and not draws(node.target, node.args, node.kwargs)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operator writes into."""
+    schema: Any = getattr(node.target, "_schema", None)
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            fx.node.map_arg(given, found.append)
+    return found
+
+
+def _places(nodes: Sequence[fx.Node]) -> set[int]:
+    """Where in memory their values are."""
+    values = (value for node in nodes for value in tensors(node.meta.get("val")))
+    return {value.untyped_storage()._cdata for value in values}

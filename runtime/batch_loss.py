@@ -1,0 +1,141 @@
+"""The loss of a batch out of those of its microbatches: what each counts, and their sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..compiler.capture.batch import BatchSpec
+from ..compiler.ir.errors import BatchError
+from ..compiler.ir.program import PipelineProgram
+from ..compiler.rows.loss import (
+    Counts,
+    LossForm,
+    Weighing,
+    Weights,
+    loss_of_batch,
+    loss_of_replica,
+    weights_of,
+)
+from ..compiler.rows.terms import Way
+from .executor import Job
+from .world import World
+
+LossWeight = Callable[[Any], Any]
+Buffers = Mapping[str, torch.Tensor]
+
+
+class BatchLoss:
+    """Of one compiled graph.
+
+    Args:
+        form: what its graph tells of the loss; None where that was not asked.
+        weight: what the user says that a microbatch counts.
+        spec: of a microbatch.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        program: PipelineProgram,
+        form: LossForm | None,
+        weight: LossWeight | None,
+        spec: BatchSpec,
+    ):
+        self._world, self._program, self._weight, self._spec = world, program, weight, spec
+        self._form = form or LossForm((Weighing(Way.KEPT if weight else Way.ROWS, 0),))
+        self._counts = any(term.way is Way.KEPT for term in self._form.terms)
+
+    def weigh(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
+        """What the microbatches of all replicas count; jobs are told.
+
+        Args:
+            buffers: of each rank.
+
+        Raises:
+            BatchError: nothing counts in any of them, or what ``loss_weight`` returns is no
+                number that could; on all ranks.
+        """
+        mesh = self._world.mesh
+        per_replica = len(next(iter(jobs.values())).batches)
+        counts: Counts = [[[]] * per_replica] * mesh.dp
+        if self._counts:
+            counts = self._gathered(jobs, buffers)
+        rows = [[self._spec.rows] * per_replica] * mesh.dp
+        try:
+            weights = weights_of(self._form, counts, rows)
+        except ZeroDivisionError as error:
+            raise BatchError(
+                "nothing in this batch counts in the loss: all its labels are ignored, or "
+                "loss_weight returns 0 for all of it, and one device would divide zero by zero: "
+                "leave the batch out"
+            ) from error
+        for rank, job in jobs.items():
+            replica = mesh.replica_of(rank)
+            job.weights, shares = weights.tangents[replica], weights.shares[replica]
+            device = self._world.endpoints[rank].device
+            job.shares = [[torch.tensor(x, device=device) for x in each] for each in shares]
+        return weights
+
+    def _gathered(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
+        """Per replica and microbatch; the ranks of the loss's stage count."""
+        mesh, mine = self._world.mesh, {}
+        obstacle = ""
+        for rank, job in jobs.items():
+            if self._program.loss_stage in mesh.stages_of(rank):
+                try:
+                    found = [self._count(leaves, buffers[rank]) for leaves in job.batches]
+                    mine[mesh.replica_of(rank)] = found
+                except BatchError as error:
+                    obstacle = str(error)
+        everyone = self._world.agreement.gather((mine, obstacle))
+        for _, told in everyone:
+            if told:
+                raise BatchError(told)
+        by_replica = {replica: found for each, _ in everyone for replica, found in each.items()}
+        return [by_replica[replica] for replica in range(mesh.dp)]
+
+    def _count(self, leaves: Any, buffers: Buffers) -> list[float]:
+        if self._form.counting is not None:
+            return self._form.counting(leaves, buffers)
+        assert self._weight is not None
+        found = self._weight(self._spec.build(leaves))
+        try:
+            number = float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(found).__name__
+            raise BatchError(
+                f"loss_weight returned a {kind}, which is no number: return what the microbatch "
+                "counts, such as (batch['labels'] != -100).sum()"
+            ) from error
+        if not math.isfinite(number) or number < 0:
+            raise BatchError(
+                f"loss_weight returned {number} for a microbatch: return 0 or more, such as the "
+                "number of its tokens"
+            )
+        return [number]
+
+    def total(self, jobs: Mapping[int, Job], weights: Weights) -> torch.Tensor:
+        """The loss of the batch, on every rank."""
+        stage, mesh, dtype = self._program.loss_stage, self._world.mesh, self._program.loss_dtype
+        mine = {
+            mesh.replica_of(rank): torch.stack(job.losses)
+            for rank, job in jobs.items()
+            if stage in mesh.stages_of(rank)
+        }
+        parts = {r: loss_of_replica(losses, weights, r) for r, losses in mine.items()}
+        device = self._world.device
+        if not mesh.distributed:
+            found = torch.stack([parts[replica].to(device) for replica in sorted(parts)])
+        else:
+            slots = torch.zeros(mesh.size, dtype=torch.float64, device=device)
+            for replica, part in parts.items():
+                slots[mesh.rank_of(replica, stage)] = part
+            dist.all_reduce(slots)  # adds zeros: exact
+            found = slots[list(mesh.replicas_of(stage))]
+        assert dtype is not None
+        return loss_of_batch(found, weights, dtype)

@@ -1,0 +1,450 @@
+"""The loss of a batch is that of one device, whatever microbatches and replicas it is cut into."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile.errors import BatchError, LossError, OptionError
+from support import jobs, models
+from support.gang import Gang
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+WIDTH, CLASSES, TOKENS = 8, 7, 5
+IGNORED = -100
+CLASS_WEIGHTS = torch.linspace(0.5, 2.0, CLASSES)
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+class Tagger(nn.Module):
+    """Labels for each token of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, WIDTH)
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.inner(self.embed(ids))))
+        return out
+
+
+def tagger() -> Tagger:
+    torch.manual_seed(0)
+    return Tagger()
+
+
+def tagged(rows: int = 8) -> Batch:
+    """Rows that keep very different numbers of labels; those of the first two keep none."""
+    made = torch.Generator().manual_seed(3)
+    ids = torch.randint(11, (rows, TOKENS), generator=made)
+    labels = torch.randint(CLASSES, (rows, TOKENS), generator=made)
+    for row in range(rows):
+        labels[row, 0 if row < 2 else 1 + (3 * row) % TOKENS :] = IGNORED
+    return {"ids": ids, "labels": labels}
+
+
+def kept(batch: Batch) -> torch.Tensor:
+    return (batch["labels"] != IGNORED).float()
+
+
+def flat(out: torch.Tensor) -> torch.Tensor:
+    return out.reshape(-1, CLASSES)
+
+
+def each(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of each token."""
+    return F.cross_entropy(flat(out), batch["labels"].clamp(min=0).reshape(-1), reduction="none")
+
+
+def cross_entropy(out: torch.Tensor, batch: Batch, **options: Any) -> torch.Tensor:
+    return F.cross_entropy(flat(out), batch["labels"].reshape(-1), **options)
+
+
+def two_terms(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    second = torch.where(torch.arange(TOKENS) < 2, batch["labels"], IGNORED)
+    other = F.cross_entropy(flat(out * 0.5), second.reshape(-1))
+    return (cross_entropy(out, batch) + other) / 2 + 0.1 * out.square().mean()
+
+
+def shifted(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].contiguous()
+    return F.cross_entropy(flat(out.float()), labels.view(-1), ignore_index=IGNORED)
+
+
+def written(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Labels that are made by writing into others."""
+    labels = torch.full_like(batch["labels"], IGNORED)
+    labels[:, 1:] = batch["labels"][:, :-1]
+    labels.masked_fill_(labels == 2, IGNORED)
+    return F.cross_entropy(out.transpose(1, 2), labels)
+
+
+def masked(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    mask = kept(batch).reshape(-1)
+    return (each(out, batch) * mask).sum() / mask.sum()
+
+
+def clamped(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    mask = kept(batch).reshape(-1)
+    return (each(out, batch) * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def softened(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    mask = kept(batch).reshape(-1)
+    return (each(out, batch) * mask).sum() / (mask.sum() + 1e-3)
+
+
+def averaged(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    mask = kept(batch).reshape(-1)
+    return (each(out, batch) * mask).mean() / mask.mean()
+
+
+def by_row(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    losses = each(out, batch).view(-1, TOKENS) * kept(batch)
+    return (losses.sum(1) / (kept(batch).sum(1) + 1)).mean()
+
+
+def log_likelihood(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return F.nll_loss(out.log_softmax(-1).transpose(1, 2), batch["labels"])
+
+
+LOSSES: dict[str, Loss] = {
+    "cross entropy": cross_entropy,
+    "of classes by weight": partial(cross_entropy, weight=CLASS_WEIGHTS),
+    "smoothed": partial(cross_entropy, label_smoothing=0.1),
+    "smoothed by weight": partial(cross_entropy, label_smoothing=0.1, weight=CLASS_WEIGHTS),
+    "another index ignored": lambda out, b: F.cross_entropy(
+        flat(out), b["labels"].clamp(min=0).reshape(-1), ignore_index=0
+    ),
+    "summed": partial(cross_entropy, reduction="sum"),
+    "summed, with a penalty": lambda out, b: cross_entropy(out, b, reduction="sum") + 0.5,
+    "nll": log_likelihood,
+    "two terms": two_terms,
+    "shifted": shifted,
+    "written": written,
+    "masked": masked,
+    "clamped": clamped,
+    "softened": softened,
+    "averaged": averaged,
+    "by row": by_row,
+    "squares": lambda out, b: F.mse_loss(out[..., 0], kept(b)),
+    "squares over rows": lambda out, b: ((out[..., 0] - kept(b)) ** 2).sum() / len(out),
+    "stacked": lambda out, b: torch.stack(
+        [cross_entropy(out, b), cross_entropy(2 * out, b)]
+    ).mean(),
+}
+
+
+def whole(model: nn.Module, loss_fn: Loss, batch: Batch) -> tuple[torch.Tensor, Batch]:
+    """Loss and gradients of one device."""
+    model = copy.deepcopy(model)
+    loss = loss_fn(model(batch["ids"]), batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(pipe: Any, loss: torch.Tensor, expected: tuple[torch.Tensor, Batch]) -> None:
+    """Sums over microbatches round otherwise than one over the batch does."""
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    for name, param in pipe.named_parameters():
+        want = expected[1][name]
+        assert (param.grad - want).norm() <= 2e-6 * want.norm(), name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_loss_is_that_of_the_whole_batch(name: str) -> None:
+    model, batch, loss_fn = tagger(), tagged(), LOSSES[name]
+    pipe = pipecompile.compile(model, 2, 2, microbatches=2, loss_fn=loss_fn, optimizer=jobs.SGD)
+    loss = pipe.forward_backward(batch)
+    assert_close(pipe, loss, whole(model, loss_fn, batch))
+    torch.testing.assert_close(pipe.evaluate(batch), loss, rtol=1e-6, atol=0)
+    pipe.zero_grad()
+    more = {key: value.flip(0) for key, value in batch.items()}  # counts are those of each batch
+    assert_close(pipe, pipe.forward_backward(more), whole(model, loss_fn, more))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_single_rows_may_be_traced_in_another_way() -> None:
+    class OneByOne(Tagger):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids if len(ids) > 1 else ids.clone())
+
+    torch.manual_seed(0)
+    model, batch = OneByOne(), tagged()
+    pipe = pipecompile.compile(
+        model, 1, microbatches=8, loss_fn=two_terms, optimizer=jobs.SGD, example_batch=batch
+    )
+    loss = pipe.forward_backward(batch)
+    assert_close(pipe, loss, whole(model, two_terms, batch))
+
+
+# -- losses that the graph does not tell --------------------------------------------------------
+
+
+def contrastive(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    pooled = F.normalize((out * kept(batch)[..., None]).sum(1) + 1, dim=-1)
+    return F.cross_entropy(pooled @ pooled.t(), torch.arange(len(pooled)))
+
+
+def centred(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return F.mse_loss((out - out.mean(0))[..., 0], kept(batch))
+
+
+def rooted(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return F.mse_loss(out[..., 0], kept(batch)).sqrt()
+
+
+def over_rows(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return F.mse_loss(out[..., 0].softmax(0), kept(batch))
+
+
+UNTOLD: dict[str, tuple[Loss, str]] = {
+    "contrastive": (contrastive, "compares rows with each other"),
+    "centred": (centred, "reads what is computed over all rows"),
+    "over rows": (over_rows, "goes along rows"),
+    "rooted": (rooted, "cannot be told"),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_what_couples_rows_is_said_once_and_taken_as_it_is(name: str) -> None:
+    loss_fn, said = UNTOLD[name]
+    model, batch = tagger(), tagged()
+    compiled = partial(
+        pipecompile.compile, model, 2, microbatches=4, loss_fn=loss_fn, optimizer=jobs.SGD
+    )
+    pipe = compiled()
+    with pytest.warns(UserWarning, match=said):
+        loss = pipe.forward_backward(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.evaluate(batch)  # it has been said
+    pieces = [{k: v.chunk(4)[i] for k, v in batch.items()} for i in range(4)]
+    each = torch.stack([loss_fn(model(piece["ids"]), piece) for piece in pieces])
+    torch.testing.assert_close(loss, each.mean().detach(), rtol=1e-6, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(loss_normalization="microbatch").evaluate(batch), loss)
+        one = pipecompile.compile(model, 2, microbatches=1, loss_fn=loss_fn, optimizer=jobs.SGD)
+        assert_close(one, one.forward_backward(batch), whole(model, loss_fn, batch))
+    with pytest.raises(LossError, match='loss_normalization="batch": .*' + said):
+        compiled(loss_normalization="batch").step(batch)
+
+
+def test_batch_norm_has_the_statistics_of_microbatches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    x = torch.randn(8, 4)
+    pipe = pipecompile.compile(
+        model, 2, microbatches=2, loss_fn=lambda out, _: out.square().mean(), optimizer=jobs.SGD
+    )
+    with pytest.warns(UserWarning, match="module '1' takes the statistics of its batch norm"):
+        pipe.step(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.evaluate(x)  # by running statistics: each row alone
+
+
+@pytest.mark.parametrize("kind", ["labels", "loss_weight"])
+def test_a_batch_in_which_nothing_counts_is_refused(kind: str) -> None:
+    batch = tagged()
+    batch["labels"][:] = IGNORED
+    options: dict[str, Any] = {}
+    if kind == "loss_weight":
+        options["loss_weight"] = lambda piece: (piece["labels"] != IGNORED).sum()
+    pipe = pipecompile.compile(
+        tagger(), 2, microbatches=2, loss_fn=cross_entropy, optimizer=jobs.SGD, **options
+    )
+    with pytest.raises(BatchError, match="nothing in this batch counts"):
+        pipe.step(batch)
+    pipe.step(tagged())
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_user_may_say_what_microbatches_count() -> None:
+    model, batch = tagger(), tagged()
+
+    def loss_fn(out: torch.Tensor, piece: Batch) -> torch.Tensor:
+        mask = kept(piece).reshape(-1)
+        count = torch.where(mask.sum() > 0, mask.sum(), torch.ones(()))
+        return ((each(out, piece) * mask).sum() / count).exp().log()
+
+    pipe = pipecompile.compile(
+        model,
+        2,
+        2,
+        microbatches=2,
+        loss_fn=loss_fn,
+        loss_weight=lambda piece: kept(piece).sum(),
+        optimizer=jobs.SGD,
+    )
+    assert_close(pipe, pipe.forward_backward(batch), whole(model, loss_fn, batch))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(-1.0, "returned -1.0"), (float("nan"), "returned nan"), ("many", "returned a str")],
+)
+def test_loss_weights_that_are_none_are_refused(found: Any, said: str) -> None:
+    pipe = pipecompile.compile(
+        tagger(), 1, microbatches=2, loss_fn=cross_entropy, loss_weight=lambda _: found
+    )
+    with pytest.raises(BatchError, match=said):
+        pipe.forward_backward(tagged())
+
+
+def test_a_loss_weight_needs_microbatches_that_count_differently() -> None:
+    with pytest.raises(OptionError, match="loss_weight= has no effect"):
+        pipecompile.compile(tagger(), 1, loss_weight=lambda _: 1.0, loss_normalization="microbatch")
+
+
+def test_the_first_steps_are_compared_with_weighed_ones() -> None:
+    def compiled(loss_fn: Loss) -> Any:
+        return pipecompile.compile(
+            tagger(), 2, 2, microbatches=2, loss_fn=loss_fn, optimizer=jobs.SGD, verify=2
+        )
+
+    pipe = compiled(cross_entropy)
+    pipe.step(tagged())
+    pipe.step(tagged())
+    assert "step 2  gradients     identical to the last bit" in pipe.verification
+    with pytest.raises(BatchError, match="cannot weigh the terms of one loss apart"):
+        compiled(two_terms).step(tagged())
+
+
+# -- models of transformers ---------------------------------------------------------------------
+
+
+def uneven(name: str, rows: int) -> Batch:
+    """A batch whose rows keep very different numbers of labels; those of the first keep none."""
+    batch: Batch = dict(models.batches(name, rows, 1)[0])
+    labels = batch["labels"].clone()
+    for row in range(rows):
+        labels[row, (5 * row) % labels.shape[1] :] = IGNORED
+    return batch | {"labels": labels}
+
+
+def accumulated(
+    name: str, batch: Batch, dp: int, microbatches: int, shift: bool
+) -> tuple[nn.Module, torch.Tensor, Batch]:
+    """The same microbatches in one plain process, each multiplied by its part of the labels."""
+    model = models.build(name)
+    pieces = [
+        {key: value.chunk(dp * microbatches)[i] for key, value in batch.items()}
+        for i in range(dp * microbatches)
+    ]
+    counts = [int((p["labels"][:, 1 if shift else 0 :] != IGNORED).sum()) for p in pieces]
+    total, loss, per_replica = sum(counts), torch.zeros((), dtype=torch.float64), []
+    for replica in range(dp):
+        for i in range(replica * microbatches, (replica + 1) * microbatches):
+            found = model(**pieces[i]).loss
+            (found * (counts[i] * dp / total)).backward()
+            if counts[i]:
+                loss += counts[i] / total * found.detach().double()
+        per_replica.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    grads = {}
+    for key in per_replica[0]:
+        grad = per_replica[0][key]
+        for other in per_replica[1:]:
+            grad = grad + other[key]
+        grads[key] = grad / dp
+    return model, loss.float(), grads
+
+
+def weighed(
+    name: str, n_stages: int, dp: int, microbatches: int, **options: Any
+) -> tuple[torch.Tensor, Batch]:
+    pipe = jobs.pipeline(name, n_stages, dp, microbatches, **options)
+    batch = uneven(name, 2 * dp * microbatches)
+    share = {k: v.chunk(pipe.data_shards)[pipe.data_shard] for k, v in batch.items()}
+    loss = pipe.forward_backward(share)
+    return loss, {n: p.grad for n, p in pipe.named_parameters() if p.grad is not None}
+
+
+CASES = [
+    ("llama", 2, 1, 4, "1f1b"),
+    ("llama", 1, 2, 2, "1f1b"),
+    ("bert-mlm", 3, 2, 2, "zb_h1"),
+    ("t5", 4, 1, 4, "1f1b"),
+    ("gpt2", 2, 3, 2, "1f1b"),
+]
+
+
+@pytest.mark.parametrize(("name", "n_stages", "dp", "microbatches", "schedule"), CASES)
+def test_labels_of_uneven_length_count_as_on_one_device(
+    name: str, n_stages: int, dp: int, microbatches: int, schedule: str
+) -> None:
+    """Bit for bit the plain loop over the same microbatches with the same weights; and one whole
+    batch up to how sums round."""
+    loss, grads = weighed(name, n_stages, dp, microbatches, schedule=schedule)
+    batch = uneven(name, 2 * dp * microbatches)
+    shift = name in ("llama", "gpt2")
+    model, expected, wanted = accumulated(name, batch, dp, microbatches, shift)
+    assert torch.equal(loss, expected)
+    wrong = [each for each in wanted if not torch.equal(grads[each], wanted[each])]
+    assert not wrong
+    found = model(**batch).loss
+    found.backward()
+    torch.testing.assert_close(loss, found.detach(), rtol=1e-6, atol=0)
+    for key, param in model.named_parameters():
+        assert param.grad is not None
+        assert (grads[key] - param.grad).norm() <= 1e-5 * param.grad.norm() + 1e-9, key
+
+
+@pytest.mark.parametrize(("n_stages", "dp"), [(1, 2), (2, 2)])
+def test_in_processes_too(gang: Callable[[int], Gang], n_stages: int, dp: int) -> None:
+    expected, wanted = weighed("llama", n_stages, dp, 2)
+    for loss, grads in gang(n_stages * dp).run(weighed, "llama", n_stages, dp, 2):
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(grad, wanted[name]) for name, grad in grads.items())
+
+
+def refused(name: str, n_stages: int, dp: int) -> str:
+    pipe = jobs.pipeline(name, n_stages, dp, 2)
+    batch = uneven(name, 4)
+    batch["labels"][:] = IGNORED
+    try:
+        pipe.step(batch)
+    except BatchError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_every_rank_hears_that_nothing_counts(gang: Callable[[int], Gang]) -> None:
+    for said in gang(2).run(refused, "gpt2", 2, 1):
+        assert "nothing in this batch counts" in said
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("with_count", [False, True])
+def test_questions_have_two_terms_and_a_count_makes_a_sum(with_count: bool) -> None:
+    """``num_items_in_batch`` is that of the global batch: losses are parts of one sum then."""
+    model = models.build("llama")
+    batch = uneven("llama", 8)
+    if with_count:
+        batch["num_items_in_batch"] = (batch["labels"][:, 1:] != IGNORED).sum()
+    pipe = pipecompile.compile(model, 2, 2, microbatches=2, optimizer=jobs.SGD)
+    loss = pipe.forward_backward(batch)
+    found = copy.deepcopy(model)(**batch).loss
+    torch.testing.assert_close(loss, found.detach(), rtol=1e-6, atol=0)
+
+
+def test_balancing_losses_keep_their_own_mean() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = jobs.pipeline("mixtral", 2, 1, 2)
+        pipe.step(models.batches("mixtral", 4, 1)[0])
+    notes = dict(pipe.plan.notes)
+    assert "a part of which each microbatch has its own" in notes["loss"]
