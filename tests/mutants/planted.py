@@ -238,10 +238,32 @@ BITS = (
     ),
     Mutant(
         "runtime/executor.py",
-        "self.tangent.fill_(scale).div_(self.microbatches)",
-        "self.tangent.fill_(scale)",
+        "plain = [1 / self.microbatches] * self.microbatches\nweights = [weight * self.scale "
+        "for weight in job.weights or plain]",
+        "weights = [1.0] * self.microbatches",
         "test_evaluation.py::test_kinds_of_batches",
         "gradients are the sum over the microbatches, not their mean",
+    ),
+    Mutant(
+        "compiler/rows/loss.py",
+        "return [_divisor(term, count) / total for count in mine]",
+        "return [1 / pieces] * pieces",
+        "test_batch_loss.py::test_the_loss_is_that_of_the_whole_batch",
+        "microbatches count as much, however many labels they keep",
+    ),
+    Mutant(
+        "compiler/rows/loss.py",
+        "whole = [[share * pieces for share in each] for each in shares]",
+        "whole = [[1.0 for _ in each] for each in shares]",
+        "test_batch_loss.py::test_the_loss_is_that_of_the_whole_batch",
+        "terms of one loss count as much in every microbatch",
+    ),
+    Mutant(
+        "compiler/rows/weighing.py",
+        "if count.floor <= 0 and count.more <= 0:",
+        "if False:",
+        "test_batch_loss.py::test_the_loss_is_that_of_the_whole_batch",
+        "a microbatch that keeps nothing divides zero by zero",
     ),
     Mutant(
         "passes/programs/inplace.py",
