@@ -48,7 +48,8 @@ class BatchLoss:
     ):
         self._world, self._program, self._weight, self._spec = world, program, weight, spec
         self._form = form or LossForm((Weighing(Way.KEPT if weight else Way.ROWS, 0),))
-        self._counts = any(term.way is Way.KEPT for term in self._form.terms)
+        terms = self._form.terms
+        self._counts = any(term.way is Way.KEPT or term.by >= 0 for term in terms)
 
     def weigh(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
         """What the microbatches of all replicas count; jobs are told.
@@ -65,6 +66,7 @@ class BatchLoss:
         counts: Counts = [[[]] * per_replica] * mesh.dp
         if self._counts:
             counts = self._gathered(jobs, buffers)
+            self._check(counts)
         rows = [[self._spec.rows] * per_replica] * mesh.dp
         try:
             weights = weights_of(self._form, counts, rows)
@@ -98,6 +100,18 @@ class BatchLoss:
                 raise BatchError(told)
         by_replica = {replica: found for each, _ in everyone for replica, found in each.items()}
         return [by_replica[replica] for replica in range(mesh.dp)]
+
+    def _check(self, counts: Counts) -> None:
+        """Raises BatchError where a sum is divided by the number of items of a part."""
+        flat = [each for replica in counts for each in replica]
+        for term in self._form.terms:
+            odd = term.misgiven(flat)
+            if odd is not None:
+                raise BatchError(
+                    "the loss is a sum divided by a number in the batch (num_items_in_batch), "
+                    f"which is {odd[0]:g}, and {odd[1]:g} over all replicas: give every rank that "
+                    "of the global batch, or leave it out"
+                )
 
     def _count(self, leaves: Any, buffers: Buffers) -> list[float]:
         if self._form.counting is not None:

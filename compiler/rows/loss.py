@@ -67,7 +67,8 @@ class Weighing:
     """What microbatches are weighed by in one term.
 
     Attributes:
-        count: which of the counts.
+        count: which of the counts; -1 for none.
+        by: which of the counts is the number of the batch that a sum is divided by; -1 for none.
         floor, more, by_rows: as `Count` has them.
     """
 
@@ -76,6 +77,22 @@ class Weighing:
     floor: float = 0.0
     more: float = 0.0
     by_rows: bool = False
+    by: int = -1
+
+    def misgiven(self, counts: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+        """Of a number that a sum is divided by, which is that of the global batch, two values that
+        it cannot have both; of too small a one, and the labels that it should count.
+
+        Args:
+            counts: of all microbatches.
+        """
+        given = [each[self.by] for each in counts] if self.by >= 0 else []
+        if not given:
+            return None
+        if min(given) != max(given):
+            return min(given), max(given)
+        kept = sum(each[self.count] for each in counts) if self.count >= 0 else 0.0
+        return (given[0], kept) if 1 < given[0] < kept else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import fx
 from .ways import LINEAR, How, Ways, arguments_of, name_of, numbers_of
 
 _CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
-_MEAN = 1  # torch's ``reduction``
+_SUM = 2  # torch's ``reduction``
 
 
 class Way(StrEnum):
@@ -59,12 +59,15 @@ class Term:
 
     Attributes:
         node: its value.
+        count: what its mean is over; of a sum what it is over, where that is known.
+        by: the whole number of the batch that a sum is divided by.
         why: what it is that is not known; of `Way.OWN`.
     """
 
     node: fx.Node
     way: Way
     count: Count | None = None
+    by: fx.Node | None = None
     why: str = ""
 
     def moved(self, twin: Mapping[fx.Node, fx.Node]) -> Term:
@@ -74,7 +77,8 @@ class Term:
             divisor, weight = count.divisor and twin[count.divisor], count.weight
             weight = weight and twin[weight]
             count = replace(count, node=twin[count.node], divisor=divisor, weight=weight)
-        return replace(self, node=twin[self.node], count=count)
+        by = self.by and twin[self.by]
+        return replace(self, node=twin[self.node], count=count, by=by)
 
 
 def terms_of(ways: Ways, loss: fx.Node) -> list[Term]:
@@ -84,18 +88,25 @@ def terms_of(ways: Ways, loss: fx.Node) -> list[Term]:
     return sorted(found, key=lambda term: order[term.node])
 
 
-def _split(ways: Ways, node: fx.Node) -> Iterator[Term]:
+def _split(ways: Ways, node: fx.Node, by: fx.Node | None = None) -> Iterator[Term]:
+    """Args:
+    by: what the terms of this value are divided by.
+    """
     if ways.how[node] is How.SAME:
         yield Term(node, Way.SAME)
         return
-    parts = _parts(ways, node)
-    if parts and name_of(node) in ("add", "sub", "rsub") and numbers_of(node):
+    parts, name = _parts(ways, node), name_of(node)
+    if not parts:
+        term = _term(ways, node)
+        yield replace(term, by=by) if term.way is Way.SUM else term
+        return
+    if name in ("add", "sub", "rsub") and numbers_of(node):
         yield Term(node, Way.SAME)
-    if parts:
-        for part in parts:
-            yield from _split(ways, part)
-    else:
-        yield _term(ways, node)
+    number = node.args[1] if name == "div" else None
+    if isinstance(number, fx.Node) and number in ways.given and not _is_floating(number):
+        by = number
+    for part in parts:
+        yield from _split(ways, part, by)
 
 
 def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
@@ -117,13 +128,17 @@ def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
     return []
 
 
+def _is_floating(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
 def _same_numbers(ways: Ways, node: fx.Node) -> bool:
     return numbers_of(node) == numbers_of(ways.twin[node])
 
 
 def _term(ways: Ways, node: fx.Node) -> Term:
     name = name_of(node)
-    if name in _CROSS_ENTROPIES and arguments_of(node).get("reduction") == _MEAN:
+    if name in _CROSS_ENTROPIES:
         return _cross_entropy(ways, node)
     if name == "div" and isinstance(node.args[1], fx.Node):
         return _quotient(ways, node, node.args[1])
@@ -136,12 +151,15 @@ def _term(ways: Ways, node: fx.Node) -> Term:
 def _cross_entropy(ways: Ways, node: fx.Node) -> Term:
     arguments = arguments_of(node)
     labels, weight = arguments["target"], arguments.get("weight")
-    if labels.meta["val"].is_floating_point():
-        return Term(node, Way.ROWS)  # probabilities, of which none is ignored
-    if not ways.given.issuperset({labels} | ({weight} if weight is not None else set())):
+    summed = arguments["reduction"] == _SUM
+    known = ways.given.issuperset({labels} | ({weight} if weight is not None else set()))
+    if _is_floating(labels):  # probabilities, of which none is ignored
+        return Term(node, Way.SUM if summed else Way.ROWS)
+    if not known and not summed:
         return Term(node, Way.OWN, why=f"the labels of {name_of(node)} are made by the model")
     smooths = bool(arguments.get("label_smoothing", 0.0))
-    return Term(node, Way.KEPT, Count(labels, None, arguments["ignore_index"], weight, smooths))
+    count = Count(labels, None, arguments["ignore_index"], weight, smooths) if known else None
+    return Term(node, Way.SUM if summed else Way.KEPT, count)
 
 
 def _quotient(ways: Ways, node: fx.Node, by: fx.Node) -> Term:

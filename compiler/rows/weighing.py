@@ -41,14 +41,14 @@ def weigh(module: fx.GraphModule, terms: Sequence[Term]) -> Weighed:
     stays as it is; else each term is multiplied by a share of its own. A microbatch in which
     nothing counts has a loss of zero instead of 0/0 where its gradients would be NaN.
     """
-    counts: dict[Hashable, Term] = {}
+    counts: dict[Hashable, tuple[Count, fx.Node]] = {}
     shared = [term for term in terms if term.way not in (Way.SAME, Way.OWN)]
     weighings = [_weighing(term, counts) for term in shared]
     factored = len(set(weighings)) > 1 or (bool(shared) and _stands_beside(terms))
     edit = _Edit(module)
-    edit.give([edit.count(term) for term in counts.values()])
+    edit.give([edit.count(*each) for each in counts.values()])
     for term in shared:
-        if term.count is not None:
+        if term.count is not None and term.way is Way.KEPT:
             edit.guard(term.node, term.count, factored)
     if factored:
         shares = tuple(edit.share(term.node, i) for i, term in enumerate(shared))
@@ -64,13 +64,21 @@ def _stands_beside(terms: Sequence[Term]) -> bool:
     return Way.OWN in ways or {Way.SAME, Way.SUM} <= ways
 
 
-def _weighing(term: Term, counts: dict[Hashable, Term]) -> Weighing:
+def _weighing(term: Term, counts: dict[Hashable, tuple[Count, fx.Node]]) -> Weighing:
+    def number(count: Count | None, before: fx.Node) -> int:
+        if count is None:
+            return -1
+        key = count.node, count.ignored, count.weight
+        counts.setdefault(key, (count, before))
+        return list(counts).index(key)
+
     count = term.count
-    if count is None:
+    if term.way is Way.SUM and term.by is not None:
+        by = number(Count(term.by), term.by.next)
+        return Weighing(term.way, number(count, term.node), by=by)
+    if count is None or term.way is Way.SUM:
         return Weighing(term.way)
-    key = count.node, count.ignored, count.weight
-    counts.setdefault(key, term)
-    return Weighing(term.way, list(counts).index(key), count.floor, count.more, count.by_rows)
+    return Weighing(term.way, number(count, term.node), count.floor, count.more, count.by_rows)
 
 
 class _Edit:
@@ -95,11 +103,9 @@ class _Edit:
                 safe = call(aten.where.ScalarOther, some, count.node, 0)
             term.replace_input_with(count.node, safe)
 
-    def count(self, term: Term) -> fx.Node:
-        """A node of the number of what is kept."""
-        count = term.count
-        assert count is not None
-        with self._before(term.node) as call:
+    def count(self, count: Count, before: fx.Node) -> fx.Node:
+        """A node of the number of what a term keeps, as it is before a node."""
+        with self._before(before) as call:
             if count.ignored is None:
                 return call(aten.sum.default, count.node)
             kept = call(aten.ne.Scalar, count.node, count.ignored)

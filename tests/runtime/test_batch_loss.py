@@ -427,18 +427,41 @@ def test_every_rank_hears_that_nothing_counts(gang: Callable[[int], Gang]) -> No
         assert "nothing in this batch counts" in said
 
 
+def items(batch: Batch) -> torch.Tensor:
+    return (batch["labels"][:, 1:] != IGNORED).sum()
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("with_count", [False, True])
-def test_questions_have_two_terms_and_a_count_makes_a_sum(with_count: bool) -> None:
-    """``num_items_in_batch`` is that of the global batch: losses are parts of one sum then."""
-    model = models.build("llama")
-    batch = uneven("llama", 8)
-    if with_count:
-        batch["num_items_in_batch"] = (batch["labels"][:, 1:] != IGNORED).sum()
+def test_a_number_of_items_is_that_of_the_global_batch() -> None:
+    """Losses are parts of one sum then."""
+    model, batch = models.build("llama"), uneven("llama", 8)
+    batch["num_items_in_batch"] = items(batch)
     pipe = pipecompile.compile(model, 2, 2, microbatches=2, optimizer=jobs.SGD)
     loss = pipe.forward_backward(batch)
-    found = copy.deepcopy(model)(**batch).loss
-    torch.testing.assert_close(loss, found.detach(), rtol=1e-6, atol=0)
+    found = copy.deepcopy(model)
+    whole = found(**batch).loss
+    whole.backward()
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)
+    for (name, param), other in zip(pipe.named_parameters(), found.parameters(), strict=True):
+        assert (param.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), name
+    with pytest.raises(BatchError, match="num_items_in_batch"):
+        pipe.step(batch | {"num_items_in_batch": items(batch) // 2})
+
+
+def with_own_items() -> str:
+    pipe = jobs.pipeline("llama", 1, 2, 2)
+    batch = uneven("llama", 8)
+    share = {key: value.chunk(2)[pipe.data_shard] for key, value in batch.items()}
+    try:
+        pipe.step(share | {"num_items_in_batch": items(share)})
+    except BatchError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_replicas_with_numbers_of_their_own_items_are_refused(gang: Callable[[int], Gang]) -> None:
+    for said in gang(2).run(with_own_items):
+        assert "give every rank that of the global batch" in said
 
 
 def test_balancing_losses_keep_their_own_mean() -> None:
