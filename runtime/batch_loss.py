@@ -67,9 +67,8 @@ class BatchLoss:
         if self._counts:
             counts = self._gathered(jobs, buffers)
             self._check(counts)
-        rows = [[self._spec.rows] * per_replica] * mesh.dp
         try:
-            weights = weights_of(self._form, counts, rows)
+            weights = weights_of(self._form, counts, self._rows(counts))
         except ZeroDivisionError as error:
             raise BatchError(
                 "nothing in this batch counts in the loss: all its labels are ignored, or "
@@ -77,11 +76,36 @@ class BatchLoss:
                 "leave the batch out"
             ) from error
         for rank, job in jobs.items():
-            replica = mesh.replica_of(rank)
-            job.weights, shares = weights.tangents[replica], weights.shares[replica]
-            device = self._world.endpoints[rank].device
-            job.shares = [[torch.tensor(x, device=device) for x in each] for each in shares]
+            self._tell(job, weights, rank, mesh.replica_of(rank))
         return weights
+
+    def weigh_outputs(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
+        """As `weigh`, of the loss among what the model returns for the rows of this process.
+
+        Where nothing counts it is what one device would return: no number.
+        """
+        mesh = self._world.mesh
+        replicas = sorted({mesh.replica_of(rank) for rank in jobs})
+        per_replica = len(next(iter(jobs.values())).batches)
+        counts: Counts = [[[]] * per_replica] * len(replicas)
+        if self._counts:
+            everyone = self._gathered(jobs, buffers)
+            counts = [everyone[replica] for replica in replicas]
+        try:
+            weights = weights_of(self._form, counts, self._rows(counts))
+        except ZeroDivisionError:
+            weights = weights_of(LossForm(), counts, self._rows(counts))
+        for rank, job in jobs.items():
+            self._tell(job, weights, rank, replicas.index(mesh.replica_of(rank)))
+        return weights
+
+    def _rows(self, counts: Counts) -> list[list[int]]:
+        return [[self._spec.rows] * len(replica) for replica in counts]
+
+    def _tell(self, job: Job, weights: Weights, rank: int, replica: int) -> None:
+        device, shares = self._world.endpoints[rank].device, weights.shares[replica]
+        job.weights = weights.tangents[replica]
+        job.shares = [[torch.tensor(x, device=device) for x in each] for each in shares]
 
     def _gathered(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
         """Per replica and microbatch; the ranks of the loss's stage count."""
@@ -117,7 +141,10 @@ class BatchLoss:
         if self._form.counting is not None:
             return self._form.counting(leaves, buffers)
         assert self._weight is not None
-        found = self._weight(self._spec.build(leaves))
+        try:
+            found = self._weight(self._spec.build(leaves))
+        except Exception as error:
+            raise BatchError(f"loss_weight raised {type(error).__name__}: {error}") from error
         try:
             number = float(found)
         except (TypeError, ValueError, RuntimeError) as error:

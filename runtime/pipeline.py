@@ -116,7 +116,8 @@ class Pipeline:
                 replica's share of the global batch, in one process all of it.
 
         Returns:
-            The mean loss over the microbatches of all replicas, a 0-dim tensor on every rank.
+            The loss of the whole global batch, as ``loss_normalization`` says, a 0-dim tensor on
+            every rank.
             Where a scaled fp16 gradient of any stage or replica overflowed, parameters, optimizer
             and scheduler stay as they were, and the next step has a smaller scale.
 
@@ -150,11 +151,12 @@ class Pipeline:
         return loss
 
     def forward_backward(self, batch: Any) -> torch.Tensor:
-        """Add the gradients of a batch to ``.grad`` of the parameters; returns the mean loss.
+        """Add the gradients of a batch to ``.grad`` of the parameters; returns the loss.
 
-        The gradient is the mean over microbatches and replicas. With loss scaling it is unscaled
-        again; where it is not finite, on any rank, all ranks drop theirs (``.grad`` is None) and
-        those of further calls, until the optimizer's step, which changes nothing, or `zero_grad`.
+        Both are those of the whole global batch, as ``loss_normalization`` says. With loss scaling
+        gradients are unscaled again; where one is not finite, on any rank, all ranks drop theirs
+        (``.grad`` is None) and those of further calls, until the optimizer's step, which changes
+        nothing, or `zero_grad`.
         """
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.TRAIN, batch)
@@ -207,7 +209,7 @@ class Pipeline:
     # -- evaluation -------------------------------------------------------------------------
 
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """The mean loss of a batch in evaluation mode, on every rank; nothing is stashed."""
+        """The loss of a batch in evaluation mode, on every rank; nothing is stashed."""
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.EVALUATE, batch)
             return session.evaluated(loaded, jobs)
@@ -217,15 +219,14 @@ class Pipeline:
 
         Returns:
             On the ranks of the last stage the model's own output structure, with tensors of the
-            microbatches joined along their batch dimension, means averaged and sums added; None
-            on other ranks.
+            microbatches joined along their batch dimension, means averaged and sums added, and
+            the loss that of all rows given here; None on other ranks.
 
         Raises:
             BatchError: an output of several microbatches cannot be joined: it couples rows.
         """
         with self._world.guard():
             session, loaded, jobs = self._prepare(Mode.FORWARD, batch)
-            session.run(loaded, jobs)
             return session.output(loaded, jobs)
 
     # -- state ------------------------------------------------------------------------------

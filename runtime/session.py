@@ -15,8 +15,9 @@ from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
-from ..compiler.rows.loss import Weights
+from ..compiler.rows.loss import Weights, loss_of_outputs
 from ..compiler.rows.outputs import joined
+from ..compiler.rows.ways import How
 from .batch_loss import BatchLoss
 from .executor import Executor, Job, drive
 from .loader import Request
@@ -145,9 +146,8 @@ class Session:
             )
             for rank, state in self.state.ranks.items()
         }
-        loss = BatchLoss(
-            self._world, compiled.program, compiled.loss, self._loss_weight, request.spec
-        )
+        weight = None if request.mode is Mode.FORWARD else self._loss_weight
+        loss = BatchLoss(self._world, compiled.program, compiled.loss, weight, request.spec)
         use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
         self.loaded[request] = Loaded(compiled, executors, loss, use, stale)
 
@@ -258,12 +258,14 @@ class Session:
         return loaded.loss.total(jobs, weights)
 
     def output(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Any:
-        """What the model returns, on the ranks of the last stage; None on others.
+        """Run a graph; what the model returns, on the ranks of the last stage; None on others.
 
         Raises:
             BatchError: an output of several microbatches cannot be joined.
         """
-        mesh = self._world.mesh
+        mesh, buffers = self._world.mesh, {r: s.buffers for r, s in self.state.ranks.items()}
+        weights = loaded.loss.weigh_outputs(jobs, buffers)
+        self.run(loaded, jobs)
         last = [rank for rank in jobs if mesh.n_stages - 1 in mesh.stages_of(rank)]
         if not last:
             return None
@@ -275,8 +277,11 @@ class Session:
                     f"forward() got {output.name!r} from each of {len(pieces)} microbatches and "
                     f"cannot join them, as it {output.why}: compile with microbatches=1"
                 )
-            device = pieces[0][i].device
-            whole.append(joined([piece[i].to(device) for piece in pieces], output))
+            found = [piece[i].to(pieces[0][i].device) for piece in pieces]
+            if output.how is How.LOSS:
+                whole.append(loss_of_outputs(torch.stack(found), weights))
+            else:
+                whole.append(joined(found, output))
         return loaded.compiled.rebuild(whole)
 
 

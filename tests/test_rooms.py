@@ -21,6 +21,7 @@ ROOMS = (
     "passes/programs",
     "passes/schedule",
     "compiler/effects",
+    "compiler/rows",
     "compiler/answers",
     "compiler/tracing",
     "compiler/costs",

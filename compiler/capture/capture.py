@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from typing import Any, TypeVar
 
@@ -25,13 +26,13 @@ from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
 from ..rows.forming import formed
 from ..rows.loss import LossForm
-from ..rows.outputs import Output, outputs_of
+from ..rows.outputs import LOSS, Output, outputs_of
 from ..rows.weighing import UNWEIGHED
 from ..tracing.kept import UNTRACED
 from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind
-from .exporting import Results, Traced, exported, tracing
+from .exporting import Traced, exported, tracing
 from .joint import differentiated
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
@@ -115,24 +116,14 @@ def capture_forward(
     passes: Sequence[ForwardPass] = (),
     compute: torch.dtype | None = None,
     values: Leaves = (),
+    weighs: bool = False,
 ) -> Captured:
     """All that the model returns, in evaluation mode, without backward.
 
     Exporting it again with twice the rows tells how results of microbatches are joined.
     """
-
-    def again(rows: int) -> tuple[fx.GraphModule, Results]:
-        function, leaves = _function(skeleton, spec.repeat(rows), None, device, "results", None)
-        function.values = repeated(values, rows)
-        return _attempted(function, lambda: exported(function, leaves))
-
     with evaluating(skeleton.module), torch.no_grad():
-        captured = _capture(skeleton, spec, None, device, "results", passes, compute, values)
-        doubled, results = again(2)
-        return replace(
-            captured,
-            outputs=outputs_of(results.names, captured.graph.results, doubled, lambda: again(1)[0]),
-        )
+        return _capture(skeleton, spec, None, device, "results", passes, compute, values, weighs)
 
 
 def _capture(
@@ -156,9 +147,9 @@ def _capture(
         other.denied, other.lazily = function.denied, function.lazily
         return exported(other, given)[0]
 
-    again = more if weighs else None
     captured = _attempted(
-        function, lambda: _differentiated(skeleton, function, leaves, passes, again)
+        function,
+        lambda: _differentiated(skeleton, function, leaves, passes, cache(more), weighs),
     )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
@@ -280,11 +271,22 @@ def _differentiated(
     function: Traced,
     leaves: Leaves,
     passes: Sequence[ForwardPass],
-    more: Callable[[int], fx.GraphModule] | None,
+    more: Callable[[int], fx.GraphModule],
+    weighs: bool,
 ) -> Captured:
+    """Args:
+    more: exports it with so many times as many rows.
+    weighs: tell how the losses of microbatches make that of the batch.
+    """
     traced, results = exported(function, leaves)
     names = [leaf.name for leaf in function.spec.leaves]
-    found = None if more is None else formed(traced, more, names)
+    outputs: tuple[Output, ...] = ()
+    found = None
+    if not function.wants_loss:
+        outputs = outputs_of(results.names, traced, more(2))
+    if weighs and (function.wants_loss or LOSS in results.names):
+        which = 0 if function.wants_loss else results.names.index(LOSS)
+        found = formed(traced, more, names, which)
     weighed = UNWEIGHED if found is None else found.weighed
     leaves = (*leaves, *(skeleton.fake((), each, leaves[0].device) for each in weighed.shares))
     try:
@@ -309,7 +311,7 @@ def _differentiated(
     if found is not None:
         factored = bool(weighed.shares)
         loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
-    return Captured(graph, results.rebuild, (), notes, outside, guards, loss)
+    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

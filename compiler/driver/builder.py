@@ -191,7 +191,7 @@ class Builder:
         """
         options = self.options
         by_graph = options.loss_normalization != "microbatch" and options.loss_weight is None
-        weighs = by_graph and pieces > 1 and mode is not Mode.FORWARD
+        weighs = by_graph and pieces > 1
         if self.why:
             with recorder.record("joint", "stages") as outcome:
                 outcome.note = self.why
@@ -208,7 +208,8 @@ class Builder:
         if captured.loss is not None:
             with recorder.record("forward", "loss") as outcome:
                 outcome.note = captured.loss.note
-            self._warn(captured.loss.warning)
+            if mode is not Mode.FORWARD:
+                self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
 
@@ -225,7 +226,7 @@ class Builder:
         rewrites = forward_passes(options.mixed, self.target.kind, options.skip, records)
         values = tuple(batch)
         if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, device, rewrites, compute, values)
+            return capture_forward(self.skeleton, spec, device, rewrites, compute, values, weighs)
         capture = capture_training if mode is Mode.TRAIN else capture_evaluation
         return capture(
             self.skeleton, spec, options.loss_fn, device, rewrites, compute, values, weighs

@@ -33,13 +33,17 @@ class Formed:
 
 
 def formed(
-    single: fx.GraphModule, more: Callable[[int], fx.GraphModule], names: Sequence[str]
+    single: fx.GraphModule,
+    more: Callable[[int], fx.GraphModule],
+    names: Sequence[str],
+    which: int = 0,
 ) -> Formed:
     """Tell a loss by its graph, which is rewritten in place.
 
     Args:
         more: exports it again, with so many times as many rows.
         names: of the leaves of the batch.
+        which: of the results is the loss.
     """
     try:
         ways = Ways(single, more(2))
@@ -47,8 +51,8 @@ def formed(
             ways = Ways(more(2), more(4))
     except (PipecompileError, ValueError) as error:
         return _unknown(f"twice the rows cannot be traced: {error}")
-    loss = returned(ways.modules[0])[0] if ways.how else None
-    moved = alike(returned(single)[0], loss) if loss is not None else {}
+    loss = returned(ways.modules[0])[which] if ways.how else None
+    moved = alike(returned(single)[which], loss) if loss is not None else {}
     if loss is None or not moved:
         return _unknown("forward runs other operators with twice the rows")
     where = coupled(ways, loss)

@@ -193,11 +193,7 @@ def loss_of_replica(losses: torch.Tensor, weights: Weights, replica: int) -> tor
     """What the losses of a replica's microbatches make; those that count nothing may be NaN."""
     if weights.factors is None:
         return losses.mean()
-    total = losses.new_zeros((), dtype=torch.float64)
-    for loss, factor in zip(losses.double(), weights.factors[replica], strict=True):
-        if factor:
-            total += factor * loss
-    return total
+    return _total(losses, weights.factors[replica])
 
 
 def loss_of_batch(parts: torch.Tensor, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
@@ -205,3 +201,19 @@ def loss_of_batch(parts: torch.Tensor, weights: Weights, dtype: torch.dtype) -> 
     if weights.factors is None:
         return parts.to(dtype).mean()
     return parts.sum().to(dtype)
+
+
+def loss_of_outputs(losses: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """What those of all microbatches make, which were weighed for these alone."""
+    if weights.factors is None:
+        return losses.mean()
+    factors = [factor for replica in weights.factors for factor in replica]
+    return _total(losses, factors).to(losses.dtype)
+
+
+def _total(losses: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    total = losses.new_zeros((), dtype=torch.float64)
+    for loss, factor in zip(losses.double(), factors, strict=True):
+        if factor:
+            total += factor * loss
+    return total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from .terms import Way, terms_of
 from .ways import How, Ways, grown, returned
 
 
@@ -28,29 +29,23 @@ class Output:
 
 
 LOSS = "loss"
-"""The output that is the loss: that of a batch is the mean over its microbatches."""
+"""The output that is the loss."""
 
 
 def outputs_of(
-    names: Sequence[str],
-    results: Sequence[fx.Node],
-    doubled: fx.GraphModule,
-    single: Callable[[], fx.GraphModule],
+    names: Sequence[str], single: fx.GraphModule, doubled: fx.GraphModule
 ) -> tuple[Output, ...]:
     """Per result of a forward.
 
     Args:
         names: of the results.
-        results: nodes that stand for them.
         single, doubled: the graph as exported, with as many rows and with twice as many.
     """
-    twice = returned(doubled)[: len(names)]
-    dims = [grown(*pair) for pair in zip(results, twice, strict=True)]
+    pairs = list(zip(names, returned(single), returned(doubled), strict=False))
+    dims = [grown(one, two) for _, one, two in pairs]
     if all(len(each) == 1 for each in dims):
         return tuple(Output(n, How.ROWS, d) for n, (d,) in zip(names, dims, strict=True))
-    alone = single()
-    ways = Ways(alone, doubled)
-    pairs = zip(names, returned(alone), twice, strict=False)
+    ways = Ways(single, doubled)
     return tuple(_output(ways, *pair) for pair in pairs)
 
 
@@ -62,9 +57,12 @@ def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
         listed = " and ".join(map(str, dims))
         why = f"grows with the batch in dimensions {listed}: a microbatch has only a part of it"
         return Output(name, How.NONE, why=why)
+    if name == LOSS:
+        return Output(name, How.LOSS)
     how = ways.how.get(node, How.NONE)
-    if how is How.NONE and name == LOSS:
-        how = How.MEAN
+    if how is How.MEAN and any(term.way is Way.KEPT for term in terms_of(ways, node)):
+        why = "is a mean over what is kept, of which each microbatch may have another number"
+        return Output(name, How.NONE, why=why)
     if how is not How.NONE:
         return Output(name, how)
     why = "depends on the batch, but neither row by row nor as a mean or a sum over rows"
@@ -72,7 +70,7 @@ def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
 
 
 def joined(pieces: list[torch.Tensor], output: Output) -> torch.Tensor:
-    """One output from those of the microbatches, which are all on one device."""
+    """One output, which is not the loss, from those of the microbatches, all on one device."""
     if len(pieces) == 1 or output.how is How.SAME:
         return pieces[0]
     if output.how is How.ROWS:

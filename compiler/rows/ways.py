@@ -8,6 +8,7 @@ which it is, is followed through the operators between.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..ir import region
 from ..ir.graph import tensors
 from ..ir.ops import draws
 from ..tensors.fakes import is_fake
@@ -27,6 +29,7 @@ class How(StrEnum):
     MEAN = "mean"  # over microbatches of equal size
     SUM = "sum"
     SAME = "same"  # in every microbatch
+    LOSS = "loss"  # as `LossForm` says
     NONE = "none"
 
 
@@ -57,13 +60,13 @@ class Ways:
     def __init__(self, single: fx.GraphModule, doubled: fx.GraphModule):
         ours, theirs = list(single.graph.nodes), list(doubled.graph.nodes)
         self.modules = single, doubled
-        alike = [str(n.target) for n in ours] == [str(n.target) for n in theirs]
-        self.twin = dict(zip(ours, theirs, strict=True)) if alike else {}
+        same = list(map(_target, ours)) == list(map(_target, theirs))
+        self.twin = dict(zip(ours, theirs, strict=True)) if same else {}
         self.how: dict[fx.Node, How] = {}
         for node in self.twin:
             if node.op != "output":
                 self.how[node] = self._way(node)
-        self.given = _given(single) if alike else set()
+        self.given = _given(single) if same else set()
 
     def dims(self, node: fx.Node) -> list[int]:
         """The dimensions of a node's value that are the batch's."""
@@ -118,7 +121,7 @@ def grown(single: fx.Node, doubled: fx.Node) -> list[int]:
         d
         for a, b in zip(one, two, strict=True)
         for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
-        if m == 2 * n != n
+        if isinstance(n, int) and isinstance(m, int) and m == 2 * n != n
     )
     return list(dict.fromkeys(found))
 
@@ -145,7 +148,13 @@ def alike(single: fx.Node, other: fx.Node) -> dict[fx.Node, fx.Node]:
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:
-    return node.op, str(node.target), len(node.all_input_nodes)
+    return node.op, _target(node), len(node.all_input_nodes)
+
+
+def _target(node: fx.Node) -> str:
+    """An operator by its name; calls of `torch.autograd.Function` have their own objects, and
+    regions names with the shape that they were tried with."""
+    return re.sub(" at 0x[0-9a-f]+", "", region.alike(str(node.target)))
 
 
 def name_of(node: fx.Node) -> str:

@@ -83,6 +83,8 @@ def batches(rows: int, steps: int = 3) -> list[Batch]:
 def compiled(n_stages: int, dp: int = 1, tied: bool = False, **options: Any) -> Any:
     both = Both(tied)
     options = {"optimizer": ADAMW, "microbatches": 2} | options
+    # the plain loop takes the mean of microbatches, also where classes have weights
+    options.setdefault("loss_normalization", "microbatch")
     return pipecompile.compile(both.model, n_stages, dp, loss_fn=both.loss_fn, **options)
 
 

@@ -249,7 +249,7 @@ class TwoViews(nn.Module):
     def forward(self, x: torch.Tensor) -> Output:
         h = self.first(x)
         made, same = self.mix(h[:, :2], h[:, 2:])
-        return Output(self.last(made * same).sum())
+        return Output(self.last(made * same).mean())
 
 
 @pytest.mark.parametrize("n_stages", [1, 2])

@@ -91,7 +91,7 @@ def scattering(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.T
     x = x.clone()
     x[special] = model.rare(taken)[places]
     picked = torch.masked_select(x, special[..., None])
-    return model.loss(x[:, : ids.ne(PAD).sum(1).max()].mean(1), labels) + picked.square().sum()
+    return model.loss(x[:, : ids.ne(PAD).sum(1).max()].mean(1), labels) + picked.square().mean()
 
 
 def counting(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

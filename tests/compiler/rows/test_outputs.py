@@ -87,7 +87,7 @@ def test_what_cannot_be_joined_is_told() -> None:
     spec = batches.flatten(rows())[1].cut(4)
     skeleton = skeleton_of(Model(partial(every, REFUSED)), CPU)
     outputs = {each.name: each for each in capture_forward(skeleton, spec, CPU).outputs}
-    assert outputs.pop("loss").how is How.MEAN
+    assert outputs.pop("loss").how is How.LOSS
     assert "in dimensions 0 and 1" in outputs.pop("out.all with all").why
     assert {name.removeprefix("out.") for name in outputs} == REFUSED.keys() - {"all with all"}
     for each in outputs.values():
