@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 from support import models
+from support.matrix import quickly
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/checkpoints.md"])
+@pytest.mark.parametrize(
+    "document",
+    quickly(
+        ["README.md", "docs/checkpoints.md"], ["README.md", "docs/guide.md", "docs/checkpoints.md"]
+    ),
+)
 def test_the_blocks_of_a_document_run(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,8 +55,13 @@ def _losses(dp: int, *start: str) -> list[str]:
     return re.findall(r"^(?:step|held-out text).*loss \d+\.\d+$", run.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_example_prints_its_losses() -> None:
+    assert len(_losses(1)) == 3  # the first and the last step, and the held-out text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dp", [1, 2])
 def test_the_example_prints_the_same_losses_in_one_process_and_in_many(dp: int) -> None:
     losses = _losses(dp)
-    assert len(losses) == 3  # the first and the last step, and the held-out text
+    assert len(losses) == 3
     assert _losses(dp, *TORCHRUN, str(2 * dp)) == losses

@@ -192,7 +192,11 @@ print("finished", rank)
             "ArithmeticError: the data loader is out of data",
             marks=pytest.mark.slow,
         ),
-        ("caught", "ArithmeticError: the second stage is out of numbers"),
+        pytest.param(
+            "caught",
+            "ArithmeticError: the second stage is out of numbers",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "label",
             "BatchError: rank 1, 1F0, the model or loss_fn (aten.nll_loss_forward.default): a tok",

@@ -146,7 +146,7 @@ def test_tied_parts_are_summed_once_per_step(placement: Placement) -> None:
             assert torch.allclose(grad, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("zero", quickly([1, 3], [0, 1, 2, 3]))
+@pytest.mark.parametrize("zero", quickly([1], [0, 1, 2, 3]))
 def test_replicas_divide_what_ranks_of_several_stages_hold(
     gang: Callable[[int], Gang], zero: int
 ) -> None:

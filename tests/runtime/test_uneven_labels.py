@@ -13,6 +13,7 @@ import torch
 from pipecompile.errors import BatchError
 from support import jobs, models
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 
 IGNORED = -100
@@ -68,14 +69,16 @@ def weighed(
 
 CASES = [
     ("llama", 2, 1, 4, "1f1b"),
-    ("llama", 1, 2, 2, "1f1b"),
+    ("t5", 4, 1, 2, "1f1b"),
     ("bert-mlm", 3, 2, 2, "zb_h1"),
-    ("t5", 4, 1, 4, "1f1b"),
+    ("llama", 1, 2, 2, "1f1b"),
     ("gpt2", 2, 3, 2, "1f1b"),
 ]
 
 
-@pytest.mark.parametrize(("name", "n_stages", "dp", "microbatches", "schedule"), CASES)
+@pytest.mark.parametrize(
+    ("name", "n_stages", "dp", "microbatches", "schedule"), quickly(CASES[:3], CASES)
+)
 def test_labels_of_uneven_length_count_as_on_one_device(
     name: str, n_stages: int, dp: int, microbatches: int, schedule: str
 ) -> None:

@@ -366,6 +366,7 @@ def raising_in_one(pads: tuple[int, int]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_forward_raises_in_one_replica_is_raised_on_every_rank(
     gang: Callable[[int], Gang],
 ) -> None:

@@ -17,6 +17,7 @@ from pipecompile.compiler.driver.passes import ALL, Pass
 from pipecompile.compiler.driver.record import Recorder
 from support import jobs, models, plain
 from support.commands import SMALL_GPT2, inspect
+from support.matrix import quickly
 
 OPTIONAL = [each.name for each in ALL if not each.needed]
 
@@ -60,7 +61,7 @@ def test_a_pass_that_does_not_exist_is_named() -> None:
         pipecompile.compile(models.build("gpt2"), 2, skip=["loewr"])
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("name", quickly(OPTIONAL[::2], OPTIONAL))
 def test_a_skipped_pass_is_said_to_be_and_changes_no_bit(name: str) -> None:
     """bf16, so that all optional passes have something to do."""
     batch = models.batches("gpt2", 4, 1)

@@ -58,15 +58,13 @@ DIVISIONS: list[tuple[int, int, int, str | None]] = [
 ]
 
 
-QUICKLY = (DIVISIONS[1], (DIVISIONS[0],))
-
 SLOWLY = [
     pytest.param(first, [each for each in DIVISIONS if each != first], marks=pytest.mark.slow)
     for first in ((2, 1, 0, None), *DIVISIONS[:2])
 ]
 
 
-@pytest.mark.parametrize(("first", "others"), [QUICKLY, *SLOWLY], ids=str)
+@pytest.mark.parametrize(("first", "others"), SLOWLY, ids=str)
 def test_checkpoints_open_under_any_division(
     gang: Callable[[int], Gang], tmp_path: Path, first: Any, others: Any
 ) -> None:
@@ -121,7 +119,7 @@ def loaded(source: str, dp: int, folder: Path, **options: Any) -> tuple[int, int
 @pytest.mark.parametrize(
     ("source", "options"),
     quickly(
-        [("initialisers", {"zero": 1, "precision": "bf16"}), ("files", {"zero": 3})],
+        [("initialisers", {"zero": 1, "precision": "bf16"})],
         [
             ("initialisers", {"zero": 3}),
             ("initialisers", {"zero": 1, "precision": "bf16"}),

@@ -76,7 +76,7 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "options"), quickly(QUICK, QUICK + FULL), ids=str)
+@pytest.mark.parametrize(("setting", "options"), quickly(QUICK[:1], QUICK + FULL), ids=str)
 def test_processes_train_as_one(
     gang: Callable[[int], Gang], setting: Any, options: dict[str, Any]
 ) -> None:
@@ -187,9 +187,8 @@ MOVES: list[tuple[str, Division, str | None, list[Division]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "first", "precision", "others"), quickly([MOVES[0]], MOVES), ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "first", "precision", "others"), MOVES, ids=str)
 def test_checkpoints_open_under_any_division(
     gang: Callable[[int], Gang],
     tmp_path: Path,

@@ -147,7 +147,7 @@ def assert_close(found: plain.Trained, expected: plain.Trained, bounds: Bounds) 
 QUICK = [
     (("gpt2", 2, 2, "adamw", None), 1),
     (("gpt2", 2, 2, "adamw", None), 3),
-    (("llama", 1, 3, "sgd", "bf16"), 2),
+    pytest.param(("llama", 1, 3, "sgd", "bf16"), 2, marks=pytest.mark.slow),
 ]
 
 FULL = [
@@ -229,7 +229,8 @@ def test_schedules_and_tied_sums(
         assert all(torch.equal(found.params[n], alone.params[n]) for n in alone.params)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
 def test_loss_scaling_and_overflows(gang: Callable[[int], Gang], zero: int) -> None:
     precision = pipecompile.Precision(
         compute=torch.float16, loss_scale=pipecompile.LossScale(init=2.0**40)

@@ -19,6 +19,7 @@ from pipecompile.runtime.weights.initializers import Initializers
 from pipecompile.runtime.weights.materialize import materialize, source_of
 from support import jobs, models, plain
 from support.gang import Gang
+from support.matrix import quickly
 from support.measured import RealMeter
 from support.weightless import CPU, State, Tiny, assert_same, compiled, empty, saved
 from torch import nn
@@ -91,7 +92,7 @@ def trained(name: str, n_stages: int) -> tuple[State, plain.Trained]:
     return pipe.state_dict(), plain.train_pipeline(pipe, models.batches(name, 4, 2))
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow), "bert-mlm"])
+@pytest.mark.parametrize("name", quickly(["llama"], ["llama", "t5", "bert-mlm"]))
 def test_training_from_them_is_training_from_their_state_dict(
     gang: Callable[[int], Gang], name: str
 ) -> None:
@@ -278,7 +279,7 @@ def held(skeleton: Skeleton, homes: dict[str, tuple[int, ...]], stages: set[int]
     return [name for name in names if stages.intersection(homes.get(name, stages))]
 
 
-@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("files", quickly([True], [False, True]))
 def test_no_rank_ever_holds_the_model(tmp_path: Path, files: bool) -> None:
     config = {"num_hidden_layers": 8}
     real = models.llama(**config)
