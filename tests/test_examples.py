@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from support import models
-from support.matrix import quickly
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -21,9 +20,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 @pytest.mark.parametrize(
     "document",
-    quickly(
-        ["README.md", "docs/checkpoints.md"], ["README.md", "docs/guide.md", "docs/checkpoints.md"]
-    ),
+    ["README.md", pytest.param("docs/guide.md", marks=pytest.mark.slow), "docs/checkpoints.md"],
 )
 def test_the_blocks_of_a_document_run(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
