@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..compiler.capture.batch import BatchSpec
 from ..compiler.ir.errors import BatchError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.rows.loss import (
@@ -23,6 +22,7 @@ from ..compiler.rows.loss import (
 )
 from ..compiler.rows.terms import Way
 from .executor import Job
+from .loader import Step
 from .world import World
 
 LossWeight = Callable[[Any], Any]
@@ -30,24 +30,34 @@ Buffers = Mapping[str, torch.Tensor]
 
 
 class BatchLoss:
-    """Of one compiled graph.
+    """Of a batch whose microbatches run one graph, or one for each number of rows.
 
     Args:
-        form: what its graph tells of the loss; None where that was not asked.
+        program: one of them.
+        forms: rows of a microbatch -> what its graph tells of the loss; None where that was not
+            asked.
         weight: what the user says that a microbatch counts.
-        spec: of a microbatch.
+        step: how the batch is run.
     """
 
     def __init__(
         self,
         world: World,
         program: PipelineProgram,
-        form: LossForm | None,
+        forms: Mapping[int, LossForm | None],
         weight: LossWeight | None,
-        spec: BatchSpec,
+        step: Step,
     ):
-        self._world, self._program, self._weight, self._spec = world, program, weight, spec
-        self._form = form or LossForm((Weighing(Way.KEPT if weight else Way.ROWS, 0),))
+        self._world, self._program, self._weight, self._step = world, program, weight, step
+        plain = LossForm((Weighing(Way.KEPT if weight else Way.OWN, 0),))
+        self._forms = {rows: form or plain for rows, form in forms.items()}
+        self._form = next(iter(self._forms.values()))
+        for rows, form in self._forms.items():
+            if (form.terms, form.factored) != (self._form.terms, self._form.factored):
+                raise BatchError(
+                    f"microbatches of {rows} rows have another loss than those of "
+                    f"{next(iter(self._forms))}: give a batch whose rows all microbatches share"
+                )
         terms = self._form.terms
         self._counts = any(term.way is Way.KEPT or term.by >= 0 for term in terms)
 
@@ -61,14 +71,13 @@ class BatchLoss:
             BatchError: nothing counts in any of them, or what ``loss_weight`` returns is no
                 number that could; on all ranks.
         """
-        mesh = self._world.mesh
-        per_replica = len(next(iter(jobs.values())).batches)
-        counts: Counts = [[[]] * per_replica] * mesh.dp
+        mesh, sizes = self._world.mesh, self._step.sizes
+        counts: Counts = [[[]] * len(replica) for replica in sizes]
         if self._counts:
             counts = self._gathered(jobs, buffers)
             self._check(counts)
         try:
-            weights = weights_of(self._form, counts, self._rows(counts))
+            weights = weights_of(self._form, counts, sizes)
         except ZeroDivisionError as error:
             raise BatchError(
                 "nothing in this batch counts in the loss: all its labels are ignored, or "
@@ -84,23 +93,19 @@ class BatchLoss:
 
         Where nothing counts it is what one device would return: no number.
         """
-        mesh = self._world.mesh
-        replicas = sorted({mesh.replica_of(rank) for rank in jobs})
-        per_replica = len(next(iter(jobs.values())).batches)
-        counts: Counts = [[[]] * per_replica] * len(replicas)
+        here = self._step.here
+        sizes = [self._step.sizes[replica] for replica in here]
+        counts: Counts = [[[]] * len(replica) for replica in sizes]
         if self._counts:
             everyone = self._gathered(jobs, buffers)
-            counts = [everyone[replica] for replica in replicas]
+            counts = [everyone[replica] for replica in here]
         try:
-            weights = weights_of(self._form, counts, self._rows(counts))
+            weights = weights_of(self._form, counts, sizes)
         except ZeroDivisionError:
-            weights = weights_of(LossForm(), counts, self._rows(counts))
+            weights = weights_of(LossForm(), counts, [[1] * len(replica) for replica in sizes])
         for rank, job in jobs.items():
-            self._tell(job, weights, rank, replicas.index(mesh.replica_of(rank)))
+            self._tell(job, weights, rank, here.index(self._world.mesh.replica_of(rank)))
         return weights
-
-    def _rows(self, counts: Counts) -> list[list[int]]:
-        return [[self._spec.rows] * len(replica) for replica in counts]
 
     def _tell(self, job: Job, weights: Weights, rank: int, replica: int) -> None:
         device, shares = self._world.endpoints[rank].device, weights.shares[replica]
@@ -114,8 +119,10 @@ class BatchLoss:
         for rank, job in jobs.items():
             if self._program.loss_stage in mesh.stages_of(rank):
                 try:
-                    found = [self._count(leaves, buffers[rank]) for leaves in job.batches]
-                    mine[mesh.replica_of(rank)] = found
+                    mine[mesh.replica_of(rank)] = [
+                        self._count(leaves, max(1, size), buffers[rank])
+                        for leaves, size in zip(job.batches, job.sizes, strict=True)
+                    ]
                 except BatchError as error:
                     obstacle = str(error)
         everyone = self._world.agreement.gather((mine, obstacle))
@@ -127,7 +134,12 @@ class BatchLoss:
 
     def _check(self, counts: Counts) -> None:
         """Raises BatchError where a sum is divided by the number of items of a part."""
-        flat = [each for replica in counts for each in replica]
+        flat = [
+            each
+            for replica, sizes in zip(counts, self._step.sizes, strict=True)
+            for each, size in zip(replica, sizes, strict=True)
+            if size
+        ]
         for term in self._form.terms:
             odd = term.misgiven(flat)
             if odd is not None:
@@ -137,12 +149,13 @@ class BatchLoss:
                     "of the global batch, or leave it out"
                 )
 
-    def _count(self, leaves: Any, buffers: Buffers) -> list[float]:
-        if self._form.counting is not None:
-            return self._form.counting(leaves, buffers)
+    def _count(self, leaves: Any, rows: int, buffers: Buffers) -> list[float]:
+        counting = self._forms[rows].counting
+        if counting is not None:
+            return counting(leaves, buffers)
         assert self._weight is not None
         try:
-            found = self._weight(self._spec.build(leaves))
+            found = self._weight(self._step.first.spec.build(leaves))
         except Exception as error:
             raise BatchError(f"loss_weight raised {type(error).__name__}: {error}") from error
         try:

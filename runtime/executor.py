@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ class Job:
     Attributes:
         batches: per microbatch, the batch leaves on this rank's device.
         seeds: per microbatch, the seed of its random ops.
+        sizes: per microbatch, its rows; 0 of one that stands in for none.
         weights: per microbatch, what the gradient of its loss is multiplied by; empty where all
             count as much.
         shares: per microbatch, further leaves: what terms of its loss are multiplied by.
@@ -50,6 +51,7 @@ class Job:
 
     batches: Sequence[Sequence[torch.Tensor]]
     seeds: Sequence[int]
+    sizes: Sequence[int]
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -111,8 +113,13 @@ class Executor:
         for bound in self.stages.values():
             bound.refresh()
 
-    def run(self, job: Job) -> Run:
-        """Execute every action in order. Call under `torch.no_grad()`."""
+    def run(self, job: Job, others: Mapping[int, Executor]) -> Run:
+        """Execute every action in order. Call under `torch.no_grad()`.
+
+        Args:
+            others: rows of a microbatch -> the executor of the graph for it; this one included.
+        """
+        made = [others[max(1, size)] for size in job.sizes]
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         self.tied.restart()
@@ -131,15 +138,17 @@ class Executor:
                     del pending  # it holds what has arrived
                 if kind is not Kind.F:
                     last = index == self.microbatches - 1
-                    self.state.grads.begin(self.leaving[stage], kind, last)
-                self._compute(stage, kind, index, values, job, tangents)
-                self._hand_over(stage, kind, index, alive)
+                    self.state.grads.begin(made[index].leaving[stage], kind, last)
+                made[index].current = action
+                made[index]._compute(stage, kind, index, values, job, tangents)
+                made[index]._hand_over(stage, kind, index, alive)
+                made[index].current = self.current if made[index] is self else None
             elif kind in SEND.values():
                 assert index is not None
-                self._send(action, alive[stage, index])
+                made[index]._send(action, alive[stage, index])
             elif kind in RECV.values():
                 assert index is not None
-                arriving[stage, COMPUTE_OF[kind.phase], index].append(self._receive(action))
+                arriving[stage, COMPUTE_OF[kind.phase], index].append(made[index]._receive(action))
             else:
                 yield from self._exchange(action)
         self.current = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,12 +17,13 @@ from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.layout import Layout
 from ..compiler.ir.errors import BatchError
 from ..compiler.ir.ops import mix
-from ..compiler.options.microbatches import divide
+from ..compiler.options.microbatches import cut, microbatches_of
 from ..compiler.options.options import CompileOptions
 from ..compiler.tensors.fakes import is_fake
 from .executor import Job
 from .world import World
 
+Leaves = tuple[torch.Tensor, ...]
 MOST_OUTCOMES = 8  # programs for microbatches of one shape
 
 
@@ -39,6 +42,33 @@ class Request:
     outcome: int = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """How a batch is run.
+
+    Attributes:
+        requests: rows of a microbatch -> the graph for it, the largest first.
+        sizes: per replica, the rows of each microbatch. One without rows runs a row that counts
+            nothing, so that all replicas do the same.
+        here: the replicas of which this process has the rows.
+        spare: the leaves of a row for microbatches without rows.
+    """
+
+    requests: Mapping[int, Request]
+    sizes: tuple[tuple[int, ...], ...]
+    here: tuple[int, ...]
+    spare: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def first(self) -> Request:
+        return next(iter(self.requests.values()))
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether a microbatch has no rows."""
+        return any(0 in sizes for sizes in self.sizes)
+
+
 class Loader:
     """Compiles for batch shapes, and deals microbatches out; every rank makes the same calls."""
 
@@ -46,9 +76,9 @@ class Loader:
         self._world, self._builder, self._options = world, builder, options
         self._guards: dict[Request, Guards] = {}
 
-    def request(
+    def step(
         self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor], obstacle: str = ""
-    ) -> Request:
+    ) -> Step:
         """What a batch of this shape asks for.
 
         Args:
@@ -57,67 +87,112 @@ class Loader:
 
         Raises:
             CaptureError: a rank has an obstacle.
-            BatchError: it does not fit the number of microbatches, or these do not agree in what
-                forward asks them.
+            BatchError: there are no rows, or microbatches do not agree in what forward asks them.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
-        ragged = mode is not Mode.TRAIN
-        spec, microbatches = divide(whole, self._options, self._world.replicas_here, ragged)
-        first = Request(mode, spec, microbatches)
-        choice = self._chosen(first, values)
-        self._world.agreement.check_batch(
-            mode, spec, microbatches, values, choice, lambda: self._refusal(first, values), obstacle
-        )
-        if choice.outcome == MOST_OUTCOMES:
-            raise BatchError(
-                f"forward decides by the values of the batch {choice.others[-1][0]}, and this one "
-                f"would need a program of its own, after {MOST_OUTCOMES} for other batches of this "
-                "shape: keep it a tensor and choose with torch.where, or give batches that agree "
-                "there (padded to a few lengths)"
-            )
-        return replace(first, outcome=choice.outcome)
+        agreement, mesh = self._world.agreement, self._world.mesh
+        rows = agreement.check_batch(mode, whole, values, obstacle)
+        rows = rows if mesh.distributed else cut(whole.rows, mesh.dp)
+        count = microbatches_of(rows, self._options)
+        sizes = tuple(tuple(cut(each, count)) for each in rows)
+        distinct = sorted({max(1, n) for each in sizes for n in each}, reverse=True)
+        here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
+        requests = {n: Request(mode, whole.with_rows(n), count) for n in distinct}
+        step = Step(requests, sizes, here, self._spare(rows, values))
+        if values and any(self._guards.get(request) for request in requests.values()):
+            step = self._answered(step, values)
+        return step
 
-    def _chosen(self, first: Request, values: Sequence[torch.Tensor]) -> Choice:
-        """Of the graphs for such microbatches the one that is made for what these answer."""
+    def _spare(self, rows: Sequence[int], values: Sequence[torch.Tensor]) -> Leaves:
+        """The first row here, or of another replica where this one has none."""
+        mine = tuple(v[:1] if v.dim() else v for v in values)
+        mesh = self._world.mesh
+        if 0 not in rows or mesh.rank is None:
+            return mine
+        source = mesh.rank_of(next(r for r, n in enumerate(rows) if n), 0)
+        given: Leaves = self._world.agreement.gather(mine if mesh.rank == source else None)[source]
+        return mine if rows[mesh.replica_of(mesh.rank)] else given
+
+    def pieces(self, step: Step, values: Sequence[torch.Tensor]) -> dict[int, list[Leaves]]:
+        """Replica -> the leaves of its microbatches, of those that this process has the rows of."""
+        sizes = [n for replica in step.here for n in step.sizes[replica]]
+        found = iter(zip(batches.cut(values, sizes), sizes, strict=True))
+        return {
+            replica: [
+                tuple(piece) if n else step.spare
+                for piece, n in itertools.islice(found, len(step.sizes[replica]))
+            ]
+            for replica in step.here
+        }
+
+    def _of_size(self, step: Step, values: Sequence[torch.Tensor], rows: int) -> list[Leaves]:
+        """The microbatches of this process that have so many rows, or stand in with one."""
+        return [
+            piece
+            for replica, pieces in self.pieces(step, values).items()
+            for piece, n in zip(pieces, step.sizes[replica], strict=True)
+            if max(1, n) == rows
+        ]
+
+    # -- what forward asks ------------------------------------------------------------------
+
+    def _answered(self, step: Step, values: Sequence[torch.Tensor]) -> Step:
+        """With the graphs that are made for what the microbatches answer."""
+        requests = {}
+        for rows, first in step.requests.items():
+            pieces = self._of_size(step, values, rows)
+            choice = self._chosen(first, pieces)
+            agreed = self._world.agreement.check_choice(
+                choice, partial(self._refusal, first, pieces)
+            )
+            if agreed.outcome == MOST_OUTCOMES:
+                raise BatchError(
+                    f"forward decides by the values of the batch {agreed.others[-1][0]}, and this "
+                    f"one would need a program of its own, after {MOST_OUTCOMES} for other batches "
+                    "of this shape: keep it a tensor and choose with torch.where, or give batches "
+                    "that agree there (padded to a few lengths)"
+                )
+            requests[rows] = replace(first, outcome=agreed.outcome)
+        return replace(step, requests=requests)
+
+    def _chosen(self, first: Request, pieces: Sequence[Leaves]) -> Choice | None:
+        """Of the graphs for such microbatches the one that is made for what these answer; None
+        where there are none of these."""
         others: list[tuple[str, str, str]] = []
         request = first
-        while values and request in self._guards:
-            differences = self._differences(request, values)
-            obstacle = self._obstacle(request, values, differences)
+        while pieces and request in self._guards:
+            differences = self._differences(request, pieces)
+            obstacle = self._obstacle(request, pieces, differences)
             if obstacle or differences[0] is None:
                 return Choice(request.outcome, tuple(others), obstacle)
             others.append(differences[0].texts)
             request = replace(request, outcome=request.outcome + 1)
-        return Choice(request.outcome, tuple(others))
+        return Choice(request.outcome, tuple(others)) if pieces else None
 
-    def _differences(
-        self, request: Request, values: Sequence[torch.Tensor]
-    ) -> list[Difference | None]:
+    def _differences(self, request: Request, pieces: Sequence[Leaves]) -> list[Difference | None]:
         """Per microbatch, what it answers otherwise than a graph's."""
         guards = self._guards[request]
-        if not guards:
-            return [None]
-        pieces = batches.cut(values, self._world.replicas_here * request.microbatches)
-        return [guards.difference(piece) for piece in pieces]
+        return [guards.difference(piece) for piece in pieces] if guards else [None]
 
     def _obstacle(
-        self, request: Request, values: Sequence[torch.Tensor], found: list[Difference | None]
+        self, request: Request, pieces: Sequence[Leaves], found: list[Difference | None]
     ) -> str:
         """Why the microbatches cannot run one program; "" where they can."""
         text = between(found)
         odd = next((i for i, difference in enumerate(found) if difference is not None), 0)
-        return text and (self._refusal(request, values, odd) or text)
+        return text and (self._refusal(request, pieces[odd:]) or text)
 
-    def _refusal(self, request: Request, values: Sequence[torch.Tensor], which: int = 0) -> str:
-        """What forward raises on a microbatch; "" if it takes it."""
-        pieces = batches.cut(values, self._world.replicas_here * request.microbatches)
-        return self._builder.refusal(request.mode, request.spec, pieces[which])
+    def _refusal(self, request: Request, pieces: Sequence[Leaves]) -> str:
+        """What forward raises on the first microbatch; "" if it takes it."""
+        return self._builder.refusal(request.mode, request.spec, pieces[0]) if pieces else ""
+
+    # -- compiling, and dealing out -----------------------------------------------------------
 
     def compile(
-        self, request: Request, layout: Layout | None, values: Sequence[torch.Tensor]
+        self, step: Step, rows: int, layout: Layout | None, values: Sequence[torch.Tensor]
     ) -> Compiled:
-        """Compile what is asked for.
+        """Compile for the microbatches of so many rows.
 
         Args:
             layout: of the graphs before; None for the first.
@@ -127,40 +202,56 @@ class Loader:
         Raises:
             BatchError: its microbatches, or ranks, do not agree in what forward asks them.
         """
-        values = () if any(map(is_fake, values)) else values
-        pieces = self._world.replicas_here * request.microbatches
-        piece = batches.cut(values, pieces)[0] if values else ()
+        request = step.requests[rows]
+        pieces: list[Leaves] = []
+        if values and not any(map(is_fake, values)):
+            pieces = self._of_size(step, values, rows)
+        like = pieces[:1] or ([batches.repeated(step.spare, rows)] if values else [])
         compiled = self._builder.build(
-            request.mode, request.spec, request.microbatches, layout, self._world.is_main, piece
+            request.mode,
+            request.spec,
+            request.microbatches,
+            layout,
+            self._world.is_main,
+            like[0] if like and not any(map(is_fake, like[0])) else (),
         )
         self._guards[request] = compiled.guards
-        if values and compiled.guards:
-            mine = self._obstacle(request, values, self._differences(request, values))
+        if compiled.guards:
+            mine = self._obstacle(request, pieces, self._differences(request, pieces))
             for obstacle in filter(None, self._world.agreement.gather(mine)):
                 raise BatchError(obstacle)
         return compiled
 
     def deal(
-        self, request: Request, values: list[torch.Tensor], seed: int, step: int
+        self, step: Step, values: list[torch.Tensor], seed: int, number: int
     ) -> dict[int, Job]:
         """Rank -> its replica's microbatches, on its device, and the seeds of their random ops.
 
         Args:
             values: the leaves of the batch.
-            seed, step: what random ops are drawn from.
+            seed, number: of the run and the step, what random ops are drawn from.
         """
-        count = request.microbatches
-        pieces = batches.cut(values, self._world.replicas_here * count)
-        jobs = {}
+        pieces, jobs = self.pieces(step, values), {}
         for rank, end in self._world.endpoints.items():
-            local = 0 if self._world.mesh.distributed else end.replica
-            mine = pieces[local * count : (local + 1) * count]
-            moved = [[leaf.to(end.device, non_blocking=True) for leaf in piece] for piece in mine]
-            jobs[rank] = Job(moved, [mix(seed, step, end.replica, i) for i in range(count)])
+            sizes = step.sizes[end.replica]
+            moved = [
+                [leaf.to(end.device, non_blocking=True) for leaf in piece]
+                for piece in pieces[end.replica]
+            ]
+            seeds = [mix(seed, number, end.replica, i) for i in range(len(sizes))]
+            jobs[rank] = Job(moved, seeds, sizes)
         return jobs
 
     def by_replica(self, jobs: Mapping[int, Job]) -> dict[int, list[list[torch.Tensor]]]:
-        """Replica -> its microbatches, of those whose first rank this process plays."""
+        """Replica -> its microbatches that have rows, of those whose first rank this process
+        plays."""
         mesh = self._world.mesh
         firsts = (rank for rank in jobs if mesh.position_of(rank) == 0)
-        return {mesh.replica_of(rank): [list(x) for x in jobs[rank].batches] for rank in firsts}
+        return {
+            mesh.replica_of(rank): [
+                list(piece)
+                for piece, n in zip(jobs[rank].batches, jobs[rank].sizes, strict=True)
+                if n
+            ]
+            for rank in firsts
+        }

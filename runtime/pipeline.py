@@ -26,9 +26,9 @@ from .checkpoint.snapshot import Training, config_of
 from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
 from .executor import Job
-from .loader import Loader, Request
+from .loader import Loader, Step
 from .loss_scaler import LossScaler
-from .session import Loaded, Session
+from .session import Ready, Session
 from .state import state_dict as state_dicts
 from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
@@ -103,8 +103,8 @@ class Pipeline:
         """
         with self._world.guard():
             values, whole = ([], batch) if isinstance(batch, BatchSpec) else batches.flatten(batch)
-            session, request = self._load(Mode.TRAIN, whole, values, runs=False)
-            return session.loaded[request].compiled.plan
+            session, step = self._load(Mode.TRAIN, whole, values, runs=False)
+            return session.loaded[step.first].compiled.plan
 
     # -- training ---------------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ class Pipeline:
         """Train on one batch: forward, backward, clip, optimizer, scheduler, zero_grad.
 
         Args:
-            batch: dict, tuple or tensor, cut into microbatches along dim 0. Under torchrun this
-                replica's share of the global batch, in one process all of it.
+            batch: dict, tuple or tensor, cut along dim 0: under torchrun this replica's share of
+                the global one, in one process all of it.
 
         Returns:
             The loss of the whole global batch, as ``loss_normalization`` says, a 0-dim tensor on
@@ -123,7 +123,7 @@ class Pipeline:
 
         Raises:
             OptionError: compiled without ``optimizer=``.
-            BatchError: the batch does not fit the model or the number of microbatches.
+            BatchError: the batch does not fit the model.
         """
         if self._options.optimizer is None:
             raise OptionError(
@@ -159,8 +159,8 @@ class Pipeline:
         nothing, or `zero_grad`.
         """
         with self._world.guard():
-            session, loaded, jobs = self._prepare(Mode.TRAIN, batch)
-            loss = session.accumulate(loaded, jobs)
+            session, ready, jobs = self._prepare(Mode.TRAIN, batch)
+            loss = session.accumulate(ready, jobs)
             self._steps += 1
             return loss
 
@@ -211,8 +211,8 @@ class Pipeline:
     def evaluate(self, batch: Any) -> torch.Tensor:
         """The loss of a batch in evaluation mode, on every rank; nothing is stashed."""
         with self._world.guard():
-            session, loaded, jobs = self._prepare(Mode.EVALUATE, batch)
-            return session.evaluated(loaded, jobs)
+            session, ready, jobs = self._prepare(Mode.EVALUATE, batch)
+            return session.evaluated(ready, jobs)
 
     def forward(self, batch: Any) -> Any:
         """What the model returns for a batch, in evaluation mode.
@@ -226,8 +226,8 @@ class Pipeline:
             BatchError: an output of several microbatches cannot be joined: it couples rows.
         """
         with self._world.guard():
-            session, loaded, jobs = self._prepare(Mode.FORWARD, batch)
-            return session.output(loaded, jobs)
+            session, ready, jobs = self._prepare(Mode.FORWARD, batch)
+            return session.output(ready, jobs)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -381,29 +381,30 @@ class Pipeline:
 
     def _load(
         self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor], runs: bool = True
-    ) -> tuple[Session, Request]:
+    ) -> tuple[Session, Step]:
         """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
-        session = self._session
-        obstacle = session.obstacle(mode) if session is not None else ""
-        request = self._loader.request(mode, whole, values if runs else [], obstacle)
-        if session is None:
-            assert self._source is not None
-            first = self._loader.compile(request, None, values)
-            session = Session(
-                self._world, self._skeleton, self._options, self._source, first, self.loss_scaler
-            )
-            session.add(request, first)
-            self._session, self._source = session, None
-        elif request not in session.loaded:
-            session.add(request, self._loader.compile(request, session.layout, values))
-        return session, request
+        obstacle = self._session.obstacle(mode) if self._session else ""
+        step = self._loader.step(mode, whole, values if runs else [], obstacle)
+        for rows, request in step.requests.items():
+            if (session := self._session) is not None and request in session.loaded:
+                continue
+            layout = None if session is None else session.layout
+            made = self._loader.compile(step, rows, layout, values)
+            if session is None:
+                assert self._source is not None
+                self._session = session = Session(
+                    self._world, self._skeleton, self._options, self._source, made, self.loss_scaler
+                )
+                self._source = None
+            session.add(request, made)
+        return self._require(), step
 
-    def _prepare(self, mode: Mode, batch: Any) -> tuple[Session, Loaded, dict[int, Job]]:
+    def _prepare(self, mode: Mode, batch: Any) -> tuple[Session, Ready, dict[int, Job]]:
         """What runs on a batch, and what each rank gets of it."""
         values, whole = batches.flatten(batch)
-        session, request = self._load(mode, whole, values)
-        jobs = self._loader.deal(request, values, self._seed, self._steps)
-        return session, session.loaded[request], jobs
+        session, step = self._load(mode, whole, values)
+        jobs = self._loader.deal(step, values, self._seed, self._steps)
+        return session, session.ready(step), jobs
 
     def _verifying(self, batch: Any) -> Verifier | None:
         """What compares this step with one process, if anything does."""
@@ -411,12 +412,11 @@ class Pipeline:
         if verifier is None or not verifier.active:
             return None
         with self._world.guard():
-            values, whole = batches.flatten(batch)
-            session, request = self._load(Mode.TRAIN, whole, values)
-            jobs = self._loader.deal(request, values, self._seed, self._steps)
-            weights = session.weigh(session.loaded[request], jobs)
-        mine, eager = self._loader.by_replica(jobs), self._skeleton.regions.drawing
-        verifier.begin(mine, request.spec, self._seed, self._steps, weights, eager)
+            session, ready, jobs = self._prepare(Mode.TRAIN, batch)
+            weights = session.weigh(ready, jobs)
+        mine, spec = self._loader.by_replica(jobs), batches.flatten(batch)[1]
+        eager = self._skeleton.regions.drawing
+        verifier.begin(mine, spec, self._seed, self._steps, weights, eager)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

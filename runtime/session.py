@@ -11,6 +11,7 @@ import torch
 
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.ir import ops
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.options.options import CompileOptions
@@ -20,7 +21,7 @@ from ..compiler.rows.outputs import joined
 from ..compiler.rows.ways import How
 from .batch_loss import BatchLoss
 from .executor import Executor, Job, drive
-from .loader import Request
+from .loader import Request, Step
 from .loss_scaler import LossScaler
 from .optimizer import clip_gradients, make_optimizer
 from .own_optimizers import OwnOptimizers
@@ -36,14 +37,12 @@ class Loaded:
     """A compiled graph, and per rank of this process what runs it.
 
     Attributes:
-        loss: of the batch.
         buffers: what it does with buffers.
         stale: those that other graphs have updated since its constants were made.
     """
 
     compiled: Compiled
     executors: Mapping[int, Executor]
-    loss: BatchLoss
     buffers: BufferUse
     stale: set[str]
 
@@ -52,6 +51,28 @@ class Loaded:
         self.stale.clear()
         for executor in self.executors.values():
             executor.refresh()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What runs a batch.
+
+    Attributes:
+        graphs: rows of a microbatch -> the graph for it, the largest first.
+        loss: of the batch.
+    """
+
+    graphs: Mapping[int, Loaded]
+    loss: BatchLoss
+
+    @property
+    def first(self) -> Loaded:
+        return next(iter(self.graphs.values()))
+
+    def executors(self) -> Iterator[Executor]:
+        """Of all graphs, on the ranks of this process."""
+        for loaded in self.graphs.values():
+            yield from loaded.executors.values()
 
 
 class Session:
@@ -93,6 +114,7 @@ class Session:
         self.buffers = LatestBuffers(world.mesh, self.state.ranks)
         self._sums = Accumulation(self.state)
         self.loaded: dict[Request, Loaded] = {}
+        self._compared: set[tuple[Request, ...]] = set()
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
         self._at_work: Executor | None = None
@@ -146,28 +168,55 @@ class Session:
             )
             for rank, state in self.state.ranks.items()
         }
-        weight = None if request.mode is Mode.FORWARD else self._loss_weight
-        loss = BatchLoss(self._world, compiled.program, compiled.loss, weight, request.spec)
         use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
-        self.loaded[request] = Loaded(compiled, executors, loss, use, stale)
+        self.loaded[request] = Loaded(compiled, executors, use, stale)
 
-    def run(self, loaded: Loaded, jobs: Mapping[int, Job]) -> None:
-        """Run a graph on all ranks of this process. Call under `torch.no_grad()`."""
-        for read in loaded.compiled.outside:
-            read.check()
-        for state in self.state.ranks.values():
-            loaded.compiled.guards.check(state.buffers)
-        self._at_work = next(iter(loaded.executors.values()))
+    def ready(self, step: Step) -> Ready:
+        """What runs a batch whose graphs are all there.
+
+        Raises:
+            BatchError: its microbatches cannot be run together.
+        """
+        graphs = {rows: self.loaded[request] for rows, request in step.requests.items()}
+        if tuple(step.requests.values()) not in self._compared:
+            _check_together({rows: loaded.compiled for rows, loaded in graphs.items()})
+            self._compared.add(tuple(step.requests.values()))
+        updated = {name for loaded in graphs.values() for name in loaded.buffers.updated}
+        if step.stands_in and updated:
+            raise BatchError(
+                f"there are fewer rows than microbatches, and forward updates buffer "
+                f"{min(updated)!r}, which one that has none may not: give batches of "
+                "microbatches= × dp= rows or more"
+            )
+        weight = None if step.first.mode is Mode.FORWARD else self._loss_weight
+        forms = {rows: loaded.compiled.loss for rows, loaded in graphs.items()}
+        program = self.loaded[step.first].compiled.program
+        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step))
+
+    def run(self, ready: Ready, jobs: Mapping[int, Job]) -> None:
+        """Run a batch on all ranks of this process. Call under `torch.no_grad()`."""
+        graphs = ready.graphs.values()
+        for loaded in graphs:
+            for read in loaded.compiled.outside:
+                read.check()
+            for state in self.state.ranks.values():
+                loaded.compiled.guards.check(state.buffers)
+        self._at_work = next(ready.executors())
         self.state.spread()
-        self._catch_up(loaded)
-        runs = [executor.run(jobs[rank]) for rank, executor in loaded.executors.items()]
-        with self._abandoned_if_it_fails(), _kept_generators(loaded):
+        for loaded in graphs:
+            self._catch_up(loaded)
+        runs = [
+            executor.run(jobs[rank], {n: each.executors[rank] for n, each in ready.graphs.items()})
+            for rank, executor in ready.first.executors.items()
+        ]
+        with self._abandoned_if_it_fails(), _kept_generators(ready):
             drive(runs, self._world.transport.progress)
             self._world.transport.flush()
-        self.buffers.update(loaded.buffers)
-        for other in self.loaded.values():
-            if other is not loaded:
-                other.stale.update(loaded.buffers.updated)
+        for loaded in graphs:
+            self.buffers.update(loaded.buffers)
+            for other in self.loaded.values():
+                if other is not loaded:
+                    other.stale.update(loaded.buffers.updated)
         self._at_work = None
 
     @contextlib.contextmanager
@@ -194,32 +243,34 @@ class Session:
             loaded.refresh()
         loaded.stale.clear()
 
-    def weigh(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Weights:
+    def weigh(self, ready: Ready, jobs: Mapping[int, Job]) -> Weights:
         """What the microbatches of all replicas count; jobs are told."""
-        buffers = {rank: state.buffers for rank, state in self.state.ranks.items()}
-        return loaded.loss.weigh(jobs, buffers)
+        return ready.loss.weigh(jobs, self._buffers())
 
-    def accumulate(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
-        """Run a training graph, and add its gradients to ``.grad``, as `forward_backward` says; the
+    def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
+        return {rank: state.buffers for rank, state in self.state.ranks.items()}
+
+    def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> torch.Tensor:
+        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; the
         loss."""
-        weights = self.weigh(loaded, jobs)
+        weights = self.weigh(ready, jobs)
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale
-        for executor in loaded.executors.values():
+        for executor in ready.executors():
             executor.scale = scale
         self._sums.open(scale)
-        with self._left_alone(loaded):
-            self.run(loaded, jobs)
+        with self._left_alone(ready):
+            self.run(ready, jobs)
         if scaler is None or self._unscaled(scaler):
             self._sums.close(scale)
         else:
             self._sums.drop()
-        return loaded.loss.total(jobs, weights)
+        return ready.loss.total(jobs, weights)
 
     @contextlib.contextmanager
-    def _left_alone(self, loaded: Loaded) -> Iterator[None]:
+    def _left_alone(self, ready: Ready) -> Iterator[None]:
         """A run inside; parameters that no gradient has reached, on any rank, are as without it."""
-        by_data = next(iter(loaded.executors.values())).by_data
+        by_data = set().union(*(executor.by_data for executor in ready.executors()))
         if not by_data:
             yield
             return
@@ -251,44 +302,73 @@ class Session:
 
     # -- what a run gave --------------------------------------------------------------------
 
-    def evaluated(self, loaded: Loaded, jobs: Mapping[int, Job]) -> torch.Tensor:
-        """Run a graph that has a loss; the loss of the batch, on every rank."""
-        weights = self.weigh(loaded, jobs)
-        self.run(loaded, jobs)
-        return loaded.loss.total(jobs, weights)
+    def evaluated(self, ready: Ready, jobs: Mapping[int, Job]) -> torch.Tensor:
+        """Run a batch that has a loss; the loss, on every rank."""
+        weights = self.weigh(ready, jobs)
+        self.run(ready, jobs)
+        return ready.loss.total(jobs, weights)
 
-    def output(self, loaded: Loaded, jobs: Mapping[int, Job]) -> Any:
-        """Run a graph; what the model returns, on the ranks of the last stage; None on others.
+    def output(self, ready: Ready, jobs: Mapping[int, Job]) -> Any:
+        """Run a batch; what the model returns, on the ranks of the last stage; None on others.
 
         Raises:
             BatchError: an output of several microbatches cannot be joined.
         """
-        mesh, buffers = self._world.mesh, {r: s.buffers for r, s in self.state.ranks.items()}
-        weights = loaded.loss.weigh_outputs(jobs, buffers)
-        self.run(loaded, jobs)
+        mesh, compiled = self._world.mesh, ready.first.compiled
+        weights = ready.loss.weigh_outputs(jobs, self._buffers())
+        self.run(ready, jobs)
         last = [rank for rank in jobs if mesh.n_stages - 1 in mesh.stages_of(rank)]
         if not last:
             return None
-        pieces = [piece for rank in last for piece in jobs[rank].results]
+        every = [piece for rank in last for piece in jobs[rank].results]
+        sizes = [size for rank in last for size in jobs[rank].sizes]
+        pieces = [piece for piece, size in zip(every, sizes, strict=True) if size]
         whole = []
-        for i, output in enumerate(loaded.compiled.outputs):
+        for i, output in enumerate(compiled.outputs):
             if output.why and len(pieces) > 1:
                 raise BatchError(
                     f"forward() got {output.name!r} from each of {len(pieces)} microbatches and "
                     f"cannot join them, as it {output.why}: compile with microbatches=1"
                 )
-            found = [piece[i].to(pieces[0][i].device) for piece in pieces]
             if output.how is How.LOSS:
-                whole.append(loss_of_outputs(torch.stack(found), weights))
+                losses = torch.stack([piece[i].to(every[0][i].device) for piece in every])
+                whole.append(loss_of_outputs(losses, weights))
             else:
-                whole.append(joined(found, output))
-        return loaded.compiled.rebuild(whole)
+                found = [piece[i].to(pieces[0][i].device) for piece in pieces]
+                whole.append(joined(found, output, [size for size in sizes if size]))
+        return compiled.rebuild(whole)
+
+
+def _check_together(graphs: Mapping[int, Compiled]) -> None:
+    """Raises BatchError if the graphs for microbatches of some sizes cannot share a step."""
+    (first, one), *others = graphs.items()
+    for rows, other in others:
+        if _order(other) != _order(one):
+            raise BatchError(
+                f"microbatches of {rows} rows run other operators than those of {first}, with "
+                "other messages or gradients, and cannot share a step with them: give batches "
+                "whose rows microbatches= × dp= divides"
+            )
+
+
+def _order(compiled: Compiled) -> tuple[Any, ...]:
+    """What ranks do in lockstep while a batch runs: actions, and what is exchanged in programs."""
+    stages = compiled.program.stages
+    within = [
+        (stage.stage, kind, str(node.args[0]), node.target.__name__)
+        for stage in stages
+        for kind, program in stage.parts.items()
+        for node in program.module.graph.nodes
+        if node.target in (ops.accumulate, ops.gather, ops.unshard)
+    ]
+    held = [(stage.params, stage.groups, stage.grads) for stage in stages]
+    return compiled.schedule, compiled.program.tied, within, held
 
 
 @contextlib.contextmanager
-def _kept_generators(loaded: Loaded) -> Iterator[None]:
+def _kept_generators(ready: Ready) -> Iterator[None]:
     """The user's own random streams go on as if nothing had been drawn."""
-    devices = {e.state.device for e in loaded.executors.values() if e.draws}
+    devices = {each.state.device for each in ready.executors() if each.draws}
     kept = [(generator_of(d), generator_of(d).get_state()) for d in devices]
     try:
         yield

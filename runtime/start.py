@@ -15,7 +15,7 @@ from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
-from ..compiler.options.microbatches import divide
+from ..compiler.options.microbatches import cut, divide
 from ..compiler.options.options import CompileOptions
 from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
@@ -70,7 +70,7 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
     def build(n_stages: int, dp: int, finer: int) -> Compiled:
         tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
         piece, microbatches = divide(whole, tried, dp, finer=finer)
-        asked = batches.cut(values, dp * microbatches)[0] if values else ()
+        asked = batches.cut(values, (piece.rows, whole.rows - piece.rows))[0] if values else ()
         return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches, batch=asked)
 
     team = Ranks(mesh, agreement, model, options)
@@ -85,6 +85,8 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
     mesh = make_mesh(best.n_stages, best.dp)
     why = f"{best} is the shortest predicted step of {listed(trials)}"
     pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
-    share = whole.cut(pipe.data_shards)
-    pipe.compile_for(share.build(batches.cut(values, pipe.data_shards)[0]) if values else share)
+    rows = cut(whole.rows, pipe.data_shards)
+    mine = batches.cut(values, rows)[pipe.data_shard] if values else ()
+    share = whole.with_rows(rows[pipe.data_shard])
+    pipe.compile_for(share.build(mine) if values else share)
     return pipe

@@ -164,8 +164,8 @@ def test_more_stages_than_units() -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (4, {"microbatches": 3}, "4 rows cannot be cut into microbatches=3"),
-        (4, {"dp": 3}, "4 rows cannot be cut over dp=3"),
+        (0, {"microbatches": 3}, "the batch has 0 rows"),
+        (0, {"dp": 3}, "the batch has 0 rows"),
     ],
 )
 def test_batches_that_cannot_be_cut(rows: int, options: Any, message: str) -> None:

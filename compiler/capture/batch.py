@@ -61,15 +61,12 @@ class BatchSpec:
     def nbytes(self) -> int:
         return sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in self.leaves)
 
-    def cut(self, parts: int) -> BatchSpec:
-        """The spec of one of ``parts`` equal pieces along dim 0."""
-        return self._with_rows(self.rows // parts)
-
     def repeat(self, times: int) -> BatchSpec:
         """The spec of a batch with ``times`` as many rows."""
-        return self._with_rows(self.rows * times)
+        return self.with_rows(self.rows * times)
 
-    def _with_rows(self, rows: int) -> BatchSpec:
+    def with_rows(self, rows: int) -> BatchSpec:
+        """The spec of a batch with so many rows."""
         leaves = tuple(
             Leaf(x.name, (rows, *x.shape[1:]), x.dtype) if x.shape else x for x in self.leaves
         )
@@ -158,10 +155,10 @@ def _identity(value: Any) -> Hashable:
     return type(value), repr(value) if isinstance(value, Number) else value
 
 
-def cut(values: Sequence[torch.Tensor], parts: int) -> list[list[torch.Tensor]]:
-    """Cut every tensor into ``parts`` equal views along dim 0; 0-dim tensors go to every part."""
-    pieces = [v.chunk(parts) if v.dim() else (v,) * parts for v in values]
-    return [[piece[i] for piece in pieces] for i in range(parts)]
+def cut(values: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Cut every tensor into views of so many rows each; 0-dim tensors go to every part."""
+    pieces = [torch.split(v, list(sizes)) if v.dim() else (v,) * len(sizes) for v in values]
+    return [[piece[i] for piece in pieces] for i in range(len(sizes))]
 
 
 def repeated(values: Sequence[torch.Tensor], times: int) -> tuple[torch.Tensor, ...]:

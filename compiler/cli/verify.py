@@ -70,6 +70,7 @@ def _verified(args: argparse.Namespace) -> str:
 
         from ...runtime.start import start, start_best
         from ..capture import batch as batches
+        from ..options.microbatches import cut
         from .request import asked
         from .spec import load
 
@@ -89,7 +90,7 @@ def _verified(args: argparse.Namespace) -> str:
     else:
         pipe = start(subject.model, chosen)
     values, spec = batches.flatten(subject.batch)
-    share = batches.cut(values, pipe.data_shards)[pipe.data_shard]
+    share = batches.cut(values, cut(spec.rows, pipe.data_shards))[pipe.data_shard]
     for _ in range(args.steps):
-        pipe.step(spec.cut(pipe.data_shards).build(share))
+        pipe.step(spec.build(share))
     return pipe.verification

@@ -87,7 +87,8 @@ class Options:
     microbatches: int | None = option(
         None,
         help="into how many a replica's batch is cut",
-        more="None takes the divisor of its rows nearest to 4 × n_stages (1 for one stage).",
+        more="They differ by at most a row. None takes the divisor of its rows nearest to "
+        "4 × n_stages (1 for one stage).",
         check=check_count,
         flag=Flag(
             group=PIPELINE,
@@ -95,7 +96,8 @@ class Options:
             parse=parse_count,
             default="the divisor of its rows nearest to 4 per stage",
         ),
-    )  # ranks compare what follows from it and the batch: `Agreement.check_batch`
+        compared=as_it_is,
+    )
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
         None,
         help="called with the named parameters of this process",

@@ -1,6 +1,8 @@
-"""Into how many microbatches a batch is cut."""
+"""Into how many microbatches a batch is cut, and of how many rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from ..capture.batch import BatchSpec
 from ..ir.errors import BatchError
@@ -8,44 +10,47 @@ from .options import CompileOptions
 
 
 def divide(
-    spec: BatchSpec,
-    options: CompileOptions,
-    replicas: int,
-    ragged: bool = False,
-    finer: int = 1,
+    spec: BatchSpec, options: CompileOptions, replicas: int, finer: int = 1
 ) -> tuple[BatchSpec, int]:
-    """The spec of one microbatch, and the number of them per replica.
+    """The spec of the largest microbatch, and the number of them per replica.
 
     Args:
         spec: of a batch that is cut over ``replicas`` first.
-        ragged: take fewer microbatches where the rows do not divide, instead of refusing.
         finer: take so many times as many microbatches; where the options give their number, and
             where there are too few rows, that is refused.
 
     Raises:
-        BatchError: it cannot be cut into equal parts.
+        BatchError: there are no rows, or too few for ``finer``.
     """
-    if not spec.rows:
-        raise BatchError("the batch has 0 rows: leave it out")
-    if spec.rows % replicas:
-        raise BatchError(
-            f"a batch of {spec.rows} rows cannot be cut over dp={replicas} replicas: "
-            f"use a multiple of {replicas} rows"
-        )
-    rows = spec.rows // replicas
-    microbatches = options.microbatches or choose_microbatches(rows, options.n_stages)
+    rows = cut(spec.rows, replicas)
+    microbatches = microbatches_of(rows, options)
     if finer > 1:
         if options.microbatches is not None:
             raise BatchError(f"microbatches={options.microbatches} is given")
         microbatches *= finer
-    if ragged:
-        microbatches = max(d for d in range(1, min(microbatches, rows) + 1) if rows % d == 0)
-    if rows % microbatches:
-        raise BatchError(
-            f"a replica's batch of {rows} rows cannot be cut into microbatches={microbatches} of "
-            f"equal size: use a multiple of {microbatches} rows, or another number of microbatches"
-        )
-    return spec.cut(replicas * microbatches), microbatches
+        if rows[0] % microbatches:
+            raise BatchError(f"{rows[0]} rows are too few for {microbatches} microbatches")
+    return spec.with_rows(cut(rows[0], microbatches)[0]), microbatches
+
+
+def microbatches_of(rows: Sequence[int], options: CompileOptions) -> int:
+    """The number of microbatches of every replica.
+
+    Args:
+        rows: of each replica.
+
+    Raises:
+        BatchError: there are none.
+    """
+    if not any(rows):
+        raise BatchError("the batch has 0 rows: leave it out")
+    return options.microbatches or choose_microbatches(max(rows), options.n_stages)
+
+
+def cut(rows: int, parts: int) -> list[int]:
+    """The rows of each of several parts, which differ by at most one; the larger come first."""
+    least, more = divmod(rows, parts)
+    return [least + 1] * more + [least] * (parts - more)
 
 
 def choose_microbatches(rows: int, n_stages: int) -> int:

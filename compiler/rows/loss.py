@@ -129,6 +129,13 @@ class Weights:
     shares: list[list[list[float]]]
     factors: list[list[float]] | None
 
+    def first(self, counts: Sequence[int]) -> Weights:
+        """Those of so many first microbatches of each replica."""
+        factors = self.factors and [f[:n] for f, n in zip(self.factors, counts, strict=True)]
+        tangents = [t[:n] for t, n in zip(self.tangents, counts, strict=True)]
+        shares = [s[:n] for s, n in zip(self.shares, counts, strict=True)]
+        return Weights(tangents, shares, factors)
+
     @property
     def even(self) -> bool:
         """Whether plain accumulation over microbatches computes the same: no term counts another
@@ -141,7 +148,7 @@ def weights_of(form: LossForm, counts: Counts, rows: Sequence[Sequence[int]]) ->
 
     Args:
         counts: per replica and microbatch.
-        rows: as many.
+        rows: as many; a microbatch without rows counts nothing.
 
     Raises:
         ZeroDivisionError: nothing counts in any microbatch.
@@ -149,15 +156,17 @@ def weights_of(form: LossForm, counts: Counts, rows: Sequence[Sequence[int]]) ->
     dp, sizes = len(rows), [len(replica) for replica in rows]
     flat = [each for replica in counts for each in replica]
     terms = [_factors(term, flat, [n for replica in rows for n in replica]) for term in form.terms]
-    pieces = sum(sizes)
+    pieces = sum(n > 0 for replica in rows for n in replica)
+    each = [[float(n > 0) / pieces for n in replica] for replica in rows]
     if form.factored:
-        shares = [list(each) for each in zip(*terms, strict=True)]
-        whole = [[share * pieces for share in each] for each in shares]
-        return Weights([[dp / pieces] * n for n in sizes], _divided(whole, sizes), None)
-    factors = terms[0]
-    plain = all(factor == 1 / pieces for factor in factors)
-    tangents = _divided([factor * dp for factor in factors], sizes)
-    return Weights(tangents, [[[]] * n for n in sizes], None if plain else _divided(factors, sizes))
+        shares = [[share * pieces for share in many] for many in zip(*terms, strict=True)]
+        factors = each
+    else:
+        shares = [[]] * sum(sizes)
+        factors = _divided(terms[0], sizes)
+    plain = all(factor == 1 / sum(sizes) for replica in factors for factor in replica)
+    tangents = [[factor * dp for factor in replica] for replica in factors]
+    return Weights(tangents, _divided(shares, sizes), None if plain else factors)
 
 
 Counts = Sequence[Sequence[Sequence[float]]]
@@ -171,18 +180,19 @@ def _divided(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
 
 def _factors(term: Weighing, counts: Sequence[Sequence[float]], rows: Sequence[int]) -> list[float]:
     """What each microbatch is multiplied by before all of them are added."""
-    pieces = len(rows)
+    there = [float(n > 0) for n in rows]
     if term.way is Way.SUM:
-        return [1.0] * pieces
+        return there
     if term.way is Way.ROWS:
         return [n / sum(rows) for n in rows]
     if term.way is Way.KEPT:
-        mine = [each[term.count] for each in counts]
+        mine = [each[term.count] if n else 0.0 for each, n in zip(counts, rows, strict=True)]
         if term.by_rows:
             mine = [count * n for count, n in zip(mine, rows, strict=True)]
         total = _divisor(term, sum(mine))
-        return [_divisor(term, count) / total for count in mine]
-    return [1 / pieces] * pieces
+        pairs = zip(mine, there, strict=True)
+        return [real * _divisor(term, count) / total for count, real in pairs]
+    return [real / sum(there) for real in there]
 
 
 def _divisor(term: Weighing, count: float) -> float:
@@ -212,7 +222,7 @@ def loss_of_outputs(losses: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 def _total(losses: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
-    total = losses.new_zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=losses.device)
     for loss, factor in zip(losses.double(), factors, strict=True):
         if factor:
             total += factor * loss

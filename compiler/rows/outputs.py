@@ -69,11 +69,21 @@ def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
     return Output(name, How.NONE, why=why)
 
 
-def joined(pieces: list[torch.Tensor], output: Output) -> torch.Tensor:
-    """One output, which is not the loss, from those of the microbatches, all on one device."""
+def joined(pieces: list[torch.Tensor], output: Output, sizes: Sequence[int]) -> torch.Tensor:
+    """One output, which is not the loss, from those of the microbatches, all on one device.
+
+    Args:
+        sizes: the rows of each.
+    """
     if len(pieces) == 1 or output.how is How.SAME:
         return pieces[0]
     if output.how is How.ROWS:
         return torch.cat(pieces, output.dim)
     total = torch.stack(pieces)
-    return total.mean(0) if output.how is How.MEAN else total.sum(0)
+    if output.how is How.SUM:
+        return total.sum(0)
+    if len(set(sizes)) == 1:
+        return total.mean(0)
+    shares = torch.tensor(sizes, dtype=torch.float64, device=total.device) / sum(sizes)
+    mean: torch.Tensor = torch.tensordot(shares, total.double(), dims=1)
+    return mean.to(total.dtype)

@@ -72,75 +72,76 @@ class Agreement:
         return cast(T, result)
 
     def check_batch(
-        self,
-        mode: Mode,
-        spec: BatchSpec,
-        microbatches: int,
-        values: Sequence[torch.Tensor],
-        choice: Choice,
-        refusal: Callable[[], str],
-        obstacle: str = "",
-    ) -> None:
-        """Every rank is about to run the same program, and the stages of a replica on the same
-        data, or all of them stop here.
+        self, mode: Mode, spec: BatchSpec, values: Sequence[torch.Tensor], obstacle: str = ""
+    ) -> list[int]:
+        """Every rank is about to run batches that differ in the number of rows alone, and the
+        stages of a replica the same data, or all of them stop here.
 
         Args:
             values: the leaves of the batch; a sample of each is compared.
-            choice: of the programs for batches of this shape.
-            refusal: what forward raises on the batch; "" if it takes it.
             obstacle: what keeps this rank from running, if anything does: a `CaptureError` on all.
 
+        Returns:
+            The rows of each replica; of one process, of the batch.
+
         Raises:
-            RankMismatchError: shapes, or data within a replica, differ.
-            BatchError: the values of microbatches, or of replicas, ask for different programs.
+            RankMismatchError: batches, or data within a replica, differ.
         """
         if not self._mesh.distributed:
             if obstacle:
                 raise CaptureError(obstacle)
-            if choice.obstacle:
-                raise BatchError(choice.obstacle)
-            return
-        text = f"{mode} {spec.described()}"
-        number = _number(f"{text} {microbatches}")
+            return [spec.rows]
+        text = f"{mode} {spec.with_rows(1).described()}"
+        number = _number(f"{text} {bool(values)}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        mine = torch.tensor([number, data, bool(obstacle), choice.outcome, bool(choice.obstacle)])
+        mine = torch.tensor([number, data, bool(obstacle), spec.rows])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
-        programs, batches, stopped, *chosen = zip(*(x.tolist() for x in everyone), strict=True)
+        programs, batches, stopped, rows = zip(*(x.tolist() for x in everyone), strict=True)
         if any(stopped):
             raise CaptureError(next(filter(None, self.gather(obstacle))))
         if set(programs) == {number}:
             self._check_data(batches)
-            outcomes, mixed = chosen
-            if len(set(outcomes)) > 1 or any(mixed):
-                self._refuse(choice, refusal)
-            return
-        first, *others = self.gather((microbatches, text))
-        for rank, (count, theirs) in enumerate(others, 1):
-            if count != first[0]:
+            return [rows[self._mesh.rank_of(replica, 0)] for replica in range(self._mesh.dp)]
+        first, *others = self.gather(text)
+        for rank, theirs in enumerate(others, 1):
+            if theirs != first:
                 raise RankMismatchError(
-                    f"rank 0 runs {first[0]} microbatches and rank {rank} {count}: give all "
-                    "ranks the same microbatches= and the same batch size"
+                    f"rank 0 was called with ({first}) and rank {rank} with ({theirs}) per row: "
+                    "all ranks must make the same calls with equal shapes"
                 )
-            if theirs != first[1]:
-                raise RankMismatchError(
-                    f"rank 0 was called with ({first[1]}) and rank {rank} with ({theirs}) per "
-                    "microbatch: all ranks must make the same calls with equal shapes"
-                )
+        raise RankMismatchError("one rank was given a batch and another its shape: give all alike")
 
-    def _refuse(self, choice: Choice, refusal: Callable[[], str]) -> None:
+    def check_choice(self, choice: Choice | None, refusal: Callable[[], str]) -> Choice:
+        """The graph that all ranks run on microbatches of one size.
+
+        Args:
+            choice: of this rank; None if it has no such microbatches.
+            refusal: what forward raises on them; "" if it takes them.
+
+        Raises:
+            BatchError: the values of microbatches, or of replicas, ask for different programs.
+        """
+        choices: list[Choice | None] = self.gather(choice)
+        given = [each for each in choices if each is not None]
+        if any(each.obstacle for each in given) or len({each.outcome for each in given}) > 1:
+            self._refuse(choices, choice, refusal)
+        return given[0]
+
+    def _refuse(
+        self, choices: Sequence[Choice | None], mine: Choice | None, refusal: Callable[[], str]
+    ) -> None:
         """Ranks, or the microbatches of one, would run different programs."""
-        choices = self.gather(choice)
-        for each in choices:
+        given = {rank: each for rank, each in enumerate(choices) if each is not None}
+        for each in given.values():
             if each.obstacle:
                 raise BatchError(each.obstacle)
-        ranks = range(len(choices))
-        least = min(ranks, key=lambda rank: choices[rank].outcome)
-        odd = choice.outcome != choices[least].outcome
+        least = min(given, key=lambda rank: given[rank].outcome)
+        odd = mine is not None and mine.outcome != given[least].outcome
         for raised in filter(None, self.gather(refusal() if odd else "")):
             raise BatchError(raised)
-        other = next(rank for rank in ranks if choices[rank].outcome != choices[least].outcome)
-        where, expected, answer = choices[other].others[choices[least].outcome]
+        other = next(rank for rank in given if given[rank].outcome != given[least].outcome)
+        where, expected, answer = given[other].others[given[least].outcome]
         raise BatchError(unlike(where, (f"rank {least}", expected), (f"rank {other}", answer)))
 
     def check_options(self, options: CompileOptions) -> None:

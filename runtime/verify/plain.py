@@ -105,7 +105,7 @@ class Plain:
                     loss = self._loss(leaves, spec)
                 torch.autograd.backward(loss * tangent)
                 found.append(loss.detach())
-            losses.append(loss_of_replica(torch.stack(found), weights, replica))
+            losses.append(_together(found, weights, replica))
             self._replicas[replica] = self._buffers()
             totals.append(self._taken())
         params = dict(self.whole.named_parameters())
@@ -129,17 +129,18 @@ class Plain:
         self, shares: Sequence[Sequence[Leaves]], spec: BatchSpec, weights: Weights
     ) -> torch.Tensor:
         """The loss of a batch in evaluation mode; arguments as of `step`."""
-        losses, before = [], self._replicas[0]
+        losses, before, dtype = [], self._replicas[0], torch.float32
         with evaluating(self.whole):
             for replica, pieces in enumerate(shares):
                 self._set_buffers(self._replicas[replica])
                 with self._autocast():
                     found = [self._loss(leaves, spec) for leaves in pieces]
-                losses.append(loss_of_replica(torch.stack(found), weights, replica))
+                dtype = found[0].dtype if found else dtype
+                losses.append(_together(found, weights, replica))
                 self._replicas[replica] = self._buffers()
         after = self._replicas[0]
         self.evaluation_updates = any(not torch.equal(before[name], after[name]) for name in before)
-        return loss_of_batch(torch.stack(losses), weights, found[0].dtype)
+        return loss_of_batch(torch.stack(losses), weights, dtype)
 
     @torch.no_grad()
     def outputs(self, whole: Leaves, spec: BatchSpec) -> Any:
@@ -217,6 +218,12 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._whole and draws(func, args, named):
             self._begin()
         return func(*args, **named)
+
+
+def _together(losses: Sequence[torch.Tensor], weights: Weights, replica: int) -> torch.Tensor:
+    """Of a replica, which may have no rows."""
+    found = torch.stack(list(losses)) if losses else torch.zeros(0)
+    return loss_of_replica(found, weights, replica)
 
 
 def _mean(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:

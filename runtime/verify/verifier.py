@@ -92,12 +92,12 @@ class Verifier:
                 "apart, as this batch asks for: give batches whose microbatches keep as many "
                 'labels, or loss_normalization="microbatch", while it compares'
             )
-        self._weights = weights
         here = {r: [[leaf.cpu() for leaf in p] for p in pieces] for r, pieces in mine.items()}
         merged = {r: each for part in self._agreement.gather(here) for r, each in part.items()}
         self._shares, self._spec = [merged[replica] for replica in sorted(merged)], spec
-        count = range(len(self._shares[0]))
-        seeds = [[mix(seed, step, r, i) for i in count] for r in range(len(self._shares))]
+        counts = [len(pieces) for pieces in self._shares]
+        seeds = [[mix(seed, step, r, i) for i in range(n)] for r, n in enumerate(counts)]
+        self._weights = weights = weights.first(counts)
         plain = self._plain
         self._expected = self._agreement.together(
             lambda: (

@@ -53,6 +53,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "n_stages": (two, replicas),
         "dp": ({"n_stages": 1, "dp": 2}, {"n_stages": 1, "dp": 1}),
         "optimizer": ({"optimizer": SGD}, {}),
+        "microbatches": ({"microbatches": 2}, {}),
         "loss_normalization": ({}, {"loss_normalization": "microbatch"}),
         "loss_weight": ({"loss_weight": len}, {}),
         "max_grad_norm": ({"max_grad_norm": 1.0}, {"max_grad_norm": 2.0}),

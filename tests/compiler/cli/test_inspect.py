@@ -274,8 +274,6 @@ def test_longer_sequences_make_room_for_positions() -> None:
         ("inspect {file}:build --stages 2 --batch 9", "--batch has no effect"),
         ("inspect {file}:build --stages 2 --set a=1", "--set has no effect"),
         ("inspect {file}:build --stages 2 --task causal-lm", "--task has no effect"),
-        ("inspect {file}:build --stages 2 --dp 5", "24 rows cannot be cut over dp=5 replicas"),
-        ("inspect {file}:build --stages 2 --microbatches 5", "cannot be cut into microbatches=5"),
         ("inspect {file}:build --stages 99", "n_stages=99, but the model has only"),
         ("inspect {file}:build --stages 2 --tied-grads no", "tied_grads='no': use 'per_micro"),
         ("inspect hf:lama --stages 2", "no model type 'lama': did you mean 'llama'"),
