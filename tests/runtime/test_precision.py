@@ -49,7 +49,8 @@ def test_training_is_that_of_autocast(name: str, precision: str, n_stages: int) 
     plain.assert_equal(found, oracle(name, NAMED[precision]))
 
 
-@pytest.mark.parametrize("precision", quickly(["fp16"], NAMED))
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", NAMED)
 def test_processes_train_as_autocast_does(gang: Callable[[int], Gang], precision: str) -> None:
     for found in gang(2).run(jobs.train, "llama", 2, 1, 4, "adamw", 2, precision=precision):
         plain.assert_equal(found, oracle("llama", NAMED[precision]), whole=False)
@@ -79,6 +80,7 @@ def test_evaluation_is_that_of_autocast() -> None:
 # -- options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_modules_and_operators_stay_in_fp32_by_name() -> None:
     batch = models.batches("mixtral", 4, 1)[0]
 

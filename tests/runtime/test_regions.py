@@ -200,8 +200,9 @@ def test_in_more_processes(gang: Callable[[int], Gang], zero: int) -> None:
             assert torch.allclose(found[0].params[name], value, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize("n_stages", quickly([2], [1, 2]))
-@pytest.mark.parametrize("kind", quickly(["choosing"], ["choosing", "dropping"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("n_stages", [1, 2])
+@pytest.mark.parametrize("kind", ["choosing", "dropping"])
 def test_what_a_region_draws_is_the_same_in_any_division(kind: str, n_stages: int) -> None:
     one = trained(kind, 1, 1, seed=3)[0]
     other = trained(kind, 2, 1, seed=3, remat="full")[0]

@@ -301,6 +301,7 @@ def test_dropout_is_reproducible_and_independent_of_the_stages() -> None:
     assert len(set(expected)) == 3
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_in_processes(gang: Callable[[int], Gang]) -> None:
     case = (losses_with_dropout, 2, 2, 5)
     assert gang(4).run(*case) == [losses_with_dropout(2, 2, seed=5)] * 4

@@ -65,6 +65,7 @@ def peaks(name: str, options: dict[str, Any]) -> tuple[int, int, int]:
     return measured.peaks(name, 6, 32, **options)
 
 
+@pytest.mark.slow
 def test_a_tight_budget_is_kept_as_measured(gang: Callable[[int], Gang]) -> None:
     several = gang(2)
     loose = max(run[0] for run in several.run(peaks, "llama", {}))

@@ -88,6 +88,7 @@ def assert_equal(found: tuple[int, Losses, State], losses: Losses, params: State
     assert not [name for name in params if not torch.equal(found[2][name], params[name])]
 
 
+@pytest.mark.slow
 def test_one_replica_goes_on_with_the_bits_of_two(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:

@@ -145,7 +145,7 @@ def assert_close(found: plain.Trained, expected: plain.Trained, bounds: Bounds) 
 # -- numbers --------------------------------------------------------------------------------------
 
 QUICK = [
-    (("gpt2", 2, 2, "adamw", None), 1),
+    pytest.param(("gpt2", 2, 2, "adamw", None), 1, marks=pytest.mark.slow),
     (("gpt2", 2, 2, "adamw", None), 3),
     pytest.param(("llama", 1, 3, "sgd", "bf16"), 2, marks=pytest.mark.slow),
 ]

@@ -77,6 +77,7 @@ def initialised(n_stages: int, dp: int) -> State:
     return compiled(empty("gpt2"), n_stages, dp).state_dict()
 
 
+@pytest.mark.slow
 def test_any_stages_and_processes_start_alike(gang: Callable[[int], Gang]) -> None:
     expected = initialised(1, 1)
     for n_stages in (2, 3):
