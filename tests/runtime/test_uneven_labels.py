@@ -190,6 +190,7 @@ def joined(n_stages: int, dp: int) -> torch.Tensor | None:
     return None if output is None else output["loss"]
 
 
+@pytest.mark.slow
 def test_outputs_of_a_replica_are_those_of_its_rows(gang: Callable[[int], Gang]) -> None:
     model, batch = models.build("llama").eval(), uneven("llama", 8)
     with torch.no_grad():

@@ -92,8 +92,8 @@ def trained(
 CASES = [
     ("llama", 2, (7, 6), 4, "1f1b"),
     ("gpt2", 3, (5,), 3, "zb_h1"),
-    ("t5", 2, (3,), 2, "1f1b"),
     ("bert-mlm", 4, (5, 4, 4), 2, "1f1b"),
+    ("t5", 2, (3,), 2, "1f1b"),
     ("llama", 1, (2, 2, 1), 2, "1f1b"),
     ("gpt2", 2, (3,), 5, "1f1b"),
 ]
@@ -101,7 +101,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "n_stages", "replicas", "microbatches", "schedule"), quickly(CASES[:3], CASES)
+    ("name", "n_stages", "replicas", "microbatches", "schedule"), quickly(CASES[:2], CASES)
 )
 def test_the_step_is_that_of_the_whole_batch(
     name: str, n_stages: int, replicas: tuple[int, ...], microbatches: int, schedule: str
@@ -122,7 +122,7 @@ def test_the_step_is_that_of_the_whole_batch(
 @pytest.mark.parametrize(
     ("n_stages", "replicas", "options"),
     quickly(
-        [(2, (3, 2), {}), (1, (3, 0), {"zero": 2})],
+        [(1, (3, 0), {"zero": 2})],
         [
             (2, (3, 2), {}),
             (1, (3, 0), {"zero": 2}),

@@ -119,7 +119,7 @@ def loaded(source: str, dp: int, folder: Path, **options: Any) -> tuple[int, int
 @pytest.mark.parametrize(
     ("source", "options"),
     quickly(
-        [("initialisers", {"zero": 1, "precision": "bf16"})],
+        [],
         [
             ("initialisers", {"zero": 3}),
             ("initialisers", {"zero": 1, "precision": "bf16"}),
