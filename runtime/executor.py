@@ -139,10 +139,8 @@ class Executor:
                 if kind is not Kind.F:
                     last = index == self.microbatches - 1
                     self.state.grads.begin(made[index].leaving[stage], kind, last)
-                made[index].current = action
-                made[index]._compute(stage, kind, index, values, job, tangents)
+                made[index]._compute(action, index, values, job, tangents)
                 made[index]._hand_over(stage, kind, index, alive)
-                made[index].current = self.current if made[index] is self else None
             elif kind in SEND.values():
                 assert index is not None
                 made[index]._send(action, alive[stage, index])
@@ -163,14 +161,13 @@ class Executor:
 
     def _compute(
         self,
-        stage: int,
-        kind: Kind,
+        action: Action,
         index: int,
         values: Values,
         job: Job,
         tangents: Sequence[torch.Tensor],
     ) -> None:
-        bound = self.stages[stage].parts[kind]
+        bound = self.stages[action.stage].parts[action.kind]
         arguments = bound.fixed.copy()
         for position, name in bound.values:
             arguments[position] = values[name]
@@ -185,7 +182,7 @@ class Executor:
         try:
             made = bound.program.module.forward(arguments)
         except (IndexError, RuntimeError) as error:
-            raise self._explained(error, bound.program) from error
+            raise self._explained(error, action, bound.program) from error
         for port, value in zip(bound.program.outputs, made, strict=True):
             if port.role is Role.VALUE:
                 values[str(port.key)] = value
@@ -198,10 +195,10 @@ class Executor:
             elif port.role is Role.BUFFER:
                 self.state.buffers[str(port.key)].copy_(value)
 
-    def _explained(self, error: Exception, program: Program) -> Exception:
+    def _explained(self, error: Exception, action: Action, program: Program) -> Exception:
         """An operator's error with its place; where a batch is to blame, as an error of its."""
         node = program.node_of(error)
-        where = f"rank {self.state.rank}, {self.current}"
+        where = f"rank {self.state.rank}, {action}"
         if node is not None:
             module = f"module {module_of(node)!r}" if module_of(node) else "the model or loss_fn"
             where += f", {module} ({node.target})"

@@ -9,7 +9,7 @@ private in that is used in this file.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import fx
 from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..ir.graph import written
 from ..tensors.fakes import is_fake
 
 Nodes = Sequence[fx.Node]
@@ -114,12 +115,16 @@ class Known:
         if known and _CHANCE not in getattr(op, "tags", ()):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
             try:
-                self._written[node] = _spots(_writes(node, self._values.__getitem__))
+                self._written[node] = self._writes(node)
                 return op(*args, **kwargs)
             except Exception:  # where one device raises too, or tracing does
                 return _UNKNOWN
-        self._tainted |= _spots(_writes(node, self._values.__getitem__))
+        self._tainted |= self._writes(node)
         return _UNKNOWN
+
+    def _writes(self, node: fx.Node) -> set[int]:
+        """Where in memory an operator writes."""
+        return set().union(*(_spots(self._values[each]) for each in written(node)))
 
     def _is_known(self, node: fx.Node) -> bool:
         value = self._values.get(node, _UNKNOWN)
@@ -136,19 +141,6 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
 
 def _is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem
-
-
-def _writes(node: fx.Node, value: Callable[[fx.Node], Any]) -> list[Any]:
-    """The values that an operator writes into."""
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is None:
-        return []
-    found = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            fx.node.map_arg(given, lambda each: found.append(value(each)))
-    return found
 
 
 def _spots(value: Any) -> set[int]:

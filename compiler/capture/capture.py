@@ -274,9 +274,11 @@ def _differentiated(
     more: Callable[[int], fx.GraphModule],
     weighs: bool,
 ) -> Captured:
-    """Args:
-    more: exports it with so many times as many rows.
-    weighs: tell how the losses of microbatches make that of the batch.
+    """What is exported, changed by passes and differentiated.
+
+    Args:
+        more: exports it with so many times as many rows.
+        weighs: tell how the losses of microbatches make that of the batch.
     """
     traced, results = exported(function, leaves)
     names = [leaf.name for leaf in function.spec.leaves]

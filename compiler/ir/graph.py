@@ -264,6 +264,27 @@ def overwritten(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            fx.node.map_arg(given, found.append)
+    return found
+
+
+def behind(*wanted: fx.Node) -> list[fx.Node]:
+    """All that some nodes are made of, themselves included, in the order of the graph."""
+    found, pending = set(wanted), list(wanted)
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - found
+        found |= fresh
+        pending += fresh
+    return sorted(found)
+
+
 def made_of(wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[fx.Node] | None:
     """All that a node is made of, itself the last, in order; None if any of it is not allowed."""
     needed: set[fx.Node] = set()

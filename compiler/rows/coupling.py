@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import fx
 
 from ..effects.code import user_line
-from ..ir.graph import module_path, tensors
-from .ways import How, Ways, arguments_of, name_of
+from ..ir.graph import behind, module_path, tensors
+from .ways import How, Ways, arguments_of, is_floating, name_of
 
 _NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
 _ALONG = ("softmax", "log_softmax", "logcumsumexp", "cumsum", "cumprod", "sort", "roll", "flip")
@@ -22,10 +22,10 @@ def coupled(ways: Ways, loss: fx.Node) -> str:
     Only what is made of rows and weights counts: what the batch gives, such as the length of its
     longest row, may be anything.
     """
-    behind = _behind(loss)
+    reached = set(behind(loss))
     depends = _depends(ways)
     for node in ways.how:
-        if node in behind and node in depends and node not in ways.given:
+        if node in reached and node in depends and node not in ways.given:
             why = _couples(ways, node, depends)
             if why:
                 return f"{_place(node)} {why}"
@@ -34,14 +34,14 @@ def coupled(ways: Ways, loss: fx.Node) -> str:
 
 def _couples(ways: Ways, node: fx.Node, depends: set[fx.Node]) -> str:
     name, dims = name_of(node), ways.dims(node)
-    if not dims or not _is_floating(node):
+    if not dims or not is_floating(node):
         return ""
     arguments = arguments_of(node)
     if name in _NORMS and arguments.get("training"):
         return "takes the statistics of its batch norm over rows"
     if len(dims) > 1:
         return f"compares rows with each other ({name}, of shape {list(_shape(node))})"
-    operands = [each for each in node.all_input_nodes if each in depends and _is_floating(each)]
+    operands = [each for each in node.all_input_nodes if each in depends and is_floating(each)]
     first = operands[0] if operands else node
     within = [dim - len(_shape(first)) for dim in ways.dims(first)]
     if name in _ALONG and {dim % max(1, len(_shape(first))) for dim in _along(arguments)} & {
@@ -62,15 +62,6 @@ def _along(arguments: dict[str, object]) -> list[int]:
     return [given] if isinstance(given, int) else [d for d in given or () if isinstance(d, int)]  # type: ignore[attr-defined]
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    found, pending = {node}, [node]
-    while pending:
-        fresh = set(pending.pop().all_input_nodes) - found
-        found |= fresh
-        pending += fresh
-    return found
-
-
 def _depends(ways: Ways) -> set[fx.Node]:
     """The nodes that depend on the batch."""
     found: set[fx.Node] = set()
@@ -78,10 +69,6 @@ def _depends(ways: Ways) -> set[fx.Node]:
         if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _is_floating(node: fx.Node) -> bool:
-    return any(value.is_floating_point() for value in tensors(node.meta.get("val")))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

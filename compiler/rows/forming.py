@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ir.errors import PipecompileError
+from ..ir.graph import behind
 from .coupling import coupled
 from .terms import Term, Way, terms_of
 from .ways import Ways, alike, returned
@@ -105,12 +106,6 @@ def _said(term: Term, module: fx.GraphModule, names: Sequence[str]) -> str:
 
 def _leaves(node: fx.Node, module: fx.GraphModule, names: Sequence[str]) -> str:
     """The leaves that a node is made of."""
-    places = module.graph.find_nodes(op="placeholder")
-    found, pending = {node}, [node]
-    while pending:
-        fresh = set(pending.pop().all_input_nodes) - found
-        found |= fresh
-        pending += fresh
-    return " and ".join(
-        repr(name) for name, place in zip(names, places, strict=False) if place in found
-    )
+    places, found = module.graph.find_nodes(op="placeholder"), set(behind(node))
+    pairs = zip(names, places, strict=False)
+    return " and ".join(repr(name) for name, place in pairs if place in found)

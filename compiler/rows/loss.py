@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from ..ir.graph import JointGraph
+from ..ir.graph import JointGraph, behind
 from ..ir.program import Port, Role
 from .terms import Way
 
@@ -25,10 +25,6 @@ class Counting:
 
     module: fx.GraphModule
     inputs: tuple[Port, ...]
-
-    @property
-    def buffers(self) -> tuple[str, ...]:
-        return tuple(str(port.key) for port in self.inputs if port.role is Role.BUFFER)
 
     @torch.no_grad()
     def __call__(
@@ -46,14 +42,9 @@ def counting_of(graph: JointGraph, counts: Sequence[fx.Node]) -> Counting:
     """The operators that lead to some nodes of a graph, which no parameter has a part in."""
     ports = {node: Port(Role.BATCH, index) for index, node in graph.inputs.items()}
     ports |= {node: Port(Role.BUFFER, name) for name, node in graph.buffers.items()}
-    needed, pending = set(counts), list(counts)
-    while pending:
-        fresh = set(pending.pop().all_input_nodes) - needed
-        needed |= fresh
-        pending += fresh
     made = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
-    nodes = [node for node in graph.graph.nodes if node in needed]
+    nodes = behind(*counts)
     inputs = [node for node in nodes if node.op == "placeholder"]
     for node in (*inputs, *(each for each in nodes if each.op != "placeholder")):
         twin[node] = made.node_copy(node, twin.__getitem__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from .ways import LINEAR, How, Ways, arguments_of, name_of, numbers_of
+from .ways import LINEAR, How, Ways, arguments_of, is_floating, name_of, numbers_of
 
 _CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
 _SUM = 2  # torch's ``reduction``
@@ -74,8 +74,7 @@ class Term:
         """The same of another graph."""
         count = self.count
         if count is not None:
-            divisor, weight = count.divisor and twin[count.divisor], count.weight
-            weight = weight and twin[weight]
+            divisor, weight = (each and twin[each] for each in (count.divisor, count.weight))
             count = replace(count, node=twin[count.node], divisor=divisor, weight=weight)
         by = self.by and twin[self.by]
         return replace(self, node=twin[self.node], count=count, by=by)
@@ -89,9 +88,7 @@ def terms_of(ways: Ways, loss: fx.Node) -> list[Term]:
 
 
 def _split(ways: Ways, node: fx.Node, by: fx.Node | None = None) -> Iterator[Term]:
-    """Args:
-    by: what the terms of this value are divided by.
-    """
+    """The terms of a value, which all of it is divided ``by``."""
     if ways.how[node] is How.SAME:
         yield Term(node, Way.SAME)
         return
@@ -103,7 +100,7 @@ def _split(ways: Ways, node: fx.Node, by: fx.Node | None = None) -> Iterator[Ter
     if name in ("add", "sub", "rsub") and numbers_of(node):
         yield Term(node, Way.SAME)
     number = node.args[1] if name == "div" else None
-    if isinstance(number, fx.Node) and number in ways.given and not _is_floating(number):
+    if isinstance(number, fx.Node) and number in ways.given and not is_floating(number):
         by = number
     for part in parts:
         yield from _split(ways, part, by)
@@ -128,10 +125,6 @@ def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _is_floating(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point())
-
-
 def _same_numbers(ways: Ways, node: fx.Node) -> bool:
     return numbers_of(node) == numbers_of(ways.twin[node])
 
@@ -153,7 +146,7 @@ def _cross_entropy(ways: Ways, node: fx.Node) -> Term:
     labels, weight = arguments["target"], arguments.get("weight")
     summed = arguments["reduction"] == _SUM
     known = ways.given.issuperset({labels} | ({weight} if weight is not None else set()))
-    if _is_floating(labels):  # probabilities, of which none is ignored
+    if is_floating(labels):  # probabilities, of which none is ignored
         return Term(node, Way.SUM if summed else Way.ROWS)
     if not known and not summed:
         return Term(node, Way.OWN, why=f"the labels of {name_of(node)} are made by the model")

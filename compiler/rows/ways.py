@@ -17,8 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..ir import region
-from ..ir.graph import tensors
-from ..ir.ops import draws
+from ..ir.graph import is_getitem, is_operator, is_random, tensors, written
 from ..tensors.fakes import is_fake
 
 
@@ -166,6 +165,10 @@ def numbers_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float)))
 
 
+def is_floating(node: fx.Node) -> bool:
+    return any(value.is_floating_point() for value in tensors(node.meta.get("val")))
+
+
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """Of an operator of torch's, by their names, those that are not given with their defaults."""
     schema: Any = getattr(node.target, "_schema", None)
@@ -202,8 +205,8 @@ def _given(graph: fx.GraphModule) -> set[fx.Node]:
     updated.
     """
     found: set[fx.Node] = set()
-    written: set[int] = set()
-    updated = _places([each for node in graph.graph.nodes for each in _written(node)])
+    changed: set[int] = set()
+    updated = _places([each for node in graph.graph.nodes for each in written(node)])
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             found.add(node)
@@ -213,31 +216,17 @@ def _given(graph: fx.GraphModule) -> set[fx.Node]:
                 found.add(node)
         elif node.op == "call_function":
             known = found.issuperset(node.all_input_nodes) and _is_plain(node)
-            known = known and written.isdisjoint(_places(node.all_input_nodes))
+            known = known and changed.isdisjoint(_places(node.all_input_nodes))
             if known:
                 found.add(node)
             else:
-                written |= _places(_written(node))
+                changed |= _places(written(node))
     return found
 
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether an operator gives the same for the same operands."""
-    if node.target is operator.getitem:
-        return True
-    plain = isinstance(node.target, torch._ops.OpOverload)
-    return plain and not draws(node.target, node.args, node.kwargs)
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that an operator writes into."""
-    schema: Any = getattr(node.target, "_schema", None)
-    found: list[fx.Node] = []
-    for i, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            fx.node.map_arg(given, found.append)
-    return found
+    return is_getitem(node) or (is_operator(node) and not is_random(node))
 
 
 def _places(nodes: Sequence[fx.Node]) -> set[int]:

@@ -17,6 +17,8 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from ...compiler.ir.graph import behind
+
 _ATEN = torch.ops.aten
 _JOIN = _ATEN.cat.default
 
@@ -44,12 +46,7 @@ def copy_where_nothing_is_joined(
 
 def _reads_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a parameter without elements is behind a value: it gets a gradient, of as many."""
-    behind, pending = {node}, [node]
-    while pending:
-        fresh = set(pending.pop().all_input_nodes) - behind
-        behind |= fresh
-        pending += fresh
-    read = (str(each.target) for each in behind if each.op == "get_attr")
+    read = (str(each.target) for each in behind(node) if each.op == "get_attr")
     return any(isinstance(operator.attrgetter(name)(module), nn.Parameter) for name in read)
 
 
