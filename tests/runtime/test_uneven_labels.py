@@ -14,10 +14,7 @@ from pipecompile.errors import BatchError
 from support import jobs, models
 from support.gang import Gang
 from support.matrix import quickly
-from torch import nn
-
-IGNORED = -100
-Batch = dict[str, torch.Tensor]
+from support.weighed import IGNORED, Batch, accumulated
 
 
 def uneven(name: str, rows: int) -> Batch:
@@ -27,34 +24,6 @@ def uneven(name: str, rows: int) -> Batch:
     for row in range(rows):
         labels[row, (5 * row) % labels.shape[1] :] = IGNORED
     return batch | {"labels": labels}
-
-
-def accumulated(
-    name: str, batch: Batch, dp: int, microbatches: int, shift: bool
-) -> tuple[nn.Module, torch.Tensor, Batch]:
-    """The same microbatches in one plain process, each multiplied by its part of the labels."""
-    model = models.build(name)
-    pieces = [
-        {key: value.chunk(dp * microbatches)[i] for key, value in batch.items()}
-        for i in range(dp * microbatches)
-    ]
-    counts = [int((p["labels"][:, 1 if shift else 0 :] != IGNORED).sum()) for p in pieces]
-    total, loss, per_replica = sum(counts), torch.zeros((), dtype=torch.float64), []
-    for replica in range(dp):
-        for i in range(replica * microbatches, (replica + 1) * microbatches):
-            found = model(**pieces[i]).loss
-            (found * (counts[i] * dp / total)).backward()
-            if counts[i]:
-                loss += counts[i] / total * found.detach().double()
-        per_replica.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-    grads = {}
-    for key in per_replica[0]:
-        grad = per_replica[0][key]
-        for other in per_replica[1:]:
-            grad = grad + other[key]
-        grads[key] = grad / dp
-    return model, loss.float(), grads
 
 
 def weighed(
@@ -87,10 +56,11 @@ def test_labels_of_uneven_length_count_as_on_one_device(
     loss, grads = weighed(name, n_stages, dp, microbatches, schedule=schedule)
     batch = uneven(name, 2 * dp * microbatches)
     shift = name in ("llama", "gpt2")
-    model, expected, wanted = accumulated(name, batch, dp, microbatches, shift)
+    expected, wanted = accumulated(name, batch, [2 * microbatches] * dp, microbatches, shift)
     assert torch.equal(loss, expected)
     wrong = [each for each in wanted if not torch.equal(grads[each], wanted[each])]
     assert not wrong
+    model = models.build(name)
     found = model(**batch).loss
     found.backward()
     torch.testing.assert_close(loss, found.detach(), rtol=1e-6, atol=0)
