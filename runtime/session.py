@@ -181,8 +181,8 @@ class Session:
         if tuple(step.requests.values()) not in self._compared:
             _check_together({rows: loaded.compiled for rows, loaded in graphs.items()})
             self._compared.add(tuple(step.requests.values()))
-        updated = {name for loaded in graphs.values() for name in loaded.buffers.updated}
-        if step.stands_in and updated:
+        updated = step.stands_in and {n for g in graphs.values() for n in g.buffers.updated}
+        if updated:
             raise BatchError(
                 f"there are fewer rows than microbatches, and forward updates buffer "
                 f"{min(updated)!r}, which one that has none may not: give batches of "
