@@ -415,8 +415,8 @@ class Pipeline:
             session, ready, jobs = self._prepare(Mode.TRAIN, batch)
             weights = session.weigh(ready, jobs)
         mine, spec = self._loader.by_replica(jobs), batches.flatten(batch)[1]
-        eager = self._skeleton.regions.drawing
-        verifier.begin(mine, spec, self._seed, self._steps, weights, eager)
+        eager, updated = self._skeleton.regions.drawing, self._skeleton.updated
+        verifier.begin(mine, spec, self._seed, self._steps, weights, eager, updated)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

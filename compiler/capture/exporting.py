@@ -23,7 +23,7 @@ from ..answers.sizing import HANDLERS
 from ..effects.chance import drawing
 from ..effects.next_call import Left, check_next_calls
 from ..effects.outside import Reading
-from ..effects.replaced import replaced_buffers
+from ..effects.replaced import Memories, replaced_tensors
 from ..effects.world import watching
 from ..ir.errors import CaptureError, LossError
 from ..ir.precision import autocast
@@ -31,7 +31,6 @@ from ..regions.regions import Regions
 from ..tracing.constants import told_constants
 from ..tracing.kept import (
     UNTRACED,
-    ParameterData,
     copied_tensors,
     drop_metadata_checks,
     kept_functions,
@@ -43,6 +42,7 @@ from ..tracing.kept import (
     untraced_branches,
 )
 from ..tracing.kept_checks import Checks
+from ..tracing.padding import padded_outputs
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
@@ -63,7 +63,7 @@ class Results:
     Attributes:
         rebuild: puts tensors into the structure of what the model returned.
         names: of the tensors in it.
-        replaced: buffers that forward gave other tensors; these are returned after all others.
+        replaced: what forward gave other tensors; these are returned after all others.
         lost: attributes that the next call cannot read -> why.
         left: what else the next call may find changed.
         outside: tensors that are none of the model's, and were read.
@@ -129,18 +129,19 @@ class Traced(nn.Module):
         self.began(answering)
         if self.values:
             answering.begin(self._given(leaves))
+        memories = Memories()
         with (
             drawing() as drawn,
             watching(self.whole, others) as watched,
-            replaced_buffers(self.whole, self.attributes) as replaced,
+            replaced_tensors(self.whole, self.attributes, memories) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
-            ParameterData(self.whole.parameters()),
             told_constants() if self.denied == UNTRACED[0] else contextlib.nullcontext(),
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,
             answering,
+            memories,
         ):
             output = self.model(*args, **kwargs)
             outside.by = "forward" if self.loss_fn is None else "loss_fn"
@@ -209,6 +210,7 @@ def _exported(
         _same_attributes(whole),
         refused_hooks(),
         kept_modules(),
+        padded_outputs(),
         kept_functions() as calls,
         function.regions.entered(),
         autocast(function.compute, leaves[0].device),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +55,13 @@ def differentiated(
     by what microbatches are weighed, if anything does.
 
     Args:
-        replaced: buffers whose new values follow the results.
+        replaced: buffers, and parameters, whose new values follow the results.
         counts: so many counts are the last results.
     """
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
-    reader = _Reader(skeleton, traced, joint.graph_module)
-    return reader.read(wants_loss, replaced, counts), reader.counting
+    reader = _Reader(skeleton, traced, joint.graph_module, replaced)
+    return reader.read(wants_loss, counts), reader.counting
 
 
 class _Interpreted(nn.Module):
@@ -79,8 +79,15 @@ class _Interpreted(nn.Module):
 class _Reader:
     """Rewrites AOTAutograd's graph into a `JointGraph` with names instead of descriptors."""
 
-    def __init__(self, skeleton: Skeleton, traced: nn.Module, source: fx.GraphModule):
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        traced: nn.Module,
+        source: fx.GraphModule,
+        replaced: Sequence[str],
+    ):
         self.skeleton, self.traced, self.source = skeleton, traced, source
+        self.replaced = [skeleton.canonical[name] for name in replaced]
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.root = nn.Module()
@@ -90,7 +97,8 @@ class _Reader:
         self.tangent: fx.Node | None = None
         self.counting: Counting | None = None
 
-    def read(self, wants_loss: bool, replaced: Sequence[str], counts: int) -> JointGraph:
+    def read(self, wants_loss: bool, counts: int) -> JointGraph:
+        self.skeleton.updated.update(self._updated())
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._read_placeholder(node)
         for node in self.source.graph.nodes:
@@ -104,10 +112,26 @@ class _Reader:
             self.inputs,
             self.tangent,
         )
-        self._read_outputs(joint, wants_loss, replaced, counts)
+        self._read_outputs(joint, wants_loss, counts)
         joint.set_output()
         self.graph.eliminate_dead_code()
         return joint
+
+    def _updated(self) -> Iterator[str]:
+        """The parameters that forward changes.
+
+        Raises:
+            CaptureError: one of them is trained.
+        """
+        (output,) = self.source.graph.find_nodes(op="output")
+        descs = (d for d in output.meta["desc"] if isinstance(d, InputMutationAOTOutput))
+        params = (d.mutated_input for d in descs if isinstance(d.mutated_input, ParamAOTInput))
+        named = dict(self.skeleton.module.named_parameters())
+        for name in (*(self.skeleton.canonical[_fqn(p.target)] for p in params), *self.replaced):
+            if name in named:
+                if named[name].requires_grad:
+                    raise _changes_parameter(name)
+                yield name
 
     def _read_placeholder(self, node: fx.Node) -> None:
         desc = node.meta["desc"]
@@ -150,7 +174,8 @@ class _Reader:
         name = self.skeleton.canonical.get(_fqn(target))
         if name is None:  # a tensor made while tracing, and stored by export
             return self._constant(node, _attribute(self.traced, target.removeprefix(_TRACED)))
-        known = self.params if isinstance(node.meta["desc"], ParamAOTInput) else self.buffers
+        is_param = isinstance(node.meta["desc"], ParamAOTInput)
+        known = self.params if is_param and name not in self.skeleton.updated else self.buffers
         if name not in known:
             known[name] = self._placeholder(node, identifier(name))
         return known[name]
@@ -200,9 +225,7 @@ class _Reader:
             )
         self.env[node] = new
 
-    def _read_outputs(
-        self, joint: JointGraph, wants_loss: bool, replaced: Sequence[str], counts: int
-    ) -> None:
+    def _read_outputs(self, joint: JointGraph, wants_loss: bool, counts: int) -> None:
         (output,) = self.source.graph.find_nodes(op="output")
         results: dict[int, fx.Node] = {}
         for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
@@ -215,19 +238,16 @@ class _Reader:
                 self._add_gradient(joint, desc.grad_of.target, node)
             elif isinstance(desc, InputMutationAOTOutput):
                 mutated = desc.mutated_input
-                if isinstance(mutated, ParamAOTInput):
-                    raise _changes_parameter(mutated.target)
-                if isinstance(mutated, BufferAOTInput):
+                if isinstance(mutated, (ParamAOTInput, BufferAOTInput)):
                     joint.mutations[self.skeleton.canonical[_fqn(mutated.target)]] = node
         ordered = tuple(results[i] for i in sorted(results))
         if counts:
             self.counting = counting_of(joint, ordered[-counts:])
             ordered = ordered[:-counts]
-        if replaced:
-            names = (self.skeleton.canonical[name] for name in replaced)
-            values = map(_uncopied, ordered[-len(replaced) :])
-            joint.mutations |= dict(zip(names, values, strict=True))
-            ordered = ordered[: -len(replaced)]
+        if self.replaced:
+            values = map(_uncopied, ordered[-len(self.replaced) :])
+            joint.mutations |= dict(zip(self.replaced, values, strict=True))
+            ordered = ordered[: -len(self.replaced)]
         if wants_loss:
             joint.loss = ordered[0]
         else:

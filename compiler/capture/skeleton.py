@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -34,19 +34,25 @@ class Skeleton:
         mode: what made the fakes; inputs must come from the same mode.
         canonical: every name of a parameter, a buffer or an attribute -> the first name of the same
             tensor. Attributes are buffers of the copy.
-        params: canonical parameter names, in ``named_parameters()`` order.
         attributes: what is known of the attributes.
         originals: the tensors of the user's model.
         regions: which parts of it run eagerly.
+        updated: frozen parameters that forward updates, as far as graphs were made. They are
+            handled as buffers.
     """
 
     module: nn.Module
     mode: FakeTensorMode
     canonical: dict[str, str]
-    params: tuple[str, ...]
     attributes: Attributes
     originals: Originals
     regions: Regions
+    updated: set[str] = field(default_factory=set)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Canonical parameter names, in ``named_parameters()`` order."""
+        return tuple(n for n, _ in self.module.named_parameters() if n not in self.updated)
 
     @property
     def model(self) -> nn.Module:
@@ -111,10 +117,9 @@ def skeleton_of(
     attributes = Attributes(names, _in_parameters(model, {n: state[n] for n in names}))
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
-    params = tuple(name for name, _ in module.named_parameters())
     originals = originals_of(state)
     regions = Regions(model_of(module), eager_modules)
-    return Skeleton(module, mode, canonical, params, attributes, originals, regions)
+    return Skeleton(module, mode, canonical, attributes, originals, regions)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

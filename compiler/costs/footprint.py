@@ -36,6 +36,7 @@ class Footprint:
         optimizer: the factory; None for no optimizer.
         precision: in which dtypes gradients add up.
         dp, zero: how many replicas divide what among themselves.
+        updated: parameters that are handled as buffers.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Footprint:
         precision: Precision | None = None,
         dp: int = 1,
         zero: Zero = WHOLE,
+        updated: Collection[str] = (),
     ):
         self.dp, self.zero = dp, zero
         self._precision = precision
         self._optimizer = optimizer
-        self._params = dict(module.named_parameters())
-        self._buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+        named = dict(module.named_parameters())
+        self._params = {name: param for name, param in named.items() if name not in updated}
+        buffers = (*module.buffers(), *(named[name] for name in updated))
+        self._buffers = sum(b.numel() * b.element_size() for b in buffers)
         self._memories: dict[tuple[str, ...], OptimizerMemory] = {}
 
     def size(self, name: str) -> tuple[int, int]:

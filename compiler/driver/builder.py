@@ -117,6 +117,8 @@ class Builder:
         recorder = Recorder(self._folder(mode, spec) if dump else None)
         captured = self._captured(mode, spec, batch, recorder, microbatches * self.options.dp)
         graph, locality = captured.graph, locality_of(captured.graph)
+        if layout is not None:
+            layout.check(self.skeleton.updated)
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
@@ -260,7 +262,12 @@ class Builder:
         options = replace(self.options, zero=zero.level, zero_by=zero.by)
         if zero not in self._footprints:
             self._footprints[zero] = Footprint(
-                self.skeleton.module, options.optimizer, options.dtypes, options.dp, zero
+                self.skeleton.module,
+                options.optimizer,
+                options.dtypes,
+                options.dp,
+                zero,
+                self.skeleton.updated,
             )
         footprint = self._footprints[zero]
         return Settings(options, zero, footprint, microbatches, spec.nbytes, self.target.kind)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...passes.graph.placement import Placement, Site, follow, sites_of
+from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
 from ..ir.program import PipelineProgram
@@ -31,6 +32,14 @@ class Layout:
     recomputed: frozenset[Site]
     homes: Mapping[str, tuple[int, ...]]
     zero: Zero
+
+    def check(self, updated: Collection[str]) -> None:
+        """Raises CaptureError where forward updates a parameter that has a home."""
+        for name in sorted(set(updated).intersection(self.homes)):
+            raise CaptureError(
+                f"forward updates parameter {name!r} here, and in the first graph it did not: make "
+                "it a buffer (register_buffer)"
+            )
 
     def follow(
         self, graph: JointGraph, locality: Locality

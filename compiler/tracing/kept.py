@@ -22,7 +22,6 @@ from torch.export.custom_ops import (
     _call_custom_autograd_function_in_pre_dispatch as _placeholder_call,
 )
 from torch.fx.experimental.proxy_tensor import track_tensor_tree
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..answers.known import proxy_mode
@@ -30,7 +29,6 @@ from ..ir.errors import CaptureError
 from ..tensors.pytree import tree_flatten, tree_unflatten
 
 Call = Callable[..., Any]
-_DATA: Any = torch.Tensor.data
 
 
 @contextlib.contextmanager
@@ -49,29 +47,6 @@ def copied_tensors() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
-
-
-class ParameterData(TorchFunctionMode):
-    """A forward inside, in which `.data` of a parameter is what `.detach()` gives.
-
-    Tracing takes it for a tensor from outside.
-    """
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.parameters = {id(each) for each in parameters}
-
-    def __torch_function__(
-        self,
-        func: Call,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        reads = getattr(func, "__self__", None) is _DATA and func.__name__ == "__get__"
-        if reads and id(args[0]) in self.parameters:
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
 
 
 UNTRACED = (("is_compiling", "is_exporting"), ("is_exporting",), ())

@@ -71,6 +71,7 @@ class Plain:
         self.model = model_of(self.whole)
         loss = loss_of(self.whole)
         self._loss_fn = options.loss_fn if loss is None else loss
+        self._updated: frozenset[str] = frozenset()
         self._replicas = [self._buffers() for _ in range(options.dp)]
         assert options.optimizer is not None
         self._optimizer = called(options.optimizer, list(self.whole.named_parameters()))
@@ -84,6 +85,7 @@ class Plain:
         seeds: Sequence[Sequence[int]],
         weights: Weights,
         eager: Collection[str] = (),
+        updated: Collection[str] = (),
     ) -> Outcome:
         """Train on a batch.
 
@@ -93,7 +95,9 @@ class Plain:
             seeds: per replica and microbatch.
             weights: what these count.
             eager: submodules of which a call draws from one seed.
+            updated: frozen parameters that forward updates.
         """
+        self._keep(updated)
         totals: list[Tensors] = []
         losses = []
         for replica, (pieces, drawn) in enumerate(zip(shares, seeds, strict=True)):
@@ -120,7 +124,7 @@ class Plain:
         if self._scheduler is not None:
             self._scheduler.step()
         self._optimizer.zero_grad()
-        after = {name: param.detach().clone() for name, param in params.items()}
+        after = {n: p.detach().clone() for n, p in params.items() if n not in updated}
         whole = loss_of_batch(torch.stack(losses), weights, loss.dtype)
         return Outcome(whole, norm, grads, after, self._replicas[0])
 
@@ -142,6 +146,15 @@ class Plain:
         self.evaluation_updates = any(not torch.equal(before[name], after[name]) for name in before)
         return loss_of_batch(torch.stack(losses), weights, dtype)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether torch evaluates a part of the model in fused kernels, which no graph has and
+        which round otherwise (`torch.backends.mha`)."""
+        kinds = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        return torch.backends.mha.get_fastpath_enabled() and any(
+            isinstance(part, kinds) for part in self.whole.modules()
+        )
+
     @torch.no_grad()
     def outputs(self, whole: Leaves, spec: BatchSpec) -> Any:
         """What the model returns for a whole batch, in evaluation mode."""
@@ -162,12 +175,25 @@ class Plain:
             param.grad = None
         return found
 
+    def _keep(self, updated: Collection[str]) -> None:
+        """Handle some more parameters as the buffers of each replica."""
+        self._updated = frozenset(updated)
+        for name in updated:
+            for buffers in self._replicas:
+                buffers.setdefault(name, self.whole.get_parameter(name).detach().clone())
+
     def _buffers(self) -> Tensors:
-        state = named_state(self.whole)
-        return {n: t.detach().clone() for n, t in state if not isinstance(t, nn.Parameter)}
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in named_state(self.whole)
+            if name in self._updated or not isinstance(tensor, nn.Parameter)
+        }
 
     def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in values.items():
+            if name in self._updated:
+                self.whole.get_parameter(name).data = value.clone()
+                continue
             path, _, attribute = name.rpartition(".")
             setattr(self.whole.get_submodule(path), attribute, value.clone())
 

@@ -295,6 +295,45 @@ BITS = (
     ),
 )
 
+KEPT = (
+    Mutant(
+        "compiler/effects/replaced.py",
+        "args, named = tree_map(self.of, (args, named))",
+        "pass",
+        "test_momentum_encoders.py::test_averages_are_those_of_one_device",
+        "what has another memory is read in its old one",
+    ),
+    Mutant(
+        "compiler/effects/replaced.py",
+        'raise CaptureError(f"parameter {name!r}: forward {problem}")\n'
+        "found.values[name] = new.detach().clone()",
+        "pass",
+        "test_momentum_encoders.py::test_averages_are_those_of_one_device",
+        "the next call does not get the memory that this one has given",
+    ),
+    Mutant(
+        "compiler/costs/footprint.py",
+        "*(named[name] for name in updated)",
+        "",
+        "test_momentum_encoders.py::test_they_are_no_parameters_of_the_pipeline",
+        "momentum encoders take no memory",
+    ),
+    Mutant(
+        "compiler/tracing/padding.py",
+        "return torch.where((kept[:, 1:] <= kept[:, :-1]).all(), zeroed, output)",
+        "return zeroed",
+        "test_padding.py::test_evaluation_is_that_of_one_device",
+        "padding is zero where it comes first, too",
+    ),
+    Mutant(
+        "compiler/tracing/padding.py",
+        "return output if norm is None else norm(output)",
+        "return output",
+        "test_padding.py::test_evaluation_is_that_of_one_device",
+        "the encoder's own norm is left out",
+    ),
+)
+
 SHARDING = (
     Mutant(
         "runtime/exchange/transport.py",
@@ -617,6 +656,7 @@ MUTANTS = (
     *VERIFIERS,
     *FIGURES,
     *BITS,
+    *KEPT,
     *SHARDING,
     *PRECISION,
     *FREEING,

@@ -140,8 +140,8 @@ class Coupling(Model):
 
 
 @contextmanager
-def _forgetful(module: nn.Module, attributes: Any) -> Iterator[replaced.Replaced]:
-    with replaced.replaced_buffers(module, attributes):
+def _forgetful(module: nn.Module, *given: Any) -> Iterator[replaced.Replaced]:
+    with replaced.replaced_tensors(module, *given):
         yield replaced.Replaced()
 
 
@@ -157,7 +157,7 @@ def _without_reads() -> Any:
 FAULTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
     "replaced buffers are forgotten": (
         Replacing,
-        lambda: mock.patch.object(exporting, "replaced_buffers", _forgetful),
+        lambda: mock.patch.object(exporting, "replaced_tensors", _forgetful),
         "step 1, loss",
     ),
     "buffers do not reach other stages": (
@@ -285,7 +285,7 @@ def test_data_that_differs_between_stages_is_found(gang: Callable[[int], Gang]) 
 
 def test_where_a_difference_belongs_is_said() -> None:
     with (
-        mock.patch.object(exporting, "replaced_buffers", _forgetful),
+        mock.patch.object(exporting, "replaced_tensors", _forgetful),
         pytest.raises(VerifyError) as caught,
     ):
         train(Replacing(), loss_fn=_squared)
