@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call
 
 from ..ir.errors import StateError
-from ..ir.region import Work, mark_not_reached
+from ..ir.region import Work, is_not_reached, mark_not_reached
 from ..tensors.facts import extent
 from ..tensors.pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -93,6 +94,7 @@ class Site:
     modes: dict[nn.Module, bool]
     key: str = ""
     facts: Facts | None = None
+    told: bool = False  # that a call has passed on no gradient
 
     @property
     def trains(self) -> bool:
@@ -174,7 +176,17 @@ class Site:
             raise StateError(
                 f"module {self.path!r}, which runs eagerly, has no saved values for its backward"
             )
-        return saved.gradients(dict(zip(self.known.kept, kept, strict=True)), grads, carried)
+        found = saved.gradients(dict(zip(self.known.kept, kept, strict=True)), grads, carried)
+        of_arguments = found[sum(self.needs[: len(self.state)]) :]
+        if any(map(is_not_reached, of_arguments)) and not self.told:
+            self.told = True
+            warnings.warn(
+                f"module {self.path!r}, which runs eagerly, passes no gradient to what was computed "
+                "before it: parameters that have no other get zeros, where one device leaves .grad "
+                "None, and weight decay or momentum move them in this step",
+                stacklevel=2,
+            )
+        return found
 
     def _arguments(self, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves: list[Any] = [self.constants.get(i) for i in range(self.tree.num_leaves)]
@@ -335,13 +347,13 @@ class Saved:
         pairs = [
             (edge, grad)
             for edge, grad in zip(self._edges, grads, strict=True)
-            if grad is not None and edge is not None
+            if grad is not None and edge is not None and not is_not_reached(grad)
         ]
         with torch.enable_grad():  # of what is made last autograd makes the gradients first
             pairs += [
                 (get_gradient_edge(leaf.view_as(leaf)), before)
                 for leaf, before in zip(self._leaves, carried, strict=True)
-                if before is not None
+                if before is not None and not is_not_reached(before)
             ]
         if not pairs:
             return [_not_reached(leaf) for leaf in self._leaves]

@@ -216,6 +216,41 @@ def test_what_a_region_draws_is_the_same_in_any_division(kind: str, n_stages: in
     assert "identical to the last bit" in pipe.verification
 
 
+class Skipping(nn.Module):
+    """What comes of it does not depend on what it is given, by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale if bool(x.isnan().any()) else self.scale.expand_as(x)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.last = nn.Linear(WIDTH, WIDTH), Experts(2), Skipping()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.first(x))).square().mean()
+
+
+def test_no_gradient_from_one_region_to_another() -> None:
+    """Regions without one are left alone; what is traced before them gets zeros, which is said."""
+    pipe = pipecompile.compile(
+        Chain(), 1, optimizer=ADAMW, microbatches=1, eager_modules=["inner", "last"]
+    )
+    with pytest.warns(UserWarning, match="'last'.* passes no gradient to what was computed"):
+        pipe.forward_backward(torch.randn(2, 5, WIDTH))
+    grads = {name: param.grad for name, param in pipe.named_parameters()}
+    assert not grads["first.weight"].any()
+    assert [n for n, grad in grads.items() if grad is not None and "first" not in n] == [
+        "last.scale"
+    ]
+
+
 def test_nothing_holds_a_call_that_is_over() -> None:
     """Nor needs Python's collector of circles to let it go."""
     alive: weakref.WeakSet[site.Saved] = weakref.WeakSet()
