@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
@@ -21,6 +21,7 @@ from ..tensors.pytree import (
     tree_leaves,
     tree_unflatten,
 )
+from .forms import plain
 
 _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 """Equal to themselves alone, and the same whenever they are seen."""
@@ -46,11 +47,13 @@ class BatchSpec:
         tree: pytree structure in which every non-tensor stands as itself.
         leaves: the tensors, in pytree order.
         constants: (position among all leaves, value) of what is not a tensor.
+        left_out: names of what has a text for each row, which no program takes.
     """
 
     tree: TreeSpec
     leaves: tuple[Leaf, ...]
     constants: tuple[tuple[int, Any], ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -70,7 +73,7 @@ class BatchSpec:
         leaves = tuple(
             Leaf(x.name, (rows, *x.shape[1:]), x.dtype) if x.shape else x for x in self.leaves
         )
-        return BatchSpec(self.tree, leaves, self.constants)
+        return replace(self, leaves=leaves)
 
     def build(self, values: Sequence[torch.Tensor]) -> Any:
         """The batch in its own structure, from one value per leaf."""
@@ -94,19 +97,17 @@ class BatchSpec:
 
     @property
     def _key(self) -> Hashable:
-        return self.leaves, tuple((i, _identity(value)) for i, value in self.constants)
+        constants = tuple((i, _identity(value)) for i, value in self.constants)
+        return self.leaves, constants, self.left_out
 
 
 def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
-    """Split a batch (dict, tuple, list or tensor) into tensors and their spec.
+    """Split a batch, in any of the forms that `plain` takes, into tensors and their spec.
 
     Raises:
         BatchError: no tensor in it, or leaves that disagree on the length of dim 0.
     """
-    if isinstance(batch, Mapping):
-        batch = dict(batch)  # a BatchEncoding and its like
-    elif isinstance(batch, list):
-        batch = tuple(batch)
+    batch, left_out = plain(batch)
     paths, tree = tree_flatten_with_path(batch)
     values: list[torch.Tensor] = []
     leaves: list[Leaf] = []
@@ -125,7 +126,7 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
             f"the batch (a {type(batch).__name__}) holds no tensor with a batch dimension: "
             "pass a dict, a tuple or a tensor whose dim 0 counts samples"
         )
-    spec = BatchSpec(tree, tuple(leaves), tuple(constants))
+    spec = BatchSpec(tree, tuple(leaves), tuple(constants), left_out)
     odd = next((x for x in leaves if x.shape and x.shape[0] != spec.rows), None)
     if odd is not None:
         raise BatchError(
@@ -146,7 +147,7 @@ def _check_constant(name: str, value: Any) -> None:
     if not known or (changes and not isinstance(value, _NAMED)):
         raise BatchError(
             f"the batch's {name!r} is a {kind.__name__}, which cannot be told from that of another "
-            "batch: give tensors (torch.from_numpy), numbers or texts"
+            "batch: give tensors, arrays, numbers or texts"
         )
 
 

@@ -77,6 +77,16 @@ def bind(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Call:
     )
 
 
+def check_texts(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises BatchError if forward takes what has a text for each row."""
+    for name in names:
+        if name in inspect.signature(model.forward).parameters:
+            raise BatchError(
+                f"the batch's {name!r} has a text for each row, which a graph cannot take: encode "
+                "it as a tensor, or drop the key"
+            )
+
+
 def _bind_keys(
     name: str,
     batch: Mapping[str, Any],

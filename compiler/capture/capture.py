@@ -31,7 +31,7 @@ from ..rows.weighing import UNWEIGHED
 from ..tracing.kept import UNTRACED
 from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
-from .calling import LossFn, bind
+from .calling import LossFn, bind, check_texts
 from .exporting import Traced, exported, tracing
 from .joint import differentiated
 from .refusals import check_operands
@@ -173,6 +173,7 @@ def _function(
     if loss_fn is not None and skeleton.loss_fn is not None:
         loss_fn = skeleton.loss_fn
     call = bind(skeleton.model, spec.build(leaves), loss_fn)
+    check_texts(skeleton.model, spec.left_out)
     function = Traced(skeleton.module, spec, call, loss_fn, skeleton.regions)
     function.wants_loss = wants == "loss"
     function.compute = compute

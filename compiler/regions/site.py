@@ -181,9 +181,9 @@ class Site:
         if any(map(is_not_reached, of_arguments)) and not self.told:
             self.told = True
             warnings.warn(
-                f"module {self.path!r}, which runs eagerly, passes no gradient to what was computed "
-                "before it: parameters that have no other get zeros, where one device leaves .grad "
-                "None, and weight decay or momentum move them in this step",
+                f"module {self.path!r}, which runs eagerly, passes no gradient to what was "
+                "computed before it: parameters that have no other get zeros, where one device "
+                "leaves .grad None, and weight decay or momentum move them in this step",
                 stacklevel=2,
             )
         return found
