@@ -20,6 +20,7 @@ from ..compiler.rows.loss import (
     loss_of_replica,
     weights_of,
 )
+from ..compiler.rows.sums import Sums
 from ..compiler.rows.terms import Way
 from .executor import Job
 from .loader import Step
@@ -71,13 +72,9 @@ class BatchLoss:
             BatchError: nothing counts in any of them, or what ``loss_weight`` returns is no
                 number that could; on all ranks.
         """
-        mesh, sizes = self._world.mesh, self._step.sizes
-        counts: Counts = [[[]] * len(replica) for replica in sizes]
-        if self._counts:
-            counts = self._gathered(jobs, buffers)
-            self._check(counts)
+        mesh, counts = self._world.mesh, self.counts(jobs, buffers)
         try:
-            weights = weights_of(self._form, counts, sizes)
+            weights = weights_of(self._form, counts, self._step.sizes)
         except ZeroDivisionError as error:
             raise BatchError(
                 "nothing in this batch counts in the loss: all its labels are ignored, or "
@@ -87,6 +84,53 @@ class BatchLoss:
         for rank, job in jobs.items():
             self._tell(job, weights, rank, mesh.replica_of(rank))
         return weights
+
+    def counts(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
+        """What is kept in the microbatches of all replicas; of nothing, if nothing is asked for.
+
+        Raises:
+            BatchError: as `weigh` does.
+        """
+        if not self._counts:
+            return [[[]] * len(replica) for replica in self._step.sizes]
+        counts = self._gathered(jobs, buffers)
+        self._check(counts)
+        return counts
+
+    def sums(self, before: Sums | None) -> Sums:
+        """What this batch is added to; None if it is the first of a data set.
+
+        Raises:
+            BatchError: those before have another loss.
+        """
+        if before is None:
+            return Sums(self._form)
+        before.check(self._form)
+        return before
+
+    def add(
+        self,
+        sums: Sums,
+        jobs: Mapping[int, Job],
+        buffers: Mapping[int, Buffers],
+        run: Callable[[], None],
+    ) -> None:
+        """Run a batch, once or for each kind of terms, and add its loss.
+
+        Args:
+            run: runs the jobs.
+        """
+        mesh, counts = self._world.mesh, self.counts(jobs, buffers)
+        losses = []
+        for shares in sums.runs:
+            for rank, job in jobs.items():
+                device = self._world.endpoints[rank].device
+                given = [torch.tensor(share, device=device) for share in shares]
+                job.shares, job.losses = [given] * len(job.sizes), []
+            run()
+            here = {mesh.replica_of(rank): job.losses for rank, job in jobs.items() if job.losses}
+            losses.append(here)
+        sums.add(counts, self._step.sizes, losses)
 
     def weigh_outputs(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
         """As `weigh`, of the loss among what the model returns for the rows of this process.

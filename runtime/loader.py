@@ -34,12 +34,14 @@ class Request:
     Attributes:
         spec: of one microbatch.
         outcome: which of the graphs for such microbatches, where their values decide.
+        weighs: tell how their losses make that of several.
     """
 
     mode: Mode
     spec: BatchSpec
     microbatches: int
     outcome: int = 0
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,18 @@ class Loader:
         self._guards: dict[Request, Guards] = {}
 
     def step(
-        self, mode: Mode, whole: BatchSpec, values: Sequence[torch.Tensor], obstacle: str = ""
+        self,
+        mode: Mode,
+        whole: BatchSpec,
+        values: Sequence[torch.Tensor],
+        obstacle: str = "",
+        several: bool = False,
     ) -> Step:
         """What a batch of this shape asks for.
 
         Args:
             values: its leaves; empty where there is its shape only.
+            several: its loss is a part of that of several batches.
             obstacle: what keeps this rank from running anything, if something does.
 
         Raises:
@@ -98,7 +106,8 @@ class Loader:
         sizes = tuple(tuple(cut(each, count)) for each in rows)
         distinct = sorted({max(1, n) for each in sizes for n in each}, reverse=True)
         here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
-        requests = {n: Request(mode, whole.with_rows(n), count) for n in distinct}
+        weighs = several or count * mesh.dp > 1
+        requests = {n: Request(mode, whole.with_rows(n), count, weighs=weighs) for n in distinct}
         step = Step(requests, sizes, here, self._spare(rows, values))
         if values and any(self._guards.get(request) for request in requests.values()):
             step = self._answered(step, values)
@@ -214,6 +223,7 @@ class Loader:
             layout,
             self._world.is_main,
             like[0] if like and not any(map(is_fake, like[0])) else (),
+            request.weighs,
         )
         self._guards[request] = compiled.guards
         if compiled.guards:

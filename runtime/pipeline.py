@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +22,22 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import steps_alone
 from ..compiler.plan.plan import Plan
 from .checkpoint.checkpoint import Checkpoints
-from .checkpoint.snapshot import Training, config_of
+from .checkpoint.snapshot import config_of
+from .data.dataset_loader import DataSetLoader, DataSetLoaders
+from .data.in_step import in_step, is_loader, shown_progress
 from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Step
-from .loss_scaler import LossScaler
 from .session import Ready, Session
-from .state import state_dict as state_dicts
+from .stepping.loss_scaler import LossScaler
+from .stored import Stored
 from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
 from .world import World
 
 
-class Pipeline:
+class Pipeline(Stored):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:
@@ -73,6 +75,7 @@ class Pipeline:
         self._checkpoints = Checkpoints(mesh, world.agreement)
         self._config = config_of(model)
         self.checkpoint_extras: dict[str, Any] = {}
+        self._loaders = DataSetLoaders()
         team = Ranks(mesh, world.agreement, model, options)
         builder = Builder(skeleton, options, world.target(options), team, why)
         self._loader = Loader(world, builder, options)
@@ -150,6 +153,29 @@ class Pipeline:
             self._verify(verifier, batch, norm)
         return loss
 
+    def loader(self, dataset: Any, batch_size: int, **options: Any) -> DataSetLoader:
+        """A loader of a data set, with the rows of this process in each batch.
+
+        Its position is saved and loaded with the pipeline (make the same loaders in the same order
+        to resume): ``for epoch in range(loader.epoch, epochs): for batch in loader: ...``.
+
+        Args:
+            dataset: with a length, and items by number.
+            batch_size: rows of a global batch; the last one of a pass may have fewer.
+            options: ``shuffle=True`` for another order in each pass, ``drop_last=True``,
+                ``whole_batches=True`` to load all rows of a batch in every process and cut it
+                afterwards (where ``collate_fn`` pads to the longest), and those of torch's
+                `DataLoader`, such as ``collate_fn`` and ``num_workers``.
+
+        Raises:
+            OptionError: the data set has no length, or an option is not known.
+        """
+        options.setdefault("pin_memory", self._world.device.type == "cuda")
+        shards, shard = self.data_shards, self.data_shard
+        made = DataSetLoader(dataset, batch_size, shards, shard, self._seed, **options)
+        self._loaders.add(made)
+        return made
+
     def forward_backward(self, batch: Any) -> torch.Tensor:
         """Add the gradients of a batch to ``.grad`` of the parameters; returns the loss.
 
@@ -208,11 +234,32 @@ class Pipeline:
 
     # -- evaluation -------------------------------------------------------------------------
 
-    def evaluate(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch in evaluation mode, on every rank; nothing is stashed."""
-        with self._world.guard():
-            session, ready, jobs = self._prepare(Mode.EVALUATE, batch)
-            return session.evaluated(ready, jobs)
+    def evaluate(self, data: Any, *, progress: bool | None = None) -> torch.Tensor:
+        """The loss in evaluation mode, a 0-dim tensor on every rank; nothing is stashed.
+
+        Args:
+            data: a batch; or what gives batches, such as a `DataLoader`, for the loss of all of
+                them as one batch would have it. Where a process has none left, it takes part with
+                none.
+            progress: show how far a loader is; by default where rank 0 writes to a terminal.
+
+        Raises:
+            BatchError: a batch does not fit, or the loader has none.
+        """
+        world, sums = self._world, None
+        if not is_loader(data):
+            with world.guard():
+                session, ready, jobs = self._prepare(Mode.EVALUATE, data)
+                return session.evaluated(ready, jobs)
+        shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
+        with world.guard(), shown_progress(data, shown) as advance:
+            for batch in in_step(data, world.agreement.gather):
+                session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
+                sums = session.add_evaluated(ready, jobs, sums)
+                advance()
+            assert sums is not None  # there was a batch
+            total = sums.total(world.agreement.gather(sums.here))
+            return torch.tensor(total, dtype=self.programs.loss_dtype, device=world.device)
 
     def forward(self, batch: Any) -> Any:
         """What the model returns for a batch, in evaluation mode.
@@ -240,108 +287,6 @@ class Pipeline:
         where replicas divide them, its rows, or those that it owns."""
         return self._require().state.named_parameters()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All parameters and buffers, full, on the CPU, under the names that the model gives them.
-
-        Between processes every rank must call it, and every rank gets all of it. It loads into
-        the unmodified model with ``strict=True``.
-        """
-        session = self._require()
-        with self._world.guard():
-            return state_dicts.gather(session.state, session.buffers.stages)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, or the unmodified model's own, returned.
-
-        Raises:
-            StateError: names or shapes differ; nothing has been changed then.
-        """
-        self._load_state(state_dict, of_loss=False)
-
-    def loss_state_dict(self) -> dict[str, Any]:
-        """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
-        session = self._require()
-        with self._world.guard():
-            return state_dicts.gather(session.state, session.buffers.stages, of_loss=True)
-
-    def load_loss_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `loss_state_dict`, or the unmodified loss's own ``state_dict``, returned.
-
-        Raises:
-            StateError: names or shapes differ; nothing has been changed then.
-        """
-        self._load_state(state_dict, of_loss=True)
-
-    # -- checkpoints ------------------------------------------------------------------------
-
-    def save(
-        self,
-        directory: str | Path,
-        *,
-        data: Any = None,
-        keep: int | None = None,
-        async_save: bool = False,
-    ) -> Path:
-        """Write a checkpoint, which `load` opens under any number of stages and replicas.
-
-        It has parameters, persistent buffers, optimizer and LR scheduler, the number of steps,
-        and the random states; not gradients that wait for a step. Every rank must call it.
-
-        Args:
-            directory: of the run; this checkpoint becomes ``step-00000012`` in it, and ``latest``
-                names it. All machines must share it.
-            data: an object whose ``state_dict()`` is the position in the data; it is asked for on
-                the first stage of each replica.
-            keep: remove older checkpoints but this many, this one included; None keeps all.
-            async_save: copy to host memory now and write while training goes on. An error is
-                raised by the next save, load or `wait_for_save`. Python does not exit before it
-                is written.
-
-        Returns:
-            The checkpoint's own folder.
-
-        Raises:
-            NotCompiledError: there is nothing to save before the first batch.
-            CheckpointError: it cannot be written; those before it are as they were.
-        """
-        training = self._training(data)
-        with self._world.guard():
-            return self._checkpoints.save(training, Path(directory), keep, async_save)
-
-    def load(self, directory: str | Path, *, data: Any = None) -> int:
-        """Go on from a checkpoint, whatever stages and replicas it was saved under.
-
-        One of weights alone is loaded as step 0, and the optimizer starts afresh.
-
-        Args:
-            directory: as `save` was given it, for its ``latest`` (or its newest, if that is
-                missing); or the folder of one checkpoint.
-            data: an object whose ``load_state_dict`` takes the position in the data.
-
-        Returns:
-            After how many calls of `step` or `forward_backward` it was saved.
-
-        Raises:
-            NotCompiledError: before the first batch, when there is nothing to load into.
-            CheckpointError: there is none, it is damaged or of something else; on every rank,
-                and nothing has been changed.
-        """
-        training, session = self._training(data), self._require()
-        with self._world.guard():
-            self._seed, self._steps = self._checkpoints.load(training, Path(directory))
-            self.zero_grad()
-            session.refresh()
-        return self._steps
-
-    def wait_for_save(self) -> None:
-        """Wait until a save with ``async_save=True`` is on the disk; on every rank.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        with self._world.guard():
-            self._checkpoints.wait()
-
     # -- what was decided -------------------------------------------------------------------
 
     @property
@@ -361,12 +306,6 @@ class Pipeline:
 
     # -- the inside -------------------------------------------------------------------------
 
-    def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
-        session = self._require()
-        with self._world.plain():
-            state_dicts.load(session.state, tensors, of_loss)
-            session.refresh()
-
     def _require(self) -> Session:
         if self._session is None:
             raise NotCompiledError(
@@ -380,11 +319,16 @@ class Pipeline:
         return self._session.current if self._session is not None else ""
 
     def _load(
-        self, mode: Mode, whole: BatchSpec, values: list[torch.Tensor], runs: bool = True
+        self,
+        mode: Mode,
+        whole: BatchSpec,
+        values: list[torch.Tensor],
+        runs: bool = True,
+        several: bool = False,
     ) -> tuple[Session, Step]:
         """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
         obstacle = self._session.obstacle(mode) if self._session else ""
-        step = self._loader.step(mode, whole, values if runs else [], obstacle)
+        step = self._loader.step(mode, whole, values if runs else [], obstacle, several)
         for rows, request in step.requests.items():
             if (session := self._session) is not None and request in session.loaded:
                 continue
@@ -399,10 +343,12 @@ class Pipeline:
             session.add(request, made)
         return self._require(), step
 
-    def _prepare(self, mode: Mode, batch: Any) -> tuple[Session, Ready, dict[int, Job]]:
-        """What runs on a batch, and what each rank gets of it."""
+    def _prepare(
+        self, mode: Mode, batch: Any, several: bool = False
+    ) -> tuple[Session, Ready, dict[int, Job]]:
+        """What runs on a batch, or one of several, and what each rank gets of it."""
         values, whole = batches.flatten(batch)
-        session, step = self._load(mode, whole, values)
+        session, step = self._load(mode, whole, values, several=several)
         jobs = self._loader.deal(step, values, self._seed, self._steps)
         return session, session.ready(step), jobs
 
@@ -432,19 +378,3 @@ class Pipeline:
         except (BatchError, CaptureError) as error:
             why_not = str(error)
         verifier.returned(output, why_not)
-
-    def _training(self, data: Any) -> Training:
-        session = self._require()
-        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler}
-        return Training(
-            state=session.state,
-            optimizer=session.optimizer,
-            scheduler=session.scheduler,
-            data=data,
-            extras=self.checkpoint_extras | scaler,
-            own=session.own.found,
-            buffer_stages=session.buffers.stages,
-            seed=self._seed,
-            steps=self._steps,
-            config=self._config,
-        )

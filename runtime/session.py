@@ -18,16 +18,17 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
 from ..compiler.rows.loss import Weights, loss_of_outputs
 from ..compiler.rows.outputs import joined
+from ..compiler.rows.sums import Sums
 from ..compiler.rows.ways import How
 from .batch_loss import BatchLoss
 from .executor import Executor, Job, drive
 from .loader import Request, Step
-from .loss_scaler import LossScaler
-from .optimizer import clip_gradients, make_optimizer
-from .own_optimizers import OwnOptimizers
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
+from .stepping.loss_scaler import LossScaler
+from .stepping.optimizer import clip_gradients, make_optimizer
+from .stepping.own_optimizers import OwnOptimizers
 from .weights.materialize import Source
 from .world import World
 
@@ -307,6 +308,23 @@ class Session:
         weights = self.weigh(ready, jobs)
         self.run(ready, jobs)
         return ready.loss.total(jobs, weights)
+
+    def add_evaluated(self, ready: Ready, jobs: Mapping[int, Job], before: Sums | None) -> Sums:
+        """Run one of the batches of a data set, and add its loss to that of those before.
+
+        Raises:
+            BatchError: they have no mean, or it would be run several times and updates buffers.
+        """
+        sums = ready.loss.sums(before)
+        updated = {name for each in ready.graphs.values() for name in each.buffers.updated}
+        if updated and len(sums.runs) > 1:
+            raise BatchError(
+                "terms of the loss count differently, so that a batch of a data set is run "
+                f"{len(sums.runs)} times, and forward updates buffer {min(updated)!r} in "
+                "evaluation: evaluate the batches one by one"
+            )
+        ready.loss.add(sums, jobs, self._buffers(), lambda: self.run(ready, jobs))
+        return sums
 
     def output(self, ready: Ready, jobs: Mapping[int, Job]) -> Any:
         """Run a batch; what the model returns, on the ranks of the last stage; None on others.

@@ -36,8 +36,8 @@ from pipecompile.compiler.profiling.synthetic import Synthesizer
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
 from pipecompile.runtime.exchange.processes import Processes
 from pipecompile.runtime.exchange.transport import Endpoint
-from pipecompile.runtime.loss_scaler import LossScaler
 from pipecompile.runtime.state.accumulation import own_squares, squares
+from pipecompile.runtime.stepping.loss_scaler import LossScaler
 from pipecompile.runtime.weights import initializers
 from pipecompile.runtime.weights.allocation import Allocation
 from support import models, units

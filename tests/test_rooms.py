@@ -36,6 +36,8 @@ ROOMS = (
     "runtime/exchange",
     "runtime/weights",
     "runtime/state",
+    "runtime/stepping",
+    "runtime/data",
     "runtime/checkpoint",
     "runtime/verify",
     "runtime",

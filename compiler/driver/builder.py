@@ -95,6 +95,7 @@ class Builder:
         layout: Layout | None = None,
         dump: bool = True,
         batch: Sequence[torch.Tensor] = (),
+        weighs: bool = False,
     ) -> Compiled:
         """Compile one mode for one microbatch shape.
 
@@ -106,6 +107,8 @@ class Builder:
             layout: what another graph of the model has decided.
             dump: write the files that ``dump_dir`` asks for (one rank does).
             batch: leaves of one microbatch, which forward may ask, and to measure with.
+            weighs: tell how the losses of microbatches make that of several, also where a batch
+                has one.
 
         Raises:
             BatchError: forward asks the batch, and ranks hear different answers.
@@ -115,7 +118,8 @@ class Builder:
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
         recorder = Recorder(self._folder(mode, spec) if dump else None)
-        captured = self._captured(mode, spec, batch, recorder, microbatches * self.options.dp)
+        weighs |= microbatches * self.options.dp > 1
+        captured = self._captured(mode, spec, batch, recorder, weighs)
         graph, locality = captured.graph, locality_of(captured.graph)
         if layout is not None:
             layout.check(self.skeleton.updated)
@@ -184,16 +188,15 @@ class Builder:
         spec: BatchSpec,
         batch: Sequence[torch.Tensor],
         recorder: Recorder,
-        pieces: int,
+        weighs: bool,
     ) -> Captured:
         """The joint graph, with the passes over it.
 
         Args:
-            pieces: the microbatches of all replicas.
+            weighs: tell how the losses of microbatches make that of several.
         """
         options = self.options
-        by_graph = options.loss_normalization != "microbatch" and options.loss_weight is None
-        weighs = by_graph and pieces > 1
+        weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
         if self.why:
             with recorder.record("joint", "stages") as outcome:
                 outcome.note = self.why

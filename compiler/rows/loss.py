@@ -171,19 +171,32 @@ def _divided(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
 
 def _factors(term: Weighing, counts: Sequence[Sequence[float]], rows: Sequence[int]) -> list[float]:
     """What each microbatch is multiplied by before all of them are added."""
+    mine, amount = amounts(term, counts, rows)
+    total = total_of(term, amount)
+    return [each / total for each in mine]
+
+
+def amounts(
+    term: Weighing, counts: Sequence[Sequence[float]], rows: Sequence[int]
+) -> tuple[list[float], float]:
+    """What each microbatch counts, and what they amount to."""
     there = [float(n > 0) for n in rows]
-    if term.way is Way.SUM:
-        return there
     if term.way is Way.ROWS:
-        return [n / sum(rows) for n in rows]
+        return [float(n) for n in rows], float(sum(rows))
     if term.way is Way.KEPT:
         mine = [each[term.count] if n else 0.0 for each, n in zip(counts, rows, strict=True)]
         if term.by_rows:
             mine = [count * n for count, n in zip(mine, rows, strict=True)]
-        total = _divisor(term, sum(mine))
         pairs = zip(mine, there, strict=True)
-        return [real * _divisor(term, count) / total for count, real in pairs]
-    return [real / sum(there) for real in there]
+        return [real * _divisor(term, count) for count, real in pairs], sum(mine)
+    return there, sum(there)
+
+
+def total_of(term: Weighing, amount: float) -> float:
+    """What a sum of losses times what each counts is divided by."""
+    if term.way is Way.SUM:
+        return 1.0
+    return _divisor(term, amount) if term.way is Way.KEPT else amount
 
 
 def _divisor(term: Weighing, count: float) -> float:

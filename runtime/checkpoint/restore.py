@@ -10,6 +10,7 @@ import torch
 
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.ir.ops import generator_of
+from ..data.dataset_loader import DataSetLoaders
 from ..state.model_state import ModelState
 from . import extras, tree
 from .index import Index
@@ -142,7 +143,8 @@ class Restore:
 
     def _prepare_data(self, saved: list[Any]) -> None:
         data, mesh = self._training.data, self._training.state.mesh
-        if data is None:
+        implied = isinstance(data, DataSetLoaders)
+        if data is None or (implied and not saved):
             return
         shards = mesh.dp if mesh.distributed else 1
         if not saved:
@@ -160,6 +162,13 @@ class Restore:
                 "count what all shares have read"
             )
         state = tree.decode(chosen)
+        if implied != DataSetLoaders.is_state(state):
+            if implied:
+                return
+            raise CheckpointError(
+                "data= was given, and the checkpoint has the position of loaders that the pipeline "
+                "made: leave it out"
+            )
         self._pending.append(partial(data.load_state_dict, state))
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ...compiler.capture.whole import model_of, saved
 from ...compiler.ir.ops import generator_of
+from ..data.dataset_loader import DataSetLoaders
 from ..state.model_state import ModelState
 from . import extras, optimizer_state, tree
 
@@ -123,8 +124,11 @@ def facts_of(training: Training) -> dict[str, Any]:
     rank = next(iter(state.ranks))
     facts: dict[str, Any] = {"optimizer": None, "scheduler": None, "data": None}
     facts["first_replica"] = state.mesh.replica_of(rank) == 0
-    if 0 in state.mesh.stages_of(rank) and training.data is not None:
-        facts["data"] = tree.encode(training.data.state_dict(), "the state of data=")
+    data = training.data
+    if 0 in state.mesh.stages_of(rank) and not (
+        data is None or (isinstance(data, DataSetLoaders) and data.empty)
+    ):
+        facts["data"] = tree.encode(data.state_dict(), "the state of data=")
     if optimizer is not None:
         facts["optimizer"] = optimizer_state.facts_of(optimizer, _our_params(training))
     if training.scheduler is not None:

@@ -395,7 +395,7 @@ PRECISION = (
         "gradients stay scaled",
     ),
     Mutant(
-        "runtime/loss_scaler.py",
+        "runtime/stepping/loss_scaler.py",
         "self.skipped += 1\nself._good = 0",
         "self.skipped += 1",
         "test_loss_scaler.py::test_the_scale_is_that_of_torchs_scaler",

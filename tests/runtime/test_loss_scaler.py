@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile import LossScale, Precision
-from pipecompile.runtime.loss_scaler import LossScaler
 from pipecompile.runtime.state.accumulation import Accumulation
+from pipecompile.runtime.stepping.loss_scaler import LossScaler
 from support import jobs, models, plain
 from support.autocast import FP16, FP32, Summed, small
 from support.gang import Gang

@@ -178,6 +178,13 @@ if how == "caught" and rank == 1:  # and stays alive, its connections open
         pipe.step(batch)
     except ArithmeticError:
         time.sleep(600)
+if how == "evaluating":
+    def batches():
+        yield batch
+        if rank == 1:
+            raise ArithmeticError("the second loader is out of data")
+        yield batch
+    pipe.evaluate(batches())
 pipe.step(batch)
 print("finished", rank)
 """
@@ -187,6 +194,7 @@ print("finished", rank)
     ("how", "cause"),
     [
         ("inside", "ArithmeticError: the second stage is out of numbers"),
+        ("evaluating", "ArithmeticError: the second loader is out of data"),
         pytest.param(
             "between",
             "ArithmeticError: the data loader is out of data",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compiler.ir import precision
-from ..compiler.ir.errors import StateError
-from ..compiler.ir.precision import LossScale
+from ...compiler.ir import precision
+from ...compiler.ir.errors import StateError
+from ...compiler.ir.precision import LossScale
 
 
 class LossScaler:

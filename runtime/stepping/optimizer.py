@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from ..compiler.profiling.standins import called
-from .state.accumulation import reported, reported_squares
-from .state.model_state import ModelState
+from ...compiler.profiling.standins import called
+from ..state.accumulation import reported, reported_squares
+from ..state.model_state import ModelState
 
 
 def make_optimizer(

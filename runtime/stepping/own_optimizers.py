@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compiler.effects.outside import Originals
-from ..compiler.ir.errors import OptionError
+from ...compiler.effects.outside import Originals
+from ...compiler.ir.errors import OptionError
 
 _watching: WeakSet[OwnOptimizers] = WeakSet()
 

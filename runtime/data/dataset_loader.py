@@ -1,0 +1,164 @@
+"""A data set in global batches, of which each process loads the rows of its replica."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ...compiler.capture import batch as batches
+from ...compiler.ir.errors import OptionError
+from ...compiler.ir.ops import mix
+from ...compiler.options.microbatches import cut
+
+_OURS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator")
+
+
+class DataSetLoader:
+    """Iterates over a data set once; made by `Pipeline.loader`.
+
+    A pass over it gives the batches in the same order, and each replica the same rows of them,
+    in one process and in many. What is left at the end is a smaller batch; a replica without rows
+    in it gets an empty one.
+
+    Args:
+        shards, shard: into how many shares a global batch is cut, and which one is loaded.
+        seed: of the order.
+        options: of `torch.utils.data.DataLoader`.
+
+    Attributes:
+        epoch: passes that were begun before this one.
+        batch: global batches of this pass that were given out.
+
+    Raises:
+        OptionError: not a data set with a length, or an option that is not the user's.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        shards: int,
+        shard: int,
+        seed: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        whole_batches: bool = False,
+        **options: Any,
+    ):
+        _check(dataset, batch_size, options)
+        self._dataset, self._size, self._options = dataset, batch_size, options
+        self._shards, self._shard, self._seed = shards, shard, seed
+        self._shuffle, self._drop_last, self._whole = shuffle, drop_last, whole_batches
+        self.epoch = self.batch = 0
+        self._begun = False
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        rows = len(self._dataset)
+        return rows // self._size if self._drop_last else -(-rows // self._size)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._begun:  # and left before its end
+            self.epoch, self.batch = self.epoch + 1, 0
+        self._begun = True
+        chosen = self._batches()[self.batch :]
+        parts = [cut(len(rows), self._shards) for rows in chosen]
+        starts = [sum(sizes[: self._shard]) for sizes in parts]
+        sizes = [each[self._shard] for each in parts]
+        if not self._whole:  # a share without rows is cut from a batch of one
+            chosen = [
+                rows[start : start + size] or rows[:1]
+                for rows, start, size in zip(chosen, starts, sizes, strict=True)
+            ]
+            starts = [0] * len(starts)
+        loader = DataLoader(
+            self._dataset, batch_sampler=chosen, generator=self._generator(), **self._options
+        )
+        for batch, rows, start, size in zip(loader, chosen, starts, sizes, strict=True):
+            self.batch += 1
+            yield batch if size == len(rows) else _rows(batch, start, size)
+        self.epoch, self.batch, self._begun = self.epoch + 1, 0, False
+
+    def _batches(self) -> list[list[int]]:
+        """The rows of each global batch of a pass."""
+        count = len(self._dataset)
+        order = torch.randperm(count, generator=self._generator()) if self._shuffle else None
+        rows = list(range(count)) if order is None else order.tolist()
+        return [rows[i * self._size : (i + 1) * self._size] for i in range(len(self))]
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(mix(self._seed, self.epoch))
+
+    def state_dict(self) -> dict[str, int]:
+        """How far it is, the same in every process: it holds for any number of replicas."""
+        return {"epoch": self.epoch, "batch": self.batch, "seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the batch that was given out last; the next pass begins there."""
+        self.epoch, self.batch, self._seed = state["epoch"], state["batch"], state["seed"]
+        self._begun = False
+
+
+class DataSetLoaders:
+    """Those of a pipeline, as one position in the data. Loaders are told apart by the order in
+    which they were made; one that is made later takes up the position that was loaded for it."""
+
+    def __init__(self) -> None:
+        self._made: list[weakref.ref[DataSetLoader]] = []
+        self._waiting: list[Mapping[str, int]] = []
+
+    def add(self, loader: DataSetLoader) -> None:
+        self._made.append(weakref.ref(loader))
+        if self._waiting:
+            loader.load_state_dict(self._waiting.pop(0))
+
+    @property
+    def empty(self) -> bool:
+        return not self._alive
+
+    @staticmethod
+    def is_state(state: Any) -> bool:
+        """Whether `state_dict` has returned it."""
+        return isinstance(state, dict) and list(state) == ["loaders"]
+
+    @property
+    def _alive(self) -> list[DataSetLoader]:
+        return [each for each in (made() for made in self._made) if each is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loaders": [loader.state_dict() for loader in self._alive]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._waiting = list(state["loaders"])
+        for loader in self._alive[: len(self._waiting)]:
+            loader.load_state_dict(self._waiting.pop(0))
+
+
+def _rows(batch: Any, start: int, size: int) -> Any:
+    """So many rows of a batch."""
+    values, spec = batches.flatten(batch)
+    mine = [value[start : start + size] if value.dim() else value for value in values]
+    return spec.with_rows(size).build(mine)
+
+
+def _check(dataset: Any, batch_size: Any, options: Mapping[str, Any]) -> None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise OptionError(
+            f"loader() cuts a data set by the numbers of its rows, and a {type(dataset).__name__} "
+            "has none: give it to a DataLoader of yours, with the rows that pipe.data_shards and "
+            "pipe.data_shard say, and that to save(data=...)"
+        )
+    if type(batch_size) is not int or batch_size < 1:
+        raise OptionError(f"batch_size={batch_size!r}: give the rows of a global batch, 1 or more")
+    known = set(inspect.signature(DataLoader).parameters) - set(_OURS)
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                f"loader() has no option {name!r}: it takes shuffle, drop_last, whole_batches, and "
+                f"of DataLoader {', '.join(sorted(known))}"
+            )

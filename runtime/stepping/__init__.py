@@ -1,0 +1,1 @@
+"""What steps the parameters: the optimizer, clipping, loss scaling."""

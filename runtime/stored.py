@@ -1,0 +1,162 @@
+"""What of a pipeline outlives it: state dicts, and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.checkpoint import Checkpoints
+from .checkpoint.snapshot import Training
+from .data.dataset_loader import DataSetLoaders
+from .session import Session
+from .state import state_dict as state_dicts
+from .stepping.loss_scaler import LossScaler
+from .world import World
+
+
+class Stored:
+    """The part of `Pipeline` that reads and writes its state."""
+
+    checkpoint_extras: dict[str, Any]
+    loss_scaler: LossScaler | None
+    _world: World
+    _checkpoints: Checkpoints
+    _loaders: DataSetLoaders
+    _config: dict[str, Any] | None
+    _seed: int
+    _steps: int
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        raise NotImplementedError
+
+    def _require(self) -> Session:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All parameters and buffers, full, on the CPU, under the names that the model gives them.
+
+        Between processes every rank must call it, and every rank gets all of it. It loads into
+        the unmodified model with ``strict=True``.
+        """
+        session = self._require()
+        with self._world.guard():
+            return state_dicts.gather(session.state, session.buffers.stages)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict`, or the unmodified model's own, returned.
+
+        Raises:
+            StateError: names or shapes differ; nothing has been changed then.
+        """
+        self._load_state(state_dict, of_loss=False)
+
+    def loss_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
+        session = self._require()
+        with self._world.guard():
+            return state_dicts.gather(session.state, session.buffers.stages, of_loss=True)
+
+    def load_loss_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `loss_state_dict`, or the unmodified loss's own ``state_dict``, returned.
+
+        Raises:
+            StateError: names or shapes differ; nothing has been changed then.
+        """
+        self._load_state(state_dict, of_loss=True)
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        data: Any = None,
+        keep: int | None = None,
+        async_save: bool = False,
+    ) -> Path:
+        """Write a checkpoint, which `load` opens under any number of stages and replicas.
+
+        It has parameters, persistent buffers, optimizer and LR scheduler, the number of steps,
+        and the random states; not gradients that wait for a step. Every rank must call it.
+
+        Args:
+            directory: of the run; this checkpoint becomes ``step-00000012`` in it, and ``latest``
+                names it. All machines must share it.
+            data: an object whose ``state_dict()`` is the position in the data; it is asked for on
+                the first stage of each replica.
+            keep: remove older checkpoints but this many, this one included; None keeps all.
+            async_save: copy to host memory now and write while training goes on. An error is
+                raised by the next save, load or `wait_for_save`. Python does not exit before it
+                is written.
+
+        Returns:
+            The checkpoint's own folder.
+
+        Raises:
+            NotCompiledError: there is nothing to save before the first batch.
+            CheckpointError: it cannot be written; those before it are as they were.
+        """
+        training = self._training(data)
+        with self._world.guard():
+            return self._checkpoints.save(training, Path(directory), keep, async_save)
+
+    def load(self, directory: str | Path, *, data: Any = None) -> int:
+        """Go on from a checkpoint, whatever stages and replicas it was saved under.
+
+        One of weights alone is loaded as step 0, and the optimizer starts afresh.
+
+        Args:
+            directory: as `save` was given it, for its ``latest`` (or its newest, if that is
+                missing); or the folder of one checkpoint.
+            data: an object whose ``load_state_dict`` takes the position in the data.
+
+        Returns:
+            After how many calls of `step` or `forward_backward` it was saved.
+
+        Raises:
+            NotCompiledError: before the first batch, when there is nothing to load into.
+            CheckpointError: there is none, it is damaged or of something else; on every rank,
+                and nothing has been changed.
+        """
+        training, session = self._training(data), self._require()
+        with self._world.guard():
+            self._seed, self._steps = self._checkpoints.load(training, Path(directory))
+            self.zero_grad()
+            session.refresh()
+        return self._steps
+
+    def wait_for_save(self) -> None:
+        """Wait until a save with ``async_save=True`` is on the disk; on every rank.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        with self._world.guard():
+            self._checkpoints.wait()
+
+    # -- the inside -------------------------------------------------------------------------
+
+    def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
+        session = self._require()
+        with self._world.plain():
+            state_dicts.load(session.state, tensors, of_loss)
+            session.refresh()
+
+    def _training(self, data: Any) -> Training:
+        """What a checkpoint is made of; the position in the data is that of the loaders made here,
+        unless other data is given."""
+        session = self._require()
+        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler}
+        return Training(
+            state=session.state,
+            optimizer=session.optimizer,
+            scheduler=session.scheduler,
+            data=self._loaders if data is None else data,
+            extras=self.checkpoint_extras | scaler,
+            own=session.own.found,
+            buffer_stages=session.buffers.stages,
+            seed=self._seed,
+            steps=self._steps,
+            config=self._config,
+        )
