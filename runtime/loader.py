@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -54,12 +55,17 @@ class Step:
             nothing, so that all replicas do the same.
         here: the replicas of which this process has the rows.
         spare: the leaves of a row for microbatches without rows.
+        absent: ranks that were given no batch, as their stages read nothing of it.
+        given: the leaves of the batch; of an absent rank those that another has given it, where
+            something is to be compiled, or none.
     """
 
     requests: Mapping[int, Request]
     sizes: tuple[tuple[int, ...], ...]
     here: tuple[int, ...]
-    spare: tuple[torch.Tensor, ...] = ()
+    spare: Leaves = ()
+    absent: tuple[int, ...] = ()
+    given: Leaves = ()
 
     @property
     def first(self) -> Request:
@@ -81,7 +87,7 @@ class Loader:
     def step(
         self,
         mode: Mode,
-        whole: BatchSpec,
+        whole: BatchSpec | None,
         values: Sequence[torch.Tensor],
         obstacle: str = "",
         several: bool = False,
@@ -89,29 +95,56 @@ class Loader:
         """What a batch of this shape asks for.
 
         Args:
+            whole: None on a rank that has no batch.
             values: its leaves; empty where there is its shape only.
             several: its loss is a part of that of several batches.
             obstacle: what keeps this rank from running anything, if something does.
 
         Raises:
             CaptureError: a rank has an obstacle.
-            BatchError: there are no rows, or microbatches do not agree in what forward asks them.
+            BatchError: there are no rows, or microbatches do not agree in what forward asks them,
+                or a rank without a batch needs it for that.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
         agreement, mesh = self._world.agreement, self._world.mesh
-        rows = agreement.check_batch(mode, whole, values, obstacle)
-        rows = rows if mesh.distributed else cut(whole.rows, mesh.dp)
+        agreed = agreement.check_batch(mode, whole, values, obstacle)
+        whole = agreed.spec
+        rows = agreed.rows if mesh.distributed else cut(whole.rows, mesh.dp)
         count = microbatches_of(rows, self._options)
         sizes = tuple(tuple(cut(each, count)) for each in rows)
         distinct = sorted({max(1, n) for each in sizes for n in each}, reverse=True)
         here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
         weighs = several or count * mesh.dp > 1
         requests = {n: Request(mode, whole.with_rows(n), count, weighs=weighs) for n in distinct}
-        step = Step(requests, sizes, here, self._spare(rows, values))
+        if agreed.absent:
+            values = self._brought(agreed.absent, requests.values(), values)
+        step = Step(requests, sizes, here, self._spare(rows, values), agreed.absent, tuple(values))
         if values and any(self._guards.get(request) for request in requests.values()):
             step = self._answered(step, values)
         return step
+
+    def _brought(
+        self, absent: Sequence[int], requests: Iterable[Request], values: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """The leaves of this rank's share, which absent ranks are given if they are to compile."""
+        known = [self._guards.get(request) for request in requests]
+        if any(known):
+            raise BatchError(
+                "forward decides by the values of this batch, so that all ranks have to see it, "
+                f"and rank {absent[0]} was given none: pipe.needs_data says which processes need "
+                "one"
+            )
+        if None not in known:
+            return values
+        mesh, mine = self._world.mesh, self._world.mesh.rank
+        assert mine is not None
+        leaders = {mesh.rank_of(mesh.replica_of(rank), 0) for rank in absent}
+        everyone = self._world.agreement.gather(list(values) if mine in leaders else None)
+        if mine not in absent:
+            return values
+        given: list[torch.Tensor] = everyone[mesh.rank_of(mesh.replica_of(mine), 0)]
+        return given
 
     def _spare(self, rows: Sequence[int], values: Sequence[torch.Tensor]) -> Leaves:
         """The first row here, or of another replica where this one has none."""
@@ -124,7 +157,11 @@ class Loader:
         return mine if rows[mesh.replica_of(mesh.rank)] else given
 
     def pieces(self, step: Step, values: Sequence[torch.Tensor]) -> dict[int, list[Leaves]]:
-        """Replica -> the leaves of its microbatches, of those that this process has the rows of."""
+        """Replica -> the leaves of its microbatches, of those that this process has the rows of;
+        nothing in their places where it was given no batch."""
+        if not values:
+            nothing: Any = (None,) * len(step.first.spec.leaves)
+            return {r: [nothing] * len(step.sizes[r]) for r in step.here}
         sizes = [n for replica in step.here for n in step.sizes[replica]]
         found = iter(zip(batches.cut(values, sizes), sizes, strict=True))
         return {
@@ -232,20 +269,17 @@ class Loader:
                 raise BatchError(obstacle)
         return compiled
 
-    def deal(
-        self, step: Step, values: list[torch.Tensor], seed: int, number: int
-    ) -> dict[int, Job]:
+    def deal(self, step: Step, seed: int, number: int) -> dict[int, Job]:
         """Rank -> its replica's microbatches, on its device, and the seeds of their random ops.
 
         Args:
-            values: the leaves of the batch.
             seed, number: of the run and the step, what random ops are drawn from.
         """
-        pieces, jobs = self.pieces(step, values), {}
+        pieces, jobs = self.pieces(step, step.given), {}
         for rank, end in self._world.endpoints.items():
             sizes = step.sizes[end.replica]
             moved = [
-                [leaf.to(end.device, non_blocking=True) for leaf in piece]
+                [leaf if leaf is None else leaf.to(end.device, non_blocking=True) for leaf in piece]
                 for piece in pieces[end.replica]
             ]
             seeds = [mix(seed, number, end.replica, i) for i in range(len(sizes))]

@@ -93,6 +93,12 @@ class Pipeline(Stored):
             self.compile_for(options.example_batch)
 
     @property
+    def needs_data(self) -> bool:
+        """Whether this process has to be given batches. Where its stages read nothing of those that
+        were met so far it may be given None, and needs no loader; before the first it needs one."""
+        return self._session is None or self._session.needs_data
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is the one that prints and saves: rank 0, or the only one."""
         return self._world.is_main
@@ -116,7 +122,8 @@ class Pipeline(Stored):
 
         Args:
             batch: dict, tuple or tensor, cut along dim 0: under torchrun this replica's share of
-                the global one, in one process all of it.
+                the global one, in one process all of it. None where `needs_data` says that this
+                process needs none.
 
         Returns:
             The loss of the whole global batch, as ``loss_normalization`` says, a 0-dim tensor on
@@ -240,25 +247,26 @@ class Pipeline(Stored):
         Args:
             data: a batch; or what gives batches, such as a `DataLoader`, for the loss of all of
                 them as one batch would have it. Where a process has none left, it takes part with
-                none.
+                none; one that `needs_data` says needs none may have None.
             progress: show how far a loader is; by default where rank 0 writes to a terminal.
 
         Raises:
             BatchError: a batch does not fit, or the loader has none.
         """
         world, sums = self._world, None
-        if not is_loader(data):
-            with world.guard():
+        gather = world.agreement.gather
+        with world.guard():
+            if not is_loader(data, gather):
                 session, ready, jobs = self._prepare(Mode.EVALUATE, data)
                 return session.evaluated(ready, jobs)
-        shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
-        with world.guard(), shown_progress(data, shown) as advance:
-            for batch in in_step(data, world.agreement.gather):
-                session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
-                sums = session.add_evaluated(ready, jobs, sums)
-                advance()
+            shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
+            with shown_progress(data, shown) as advance:
+                for batch in in_step(data, gather):
+                    session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
+                    sums = session.add_evaluated(ready, jobs, sums)
+                    advance()
             assert sums is not None  # there was a batch
-            total = sums.total(world.agreement.gather(sums.here))
+            total = sums.total(gather(sums.here))
             return torch.tensor(total, dtype=self.programs.loss_dtype, device=world.device)
 
     def forward(self, batch: Any) -> Any:
@@ -321,7 +329,7 @@ class Pipeline(Stored):
     def _load(
         self,
         mode: Mode,
-        whole: BatchSpec,
+        whole: BatchSpec | None,
         values: list[torch.Tensor],
         runs: bool = True,
         several: bool = False,
@@ -333,7 +341,7 @@ class Pipeline(Stored):
             if (session := self._session) is not None and request in session.loaded:
                 continue
             layout = None if session is None else session.layout
-            made = self._loader.compile(step, rows, layout, values)
+            made = self._loader.compile(step, rows, layout, step.given or values)
             if session is None:
                 assert self._source is not None
                 self._session = session = Session(
@@ -347,10 +355,10 @@ class Pipeline(Stored):
         self, mode: Mode, batch: Any, several: bool = False
     ) -> tuple[Session, Ready, dict[int, Job]]:
         """What runs on a batch, or one of several, and what each rank gets of it."""
-        values, whole = batches.flatten(batch)
+        values, whole = ([], None) if batch is None else batches.flatten(batch)
         session, step = self._load(mode, whole, values, several=several)
-        jobs = self._loader.deal(step, values, self._seed, self._steps)
-        return session, session.ready(step), jobs
+        ready = session.ready(step)
+        return session, ready, self._loader.deal(step, self._seed, self._steps)
 
     def _verifying(self, batch: Any) -> Verifier | None:
         """What compares this step with one process, if anything does."""
@@ -360,7 +368,7 @@ class Pipeline(Stored):
         with self._world.guard():
             session, ready, jobs = self._prepare(Mode.TRAIN, batch)
             weights = session.weigh(ready, jobs)
-        mine, spec = self._loader.by_replica(jobs), batches.flatten(batch)[1]
+        mine, spec = self._loader.by_replica(jobs), ready.spec
         eager, updated = self._skeleton.regions.drawing, self._skeleton.updated
         verifier.begin(mine, spec, self._seed, self._steps, weights, eager, updated)
         return verifier

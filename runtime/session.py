@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir import ops
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
+from ..compiler.ir.program import Role
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
 from ..compiler.rows.loss import Weights, loss_of_outputs
@@ -61,10 +63,12 @@ class Ready:
     Attributes:
         graphs: rows of a microbatch -> the graph for it, the largest first.
         loss: of the batch.
+        spec: of the largest microbatch.
     """
 
     graphs: Mapping[int, Loaded]
     loss: BatchLoss
+    spec: BatchSpec
 
     @property
     def first(self) -> Loaded:
@@ -192,7 +196,38 @@ class Session:
         weight = None if step.first.mode is Mode.FORWARD else self._loss_weight
         forms = {rows: loaded.compiled.loss for rows, loaded in graphs.items()}
         program = self.loaded[step.first].compiled.program
-        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step))
+        for rank in step.absent:
+            if any(self._reads(request, rank) for request in step.requests.values()):
+                raise BatchError(
+                    f"rank {rank} was given no batch, and its stages read of it, or count its "
+                    "labels: pipe.needs_data says which processes need one"
+                )
+        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), step.first.spec)
+
+    def _reads(self, request: Request, rank: int) -> bool:
+        """Whether a rank needs the batches of a graph: it deals them out, reads or counts them."""
+        compiled, mesh = self.loaded[request].compiled, self._world.mesh
+        program, form = compiled.program, compiled.loss
+        leaves, stages = len(request.spec.leaves), mesh.stages_of(rank)
+        counts = self._loss_weight is not None or (form is not None and form.counting is not None)
+        return (
+            0 in stages
+            or bool(compiled.guards)
+            or (counts and program.loss_stage in stages)
+            or any(
+                port.role is Role.BATCH and int(port.key) < leaves
+                for stage in stages
+                for part in program.stages[stage].parts.values()
+                for port in part.inputs
+            )
+        )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a rank of this process needs the batches of a graph."""
+        return any(
+            self._reads(request, rank) for request in self.loaded for rank in self.state.ranks
+        )
 
     def run(self, ready: Ready, jobs: Mapping[int, Job]) -> None:
         """Run a batch on all ranks of this process. Call under `torch.no_grad()`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +30,24 @@ from .mesh import Mesh
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """The batch that all ranks are about to run.
+
+    Attributes:
+        spec: of this rank's share; of the first rank's, with no rows of its own, where it has none.
+        rows: of each replica; of one process, of the batch.
+        absent: ranks that were given no batch.
+    """
+
+    spec: BatchSpec
+    rows: list[int]
+    absent: tuple[int, ...] = ()
+
+
+_ABSENT = -1  # of a rank without a batch, in the place of a hash
+
+
 class Agreement:
     """Compares what the processes of a run were given; one process agrees with itself.
 
@@ -39,6 +58,7 @@ class Agreement:
         self._mesh = mesh
         separate = mesh.distributed and device.type == "cuda"
         self._control = dist.new_group(backend="gloo") if separate else None
+        self._told: dict[int, BatchSpec | None] = {}  # batches that ranks without one have met
 
     def gather(self, value: Any) -> list[Any]:
         """This value of every process, in rank order; one process agrees with itself."""
@@ -72,38 +92,56 @@ class Agreement:
         return cast(T, result)
 
     def check_batch(
-        self, mode: Mode, spec: BatchSpec, values: Sequence[torch.Tensor], obstacle: str = ""
-    ) -> list[int]:
+        self,
+        mode: Mode,
+        spec: BatchSpec | None,
+        values: Sequence[torch.Tensor],
+        obstacle: str = "",
+    ) -> Agreed:
         """Every rank is about to run batches that differ in the number of rows alone, and the
         stages of a replica the same data, or all of them stop here.
 
         Args:
+            spec: None on a rank that has no batch.
             values: the leaves of the batch; a sample of each is compared.
             obstacle: what keeps this rank from running, if anything does: a `CaptureError` on all.
 
-        Returns:
-            The rows of each replica; of one process, of the batch.
-
         Raises:
+            BatchError: no rank of a replica's first stage has a batch.
             RankMismatchError: batches, or data within a replica, differ.
         """
         if not self._mesh.distributed:
             if obstacle:
                 raise CaptureError(obstacle)
-            return [spec.rows]
-        text = f"{mode} {spec.with_rows(1).described()}"
-        number = _number(f"{text} {bool(values)}")
+            if spec is None:
+                raise BatchError("the batch is None: give one")
+            return Agreed(spec, [spec.rows])
+        text, number, count = "", _ABSENT, 0
+        if spec is not None:
+            text, count = f"{mode} {spec.with_rows(1).described()}", spec.rows
+            number = _number(f"{text} {bool(values)}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        mine = torch.tensor([number, data, bool(obstacle), spec.rows])
+        mine = torch.tensor([number, data, bool(obstacle), count])
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
         dist.all_gather(everyone, mine, group=self._control)
         programs, batches, stopped, rows = zip(*(x.tolist() for x in everyone), strict=True)
         if any(stopped):
             raise CaptureError(next(filter(None, self.gather(obstacle))))
-        if set(programs) == {number}:
-            self._check_data(batches)
-            return [rows[self._mesh.rank_of(replica, 0)] for replica in range(self._mesh.dp)]
-        first, *others = self.gather(text)
+        absent = tuple(rank for rank, each in enumerate(programs) if each == _ABSENT)
+        leaders = [self._mesh.rank_of(replica, 0) for replica in range(self._mesh.dp)]
+        if lost := set(leaders).intersection(absent):
+            raise BatchError(
+                f"rank {min(lost)} was given no batch, and it has the first stage: pipe.needs_data "
+                "says which processes need one"
+            )
+        if len({each for each in programs if each != _ABSENT}) == 1:
+            self._check_data(batches, absent)
+            if absent:
+                spec = self._tell(programs[leaders[0]], spec)
+            assert spec is not None
+            return Agreed(spec, [rows[rank] for rank in leaders], absent)
+        texts = [each for each in self.gather(text) if each]
+        first, *others = texts
         for rank, theirs in enumerate(others, 1):
             if theirs != first:
                 raise RankMismatchError(
@@ -111,6 +149,12 @@ class Agreement:
                     "all ranks must make the same calls with equal shapes"
                 )
         raise RankMismatchError("one rank was given a batch and another its shape: give all alike")
+
+    def _tell(self, number: int, spec: BatchSpec | None) -> BatchSpec | None:
+        """What ranks without a batch need to know of it; asked for once."""
+        if number not in self._told:
+            self._told[number] = next(filter(None, self.gather(spec)))
+        return self._told[number] if spec is None else spec
 
     def check_choice(self, choice: Choice | None, refusal: Callable[[], str]) -> Choice:
         """The graph that all ranks run on microbatches of one size.
@@ -194,8 +238,10 @@ class Agreement:
                         "the same files; initialisers may draw from torch's generators only"
                     )
 
-    def _check_data(self, seen: Sequence[int]) -> None:
+    def _check_data(self, seen: Sequence[int], absent: Collection[int]) -> None:
         for rank, number in enumerate(seen):
+            if rank in absent:
+                continue
             leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
             if number != seen[leader]:
                 raise RankMismatchError(

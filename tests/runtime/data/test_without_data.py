@@ -1,0 +1,83 @@
+"""Processes whose stages read nothing of the batch, and are given none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pipecompile
+import pytest
+import torch
+from pipecompile.errors import BatchError, PipecompileError
+from support import jobs, models, plain
+from support.gang import Gang
+
+STAGES = 3
+
+
+def batch(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    tokens = torch.randint(64, (4, length))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def used(gives: Callable[[pipecompile.Pipeline, Any], Any]) -> list[Any]:
+    """What is returned for batches of two lengths, one of which was not met before."""
+    pipe = jobs.pipeline("gpt2", STAGES, 1, 2, example_batch=batch(8))
+
+    def given(*lengths: int) -> list[Any]:
+        return [gives(pipe, batch(length)) for length in lengths]
+
+    losses = [pipe.step(each) for each in given(8, 5, 8)]
+    whole = given(8, 5)
+    losses += [pipe.evaluate(None if None in whole else iter(whole)), pipe.evaluate(*given(5))]
+    output = pipe.forward(*given(8))
+    return [torch.stack(losses), None if output is None else output.logits, pipe.state_dict()]
+
+
+def without_data() -> tuple[bool, list[Any]]:
+    pipe = jobs.pipeline("gpt2", STAGES, 1, 2)
+    assert pipe.needs_data
+    pipe.compile_for(batch(8))
+    return pipe.needs_data, used(lambda pipe, each: each if pipe.needs_data else None)
+
+
+def test_stages_in_the_middle_need_none(gang: Callable[[int], Gang]) -> None:
+    losses, _, state = used(lambda _, each: each)
+    found = gang(STAGES).run(without_data)
+    assert [needs for needs, _ in found] == [True, False, True]
+    for _, (mine, _, kept) in found:
+        assert torch.equal(mine, losses)
+        assert plain.equal(kept, state)
+
+
+def lacking(missing: int) -> str:
+    pipe = jobs.pipeline("gpt2", STAGES, 1, 2, example_batch=batch(8))
+    try:
+        pipe.step(None if int(os.environ["RANK"]) == missing else batch(8))
+    except PipecompileError as error:
+        text = f"{type(error).__name__}: {error}"
+    pipe.step(batch(8))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, "BatchError: rank 0 was given no batch, and it has the first stage"),
+        (2, "BatchError: rank 2 was given no batch, and its stages read of it"),
+    ],
+)
+def test_who_needs_it_is_told_on_all_ranks(
+    gang: Callable[[int], Gang], rank: int, message: str
+) -> None:
+    for text in gang(STAGES).run(lacking, rank):
+        assert text.startswith(message)
+
+
+def test_one_process_needs_it() -> None:
+    pipe = pipecompile.compile(models.gpt2(), 2, optimizer=jobs.SGD)
+    assert pipe.needs_data
+    with pytest.raises(BatchError, match="the batch is None: give one"):
+        pipe.step(None)
