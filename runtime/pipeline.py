@@ -247,7 +247,7 @@ class Pipeline(Stored):
         Args:
             data: a batch; or what gives batches, such as a `DataLoader`, for the loss of all of
                 them as one batch would have it. Where a process has none left, it takes part with
-                none; one that `needs_data` says needs none may have None.
+                none; one that `needs_data` says needs none may have an empty one, ``iter(())``.
             progress: show how far a loader is; by default where rank 0 writes to a terminal.
 
         Raises:
@@ -256,12 +256,13 @@ class Pipeline(Stored):
         world, sums = self._world, None
         gather = world.agreement.gather
         with world.guard():
-            if not is_loader(data, gather):
+            if not is_loader(data):
                 session, ready, jobs = self._prepare(Mode.EVALUATE, data)
                 return session.evaluated(ready, jobs)
+            world.agreement.check_loaders()
             shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
             with shown_progress(data, shown) as advance:
-                for batch in in_step(data, gather):
+                for batch in in_step(data, gather, lambda: self.needs_data):
                     session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
                     sums = session.add_evaluated(ready, jobs, sums)
                     advance()

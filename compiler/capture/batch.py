@@ -82,6 +82,11 @@ class BatchSpec:
             whole.insert(position, value)
         return tree_unflatten(whole, self.tree)
 
+    def without_sizes(self) -> BatchSpec:
+        """What batches of all sizes have in common."""
+        leaves = tuple(Leaf(x.name, (0,) * len(x.shape), x.dtype) for x in self.leaves)
+        return replace(self, leaves=leaves)
+
     def __str__(self) -> str:
         return ", ".join(str(leaf) for leaf in self.leaves)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -137,19 +137,21 @@ def _capture(
     values: Leaves,
     weighs: bool = False,
 ) -> Captured:
-    function, leaves = _function(skeleton, spec, loss_fn, device, wants, compute)
+    function, leaves = function_of(skeleton, spec, loss_fn, device, wants, compute)
     function.values = values
 
-    def more(rows: int) -> fx.GraphModule:
+    def more(traced: fx.GraphModule, rows: int) -> fx.GraphModule:
         """The same way as the last attempt, with so many times as many rows."""
-        other, given = _function(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
+        if rows == 1:
+            return traced
+        other, given = function_of(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
         other.values = repeated(values, rows)
         other.denied, other.lazily = function.denied, function.lazily
         return exported(other, given)[0]
 
     captured = _attempted(
         function,
-        lambda: _differentiated(skeleton, function, leaves, passes, cache(more), weighs),
+        lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
     )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
@@ -160,7 +162,7 @@ def _capture(
     return captured
 
 
-def _function(
+def function_of(
     skeleton: Skeleton,
     spec: BatchSpec,
     loss_fn: LossFn | None,
@@ -267,26 +269,27 @@ def _tell(regions: Regions, before: Collection[str]) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def _differentiated(
+def differentiated_of(
     skeleton: Skeleton,
     function: Traced,
     leaves: Leaves,
     passes: Sequence[ForwardPass],
-    more: Callable[[int], fx.GraphModule],
+    scaled: Callable[[fx.GraphModule, int], fx.GraphModule],
     weighs: bool,
 ) -> Captured:
     """What is exported, changed by passes and differentiated.
 
     Args:
-        more: exports it with so many times as many rows.
+        scaled: the exported graph with so many times as many rows.
         weighs: tell how the losses of microbatches make that of the batch.
     """
     traced, results = exported(function, leaves)
+    more = cache(partial(scaled, traced))
     names = [leaf.name for leaf in function.spec.leaves]
     outputs: tuple[Output, ...] = ()
     found = None
     if not function.wants_loss:
-        outputs = outputs_of(results.names, traced, more(2))
+        outputs = outputs_of(results.names, more(1), more(2))
     if weighs and (function.wants_loss or LOSS in results.names):
         which = 0 if function.wants_loss else results.names.index(LOSS)
         found = formed(traced, more, names, which)

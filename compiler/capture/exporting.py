@@ -28,6 +28,7 @@ from ..effects.world import watching
 from ..ir.errors import CaptureError, LossError
 from ..ir.precision import autocast
 from ..regions.regions import Regions
+from ..tensors.pytree import tree_leaves
 from ..tracing.constants import told_constants
 from ..tracing.kept import (
     UNTRACED,
@@ -43,6 +44,7 @@ from ..tracing.kept import (
 )
 from ..tracing.kept_checks import Checks
 from ..tracing.padding import padded_outputs
+from ..tracing.sizes import Sizes, is_symbol
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
@@ -91,6 +93,7 @@ class Traced(nn.Module):
         constants: buffers of the model with values, which forward may ask too.
         lazily: comparing a number of the batch asks for no more than what comes of that.
         answering: what forward had asked the batch when it could not be traced.
+        sizes: the symbols that sizes of leaves are, if some are.
     """
 
     whole: nn.Module
@@ -120,6 +123,7 @@ class Traced(nn.Module):
         self.where: Callable[[], str] = str
         self.began: Callable[[Answering], None] = lambda _: None
         self.answering: Answering | None = None
+        self.sizes: Sizes | None = None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.spec.build(leaves)
@@ -136,7 +140,7 @@ class Traced(nn.Module):
             replaced_tensors(self.whole, self.attributes, memories) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
-            told_constants() if self.denied == UNTRACED[0] else contextlib.nullcontext(),
+            told_constants(self.sizes) if self.denied == UNTRACED[0] else contextlib.nullcontext(),
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,
@@ -154,6 +158,8 @@ class Traced(nn.Module):
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
+            if self.sizes is not None and any(map(is_symbol, tree_leaves(output))):
+                raise CaptureError(f"{type(self.model).__name__} returns a size")
             if not values:
                 raise CaptureError(
                     f"{type(self.model).__name__} returns a {type(output).__name__}, in which no "
@@ -216,7 +222,8 @@ def _exported(
         autocast(function.compute, leaves[0].device),
     ):
         try:
-            program = torch.export.export(function, leaves, strict=False)
+            dynamic = None if function.sizes is None else {"leaves": function.sizes.dynamic}
+            program = torch.export.export(function, leaves, strict=False, dynamic_shapes=dynamic)
             traced = program.module(check_guards=False)
         except Exception as error:
             given = _described(whole, where(), function.spec)
@@ -224,6 +231,10 @@ def _exported(
             function.answering = answering[-1] if answering else None
             asked = any(each.asked for each in answering[-1:])
             raise explain(error, name, where(), given=given, asked=asked) from error
+    if function.sizes is not None:
+        if calls:
+            raise CaptureError("a torch.autograd.Function may do anything with sizes")
+        function.sizes.met(traced)
     restore_functions(traced, calls)
     drop_metadata_checks(traced)
     traced.meta["as_untraced"] = function.denied == UNTRACED[0]

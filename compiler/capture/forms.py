@@ -100,7 +100,7 @@ def _tensor(array: np.ndarray[Any, Any], path: tuple[str, ...]) -> Any:
 def _rows(value: Any) -> int | None:
     """Of the first tensor that has dimensions."""
     if isinstance(value, torch.Tensor):
-        return value.shape[0] if value.dim() else None
+        return None if value.is_nested or not value.dim() else value.shape[0]
     items = value.values() if isinstance(value, dict) else value
     if not isinstance(value, (dict, list, tuple)):
         return None

@@ -17,10 +17,11 @@ from torch.fx.traceback import preserve_node_meta
 
 from ..effects.code import user_line
 from ..ir.errors import CaptureError
-from ..ir.graph import JointGraph, Phase, identifier, module_path, tensors
+from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, tensors
 from ..regions.operators import known_work
 from ..rows.loss import Counting, counting_of
 from ..tensors.fakes import is_fake
+from ..tracing.sizes import is_known, terms
 from .skeleton import Skeleton
 
 try:
@@ -200,8 +201,9 @@ class _Reader:
             return
         if str(node.target).startswith("aten._assert_"):
             return  # shapes and dtypes are fixed here, so these hold
-        if node.target is torch.ops.aten.detach.default:
-            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+        source = passed_on(node, terms)
+        if source is not None:
+            self.env[node] = self.env[source]
             return
         new = self.graph.node_copy(node, lambda n: self.env[n])
         if new.target is torch.ops.aten.view.default:
@@ -217,7 +219,7 @@ class _Reader:
         }
         if (work := known_work(node)) is not None:
             new.meta["region"] = work
-        if any(not isinstance(n, int) for t in tensors(new.meta["val"]) for n in t.shape):
+        if not all(is_known(n) for t in tensors(new.meta["val"]) for n in t.shape):
             raise CaptureError(
                 f"{new.meta['module'] or 'the model'} makes a tensor whose shape depends on data "
                 f"({node.target}): use masks of a fixed shape instead of selecting elements",

@@ -16,6 +16,7 @@ from ...passes.graph.verify import verify_graph, verify_placement
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
 from ..capture.skeleton import Skeleton
+from ..capture.template import Template, capture_template
 from ..costs.footprint import Footprint
 from ..ir.errors import (
     BatchError,
@@ -42,6 +43,7 @@ from .compiled import Compiled, Mode
 from .deciding import Decided, Deciding, divisions
 from .layout import Layout, layout_of
 from .record import PassRecord, Recorder
+from .shapes import Shapes, Varying
 from .summary import Summary
 from .work import Joint, Settings
 
@@ -73,6 +75,7 @@ class Builder:
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
         self._warned: set[str] = set()
+        self._shapes = Shapes()
 
     def _tried(self) -> Verdict | None:
         """How the optimizer steps, where that matters: it has a part of the parameters."""
@@ -202,13 +205,15 @@ class Builder:
                 outcome.note = self.why
         inner: list[PassRecord] = []
         with recorder.record("joint", "capture") as outcome:
-            captured = self.team.together(lambda: self._capture(mode, spec, batch, weighs, inner))
+            captured, how = self.team.together(
+                lambda: self._shaped(mode, spec, batch, weighs, inner)
+            )
             self.team.alike(captured.guards)
             recorder.records += inner
             graph = captured.graph
             verify_graph(graph)
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
-            outcome.note = "; ".join((counts, *captured.notes))
+            outcome.note = "; ".join(filter(None, (counts, how, *captured.notes)))
             outcome.texts[".py"] = graph.text
         if captured.loss is not None:
             with recorder.record("forward", "loss") as outcome:
@@ -217,6 +222,39 @@ class Builder:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
+
+    def _shaped(
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        batch: Sequence[torch.Tensor],
+        weighs: bool,
+        records: list[PassRecord],
+    ) -> tuple[Captured, str]:
+        """A graph, and how it came about where it was not traced for this shape."""
+
+        def trace() -> Captured:
+            return self._capture(mode, spec, batch, weighs, records)
+
+        def generalise(example: BatchSpec, varying: Varying) -> Template:
+            options, device = self.options, self.target.device
+            results = mode is Mode.FORWARD
+            return capture_template(
+                self.skeleton,
+                example,
+                varying,
+                None if results else options.loss_fn,
+                device,
+                "results" if results else "loss",
+                mode is Mode.TRAIN,
+                forward_passes(options.mixed, self.target.kind, options.skip, records),
+                options.mixed.compute if options.mixed else None,
+                weighs,
+            )
+
+        if self.options.dynamic == "off":
+            return trace(), ""
+        return self._shapes.captured((mode, weighs, bool(batch)), spec, trace, generalise)
 
     def _capture(
         self,

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -105,7 +105,13 @@ class JointGraph:
         for node in self.graph.nodes:
             if node.op != "output":
                 twin[node] = made.node_copy(node, twin.__getitem__)
-        copied = JointGraph(
+        copied = self.moved(made, twin)
+        copied.set_output()
+        return copied, twin
+
+    def moved(self, made: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> JointGraph:
+        """The same names for the values of another graph; its output is to be written."""
+        return JointGraph(
             self.constants,
             made,
             {name: twin[node] for name, node in self.params.items()},
@@ -118,8 +124,6 @@ class JointGraph:
             {name: twin[node] for name, node in self.copies.items()},
             {name: twin[node] for name, node in self.mutations.items()},
         )
-        copied.set_output()
-        return copied, twin
 
     def text(self) -> str:
         """The graph as Python."""
@@ -275,6 +279,30 @@ def written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+_PASSED_ON = {
+    torch.ops.aten.detach.default: 0,
+    torch.ops.aten.alias.default: 0,
+    torch.ops.aten.slice.Tensor: 0,
+    torch.ops.aten.slice_backward.default: 0,
+    torch.ops.aten.slice_scatter.default: 1,
+}
+"""Operator -> which of its operands it returns, if that is of the same shape."""
+
+
+def passed_on(node: fx.Node, shape: Callable[[Sequence[Any]], Any] = tuple) -> fx.Node | None:
+    """The operand whose value a node has, as it takes all of its elements; None of other nodes.
+
+    Args:
+        shape: of a tensor's, what can be compared.
+    """
+    if node.target not in _PASSED_ON:
+        return None
+    source = node.args[_PASSED_ON[node.target]]
+    assert isinstance(source, fx.Node)
+    kept = [shape(each.meta["val"].shape) for each in (node, source)]
+    return source if kept[0] == kept[1] else None
+
+
 def behind(*wanted: fx.Node) -> list[fx.Node]:
     """All that some nodes are made of, themselves included, in the order of the graph."""
     found, pending = set(wanted), list(wanted)
@@ -285,8 +313,16 @@ def behind(*wanted: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def made_of(wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[fx.Node] | None:
-    """All that a node is made of, itself the last, in order; None if any of it is not allowed."""
+def made_of(
+    wanted: fx.Node,
+    allowed: Callable[[fx.Node], bool],
+    given: Callable[[fx.Node], bool] = lambda _: False,
+) -> list[fx.Node] | None:
+    """All that a node is made of, itself the last, in order; None if any of it is not allowed.
+
+    Args:
+        given: whether it does not matter what a node is made of.
+    """
     needed: set[fx.Node] = set()
     pending = [wanted]
     while pending:
@@ -296,7 +332,7 @@ def made_of(wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[fx.Node
         if not allowed(node):
             return None
         needed.add(node)
-        pending += node.all_input_nodes
+        pending += () if given(node) else node.all_input_nodes
     return sorted(needed)
 
 

@@ -124,6 +124,15 @@ class Options:
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="HOW"),
     )
+    dynamic: str = option(
+        "auto",
+        help='batches of other sizes: "auto": once sizes vary, the model is traced with symbols '
+        'for them, and further sizes need no tracing; "off": each shape is traced',
+        more="The programs are the same. Where forward does something else with other sizes, or "
+        "asks for values of the batch, each shape is traced.",
+        choices=("auto", "off"),
+        compared=as_it_is,
+    )
     loss_weight: Callable[[Any], float | torch.Tensor] | None = option(
         None,
         help="(microbatch) -> what it counts, for a loss that is a mean over something else",

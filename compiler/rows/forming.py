@@ -42,18 +42,19 @@ def formed(
     """Tell a loss by its graph, which is rewritten in place.
 
     Args:
-        more: exports it again, with so many times as many rows.
+        more: the graph for so many times as many rows; for as many it is ``single``, or the same
+            nodes with numbers where that has symbols.
         names: of the leaves of the batch.
         which: of the results is the loss.
     """
     try:
-        ways = Ways(single, more(2))
+        ways = Ways(more(1), more(2))
         if not ways.how:  # models do other things with one row
             ways = Ways(more(2), more(4))
     except (PipecompileError, ValueError) as error:
         return _unknown(f"twice the rows cannot be traced: {error}")
     loss = returned(ways.modules[0])[which] if ways.how else None
-    moved = alike(returned(single)[which], loss) if loss is not None else {}
+    moved = {} if loss is None else _moved(single, more(1), ways, loss, which)
     if loss is None or not moved:
         return _unknown("forward runs other operators with twice the rows")
     where = coupled(ways, loss)
@@ -70,6 +71,17 @@ def formed(
         why = next(term.why for term in terms if term.way is Way.OWN)
         return Formed(weighed, note, _untold(why))
     return Formed(weighed, note, "")
+
+
+def _moved(
+    single: fx.GraphModule, numbered: fx.GraphModule, ways: Ways, loss: fx.Node, which: int
+) -> dict[fx.Node, fx.Node]:
+    """Nodes behind the loss of what was compared -> those of the graph."""
+    moved = alike(returned(numbered)[which], loss)
+    if numbered is single:
+        return moved
+    named = {node.name: node for node in single.graph.nodes}
+    return {theirs: named[mine.name] for theirs, mine in moved.items()}
 
 
 def _unknown(why: str) -> Formed:

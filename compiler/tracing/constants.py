@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,21 @@ from ..effects.outside import NUMBERS
 from ..ir.graph import computed, is_getitem, is_operator, is_random, made_of
 from ..tensors.fakes import is_fake
 from .kept import outside_of_tracing, traced_as
+from .sizes import Asked, Sizes, hint, is_symbol
 
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed to look at
 
 
 class Constants(TorchFunctionMode):
-    """A forward inside, in which `if`, `.item()` and the like work on constants."""
+    """A forward inside, in which `if`, `.item()` and the like work on constants.
+
+    Args:
+        sizes: where sizes are symbols, what is made of them is a constant, too, and noted.
+    """
+
+    def __init__(self, sizes: Sizes | None = None) -> None:
+        super().__init__()
+        self.sizes = sizes
 
     def __torch_function__(
         self,
@@ -38,43 +47,75 @@ class Constants(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in NUMBERS:
-            value = constant_value(args[0])
-            if value is not None:
-                with _untraced():
-                    return func(value, *args[1:], **(kwargs or {}))
+            found = _operators(args[0], self.sizes is not None)
+            if found is not None:
+                return self._told(Computation(*found), func, args[1:], kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def _told(
+        self, made: Computation, func: Callable[..., Any], args: Sequence[Any], kwargs: Any
+    ) -> Any:
+        def told(sizes: Sequence[Any]) -> Any:
+            value = made(sizes)
+            with _untraced():
+                return func(value, *args, **kwargs)
+
+        answer = told([hint(size) for size in made.sizes])
+        if made.sizes:
+            assert self.sizes is not None
+            self.sizes.asked.append(Asked(told, made.sizes, answer))
+        return answer
 
 
 @contextlib.contextmanager
-def told_constants() -> Iterator[None]:
+def told_constants(sizes: Sizes | None = None) -> Iterator[None]:
     """`Constants`, and transformers does not take them for tensors that are traced."""
     utils: Any = sys.modules.get("transformers.utils.import_utils")
     asked = getattr(utils, "is_fake_tensor", None)
-    with Constants():
+    with Constants(sizes):
         if asked is None:
             yield
             return
-        utils.is_fake_tensor = lambda x: asked(x) and _operators(x) is None
+        utils.is_fake_tensor = lambda x: asked(x) and _operators(x, sizes is not None) is None
         try:
             yield
         finally:
             utils.is_fake_tensor = asked
 
 
-def constant_value(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The value of a tensor that is being traced and depends on nothing, on the CPU; else None."""
-    found = _operators(tensor)
-    if found is None:
-        return None
-    nodes, root = found
-    values = {
-        node: operator.attrgetter(str(node.target))(root).cpu()
-        for node in nodes
-        if node.op == "get_attr"
-    }
-    with _untraced(), torch.no_grad():
-        value = computed(nodes, values)[nodes[-1]]
-    return value if isinstance(value, torch.Tensor) else None
+class Computation:
+    """The operators that made a tensor which depends on nothing, or on sizes alone.
+
+    Args:
+        nodes: in order, the tensor's own the last.
+        root: has their constants.
+
+    Attributes:
+        sizes: the symbols that they read.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], root: Any):
+        graph, twin = fx.Graph(), dict[fx.Node, fx.Node]()
+        self._constants: dict[fx.Node, torch.Tensor] = {}
+        self._places: list[fx.Node] = []
+        self.sizes: list[Any] = []
+        for node in nodes:
+            if is_symbol(node.meta.get("val")):
+                twin[node] = graph.placeholder(node.name)
+                self._places.append(twin[node])
+                self.sizes.append(node.meta["val"])
+                continue
+            twin[node] = graph.node_copy(node, twin.__getitem__)
+            if node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(root)
+                self._constants[twin[node]] = value.cpu()
+        self._nodes = list(twin.values())
+
+    def __call__(self, sizes: Sequence[Any]) -> Any:
+        """The value, on the CPU."""
+        values: dict[fx.Node, Any] = dict(zip(self._places, sizes, strict=True))
+        with _untraced(), torch.no_grad():
+            return computed(self._nodes, values | self._constants)[self._nodes[-1]]
 
 
 @contextlib.contextmanager
@@ -83,13 +124,24 @@ def _untraced() -> Iterator[None]:
         yield
 
 
-def _operators(tensor: Any) -> tuple[list[fx.Node], Any] | None:
+def _operators(tensor: Any, sizes: bool) -> tuple[list[fx.Node], Any] | None:
     """All that a constant is made of, in order, and whose constants these are; None for any other
-    tensor."""
+    tensor.
+
+    Args:
+        sizes: what is made of symbols is a constant, too.
+    """
     if not isinstance(tensor, torch.Tensor):
         return None
     wanted, root = traced_as(tensor)
-    nodes = None if wanted is None else made_of(wanted, lambda node: _is_constant(node, root))
+
+    def given(node: fx.Node) -> bool:
+        return sizes and is_symbol(node.meta.get("val"))
+
+    def allowed(node: fx.Node) -> bool:
+        return given(node) or _is_constant(node, root)
+
+    nodes = None if wanted is None else made_of(wanted, allowed, given)
     return None if nodes is None else (nodes, root)
 
 
@@ -99,8 +151,13 @@ def _is_constant(node: fx.Node, root: Any) -> bool:
         value = operator.attrgetter(str(node.target))(root)
         return "constant" in str(node.target) and _is_real(value)
     value = node.meta.get("val")
-    small = not isinstance(value, torch.Tensor) or value.numel() <= MAX_ELEMENTS
+    small = not isinstance(value, torch.Tensor) or _elements(value) <= MAX_ELEMENTS
     return small and (is_operator(node) or is_getitem(node)) and not is_random(node)
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    count = tensor.numel()
+    return hint(count) if is_symbol(count) else count
 
 
 def _is_real(value: object) -> bool:

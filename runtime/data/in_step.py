@@ -15,48 +15,40 @@ from rich.progress import Progress
 
 from ...compiler.capture import batch as batches
 from ...compiler.capture.batch import BatchSpec
-from ...compiler.ir.errors import BatchError, RankMismatchError
+from ...compiler.ir.errors import BatchError
 
 _END = object()
 Gather = Callable[[Any], list[Any]]
 
 
-def is_loader(data: Any, gather: Gather) -> bool:
-    """Whether it gives batches, and is none; where a process has None, what the others have.
-
-    Raises:
-        RankMismatchError: some processes have a batch and others a loader.
-    """
+def is_loader(data: Any) -> bool:
+    """Whether it gives batches, and is none."""
     kinds = (torch.Tensor, Mapping, Sequence, np.ndarray)
-    gives = isinstance(data, Iterable) and not isinstance(data, kinds) and not is_dataclass(data)
-    found = set(gather(None if data is None else gives)) - {None}
-    if len(found) > 1:
-        raise RankMismatchError("one rank was given a batch and another a loader: give all alike")
-    return True in found
+    return isinstance(data, Iterable) and not isinstance(data, kinds) and not is_dataclass(data)
 
 
-def in_step(data: Iterable[Any] | None, gather: Gather) -> Iterator[Any]:
+def in_step(data: Iterable[Any], gather: Gather, needed: Callable[[], bool]) -> Iterator[Any]:
     """The batches of this process's loader, and empty ones while others have some.
 
     Args:
-        data: None in a process that needs no batches, which gets None while others have some.
         gather: what every process gives, to all of them.
+        needed: whether this process needs batches; where it does not, it gets None for empty ones.
 
     Raises:
         BatchError: no process has a batch.
     """
-    found, count = iter(() if data is None else data), 0
+    found, count = iter(data), 0
     while True:
         batch = next(found, _END)
-        ended = None if data is None else batch is _END
-        everyone = gather(ended)
-        if False not in everyone:
+        ended = batch is _END
+        everyone = gather((ended, ended and needed()))
+        if all(over for over, _ in everyone):
             break
-        if True in everyone:
-            specs = gather(batches.flatten(batch)[1] if ended is False else None)
-            batch = _empty(next(filter(None, specs))) if ended else batch
+        if any(lacks for _, lacks in everyone):
+            specs = gather(None if ended else batches.flatten(batch)[1])
+            batch = _empty(next(filter(None, specs))) if ended and needed() else batch
         count += 1
-        yield None if data is None else batch
+        yield None if batch is _END else batch
     if not count:
         raise BatchError("the loader has no batch")
 

@@ -121,10 +121,7 @@ class Agreement:
             text, count = f"{mode} {spec.with_rows(1).described()}", spec.rows
             number = _number(f"{text} {bool(values)}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        mine = torch.tensor([number, data, bool(obstacle), count])
-        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
-        dist.all_gather(everyone, mine, group=self._control)
-        programs, batches, stopped, rows = zip(*(x.tolist() for x in everyone), strict=True)
+        programs, batches, stopped, rows = self._announced(number, data, bool(obstacle), count)
         if any(stopped):
             raise CaptureError(next(filter(None, self.gather(obstacle))))
         absent = tuple(rank for rank, each in enumerate(programs) if each == _ABSENT)
@@ -134,14 +131,36 @@ class Agreement:
                 f"rank {min(lost)} was given no batch, and it has the first stage: pipe.needs_data "
                 "says which processes need one"
             )
+        self._check_calls(programs, text)
+        self._check_data(batches, absent)
+        if absent:
+            spec = self._tell(programs[leaders[0]], spec)
+        assert spec is not None
+        return Agreed(spec, [rows[rank] for rank in leaders], absent)
+
+    def check_loaders(self) -> None:
+        """Every rank is about to evaluate the batches of a loader.
+
+        Raises:
+            RankMismatchError: another rank is about to do something else.
+        """
+        if self._mesh.distributed:
+            text = "evaluate a loader"
+            programs, *_ = self._announced(_number(text), 0, False, 0)
+            self._check_calls(programs, text)
+
+    def _announced(self, *mine: int) -> list[tuple[int, ...]]:
+        """What every rank announces before it runs anything, item by item; the first is a hash of
+        what that is."""
+        numbers = torch.tensor(mine)
+        everyone = [torch.empty_like(numbers) for _ in range(self._mesh.size)]
+        dist.all_gather(everyone, numbers, group=self._control)
+        return list(zip(*(x.tolist() for x in everyone), strict=True))
+
+    def _check_calls(self, programs: Sequence[int], text: str) -> None:
         if len({each for each in programs if each != _ABSENT}) == 1:
-            self._check_data(batches, absent)
-            if absent:
-                spec = self._tell(programs[leaders[0]], spec)
-            assert spec is not None
-            return Agreed(spec, [rows[rank] for rank in leaders], absent)
-        texts = [each for each in self.gather(text) if each]
-        first, *others = texts
+            return
+        first, *others = (each for each in self.gather(text) if each)
         for rank, theirs in enumerate(others, 1):
             if theirs != first:
                 raise RankMismatchError(

@@ -246,8 +246,8 @@ BITS = (
     ),
     Mutant(
         "compiler/rows/loss.py",
-        "return [real * _divisor(term, count) / total for count, real in pairs]",
-        "return [real / sum(there) for real in there]",
+        "return [real * _divisor(term, count) for count, real in pairs], sum(mine)",
+        "return there, sum(there)",
         "test_batch_loss.py::test_the_loss_is_that_of_the_whole_batch",
         "microbatches count as much, however many labels they keep",
     ),

@@ -160,6 +160,7 @@ class Tuple(NamedTuple):
 
 
 ONE = torch.randn(4, 8)
+ACROSS = X.T.contiguous().T
 WEIGHT = [1, 2, 0, 3]
 PLAIN = {"x": X, "weight": torch.tensor(WEIGHT)}
 FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -178,7 +179,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "a mapping inside": ({"x": X, "more": UserDict(one=ONE)}, {"x": X, "more": {"one": ONE}}),
     "a list of both": ([X, UserDict(one=ONE)], {"x": X, "more": {"one": ONE}}),
     "in shared memory": ({"x": X.clone().share_memory_(), "weight": WEIGHT}, PLAIN),
-    "not contiguous": ({"x": X.T.contiguous().T, "weight": PLAIN["weight"]}, PLAIN),
+    "not contiguous": (PLAIN | {"x": ACROSS}, PLAIN | {"x": ACROSS}),
 }
 
 

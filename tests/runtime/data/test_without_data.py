@@ -31,7 +31,7 @@ def used(gives: Callable[[pipecompile.Pipeline, Any], Any]) -> list[Any]:
 
     losses = [pipe.step(each) for each in given(8, 5, 8)]
     whole = given(8, 5)
-    losses += [pipe.evaluate(None if None in whole else iter(whole)), pipe.evaluate(*given(5))]
+    losses += [pipe.evaluate(iter(() if None in whole else whole)), pipe.evaluate(*given(5))]
     output = pipe.forward(*given(8))
     return [torch.stack(losses), None if output is None else output.logits, pipe.state_dict()]
 

@@ -1,0 +1,116 @@
+"""A graph for batches of many sizes, and those for each size that follow from it untraced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from ..ir.errors import CaptureError, PipecompileError
+from ..ir.graph import JointGraph
+from ..rows.loss import Counting
+from ..tensors.fakes import FakeTensorMode
+from ..tracing.sizes import Dims, Numbers, Sizes, instance
+from .batch import BatchSpec
+from .calling import LossFn
+from .capture import Captured, ForwardPass, differentiated_of, function_of
+from .exporting import tracing
+from .refusals import check_operands
+from .skeleton import Skeleton, evaluating
+
+
+@dataclass(frozen=True)
+class Template:
+    """What was traced with symbols for sizes.
+
+    Attributes:
+        captured: its graph has symbols.
+        varying: of each leaf, the dimensions that may vary.
+    """
+
+    captured: Captured
+    sizes: Sizes
+    mode: FakeTensorMode
+
+    @property
+    def varying(self) -> Sequence[Dims]:
+        return self.sizes.varying
+
+    def at(self, spec: BatchSpec) -> Captured:
+        """The graph for microbatches of one size, as tracing them would give it.
+
+        Raises:
+            CaptureError: tracing them would give another graph; it names what differs.
+        """
+        numbers = self.sizes.at([leaf.shape for leaf in spec.leaves])
+        graph = _graph_at(self.captured.graph, numbers, self.mode)
+        check_operands(graph, spec)
+        loss = self.captured.loss
+        if loss is not None and loss.counting is not None:
+            loss = replace(loss, counting=_counting_at(loss.counting, numbers, self.mode))
+        return replace(self.captured, graph=graph, loss=loss)
+
+
+def capture_template(
+    skeleton: Skeleton,
+    spec: BatchSpec,
+    varying: Sequence[Dims],
+    loss_fn: LossFn | None,
+    device: torch.device,
+    wants: str,
+    trains: bool,
+    passes: Sequence[ForwardPass],
+    compute: torch.dtype | None,
+    weighs: bool,
+) -> Template:
+    """Trace with symbols in the places of some sizes; arguments as of `capture_training`.
+
+    Args:
+        spec: an example, in which sizes that vary are 2 or more.
+        varying: of each leaf, the dimensions whose sizes are symbols.
+        wants: the loss or the results.
+        trains: with a backward, in the mode that the model is in.
+
+    Raises:
+        CaptureError: what is traced would not hold for other sizes.
+    """
+    if skeleton.regions.patterns:
+        raise CaptureError("parts of the model run eagerly, and were tried with one size")
+    shapes = [leaf.shape for leaf in spec.leaves]
+    sizes = Sizes(skeleton.mode, shapes, varying)
+
+    def scaled(traced: fx.GraphModule, times: int) -> fx.GraphModule:
+        numbers = sizes.at([leaf.shape for leaf in spec.repeat(times).leaves])
+        return fx.GraphModule(traced, instance(traced.graph, numbers, skeleton.mode)[0])
+
+    mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())
+    with contextlib.ExitStack() as stack:
+        for each in (*mode, sizes.traced(), tracing()):
+            stack.enter_context(each)
+        leaves = tuple(sizes.leaf(i, x.dtype, device) for i, x in enumerate(spec.leaves))
+        function, _ = function_of(skeleton, spec, loss_fn, device, wants, compute)
+        function.sizes = sizes
+        try:
+            captured = differentiated_of(skeleton, function, leaves, passes, scaled, weighs)
+        except PipecompileError:
+            raise
+        except Exception as error:  # of torch, which has met a symbol where it wants a number
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+    return Template(captured, sizes, skeleton.mode)
+
+
+def _graph_at(graph: JointGraph, numbers: Numbers, mode: FakeTensorMode) -> JointGraph:
+    made, twin = instance(graph.graph, numbers, mode)
+    for node in made.find_nodes(op="output"):
+        made.erase_node(node)
+    found = graph.moved(made, twin)
+    found.set_output()
+    return found
+
+
+def _counting_at(counting: Counting, numbers: Numbers, mode: FakeTensorMode) -> Counting:
+    made, _ = instance(counting.module.graph, numbers, mode)
+    return Counting(fx.GraphModule(counting.module, made), counting.inputs)

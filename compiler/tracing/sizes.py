@@ -1,0 +1,244 @@
+"""One graph for batches of many sizes: symbols while it is traced, and numbers for each batch.
+
+torch.export decides by the sizes of an example, and writes down what it decided as guards of its
+`ShapeEnv`. For other sizes all of it has to hold. `ShapeEnv` and what belongs to it has no public
+name; it is used in this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from ..ir.errors import CaptureError
+from ..ir.graph import passed_on
+from ..tensors.fakes import FakeTensorMode
+
+LEAST = 2  # of what is a symbol: torch takes 0 and 1 for numbers
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+Dims = Collection[int]
+
+
+class Sizes:
+    """The symbols of one trace.
+
+    Args:
+        mode: makes its fake tensors.
+        shapes: of the leaves of an example.
+        varying: of each leaf, the dimensions that are symbols.
+
+    Attributes:
+        asked: what the trace was told of values that sizes alone determine.
+
+    Raises:
+        CaptureError: the example has a size that is none of others.
+    """
+
+    def __init__(
+        self, mode: FakeTensorMode, shapes: Sequence[Sequence[int]], varying: Sequence[Dims]
+    ):
+        self._mode, self._env = mode, ShapeEnv(duck_shape=False)
+        self.varying = varying
+        self.asked: list[Asked] = []
+        self._shapes: list[list[list[Any]]] = []  # of the leaves, by each who has symbols for them
+        pairs = zip(shapes, varying, strict=True)
+        least = min(shape[dim] for shape, dims in pairs for dim in dims)
+        if least < LEAST:
+            raise CaptureError(f"a size of {least} stands for no others")
+        self._shapes.append(
+            [
+                [self._symbol(f"leaf {i} dim {d}", n) if d in varying[i] else n for d, n in each]
+                for i, each in enumerate(map(enumerate, shapes))
+            ]
+        )
+
+    def _symbol(self, name: str, hint: int) -> torch.SymInt:
+        source = ConstantSource(name)
+        symbol = self._env.create_symbol(hint, source, DimDynamic.DYNAMIC)
+        made = self._env.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(made, torch.SymInt)
+        return made
+
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """A trace inside, in which the mode knows symbols."""
+        mode: Any = self._mode
+        before = mode.shape_env, mode.static_shapes
+        mode.shape_env, mode.static_shapes = self._env, False
+        try:
+            yield
+        finally:
+            mode.shape_env, mode.static_shapes = before
+
+    def leaf(self, i: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A fake leaf of a batch."""
+        with self._mode:
+            return torch.empty(self._shapes[0][i], dtype=dtype, device=device)
+
+    def met(self, traced: fx.GraphModule) -> None:
+        """What was exported has symbols of its own."""
+        leaves = (node.meta["val"] for node in traced.graph.find_nodes(op="placeholder"))
+        self._shapes.append([list(leaf.shape) for leaf in leaves])
+
+    @property
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
+        """As torch.export wants to be told."""
+        auto: Any = torch.export.Dim.AUTO
+        return tuple(dict.fromkeys(dims, auto) for dims in self.varying)
+
+    def at(self, shapes: Sequence[Sequence[int]]) -> Numbers:
+        """The numbers of a batch.
+
+        Raises:
+            CaptureError: what was traced is not what such a batch would give.
+        """
+        numbers: dict[Any, int] = {}
+        for symbols in self._shapes:
+            for i, (mine, theirs) in enumerate(zip(symbols, shapes, strict=True)):
+                for d, (symbol, number) in enumerate(zip(mine, theirs, strict=True)):
+                    if is_symbol(symbol) and number >= LEAST:
+                        numbers[symbol.node._expr] = number  # the symbol, before it was replaced
+                    elif symbol != number:
+                        raise CaptureError(f"leaf {i} has {number} in dimension {d}")
+        found = Numbers(numbers)
+        if self._env.deferred_runtime_asserts:
+            raise CaptureError("sizes depend on data")
+        for symbol, number in numbers.items():
+            if found.number(self._env.replace(symbol)) != number:
+                raise CaptureError(f"forward is made for {symbol} = {self._env.replace(symbol)}")
+        for guard in self._env.guards:
+            if found.number(guard.expr) != 1:
+                raise CaptureError(f"forward decides by {guard.expr}, which is untrue")
+        for each in self.asked:
+            if not each.holds(found):
+                raise CaptureError("forward decides by a value that follows from sizes")
+        return found
+
+
+class Numbers:
+    """The numbers that symbols stand for."""
+
+    def __init__(self, numbers: Mapping[Any, int]):
+        self._numbers = {symbol: sympy.Integer(number) for symbol, number in numbers.items()}
+        self._known: dict[Any, Any] = {}
+
+    def number(self, expression: Any) -> Any:
+        """Of an expression of symbols; a truth is 0 or 1."""
+        if expression not in self._known:
+            found = sympy.sympify(expression).xreplace(self._numbers)
+            if found.free_symbols:
+                raise CaptureError(f"{expression} is no number")
+            if found in (sympy.true, sympy.false):
+                self._known[expression] = int(bool(found))
+            else:
+                self._known[expression] = int(found) if found.is_integer else float(found)
+        return self._known[expression]
+
+    def value(self, symbol: Any) -> Any:
+        """The number, or the truth, of what Python takes for one."""
+        found = self.number(symbol.node.expr)
+        return bool(found) if isinstance(symbol, torch.SymBool) else found
+
+    def tensors(self, value: Any, mode: FakeTensorMode) -> Any:
+        """What a node makes, with shapes and strides that are numbers."""
+
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.tensors(item, mode) for item in value)
+        if isinstance(value, _SYMBOLS):
+            return self.value(value)
+        if not isinstance(value, torch.Tensor) or _is_plain(value):
+            return value
+        size, stride = ([self._size(n) for n in each] for each in (value.size(), value.stride()))
+        with mode:
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+    def shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
+        """A shape in numbers."""
+        return tuple(map(self._size, shape))
+
+    def _size(self, size: Any) -> Any:
+        return self.number(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+
+class Asked:
+    """A value that a trace was told, as sizes alone determine it.
+
+    Args:
+        compute: what is told, of numbers in the places of sizes.
+        sizes: what it depends on.
+        answer: what was told.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Sequence[Any]], Any],
+        sizes: Sequence[Any],
+        answer: Any,
+    ):
+        self._compute, self._sizes, self._answer = compute, sizes, answer
+
+    def holds(self, numbers: Numbers) -> bool:
+        """Whether it is the same for other sizes."""
+        found = self._compute([numbers.value(size) for size in self._sizes])
+        return type(found) is type(self._answer) and bool(found == self._answer)
+
+
+def is_symbol(value: Any) -> bool:
+    return isinstance(value, _SYMBOLS)
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size is a number, or a symbol that stands for one of a batch's."""
+    return isinstance(size, int) or bool(size.node.has_hint())
+
+
+def terms(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Of a shape, to compare it without a decision that would become a guard."""
+    return tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in shape)
+
+
+def hint(symbol: Any) -> Any:
+    """What a symbol is in the example."""
+    return symbol.node.hint
+
+
+def instance(
+    graph: fx.Graph, numbers: Numbers, mode: FakeTensorMode
+) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+    """A graph with numbers in the places of symbols, and each node's twin there, or its number."""
+    made = fx.Graph()
+    twin: dict[fx.Node, Any] = {}
+
+    def given(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return twin[value]
+        return numbers.value(value) if isinstance(value, _SYMBOLS) else value
+
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, _SYMBOLS):
+            twin[node] = numbers.value(value)
+            continue
+        source = passed_on(node, numbers.shape)
+        if source is not None:
+            twin[node] = twin[source]
+            continue
+        args = fx.node.map_aggregate(node.args, given)
+        kwargs = fx.node.map_aggregate(node.kwargs, given)
+        new = made.create_node(node.op, node.target, args, kwargs, node.name)
+        new.meta = dict(node.meta)
+        if "val" in new.meta:
+            new.meta["val"] = numbers.tensors(value, mode)
+        twin[node] = new
+    return made, twin
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*tensor.size(), *tensor.stride()))
