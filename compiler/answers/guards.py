@@ -100,6 +100,12 @@ class Guards:
         return bool(self.steps)
 
     @property
+    def of_batch(self) -> bool:
+        """Whether an answer depends on the batch, and not on constants and buffers alone."""
+        nodes = [step for step in self.steps if isinstance(step, fx.Node)]
+        return any(n.op == "placeholder" and str(n.target) not in self.constants for n in nodes)
+
+    @property
     def questions(self) -> list[Question]:
         found = [step for step in self.steps if isinstance(step, Reading)]
         return [question for reading in found for question in reading.questions]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.template import Template
-from ..ir.errors import PipecompileError
+from ..ir.errors import CaptureError, PipecompileError
 from ..tracing.sizes import LEAST
 
 ROWS = 3  # numbers of rows that are traced before their number becomes a symbol
@@ -24,11 +24,13 @@ class _Kind:
     Attributes:
         traced: shapes that were traced, with the fingerprints of their graphs.
         template: a graph for many sizes.
+        candidate: one that no shape has been compared with.
         tried: what was to vary when one was made, or could not be.
     """
 
     traced: dict[BatchSpec, str] = field(default_factory=dict)
     template: Template | None = None
+    candidate: Template | None = None
     tried: set[Varying] = field(default_factory=set)
 
 
@@ -64,7 +66,9 @@ class Shapes:
                 why = str(error)
                 self._warn(why)
         captured = trace()
-        kind.traced[spec] = "" if captured.guards else captured.graph.fingerprint()
+        kind.traced[spec] = "" if captured.guards.of_batch else captured.graph.fingerprint()
+        if kind.candidate is not None:
+            kind.template, kind.candidate = _compared(kind.candidate, {spec: kind.traced[spec]})
         return captured, why and f"traced anew, as {why}"
 
     def _generalise(
@@ -90,11 +94,7 @@ class Shapes:
         example = next((each for each in (spec, *kind.traced) if _is_example(each, varying)), None)
         if example is None:
             return
-        made = generalise(example, varying)
-        for traced, fingerprint in kind.traced.items():
-            if _is_example(traced, varying) and made.at(traced).graph.fingerprint() != fingerprint:
-                return  # it is another graph than theirs
-        kind.template = made
+        kind.template, kind.candidate = _compared(generalise(example, varying), kind.traced)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -103,6 +103,23 @@ class Shapes:
                 f"batches of other sizes are traced one by one ({why}): pad them to a few sizes",
                 stacklevel=2,
             )
+
+
+def _compared(
+    made: Template, traced: Mapping[BatchSpec, str]
+) -> tuple[Template | None, Template | None]:
+    """A graph for many sizes, if it is that of a shape that was traced, and of no other another;
+    and the same, if there was none to compare it with."""
+    found = False
+    for spec, fingerprint in traced.items():
+        try:
+            same = made.at(spec).graph.fingerprint() == fingerprint
+        except CaptureError:
+            continue  # it is not for that shape
+        if not same:
+            return None, None
+        found = True
+    return (made, None) if found else (None, made)
 
 
 def _structure(spec: BatchSpec) -> Hashable:

@@ -47,17 +47,15 @@ class Sizes:
         self._mode, self._env = mode, ShapeEnv(duck_shape=False)
         self.varying = varying
         self.asked: list[Asked] = []
-        self._shapes: list[list[list[Any]]] = []  # of the leaves, by each who has symbols for them
         pairs = zip(shapes, varying, strict=True)
         least = min(shape[dim] for shape, dims in pairs for dim in dims)
         if least < LEAST:
             raise CaptureError(f"a size of {least} stands for no others")
-        self._shapes.append(
-            [
-                [self._symbol(f"leaf {i} dim {d}", n) if d in varying[i] else n for d, n in each]
-                for i, each in enumerate(map(enumerate, shapes))
-            ]
-        )
+        self._shapes: list[list[Any]] = [
+            [self._symbol(f"leaf {i} dim {d}", n) if d in varying[i] else n for d, n in each]
+            for i, each in enumerate(map(enumerate, shapes))
+        ]
+        self._scopes = [(self._env, self._shapes)]
 
     def _symbol(self, name: str, hint: int) -> torch.SymInt:
         source = ConstantSource(name)
@@ -80,12 +78,17 @@ class Sizes:
     def leaf(self, i: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A fake leaf of a batch."""
         with self._mode:
-            return torch.empty(self._shapes[0][i], dtype=dtype, device=device)
+            return torch.empty(self._shapes[i], dtype=dtype, device=device)
 
     def met(self, traced: fx.GraphModule) -> None:
-        """What was exported has symbols of its own."""
+        """What was exported has symbols of its own, of which other things were decided."""
         leaves = (node.meta["val"] for node in traced.graph.find_nodes(op="placeholder"))
-        self._shapes.append([list(leaf.shape) for leaf in leaves])
+        shapes = [list(leaf.shape) for leaf in leaves]
+        symbols = (n for shape in shapes for n in shape if isinstance(n, torch.SymInt))
+        if not any(isinstance(n, torch.SymInt) for shape in shapes for n in shape):
+            raise CaptureError("forward is made for these sizes alone")
+        for env in dict.fromkeys(symbol.node.shape_env for symbol in symbols):
+            self._scopes.append((env, shapes))
 
     @property
     def dynamic(self) -> tuple[dict[int, Any], ...]:
@@ -99,51 +102,77 @@ class Sizes:
         Raises:
             CaptureError: what was traced is not what such a batch would give.
         """
-        numbers: dict[Any, int] = {}
-        for symbols in self._shapes:
-            for i, (mine, theirs) in enumerate(zip(symbols, shapes, strict=True)):
-                for d, (symbol, number) in enumerate(zip(mine, theirs, strict=True)):
-                    if is_symbol(symbol) and number >= LEAST:
-                        numbers[symbol.node._expr] = number  # the symbol, before it was replaced
-                    elif symbol != number:
-                        raise CaptureError(f"leaf {i} has {number} in dimension {d}")
-        found = Numbers(numbers)
-        if self._env.deferred_runtime_asserts:
-            raise CaptureError("sizes depend on data")
-        for symbol, number in numbers.items():
-            if found.number(self._env.replace(symbol)) != number:
-                raise CaptureError(f"forward is made for {symbol} = {self._env.replace(symbol)}")
-        for guard in self._env.guards:
-            if found.number(guard.expr) != 1:
-                raise CaptureError(f"forward decides by {guard.expr}, which is untrue")
+        found = Numbers(
+            {id(env): _numbers(symbols, shapes) for env, symbols in self._scopes},
+        )
+        for env, symbols in self._scopes:
+            found.check(env, [n for shape in symbols for n in shape if is_symbol(n)])
         for each in self.asked:
             if not each.holds(found):
                 raise CaptureError("forward decides by a value that follows from sizes")
         return found
 
 
+def _numbers(symbols: Sequence[Sequence[Any]], shapes: Sequence[Sequence[int]]) -> dict[Any, int]:
+    """What each symbol stands for in a batch."""
+    numbers: dict[Any, int] = {}
+    for i, (mine, theirs) in enumerate(zip(symbols, shapes, strict=True)):
+        for d, (symbol, number) in enumerate(zip(mine, theirs, strict=True)):
+            if is_symbol(symbol) and number >= LEAST:
+                numbers[symbol.node._expr] = number  # the symbol, before it was replaced
+            elif symbol is not number and symbol != number:
+                raise CaptureError(f"leaf {i} has {number} in dimension {d}")
+    return numbers
+
+
 class Numbers:
-    """The numbers that symbols stand for."""
+    """The numbers that symbols stand for; those of two traces may have one name.
 
-    def __init__(self, numbers: Mapping[Any, int]):
-        self._numbers = {symbol: sympy.Integer(number) for symbol, number in numbers.items()}
-        self._known: dict[Any, Any] = {}
+    Args:
+        numbers: by the id of the `ShapeEnv` that the symbols are of.
+    """
 
-    def number(self, expression: Any) -> Any:
+    def __init__(self, numbers: Mapping[int, Mapping[Any, int]]):
+        self._numbers = {
+            env: {symbol: sympy.Integer(number) for symbol, number in each.items()}
+            for env, each in numbers.items()
+        }
+        self._known: dict[tuple[int, Any], Any] = {}
+
+    def check(self, env: ShapeEnv, symbols: Sequence[torch.SymInt]) -> None:
+        """Raises CaptureError if something was decided otherwise than for these numbers."""
+        if env.deferred_runtime_asserts:
+            raise CaptureError("sizes depend on data")
+        for symbol in (each.node._expr for each in symbols):
+            number, stands = self.number(env, symbol), env.replace(symbol)
+            if self.number(env, stands) != number:
+                raise CaptureError(f"forward is made for a size of {stands}, and not {number}")
+            within = env.var_to_range.get(symbol)
+            if within is not None and number not in within:
+                raise CaptureError(
+                    f"forward is made for sizes from {within.lower} to {within.upper}, and not "
+                    f"{number}"
+                )
+        for guard in env.guards:
+            if self.number(env, guard.expr) != 1:
+                raise CaptureError(f"forward decides by {guard.expr}, which is untrue")
+
+    def number(self, env: ShapeEnv, expression: Any) -> Any:
         """Of an expression of symbols; a truth is 0 or 1."""
-        if expression not in self._known:
-            found = sympy.sympify(expression).xreplace(self._numbers)
+        key = id(env), expression
+        if key not in self._known:
+            found = sympy.sympify(expression).xreplace(self._numbers.get(id(env), {}))
             if found.free_symbols:
                 raise CaptureError(f"{expression} is no number")
             if found in (sympy.true, sympy.false):
-                self._known[expression] = int(bool(found))
+                self._known[key] = int(bool(found))
             else:
-                self._known[expression] = int(found) if found.is_integer else float(found)
-        return self._known[expression]
+                self._known[key] = int(found) if found.is_integer else float(found)
+        return self._known[key]
 
     def value(self, symbol: Any) -> Any:
         """The number, or the truth, of what Python takes for one."""
-        found = self.number(symbol.node.expr)
+        found = self.number(symbol.node.shape_env, symbol.node.expr)
         return bool(found) if isinstance(symbol, torch.SymBool) else found
 
     def tensors(self, value: Any, mode: FakeTensorMode) -> Any:
@@ -164,7 +193,7 @@ class Numbers:
         return tuple(map(self._size, shape))
 
     def _size(self, size: Any) -> Any:
-        return self.number(size.node.expr) if isinstance(size, torch.SymInt) else size
+        return self.value(size) if isinstance(size, torch.SymInt) else size
 
 
 class Asked:
