@@ -269,6 +269,11 @@ class Loader:
                 raise BatchError(obstacle)
         return compiled
 
+    def forget(self, requests: Iterable[Request]) -> None:
+        """Their graphs are no longer there, and will be compiled anew."""
+        for request in requests:
+            del self._guards[request]
+
     def deal(self, step: Step, seed: int, number: int) -> dict[int, Job]:
         """Rank -> its replica's microbatches, on its device, and the seeds of their random ops.
 

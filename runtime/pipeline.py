@@ -350,7 +350,9 @@ class Pipeline(Stored):
                 )
                 self._source = None
             session.add(request, made)
-        return self._require(), step
+        session = self._require()
+        self._loader.forget(session.drop_oldest(step))
+        return session, step
 
     def _prepare(
         self, mode: Mode, batch: Any, several: bool = False

@@ -34,6 +34,8 @@ from .stepping.own_optimizers import OwnOptimizers
 from .weights.materialize import Source
 from .world import World
 
+MOST_PROGRAMS = 64  # that are kept: another shape or mode is another one
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -88,7 +90,8 @@ class Session:
         first: the first graph; its layout is that of all others.
 
     Attributes:
-        loaded: the graphs, in the order in which they were asked for.
+        loaded: the graphs that are kept, those that were used last at the end.
+        first: the first graph.
         buffers: where the latest values of buffers are.
         own: the optimizers that the user steps the parameters with.
 
@@ -119,6 +122,7 @@ class Session:
         self.buffers = LatestBuffers(world.mesh, self.state.ranks)
         self._sums = Accumulation(self.state)
         self.loaded: dict[Request, Loaded] = {}
+        self.first = first
         self._compared: set[tuple[Request, ...]] = set()
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
@@ -136,10 +140,6 @@ class Session:
             self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())
         if options.lr_scheduler is not None:
             self.scheduler = make_scheduler(options.lr_scheduler, self.optimizer)
-
-    @property
-    def first(self) -> Compiled:
-        return next(iter(self.loaded.values())).compiled
 
     @property
     def current(self) -> str:
@@ -175,6 +175,21 @@ class Session:
         }
         use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
         self.loaded[request] = Loaded(compiled, executors, use, stale)
+
+    def drop_oldest(self, step: Step) -> list[Request]:
+        """Let go of what was not used for longest, where there is too much; the same on all ranks.
+
+        Args:
+            step: about to run.
+        """
+        for request in step.requests.values():
+            self.loaded[request] = self.loaded.pop(request)
+        surplus = max(0, len(self.loaded) - max(MOST_PROGRAMS, len(step.requests)))
+        dropped = list(self.loaded)[:surplus]
+        for request in dropped:
+            del self.loaded[request]
+        self._compared = {each for each in self._compared if not set(each).intersection(dropped)}
+        return dropped
 
     def ready(self, step: Step) -> Ready:
         """What runs a batch whose graphs are all there.

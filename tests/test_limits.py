@@ -33,6 +33,7 @@ from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.units import units_of
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
+from pipecompile.runtime import session
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
 from pipecompile.runtime.exchange.processes import Processes
 from pipecompile.runtime.exchange.transport import Endpoint
@@ -40,7 +41,7 @@ from pipecompile.runtime.state.accumulation import own_squares, squares
 from pipecompile.runtime.stepping.loss_scaler import LossScaler
 from pipecompile.runtime.weights import initializers
 from pipecompile.runtime.weights.allocation import Allocation
-from support import models, units
+from support import jobs, models, units
 from support.gang import Gang
 from torch import fx, nn
 
@@ -295,3 +296,19 @@ def test_large_arguments_repeat_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
     assert noise.abs().max() < 8 * synthetic.SCALE
     assert len(set(noise.tolist())) == 8
     assert torch.equal(made.view(-1), noise.repeat(3)[:20])
+
+
+def test_programs_that_were_not_used_for_longest_go() -> None:
+    """And are compiled anew, with the same bits; the plan is still the first one's."""
+    lengths = (4, 6, 8, 4, 10, 6, 6)
+    with mock.patch.object(session, "MOST_PROGRAMS", 2):
+        pipe, other = (jobs.pipeline("gpt2", 2, 1, 2, seed=1) for _ in range(2))
+        for length in lengths:
+            tokens = torch.randint(64, (4, length))
+            given = {"input_ids": tokens, "labels": tokens}
+            loss = pipe.step(given)
+            assert len(pipe._session.loaded) <= 2
+            with mock.patch.object(session, "MOST_PROGRAMS", 64):
+                assert torch.equal(loss, other.step(given))
+    assert len(other._session.loaded) == len(set(lengths))
+    assert pipe.plan.shape == other.plan.shape

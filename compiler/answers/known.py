@@ -19,7 +19,7 @@ from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir.graph import written
-from ..tensors.fakes import is_fake
+from ..tensors.fakes import is_fake, is_symbol
 
 Nodes = Sequence[fx.Node]
 
@@ -109,7 +109,8 @@ class Known:
                 return value.detach().clone()
             return _UNKNOWN
         op: Any = node.target
-        if node.op != "call_function" or not (isinstance(op, OpOverload) or _is_item(node)):
+        plain = _is_item(node) or is_symbol(node.meta.get("val"))  # and no operator
+        if node.op != "call_function" or not (plain or isinstance(op, OpOverload)):
             return _UNKNOWN
         known = all(map(self._is_known, node.all_input_nodes))
         if known and _CHANCE not in getattr(op, "tags", ()):

@@ -82,6 +82,15 @@ class BatchSpec:
             whole.insert(position, value)
         return tree_unflatten(whole, self.tree)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The floating-point numbers in it that are no tensors, by their names."""
+        whole: list[Any] = [None] * (len(self.leaves) + len(self.constants))
+        for position, value in self.constants:
+            whole[position] = value
+        paths, _ = tree_flatten_with_path(tree_unflatten(whole, self.tree))
+        return {_name(path): value for path, value in paths if isinstance(value, float)}
+
     def without_sizes(self) -> BatchSpec:
         """What batches of all sizes have in common."""
         leaves = tuple(Leaf(x.name, (0,) * len(x.shape), x.dtype) for x in self.leaves)

@@ -28,6 +28,7 @@ from ..effects.world import watching
 from ..ir.errors import CaptureError, LossError
 from ..ir.precision import autocast
 from ..regions.regions import Regions
+from ..tensors.fakes import is_symbol
 from ..tensors.pytree import tree_leaves
 from ..tracing.constants import told_constants
 from ..tracing.kept import (
@@ -44,7 +45,7 @@ from ..tracing.kept import (
 )
 from ..tracing.kept_checks import Checks
 from ..tracing.padding import padded_outputs
-from ..tracing.sizes import Sizes, is_symbol
+from ..tracing.sizes import Sizes
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -65,6 +66,7 @@ def capture_template(
     passes: Sequence[ForwardPass],
     compute: torch.dtype | None,
     weighs: bool,
+    values: Sequence[torch.Tensor] = (),
 ) -> Template:
     """Trace with symbols in the places of some sizes; arguments as of `capture_training`.
 
@@ -72,6 +74,7 @@ def capture_template(
         spec: an example, in which sizes that vary are 2 or more.
         varying: of each leaf, the dimensions whose sizes are symbols.
         wants: the loss or the results.
+        values: the leaves of the example, which forward may ask; others may be asked the same.
         trains: with a backward, in the mode that the model is in.
 
     Raises:
@@ -80,26 +83,35 @@ def capture_template(
     if skeleton.regions.patterns:
         raise CaptureError("parts of the model run eagerly, and were tried with one size")
     shapes = [leaf.shape for leaf in spec.leaves]
-    sizes = Sizes(skeleton.mode, shapes, varying)
-
-    def scaled(traced: fx.GraphModule, times: int) -> fx.GraphModule:
-        numbers = sizes.at([leaf.shape for leaf in spec.repeat(times).leaves])
-        return fx.GraphModule(traced, instance(traced.graph, numbers, skeleton.mode)[0])
-
     mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())
-    with contextlib.ExitStack() as stack:
-        for each in (*mode, sizes.traced(), tracing()):
-            stack.enter_context(each)
-        leaves = tuple(sizes.leaf(i, x.dtype, device) for i, x in enumerate(spec.leaves))
-        function, _ = function_of(skeleton, spec, loss_fn, device, wants, compute)
-        function.sizes = sizes
-        try:
-            captured = differentiated_of(skeleton, function, leaves, passes, scaled, weighs)
-        except PipecompileError:
-            raise
-        except Exception as error:  # of torch, which has met a symbol where it wants a number
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
-    return Template(captured, sizes, skeleton.mode)
+    for lazily in (True, False):
+        sizes = Sizes(skeleton.mode, shapes, varying)
+        with contextlib.ExitStack() as stack:
+            for each in (*mode, sizes.traced(), tracing()):
+                stack.enter_context(each)
+            leaves = tuple(sizes.leaf(i, x.dtype, device) for i, x in enumerate(spec.leaves))
+            function, _ = function_of(skeleton, spec, loss_fn, device, wants, compute)
+            function.sizes, function.values, function.lazily = sizes, values, lazily
+            scaled = partial(_scaled, sizes, spec, skeleton.mode)
+            try:
+                captured = differentiated_of(skeleton, function, leaves, passes, scaled, weighs)
+                return Template(captured, sizes, skeleton.mode)
+            except Exception as error:  # also of torch, which has met a symbol
+                asked = function.answering is not None and function.answering.numbers
+                if lazily and asked:
+                    continue
+                if isinstance(error, PipecompileError):
+                    raise
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _scaled(
+    sizes: Sizes, spec: BatchSpec, mode: FakeTensorMode, traced: fx.GraphModule, times: int
+) -> fx.GraphModule:
+    """What was exported, for so many times as many rows as an example has."""
+    numbers = sizes.at([leaf.shape for leaf in spec.repeat(times).leaves])
+    return fx.GraphModule(traced, instance(traced.graph, numbers, mode)[0])
 
 
 def _graph_at(graph: JointGraph, numbers: Numbers, mode: FakeTensorMode) -> JointGraph:

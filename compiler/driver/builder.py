@@ -250,11 +250,12 @@ class Builder:
                 forward_passes(options.mixed, self.target.kind, options.skip, records),
                 options.mixed.compute if options.mixed else None,
                 weighs,
+                tuple(batch),
             )
 
         if self.options.dynamic == "off":
             return trace(), ""
-        return self._shapes.captured((mode, weighs, bool(batch)), spec, trace, generalise)
+        return self._shapes.captured((mode, weighs, bool(batch)), spec, batch, trace, generalise)
 
     def _capture(
         self,

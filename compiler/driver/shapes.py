@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.template import Template
 from ..ir.errors import CaptureError, PipecompileError
-from ..tracing.sizes import LEAST
+from ..tracing import sizes
 
+NUMBERS = 4  # values of a number in the batch before it is said that each is traced
+ANSWERS = 4  # graphs for all sizes of batches that give forward other answers
 ROWS = 3  # numbers of rows that are traced before their number becomes a symbol
+Leaves = Sequence[torch.Tensor]
 Varying = tuple[frozenset[int], ...]
 """Of each leaf, the dimensions that vary."""
 
@@ -22,16 +29,15 @@ class _Kind:
     """Batches that differ in sizes alone.
 
     Attributes:
-        traced: shapes that were traced, with the fingerprints of their graphs.
-        template: a graph for many sizes.
-        candidate: one that no shape has been compared with.
-        tried: what was to vary when one was made, or could not be.
+        traced: shapes that were traced, with the fingerprints of their graphs; "" where forward
+            has asked the batch.
+        templates: graphs for many sizes; of several, each for other answers of the batch.
+        tried: how often one was made, or could not be, by what was to vary.
     """
 
     traced: dict[BatchSpec, str] = field(default_factory=dict)
-    template: Template | None = None
-    candidate: Template | None = None
-    tried: set[Varying] = field(default_factory=set)
+    templates: list[Template] = field(default_factory=list)
+    tried: Counter[Varying] = field(default_factory=Counter)
 
 
 class Shapes:
@@ -39,12 +45,14 @@ class Shapes:
 
     def __init__(self) -> None:
         self._kinds: dict[Hashable, _Kind] = {}
+        self._numbers: dict[str, set[float]] = defaultdict(set)
         self._warned = False
 
     def captured(
         self,
         use: Hashable,
         spec: BatchSpec,
+        batch: Leaves,
         trace: Callable[[], Captured],
         generalise: Callable[[BatchSpec, Varying], Template],
     ) -> tuple[Captured, str]:
@@ -52,49 +60,72 @@ class Shapes:
 
         Args:
             use: what else a graph depends on.
+            batch: the leaves of one, which forward may ask; empty where it may not.
             trace: traces it.
-            generalise: traces one for an example, with symbols for what varies.
+            generalise: traces one for an example, with symbols for what varies. Where there is a
+                batch that is the example.
         """
+        self._note_numbers(spec)
         kind = self._kinds.setdefault((use, _structure(spec)), _Kind())
-        why = ""
-        if spec not in kind.traced:
+        why, candidate = "", None
+        if spec not in kind.traced or batch:
             try:
-                self._generalise(kind, spec, generalise)
-                if kind.template is not None:
-                    return kind.template.at(spec), _said(kind.template, spec)
+                if (found := _followed(kind, spec, batch)) is not None:
+                    return found
+                candidate = self._generalised(kind, spec, batch, generalise)
+                if candidate is not None and _agrees(candidate, kind.traced):
+                    kind.templates.append(candidate)
+                    candidate = None
+                    if (found := _followed(kind, spec, batch)) is not None:
+                        return found
             except PipecompileError as error:
                 why = str(error)
                 self._warn(why)
         captured = trace()
-        kind.traced[spec] = "" if captured.guards.of_batch else captured.graph.fingerprint()
-        if kind.candidate is not None:
-            kind.template, kind.candidate = _compared(kind.candidate, {spec: kind.traced[spec]})
+        fingerprint = captured.graph.fingerprint()
+        kind.traced[spec] = "" if captured.guards.of_batch else fingerprint
+        if candidate is not None and _agrees(candidate, {spec: fingerprint}):
+            kind.templates.append(candidate)
         return captured, why and f"traced anew, as {why}"
 
-    def _generalise(
-        self, kind: _Kind, spec: BatchSpec, generalise: Callable[[BatchSpec, Varying], Template]
-    ) -> None:
-        """Make a graph for all sizes, once something varies that the one that is there has not.
+    def _generalised(
+        self,
+        kind: _Kind,
+        spec: BatchSpec,
+        batch: Leaves,
+        generalise: Callable[[BatchSpec, Varying], Template],
+    ) -> Template | None:
+        """A graph for all sizes, once something varies that those that are there have not, or
+        forward is answered otherwise.
 
         Raises:
-            PipecompileError: there is none.
+            PipecompileError: it cannot be made.
         """
         varying = _varying([*kind.traced, spec])
-        if kind.template is not None:
-            known = kind.template.varying
-            varying = tuple(a | frozenset(b) for a, b in zip(varying, known, strict=True))
-            if all(a == frozenset(b) for a, b in zip(varying, known, strict=True)):
-                return
+        for template in kind.templates:
+            varying = tuple(a.union(b) for a, b in zip(varying, template.varying, strict=True))
         of_rows = not any(dims - {0} for dims in varying)
-        if not kind.traced or varying in kind.tried or (of_rows and len(kind.traced) < ROWS):
-            return
-        kind.tried.add(varying)
-        if "" in kind.traced.values():
-            return  # forward asks the batch, which has no symbols to answer with
-        example = next((each for each in (spec, *kind.traced) if _is_example(each, varying)), None)
+        if not kind.traced or (of_rows and len(kind.traced) < ROWS):
+            return None
+        if kind.tried[varying] >= (ANSWERS if batch else 1):
+            return None
+        others = () if batch else kind.traced
+        example = next((each for each in (spec, *others) if _is_example(each, varying)), None)
         if example is None:
-            return
-        kind.template, kind.candidate = _compared(generalise(example, varying), kind.traced)
+            return None
+        kind.tried[varying] += 1
+        return generalise(example, varying)
+
+    def _note_numbers(self, spec: BatchSpec) -> None:
+        for name, number in spec.numbers.items():
+            seen = self._numbers[name]
+            if number not in seen and len(seen) == NUMBERS:
+                warnings.warn(
+                    f"the batch's {name!r} is a number that changes, and each value of it is "
+                    f"traced: give it as a tensor without dimensions (torch.tensor({number}))",
+                    stacklevel=2,
+                )
+            seen.add(number)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -105,21 +136,38 @@ class Shapes:
             )
 
 
-def _compared(
-    made: Template, traced: Mapping[BatchSpec, str]
-) -> tuple[Template | None, Template | None]:
-    """A graph for many sizes, if it is that of a shape that was traced, and of no other another;
-    and the same, if there was none to compare it with."""
-    found = False
-    for spec, fingerprint in traced.items():
+def _followed(kind: _Kind, spec: BatchSpec, batch: Leaves) -> tuple[Captured, str] | None:
+    """The graph that follows from one for many sizes, if one of them is for this batch.
+
+    Raises:
+        CaptureError: there are some, and none is for such sizes.
+    """
+    refused = None
+    for template in kind.templates:
         try:
-            same = made.at(spec).graph.fingerprint() == fingerprint
-        except CaptureError:
-            continue  # it is not for that shape
-        if not same:
-            return None, None
-        found = True
-    return (made, None) if found else (None, made)
+            found = template.at(spec)
+        except CaptureError as error:
+            refused = error
+            continue
+        if not found.guards or (batch and found.guards.difference(batch) is None):
+            return found, _said(template, spec)
+        refused = None
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _agrees(made: Template, traced: Mapping[BatchSpec, str]) -> bool:
+    """Whether a graph for many sizes is that of shapes that were traced, where it is for them.
+
+    Of those in which forward has asked the batch nothing can be said.
+    """
+    found = []
+    for spec, fingerprint in traced.items():
+        if fingerprint:
+            with contextlib.suppress(CaptureError):
+                found.append(made.at(spec).graph.fingerprint() == fingerprint)
+    return bool(found) and all(found)
 
 
 def _structure(spec: BatchSpec) -> Hashable:
@@ -141,7 +189,7 @@ def _varying(specs: Sequence[BatchSpec]) -> Varying:
 
 def _is_example(spec: BatchSpec, varying: Varying) -> bool:
     pairs = zip(spec.leaves, varying, strict=True)
-    return all(leaf.shape[d] >= LEAST for leaf, dims in pairs for d in dims)
+    return all(leaf.shape[d] >= sizes.LEAST for leaf, dims in pairs for d in dims)
 
 
 def _said(template: Template, spec: BatchSpec) -> str:

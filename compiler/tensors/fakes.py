@@ -29,3 +29,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
     """Whether it has no data; nor has what a vmap that is over has left in a graph."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return isinstance(tensor, FakeTensor) or tensor.is_meta or wrapped
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def is_symbol(value: object) -> bool:
+    """Whether it is a size, or follows from sizes, that is a symbol while a graph is traced."""
+    return isinstance(value, _SYMBOLS)

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..effects.outside import NUMBERS
 from ..ir.graph import computed, is_getitem, is_operator, is_random, made_of
-from ..tensors.fakes import is_fake
+from ..tensors.fakes import is_fake, is_symbol
 from .kept import outside_of_tracing, traced_as
-from .sizes import Asked, Sizes, hint, is_symbol
+from .sizes import Asked, Sizes, hint
 
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed to look at
 

@@ -19,10 +19,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from ..ir.errors import CaptureError
 from ..ir.graph import passed_on
-from ..tensors.fakes import FakeTensorMode
+from ..tensors.fakes import FakeTensorMode, is_symbol
 
 LEAST = 2  # of what is a symbol: torch takes 0 and 1 for numbers
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Dims = Collection[int]
 
 
@@ -180,7 +179,7 @@ class Numbers:
 
         if isinstance(value, (list, tuple)):
             return type(value)(self.tensors(item, mode) for item in value)
-        if isinstance(value, _SYMBOLS):
+        if is_symbol(value):
             return self.value(value)
         if not isinstance(value, torch.Tensor) or _is_plain(value):
             return value
@@ -219,10 +218,6 @@ class Asked:
         return type(found) is type(self._answer) and bool(found == self._answer)
 
 
-def is_symbol(value: Any) -> bool:
-    return isinstance(value, _SYMBOLS)
-
-
 def is_known(size: Any) -> bool:
     """Whether a size is a number, or a symbol that stands for one of a batch's."""
     return isinstance(size, int) or bool(size.node.has_hint())
@@ -248,11 +243,11 @@ def instance(
     def given(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return twin[value]
-        return numbers.value(value) if isinstance(value, _SYMBOLS) else value
+        return numbers.value(value) if is_symbol(value) else value
 
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, _SYMBOLS):
+        if is_symbol(value):
             twin[node] = numbers.value(value)
             continue
         source = passed_on(node, numbers.shape)

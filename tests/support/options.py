@@ -55,6 +55,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "optimizer": ({"optimizer": SGD}, {}),
         "microbatches": ({"microbatches": 2}, {}),
         "loss_normalization": ({}, {"loss_normalization": "microbatch"}),
+        "dynamic": ({}, {"dynamic": "off"}),
         "loss_weight": ({"loss_weight": len}, {}),
         "max_grad_norm": ({"max_grad_norm": 1.0}, {"max_grad_norm": 2.0}),
         "lr_scheduler": ({"lr_scheduler": SGD}, {}),
