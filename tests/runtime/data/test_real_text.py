@@ -1,0 +1,122 @@
+"""Documents of all lengths, as they come: padded to the longest of the batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pydoc_data import topics
+from typing import Any
+from unittest import mock
+
+import pipecompile
+import pytest
+import torch
+from support import jobs
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+WORDS, ROWS, MICROBATCHES, IGNORED = 96, 4, 2, -100
+Batch = dict[str, torch.Tensor]
+
+
+def documents() -> list[torch.Tensor]:
+    """Texts of Python's own help, cut to 20 to 400 letters."""
+    texts = [text.encode() for _, text in sorted(topics.topics.items())]
+    cut = [text[: 20 + (37 * i) % 381] for i, text in enumerate(texts)]
+    return [torch.tensor(list(text)) % WORDS for text in cut if len(text) >= 20]
+
+
+def padded(found: list[torch.Tensor]) -> Batch:
+    longest = max(map(len, found))
+    shape = len(found), longest
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for row, text in enumerate(found):
+        batch["input_ids"][row, : len(text)] = text
+        batch["attention_mask"][row, : len(text)] = 1
+        batch["labels"][row, : len(text)] = text
+    return batch
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(
+        vocab_size=WORDS, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0
+    )
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
+    config.eos_token_id = 0
+    return GPT2LMHeadModel(config)
+
+
+def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+    """A step over the same microbatches, each weighed by the labels that it keeps."""
+
+    def kept(piece: Batch) -> int:
+        return int((piece["labels"][:, 1:] != IGNORED).sum())
+
+    losses, weights = [], []
+    for i in range(MICROBATCHES):
+        piece = {key: value.chunk(MICROBATCHES)[i] for key, value in batch.items()}
+        losses.append(model(**piece).loss)
+        weights.append(kept(piece) / kept(batch))
+        (losses[-1] * weights[-1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pairs = zip(losses, weights, strict=True)
+    return torch.stack([loss.detach().double() * weight for loss, weight in pairs]).sum().float()
+
+
+@pytest.fixture
+def traces() -> Iterator[list[bool]]:
+    """Of every trace, whether it had symbols."""
+    found, export = [], torch.export.export
+
+    def exported(*args: Any, **options: Any) -> Any:
+        found.append(options.get("dynamic_shapes") is not None)
+        return export(*args, **options)
+
+    with mock.patch.object(torch.export, "export", exported):
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (llama, 10),
+        pytest.param(llama, 30, marks=pytest.mark.slow),
+        pytest.param(gpt2, 30, marks=pytest.mark.slow),
+    ],
+)
+def test_documents_of_all_lengths(traces: list[bool], make: Any, steps: int) -> None:
+    """With the bits of the plain loop; the first length is traced, and then one graph for all."""
+    torch.manual_seed(0)
+    model = make()
+    pipe = pipecompile.compile(
+        copy.deepcopy(model), 2, microbatches=MICROBATCHES, optimizer=jobs.OPTIMIZERS["adamw"]
+    )
+    optimizer = jobs.OPTIMIZERS["adamw"](model.parameters())
+    lengths = set()
+    for _, batch in zip(range(steps), pipe.loader(documents(), ROWS, collate_fn=padded)):
+        lengths.add(batch["input_ids"].shape[1])
+        loss, expected = pipe.step(batch), plainly(model, optimizer, batch)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # sums of two round
+    state = pipe.state_dict()
+    assert not [n for n, each in model.state_dict().items() if not torch.equal(state[n], each)]
+    assert len(lengths) > steps // 2
+    assert traces.count(True) == 1
+    assert traces.count(False) == 2  # alone and with twice the rows, which tells how to weigh
