@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors
+    from . import data, errors
     from .compiler.api import compile
     from .compiler.costs.hardware import Device
     from .compiler.ir.precision import LossScale, Precision
@@ -28,6 +28,7 @@ __all__ = [
     "Precision",
     "__version__",
     "compile",
+    "data",
     "errors",
 ]
 
@@ -42,8 +43,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module(f"{__name__}.errors")
+    if name in ("data", "errors"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

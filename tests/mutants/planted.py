@@ -334,6 +334,37 @@ KEPT = (
     ),
 )
 
+SIZES = (
+    Mutant(
+        "compiler/tracing/sizes.py",
+        "if self.number(env, guard.expr) != 1:",
+        "if False:",
+        "test_sizes.py::test_guards_hold",
+        "what a trace has decided by sizes is taken to hold for others",
+    ),
+    Mutant(
+        "compiler/tracing/sizes.py",
+        "if not each.holds(found):",
+        "if False:",
+        "test_template.py::test_what_depends_on_a_size_is_traced_for_it",
+        "what a trace was told of values of sizes is taken to hold for others",
+    ),
+    Mutant(
+        "compiler/driver/shapes.py",
+        "return bool(found) and all(found)",
+        "return True",
+        "test_shapes.py::test_another_graph_is_not_used",
+        "a graph for all sizes is not compared with what was traced",
+    ),
+    Mutant(
+        "compiler/driver/shapes.py",
+        "if not found.guards or (batch and found.guards.difference(batch) is None):",
+        "if True:",
+        "test_shapes.py::test_a_batch_that_answers_otherwise_has_a_graph_of_its_own",
+        "a batch gets the graph of others that answer otherwise",
+    ),
+)
+
 SHARDING = (
     Mutant(
         "runtime/exchange/transport.py",
@@ -657,6 +688,7 @@ MUTANTS = (
     *FIGURES,
     *BITS,
     *KEPT,
+    *SIZES,
     *SHARDING,
     *PRECISION,
     *FREEING,

@@ -82,8 +82,6 @@ def told(captured: Captured) -> Any:
     ("name", "wants"),
     [
         ("gpt2", "training"),
-        ("llama", "training"),
-        ("bert-mlm", "results"),
         ("vit", "evaluation"),
         *(
             pytest.param(name, wants, marks=pytest.mark.slow)

@@ -1,0 +1,4 @@
+"""Functions for the data that a pipeline trains on."""
+
+from .runtime.data.padding import PADDING as PADDING
+from .runtime.data.padding import pad_to_multiple as pad_to_multiple
