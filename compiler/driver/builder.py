@@ -22,6 +22,7 @@ from ..ir.errors import (
     BatchError,
     CaptureError,
     LossError,
+    MemoryBudgetError,
     OptionError,
     PartitionError,
     PipecompileError,
@@ -31,8 +32,10 @@ from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..options.options import CompileOptions
+from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
 from ..plan.plan import Plan
+from ..planning.advice import gib
 from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
@@ -114,8 +117,12 @@ class Builder:
                 has one.
 
         Raises:
-            BatchError: forward asks the batch, and ranks hear different answers.
+            BatchError: forward asks the batch, and ranks hear different answers; or it has a size
+                that it may not have.
+            MemoryBudgetError: the graph follows another one, and does not fit as that does.
         """
+        check_sizes(spec, ranges_of(self.options.dynamic))
+        follows = layout is not None
         if layout is None and mode is not Mode.TRAIN:
             with contextlib.suppress(LossError, CaptureError):
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
@@ -153,6 +160,10 @@ class Builder:
         plan = summary.plan(spec, limit, timeline, recorder.records)
         if recorder.folder is not None:
             plan.save(recorder.folder / "plan.json")
+        if follows:
+            self._check_memory(plan, spec)
+        else:
+            self._check_largest(mode, spec, microbatches, layout, weighs, batch)
         return Compiled(
             assembly.program,
             assembly.schedule,
@@ -167,6 +178,44 @@ class Builder:
             captured.guards,
             captured.loss,
         )
+
+    def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
+        """Raises MemoryBudgetError where the stages of another graph do not fit with this one."""
+        over = tuple(each.memory.peak - self.target.budget_bytes for each in plan.stages)
+        worst = max(plan.stages, key=lambda each: each.memory.peak)
+        if over[worst.stage] <= 0:
+            return
+        raise MemoryBudgetError(
+            f"a microbatch of ({spec}) would need {gib(worst.memory.peak)} on stage {worst.stage}, "
+            f"in {worst.memory.peak_at}, which is {gib(over[worst.stage])} more than there is "
+            f"(memory={gib(self.target.budget_bytes)}): stages and what they recompute were chosen "
+            "for the first batch. Give the largest one as example_batch=, or smaller batches",
+            tuple(max(0.0, each) for each in over),
+            None,
+            proven=False,
+        )
+
+    def _check_largest(
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        microbatches: int,
+        layout: Layout,
+        weighs: bool,
+        batch: Sequence[torch.Tensor],
+    ) -> None:
+        """Whether the largest batch that was announced can be trained on, too."""
+        most = largest(spec, ranges_of(self.options.dynamic))
+        if mode is Mode.TRAIN and most != spec:
+            try:
+                values = stretched(batch, most) if batch else ()
+                self.build(mode, most, microbatches, layout, False, values, weighs)
+            except MemoryBudgetError:
+                raise
+            except PipecompileError as error:
+                raise BatchError(
+                    f"dynamic= announces batches of ({most}), which cannot be trained on: {error}"
+                ) from error
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -60,6 +60,12 @@ def _check_precision(_: str, given: Any) -> None:
     parse_precision(given)
 
 
+def _check_dynamic(name: str, given: Any) -> None:
+    from .ranges import check_dynamic
+
+    check_dynamic(name, given)
+
+
 def _precision_in_plan(given: Any) -> str:
     from ..ir.precision import parse_precision
 
@@ -124,13 +130,15 @@ class Options:
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="HOW"),
     )
-    dynamic: str = option(
+    dynamic: str | Mapping[str, Mapping[int, tuple[int, int]]] = option(
         "auto",
         help='batches of other sizes: "auto": once sizes vary, the model is traced with symbols '
         'for them, and further sizes need no tracing; "off": each shape is traced',
-        more="The programs are the same. Where forward does something else with other sizes, or "
-        "asks for values of the batch, each shape is traced.",
-        choices=("auto", "off"),
+        more='Ranges of sizes, ``{"input_ids": {1: (8, 2048)}}``, are "auto" too: the largest is '
+        "compiled at once, to see that it fits into memory, and others are refused. Programs are "
+        "the same in all ways. Where forward does something else with other sizes, each shape is "
+        "traced.",
+        check=_check_dynamic,
         compared=as_it_is,
     )
     loss_weight: Callable[[Any], float | torch.Tensor] | None = option(

@@ -11,6 +11,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.capture import template
+from pipecompile.errors import BatchError, MemoryBudgetError, OptionError
 from support import jobs
 from torch import nn
 
@@ -115,3 +116,62 @@ def test_off_is_off(traces: list[bool], precision: str | None) -> None:
     on, off = (trained(batches, precision=precision, dynamic=how) for how in ("auto", "off"))
     assert all(map(torch.equal, on, off))
     assert traces.count(True) == 1
+
+
+def test_a_longer_batch_that_does_not_fit_is_refused() -> None:
+    """Before it runs; batches that fit go on."""
+    short, long = ({"x": batch(4, n, False)["x"], "mask": torch.ones(4, n)} for n in (6, 600))
+    plan = pipecompile.compile(Masked(), 2, microbatches=1, example_batch=short).plan
+    memory = 2 * max(stage.memory.peak for stage in plan.stages)
+    pipe = pipecompile.compile(
+        Masked(), 2, microbatches=1, memory=memory, optimizer=jobs.SGD, example_batch=short
+    )
+    with pytest.raises(MemoryBudgetError, match=r"x: int64\[4, 600\].* more than there is"):
+        pipe.step(long)
+    assert torch.equal(pipe.step(short), Masked()(**short).detach())
+    with pytest.raises(MemoryBudgetError, match="Give the largest one as example_batch="):
+        pipecompile.compile(
+            Masked(), 2, microbatches=1, memory=memory, dynamic={"x": {1: (2, 600)}}
+        ).compile_for(short)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "length", "message"),
+    [
+        ({"x": {1: (4, 12)}}, 13, "'x' has size 13 in dimension 1, and dynamic= says 4 to 12"),
+        ({"y": {1: (4, 12)}}, 9, "sizes of 'y' in dimension 1, which the batch"),
+        ({"x": {2: (4, 12)}}, 9, "sizes of 'x' in dimension 2"),
+    ],
+)
+def test_sizes_that_were_not_announced(ranges: Any, length: int, message: str) -> None:
+    with pytest.raises(BatchError, match=message):
+        trained([batch(4, 6, False), batch(4, length, False)], dynamic=ranges)
+
+
+def test_sizes_that_were_announced(traces: list[bool]) -> None:
+    """The largest is compiled with the first one, and the mask follows the tokens."""
+    batches = [batch(4, length, padded=False) for length in (6, 9, 12, 7)]
+    losses = trained(batches, dynamic={"x": {1: (2, 12)}})
+    assert all(map(torch.equal, losses, plainly(batches)))
+    assert traces.count(True) == 1
+
+
+class Limited(Masked):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 16:
+            raise ValueError("at most 16 tokens")
+        return super().forward(x, mask)
+
+
+def test_sizes_that_the_model_does_not_take() -> None:
+    pipe = pipecompile.compile(Limited(), 2, microbatches=1, dynamic={"x": {1: (2, 20)}})
+    with pytest.raises(BatchError, match=r"announces .*x: int64\[4, 20\].*at most 16 tokens"):
+        pipe.compile_for(batch(4, 6, padded=False))
+
+
+@pytest.mark.parametrize(
+    "given", ["on", {"x": 3}, {"x": {0: (1, 2)}}, {"x": {1: (3, 2)}}, {1: {1: (2, 3)}}, 5]
+)
+def test_what_is_no_range(given: Any) -> None:
+    with pytest.raises(OptionError, match=r"dynamic=.* or ranges of sizes"):
+        pipecompile.compile(Masked(), 2, dynamic=given)
