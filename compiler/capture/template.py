@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import fx
@@ -15,10 +14,10 @@ from ..ir.graph import JointGraph
 from ..rows.loss import Counting
 from ..tensors.fakes import FakeTensorMode
 from ..tracing.sizes import Dims, Numbers, Sizes, instance
-from .batch import BatchSpec
+from .batch import BatchSpec, repeated
 from .calling import LossFn
 from .capture import Captured, ForwardPass, differentiated_of, function_of
-from .exporting import tracing
+from .exporting import exported, tracing
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
 
@@ -83,35 +82,43 @@ def capture_template(
     if skeleton.regions.patterns:
         raise CaptureError("parts of the model run eagerly, and were tried with one size")
     shapes = [leaf.shape for leaf in spec.leaves]
-    mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())
-    for lazily in (True, False):
+
+    def attempt(lazily: bool) -> Template | None:
+        """None where it has to be tried with numbers that are Python's own."""
         sizes = Sizes(skeleton.mode, shapes, varying)
+
+        def scaled(traced: fx.GraphModule, times: int) -> fx.GraphModule:
+            """What was exported, for so many times as many rows as the example has."""
+            more = spec.repeat(times)
+            if times == 1 or sizes.has_rows:
+                numbers = sizes.at([leaf.shape for leaf in more.leaves])
+                return fx.GraphModule(traced, instance(traced.graph, numbers, skeleton.mode)[0])
+            with sizes.without():
+                other, given = function_of(skeleton, more, loss_fn, device, wants, compute)
+                other.values, other.lazily = repeated(values, times), lazily
+                return exported(other, given)[0]
+
+        mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())
         with contextlib.ExitStack() as stack:
             for each in (*mode, sizes.traced(), tracing()):
                 stack.enter_context(each)
             leaves = tuple(sizes.leaf(i, x.dtype, device) for i, x in enumerate(spec.leaves))
             function, _ = function_of(skeleton, spec, loss_fn, device, wants, compute)
             function.sizes, function.values, function.lazily = sizes, values, lazily
-            scaled = partial(_scaled, sizes, spec, skeleton.mode)
             try:
                 captured = differentiated_of(skeleton, function, leaves, passes, scaled, weighs)
-                return Template(captured, sizes, skeleton.mode)
             except Exception as error:  # also of torch, which has met a symbol
                 asked = function.answering is not None and function.answering.numbers
                 if lazily and asked:
-                    continue
+                    return None
                 if isinstance(error, PipecompileError):
                     raise
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
-    raise AssertionError("unreachable")
+        return Template(captured, sizes, skeleton.mode)
 
-
-def _scaled(
-    sizes: Sizes, spec: BatchSpec, mode: FakeTensorMode, traced: fx.GraphModule, times: int
-) -> fx.GraphModule:
-    """What was exported, for so many times as many rows as an example has."""
-    numbers = sizes.at([leaf.shape for leaf in spec.repeat(times).leaves])
-    return fx.GraphModule(traced, instance(traced.graph, numbers, mode)[0])
+    made = attempt(True) or attempt(False)
+    assert made is not None
+    return made
 
 
 def _graph_at(graph: JointGraph, numbers: Numbers, mode: FakeTensorMode) -> JointGraph:

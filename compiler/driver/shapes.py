@@ -62,8 +62,7 @@ class Shapes:
             use: what else a graph depends on.
             batch: the leaves of one, which forward may ask; empty where it may not.
             trace: traces it.
-            generalise: traces one for an example, with symbols for what varies. Where there is a
-                batch that is the example.
+            generalise: traces one for an example, with symbols for what varies.
         """
         self._note_numbers(spec)
         kind = self._kinds.setdefault((use, _structure(spec)), _Kind())
@@ -109,12 +108,8 @@ class Shapes:
             return None
         if kind.tried[varying] >= (ANSWERS if batch else 1):
             return None
-        others = () if batch else kind.traced
-        example = next((each for each in (spec, *others) if _is_example(each, varying)), None)
-        if example is None:
-            return None
         kind.tried[varying] += 1
-        return generalise(example, varying)
+        return generalise(spec, varying)
 
     def _note_numbers(self, spec: BatchSpec) -> None:
         for name, number in spec.numbers.items():
@@ -171,25 +166,19 @@ def _agrees(made: Template, traced: Mapping[BatchSpec, str]) -> bool:
 
 
 def _structure(spec: BatchSpec) -> Hashable:
-    """What is alike in batches that differ in sizes alone."""
-    kinds = tuple((leaf.name, len(leaf.shape), leaf.dtype) for leaf in spec.leaves)
-    return kinds, spec.without_sizes()
+    """What is alike in batches that differ in sizes alone, of those that can be symbols."""
+    small = tuple(tuple(min(n, sizes.LEAST) for n in leaf.shape) for leaf in spec.leaves)
+    return small, spec.without_sizes()
 
 
 def _varying(specs: Sequence[BatchSpec]) -> Varying:
-    """Rows, and what is not the same in all of them."""
+    """Rows, if there are several, and what is not the same in all of them."""
     shapes = zip(*([leaf.shape for leaf in spec.leaves] for spec in specs), strict=True)
+    found = (list(enumerate(zip(*each, strict=True))) for each in shapes)
     return tuple(
-        frozenset(
-            d for d, sizes in enumerate(zip(*each, strict=True)) if not d or len({*sizes}) > 1
-        )
-        for each in shapes
+        frozenset(d for d, n in each if (not d and n[0] >= sizes.LEAST) or len({*n}) > 1)
+        for each in found
     )
-
-
-def _is_example(spec: BatchSpec, varying: Varying) -> bool:
-    pairs = zip(spec.leaves, varying, strict=True)
-    return all(leaf.shape[d] >= sizes.LEAST for leaf, dims in pairs for d in dims)
 
 
 def _said(template: Template, spec: BatchSpec) -> str:

@@ -47,7 +47,7 @@ class Sizes:
         self.varying = varying
         self.asked: list[Asked] = []
         pairs = zip(shapes, varying, strict=True)
-        least = min(shape[dim] for shape, dims in pairs for dim in dims)
+        least = min((shape[dim] for shape, dims in pairs for dim in dims), default=0)
         if least < LEAST:
             raise CaptureError(f"a size of {least} stands for no others")
         self._shapes: list[list[Any]] = [
@@ -73,6 +73,21 @@ class Sizes:
             yield
         finally:
             mode.shape_env, mode.static_shapes = before
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """A trace inside that one, in which the mode knows none."""
+        mode: Any = self._mode
+        mode.shape_env, mode.static_shapes = None, True
+        try:
+            yield
+        finally:
+            mode.shape_env, mode.static_shapes = self._env, False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the number of rows is a symbol."""
+        return any(0 in dims for dims in self.varying)
 
     def leaf(self, i: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A fake leaf of a batch."""

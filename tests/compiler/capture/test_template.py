@@ -214,6 +214,29 @@ def plainly(between: Callable[[torch.Tensor], torch.Tensor], sizes: Any) -> list
 LENGTHS = [(4, 6), (4, 9), (4, 3), (3, 12), (4, 6), (2, 2), (5, 17)]
 
 
+def test_one_row_of_any_length(counted: Counted) -> None:
+    """The number of rows is no symbol then."""
+    sizes = [(1, length) for length in (6, 9, 3, 12, 2)]
+    pipe = piped(masked)
+    losses = [pipe.step(batch(*size)) for size in sizes]
+    assert all(map(torch.equal, losses, plainly(masked, sizes)))
+    assert (counted.alone, counted.symbols) == (1, 1)
+
+
+@pytest.mark.parametrize("microbatches", [3, 4])
+def test_how_one_row_is_weighed(counted: Counted, microbatches: int) -> None:
+    """Told by more rows, also where the length is a symbol; 5 rows are cut into unequal ones."""
+    pipe = piped(attended, microbatches=microbatches)
+    model, alone = Model(attended).eval(), []
+    for length in (6, 9, 12, 15, 7):
+        given = batch(5, length)
+        expected = model(**given).detach()
+        torch.testing.assert_close(pipe.evaluate(given), expected, rtol=1e-5, atol=0)
+        alone.append(counted.alone)
+    assert counted.symbols == 2  # of one row, and of two
+    assert len(set(alone[1:])) == 1
+
+
 @pytest.mark.parametrize("dynamic", ["auto", "off"])
 def test_training_on_all_lengths(counted: Counted, dynamic: str) -> None:
     """One trace of the first length, and one with symbols."""
