@@ -22,7 +22,7 @@ from ..compiler.rows.loss import (
 )
 from ..compiler.rows.sums import Sums
 from ..compiler.rows.terms import Way
-from .executor import Job
+from .executor import Job, PieceKind
 from .loader import Step
 from .world import World
 
@@ -35,7 +35,7 @@ class BatchLoss:
 
     Args:
         program: one of them.
-        forms: rows of a microbatch -> what its graph tells of the loss; None where that was not
+        forms: kind of a microbatch -> what its graph tells of the loss; None where that was not
             asked.
         weight: what the user says that a microbatch counts.
         step: how the batch is run.
@@ -45,19 +45,19 @@ class BatchLoss:
         self,
         world: World,
         program: PipelineProgram,
-        forms: Mapping[int, LossForm | None],
+        forms: Mapping[PieceKind, LossForm | None],
         weight: LossWeight | None,
         step: Step,
     ):
         self._world, self._program, self._weight, self._step = world, program, weight, step
         plain = LossForm((Weighing(Way.KEPT if weight else Way.OWN, 0),))
-        self._forms = {rows: form or plain for rows, form in forms.items()}
+        self._forms = {kind: form or plain for kind, form in forms.items()}
         self._form = next(iter(self._forms.values()))
-        for rows, form in self._forms.items():
+        for (rows, _), form in self._forms.items():
             if (form.terms, form.factored) != (self._form.terms, self._form.factored):
                 raise BatchError(
                     f"microbatches of {rows} rows have another loss than those of "
-                    f"{next(iter(self._forms))}: give a batch whose rows all microbatches share"
+                    f"{next(iter(self._forms))[0]}: give a batch whose rows all microbatches share"
                 )
         terms = self._form.terms
         self._counts = any(term.way is Way.KEPT or term.by >= 0 for term in terms)
@@ -164,8 +164,8 @@ class BatchLoss:
             if self._program.loss_stage in mesh.stages_of(rank):
                 try:
                     mine[mesh.replica_of(rank)] = [
-                        self._count(leaves, max(1, size), buffers[rank])
-                        for leaves, size in zip(job.batches, job.sizes, strict=True)
+                        self._count(leaves, kind, buffers[rank])
+                        for leaves, kind in zip(job.batches, job.kinds, strict=True)
                     ]
                 except BatchError as error:
                     obstacle = str(error)
@@ -193,8 +193,8 @@ class BatchLoss:
                     "of the global batch, or leave it out"
                 )
 
-    def _count(self, leaves: Any, rows: int, buffers: Buffers) -> list[float]:
-        counting = self._forms[rows].counting
+    def _count(self, leaves: Any, kind: PieceKind, buffers: Buffers) -> list[float]:
+        counting = self._forms[kind].counting
         if counting is not None:
             return counting(leaves, buffers)
         assert self._weight is not None
@@ -205,10 +205,10 @@ class BatchLoss:
         try:
             number = float(found)
         except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(found).__name__
+            returned = type(found).__name__
             raise BatchError(
-                f"loss_weight returned a {kind}, which is no number: return what the microbatch "
-                "counts, such as (batch['labels'] != -100).sum()"
+                f"loss_weight returned a {returned}, which is no number: return what the "
+                "microbatch counts, such as (batch['labels'] != -100).sum()"
             ) from error
         if not math.isfinite(number) or number < 0:
             raise BatchError(

@@ -34,6 +34,10 @@ _OUT_OF_RANGE = re.compile("out of (bounds|range)|^Class values must be")
 """How operators say that of an index."""
 
 
+PieceKind = tuple[int, int]
+"""Of a microbatch: its rows, at least one, and which of the batch's shapes it has besides."""
+
+
 @dataclass
 class Job:
     """One run of a rank's actions: what goes in, and what comes out.
@@ -42,6 +46,7 @@ class Job:
         batches: per microbatch, the batch leaves on this rank's device.
         seeds: per microbatch, the seed of its random ops.
         sizes: per microbatch, its rows; 0 of one that stands in for none.
+        kinds: per microbatch, which graph it runs.
         weights: per microbatch, what the gradient of its loss is multiplied by; empty where all
             count as much.
         shares: per microbatch, further leaves: what terms of its loss are multiplied by.
@@ -52,6 +57,7 @@ class Job:
     batches: Sequence[Sequence[torch.Tensor]]
     seeds: Sequence[int]
     sizes: Sequence[int]
+    kinds: Sequence[PieceKind]
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -113,13 +119,13 @@ class Executor:
         for bound in self.stages.values():
             bound.refresh()
 
-    def run(self, job: Job, others: Mapping[int, Executor]) -> Run:
+    def run(self, job: Job, others: Mapping[PieceKind, Executor]) -> Run:
         """Execute every action in order. Call under `torch.no_grad()`.
 
         Args:
-            others: rows of a microbatch -> the executor of the graph for it; this one included.
+            others: kind of a microbatch -> the executor of the graph for it; this one included.
         """
-        made = [others[max(1, size)] for size in job.sizes]
+        made = [others[kind] for kind in job.kinds]
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         self.tied.restart()

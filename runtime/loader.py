@@ -20,8 +20,9 @@ from ..compiler.ir.errors import BatchError
 from ..compiler.ir.ops import mix
 from ..compiler.options.microbatches import cut, microbatches_of
 from ..compiler.options.options import CompileOptions
+from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
-from .executor import Job
+from .executor import Job, PieceKind
 from .world import World
 
 Leaves = tuple[torch.Tensor, ...]
@@ -50,9 +51,10 @@ class Step:
     """How a batch is run.
 
     Attributes:
-        requests: rows of a microbatch -> the graph for it, the largest first.
+        requests: kind of a microbatch -> the graph for it, the one with the most rows first.
         sizes: per replica, the rows of each microbatch. One without rows runs a row that counts
             nothing, so that all replicas do the same.
+        kinds: per replica, the kind of each microbatch.
         here: the replicas of which this process has the rows.
         spare: the leaves of a row for microbatches without rows.
         absent: ranks that were given no batch, as their stages read nothing of it.
@@ -60,8 +62,9 @@ class Step:
             something is to be compiled, or none.
     """
 
-    requests: Mapping[int, Request]
+    requests: Mapping[PieceKind, Request]
     sizes: tuple[tuple[int, ...], ...]
+    kinds: tuple[tuple[PieceKind, ...], ...]
     here: tuple[int, ...]
     spare: Leaves = ()
     absent: tuple[int, ...] = ()
@@ -109,17 +112,29 @@ class Loader:
         """
         agreement, mesh = self._world.agreement, self._world.mesh
         agreed = agreement.check_batch(mode, whole, values, obstacle)
-        whole = agreed.spec
-        rows = agreed.rows if mesh.distributed else cut(whole.rows, mesh.dp)
+        specs = agreed.specs
+        if not mesh.distributed:
+            specs = [specs[0].with_rows(n) for n in cut(specs[0].rows, mesh.dp)]
+        rows = [spec.rows for spec in specs]
         count = microbatches_of(rows, self._options)
         sizes = tuple(tuple(cut(each, count)) for each in rows)
-        distinct = sorted({max(1, n) for each in sizes for n in each}, reverse=True)
+        first = next((spec for spec in specs if spec.rows), specs[0])
+        likes = [(spec if spec.rows else first).with_rows(1) for spec in specs]
+        shapes = list(dict.fromkeys(likes))
+        kinds = tuple(
+            tuple((max(1, n), shapes.index(like)) for n in each)
+            for each, like in zip(sizes, likes, strict=True)
+        )
         here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
         weighs = several or count * mesh.dp > 1
-        requests = {n: Request(mode, whole.with_rows(n), count, weighs=weighs) for n in distinct}
+        requests = {
+            (n, shape): Request(mode, shapes[shape].with_rows(n), count, weighs=weighs)
+            for n, shape in sorted({kind for each in kinds for kind in each}, key=_most_rows)
+        }
         if agreed.absent:
             values = self._brought(agreed.absent, requests.values(), values)
-        step = Step(requests, sizes, here, self._spare(rows, values), agreed.absent, tuple(values))
+        spare = self._spare(rows, values)
+        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(values))
         if values and any(self._guards.get(request) for request in requests.values()):
             step = self._answered(step, values)
         return step
@@ -172,13 +187,13 @@ class Loader:
             for replica in step.here
         }
 
-    def _of_size(self, step: Step, values: Sequence[torch.Tensor], rows: int) -> list[Leaves]:
-        """The microbatches of this process that have so many rows, or stand in with one."""
+    def _of_kind(self, step: Step, values: Sequence[torch.Tensor], kind: PieceKind) -> list[Leaves]:
+        """The microbatches of this process that are of a kind."""
         return [
             piece
             for replica, pieces in self.pieces(step, values).items()
-            for piece, n in zip(pieces, step.sizes[replica], strict=True)
-            if max(1, n) == rows
+            for piece, each in zip(pieces, step.kinds[replica], strict=True)
+            if each == kind
         ]
 
     # -- what forward asks ------------------------------------------------------------------
@@ -186,8 +201,8 @@ class Loader:
     def _answered(self, step: Step, values: Sequence[torch.Tensor]) -> Step:
         """With the graphs that are made for what the microbatches answer."""
         requests = {}
-        for rows, first in step.requests.items():
-            pieces = self._of_size(step, values, rows)
+        for kind, first in step.requests.items():
+            pieces = self._of_kind(step, values, kind)
             choice = self._chosen(first, pieces)
             agreed = self._world.agreement.check_choice(
                 choice, partial(self._refusal, first, pieces)
@@ -199,7 +214,7 @@ class Loader:
                     "of this shape: keep it a tensor and choose with torch.where, or give batches "
                     "that agree there (padded to a few lengths)"
                 )
-            requests[rows] = replace(first, outcome=agreed.outcome)
+            requests[kind] = replace(first, outcome=agreed.outcome)
         return replace(step, requests=requests)
 
     def _chosen(self, first: Request, pieces: Sequence[Leaves]) -> Choice | None:
@@ -236,9 +251,9 @@ class Loader:
     # -- compiling, and dealing out -----------------------------------------------------------
 
     def compile(
-        self, step: Step, rows: int, layout: Layout | None, values: Sequence[torch.Tensor]
+        self, step: Step, kind: PieceKind, layout: Layout | None, values: Sequence[torch.Tensor]
     ) -> Compiled:
-        """Compile for the microbatches of so many rows.
+        """Compile for the microbatches of a kind.
 
         Args:
             layout: of the graphs before; None for the first.
@@ -248,11 +263,11 @@ class Loader:
         Raises:
             BatchError: its microbatches, or ranks, do not agree in what forward asks them.
         """
-        request = step.requests[rows]
+        request = step.requests[kind]
         pieces: list[Leaves] = []
         if values and not any(map(is_fake, values)):
-            pieces = self._of_size(step, values, rows)
-        like = pieces[:1] or ([batches.repeated(step.spare, rows)] if values else [])
+            pieces = self._of_kind(step, values, kind)
+        like = pieces[:1] or ([stretched(step.spare, request.spec)] if values else [])
         compiled = self._builder.build(
             request.mode,
             request.spec,
@@ -288,7 +303,7 @@ class Loader:
                 for piece in pieces[end.replica]
             ]
             seeds = [mix(seed, number, end.replica, i) for i in range(len(sizes))]
-            jobs[rank] = Job(moved, seeds, sizes)
+            jobs[rank] = Job(moved, seeds, sizes, step.kinds[end.replica])
         return jobs
 
     def by_replica(self, jobs: Mapping[int, Job]) -> dict[int, list[list[torch.Tensor]]]:
@@ -304,3 +319,8 @@ class Loader:
             ]
             for rank in firsts
         }
+
+
+def _most_rows(kind: PieceKind) -> tuple[int, int]:
+    rows, shape = kind
+    return -rows, shape

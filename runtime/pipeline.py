@@ -171,7 +171,7 @@ class Pipeline(Stored):
             batch_size: rows of a global batch; the last one of a pass may have fewer.
             options: ``shuffle=True`` for another order in each pass, ``drop_last=True``,
                 ``whole_batches=True`` to load all rows of a batch in every process and cut it
-                afterwards (where ``collate_fn`` pads to the longest), and those of torch's
+                afterwards (``collate_fn`` then pads to the longest of all), and those of torch's
                 `DataLoader`, such as ``collate_fn`` and ``num_workers``.
 
         Raises:
@@ -338,11 +338,11 @@ class Pipeline(Stored):
         """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
         obstacle = self._session.obstacle(mode) if self._session else ""
         step = self._loader.step(mode, whole, values if runs else [], obstacle, several)
-        for rows, request in step.requests.items():
+        for kind, request in step.requests.items():
             if (session := self._session) is not None and request in session.loaded:
                 continue
             layout = None if session is None else session.layout
-            made = self._loader.compile(step, rows, layout, step.given or values)
+            made = self._loader.compile(step, kind, layout, step.given or values)
             if session is None:
                 assert self._source is not None
                 self._session = session = Session(

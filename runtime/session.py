@@ -23,7 +23,7 @@ from ..compiler.rows.outputs import joined
 from ..compiler.rows.sums import Sums
 from ..compiler.rows.ways import How
 from .batch_loss import BatchLoss
-from .executor import Executor, Job, drive
+from .executor import Executor, Job, PieceKind, drive
 from .loader import Request, Step
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
@@ -63,12 +63,12 @@ class Ready:
     """What runs a batch.
 
     Attributes:
-        graphs: rows of a microbatch -> the graph for it, the largest first.
+        graphs: kind of a microbatch -> the graph for it, the one with the most rows first.
         loss: of the batch.
         spec: of the largest microbatch.
     """
 
-    graphs: Mapping[int, Loaded]
+    graphs: Mapping[PieceKind, Loaded]
     loss: BatchLoss
     spec: BatchSpec
 
@@ -407,15 +407,17 @@ class Session:
         return compiled.rebuild(whole)
 
 
-def _check_together(graphs: Mapping[int, Compiled]) -> None:
+def _check_together(graphs: Mapping[PieceKind, Compiled]) -> None:
     """Raises BatchError if the graphs for microbatches of some sizes cannot share a step."""
-    (first, one), *others = graphs.items()
-    for rows, other in others:
+    ((first, shape), one), *others = graphs.items()
+    for (rows, another), other in others:
         if _order(other) != _order(one):
+            which = f"of {rows} rows" if another == shape else "of one replica"
+            theirs = str(first) if another == shape else "another"
             raise BatchError(
-                f"microbatches of {rows} rows run other operators than those of {first}, with "
-                "other messages or gradients, and cannot share a step with them: give batches "
-                "whose rows microbatches= × dp= divides"
+                f"microbatches {which} run other operators than those of {theirs}, with other "
+                "messages or gradients, and cannot share a step with them: give batches whose rows "
+                "microbatches= × dp= divides, and replicas the same lengths"
             )
 
 

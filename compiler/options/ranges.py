@@ -84,7 +84,7 @@ def largest(spec: BatchSpec, ranges: Ranges) -> BatchSpec:
 
 
 def stretched(values: Sequence[torch.Tensor], most: BatchSpec) -> tuple[torch.Tensor, ...]:
-    """The leaves of a batch at other sizes, with what is last repeated."""
+    """The leaves of a batch at other sizes: fewer of it, or what is last repeated."""
     made = []
     for value, leaf in zip(values, most.leaves, strict=True):
         for dim, (old, new) in enumerate(zip(tuple(value.shape), leaf.shape, strict=True)):

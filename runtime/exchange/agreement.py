@@ -35,13 +35,12 @@ class Agreed:
     """The batch that all ranks are about to run.
 
     Attributes:
-        spec: of this rank's share; of the first rank's, with no rows of its own, where it has none.
-        rows: of each replica; of one process, of the batch.
+        specs: of each replica's share; of one process, of the batch. Those of two replicas may
+            differ in all sizes.
         absent: ranks that were given no batch.
     """
 
-    spec: BatchSpec
-    rows: list[int]
+    specs: list[BatchSpec]
     absent: tuple[int, ...] = ()
 
 
@@ -58,7 +57,7 @@ class Agreement:
         self._mesh = mesh
         separate = mesh.distributed and device.type == "cuda"
         self._control = dist.new_group(backend="gloo") if separate else None
-        self._told: dict[int, BatchSpec | None] = {}  # batches that ranks without one have met
+        self._told: dict[int, BatchSpec] = {}  # batches of other ranks, by a hash
 
     def gather(self, value: Any) -> list[Any]:
         """This value of every process, in rank order; one process agrees with itself."""
@@ -98,8 +97,8 @@ class Agreement:
         values: Sequence[torch.Tensor],
         obstacle: str = "",
     ) -> Agreed:
-        """Every rank is about to run batches that differ in the number of rows alone, and the
-        stages of a replica the same data, or all of them stop here.
+        """Every rank is about to run batches that differ in sizes alone, and the stages of a
+        replica the same data, or all of them stop here.
 
         Args:
             spec: None on a rank that has no batch.
@@ -115,13 +114,15 @@ class Agreement:
                 raise CaptureError(obstacle)
             if spec is None:
                 raise BatchError("the batch is None: give one")
-            return Agreed(spec, [spec.rows])
-        text, number, count = "", _ABSENT, 0
+            return Agreed([spec])
+        text, number, shape, count = "", _ABSENT, 0, 0
         if spec is not None:
             text, count = f"{mode} {spec.with_rows(1).described()}", spec.rows
-            number = _number(f"{text} {bool(values)}")
+            number = _number(f"{mode} {spec.without_sizes().described()} {bool(values)}")
+            shape = _number(text)
         data = _number(" ".join(digest(sample(value)) for value in values))
-        programs, batches, stopped, rows = self._announced(number, data, bool(obstacle), count)
+        announced = self._announced(number, data, bool(obstacle), count, shape)
+        programs, batches, stopped, rows, shapes = announced
         if any(stopped):
             raise CaptureError(next(filter(None, self.gather(obstacle))))
         absent = tuple(rank for rank, each in enumerate(programs) if each == _ABSENT)
@@ -131,12 +132,19 @@ class Agreement:
                 f"rank {min(lost)} was given no batch, and it has the first stage: pipe.needs_data "
                 "says which processes need one"
             )
-        self._check_calls(programs, text)
+        leader_of = [leaders[self._mesh.replica_of(rank)] for rank in range(self._mesh.size)]
+        pairs = zip(shapes, leader_of, programs, strict=True)
+        alike = all(mine == shapes[led] or each == _ABSENT for mine, led, each in pairs)
+        self._check_calls(programs if alike else range(len(programs)), text)
         self._check_data(batches, absent)
-        if absent:
-            spec = self._tell(programs[leaders[0]], spec)
-        assert spec is not None
-        return Agreed(spec, [rows[rank] for rank in leaders], absent)
+        wanted = {shapes[leader_of[rank]] for rank in absent}
+        if len({shapes[rank] for rank in leaders}) > 1:
+            wanted.update(shapes[rank] for rank in leaders)
+        self._tell(wanted, shapes, absent, spec)
+        specs = [spec if shapes[led] == shape else self._told[shapes[led]] for led in leaders]
+        found = [each for each in specs if each is not None]
+        counts = [rows[led] for led in leaders]
+        return Agreed([each.with_rows(n) for each, n in zip(found, counts, strict=True)], absent)
 
     def check_loaders(self) -> None:
         """Every rank is about to evaluate the batches of a loader.
@@ -146,7 +154,7 @@ class Agreement:
         """
         if self._mesh.distributed:
             text = "evaluate a loader"
-            programs, *_ = self._announced(_number(text), 0, False, 0)
+            programs, *_ = self._announced(_number(text), 0, False, 0, 0)
             self._check_calls(programs, text)
 
     def _announced(self, *mine: int) -> list[tuple[int, ...]]:
@@ -169,11 +177,14 @@ class Agreement:
                 )
         raise RankMismatchError("one rank was given a batch and another its shape: give all alike")
 
-    def _tell(self, number: int, spec: BatchSpec | None) -> BatchSpec | None:
-        """What ranks without a batch need to know of it; asked for once."""
-        if number not in self._told:
-            self._told[number] = next(filter(None, self.gather(spec)))
-        return self._told[number] if spec is None else spec
+    def _tell(
+        self, wanted: Collection[int], shapes: Sequence[int], absent: Collection[int], spec: Any
+    ) -> None:
+        """What ranks need to know of the batches of others; asked for once."""
+        if not set(wanted) <= self._told.keys():
+            for rank, each in enumerate(self.gather(spec)):
+                if rank not in absent:
+                    self._told[shapes[rank]] = each
 
     def check_choice(self, choice: Choice | None, refusal: Callable[[], str]) -> Choice:
         """The graph that all ranks run on microbatches of one size.

@@ -1,0 +1,99 @@
+"""Replicas that pad to the longest row of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pipecompile.errors import RankMismatchError
+from support import jobs, models, plain
+from support.gang import Gang
+from support.weighed import IGNORED
+
+Batch = dict[str, torch.Tensor]
+STEPS = (((4, 9), (2, 6)), ((3, 5), (4, 12)), ((4, 9), (0, 3)), ((2, 7), (2, 7)))
+"""Of each step and replica, rows and length."""
+
+
+def share(rows: int, length: int) -> Batch:
+    torch.manual_seed(100 * rows + length)
+    tokens = torch.randint(64, (rows, length))
+    kept = torch.arange(length) < torch.arange(2, rows + 2)[:, None] * length // (rows + 1)
+    return {"input_ids": tokens, "labels": torch.where(kept, tokens, IGNORED)}
+
+
+def trained() -> Any:
+    """With batches of this process's replica."""
+    pipe = jobs.pipeline("gpt2", 1, 2, 2, max_grad_norm=0.5)
+    mine = [share(*step[int(os.environ["RANK"])]) for step in STEPS]
+    losses = [pipe.step(batch) for batch in mine]
+    return losses, pipe.evaluate(mine[0]), pipe.evaluate(iter(mine)), pipe.state_dict()
+
+
+def kept(batches: list[Batch]) -> int:
+    return sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+
+
+def plainly() -> Any:
+    """Each replica adds up its microbatches, weighed by the labels that all of them keep."""
+    model = models.build("gpt2")
+    optimizer = jobs.OPTIMIZERS["adamw"](model.parameters())
+    losses = []
+    for step in STEPS:
+        shares = [share(*sizes) for sizes in step]
+        total, sums = torch.zeros((), dtype=torch.float64), []
+        for batch in shares:
+            rows = len(batch["labels"])
+            for piece in plain.cut(batch, 2) if rows else []:
+                loss = model(**piece).loss
+                (loss * (2 * kept([piece]) / kept(shares))).backward()
+                total += loss.detach().double() * (kept([piece]) / kept(shares))
+            sums.append([param.grad for param in model.parameters()])
+            model.zero_grad()
+        for param, *grads in zip(model.parameters(), *sums, strict=True):
+            found = [torch.zeros_like(param) if each is None else each for each in grads]
+            param.grad = (found[0] + found[1]) / 2
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.float())
+    return losses, model
+
+
+def mean(model: Any, batches: list[Batch]) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        found = [model(**each).loss.double() * kept([each]) for each in batches if kept([each])]
+    return (torch.stack(found).sum() / kept(batches)).float()
+
+
+def test_replicas_have_lengths_of_their_own(gang: Callable[[int], Gang]) -> None:
+    """And numbers of rows; one has none in a step."""
+    losses, model = plainly()
+    shares = [[share(*sizes) for sizes in step] for step in STEPS]
+    for found, first, whole, state in gang(2).run(trained):
+        for one, other in zip(found, losses, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(first, mean(model, shares[0]), rtol=1e-6, atol=0)
+        flat = [each for step in shares for each in step]
+        torch.testing.assert_close(whole, mean(model, flat), rtol=1e-6, atol=0)
+
+
+def unlike_stages() -> str:
+    pipe = jobs.pipeline("gpt2", 2, 1, 1)
+    pipe.step(share(2, 6))
+    with pytest.raises(RankMismatchError) as raised:
+        pipe.step(share(2, 6 + int(os.environ["RANK"])))
+    pipe.step(share(2, 6))
+    return str(raised.value)
+
+
+def test_stages_of_a_replica_have_one_length(gang: Callable[[int], Gang]) -> None:
+    for text in gang(2).run(unlike_stages):
+        assert "rank 0 was called with (train input_ids: int64[1, 6]" in text
+        assert "rank 1 with (train input_ids: int64[1, 7]" in text
