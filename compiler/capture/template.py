@@ -114,6 +114,7 @@ def capture_template(
                 if isinstance(error, PipecompileError):
                     raise
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
+        sizes.check_free()
         return Template(captured, sizes, skeleton.mode)
 
     made = attempt(True) or attempt(False)

@@ -17,7 +17,7 @@ from ..ir.errors import CaptureError, PipecompileError
 from ..tracing import sizes
 
 NUMBERS = 4  # values of a number in the batch before it is said that each is traced
-ANSWERS = 4  # graphs for all sizes of batches that give forward other answers
+ANSWERS = 4  # graphs for many sizes: for other answers of the batch, or other sides of a branch
 ROWS = 3  # numbers of rows that are traced before their number becomes a symbol
 Leaves = Sequence[torch.Tensor]
 Varying = tuple[frozenset[int], ...]
@@ -68,17 +68,20 @@ class Shapes:
         kind = self._kinds.setdefault((use, _structure(spec)), _Kind())
         why, candidate = "", None
         if spec not in kind.traced or batch:
+            found, why = _followed(kind, spec, batch)
+            if found is not None:
+                return found, _said(kind, spec)
             try:
-                if (found := _followed(kind, spec, batch)) is not None:
-                    return found
                 candidate = self._generalised(kind, spec, batch, generalise)
-                if candidate is not None and _agrees(candidate, kind.traced):
-                    kind.templates.append(candidate)
-                    candidate = None
-                    if (found := _followed(kind, spec, batch)) is not None:
-                        return found
             except PipecompileError as error:
                 why = str(error)
+            if candidate is not None and _agrees(candidate, kind.traced):
+                kind.templates.append(candidate)
+                candidate = None
+                found, why = _followed(kind, spec, batch)
+                if found is not None:
+                    return found, _said(kind, spec)
+            if why and candidate is None:
                 self._warn(why)
         captured = trace()
         fingerprint = captured.graph.fingerprint()
@@ -106,10 +109,14 @@ class Shapes:
         of_rows = not any(dims - {0} for dims in varying)
         if not kind.traced or (of_rows and len(kind.traced) < ROWS):
             return None
-        if kind.tried[varying] >= (ANSWERS if batch else 1):
+        if kind.tried[varying] >= ANSWERS:
             return None
         kind.tried[varying] += 1
-        return generalise(spec, varying)
+        try:
+            return generalise(spec, varying)
+        except PipecompileError:
+            kind.tried[varying] = ANSWERS  # it would not be another time
+            raise
 
     def _note_numbers(self, spec: BatchSpec) -> None:
         for name, number in spec.numbers.items():
@@ -131,25 +138,19 @@ class Shapes:
             )
 
 
-def _followed(kind: _Kind, spec: BatchSpec, batch: Leaves) -> tuple[Captured, str] | None:
-    """The graph that follows from one for many sizes, if one of them is for this batch.
-
-    Raises:
-        CaptureError: there are some, and none is for such sizes.
-    """
-    refused = None
+def _followed(kind: _Kind, spec: BatchSpec, batch: Leaves) -> tuple[Captured | None, str]:
+    """The graph that follows from one for many sizes, if one of them is for this batch; and why
+    none is for its sizes, where there are some."""
+    why = ""
     for template in kind.templates:
         try:
             found = template.at(spec)
         except CaptureError as error:
-            refused = error
+            why = str(error)
             continue
         if not found.guards or (batch and found.guards.difference(batch) is None):
-            return found, _said(template, spec)
-        refused = None
-    if refused is not None:
-        raise refused
-    return None
+            return found, ""
+    return None, why
 
 
 def _agrees(made: Template, traced: Mapping[BatchSpec, str]) -> bool:
@@ -181,7 +182,8 @@ def _varying(specs: Sequence[BatchSpec]) -> Varying:
     )
 
 
-def _said(template: Template, spec: BatchSpec) -> str:
-    leaves = zip(spec.leaves, template.varying, strict=True)
-    named = (f"{leaf.name} {sorted(dims)}" for leaf, dims in leaves if dims)
+def _said(kind: _Kind, spec: BatchSpec) -> str:
+    varying = _varying([*kind.traced, spec])
+    pairs = zip(spec.leaves, varying, strict=True)
+    named = (f"{leaf.name} {sorted(dims)}" for leaf, dims in pairs if dims)
     return f"follows from one graph for all sizes of {', '.join(named)}"

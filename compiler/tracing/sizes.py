@@ -110,6 +110,15 @@ class Sizes:
         auto: Any = torch.export.Dim.AUTO
         return tuple(dict.fromkeys(dims, auto) for dims in self.varying)
 
+    def check_free(self) -> None:
+        """Raises CaptureError if a symbol has become a number."""
+        for env, shapes in self._scopes:
+            pairs = zip(shapes, self.varying, strict=True)
+            for size in (shape[dim] for shape, dims in pairs for dim in dims):
+                stands = env.replace(size.node._expr) if is_symbol(size) else size
+                if isinstance(stands, int) or stands.is_number:
+                    raise CaptureError(f"forward is made for a size of {stands}")
+
     def at(self, shapes: Sequence[Sequence[int]]) -> Numbers:
         """The numbers of a batch.
 
@@ -187,11 +196,12 @@ class Numbers:
     def value(self, symbol: Any) -> Any:
         """The number, or the truth, of what Python takes for one."""
         found = self.number(symbol.node.shape_env, symbol.node.expr)
+        if isinstance(symbol, torch.SymFloat):
+            return float(found)
         return bool(found) if isinstance(symbol, torch.SymBool) else found
 
     def tensors(self, value: Any, mode: FakeTensorMode) -> Any:
         """What a node makes, with shapes and strides that are numbers."""
-
         if isinstance(value, (list, tuple)):
             return type(value)(self.tensors(item, mode) for item in value)
         if is_symbol(value):

@@ -29,7 +29,9 @@ def test_numbers_are_those_of_python(rows: int, length: int, more: int, longer: 
         return [a * b - 1, (a * b + 7) // 4, a % b, a / b, (a + b) ** 2, -a, torch.sym_max(a, 9)]
 
     found = made.at([(more, longer)])
-    assert [found.value(each) for each in followed(a, b)] == followed(more, longer)
+    for mine, theirs in zip(followed(a, b), followed(more, longer), strict=True):
+        assert found.value(mine) == theirs
+        assert type(found.value(mine)) is type(theirs)
     assert found.shape((a, 3, b)) == (more, 3, longer)
 
 
@@ -54,6 +56,8 @@ def test_symbols_that_became_numbers() -> None:
     made, (a, _) = sizes(6, 4)
     assert int(a) == 6
     made.at([(6, 5)])
+    with pytest.raises(CaptureError, match="made for a size of 6"):
+        made.check_free()
     with pytest.raises(CaptureError, match="made for a size of 6, and not 7"):
         made.at([(7, 5)])
 

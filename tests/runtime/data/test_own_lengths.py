@@ -4,30 +4,59 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import pipecompile
 import pytest
 import torch
 from pipecompile.errors import RankMismatchError
-from support import jobs, models, plain
+from support import jobs, plain
 from support.gang import Gang
 from support.weighed import IGNORED
+from torch import nn
 
+WIDTH, WORDS = 8, 16
 Batch = dict[str, torch.Tensor]
 STEPS = (((4, 9), (2, 6)), ((3, 5), (4, 12)), ((4, 9), (0, 3)), ((2, 7), (2, 7)))
 """Of each step and replica, rows and length."""
 
 
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Output:
+        states = self.embed(input_ids)
+        for layer in self.layers:
+            states = states + layer(states.cumsum(1)).tanh()
+        logits = self.head(states)[:, :-1].flatten(0, 1)
+        return Output(nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+
+
 def share(rows: int, length: int) -> Batch:
     torch.manual_seed(100 * rows + length)
-    tokens = torch.randint(64, (rows, length))
+    tokens = torch.randint(WORDS, (rows, length))
     kept = torch.arange(length) < torch.arange(2, rows + 2)[:, None] * length // (rows + 1)
     return {"input_ids": tokens, "labels": torch.where(kept, tokens, IGNORED)}
 
 
+def piped(n_stages: int, dp: int, **options: Any) -> Any:
+    optimizer = jobs.OPTIMIZERS["adamw"]
+    return pipecompile.compile(Model(), n_stages, dp, optimizer=optimizer, **options)
+
+
 def trained() -> Any:
     """With batches of this process's replica."""
-    pipe = jobs.pipeline("gpt2", 1, 2, 2, max_grad_norm=0.5)
+    pipe = piped(1, 2, microbatches=2, max_grad_norm=0.5)
     mine = [share(*step[int(os.environ["RANK"])]) for step in STEPS]
     losses = [pipe.step(batch) for batch in mine]
     return losses, pipe.evaluate(mine[0]), pipe.evaluate(iter(mine)), pipe.state_dict()
@@ -39,7 +68,7 @@ def kept(batches: list[Batch]) -> int:
 
 def plainly() -> Any:
     """Each replica adds up its microbatches, weighed by the labels that all of them keep."""
-    model = models.build("gpt2")
+    model = Model()
     optimizer = jobs.OPTIMIZERS["adamw"](model.parameters())
     losses = []
     for step in STEPS:
@@ -85,7 +114,7 @@ def test_replicas_have_lengths_of_their_own(gang: Callable[[int], Gang]) -> None
 
 
 def unlike_stages() -> str:
-    pipe = jobs.pipeline("gpt2", 2, 1, 1)
+    pipe = piped(2, 1, microbatches=1)
     pipe.step(share(2, 6))
     with pytest.raises(RankMismatchError) as raised:
         pipe.step(share(2, 6 + int(os.environ["RANK"])))

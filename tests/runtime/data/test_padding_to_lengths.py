@@ -94,7 +94,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     model = models.build("llama")
     model.config.use_cache = False  # or transformers does not look for packed documents
     pipe = pipecompile.compile(copy.deepcopy(model), 2, microbatches=2, optimizer=jobs.SGD)
-    for documents in ([[4, 6, 2], [5, 7]], [[3, 3, 3], [6, 3]], [[8, 5], [2, 11]]):
+    for documents in ([[8, 4], [2, 4, 6]],):
         batch = packed(documents)
         loss = pipe.forward_backward(batch)
         kept = int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -98,7 +98,7 @@ def traces() -> Iterator[list[bool]]:
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (llama, 10),
+        (llama, 6),
         pytest.param(llama, 30, marks=pytest.mark.slow),
         pytest.param(gpt2, 30, marks=pytest.mark.slow),
     ],

@@ -10,21 +10,45 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.errors import BatchError, PipecompileError
-from support import jobs, models, plain
+from support import jobs, plain
 from support.gang import Gang
+from torch import nn
 
-STAGES = 3
+STAGES, WIDTH, WORDS = 3, 8, 16
 
 
-def batch(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    tokens = torch.randint(64, (4, length))
+class Model(nn.Module):
+    """Of which the first layer reads tokens, and the last one labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self.embed(input_ids)
+        for layer in self.layers:
+            states = states + layer(states).tanh()
+        logits = self.head(states)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def batch(length: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(length)
+    tokens = torch.randint(WORDS, (4, length))
     return {"input_ids": tokens, "labels": tokens}
+
+
+def piped(**options: Any) -> Any:
+    optimizer = jobs.OPTIMIZERS["adamw"]
+    return pipecompile.compile(Model(), STAGES, microbatches=2, optimizer=optimizer, **options)
 
 
 def used(gives: Callable[[pipecompile.Pipeline, Any], Any]) -> list[Any]:
     """What is returned for batches of two lengths, one of which was not met before."""
-    pipe = jobs.pipeline("gpt2", STAGES, 1, 2, example_batch=batch(8))
+    pipe = piped(example_batch=batch(8))
 
     def given(*lengths: int) -> list[Any]:
         return [gives(pipe, batch(length)) for length in lengths]
@@ -33,11 +57,11 @@ def used(gives: Callable[[pipecompile.Pipeline, Any], Any]) -> list[Any]:
     whole = given(8, 5)
     losses += [pipe.evaluate(iter(() if None in whole else whole)), pipe.evaluate(*given(5))]
     output = pipe.forward(*given(8))
-    return [torch.stack(losses), None if output is None else output.logits, pipe.state_dict()]
+    return [torch.stack(losses), None if output is None else output["logits"], pipe.state_dict()]
 
 
 def without_data() -> tuple[bool, list[Any]]:
-    pipe = jobs.pipeline("gpt2", STAGES, 1, 2)
+    pipe = piped()
     assert pipe.needs_data
     pipe.compile_for(batch(8))
     return pipe.needs_data, used(lambda pipe, each: each if pipe.needs_data else None)
@@ -53,7 +77,7 @@ def test_stages_in_the_middle_need_none(gang: Callable[[int], Gang]) -> None:
 
 
 def lacking(missing: int) -> str:
-    pipe = jobs.pipeline("gpt2", STAGES, 1, 2, example_batch=batch(8))
+    pipe = piped(example_batch=batch(8))
     try:
         pipe.step(None if int(os.environ["RANK"]) == missing else batch(8))
     except PipecompileError as error:
@@ -77,7 +101,7 @@ def test_who_needs_it_is_told_on_all_ranks(
 
 
 def test_one_process_needs_it() -> None:
-    pipe = pipecompile.compile(models.gpt2(), 2, optimizer=jobs.SGD)
+    pipe = piped()
     assert pipe.needs_data
     with pytest.raises(BatchError, match="the batch is None: give one"):
         pipe.step(None)
