@@ -24,6 +24,7 @@ from pipecompile.compiler.capture.capture import (
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
 from pipecompile.compiler.capture.template import Template, capture_template
 from pipecompile.compiler.driver import shapes
+from pipecompile.compiler.ir.graph import tensors
 from pipecompile.errors import CaptureError
 from support import jobs, models
 from torch import nn
@@ -60,15 +61,8 @@ def traced(skeleton: Skeleton, spec: BatchSpec, wants: str) -> Captured:
 def told(captured: Captured) -> Any:
     """All that the rest of the compiler reads."""
     loss, nodes = captured.loss, captured.graph.graph.nodes
-    layouts = [
-        tuple((t.shape, t.stride(), t.dtype) for t in found)
-        for node in nodes
-        if isinstance(found := node.meta.get("val"), (list, tuple))
-    ] + [
-        (found.shape, found.stride(), found.dtype)
-        for node in nodes
-        if isinstance(found := node.meta.get("val"), torch.Tensor)
-    ]
+    made = [each for node in nodes for each in tensors(node.meta.get("val"))]
+    layouts = [(each.shape, each.stride(), each.dtype) for each in made]
     return (
         captured.graph.fingerprint(),
         layouts,
