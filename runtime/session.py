@@ -184,7 +184,9 @@ class Session:
         """
         for request in step.requests.values():
             self.loaded[request] = self.loaded.pop(request)
-        surplus = max(0, len(self.loaded) - max(MOST_PROGRAMS, len(step.requests)))
+        surplus = len(self.loaded) - max(MOST_PROGRAMS, len(step.requests))
+        if surplus <= 0:
+            return []
         dropped = list(self.loaded)[:surplus]
         for request in dropped:
             del self.loaded[request]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from hypothesis import Phase, settings
 from support.gang import Gang
 from support.process import settle
@@ -51,3 +54,16 @@ def gang() -> Iterator[Callable[[int], Gang]]:
     yield of_size
     for each in gangs.values():
         each.close()
+
+
+@pytest.fixture
+def traces() -> Iterator[list[bool]]:
+    """Of every trace, whether it had symbols."""
+    found, export = [], torch.export.export
+
+    def exported(*args: Any, **options: Any) -> Any:
+        found.append(options.get("dynamic_shapes") is not None)
+        return export(*args, **options)
+
+    with mock.patch.object(torch.export, "export", exported):
+        yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -39,19 +38,6 @@ def batch(rows: int, length: int, padded: bool) -> dict[str, torch.Tensor]:
     if padded:
         mask[0, length // 2 :] = 0
     return {"x": torch.randint(WORDS, (rows, length)), "mask": mask}
-
-
-@pytest.fixture
-def traces() -> Iterator[list[bool]]:
-    """Of every trace, whether it had symbols."""
-    found, export = [], torch.export.export
-
-    def exported(*args: Any, **options: Any) -> Any:
-        found.append(options.get("dynamic_shapes") is not None)
-        return export(*args, **options)
-
-    with mock.patch.object(torch.export, "export", exported):
-        yield found
 
 
 def trained(batches: list[dict[str, torch.Tensor]], **options: Any) -> list[torch.Tensor]:

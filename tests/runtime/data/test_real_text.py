@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import islice
 from pydoc_data import topics
 from typing import Any
-from unittest import mock
 
 import pipecompile
 import pytest
@@ -80,19 +78,6 @@ def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch
     optimizer.zero_grad()
     pairs = zip(losses, weights, strict=True)
     return torch.stack([loss.detach().double() * weight for loss, weight in pairs]).sum().float()
-
-
-@pytest.fixture
-def traces() -> Iterator[list[bool]]:
-    """Of every trace, whether it had symbols."""
-    found, export = [], torch.export.export
-
-    def exported(*args: Any, **options: Any) -> Any:
-        found.append(options.get("dynamic_shapes") is not None)
-        return export(*args, **options)
-
-    with mock.patch.object(torch.export, "export", exported):
-        yield found
 
 
 @pytest.mark.parametrize(
