@@ -18,6 +18,7 @@ from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import BatchError, CaptureError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
+from ..compiler.kept.cache import Cache, default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import steps_alone
 from ..compiler.plan.plan import Plan
@@ -77,7 +78,8 @@ class Pipeline(Stored):
         self.checkpoint_extras: dict[str, Any] = {}
         self._loaders = DataSetLoaders()
         team = Ranks(mesh, world.agreement, model, options)
-        builder = Builder(skeleton, options, world.target(options), team, why)
+        cache = Cache(default_cache_dir())
+        builder = Builder(skeleton, options, world.target(options), team, why, cache)
         self._loader = Loader(world, builder, options)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = world.agreement.gather(seed)[0]

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 
 from ..compiler.ir.errors import OptionError
+from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.planning.target import Target
 from ..compiler.profiling.profile import Profiler
-from ..compiler.profiling.timing_cache import default_cache_dir
 from .exchange.agreement import Agreement
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.link import measure_link

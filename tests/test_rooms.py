@@ -29,6 +29,7 @@ ROOMS = (
     "compiler/capture",
     "compiler/plan",
     "compiler/options",
+    "compiler/kept",
     "compiler/profiling",
     "compiler/planning",
     "compiler/driver",

@@ -28,6 +28,10 @@ def _same(found: Any) -> Any:
     return found
 
 
+HOW = (_same,)
+"""What makes answers here, besides what `number` has."""
+
+
 class Answering(TorchFunctionMode):
     """A forward inside, while it is traced.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,12 +66,20 @@ def _operand(other: Any) -> Any:
     return other if isinstance(other, (int, float)) else NotImplemented
 
 
+def _after(op: Callable[[Any, Any], Any], chain: How, other: Any, found: Any) -> Any:
+    return op(chain(found), other)
+
+
+def _turned(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    return op(b, a)
+
+
 def _compared(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
     def compare(self: Number, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
             return op(self.plain(), other)
         other, chain = _operand(other), self._chain
-        return other if other is NotImplemented else self._ask(lambda x: op(chain(x), other))
+        return other if other is NotImplemented else self._ask(partial(_after, op, chain, other))
 
     return compare
 
@@ -82,7 +91,7 @@ def _computed(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
         other, chain = _operand(other), self._chain
         if other is NotImplemented:
             return other
-        return Number(self._ask, op(self._value, other), lambda x: op(chain(x), other))
+        return Number(self._ask, op(self._value, other), partial(_after, op, chain, other))
 
     return compute
 
@@ -91,6 +100,7 @@ def _used(op: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *args: op(self.plain(), *args)
 
 
+_COMPARED = ("lt", "le", "gt", "ge", "eq", "ne")
 _COMPUTED: dict[str, Callable[[Any, Any], Any]] = {
     name: getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -106,11 +116,15 @@ _USED: dict[str, Callable[..., Any]] = {
     "trunc": int,
 }
 
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+for _name in _COMPARED:
     setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name, _op in _COMPUTED.items():
     setattr(Number, f"__{_name}__", _computed(_op))
-    setattr(Number, f"__r{_name}__", _computed(lambda a, b, op=_op: op(b, a)))  # type: ignore[misc]
+    setattr(Number, f"__r{_name}__", _computed(partial(_turned, _op)))
 for _name, _op in _USED.items():
     setattr(Number, f"__{_name}__", _used(_op))
+HOW = (_same, _after, _turned)
+"""What chains are made of, with ``OPERATORS`` of Python's module `operator`."""
+OPERATORS = (*_COMPARED, *_COMPUTED)
+
 Number.__bool__ = lambda self: bool(self != 0)  # type: ignore[attr-defined]

@@ -19,6 +19,41 @@ from .answering import PASS, Answering
 
 _T = torch.Tensor
 
+# -- what is read --------------------------------------------------------------------------------
+
+
+def _item_as(kind: Callable[[Any], Any], x: torch.Tensor) -> Any:
+    return kind(x.item())
+
+
+def _number_of_nonzeros(x: torch.Tensor) -> int:
+    return int(torch.count_nonzero(x))
+
+
+def _number_of_kinds(unique: Callable[..., torch.Tensor], dim: int | None, x: torch.Tensor) -> int:
+    return unique(x, dim=dim).shape[dim or 0]
+
+
+def _number_of_bins(least: int, x: torch.Tensor) -> int:
+    return torch.bincount(x, minlength=least).numel()
+
+
+def _sum_along(size: int, x: torch.Tensor) -> int:
+    return int(x.expand(size).sum())
+
+
+def _number_of_classes(x: torch.Tensor) -> int:
+    return int(x.max()) + 1
+
+
+READS = (
+    *(_item_as, _number_of_nonzeros, _number_of_kinds, _number_of_bins, _sum_along),
+    _number_of_classes,
+)
+"""All that is read of tensors, besides ``Tensor.item`` and ``Tensor.tolist``."""
+
+# -- values ----------------------------------------------------------------------------------------
+
 
 def _item(answers: Answering, _: Any, x: Any) -> Any:
     return answers.number(x) if answers.knows(x) and x.numel() == 1 else PASS
@@ -28,7 +63,7 @@ def _as(kind: Callable[[Any], Any], answers: Answering, _: Any, x: Any) -> Any:
     """``bool()``, ``int()`` and so on; of more than one element that raises."""
     if not answers.knows(x) or x.numel() != 1:
         return PASS
-    return answers.ask(x, lambda value: kind(value.item()))
+    return answers.ask(x, partial(_item_as, kind))
 
 
 def _values(answers: Answering, _: Any, x: Any) -> Any:
@@ -48,11 +83,11 @@ def _alike(answers: Answering, func: Any, x: Any, other: Any, **kwargs: Any) -> 
     return answers.ask(torch.isclose(x, other, **kwargs).all(), torch.Tensor.item)
 
 
-# -- sizes --------------------------------------------------------------------------------------
+# -- sizes -------------------------------------------------------------------------------------
 
 
 def _count(answers: Answering, mask: torch.Tensor) -> Any:
-    return answers.ask(mask, lambda value: int(torch.count_nonzero(value)))
+    return answers.ask(mask, _number_of_nonzeros)
 
 
 def _places(answers: Answering, x: torch.Tensor) -> torch.Tensor:
@@ -105,7 +140,7 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 def _whole(answers: Answering, value: Any) -> Any:
     """A tensor that stands where Python has a whole number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype in _WHOLE:
-        return answers.ask(value, lambda x: int(x.item())) if answers.knows(value) else value
+        return answers.ask(value, partial(_item_as, int)) if answers.knows(value) else value
     return value
 
 
@@ -179,7 +214,7 @@ def _how_many(
 ) -> tuple[int | None, int]:
     """The dimension counted from the first, and how many are left along it."""
     dim = dim if dim is None else dim % max(x.dim(), 1)
-    return dim, answers.ask(x, lambda value: unique(value, dim=dim).shape[dim or 0])
+    return dim, answers.ask(x, partial(_number_of_kinds, unique, dim))
 
 
 def _some(found: list[torch.Tensor], inverse: bool, counts: bool) -> Any:
@@ -190,7 +225,7 @@ def _some(found: list[torch.Tensor], inverse: bool, counts: bool) -> Any:
 def _bincount(answers: Answering, _: Any, x: Any, weights: Any = None, minlength: int = 0) -> Any:
     if weights is not None or not answers.knows(x):
         return PASS
-    size = answers.ask(x, lambda value: torch.bincount(value, minlength=minlength).numel())
+    size = answers.ask(x, partial(_number_of_bins, minlength))
     return sized.bincount(x, size)
 
 
@@ -201,14 +236,14 @@ def _repeated(
     if not given or not answers.knows(repeats):
         return PASS
     along = x.numel() if dim is None else x.shape[dim]
-    size = answers.ask(repeats, lambda v: int(v.expand(along).sum()))
+    size = answers.ask(repeats, partial(_sum_along, along))
     return func(x, repeats, dim, output_size=size)
 
 
 def _one_hot(answers: Answering, func: Any, x: Any, num_classes: int = -1) -> Any:
     if num_classes != -1 or not answers.knows(x) or not x.numel():
         return PASS
-    return func(x, answers.ask(x, lambda value: int(value.max()) + 1))
+    return func(x, answers.ask(x, _number_of_classes))
 
 
 _OF_TENSORS = {

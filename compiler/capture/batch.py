@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from numbers import Number
@@ -195,29 +195,37 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], 
     return leaves, lambda values: tree_unflatten(values, tree)
 
 
-def flatten_results(
-    output: Any,
-) -> tuple[dict[str, torch.Tensor], Callable[[list[torch.Tensor]], Any]]:
-    """The tensors in what a model returned, by their places in it, and a function that puts others
-    there.
+@dataclass(frozen=True)
+class Structure:
+    """Of what a model returned: puts tensors into it.
+
+    Attributes:
+        others: what is in it besides tensors, by its place among all leaves.
+    """
+
+    tree: TreeSpec
+    size: int
+    others: Mapping[int, Any]
+
+    def __call__(self, values: list[torch.Tensor]) -> Any:
+        rest, others = iter(values), self.others
+        leaves = [others[i] if i in others else next(rest) for i in range(self.size)]
+        return tree_unflatten(leaves, self.tree)
+
+
+def flatten_results(output: Any) -> tuple[dict[str, torch.Tensor], Structure]:
+    """The tensors in what a model returned, by their places in it, and what puts others there.
 
     An object in it that keeps tensors to itself, such as a cache, becomes None.
     """
     paths, tree = tree_flatten_with_path(output)
-    leaves = [leaf for _, leaf in paths]
     others = {
         i: None if _keeps_tensors(leaf) else leaf
-        for i, leaf in enumerate(leaves)
+        for i, (_, leaf) in enumerate(paths)
         if not isinstance(leaf, torch.Tensor)
     }
-    size = len(leaves)
-
-    def rebuild(values: list[torch.Tensor]) -> Any:
-        rest = iter(values)
-        return tree_unflatten([others[i] if i in others else next(rest) for i in range(size)], tree)
-
     named = {_name(path): leaf for path, leaf in paths if isinstance(leaf, torch.Tensor)}
-    return named, rebuild
+    return named, Structure(tree, len(paths), others)
 
 
 def _keeps_tensors(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -55,6 +55,7 @@ class Captured:
         outside: what it has as constants and is not the model's.
         guards: what forward has asked the batch, and the answers that the graph is made for.
         loss: how the losses of microbatches make that of the batch, where that was to be told.
+        lost: attributes that the next call cannot read -> why.
     """
 
     graph: JointGraph
@@ -64,6 +65,7 @@ class Captured:
     outside: tuple[Read, ...] = ()
     guards: Guards = field(default_factory=Guards)
     loss: LossForm | None = None
+    lost: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture_training(
@@ -305,19 +307,18 @@ def differentiated_of(
     except Exception as error:
         name = type(skeleton.model).__name__
         raise explain(error, name, *data_dependent(traced, error)) from error
-    read = {name for name, node in graph.buffers.items() if node.users}
-    skeleton.attributes.met(read, results.lost)
     outside = constants_of(
         graph.used_constants, results.outside.reads, skeleton.originals, graph.mutations
     )
     guards = results.guards
-    skeleton.attributes.asked(guards.buffers, (*graph.mutations, *results.lost))
+    skeleton.met(graph, results.lost, guards)
     notes += skeleton.regions.notes
     loss = None
     if found is not None:
         factored = bool(weighed.shares)
         loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
-    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss)
+    lost = dict(results.lost)
+    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss, lost)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

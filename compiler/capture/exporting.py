@@ -54,7 +54,7 @@ from .skeleton import tracking_modules
 from .whole import model_of
 
 
-def _only(values: list[torch.Tensor]) -> torch.Tensor:
+def only(values: list[torch.Tensor]) -> torch.Tensor:
     (value,) = values
     return value
 
@@ -73,7 +73,7 @@ class Results:
         guards: what forward has asked the batch.
     """
 
-    rebuild: Callable[[list[torch.Tensor]], Any] = _only
+    rebuild: Callable[[list[torch.Tensor]], Any] = only
     names: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..answers.guards import Guards
 from ..effects.attributes import Attributes, attributes_of, promote
 from ..effects.outside import Originals, originals_of
 from ..ir.errors import CaptureError, SharedStorageError
+from ..ir.graph import JointGraph
 from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
 from ..tensors.facts import extent, memory_of
@@ -73,6 +75,22 @@ class Skeleton:
         found = ((name, self.originals.get(name)) for name, _ in self.module.named_buffers())
         values = ((name, None if each is None else each()) for name, each in found)
         return {name: value for name, value in values if value is not None}
+
+    def met(self, graph: JointGraph, lost: Mapping[str, str], guards: Guards) -> None:
+        """One more graph of the model is there.
+
+        Args:
+            lost: attributes that the next call cannot read -> why.
+            guards: what it was made by.
+
+        Raises:
+            CaptureError: it does not go with those that there were, or with itself.
+        """
+        named = dict(self.module.named_parameters())
+        self.updated.update(named.keys() & graph.mutations.keys())
+        read = {name for name, node in graph.buffers.items() if node.users}
+        self.attributes.met(read, lost)
+        self.attributes.asked(guards.buffers, (*graph.mutations, *lost))
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A contiguous fake tensor, for an input of the model."""

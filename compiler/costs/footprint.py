@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +27,8 @@ from ..ir.zero import WHOLE, Zero
 from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 
+Measure = Callable[[Callable[..., Any], Mapping[str, torch.Tensor]], OptimizerMemory]
+
 
 class Footprint:
     """Bytes by parameter name.
@@ -37,6 +39,7 @@ class Footprint:
         precision: in which dtypes gradients add up.
         dp, zero: how many replicas divide what among themselves.
         updated: parameters that are handled as buffers.
+        measure: tells what the optimizer takes.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class Footprint:
         dp: int = 1,
         zero: Zero = WHOLE,
         updated: Collection[str] = (),
+        measure: Measure = optimizer_memory,
     ):
         self.dp, self.zero = dp, zero
         self._precision = precision
-        self._optimizer = optimizer
+        self._optimizer, self._measure = optimizer, measure
         named = dict(module.named_parameters())
         self._params = {name: param for name, param in named.items() if name not in updated}
         buffers = (*module.buffers(), *(named[name] for name in updated))
@@ -213,11 +217,11 @@ class Footprint:
         if names not in self._memories:
             chosen = {name: self._stepped(name) for name in names}
             try:
-                self._memories[names] = optimizer_memory(self._optimizer, chosen)
+                self._memories[names] = self._measure(self._optimizer, chosen)
             except Exception:
                 # the factory refuses these parameters, or is none: its own error comes where the
                 # optimizer is made; a plan can do with the states of the usual one
-                self._memories[names] = optimizer_memory(torch.optim.AdamW, chosen)
+                self._memories[names] = self._measure(torch.optim.AdamW, chosen)
         return self._memories[names]
 
 

@@ -14,9 +14,8 @@ import torch
 
 from ...passes.graph.verify import verify_graph, verify_placement
 from ..capture.batch import BatchSpec
-from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
+from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
-from ..capture.template import Template, capture_template
 from ..costs.footprint import Footprint
 from ..ir.errors import (
     BatchError,
@@ -31,6 +30,7 @@ from ..ir.graph import JointGraph, Phase, module_of, phase_of
 from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
+from ..kept.cache import Cache, default_cache_dir
 from ..options.options import CompileOptions
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
@@ -40,13 +40,13 @@ from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
 from . import passes
-from .assembly import assemble, forward_passes, run
+from .assembly import assemble, run
+from .capturing import Capturing, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode
 from .deciding import Decided, Deciding, divisions
 from .layout import Layout, layout_of
 from .record import PassRecord, Recorder
-from .shapes import Shapes, Varying
 from .summary import Summary
 from .work import Joint, Settings
 
@@ -56,6 +56,7 @@ class Builder:
 
     Args:
         why: how the number of stages was chosen, where it was: a note in the plan.
+        cache: what other runs have left; by default that of this machine, without plans.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Builder:
         target: Target,
         team: Team | None = None,
         why: str = "",
+        cache: Cache | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
         self.why = why
+        self._cache = cache or Cache(default_cache_dir(), searches=True)
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
         )
@@ -78,7 +81,8 @@ class Builder:
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
         self._warned: set[str] = set()
-        self._shapes = Shapes()
+        graphs = self._cache.graphs
+        self._capturing = Capturing(skeleton, options, target.device, target.kind, graphs)
 
     def _tried(self) -> Verdict | None:
         """How the optimizer steps, where that matters: it has a part of the parameters."""
@@ -140,7 +144,7 @@ class Builder:
         decision = decided.decision
         if layout is None:
             self._check_skipped(recorder.records)
-            if self.given is None:
+            if not decided.planned:
                 decision = self._corrected(decision, assembly.whole, batch)
             params, zero = self.skeleton.params, settings.zero
             layout = layout_of(placement, again, locality, assembly.program, params, zero)
@@ -163,6 +167,7 @@ class Builder:
         if follows:
             self._check_memory(plan, spec)
         else:
+            self.team.share(lambda: self._cache.plans.add(plan, *decided.told))
             self._check_largest(mode, spec, microbatches, layout, weighs, batch)
         return Compiled(
             assembly.program,
@@ -253,10 +258,9 @@ class Builder:
             with recorder.record("joint", "stages") as outcome:
                 outcome.note = self.why
         inner: list[PassRecord] = []
+        wanted = Wanted(mode, spec, tuple(batch), weighs)
         with recorder.record("joint", "capture") as outcome:
-            captured, how = self.team.together(
-                lambda: self._shaped(mode, spec, batch, weighs, inner)
-            )
+            captured, how = self.team.together(lambda: self._capturing.captured(wanted, inner))
             self.team.alike(captured.guards)
             recorder.records += inner
             graph = captured.graph
@@ -271,59 +275,6 @@ class Builder:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         return captured
-
-    def _shaped(
-        self,
-        mode: Mode,
-        spec: BatchSpec,
-        batch: Sequence[torch.Tensor],
-        weighs: bool,
-        records: list[PassRecord],
-    ) -> tuple[Captured, str]:
-        """A graph, and how it came about where it was not traced for this shape."""
-
-        def trace() -> Captured:
-            return self._capture(mode, spec, batch, weighs, records)
-
-        def generalise(example: BatchSpec, varying: Varying) -> Template:
-            options, device = self.options, self.target.device
-            results = mode is Mode.FORWARD
-            return capture_template(
-                self.skeleton,
-                example,
-                varying,
-                None if results else options.loss_fn,
-                device,
-                "results" if results else "loss",
-                mode is Mode.TRAIN,
-                forward_passes(options.mixed, self.target.kind, options.skip, records),
-                options.mixed.compute if options.mixed else None,
-                weighs,
-                tuple(batch),
-            )
-
-        if self.options.dynamic == "off":
-            return trace(), ""
-        return self._shapes.captured((mode, weighs, bool(batch)), spec, batch, trace, generalise)
-
-    def _capture(
-        self,
-        mode: Mode,
-        spec: BatchSpec,
-        batch: Sequence[torch.Tensor],
-        weighs: bool,
-        records: list[PassRecord],
-    ) -> Captured:
-        options, device = self.options, self.target.device
-        compute = options.mixed.compute if options.mixed else None
-        rewrites = forward_passes(options.mixed, self.target.kind, options.skip, records)
-        values = tuple(batch)
-        if mode is Mode.FORWARD:
-            return capture_forward(self.skeleton, spec, device, rewrites, compute, values, weighs)
-        capture = capture_training if mode is Mode.TRAIN else capture_evaluation
-        return capture(
-            self.skeleton, spec, options.loss_fn, device, rewrites, compute, values, weighs
-        )
 
     def _warn(self, text: str) -> None:
         """Once, of a loss that is not that of the whole batch.
@@ -340,7 +291,7 @@ class Builder:
     def refusal(self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor]) -> str:
         """What forward raises on a microbatch, by its values; "" if it takes it."""
         try:
-            self._capture(mode, spec, batch, False, [])
+            self._capturing.trace(Wanted(mode, spec, tuple(batch), False), [])
         except BatchError as error:
             return str(error)
         except PipecompileError:
@@ -359,6 +310,7 @@ class Builder:
                 options.dp,
                 zero,
                 self.skeleton.updated,
+                self._cache.optimizers.memory,
             )
         footprint = self._footprints[zero]
         return Settings(options, zero, footprint, microbatches, spec.nbytes, self.target.kind)
@@ -379,9 +331,8 @@ class Builder:
                 followed = layout.follow(graph, locality)
                 decided = Decided(settings(layout.zero), *followed)
             else:
-                deciding = Deciding(
-                    self.skeleton, self.target, self.team, self.given, graph, locality, spec, batch
-                )
+                known = self.skeleton, self.target, self.team, self.given, self._cache.plans
+                deciding = Deciding(*known, graph, locality, spec, batch)
                 decided = deciding.decide(self._divisions, settings)
             verify_placement(graph, decided.placement.stage)
             outcome.note = _placement_note(decided.decision)

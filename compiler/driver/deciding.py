@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.problem import Problem
 from ..ir.zero import LEVELS, Zero
+from ..kept.identity import UntoldError, identity_of
+from ..kept.plans import Plans
+from ..options.declaration import declarations_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..plan.plan import Plan
@@ -74,7 +78,9 @@ class Decided:
         again: the forward nodes that the backward computes again.
         why_zero: why this level of ZeRO, where there was a choice.
         closing_s: per rank, from a plan; None where it has to be worked out.
+        planned: whether it is from a plan.
         problem: that this process solved, if it did.
+        told: by what other runs find the plan that is made of it.
     """
 
     settings: Settings
@@ -83,7 +89,9 @@ class Decided:
     again: frozenset[fx.Node]
     why_zero: str = ""
     closing_s: list[float] | None = None
+    planned: bool = False
     problem: Problem | None = None
+    told: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Deciding:
 
     Attributes:
         given: the plan that decides, if there is one.
+        plans: of other runs.
         spec: of one microbatch.
         batch: its leaves, to measure with.
     """
@@ -100,6 +109,7 @@ class Deciding:
     target: Target
     team: Team
     given: Plan | None
+    plans: Plans
     graph: JointGraph
     locality: Locality
     spec: BatchSpec
@@ -118,6 +128,11 @@ class Deciding:
         self.team.agree(self.graph.fingerprint())
         if self.given is not None:
             return self._from_plan(self.given, settings_of(levels[0]))
+        told = self._told(settings_of(levels[0])) if len(levels) == 1 else ()
+        made = self.team.share(lambda: self.plans.find(*told))
+        with contextlib.suppress(PlanError):
+            if made is not None:
+                return self._from_plan(made, settings_of(levels[0]))
         failures: list[str] = []
         for level in levels:
             settings = settings_of(level)
@@ -131,7 +146,7 @@ class Deciding:
             why = "; ".join(failures) or "everything fits undivided"
             placed = decide.apply(decision, self.graph, self.locality)
             chosen = f"zero={level.level}: {why}" if len(levels) > 1 else ""
-            return Decided(settings, decision, *placed, chosen, problem=problem)
+            return Decided(settings, decision, *placed, chosen, problem=problem, told=told)
         raise AssertionError("there is a level to try")
 
     def _planned(self, settings: Settings) -> tuple[Decision, Problem | None]:
@@ -171,6 +186,25 @@ class Deciding:
         pin = {canonical.get(name, name): stage for name, stage in (options.pin or {}).items()}
         return decide.pinned_nodes(self.graph, self.locality, pin, names)
 
+    def _told(self, settings: Settings) -> tuple[object, ...]:
+        """All that a decision depends on; nothing where that cannot be told."""
+        options, profiler = settings.options, self.target.profiler
+        chosen = {
+            name: repr(getattr(options, name))
+            for name, option in declarations_of(type(options)).items()
+            if option.plan == "decides"
+        }
+        try:
+            optimizer = identity_of(options.optimizer)
+        except UntoldError:
+            return ()
+        return (
+            *(self.graph.fingerprint(), self.spec.described(), settings.microbatches),
+            *(options.n_stages, options.dp, options.in_plan(), chosen, optimizer),
+            self.target.budget_bytes,
+            repr(self.target.spec) if profiler is None else profiler.told,
+        )
+
     def _from_plan(self, plan: Plan, settings: Settings) -> Decided:
         """The decision of a plan that was made for just this."""
         options, graph = settings.options, self.graph
@@ -192,4 +226,4 @@ class Deciding:
             raise PlanError(f"the plan was made for {what}: make a new plan")
         placed = decide.apply(plan.decision, graph, self.locality)
         closing_s = [stage.closing_s for stage in plan.stages]
-        return Decided(settings, plan.decision, *placed, closing_s=closing_s)
+        return Decided(settings, plan.decision, *placed, closing_s=closing_s, planned=True)

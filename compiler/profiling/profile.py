@@ -86,6 +86,11 @@ class Profiler:
         self._spec = device_spec(device)
         self._cache = TimingCache(device, cache_dir, beside)
 
+    @property
+    def told(self) -> str:
+        """Where its times are from."""
+        return self._cache.name
+
     def times(
         self, programs: Sequence[StageProgram], batch: Sequence[torch.Tensor] = ()
     ) -> list[UnitTimes]:

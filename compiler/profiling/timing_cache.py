@@ -21,14 +21,6 @@ from ..costs.hardware import device_name
 VERSION = 1  # of the format, and of how programs are hashed and timed
 
 
-def default_cache_dir() -> Path:
-    """``PIPECOMPILE_CACHE``, else ``XDG_CACHE_HOME/pipecompile``, else ``~/.cache/pipecompile``."""
-    if chosen := os.environ.get("PIPECOMPILE_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pipecompile"
-
-
 class TimingCache:
     """Program hash -> seconds.
 
@@ -46,7 +38,8 @@ class TimingCache:
             "torch": torch.__version__,
         }
         name = "-".join(re.sub(r"[^\w.]+", "_", str(part)) for part in self._header.values())
-        self.path = None if folder is None else folder / f"times-{name}.json"
+        self.name = f"times-{name}.json"
+        self.path = None if folder is None else folder / self.name
         self.seconds = self._load()
 
     def _load(self) -> dict[str, float]:

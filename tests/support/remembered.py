@@ -1,111 +1,29 @@
-"""What compiles of the same small models have in common, worked out once per process.
-
-Tracing takes two thirds of such a compile; the menus of units, and fake steps of the optimizer,
-most of the rest. Passes rewrite graphs, so each compile gets a copy. Only models of libraries are
-remembered, in the shape that they have when they are compiled: what a test defines is traced.
-"""
+"""The menus of units of the same graphs, worked out once per process: what is left of compiling
+them once they are kept (`compiler.kept`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
-import torch
-from pipecompile.compiler.capture.capture import Captured
-from pipecompile.compiler.costs import footprint
-from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.ir.graph import describe
 from pipecompile.compiler.planning import cutter, planner
 from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.stash import Body, Stash
-from pipecompile.compiler.tensors.fakes import is_fake
-from torch import fx, nn
+from torch import fx
 
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
-_LIBRARIES = ("torch.nn.", "transformers.", "support.models")
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
     """Compile from memory where it is the same, in this process."""
-    capture, options_of = Builder._capture, planner.options_of
-    with (
-        mock.patch.object(Builder, "_capture", _capturing(capture)),
-        mock.patch.object(planner, "options_of", _choosing(options_of)),
-        mock.patch.object(footprint, "optimizer_memory", _stepping(footprint.optimizer_memory)),
-    ):
+    with mock.patch.object(planner, "options_of", _choosing(planner.options_of)):
         yield
-
-
-# -- graphs ---------------------------------------------------------------------------------------
-
-
-def _capturing(capture: Callable[..., Captured]) -> Callable[..., Captured]:
-    known: dict[Hashable, tuple[Captured, list[list[Any]]]] = {}
-
-    def captured(
-        builder: Builder, mode: Any, spec: Any, batch: Any, weighs: bool, *records: list[Any]
-    ) -> Captured:
-        model = builder.skeleton.module
-        parts = {type(part).__module__ for part in model.modules()}
-        if builder.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
-            return capture(builder, mode, spec, batch, weighs, *records)
-        key = (mode, spec, weighs, shape_of(model), *_told(builder))
-        if key not in known:
-            made = capture(builder, mode, spec, batch, weighs, *records)
-            if made.guards:  # for this batch
-                return made
-            known[key] = _copied(made), [list(each) for each in records]
-            return made
-        found, kept = known[key]
-        for mine, theirs in zip(records, kept, strict=True):
-            mine.extend(theirs)
-        return _copied(found)
-
-    return captured
-
-
-def _told(builder: Builder) -> Iterator[Hashable]:
-    """What a capture depends on besides the model and the batch."""
-    yield repr(builder.options.dtypes)
-    yield tuple(builder.options.skip)
-    yield builder.target.device
-    yield builder.target.kind
-
-
-def _copied(captured: Captured) -> Captured:
-    return replace(captured, graph=captured.graph.copy()[0])
-
-
-def shape_of(model: nn.Module) -> str:
-    """All of a model that its graph depends on: modules and their settings, modes, hooks, tensors
-    and which of them are tied."""
-    lines = []
-    for name, part in model.named_modules(remove_duplicate=False):
-        own = vars(part)
-        plain = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str))}
-        held = {k: _layout(v) for k, v in own.items() if isinstance(v, torch.Tensor)}
-        hooks = [k for k, v in own.items() if k.endswith("hooks") and v]
-        lines.append(f"{name} {type(part)} {plain} {held} {hooks}")
-    first: dict[int, str] = {}
-    for kind in (model.named_parameters, model.named_buffers):
-        for name, tensor in kind(remove_duplicate=False):
-            lines.append(f"{name} {_layout(tensor)} {first.setdefault(id(tensor), name)}")
-    config: Any = getattr(model, "config", None)
-    return "\n".join([*lines, str(vars(config) if config is not None else "")])
-
-
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    like = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-    return (*like, tensor.requires_grad, is_fake(tensor))
-
-
-# -- menus, and the optimizer's bytes -------------------------------------------------------------
 
 
 def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
@@ -141,16 +59,3 @@ def _named(choice: Stash) -> dict[str, Any]:
 def _again(fields: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> Stash:
     found = {field: frozenset(nodes[name] for name in fields[field]) for field in _NODES}
     return Stash(**{**fields, **found})
-
-
-def _stepping(optimizer_memory: Callable[..., T]) -> Callable[..., T]:
-    known: dict[Hashable, tuple[T, Any]] = {}
-
-    def stepped(factory: Any, params: Mapping[str, torch.Tensor]) -> T:
-        layouts = ((n, p.shape, p.stride(), p.dtype, p.device) for n, p in params.items())
-        key = (id(factory), *layouts)
-        if key not in known:  # with the factory, so that no other one gets its number
-            known[key] = optimizer_memory(factory, params), factory
-        return known[key][0]
-
-    return stepped

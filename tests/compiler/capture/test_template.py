@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pipecompile
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipecompile.compiler.capture import shapes
 from pipecompile.compiler.capture.batch import BatchSpec, flatten
 from pipecompile.compiler.capture.capture import (
     Captured,
@@ -23,7 +23,6 @@ from pipecompile.compiler.capture.capture import (
 )
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
 from pipecompile.compiler.capture.template import Template, capture_template
-from pipecompile.compiler.driver import shapes
 from pipecompile.compiler.ir.graph import tensors
 from pipecompile.errors import CaptureError
 from support import jobs, models
@@ -167,28 +166,6 @@ def test_for_any_size(
 # -- in a pipeline -------------------------------------------------------------------------------
 
 
-class Counted:
-    """How often a model was traced, alone and with symbols."""
-
-    def __init__(self) -> None:
-        self.alone = self.symbols = 0
-
-
-@pytest.fixture
-def counted() -> Iterator[Counted]:
-    found, export = Counted(), torch.export.export
-
-    def exported(*args: Any, **options: Any) -> Any:
-        if options.get("dynamic_shapes") is None:
-            found.alone += 1
-        else:
-            found.symbols += 1
-        return export(*args, **options)
-
-    with mock.patch.object(torch.export, "export", exported):
-        yield found
-
-
 def piped(between: Callable[[torch.Tensor], torch.Tensor], **options: Any) -> Any:
     options = {"n_stages": 2, "microbatches": 1, "optimizer": jobs.OPTIMIZERS["adamw"]} | options
     return pipecompile.compile(Model(between), **options)
@@ -208,17 +185,17 @@ def plainly(between: Callable[[torch.Tensor], torch.Tensor], sizes: Any) -> list
 LENGTHS = [(4, 6), (4, 9), (4, 3), (3, 12), (4, 6), (2, 2), (5, 17)]
 
 
-def test_one_row_of_any_length(counted: Counted) -> None:
+def test_one_row_of_any_length(traces: list[bool]) -> None:
     """The number of rows is no symbol then."""
     sizes = [(1, length) for length in (6, 9, 3, 12, 2)]
     pipe = piped(masked)
     losses = [pipe.step(batch(*size)) for size in sizes]
     assert all(map(torch.equal, losses, plainly(masked, sizes)))
-    assert (counted.alone, counted.symbols) == (1, 1)
+    assert (traces.count(False), traces.count(True)) == (1, 1)
 
 
 @pytest.mark.parametrize("microbatches", [3, 4])
-def test_how_one_row_is_weighed(counted: Counted, microbatches: int) -> None:
+def test_how_one_row_is_weighed(traces: list[bool], microbatches: int) -> None:
     """Told by more rows, also where the length is a symbol; 5 rows are cut into unequal ones."""
     pipe = piped(attended, microbatches=microbatches)
     model, alone = Model(attended).eval(), []
@@ -226,27 +203,27 @@ def test_how_one_row_is_weighed(counted: Counted, microbatches: int) -> None:
         given = batch(5, length)
         expected = model(**given).detach()
         torch.testing.assert_close(pipe.evaluate(given), expected, rtol=1e-5, atol=0)
-        alone.append(counted.alone)
-    assert counted.symbols == 2  # of one row, and of two
+        alone.append(traces.count(False))
+    assert traces.count(True) == 2  # of one row, and of two
     assert len(set(alone[1:])) == 1
 
 
 @pytest.mark.parametrize("dynamic", ["auto", "off"])
-def test_training_on_all_lengths(counted: Counted, dynamic: str) -> None:
+def test_training_on_all_lengths(traces: list[bool], dynamic: str) -> None:
     """One trace of the first length, and one with symbols."""
     pipe = piped(masked, dynamic=dynamic)
     losses = [pipe.step(batch(*size)) for size in LENGTHS]
     assert all(map(torch.equal, losses, plainly(masked, LENGTHS)))
     expected = (1, 1) if dynamic == "auto" else (len(set(LENGTHS)), 0)
-    assert (counted.alone, counted.symbols) == expected
+    assert (traces.count(False), traces.count(True)) == expected
 
 
-def test_numbers_of_rows_become_a_symbol_after_a_few(counted: Counted) -> None:
+def test_numbers_of_rows_become_a_symbol_after_a_few(traces: list[bool]) -> None:
     sizes = [(rows, 6) for rows in (8, 7, 6, 5, 4, 3)]
     pipe = piped(attended)
     losses = [pipe.step(batch(*size)) for size in sizes]
     assert all(map(torch.equal, losses, plainly(attended, sizes)))
-    assert (counted.alone, counted.symbols) == (shapes.ROWS, 1)
+    assert (traces.count(False), traces.count(True)) == (shapes.ROWS, 1)
 
 
 def branching(states: torch.Tensor) -> torch.Tensor:
@@ -309,13 +286,13 @@ def test_what_depends_on_a_size_is_traced_for_it(way: Any, message: str | None) 
 
 
 @pytest.mark.parametrize("way", [branching, counting])
-def test_one_graph_for_the_sizes_on_each_side_of_a_branch(counted: Counted, way: Any) -> None:
+def test_one_graph_for_the_sizes_on_each_side_of_a_branch(traces: list[bool], way: Any) -> None:
     """The first shape is on the other side, so that the next one is traced too, to compare."""
     sizes = [(4, 6), (4, 9), (4, 12), (3, 17), (4, 4), (4, 30), (4, 5), (3, 3)]
     pipe = piped(way)
     losses = [pipe.step(batch(*size)) for size in sizes]
     assert all(map(torch.equal, losses, plainly(way, sizes)))
-    assert (counted.alone, counted.symbols) == (2, 2)
+    assert (traces.count(False), traces.count(True)) == (2, 2)
 
 
 class Annealed(Model):

@@ -35,7 +35,7 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
     order = {each.name: i for i, each in enumerate(ALL)}
     listed = [order[name] for name in names if name in order]
     assert listed == sorted(listed)
-    assert {name for _, name in found} - set(order) == {"capture", "loss", "partition"}
+    assert {name for _, name in found} - set(order) == {"capture", "keep", "loss", "partition"}
     assert set(order) - set(names) == {"gather", "latest", "carry"}  # of some models
     levels = dict.fromkeys(level for level, _ in found)
     assert list(levels) == ["forward", "joint", "placed", "programs", "schedule"]

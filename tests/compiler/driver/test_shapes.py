@@ -79,7 +79,7 @@ def test_another_graph_is_not_used(traces: list[bool]) -> None:
         return made
 
     batches = [batch(4, length, padded=True) for length in (6, 9, 12)]
-    with mock.patch("pipecompile.compiler.driver.builder.capture_template", wrong):
+    with mock.patch("pipecompile.compiler.driver.capturing.capture_template", wrong):
         assert all(map(torch.equal, trained(batches), plainly(batches)))
     assert traces.count(False) == 3
 

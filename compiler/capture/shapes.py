@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..capture.batch import BatchSpec
-from ..capture.capture import Captured
-from ..capture.template import Template
 from ..ir.errors import CaptureError, PipecompileError
 from ..tracing import sizes
+from .batch import BatchSpec
+from .capture import Captured
+from .template import Template
 
 NUMBERS = 4  # values of a number in the batch before it is said that each is traced
 ANSWERS = 4  # graphs for many sizes: for other answers of the batch, or other sides of a branch
@@ -39,6 +39,12 @@ class _Kind:
     templates: list[Template] = field(default_factory=list)
     tried: Counter[Varying] = field(default_factory=Counter)
 
+    def met(self, spec: BatchSpec, captured: Captured) -> str:
+        """The graph of one shape is there; its fingerprint."""
+        fingerprint = captured.graph.fingerprint()
+        self.traced[spec] = "" if captured.guards.of_batch else fingerprint
+        return fingerprint
+
 
 class Shapes:
     """Of one model."""
@@ -53,6 +59,7 @@ class Shapes:
         use: Hashable,
         spec: BatchSpec,
         batch: Leaves,
+        look: Callable[[], Captured | None],
         trace: Callable[[], Captured],
         generalise: Callable[[BatchSpec, Varying], Template],
     ) -> tuple[Captured, str]:
@@ -61,6 +68,7 @@ class Shapes:
         Args:
             use: what else a graph depends on.
             batch: the leaves of one, which forward may ask; empty where it may not.
+            look: finds it where another run has left it.
             trace: traces it.
             generalise: traces one for an example, with symbols for what varies.
         """
@@ -71,6 +79,11 @@ class Shapes:
             found, why = _followed(kind, spec, batch)
             if found is not None:
                 return found, _said(kind, spec)
+        known = look()
+        if known is not None:
+            kind.met(spec, known)
+            return known, ""
+        if spec not in kind.traced or batch:
             try:
                 candidate = self._generalised(kind, spec, batch, generalise)
             except PipecompileError as error:
@@ -84,8 +97,7 @@ class Shapes:
             if why and candidate is None:
                 self._warn(why)
         captured = trace()
-        fingerprint = captured.graph.fingerprint()
-        kind.traced[spec] = "" if captured.guards.of_batch else fingerprint
+        fingerprint = kind.met(spec, captured)
         if candidate is not None and _agrees(candidate, {spec: fingerprint}):
             kind.templates.append(candidate)
         return captured, why and f"traced anew, as {why}"

@@ -1,0 +1,131 @@
+"""The graphs of one model: traced, following from one for many sizes, or kept from another run."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+
+from ..capture.batch import BatchSpec
+from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
+from ..capture.shapes import Shapes, Varying
+from ..capture.skeleton import Skeleton
+from ..capture.template import Template, capture_template
+from ..kept.folder import Folder
+from ..kept.store import Store
+from ..options.options import CompileOptions
+from .assembly import forward_passes
+from .compiled import Mode
+from .record import PassRecord
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A graph that is wanted.
+
+    Attributes:
+        spec: of one microbatch.
+        batch: leaves of one, which forward may ask; empty where there are none.
+        weighs: tell how the losses of microbatches make that of several.
+    """
+
+    mode: Mode
+    spec: BatchSpec
+    batch: tuple[torch.Tensor, ...]
+    weighs: bool
+
+
+class Capturing:
+    """Args:
+    device: where graphs are traced.
+    kind: the type of device that is planned for.
+    graphs: of other runs; None for none.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        options: CompileOptions,
+        device: torch.device,
+        kind: str,
+        graphs: Folder | None,
+    ):
+        self.skeleton, self.options = skeleton, options
+        self.device, self.kind = device, kind
+        self._compute = options.mixed.compute if options.mixed else None
+        self._shapes = Shapes()
+        self._store = Store(
+            graphs,
+            skeleton,
+            None if skeleton.loss_fn is not None else options.loss_fn,
+            (repr(options.mixed), sorted(options.skip), kind),
+            device,
+        )
+
+    def captured(self, wanted: Wanted, records: list[PassRecord]) -> tuple[Captured, str]:
+        """A graph, and how it came about where it was not traced for this shape.
+
+        Args:
+            records: gets what passes over the exported graph did, and whether it was kept.
+        """
+        use = (wanted.mode, wanted.weighs, bool(wanted.batch))
+        found: list[Captured] = []
+
+        def look() -> Captured | None:
+            entry = self._store.find(use, wanted.spec, wanted.batch)
+            if entry is None:
+                return None
+            records[:] = [PassRecord(*each) for each in entry.records]
+            found.append(entry.captured)
+            return entry.captured
+
+        def trace() -> Captured:
+            with self._store.noting():
+                return self.trace(wanted, records)
+
+        def generalise(example: BatchSpec, varying: Varying) -> Template:
+            with self._store.noting():
+                return self._generalised(wanted, example, varying, records)
+
+        if self.options.dynamic == "off":
+            captured, how = look() or trace(), ""
+        else:
+            captured, how = self._shapes.captured(
+                use, wanted.spec, wanted.batch, look, trace, generalise
+            )
+        note = "from another run"
+        if not found:
+            told = [astuple(each) for each in records]
+            why = self._store.add(use, wanted.spec, captured, told)
+            note = f"not kept for other runs: {why}" if why else "kept for other runs"
+        records.append(PassRecord("forward", "keep", 0.0, note, told=False))
+        return captured, how
+
+    def trace(self, wanted: Wanted, records: list[PassRecord]) -> Captured:
+        """The graph for one shape."""
+        skeleton, options, spec = self.skeleton, self.options, wanted.spec
+        rewrites = forward_passes(options.mixed, self.kind, options.skip, records)
+        rest = (self.device, rewrites, self._compute, wanted.batch, wanted.weighs)
+        if wanted.mode is Mode.FORWARD:
+            return capture_forward(skeleton, spec, *rest)
+        capture = capture_training if wanted.mode is Mode.TRAIN else capture_evaluation
+        return capture(skeleton, spec, options.loss_fn, *rest)
+
+    def _generalised(
+        self, wanted: Wanted, example: BatchSpec, varying: Varying, records: list[PassRecord]
+    ) -> Template:
+        """One for many sizes."""
+        options, results = self.options, wanted.mode is Mode.FORWARD
+        return capture_template(
+            self.skeleton,
+            example,
+            varying,
+            None if results else options.loss_fn,
+            self.device,
+            "results" if results else "loss",
+            wanted.mode is Mode.TRAIN,
+            forward_passes(options.mixed, self.kind, options.skip, records),
+            self._compute,
+            wanted.weighs,
+            wanted.batch,
+        )
