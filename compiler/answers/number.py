@@ -46,12 +46,29 @@ class Number:
         return type(self._value), (self.plain(),)
 
     def __getattr__(self, name: str) -> Any:
+        if not hasattr(type(self._value), name):
+            raise AttributeError(f"{type(self._value).__name__!r} object has no attribute {name!r}")
         return getattr(self.plain(), name)
+
+    # -- what subclasses do otherwise -----------------------------------------------------------
+
+    def _with_tensor(self, op: Callable[[Any, Any], Any], tensor: torch.Tensor) -> Any:
+        return op(self.plain(), tensor)
+
+    def _operand(self, other: Any) -> tuple[Any, How] | None:
+        """Another operand's value, and what makes it of the number that was read; None of what is
+        no number."""
+        other = plain(other)
+        return (other, lambda _: other) if isinstance(other, (int, float)) else None
+
+    def _made(self, value: Any, chain: How, op: Any, *operands: Any) -> Any:
+        """What is computed, of operands in their order."""
+        return Number(self._ask, value, chain)
 
 
 def plain(value: Any) -> Any:
     """A value in which numbers are Python's own."""
-    if type(value) is Number:
+    if issubclass(type(value), Number):
         return value.plain()
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
@@ -60,29 +77,32 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _operand(other: Any) -> Any:
-    other = other.plain() if type(other) is Number else other
-    return other if isinstance(other, (int, float)) else NotImplemented
-
-
 def _compared(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
     def compare(self: Number, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return op(self.plain(), other)
-        other, chain = _operand(other), self._chain
-        return other if other is NotImplemented else self._ask(lambda x: op(chain(x), other))
+            return self._with_tensor(op, other)
+        found, mine = self._operand(other), self._chain
+        if found is None:
+            return NotImplemented
+        theirs = found[1]
+        return self._ask(lambda x: op(mine(x), theirs(x)))
 
     return compare
 
 
-def _computed(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
+def _computed(op: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Number, Any], Any]:
     def compute(self: Number, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return op(self.plain(), other)
-        other, chain = _operand(other), self._chain
-        if other is NotImplemented:
-            return other
-        return Number(self._ask, op(self._value, other), lambda x: op(chain(x), other))
+            return self._with_tensor(lambda a, b: op(b, a) if swapped else op(a, b), other)
+        found, mine = self._operand(other), self._chain
+        if found is None:
+            return NotImplemented
+        value, theirs = found
+        if swapped:
+            value, chain = op(value, self._value), lambda x: op(theirs(x), mine(x))
+            return self._made(value, chain, op, other, self)
+        value, chain = op(self._value, value), lambda x: op(mine(x), theirs(x))
+        return self._made(value, chain, op, self, other)
 
     return compute
 
@@ -109,8 +129,8 @@ _USED: dict[str, Callable[..., Any]] = {
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name, _op in _COMPUTED.items():
-    setattr(Number, f"__{_name}__", _computed(_op))
-    setattr(Number, f"__r{_name}__", _computed(lambda a, b, op=_op: op(b, a)))  # type: ignore[misc]
+    setattr(Number, f"__{_name}__", _computed(_op, swapped=False))
+    setattr(Number, f"__r{_name}__", _computed(_op, swapped=True))
 for _name, _op in _USED.items():
     setattr(Number, f"__{_name}__", _used(_op))
 Number.__bool__ = lambda self: bool(self != 0)  # type: ignore[attr-defined]
