@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -67,3 +68,14 @@ def traces() -> Iterator[list[bool]]:
 
     with mock.patch.object(torch.export, "export", exported):
         yield found
+
+
+@pytest.fixture
+def told() -> Iterator[Callable[[], list[str]]]:
+    """What was said of numbers of the batch so far, at the third value instead of the fifth."""
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mock.patch("pipecompile.runtime.numbers.VALUES", 2),
+    ):
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if "number that changes" in str(w.message)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..answers.guards import Guards
+from ..answers.inputs import NumberError, Scalars
 from ..effects.outside import Read, constants_of
 from ..ir.errors import (
     BatchError,
@@ -55,6 +56,7 @@ class Captured:
         outside: what it has as constants and is not the model's.
         guards: what forward has asked the batch, and the answers that the graph is made for.
         loss: how the losses of microbatches make that of the batch, where that was to be told.
+        scalars: the floats that it is given, between the leaves and the shares.
     """
 
     graph: JointGraph
@@ -64,6 +66,7 @@ class Captured:
     outside: tuple[Read, ...] = ()
     guards: Guards = field(default_factory=Guards)
     loss: LossForm | None = None
+    scalars: Scalars = field(default_factory=Scalars)
 
 
 def capture_training(
@@ -149,7 +152,8 @@ def _capture(
         other.denied, other.lazily = function.denied, function.lazily
         return exported(other, given)[0]
 
-    captured = _attempted(
+    attempted = _with_numbers if spec.plain_leaves else _attempted
+    captured = attempted(
         function,
         lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
     )
@@ -174,7 +178,8 @@ def function_of(
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
     if loss_fn is not None and skeleton.loss_fn is not None:
         loss_fn = skeleton.loss_fn
-    call = bind(skeleton.model, spec.build(leaves), loss_fn)
+    whole = [0.0 if leaf.plain else fake for leaf, fake in zip(spec.leaves, leaves, strict=True)]
+    call = bind(skeleton.model, spec.build(whole), loss_fn)
     check_texts(skeleton.model, spec.left_out)
     function = Traced(skeleton.module, spec, call, loss_fn, skeleton.regions)
     function.wants_loss = wants == "loss"
@@ -182,6 +187,34 @@ def function_of(
     function.attributes = skeleton.attributes.names
     function.constants = skeleton.values_of_buffers()
     return function, leaves
+
+
+def _with_numbers(function: Traced, attempt: Callable[[], T]) -> T:
+    """Trace the model with numbers of the batch as inputs.
+
+    Raises:
+        NumberError: it cannot be.
+    """
+    names = [function.spec.leaves[i].name for i in function.spec.plain_leaves]
+    if function.regions.patterns:
+        raise NumberError(dict.fromkeys(names, "parts of the model run eagerly"))
+    try:
+        with tracing():
+            found, errors = _each_way(function, attempt)
+    except NumberError:
+        raise
+    except PipecompileError as error:
+        found, errors = [], [error]
+    if not found:
+        why = f"with it as an input forward cannot be traced ({errors[0]})"
+        raise NumberError(dict.fromkeys(names, why)) from errors[0]
+    return found[0]
+
+
+def _check_taken(taken: Mapping[int, str], spec: BatchSpec) -> None:
+    """Raises NumberError where forward takes numbers themselves that were to be inputs."""
+    if taken:
+        raise NumberError({spec.leaves[leaf].name: why for leaf, why in taken.items()})
 
 
 def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
@@ -284,6 +317,7 @@ def differentiated_of(
         weighs: tell how the losses of microbatches make that of the batch.
     """
     traced, results = exported(function, leaves)
+    _check_taken(results.inputs.taken, function.spec)
     more = cache(partial(scaled, traced))
     names = [leaf.name for leaf in function.spec.leaves]
     outputs: tuple[Output, ...] = ()
@@ -298,7 +332,14 @@ def differentiated_of(
     try:
         notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
         graph, counting = differentiated(
-            skeleton, traced, leaves, function.wants_loss, results.replaced, weighed.counts
+            skeleton,
+            traced,
+            leaves,
+            function.wants_loss,
+            results.replaced,
+            weighed.counts,
+            len(names),
+            len(results.inputs.scalars),
         )
     except PipecompileError:
         raise
@@ -317,7 +358,8 @@ def differentiated_of(
     if found is not None:
         factored = bool(weighed.shares)
         loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
-    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss)
+    scalars = results.inputs.scalars
+    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss, scalars)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

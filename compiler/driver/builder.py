@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from ...passes.graph.verify import verify_graph, verify_placement
+from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
+from ..capture.numbers import check_numbers
 from ..capture.skeleton import Skeleton
 from ..capture.template import Template, capture_template
 from ..costs.footprint import Footprint
@@ -177,6 +179,7 @@ class Builder:
             captured.outside,
             captured.guards,
             captured.loss,
+            captured.scalars,
         )
 
     def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
@@ -210,7 +213,7 @@ class Builder:
             try:
                 values = stretched(batch, most) if batch else ()
                 self.build(mode, most, microbatches, layout, False, values, weighs)
-            except MemoryBudgetError:
+            except (MemoryBudgetError, NumberError):
                 raise
             except PipecompileError as error:
                 raise BatchError(
@@ -283,7 +286,12 @@ class Builder:
         """A graph, and how it came about where it was not traced for this shape."""
 
         def trace() -> Captured:
-            return self._capture(mode, spec, batch, weighs, records)
+            if not spec.plain_leaves:
+                return self._capture(mode, spec, batch, weighs, records)
+            literal = self._capture(mode, *spec.closed(batch), weighs, [])
+            found = self._capture(mode, spec, batch, weighs, records)
+            check_numbers(found, spec, batch, literal)
+            return found
 
         def generalise(example: BatchSpec, varying: Varying) -> Template:
             options, device = self.options, self.target.device
