@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,9 +163,10 @@ class BatchLoss:
         for rank, job in jobs.items():
             if self._program.loss_stage in mesh.stages_of(rank):
                 try:
+                    pieces = zip(job.batches, job.numbers, job.kinds, strict=True)
                     mine[mesh.replica_of(rank)] = [
-                        self._count(leaves, kind, buffers[rank])
-                        for leaves, kind in zip(job.batches, job.kinds, strict=True)
+                        self._count(leaves, numbers, kind, buffers[rank])
+                        for leaves, numbers, kind in pieces
                     ]
                 except BatchError as error:
                     obstacle = str(error)
@@ -193,10 +194,12 @@ class BatchLoss:
                     "of the global batch, or leave it out"
                 )
 
-    def _count(self, leaves: Any, kind: PieceKind, buffers: Buffers) -> list[float]:
+    def _count(
+        self, leaves: Any, numbers: Sequence[float], kind: PieceKind, buffers: Buffers
+    ) -> list[float]:
         counting = self._forms[kind].counting
         if counting is not None:
-            return counting(leaves, buffers)
+            return counting((*leaves, *numbers), buffers)
         assert self._weight is not None
         try:
             found = self._weight(self._step.first.spec.build(leaves))

@@ -49,7 +49,8 @@ class Job:
         kinds: per microbatch, which graph it runs.
         weights: per microbatch, what the gradient of its loss is multiplied by; empty where all
             count as much.
-        shares: per microbatch, further leaves: what terms of its loss are multiplied by.
+        numbers: per microbatch, further arguments: the floats that its graph is given.
+        shares: per microbatch, those that follow: what terms of its loss are multiplied by.
         losses: per microbatch, on the stage that computes it.
         results: per microbatch, what the model returned, on the last stage.
     """
@@ -58,15 +59,19 @@ class Job:
     seeds: Sequence[int]
     sizes: Sequence[int]
     kinds: Sequence[PieceKind]
+    numbers: Sequence[Sequence[float]]
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
     losses: list[torch.Tensor] = field(default_factory=list)
     results: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
-    def leaf(self, index: int, number: int) -> torch.Tensor:
-        """An argument of a microbatch."""
-        given = self.batches[index]
-        return given[number] if number < len(given) else self.shares[index][number - len(given)]
+    def argument(self, index: int, number: int) -> torch.Tensor | float:
+        """One of a microbatch."""
+        for given in (self.batches[index], self.numbers[index]):
+            if number < len(given):
+                return given[number]
+            number -= len(given)
+        return self.shares[index][number]
 
 
 class Executor:
@@ -178,7 +183,7 @@ class Executor:
         for position, name in bound.values:
             arguments[position] = values[name]
         for position, leaf in bound.batch:
-            arguments[position] = job.leaf(index, leaf)
+            arguments[position] = job.argument(index, leaf)
         if bound.tangent is not None:
             arguments[bound.tangent] = tangents[index]
         if bound.seed is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..compiler.answers.guards import Choice, Difference, Guards, between
+from ..compiler.answers.inputs import NumberError, Scalars
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
 from ..compiler.driver.builder import Builder
@@ -23,6 +24,7 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
 from .executor import Job, PieceKind
+from .numbers import Numbers
 from .world import World
 
 Leaves = tuple[torch.Tensor, ...]
@@ -59,7 +61,7 @@ class Step:
         spare: the leaves of a row for microbatches without rows.
         absent: ranks that were given no batch, as their stages read nothing of it.
         given: the leaves of the batch; of an absent rank those that another has given it, where
-            something is to be compiled, or none.
+            something is to be compiled, or else its numbers alone, or none.
     """
 
     requests: Mapping[PieceKind, Request]
@@ -86,6 +88,8 @@ class Loader:
     def __init__(self, world: World, builder: Builder, options: CompileOptions):
         self._world, self._builder, self._options = world, builder, options
         self._guards: dict[Request, Guards] = {}
+        self._scalars: dict[Request, Scalars] = {}
+        self._numbers = Numbers(options.dynamic != "off")
 
     def step(
         self,
@@ -105,14 +109,21 @@ class Loader:
 
         Raises:
             CaptureError: a rank has an obstacle.
+            NumberError: a number of the batch cannot be an input; `close` it, and ask again.
             BatchError: there are no rows, or microbatches do not agree in what forward asks them,
                 or a rank without a batch needs it for that.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
         agreement, mesh = self._world.agreement, self._world.mesh
+        runs = whole is None or bool(values)
+        if whole is not None and runs and (inputs := self._numbers.inputs(mode)):
+            whole, values = whole.opened(inputs, values)
         agreed = agreement.check_batch(mode, whole, values, obstacle)
         specs = agreed.specs
+        if fresh := self._numbers.met(mode, specs[0], runs):
+            specs = [spec.opened(fresh, ())[0] for spec in specs]
+            values = values if whole is None else whole.opened(fresh, values)[1]
         if not mesh.distributed:
             specs = [specs[0].with_rows(n) for n in cut(specs[0].rows, mesh.dp)]
         rows = [spec.rows for spec in specs]
@@ -133,11 +144,17 @@ class Loader:
         }
         if agreed.absent:
             values = self._brought(agreed.absent, requests.values(), values)
-        spare = self._spare(rows, values)
-        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(values))
+        spare, given = self._spare(rows, values), tuple(values)
+        if agreed.absent and first.plain_leaves:
+            given = self._told(first, given)
+        step = Step(requests, sizes, kinds, here, spare, agreed.absent, given)
         if values and any(self._guards.get(request) for request in requests.values()):
             step = self._answered(step, values)
         return step
+
+    def close(self, mode: Mode, error: NumberError) -> None:
+        """Some numbers of batches are literals of their graphs again."""
+        self._numbers.close(mode, error.why)
 
     def _brought(
         self, absent: Sequence[int], requests: Iterable[Request], values: Sequence[torch.Tensor]
@@ -161,6 +178,14 @@ class Loader:
         given: list[torch.Tensor] = everyone[mesh.rank_of(mesh.replica_of(mine), 0)]
         return given
 
+    def _told(self, spec: BatchSpec, mine: Leaves) -> Leaves:
+        """The leaves of this rank's share; on a rank that has none the numbers, which are those of
+        all ranks."""
+        everyone = self._world.agreement.gather([mine[i] for i in spec.plain_leaves if mine])
+        numbers = zip(spec.plain_leaves, next(filter(None, everyone)), strict=True)
+        nothing: Any = dict.fromkeys(range(len(spec.leaves)))
+        return mine or tuple((nothing | dict(numbers)).values())
+
     def _spare(self, rows: Sequence[int], values: Sequence[torch.Tensor]) -> Leaves:
         """The first row here, or of another replica where this one has none."""
         mine = tuple(v[:1] if v.dim() else v for v in values)
@@ -173,9 +198,9 @@ class Loader:
 
     def pieces(self, step: Step, values: Sequence[torch.Tensor]) -> dict[int, list[Leaves]]:
         """Replica -> the leaves of its microbatches, of those that this process has the rows of;
-        nothing in their places where it was given no batch."""
-        if not values:
-            nothing: Any = (None,) * len(step.first.spec.leaves)
+        nothing in their places, but for numbers, where it was given no batch."""
+        if any(value is None for value in values or (None,)):
+            nothing: Any = tuple(values) or (None,) * len(step.first.spec.leaves)
             return {r: [nothing] * len(step.sizes[r]) for r in step.here}
         sizes = [n for replica in step.here for n in step.sizes[replica]]
         found = iter(zip(batches.cut(values, sizes), sizes, strict=True))
@@ -207,6 +232,9 @@ class Loader:
             agreed = self._world.agreement.check_choice(
                 choice, partial(self._refusal, first, pieces)
             )
+            if agreed.outcome == MOST_OUTCOMES and (places := first.spec.plain_leaves):
+                why = f"forward decides by it in more than {MOST_OUTCOMES} ways"
+                raise NumberError({first.spec.leaves[i].name: why for i in places})
             if agreed.outcome == MOST_OUTCOMES:
                 raise BatchError(
                     f"forward decides by the values of the batch {agreed.others[-1][0]}, and this "
@@ -277,7 +305,11 @@ class Loader:
             like[0] if like and not any(map(is_fake, like[0])) else (),
             request.weighs,
         )
+        if step.absent and compiled.guards.of_batch and request.spec.plain_leaves:
+            why = "forward decides by values of the batch, which some processes are not given"
+            raise NumberError({request.spec.leaves[i].name: why for i in request.spec.plain_leaves})
         self._guards[request] = compiled.guards
+        self._scalars[request] = compiled.scalars
         if compiled.guards:
             mine = self._obstacle(request, pieces, self._differences(request, pieces))
             for obstacle in filter(None, self._world.agreement.gather(mine)):
@@ -287,7 +319,7 @@ class Loader:
     def forget(self, requests: Iterable[Request]) -> None:
         """Their graphs are no longer there, and will be compiled anew."""
         for request in requests:
-            del self._guards[request]
+            del self._guards[request], self._scalars[request]
 
     def deal(self, step: Step, seed: int, number: int) -> dict[int, Job]:
         """Rank -> its replica's microbatches, on its device, and the seeds of their random ops.
@@ -303,7 +335,10 @@ class Loader:
                 for piece in pieces[end.replica]
             ]
             seeds = [mix(seed, number, end.replica, i) for i in range(len(sizes))]
-            jobs[rank] = Job(moved, seeds, sizes, step.kinds[end.replica])
+            kinds = step.kinds[end.replica]
+            pairs = zip(pieces[end.replica], kinds, strict=True)
+            numbers = [self._scalars[step.requests[kind]].of(piece) for piece, kind in pairs]
+            jobs[rank] = Job(moved, seeds, sizes, kinds, numbers)
         return jobs
 
     def by_replica(self, jobs: Mapping[int, Job]) -> dict[int, list[list[torch.Tensor]]]:

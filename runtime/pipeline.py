@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiler.answers.inputs import NumberError
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
@@ -339,7 +340,19 @@ class Pipeline(Stored):
     ) -> tuple[Session, Step]:
         """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
         obstacle = self._session.obstacle(mode) if self._session else ""
-        step = self._loader.step(mode, whole, values if runs else [], obstacle, several)
+        while True:
+            try:
+                step = self._loader.step(mode, whole, values if runs else [], obstacle, several)
+                self._compile(step, values)
+                break
+            except NumberError as error:  # on every rank; numbers are fewer each time
+                self._loader.close(mode, error)
+        session = self._require()
+        self._loader.forget(session.drop_oldest(step))
+        return session, step
+
+    def _compile(self, step: Step, values: list[torch.Tensor]) -> None:
+        """What a step needs and is not there yet."""
         for kind, request in step.requests.items():
             if (session := self._session) is not None and request in session.loaded:
                 continue
@@ -352,9 +365,6 @@ class Pipeline(Stored):
                 )
                 self._source = None
             session.add(request, made)
-        session = self._require()
-        self._loader.forget(session.drop_oldest(step))
-        return session, step
 
     def _prepare(
         self, mode: Mode, batch: Any, several: bool = False

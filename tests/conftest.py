@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -74,3 +75,14 @@ def traces() -> Iterator[list[bool]]:
     anew = mock.patch.dict(os.environ, {"PIPECOMPILE_CACHE": "off"})
     with mock.patch.object(torch.export, "export", exported), anew:
         yield found
+
+
+@pytest.fixture
+def told() -> Iterator[Callable[[], list[str]]]:
+    """What was said of numbers of the batch so far, at the third value instead of the fifth."""
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mock.patch("pipecompile.runtime.numbers.VALUES", 2),
+    ):
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if "number that changes" in str(w.message)]

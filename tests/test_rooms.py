@@ -27,6 +27,7 @@ ROOMS = (
     "compiler/costs",
     "compiler/regions",
     "compiler/capture",
+    "compiler/general",
     "compiler/plan",
     "compiler/options",
     "compiler/kept",

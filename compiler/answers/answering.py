@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from ..effects.code import running
 from ..tensors.fakes import FakeTensor
 from .guards import Guards, Question, Reading
+from .inputs import Inputs
 from .known import Known, copied, node_of, untraced
-from .number import How, Number, plain
+from .number import How, Number
 
 PASS = object()
 """Of what is not answered here, but by torch."""
@@ -42,6 +43,7 @@ class Answering(TorchFunctionMode):
 
     Attributes:
         numbers: whether it has given one.
+        inputs: the numbers of the batch that are inputs of the graph.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Answering(TorchFunctionMode):
         self._given: dict[str, torch.Tensor] = {}
         self._names: dict[fx.Node, str] = {}
         self.numbers = False
+        self.inputs = Inputs({}, self.where)
 
     def begin(self, given: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
         """What is known.
@@ -81,8 +84,8 @@ class Answering(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._known is None:
             return func(*args, **kwargs)
-        if self.numbers:
-            args, kwargs = plain((args, kwargs))
+        if self.numbers or self.inputs:
+            args, kwargs = self.inputs.replaced(func, args, kwargs)
         handler = self._handlers.get(func)
         if handler is not None and "input" in kwargs:
             args, kwargs = (kwargs["input"], *args), {k: kwargs[k] for k in kwargs if k != "input"}
@@ -125,13 +128,14 @@ class Answering(TorchFunctionMode):
         self._readings.append((reading, len(known.order)))
 
         def ask(how: How) -> Any:
-            question = Question(self._where(), how, how(found))
+            question = Question(self.where(), how, how(found))
             reading.questions.append(question)
             return question.answer
 
         return ask, found
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Which module runs, and where in Python."""
         frame = running()
         at = f"at {frame.filename}:{frame.lineno} ({frame.line})" if frame else ""
         return f"in module {self._module() or '(the model itself)'!r}, {at or 'an unknown line'}"
@@ -140,21 +144,21 @@ class Answering(TorchFunctionMode):
 
     @property
     def asked(self) -> bool:
-        return any(reading.questions for reading, _ in self._readings)
+        return bool(self.inputs.steps()) or any(r.questions for r, _ in self._readings)
 
     def guards(self, device: torch.device, compute: torch.dtype | None) -> Guards:
         """All questions, and the operators that lead to them."""
         known = self._known
         asked = [(reading, at) for reading, at in self._readings if reading.questions]
-        if known is None or not asked:
+        steps = self.inputs.steps()
+        if known is None or not (asked or steps):
             return Guards()
         nodes, writes = known.needed([reading.node for reading, _ in asked])
         twin = copied(nodes, self._names)
         constants = {str(n.target): known.value(n) for n in nodes if n.op == "get_attr"}
         given = {self._names[n] for n in nodes if n.op == "placeholder"}
-        steps: list[fx.Node | Reading] = []
         position = {node: i for i, node in enumerate(known.order)}
-        last = max(at for _, at in asked)
+        last = max((at for _, at in asked), default=0)
         for node in (node for node in nodes if position[node] < last):
             while asked and asked[0][1] <= position[node]:
                 steps.append(_moved(asked.pop(0)[0], twin))

@@ -16,6 +16,14 @@ def _same(found: Any) -> Any:
     return found
 
 
+def _always(value: Any, _: Any) -> Any:
+    return value
+
+
+def _both(op: Callable[[Any, Any], Any], left: How, right: How, found: Any) -> Any:
+    return op(left(found), right(found))
+
+
 class Number:
     """Where it is compared, only what comes of that is asked of the batch; where it is used in
     another way, it is itself what is asked, and Python goes on with a plain number.
@@ -47,12 +55,29 @@ class Number:
         return type(self._value), (self.plain(),)
 
     def __getattr__(self, name: str) -> Any:
+        if not hasattr(type(self._value), name):
+            raise AttributeError(f"{type(self._value).__name__!r} object has no attribute {name!r}")
         return getattr(self.plain(), name)
+
+    # -- what subclasses do otherwise -----------------------------------------------------------
+
+    def _with_tensor(self, op: Callable[[Any, Any], Any], tensor: torch.Tensor) -> Any:
+        return op(self.plain(), tensor)
+
+    def _operand(self, other: Any) -> tuple[Any, How] | None:
+        """Another operand's value, and what makes it of the number that was read; None of what is
+        no number."""
+        other = plain(other)
+        return (other, partial(_always, other)) if isinstance(other, (int, float)) else None
+
+    def _made(self, value: Any, chain: How, op: Any, *operands: Any) -> Any:
+        """What is computed, of operands in their order."""
+        return Number(self._ask, value, chain)
 
 
 def plain(value: Any) -> Any:
     """A value in which numbers are Python's own."""
-    if type(value) is Number:
+    if issubclass(type(value), Number):
         return value.plain()
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
@@ -61,37 +86,32 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _operand(other: Any) -> Any:
-    other = other.plain() if type(other) is Number else other
-    return other if isinstance(other, (int, float)) else NotImplemented
-
-
-def _after(op: Callable[[Any, Any], Any], chain: How, other: Any, found: Any) -> Any:
-    return op(chain(found), other)
-
-
-def _turned(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    return op(b, a)
-
-
 def _compared(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
     def compare(self: Number, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return op(self.plain(), other)
-        other, chain = _operand(other), self._chain
-        return other if other is NotImplemented else self._ask(partial(_after, op, chain, other))
+            return self._with_tensor(op, other)
+        found, mine = self._operand(other), self._chain
+        if found is None:
+            return NotImplemented
+        theirs = found[1]
+        return self._ask(partial(_both, op, mine, theirs))
 
     return compare
 
 
-def _computed(op: Callable[[Any, Any], Any]) -> Callable[[Number, Any], Any]:
+def _computed(op: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Number, Any], Any]:
     def compute(self: Number, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return op(self.plain(), other)
-        other, chain = _operand(other), self._chain
-        if other is NotImplemented:
-            return other
-        return Number(self._ask, op(self._value, other), partial(_after, op, chain, other))
+            return self._with_tensor(lambda a, b: op(b, a) if swapped else op(a, b), other)
+        found, mine = self._operand(other), self._chain
+        if found is None:
+            return NotImplemented
+        value, theirs = found
+        if swapped:
+            chain = partial(_both, op, theirs, mine)
+            return self._made(op(value, self._value), chain, op, other, self)
+        chain = partial(_both, op, mine, theirs)
+        return self._made(op(self._value, value), chain, op, self, other)
 
     return compute
 
@@ -119,11 +139,11 @@ _USED: dict[str, Callable[..., Any]] = {
 for _name in _COMPARED:
     setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name, _op in _COMPUTED.items():
-    setattr(Number, f"__{_name}__", _computed(_op))
-    setattr(Number, f"__r{_name}__", _computed(partial(_turned, _op)))
+    setattr(Number, f"__{_name}__", _computed(_op, swapped=False))
+    setattr(Number, f"__r{_name}__", _computed(_op, swapped=True))
 for _name, _op in _USED.items():
     setattr(Number, f"__{_name}__", _used(_op))
-HOW = (_same, _after, _turned)
+HOW = (_same, _always, _both)
 """What chains are made of, with ``OPERATORS`` of Python's module `operator`."""
 OPERATORS = (*_COMPARED, *_COMPUTED)
 

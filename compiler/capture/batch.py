@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from numbers import Number
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..answers.number import plain as plain_number
 from ..ir.errors import BatchError
 from ..tensors.facts import described
 from ..tensors.pytree import (
@@ -29,13 +30,20 @@ _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a batch: its key, shape and dtype. A 0-dim leaf is never cut."""
+    """One tensor of a batch: its key, shape and dtype. A 0-dim leaf is never cut.
+
+    Attributes:
+        plain: it stands for a Python float, which the model gets.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    plain: bool = False
 
     def __str__(self) -> str:
+        if self.plain:
+            return f"{self.name}: a number"
         return f"{self.name}: {described(self.shape, self.dtype)}"
 
 
@@ -45,8 +53,8 @@ class BatchSpec:
 
     Attributes:
         tree: pytree structure in which every non-tensor stands as itself.
-        leaves: the tensors, in pytree order.
-        constants: (position among all leaves, value) of what is not a tensor.
+        leaves: the tensors, and numbers that are given like tensors, in pytree order.
+        constants: (position among all leaves, value) of all else.
         left_out: names of what has a text for each row, which no program takes.
     """
 
@@ -71,29 +79,88 @@ class BatchSpec:
     def with_rows(self, rows: int) -> BatchSpec:
         """The spec of a batch with so many rows."""
         leaves = tuple(
-            Leaf(x.name, (rows, *x.shape[1:]), x.dtype) if x.shape else x for x in self.leaves
+            replace(x, shape=(rows, *x.shape[1:])) if x.shape else x for x in self.leaves
         )
         return replace(self, leaves=leaves)
 
-    def build(self, values: Sequence[torch.Tensor]) -> Any:
+    def build(self, values: Sequence[Any]) -> Any:
         """The batch in its own structure, from one value per leaf."""
-        whole: list[Any] = list(values)
+        whole: list[Any] = [
+            value.item() if leaf.plain and isinstance(value, torch.Tensor) else value
+            for leaf, value in zip(self.leaves, values, strict=True)
+        ]
         for position, value in self.constants:
             whole.insert(position, value)
         return tree_unflatten(whole, self.tree)
 
+    # -- numbers ------------------------------------------------------------------------------
+
     @property
     def numbers(self) -> dict[str, float]:
-        """The floating-point numbers in it that are no tensors, by their names."""
-        whole: list[Any] = [None] * (len(self.leaves) + len(self.constants))
+        """The floating-point numbers among the constants, by their names."""
+        if not any(isinstance(value, float) for _, value in self.constants):
+            return {}
+        return {name: value for _, name, value in self._named() if isinstance(value, float)}
+
+    @property
+    def plain_leaves(self) -> tuple[int, ...]:
+        """Which leaves are numbers."""
+        return tuple(i for i, leaf in enumerate(self.leaves) if leaf.plain)
+
+    def numbers_in(self, values: Sequence[torch.Tensor]) -> dict[str, float]:
+        """The numbers among the values of the leaves, by their names."""
+        return {self.leaves[i].name: values[i].item() for i in self.plain_leaves}
+
+    def opened(
+        self, names: Collection[str], values: Sequence[torch.Tensor]
+    ) -> tuple[BatchSpec, list[torch.Tensor]]:
+        """With leaves for some of the numbers, and the values of all leaves.
+
+        Args:
+            values: of the leaves that are there; empty where there are none.
+        """
+        rest = iter(zip(self.leaves, values or self.leaves, strict=True))
+        constants, kept = dict(self.constants), []
+        made: list[tuple[Leaf, Any]] = []
+        for position, name, value in self._named():
+            if name in names and type(value) is float:
+                tensor = torch.tensor(value, dtype=torch.float64)
+                made.append((Leaf(name, (), tensor.dtype, True), tensor))
+            elif position in constants:
+                kept.append((position, value))
+            else:
+                made.append(next(rest))
+        spec = replace(self, leaves=tuple(leaf for leaf, _ in made), constants=tuple(kept))
+        return spec, [value for _, value in made] if values else []
+
+    def closed(self, values: Sequence[torch.Tensor]) -> tuple[BatchSpec, list[torch.Tensor]]:
+        """With all numbers among the constants, and the values of the other leaves."""
+        pairs, constants = iter(zip(self.leaves, values, strict=True)), dict(self.constants)
+        left: list[tuple[Leaf, torch.Tensor]] = []
+        for position in range(len(self.leaves) + len(self.constants)):
+            if position not in constants:
+                leaf, value = next(pairs)
+                if leaf.plain:
+                    constants[position] = value.item()
+                else:
+                    left.append((leaf, value))
+        leaves = tuple(leaf for leaf, _ in left)
+        ordered = tuple((position, constants[position]) for position in sorted(constants))
+        return replace(self, leaves=leaves, constants=ordered), [value for _, value in left]
+
+    def _named(self) -> list[tuple[int, str, Any]]:
+        """Of all leaves the position, the name, and the value, which tensors have none of."""
+        whole: list[Any] = list(self.leaves)
         for position, value in self.constants:
-            whole[position] = value
+            whole.insert(position, value)
         paths, _ = tree_flatten_with_path(tree_unflatten(whole, self.tree))
-        return {_name(path): value for path, value in paths if isinstance(value, float)}
+        return [(i, _name(path), value) for i, (path, value) in enumerate(paths)]
+
+    # -----------------------------------------------------------------------------------------
 
     def without_sizes(self) -> BatchSpec:
         """What batches of all sizes have in common."""
-        leaves = tuple(Leaf(x.name, (0,) * len(x.shape), x.dtype) for x in self.leaves)
+        leaves = tuple(replace(x, shape=(0,) * len(x.shape)) for x in self.leaves)
         return replace(self, leaves=leaves)
 
     def __str__(self) -> str:
@@ -220,7 +287,7 @@ def flatten_results(output: Any) -> tuple[dict[str, torch.Tensor], Structure]:
     """
     paths, tree = tree_flatten_with_path(output)
     others = {
-        i: None if _keeps_tensors(leaf) else leaf
+        i: None if _keeps_tensors(leaf) else plain_number(leaf)
         for i, (_, leaf) in enumerate(paths)
         if not isinstance(leaf, torch.Tensor)
     }

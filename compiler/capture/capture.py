@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..answers.guards import Guards
+from ..answers.inputs import NumberError, Scalars
 from ..effects.outside import Read, constants_of
 from ..ir.errors import (
     BatchError,
@@ -56,6 +57,7 @@ class Captured:
         guards: what forward has asked the batch, and the answers that the graph is made for.
         loss: how the losses of microbatches make that of the batch, where that was to be told.
         lost: attributes that the next call cannot read -> why.
+        scalars: the floats that it is given, between the leaves and the shares.
     """
 
     graph: JointGraph
@@ -66,6 +68,7 @@ class Captured:
     guards: Guards = field(default_factory=Guards)
     loss: LossForm | None = None
     lost: Mapping[str, str] = field(default_factory=dict)
+    scalars: Scalars = field(default_factory=Scalars)
 
 
 def capture_training(
@@ -151,7 +154,8 @@ def _capture(
         other.denied, other.lazily = function.denied, function.lazily
         return exported(other, given)[0]
 
-    captured = _attempted(
+    attempted = _with_numbers if spec.plain_leaves else _attempted
+    captured = attempted(
         function,
         lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
     )
@@ -176,7 +180,8 @@ def function_of(
     leaves = tuple(skeleton.fake(leaf.shape, leaf.dtype, device) for leaf in spec.leaves)
     if loss_fn is not None and skeleton.loss_fn is not None:
         loss_fn = skeleton.loss_fn
-    call = bind(skeleton.model, spec.build(leaves), loss_fn)
+    whole = [0.0 if leaf.plain else fake for leaf, fake in zip(spec.leaves, leaves, strict=True)]
+    call = bind(skeleton.model, spec.build(whole), loss_fn)
     check_texts(skeleton.model, spec.left_out)
     function = Traced(skeleton.module, spec, call, loss_fn, skeleton.regions)
     function.wants_loss = wants == "loss"
@@ -184,6 +189,34 @@ def function_of(
     function.attributes = skeleton.attributes.names
     function.constants = skeleton.values_of_buffers()
     return function, leaves
+
+
+def _with_numbers(function: Traced, attempt: Callable[[], T]) -> T:
+    """Trace the model with numbers of the batch as inputs.
+
+    Raises:
+        NumberError: it cannot be.
+    """
+    names = [function.spec.leaves[i].name for i in function.spec.plain_leaves]
+    if function.regions.patterns:
+        raise NumberError(dict.fromkeys(names, "parts of the model run eagerly"))
+    try:
+        with tracing():
+            found, errors = _each_way(function, attempt)
+    except NumberError:
+        raise
+    except PipecompileError as error:
+        found, errors = [], [error]
+    if not found:
+        why = f"with it as an input forward cannot be traced ({errors[0]})"
+        raise NumberError(dict.fromkeys(names, why)) from errors[0]
+    return found[0]
+
+
+def _check_taken(taken: Mapping[int, str], spec: BatchSpec) -> None:
+    """Raises NumberError where forward takes numbers themselves that were to be inputs."""
+    if taken:
+        raise NumberError({spec.leaves[leaf].name: why for leaf, why in taken.items()})
 
 
 def _attempted(function: Traced, attempt: Callable[[], T]) -> T:
@@ -286,6 +319,7 @@ def differentiated_of(
         weighs: tell how the losses of microbatches make that of the batch.
     """
     traced, results = exported(function, leaves)
+    _check_taken(results.inputs.taken, function.spec)
     more = cache(partial(scaled, traced))
     names = [leaf.name for leaf in function.spec.leaves]
     outputs: tuple[Output, ...] = ()
@@ -300,7 +334,14 @@ def differentiated_of(
     try:
         notes = tuple(note for note in (apply(traced, leaves) for apply in passes) if note)
         graph, counting = differentiated(
-            skeleton, traced, leaves, function.wants_loss, results.replaced, weighed.counts
+            skeleton,
+            traced,
+            leaves,
+            function.wants_loss,
+            results.replaced,
+            weighed.counts,
+            len(names),
+            len(results.inputs.scalars),
         )
     except PipecompileError:
         raise
@@ -317,8 +358,8 @@ def differentiated_of(
     if found is not None:
         factored = bool(weighed.shares)
         loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
-    lost = dict(results.lost)
-    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss, lost)
+    lost, scalars = dict(results.lost), results.inputs.scalars
+    return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss, lost, scalars)
 
 
 def _check_leaves(graph: JointGraph, spec: BatchSpec, function: Traced, name: str) -> None:

@@ -18,7 +18,9 @@ from torch import fx, nn
 
 from ..answers.answering import Answering
 from ..answers.guards import Guards
+from ..answers.inputs import Inputs
 from ..answers.known import untraced
+from ..answers.number import plain
 from ..answers.sizing import HANDLERS
 from ..effects.chance import drawing
 from ..effects.next_call import Left, check_next_calls
@@ -71,6 +73,7 @@ class Results:
         left: what else the next call may find changed.
         outside: tensors that are none of the model's, and were read.
         guards: what forward has asked the batch.
+        inputs: the numbers of the batch that are inputs of the graph.
     """
 
     rebuild: Callable[[list[torch.Tensor]], Any] = only
@@ -80,6 +83,7 @@ class Results:
     left: Left = field(default_factory=Left)
     outside: Reading = field(default_factory=Reading)
     guards: Guards = field(default_factory=Guards)
+    inputs: Inputs = field(default_factory=lambda: Inputs({}, str))
 
 
 class Traced(nn.Module):
@@ -127,13 +131,16 @@ class Traced(nn.Module):
         self.sizes: Sizes | None = None
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        batch = self.spec.build(leaves)
-        args, kwargs = self.call.arguments(batch)
         others = () if self.loss_fn is None else (self.loss_fn,)  # a module is watched as one
         answering = Answering(HANDLERS, self.where, self.lazily)
         self.began(answering)
         if self.values:
             answering.begin(self._given(leaves))
+        places = self.spec.plain_leaves
+        numbers = {i: (leaves[i], self.values[i].item()) for i in places}
+        answering.inputs = Inputs(numbers, answering.where)
+        batch = self.spec.build(answering.inputs.put(leaves))
+        args, kwargs = self.call.arguments(batch)
         memories = Memories()
         with (
             drawing() as drawn,
@@ -149,6 +156,8 @@ class Traced(nn.Module):
             memories,
         ):
             output = self.model(*args, **kwargs)
+            if not self.wants_loss:
+                list(map(plain, tree_leaves(output)))  # what is returned is asked
             outside.by = "forward" if self.loss_fn is None else "loss_fn"
             loss = find_loss(output, batch, self.loss_fn) if self.wants_loss else None
         found = Results(replaced=tuple(replaced.values), lost=replaced.lost, outside=outside)
@@ -156,6 +165,8 @@ class Traced(nn.Module):
         of_arguments |= of_model and bool(replaced.values)  # buffers become others in each call
         found.left = Left(watched, drawn, of_arguments, of_model)
         found.guards = answering.guards(leaves[0].device, self.compute)
+        found.inputs = answering.inputs
+        found.inputs.check_left(tree_leaves(watched.values))
         self.found(found)
         if loss is None:
             values, found.rebuild = batches.flatten_results(output)
@@ -236,6 +247,8 @@ def _exported(
         if calls:
             raise CaptureError("a torch.autograd.Function may do anything with sizes")
         function.sizes.met(traced)
+    if function.spec.plain_leaves and calls:
+        raise CaptureError("a torch.autograd.Function may do anything with a number")
     restore_functions(traced, calls)
     drop_metadata_checks(traced)
     traced.meta["as_untraced"] = function.denied == UNTRACED[0]

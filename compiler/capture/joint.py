@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from ..answers.inputs import LITERAL, NUMBER
 from ..effects.code import user_line
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, tensors
@@ -51,17 +52,22 @@ def differentiated(
     wants_loss: bool,
     replaced: Sequence[str] = (),
     counts: int = 0,
+    given: int = 0,
+    numbers: int = 0,
 ) -> tuple[JointGraph, Counting | None]:
     """The graph of what was exported and, where gradients are on, of its backward; and what counts
     by what microbatches are weighed, if anything does.
 
     Args:
+        leaves: those of the batch, and shares that its terms are multiplied by.
         replaced: buffers, and parameters, whose new values follow the results.
         counts: so many counts are the last results.
+        given: so many leaves are the batch's.
+        numbers: so many floats of the batch are inputs too, between these and the shares.
     """
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
-    reader = _Reader(skeleton, traced, joint.graph_module, replaced)
+    reader = _Reader(skeleton, traced, joint.graph_module, replaced, given, numbers)
     return reader.read(wants_loss, counts), reader.counting
 
 
@@ -86,8 +92,11 @@ class _Reader:
         traced: nn.Module,
         source: fx.GraphModule,
         replaced: Sequence[str],
+        given: int,
+        numbers: int,
     ):
         self.skeleton, self.traced, self.source = skeleton, traced, source
+        self.given, self.shift = given, numbers
         self.replaced = [skeleton.canonical[name] for name in replaced]
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -102,7 +111,11 @@ class _Reader:
         self.skeleton.updated.update(self._updated())
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._read_placeholder(node)
+        for node in self.source.graph.find_nodes(op="call_function", target=NUMBER):
+            self._read_number(node)
         for node in self.source.graph.nodes:
+            if node in self.env:
+                continue
             if node.op in ("call_function", "get_attr"):
                 self._read_op(node)
         joint = JointGraph(
@@ -139,8 +152,8 @@ class _Reader:
         if isinstance(desc, (ParamAOTInput, BufferAOTInput)):
             self.env[node] = self._state(node, desc.target)
         elif isinstance(desc, PlainAOTInput):
-            self.env[node] = self._placeholder(node, f"batch_{desc.idx}")
-            self.inputs[desc.idx] = self.env[node]
+            index = desc.idx if desc.idx < self.given else desc.idx + self.shift
+            self.env[node] = self.inputs[index] = self._placeholder(node, f"batch_{index}")
         elif isinstance(desc, TangentAOTInput):
             if isinstance(desc.output, InputMutationAOTOutput):
                 if isinstance(desc.output.mutated_input, ParamAOTInput):
@@ -157,6 +170,23 @@ class _Reader:
             raise CaptureError(self._ordered())
         elif node.users:
             raise CaptureError(f"the graph has an input that pipecompile does not know: {desc}")
+
+    def _read_number(self, node: fx.Node) -> None:
+        """A float of the batch, in the place of a literal.
+
+        Raises:
+            CaptureError: something takes it that takes no float.
+        """
+        number: Any = node.args[1]
+        index = self.given + number
+        if index not in self.inputs:
+            self.inputs[index] = self._placeholder(node, f"batch_{index}")
+            self.inputs[index].meta["val"] = 1.0  # any
+        self.env[node] = self.inputs[index]
+        for user in list(node.users):
+            if user.target not in LITERAL or len(user.args) != 2 or user.kwargs:
+                raise CaptureError(f"it becomes an operand of {user.target}")
+            user.target = LITERAL[user.target]
 
     def _ordered(self) -> str:
         """Why operators with effects, such as checks of a result, are refused."""

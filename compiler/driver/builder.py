@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ...passes.graph.verify import verify_graph, verify_placement
+from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
@@ -182,6 +183,7 @@ class Builder:
             captured.outside,
             captured.guards,
             captured.loss,
+            captured.scalars,
         )
 
     def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
@@ -215,7 +217,7 @@ class Builder:
             try:
                 values = stretched(batch, most) if batch else ()
                 self.build(mode, most, microbatches, layout, False, values, weighs)
-            except MemoryBudgetError:
+            except (MemoryBudgetError, NumberError):
                 raise
             except PipecompileError as error:
                 raise BatchError(

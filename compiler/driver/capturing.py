@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
-from ..capture.shapes import Shapes, Varying
 from ..capture.skeleton import Skeleton
-from ..capture.template import Template, capture_template
+from ..general.numbers import check_numbers
+from ..general.shapes import Shapes, Varying
+from ..general.template import Template, capture_template
 from ..kept.folder import Folder
 from ..kept.store import Store
 from ..options.options import CompileOptions
@@ -81,7 +82,7 @@ class Capturing:
 
         def trace() -> Captured:
             with self._store.noting():
-                return self.trace(wanted, records)
+                return self._traced(wanted, records)
 
         def generalise(example: BatchSpec, varying: Varying) -> Template:
             with self._store.noting():
@@ -110,6 +111,17 @@ class Capturing:
             return capture_forward(skeleton, spec, *rest)
         capture = capture_training if wanted.mode is Mode.TRAIN else capture_evaluation
         return capture(skeleton, spec, options.loss_fn, *rest)
+
+    def _traced(self, wanted: Wanted, records: list[PassRecord]) -> Captured:
+        """The graph for one shape; with numbers of the batch as inputs beside the one with them as
+        literals, which it has to be."""
+        found = self.trace(wanted, records)
+        spec, batch = wanted.spec, wanted.batch
+        if spec.plain_leaves:
+            closed, values = spec.closed(batch)
+            literal = self.trace(replace(wanted, spec=closed, batch=tuple(values)), [])
+            check_numbers(found, spec, batch, literal)
+        return found
 
     def _generalised(
         self, wanted: Wanted, example: BatchSpec, varying: Varying, records: list[PassRecord]

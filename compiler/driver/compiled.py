@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..answers.guards import Guards
+from ..answers.inputs import Scalars
 from ..costs.simulate import Timeline
 from ..effects.outside import Read
 from ..ir.actions import Schedule
@@ -44,6 +45,7 @@ class Compiled:
         outside: what the graph has as constants and is not the model's.
         guards: what forward has asked the batch, and the answers that the graph is made for.
         loss: how the losses of microbatches make that of the batch, where the graph tells it.
+        scalars: the floats of a microbatch that it is given, between the leaves and the shares.
     """
 
     program: PipelineProgram
@@ -58,3 +60,4 @@ class Compiled:
     outside: tuple[Read, ...] = ()
     guards: Guards = field(default_factory=Guards)
     loss: LossForm | None = None
+    scalars: Scalars = field(default_factory=Scalars)

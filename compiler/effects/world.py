@@ -151,10 +151,14 @@ class Watched:
         return any(isinstance(container, Stream) for _, container, *_ in self.contents)
 
     @property
+    def values(self) -> list[Any]:
+        """What is in the containers that forward has changed."""
+        return [value for *_, after in self.contents for value in _values(after)]
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """Those that forward has left behind."""
-        values = [value for *_, after in self.contents for value in _values(after)]
-        return [value for value in values if isinstance(value, torch.Tensor) and is_fake(value)]
+        return [each for each in self.values if isinstance(each, torch.Tensor) and is_fake(each)]
 
 
 @contextmanager

@@ -5,7 +5,8 @@ What is legal, and what every pass may rely on:
 ======================  ===================================================================
 node                    meaning
 ======================  ===================================================================
-placeholder             a parameter, a buffer, a leaf of the batch, or the tangent of the loss
+placeholder             a parameter, a buffer, a leaf or a float of the batch, or the tangent of
+                        the loss
 get_attr                a constant tensor that the model made while it was captured
 call_function           an ATen overload without side effect, or ``operator.getitem``
 output                  loss, results, gradients and buffer updates, in the order of the fields
@@ -45,7 +46,8 @@ class JointGraph:
         constants: holds the tensors that ``get_attr`` nodes name, as buffers.
         params: parameter FQN (of a tied group: the first name) -> placeholder.
         buffers: buffer FQN -> placeholder.
-        inputs: index of a batch leaf -> placeholder.
+        inputs: index of a batch leaf -> placeholder; floats of the batch follow, and then what
+            terms of the loss are multiplied by.
         tangent: placeholder of d(total)/d(loss), None in a graph without backward.
         loss: the scalar loss, None where only results are asked for.
         results: tensors the model returns, in pytree order (evaluation graphs).

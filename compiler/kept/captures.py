@@ -41,6 +41,8 @@ def capture_in(captured: Captured) -> tuple[Json, Tensors]:
     """
     if captured.outside:
         raise UntoldError("its forward reads tensors that are none of the model's")
+    if captured.scalars:
+        raise UntoldError("numbers of the batch are its inputs")
     tensors: Tensors = {}
     found = {
         "graph": _joint_in(captured.graph, tensors),

@@ -133,7 +133,8 @@ class Options:
     dynamic: str | Mapping[str, Mapping[int, tuple[int, int]]] = option(
         "auto",
         help='batches of other sizes: "auto": once sizes vary, the model is traced with symbols '
-        'for them, and further sizes need no tracing; "off": each shape is traced',
+        'for them, and further sizes need no tracing; "off": each shape is traced, and each value '
+        "of a number",
         more='Ranges of sizes, ``{"input_ids": {1: (8, 2048)}}``, are "auto" too: the largest is '
         "compiled at once, to see that it fits into memory, and others are refused. Programs are "
         "the same in all ways. Where forward does something else with other sizes, each shape is "

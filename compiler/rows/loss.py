@@ -28,9 +28,13 @@ class Counting:
 
     @torch.no_grad()
     def __call__(
-        self, leaves: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]
+        self, leaves: Sequence[torch.Tensor | float], buffers: Mapping[str, torch.Tensor]
     ) -> list[float]:
-        """The counts of a microbatch."""
+        """The counts of a microbatch.
+
+        Args:
+            leaves: followed by the floats that its graph is given.
+        """
         arguments = [
             buffers[str(port.key)] if port.role is Role.BUFFER else leaves[int(port.key)]
             for port in self.inputs

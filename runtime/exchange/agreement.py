@@ -118,8 +118,10 @@ class Agreement:
         text, number, shape, count = "", _ABSENT, 0, 0
         if spec is not None:
             text, count = f"{mode} {spec.with_rows(1).described()}", spec.rows
-            number = _number(f"{mode} {spec.without_sizes().described()} {bool(values)}")
-            shape = _number(text)
+            shape, numbers = _number(text), spec.numbers_in(values)
+            text += f" {numbers}" if numbers else ""
+            alike = f"{mode} {spec.without_sizes().described()}"
+            number = _number(f"{alike} {bool(values)} {numbers}")
         data = _number(" ".join(digest(sample(value)) for value in values))
         announced = self._announced(number, data, bool(obstacle), count, shape)
         programs, batches, stopped, rows, shapes = announced
@@ -134,8 +136,8 @@ class Agreement:
             )
         leader_of = [leaders[self._mesh.replica_of(rank)] for rank in range(self._mesh.size)]
         pairs = zip(shapes, leader_of, programs, strict=True)
-        alike = all(mine == shapes[led] or each == _ABSENT for mine, led, each in pairs)
-        self._check_calls(programs if alike else range(len(programs)), text)
+        same = all(mine == shapes[led] or each == _ABSENT for mine, led, each in pairs)
+        self._check_calls(programs if same else range(len(programs)), text)
         self._check_data(batches, absent)
         wanted = {shapes[leader_of[rank]] for rank in absent}
         if len({shapes[rank] for rank in leaders}) > 1:

@@ -350,14 +350,14 @@ SIZES = (
         "what a trace was told of values of sizes is taken to hold for others",
     ),
     Mutant(
-        "compiler/capture/shapes.py",
+        "compiler/general/shapes.py",
         "return bool(found) and all(found)",
         "return True",
         "test_shapes.py::test_another_graph_is_not_used",
         "a graph for all sizes is not compared with what was traced",
     ),
     Mutant(
-        "compiler/capture/shapes.py",
+        "compiler/general/shapes.py",
         "if not found.guards or (batch and found.guards.difference(batch) is None):",
         "if True:",
         "test_shapes.py::test_a_batch_that_answers_otherwise_has_a_graph_of_its_own",

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipecompile.compiler.capture import shapes
 from pipecompile.compiler.capture.batch import BatchSpec, flatten
 from pipecompile.compiler.capture.capture import (
     Captured,
@@ -22,7 +21,8 @@ from pipecompile.compiler.capture.capture import (
     capture_training,
 )
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
-from pipecompile.compiler.capture.template import Template, capture_template
+from pipecompile.compiler.general import shapes
+from pipecompile.compiler.general.template import Template, capture_template
 from pipecompile.compiler.ir.graph import tensors
 from pipecompile.errors import CaptureError
 from support import jobs, models
@@ -293,29 +293,3 @@ def test_one_graph_for_the_sizes_on_each_side_of_a_branch(traces: list[bool], wa
     losses = [pipe.step(batch(*size)) for size in sizes]
     assert all(map(torch.equal, losses, plainly(way, sizes)))
     assert (traces.count(False), traces.count(True)) == (2, 2)
-
-
-class Annealed(Model):
-    def forward(  # type: ignore[override]
-        self, x: torch.Tensor, y: torch.Tensor, beta: Any
-    ) -> torch.Tensor:
-        return super().forward(x, y) * beta
-
-
-def test_numbers_that_change_are_said_to_be_traced() -> None:
-    """Once; as tensors they are not."""
-    pipe = pipecompile.compile(
-        Annealed(attended), 2, microbatches=1, optimizer=jobs.OPTIMIZERS["adamw"]
-    )
-    model, values = Annealed(attended), [0.5 + 0.01 * i for i in range(shapes.NUMBERS + 2)]
-    found, expected = [], []
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for beta in values:
-            expected += [model(**batch(4, 6), beta=beta)] * 2
-            given = (batch(4, 6) | {"beta": each} for each in (beta, torch.tensor(beta)))
-            found += [pipe.evaluate(each) for each in given]
-    assert all(map(torch.equal, found, expected))
-    said = [str(each.message) for each in told if "that changes" in str(each.message)]
-    assert len(said) == 1
-    assert re.search(r"'beta' is a number that changes.* without dimensions", said[0])

@@ -9,7 +9,7 @@ from unittest import mock
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.capture import template
+from pipecompile.compiler.general import template
 from pipecompile.errors import BatchError, MemoryBudgetError, OptionError
 from support import jobs
 from torch import nn

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..capture.batch import BatchSpec
+from ..capture.capture import Captured
 from ..ir.errors import CaptureError, PipecompileError
 from ..tracing import sizes
-from .batch import BatchSpec
-from .capture import Captured
 from .template import Template
 
-NUMBERS = 4  # values of a number in the batch before it is said that each is traced
 ANSWERS = 4  # graphs for many sizes: for other answers of the batch, or other sides of a branch
 ROWS = 3  # numbers of rows that are traced before their number becomes a symbol
 Leaves = Sequence[torch.Tensor]
@@ -51,7 +50,6 @@ class Shapes:
 
     def __init__(self) -> None:
         self._kinds: dict[Hashable, _Kind] = {}
-        self._numbers: dict[str, set[float]] = defaultdict(set)
         self._warned = False
 
     def captured(
@@ -72,7 +70,6 @@ class Shapes:
             trace: traces it.
             generalise: traces one for an example, with symbols for what varies.
         """
-        self._note_numbers(spec)
         kind = self._kinds.setdefault((use, _structure(spec)), _Kind())
         why, candidate = "", None
         if spec not in kind.traced or batch:
@@ -129,17 +126,6 @@ class Shapes:
         except PipecompileError:
             kind.tried[varying] = ANSWERS  # it would not be another time
             raise
-
-    def _note_numbers(self, spec: BatchSpec) -> None:
-        for name, number in spec.numbers.items():
-            seen = self._numbers[name]
-            if number not in seen and len(seen) == NUMBERS:
-                warnings.warn(
-                    f"the batch's {name!r} is a number that changes, and each value of it is "
-                    f"traced: give it as a tensor without dimensions (torch.tensor({number}))",
-                    stacklevel=2,
-                )
-            seen.add(number)
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ..capture.batch import BatchSpec, repeated
+from ..capture.calling import LossFn
+from ..capture.capture import Captured, ForwardPass, differentiated_of, function_of
+from ..capture.exporting import exported, tracing
+from ..capture.refusals import check_operands
+from ..capture.skeleton import Skeleton, evaluating
 from ..ir.errors import CaptureError, PipecompileError
 from ..ir.graph import JointGraph
 from ..rows.loss import Counting
 from ..tensors.fakes import FakeTensorMode
 from ..tracing.sizes import Dims, Numbers, Sizes, instance
-from .batch import BatchSpec, repeated
-from .calling import LossFn
-from .capture import Captured, ForwardPass, differentiated_of, function_of
-from .exporting import exported, tracing
-from .refusals import check_operands
-from .skeleton import Skeleton, evaluating
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Graphs that serve many batches: of other sizes, and with other numbers."""
