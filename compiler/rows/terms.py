@@ -116,7 +116,8 @@ def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
     if name in LINEAR or name in ("add", "sub", "rsub"):
         return operands
     if name == "mul":
-        varying = [each for each in operands if ways.how[each] is not How.SAME]
+        given = [each for each in node.args if isinstance(each, fx.Node)]  # one may be there twice
+        varying = [each for each in given if ways.how[each] is not How.SAME]
         return varying if len(varying) == 1 and _same_numbers(ways, node) else []
     if name == "div":
         by = node.args[1]

@@ -104,6 +104,8 @@ class Ways:
         """Of a product with what is no row's: by the number of rows a sum becomes a mean."""
         if name not in ("mul", "div") or (name == "div" and self._is(node.args[-1], kind)):
             return How.NONE
+        if name == "mul" and all(self._is(each, kind) for each in node.args):
+            return How.NONE
         here, there = numbers_of(node), numbers_of(self.twin[node])
         if here == there:
             return kind
