@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate as added
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from support import jobs
+from support.weighed import accumulate
 
 WIDTH, WORDS, IGNORED = 8, 16, -100
 Batch = dict[str, torch.Tensor]
@@ -32,7 +33,7 @@ def bordered(lengths: Sequence[int], seed: int = 0) -> Batch:
     """Without rows: tokens, and the borders of documents."""
     torch.manual_seed(seed)
     tokens = torch.randint(WORDS, (sum(lengths),))
-    borders = torch.tensor([0, *accumulate(lengths)])
+    borders = torch.tensor([0, *added(lengths)])
     return {"input_ids": tokens, "cu_seqlens": borders, "targets": tokens.flip(0)}
 
 
@@ -102,24 +103,17 @@ def accumulated(
     count: Count,
 ) -> torch.Tensor:
     """Set ``.grad`` to what a plain loop over the same pieces gives, each weighed by what it
-    counts; the loss, which is a plain mean where they count as much."""
-    total, losses, sums = count(batch), [], []
-    for share in cut(batch, dp):
-        for piece in cut(share, microbatches):
-            if piece["input_ids"].numel():
-                found = model(**piece)["loss"]
-                (found * (count(piece) * dp / total)).backward()
-                losses.append((found.detach(), count(piece) / total))
-        sums.append([param.grad for param in model.parameters()])
-        model.zero_grad()
-    for param, *grads in zip(model.parameters(), *sums, strict=True):
-        found = [torch.zeros_like(param) if each is None else each for each in grads]
-        param.grad = sum(found[1:], found[0]) / dp
-    if all(share == 1 / dp / microbatches for _, share in losses):
-        every = torch.stack([loss for loss, _ in losses]).view(dp, microbatches)
-        return torch.stack([each.mean() for each in every]).mean()
-    parts = [loss.double() * share for loss, share in losses]
-    return sum(parts[1:], parts[0]).float()
+    counts; the loss."""
+    shares = [
+        [piece for piece in cut(share, microbatches) if piece["input_ids"].numel()]
+        for share in cut(batch, dp)
+    ]
+    loss, grads = accumulate(
+        model, shares, microbatches, count, lambda _, piece: model(**piece)["loss"]
+    )
+    for name, param in model.named_parameters():
+        param.grad = grads.get(name)
+    return loss
 
 
 def trained(
