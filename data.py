@@ -1,4 +1,5 @@
 """Functions for the data that a pipeline trains on."""
 
+from .runtime.data.documents import cut_documents as cut_documents
 from .runtime.data.padding import PADDING as PADDING
 from .runtime.data.padding import pad_to_multiple as pad_to_multiple

@@ -60,6 +60,10 @@ def _check_auto(arguments: Arguments) -> None:
         raise OptionError(
             'n_stages="auto" needs example_batch=, the batch of all replicas, to plan for'
         )
+    if arguments.cut is not None:
+        raise OptionError(
+            'cut= beside n_stages="auto", which plans for rows: give n_stages= and dp= numbers'
+        )
     for name in ("plan", "pin"):
         if getattr(arguments, name) is not None:
             raise OptionError(f'{name}= names stages: give n_stages a number, not "auto"')

@@ -53,11 +53,12 @@ class BatchLoss:
         plain = LossForm((Weighing(Way.KEPT if weight else Way.OWN, 0),))
         self._forms = {kind: form or plain for kind, form in forms.items()}
         self._form = next(iter(self._forms.values()))
-        for (rows, _), form in self._forms.items():
+        for kind, form in self._forms.items():
             if (form.terms, form.factored) != (self._form.terms, self._form.factored):
+                mine, first = (step.requests[each].spec for each in (kind, next(iter(self._forms))))
                 raise BatchError(
-                    f"microbatches of {rows} rows have another loss than those of "
-                    f"{next(iter(self._forms))[0]}: give a batch whose rows all microbatches share"
+                    f"microbatches of ({mine}) have another loss than those of ({first}): give "
+                    "batches whose microbatches are of equal sizes"
                 )
         terms = self._form.terms
         self._counts = any(term.way is Way.KEPT or term.by >= 0 for term in terms)
@@ -197,12 +198,14 @@ class BatchLoss:
     def _count(
         self, leaves: Any, numbers: Sequence[float], kind: PieceKind, buffers: Buffers
     ) -> list[float]:
-        counting = self._forms[kind].counting
-        if counting is not None:
-            return counting((*leaves, *numbers), buffers)
+        form = self._forms[kind]
+        if form.counting is not None:
+            return [*form.sizes, *form.counting((*leaves, *numbers), buffers)]
+        if form.sizes:
+            return list(form.sizes)
         assert self._weight is not None
         try:
-            found = self._weight(self._step.first.spec.build(leaves))
+            found = self._weight(self._step.requests[kind].spec.build(leaves))
         except Exception as error:
             raise BatchError(f"loss_weight raised {type(error).__name__}: {error}") from error
         try:

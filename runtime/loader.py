@@ -17,12 +17,13 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.layout import Layout
-from ..compiler.ir.errors import BatchError
+from ..compiler.ir.errors import BatchError, PipecompileError
 from ..compiler.ir.ops import mix
 from ..compiler.options.microbatches import cut, microbatches_of
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
+from .cutter import Cutter, Parts, dealt
 from .executor import Job, PieceKind
 from .numbers import Numbers
 from .world import World
@@ -54,14 +55,15 @@ class Step:
 
     Attributes:
         requests: kind of a microbatch -> the graph for it, the one with the most rows first.
-        sizes: per replica, the rows of each microbatch. One without rows runs a row that counts
-            nothing, so that all replicas do the same.
+        sizes: per replica, the rows of each microbatch; 1 where a callable has cut them. One
+            without rows runs a row that counts nothing, so that all replicas do the same.
         kinds: per replica, the kind of each microbatch.
         here: the replicas of which this process has the rows.
         spare: the leaves of a row for microbatches without rows.
         absent: ranks that were given no batch, as their stages read nothing of it.
-        given: the leaves of the batch; of an absent rank those that another has given it, where
-            something is to be compiled, or else its numbers alone, or none.
+        given: the leaves of the batch, or of one microbatch after the other where a callable has
+            cut it; of an absent rank those that another has given it, where something is to be
+            compiled, or else its numbers alone, or none.
     """
 
     requests: Mapping[PieceKind, Request]
@@ -89,15 +91,17 @@ class Loader:
         self._world, self._builder, self._options = world, builder, options
         self._guards: dict[Request, Guards] = {}
         self._scalars: dict[Request, Scalars] = {}
-        self._numbers = Numbers(options.dynamic != "off")
+        self._numbers = Numbers(options.dynamic != "off" and options.cut is None)
+        self._cutter = None if options.cut is None else Cutter(options, world.replicas_here)
 
     def step(
         self,
         mode: Mode,
         whole: BatchSpec | None,
         values: Sequence[torch.Tensor],
-        obstacle: str = "",
+        obstacle: PipecompileError | None = None,
         several: bool = False,
+        runs: bool = True,
     ) -> Step:
         """What a batch of this shape asks for.
 
@@ -106,55 +110,67 @@ class Loader:
             values: its leaves; empty where there is its shape only.
             several: its loss is a part of that of several batches.
             obstacle: what keeps this rank from running anything, if something does.
+            runs: or it is compiled for alone, where values do not matter.
 
         Raises:
-            CaptureError: a rank has an obstacle.
+            PipecompileError: a rank has an obstacle.
             NumberError: a number of the batch cannot be an input; `close` it, and ask again.
             BatchError: there are no rows, or microbatches do not agree in what forward asks them,
-                or a rank without a batch needs it for that.
+                or a rank without a batch needs it for that, or ``cut`` has failed.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
         agreement, mesh = self._world.agreement, self._world.mesh
-        runs = whole is None or bool(values)
         if whole is not None and runs and (inputs := self._numbers.inputs(mode)):
             whole, values = whole.opened(inputs, values)
-        agreed = agreement.check_batch(mode, whole, values, obstacle)
+        cuts = None
+        if self._cutter is not None:
+            cuts, values, failed = self._cutter.cut(whole, values)
+            obstacle = obstacle or failed
+        shown = values if runs else []
+        agreed = agreement.check_batch(mode, whole, shown, obstacle, runs, cuts)
         specs = agreed.specs
         if fresh := self._numbers.met(mode, specs[0], runs):
             specs = [spec.opened(fresh, ())[0] for spec in specs]
-            values = values if whole is None else whole.opened(fresh, values)[1]
-        if not mesh.distributed:
-            specs = [specs[0].with_rows(n) for n in cut(specs[0].rows, mesh.dp)]
-        rows = [spec.rows for spec in specs]
-        count = microbatches_of(rows, self._options)
-        sizes = tuple(tuple(cut(each, count)) for each in rows)
-        first = next((spec for spec in specs if spec.rows), specs[0])
-        likes = [(spec if spec.rows else first).with_rows(1) for spec in specs]
-        shapes = list(dict.fromkeys(likes))
+            shown = shown if whole is None else whole.opened(fresh, shown)[1]
+        parts = self._by_rows(specs) if self._cutter is None else self._cutter.parts(agreed)
+        sizes, count = tuple(map(tuple, parts.sizes)), len(parts.sizes[0])
+        shapes = parts.shapes
         kinds = tuple(
-            tuple((max(1, n), shapes.index(like)) for n in each)
-            for each, like in zip(sizes, likes, strict=True)
+            tuple((max(1, n), shapes.index(like)) for n, like in zip(*each, strict=True))
+            for each in zip(sizes, parts.likes, strict=True)
         )
         here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
-        weighs = several or count * mesh.dp > 1
+        weighs = several or (count * mesh.dp > 1 and shapes[0].varies)
         requests = {
             (n, shape): Request(mode, shapes[shape].with_rows(n), count, weighs=weighs)
             for n, shape in sorted({kind for each in kinds for kind in each}, key=_most_rows)
         }
         if agreed.absent:
-            values = self._brought(agreed.absent, requests.values(), values)
-        spare, given = self._spare(rows, values), tuple(values)
-        if agreed.absent and first.plain_leaves:
-            given = self._told(first, given)
-        step = Step(requests, sizes, kinds, here, spare, agreed.absent, given)
-        if values and any(self._guards.get(request) for request in requests.values()):
-            step = self._answered(step, values)
+            shown = self._brought(agreed.absent, requests.values(), shown)
+        given = shown if runs or self._cutter is None else values
+        spare = self._spare(sizes, given, here)
+        if agreed.absent and shapes[0].plain_leaves:
+            given = self._told(shapes[0], tuple(given))
+        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(given))
+        if runs and any(self._guards.get(request) for request in requests.values()):
+            step = self._answered(step, shown)
         return step
 
     def close(self, mode: Mode, error: NumberError) -> None:
         """Some numbers of batches are literals of their graphs again."""
         self._numbers.close(mode, error.why)
+
+    def _by_rows(self, specs: Sequence[BatchSpec]) -> Parts:
+        """Of the replicas' batches, or of that of all."""
+        mesh = self._world.mesh
+        if not mesh.distributed:
+            specs = [specs[0].with_rows(n) for n in cut(specs[0].rows, mesh.dp)]
+        rows = [spec.rows for spec in specs]
+        count = microbatches_of(rows, self._options)
+        first = next((spec for spec in specs if spec.rows), specs[0])
+        likes = [[(spec if spec.rows else first).with_rows(1)] * count for spec in specs]
+        return Parts([cut(each, count) for each in rows], likes)
 
     def _brought(
         self, absent: Sequence[int], requests: Iterable[Request], values: Sequence[torch.Tensor]
@@ -186,10 +202,15 @@ class Loader:
         nothing: Any = dict.fromkeys(range(len(spec.leaves)))
         return mine or tuple((nothing | dict(numbers)).values())
 
-    def _spare(self, rows: Sequence[int], values: Sequence[torch.Tensor]) -> Leaves:
+    def _spare(
+        self, sizes: Sequence[Sequence[int]], values: Sequence[torch.Tensor], here: Sequence[int]
+    ) -> Leaves:
         """The first row here, or of another replica where this one has none."""
-        mine = tuple(v[:1] if v.dim() else v for v in values)
-        mesh = self._world.mesh
+        mesh, rows = self._world.mesh, [sum(each) for each in sizes]
+        if self._cutter is None:
+            mine = tuple(v[:1] if v.dim() else v for v in values)
+        else:
+            mine = self._cutter.smallest(values, sum(rows[replica] for replica in here))
         if 0 not in rows or mesh.rank is None:
             return mine
         source = mesh.rank_of(next(r for r, n in enumerate(rows) if n), 0)
@@ -199,11 +220,12 @@ class Loader:
     def pieces(self, step: Step, values: Sequence[torch.Tensor]) -> dict[int, list[Leaves]]:
         """Replica -> the leaves of its microbatches, of those that this process has the rows of;
         nothing in their places, but for numbers, where it was given no batch."""
-        if any(value is None for value in values or (None,)):
+        if (not values and not step.spare) or any(value is None for value in values):
             nothing: Any = tuple(values) or (None,) * len(step.first.spec.leaves)
             return {r: [nothing] * len(step.sizes[r]) for r in step.here}
         sizes = [n for replica in step.here for n in step.sizes[replica]]
-        found = iter(zip(batches.cut(values, sizes), sizes, strict=True))
+        every = batches.cut(values, sizes) if self._cutter is None else dealt(values, sizes)
+        found = iter(zip(every, sizes, strict=True))
         return {
             replica: [
                 tuple(piece) if n else step.spare

@@ -114,7 +114,7 @@ class Pipeline(Stored):
                 decides by them (``if mask.any():``).
         """
         with self._world.guard():
-            values, whole = ([], batch) if isinstance(batch, BatchSpec) else batches.flatten(batch)
+            values, whole = ([], batch) if isinstance(batch, BatchSpec) else self._flat(batch)
             session, step = self._load(Mode.TRAIN, whole, values, runs=False)
             return session.loaded[step.first].compiled.plan
 
@@ -124,9 +124,9 @@ class Pipeline(Stored):
         """Train on one batch: forward, backward, clip, optimizer, scheduler, zero_grad.
 
         Args:
-            batch: dict, tuple or tensor, cut along dim 0: under torchrun this replica's share of
-                the global one, in one process all of it. None where `needs_data` says that this
-                process needs none.
+            batch: dict, tuple or tensor, cut along dim 0, or by ``cut``: under torchrun this
+                replica's share of the global one, in one process all of it. None where `needs_data`
+                says that this process needs none.
 
         Returns:
             The loss of the whole global batch, as ``loss_normalization`` says, a 0-dim tensor on
@@ -182,7 +182,8 @@ class Pipeline(Stored):
         """
         options.setdefault("pin_memory", self._world.device.type == "cuda")
         shards, shard = self.data_shards, self.data_shard
-        made = DataSetLoader(dataset, batch_size, shards, shard, self._seed, **options)
+        cut = self._options.cut
+        made = DataSetLoader(dataset, batch_size, shards, shard, self._seed, cut, **options)
         self._loaders.add(made)
         return made
 
@@ -265,7 +266,7 @@ class Pipeline(Stored):
             world.agreement.check_loaders()
             shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
             with shown_progress(data, shown) as advance:
-                for batch in in_step(data, gather, lambda: self.needs_data):
+                for batch in in_step(data, gather, lambda: self.needs_data, self._flat):
                     session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
                     sums = session.add_evaluated(ready, jobs, sums)
                     advance()
@@ -339,10 +340,11 @@ class Pipeline(Stored):
         several: bool = False,
     ) -> tuple[Session, Step]:
         """Compile for a batch if need be, which ``runs`` then; the first begins the session."""
-        obstacle = self._session.obstacle(mode) if self._session else ""
+        why = self._session.obstacle(mode) if self._session else ""
+        obstacle = CaptureError(why) if why else None
         while True:
             try:
-                step = self._loader.step(mode, whole, values if runs else [], obstacle, several)
+                step = self._loader.step(mode, whole, values, obstacle, several, runs)
                 self._compile(step, values)
                 break
             except NumberError as error:  # on every rank; numbers are fewer each time
@@ -366,11 +368,14 @@ class Pipeline(Stored):
                 self._source = None
             session.add(request, made)
 
+    def _flat(self, batch: Any) -> tuple[list[torch.Tensor], BatchSpec]:
+        return batches.flatten(batch, by_rows=self._options.cut is None)
+
     def _prepare(
         self, mode: Mode, batch: Any, several: bool = False
     ) -> tuple[Session, Ready, dict[int, Job]]:
         """What runs on a batch, or one of several, and what each rank gets of it."""
-        values, whole = ([], None) if batch is None else batches.flatten(batch)
+        values, whole = ([], None) if batch is None else self._flat(batch)
         session, step = self._load(mode, whole, values, several=several)
         ready = session.ready(step)
         return session, ready, self._loader.deal(step, self._seed, self._steps)
@@ -383,7 +388,12 @@ class Pipeline(Stored):
         with self._world.guard():
             session, ready, jobs = self._prepare(Mode.TRAIN, batch)
             weights = session.weigh(ready, jobs)
-        mine, spec = self._loader.by_replica(jobs), ready.spec
+        mine, spec = self._loader.by_replica(jobs), ready.specs[0]
+        if len({each.constants for each in ready.specs}) > 1:
+            raise BatchError(
+                "verify= compares microbatches with the same numbers in them, and those of pieces "
+                "of cut= differ: give them as 0-dim tensors"
+            )
         eager, updated = self._skeleton.regions.drawing, self._skeleton.updated
         verifier.begin(mine, spec, self._seed, self._steps, weights, eager, updated)
         return verifier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,12 @@ class Ready:
     Attributes:
         graphs: kind of a microbatch -> the graph for it, the one with the most rows first.
         loss: of the batch.
-        spec: of the largest microbatch.
+        specs: of microbatches of each kind.
     """
 
     graphs: Mapping[PieceKind, Loaded]
     loss: BatchLoss
-    spec: BatchSpec
+    specs: Sequence[BatchSpec]
 
     @property
     def first(self) -> Loaded:
@@ -206,9 +206,9 @@ class Session:
         updated = step.stands_in and {n for g in graphs.values() for n in g.buffers.updated}
         if updated:
             raise BatchError(
-                f"there are fewer rows than microbatches, and forward updates buffer "
-                f"{min(updated)!r}, which one that has none may not: give batches of "
-                "microbatches= × dp= rows or more"
+                f"there are fewer rows than microbatches, or cut= made fewer, and forward updates "
+                f"buffer {min(updated)!r}, which one that has none may not: give batches of "
+                "microbatches= × dp= rows, or what cut= divides into as many, or more"
             )
         weight = None if step.first.mode is Mode.FORWARD else self._loss_weight
         forms = {rows: loaded.compiled.loss for rows, loaded in graphs.items()}
@@ -219,7 +219,8 @@ class Session:
                     f"rank {rank} was given no batch, and its stages read of it, or count its "
                     "labels: pipe.needs_data says which processes need one"
                 )
-        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), step.first.spec)
+        specs = [request.spec for request in step.requests.values()]
+        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), specs)
 
     def _reads(self, request: Request, rank: int) -> bool:
         """Whether a rank needs the batches of a graph: it deals them out, reads or counts them."""
@@ -398,7 +399,7 @@ class Session:
             if output.why and len(pieces) > 1:
                 raise BatchError(
                     f"forward() got {output.name!r} from each of {len(pieces)} microbatches and "
-                    f"cannot join them, as it {output.why}: compile with microbatches=1"
+                    f"cannot join them, as it {output.why}: compile with microbatches=1 and dp=1"
                 )
             if output.how is How.LOSS:
                 losses = torch.stack([piece[i].to(every[0][i].device) for piece in every])
@@ -414,12 +415,12 @@ def _check_together(graphs: Mapping[PieceKind, Compiled]) -> None:
     ((first, shape), one), *others = graphs.items()
     for (rows, another), other in others:
         if _order(other) != _order(one):
-            which = f"of {rows} rows" if another == shape else "of one replica"
-            theirs = str(first) if another == shape else "another"
+            sized = another == shape
+            which, theirs = (f"{rows} rows", first) if sized else ("one length", "another")
             raise BatchError(
-                f"microbatches {which} run other operators than those of {theirs}, with other "
+                f"microbatches of {which} run other operators than those of {theirs}, with other "
                 "messages or gradients, and cannot share a step with them: give batches whose rows "
-                "microbatches= × dp= divides, and replicas the same lengths"
+                "microbatches= × dp= divides, and replicas, or pieces of cut=, the same lengths"
             )
 
 

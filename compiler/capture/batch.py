@@ -27,6 +27,10 @@ from .forms import plain
 _NAMED = (Enum, type, FunctionType, BuiltinFunctionType)
 """Equal to themselves alone, and the same whenever they are seen."""
 
+Scales = tuple[tuple[int | None, ...], ...]
+"""Of each leaf and dimension, how much of its size is there in every piece, however small; None
+where pieces have all of it."""
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -56,28 +60,57 @@ class BatchSpec:
         leaves: the tensors, and numbers that are given like tensors, in pytree order.
         constants: (position among all leaves, value) of all else.
         left_out: names of what has a text for each row, which no program takes.
+        scales: of a batch that a callable cuts (``cut=``) how its sizes go with what is in it; it
+            is one row, as a whole. None of one that is cut along dim 0.
     """
 
     tree: TreeSpec
     leaves: tuple[Leaf, ...]
     constants: tuple[tuple[int, Any], ...]
     left_out: tuple[str, ...] = ()
+    scales: Scales | None = None
 
     @property
     def rows(self) -> int:
-        """Length of dim 0, which all leaves that have one share."""
+        """Length of dim 0, which all leaves that have one share; where a callable cuts, 1, or 0
+        of what has no elements."""
+        if self.scales is not None:
+            return int(all(all(leaf.shape) for leaf in self.leaves))
         return next(leaf.shape[0] for leaf in self.leaves if leaf.shape)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it is known in which dimensions a part of it is smaller."""
+        return self.scales is None or any(k is not None for each in self.scales for k in each)
+
+    @property
+    def amounts(self) -> tuple[tuple[int, ...], ...]:
+        """Of each leaf and dimension its size, without what every piece has of it."""
+        scales = self.scales or tuple((0,) * len(leaf.shape) for leaf in self.leaves)
+        return tuple(
+            tuple(n - (fixed or 0) for n, fixed in zip(leaf.shape, scale, strict=True))
+            for leaf, scale in zip(self.leaves, scales, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
         return sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in self.leaves)
 
     def repeat(self, times: int) -> BatchSpec:
-        """The spec of a batch with ``times`` as many rows."""
-        return self.with_rows(self.rows * times)
+        """The spec of a batch with ``times`` as many rows, or as much of what a callable cuts."""
+        if self.scales is None:
+            return self.with_rows(self.rows * times)
+        leaves = tuple(
+            replace(leaf, shape=tuple(_scaled(*pair, times) for pair in pairs))
+            for leaf, scale in zip(self.leaves, self.scales, strict=True)
+            for pairs in [zip(leaf.shape, scale, strict=True)]
+        )
+        return replace(self, leaves=leaves)
 
     def with_rows(self, rows: int) -> BatchSpec:
-        """The spec of a batch with so many rows."""
+        """The spec of a batch with so many rows; what a callable cuts is one, or is empty."""
+        if self.scales is not None and rows:
+            return self
         leaves = tuple(
             replace(x, shape=(rows, *x.shape[1:])) if x.shape else x for x in self.leaves
         )
@@ -179,14 +212,22 @@ class BatchSpec:
     @property
     def _key(self) -> Hashable:
         constants = tuple((i, _identity(value)) for i, value in self.constants)
-        return self.leaves, constants, self.left_out
+        return self.leaves, constants, self.left_out, self.scales
 
 
-def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
+def _scaled(size: int, fixed: int | None, times: int) -> int:
+    return size if fixed is None else (size - fixed) * times + fixed
+
+
+def flatten(batch: object, by_rows: bool = True) -> tuple[list[torch.Tensor], BatchSpec]:
     """Split a batch, in any of the forms that `plain` takes, into tensors and their spec.
 
+    Args:
+        by_rows: it is cut along dim 0; else a callable cuts it.
+
     Raises:
-        BatchError: no tensor in it, or leaves that disagree on the length of dim 0.
+        BatchError: no tensor in it, or leaves that disagree on the length of dim 0, along which it
+            is cut.
     """
     batch, left_out = plain(batch)
     paths, tree = tree_flatten_with_path(batch)
@@ -208,11 +249,14 @@ def flatten(batch: object) -> tuple[list[torch.Tensor], BatchSpec]:
             "pass a dict, a tuple or a tensor whose dim 0 counts samples"
         )
     spec = BatchSpec(tree, tuple(leaves), tuple(constants), left_out)
+    if not by_rows:
+        return values, replace(spec, scales=tuple((None,) * len(leaf.shape) for leaf in leaves))
     odd = next((x for x in leaves if x.shape and x.shape[0] != spec.rows), None)
     if odd is not None:
         raise BatchError(
             f"batch leaves disagree on dim 0, along which the batch is cut: "
-            f"{odd.name!r} has {odd.shape[0]} rows, the first leaf {spec.rows}"
+            f"{odd.name!r} has {odd.shape[0]} rows, the first leaf {spec.rows}; cut= cuts in "
+            "another way"
         )
     return values, spec
 
@@ -243,9 +287,25 @@ def cut(values: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[torch
     return [[piece[i] for piece in pieces] for i in range(len(sizes))]
 
 
-def repeated(values: Sequence[torch.Tensor], times: int) -> tuple[torch.Tensor, ...]:
-    """The values of a batch with ``times`` as many rows."""
-    return tuple(torch.cat([v] * times) if v.dim() else v for v in values)
+def repeated(
+    values: Sequence[torch.Tensor], spec: BatchSpec, times: int
+) -> tuple[torch.Tensor, ...]:
+    """The values of a batch that is ``times`` as large (`BatchSpec.repeat`); none of none.
+
+    Borders of documents, of which there is one more than documents, go on where they end.
+    """
+    if spec.scales is None or not values:
+        return tuple(torch.cat([v] * times) if v.dim() else v for v in values)
+    made = []
+    for value, scale in zip(values, spec.scales, strict=True):
+        for dim, fixed in enumerate(scale):
+            if fixed == 0:
+                value = torch.cat([value] * times, dim)
+            elif fixed:
+                more = (value[1:] + i * (value[-1] - value[0]) for i in range(1, times))
+                value = torch.cat([value, *more])
+        made.append(value)
+    return tuple(made)
 
 
 def _name(path: tuple[Any, ...]) -> str:

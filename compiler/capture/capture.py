@@ -150,7 +150,7 @@ def _capture(
         if rows == 1:
             return traced
         other, given = function_of(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
-        other.values = repeated(values, rows)
+        other.values = repeated(values, spec, rows)
         other.denied, other.lazily = function.denied, function.lazily
         return exported(other, given)[0]
 
@@ -322,13 +322,14 @@ def differentiated_of(
     _check_taken(results.inputs.taken, function.spec)
     more = cache(partial(scaled, traced))
     names = [leaf.name for leaf in function.spec.leaves]
+    cut = function.spec.scales is not None
     outputs: tuple[Output, ...] = ()
     found = None
     if not function.wants_loss:
-        outputs = outputs_of(results.names, more(1), more(2))
+        outputs = outputs_of(results.names, more(1), more(2), cut)
     if weighs and (function.wants_loss or LOSS in results.names):
         which = 0 if function.wants_loss else results.names.index(LOSS)
-        found = formed(traced, more, names, which)
+        found = formed(traced, more, names, which, cut)
     weighed = UNWEIGHED if found is None else found.weighed
     leaves = (*leaves, *(skeleton.fake((), each, leaves[0].device) for each in weighed.shares))
     try:
@@ -357,7 +358,7 @@ def differentiated_of(
     loss = None
     if found is not None:
         factored = bool(weighed.shares)
-        loss = LossForm(weighed.terms, factored, counting, found.note, found.warning)
+        loss = LossForm(weighed.terms, factored, counting, weighed.sizes, found.note, found.warning)
     lost, scalars = dict(results.lost), results.inputs.scalars
     return Captured(graph, results.rebuild, outputs, notes, outside, guards, loss, lost, scalars)
 

@@ -133,7 +133,7 @@ class Builder:
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
         recorder = Recorder(self._folder(mode, spec) if dump else None)
-        weighs |= microbatches * self.options.dp > 1
+        weighs |= microbatches * self.options.dp > 1 and spec.varies
         captured = self._captured(mode, spec, batch, recorder, weighs)
         graph, locality = captured.graph, locality_of(captured.graph)
         if layout is not None:

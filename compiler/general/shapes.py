@@ -115,7 +115,7 @@ class Shapes:
         varying = _varying([*kind.traced, spec])
         for template in kind.templates:
             varying = tuple(a.union(b) for a, b in zip(varying, template.varying, strict=True))
-        of_rows = not any(dims - {0} for dims in varying)
+        of_rows = spec.scales is None and not any(dims - {0} for dims in varying)
         if not kind.traced or (of_rows and len(kind.traced) < ROWS):
             return None
         if kind.tried[varying] >= ANSWERS:
@@ -166,13 +166,13 @@ def _agrees(made: Template, traced: Mapping[BatchSpec, str]) -> bool:
 
 def _structure(spec: BatchSpec) -> Hashable:
     """What is alike in batches that differ in sizes alone, of those that can be symbols."""
-    small = tuple(tuple(min(n, sizes.LEAST) for n in leaf.shape) for leaf in spec.leaves)
+    small = tuple(tuple(min(n, sizes.LEAST) for n in each) for each in spec.amounts)
     return small, spec.without_sizes()
 
 
 def _varying(specs: Sequence[BatchSpec]) -> Varying:
     """Rows, if there are several, and what is not the same in all of them."""
-    shapes = zip(*([leaf.shape for leaf in spec.leaves] for spec in specs), strict=True)
+    shapes = zip(*(spec.amounts for spec in specs), strict=True)
     found = (list(enumerate(zip(*each, strict=True))) for each in shapes)
     return tuple(
         frozenset(d for d, n in each if (not d and n[0] >= sizes.LEAST) or len({*n}) > 1)

@@ -18,7 +18,7 @@ from ..capture.skeleton import Skeleton, evaluating
 from ..ir.errors import CaptureError, PipecompileError
 from ..ir.graph import JointGraph
 from ..rows.loss import Counting
-from ..tensors.fakes import FakeTensorMode
+from ..tensors.fakes import FakeTensorMode, is_symbol
 from ..tracing.sizes import Dims, Numbers, Sizes, instance
 
 
@@ -49,8 +49,10 @@ class Template:
         graph = _graph_at(self.captured.graph, numbers, self.mode)
         check_operands(graph, spec)
         loss = self.captured.loss
-        if loss is not None and loss.counting is not None:
-            loss = replace(loss, counting=_counting_at(loss.counting, numbers, self.mode))
+        if loss is not None:
+            counting = loss.counting and _counting_at(loss.counting, numbers, self.mode)
+            sizes = tuple(numbers.value(n) if is_symbol(n) else n for n in loss.sizes)
+            loss = replace(loss, counting=counting, sizes=sizes)
         return replace(self.captured, graph=graph, loss=loss)
 
 
@@ -90,12 +92,15 @@ def capture_template(
         def scaled(traced: fx.GraphModule, times: int) -> fx.GraphModule:
             """What was exported, for so many times as many rows as the example has."""
             more = spec.repeat(times)
-            if times == 1 or sizes.has_rows:
+            try:
                 numbers = sizes.at([leaf.shape for leaf in more.leaves])
                 return fx.GraphModule(traced, instance(traced.graph, numbers, skeleton.mode)[0])
+            except CaptureError:  # what grows is no symbol, or forward does something else then
+                if times == 1:
+                    raise
             with sizes.without():
                 other, given = function_of(skeleton, more, loss_fn, device, wants, compute)
-                other.values, other.lazily = repeated(values, times), lazily
+                other.values, other.lazily = repeated(values, spec, times), lazily
                 return exported(other, given)[0]
 
         mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())

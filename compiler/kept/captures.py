@@ -132,11 +132,11 @@ def _loss_in(loss: LossForm, graph: JointGraph) -> Json:
         ports = [[port.role.value, port.key] for port in loss.counting.inputs]
         counting = [nodes, ports, [numbers[node] for node in output.args[0]]]
     terms = [_plain_in(term) for term in loss.terms]
-    return [terms, loss.factored, counting, loss.note, loss.warning]
+    return [terms, loss.factored, counting, value_in(loss.sizes), loss.note, loss.warning]
 
 
 def _loss_of(told: Json, graph: JointGraph, mode: FakeTensorMode) -> LossForm:
-    terms, factored, counting, note, warning = told
+    terms, factored, counting, sizes, note, warning = told
     made = None
     if counting is not None:
         told_nodes, ports, counts = counting
@@ -145,7 +145,7 @@ def _loss_of(told: Json, graph: JointGraph, mode: FakeTensorMode) -> LossForm:
         module = fx.GraphModule(graph.constants, counted)
         made = Counting(module, tuple(Port(Role(role), key) for role, key in ports))
     known = tuple(_plain_of(term, Weighing, way=Way) for term in terms)
-    return LossForm(known, factored, made, note, warning)
+    return LossForm(known, factored, made, value_of(sizes), note, warning)
 
 
 def _plain_in(value: Any) -> Json:

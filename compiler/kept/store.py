@@ -136,7 +136,7 @@ class Store:
         except UntoldError as error:
             self.why = f"the batch has {error}"
             return ""
-        shape = repr(spec.leaves), spec.described(), str(spec.tree), constants, spec.left_out
+        shape = str(spec.tree), spec.leaves, constants, spec.left_out, spec.scales
         before = self._before
         updated = sorted(self._skeleton.updated) if before is None else before
         told = (*versions(), self._identity, self._told, use, shape, updated)

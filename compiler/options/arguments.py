@@ -8,7 +8,7 @@ from here. Nothing here imports torch: ``--help`` reads it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class Options:
         None,
         help="into how many a replica's batch is cut",
         more="They differ by at most a row. None takes the divisor of its rows nearest to "
-        "4 × n_stages (1 for one stage).",
+        "4 × n_stages (1 for one stage); 4 × n_stages with ``cut``.",
         check=check_count,
         flag=Flag(
             group=PIPELINE,
@@ -103,6 +103,16 @@ class Options:
             default="the divisor of its rows nearest to 4 per stage",
         ),
         compared=as_it_is,
+    )
+    cut: Callable[[Any, int], Sequence[Any]] | None = option(
+        None,
+        help="(batch, pieces) -> a list of so many batches, or None for some, which together have "
+        "all of it",
+        more="For batches that are not cut along dim 0, such as flattened ones, many documents in "
+        "one row: `pipecompile.data.cut_documents`. It cuts a batch over replicas, where one "
+        "process plays them, and each of these into microbatches, which may have any sizes.",
+        check=callable_or("give a function of (batch, pieces), such as data.cut_documents"),
+        compared=whether_given,
     )
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
         None,

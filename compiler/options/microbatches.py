@@ -8,6 +8,8 @@ from ..capture.batch import BatchSpec
 from ..ir.errors import BatchError
 from .options import CompileOptions
 
+AIM = 4  # microbatches per stage: a bubble of about a fifth
+
 
 def divide(
     spec: BatchSpec, options: CompileOptions, replicas: int, finer: int = 1
@@ -47,6 +49,11 @@ def microbatches_of(rows: Sequence[int], options: CompileOptions) -> int:
     return options.microbatches or choose_microbatches(max(rows), options.n_stages)
 
 
+def pieces_per_replica(options: CompileOptions) -> int:
+    """The number of microbatches of every replica, where a callable makes them."""
+    return options.microbatches or (1 if options.n_stages == 1 else AIM * options.n_stages)
+
+
 def cut(rows: int, parts: int) -> list[int]:
     """The rows of each of several parts, which differ by at most one; the larger come first."""
     least, more = divmod(rows, parts)
@@ -54,12 +61,12 @@ def cut(rows: int, parts: int) -> list[int]:
 
 
 def choose_microbatches(rows: int, n_stages: int) -> int:
-    """The divisor of a replica's batch nearest to 4 per stage: a bubble of about a fifth.
+    """The divisor of a replica's batch nearest to so many per stage as there should be.
 
     One stage has no bubble to fill, so its batch is left whole.
     """
     if n_stages == 1:
         return 1
-    aim = 4 * n_stages
+    aim = AIM * n_stages
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
     return min(divisors, key=lambda d: (max(d / aim, aim / d), -d))

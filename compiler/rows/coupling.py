@@ -19,7 +19,8 @@ _ATTENTION = "scaled_dot_product_attention"
 def coupled(ways: Ways, loss: fx.Node) -> str:
     """Where, in what a loss depends on, rows have a part in each other; "" where they do not.
 
-    Only what is made of rows and weights counts: what the batch gives, such as the length of its
+    What a callable cuts (``cut=``) it takes to be apart: of that only statistics are found. Only
+    what is made of rows and weights counts: what the batch gives, such as the length of its
     longest row, may be anything.
     """
     reached = set(behind(loss))
@@ -39,6 +40,8 @@ def _couples(ways: Ways, node: fx.Node, depends: set[fx.Node]) -> str:
     arguments = arguments_of(node)
     if name in _NORMS and arguments.get("training"):
         return "takes the statistics of its batch norm over rows"
+    if ways.cut:
+        return ""
     if len(dims) > 1:
         return f"compares rows with each other ({name}, of shape {list(_shape(node))})"
     operands = [each for each in node.all_input_nodes if each in depends and is_floating(each)]

@@ -38,6 +38,7 @@ def formed(
     more: Callable[[int], fx.GraphModule],
     names: Sequence[str],
     which: int = 0,
+    cut: bool = False,
 ) -> Formed:
     """Tell a loss by its graph, which is rewritten in place.
 
@@ -46,11 +47,12 @@ def formed(
             nodes with numbers where that has symbols.
         names: of the leaves of the batch.
         which: of the results is the loss.
+        cut: a callable cuts batches, and not into rows.
     """
     try:
-        ways = Ways(more(1), more(2))
+        ways = Ways(more(1), more(2), cut)
         if not ways.how:  # models do other things with one row
-            ways = Ways(more(2), more(4))
+            ways = Ways(more(2), more(4), cut)
     except (PipecompileError, ValueError) as error:
         return _unknown(f"twice the rows cannot be traced: {error}")
     loss = returned(ways.modules[0])[which] if ways.how else None
@@ -67,7 +69,7 @@ def formed(
     if where:
         return Formed(weighed, f"{note}; {where}", _couples(where))
     known = {term.way for term in terms} - {Way.SAME}
-    if Way.OWN in known and not known & {Way.KEPT, Way.SUM}:
+    if Way.OWN in known and (cut or not known & {Way.KEPT, Way.SUM}):
         why = next(term.why for term in terms if term.way is Way.OWN)
         return Formed(weighed, note, _untold(why))
     return Formed(weighed, note, "")
@@ -110,7 +112,7 @@ def _said(term: Term, module: fx.GraphModule, names: Sequence[str]) -> str:
     if term.way is Way.OWN:
         return f"a part of which each microbatch has its own, and their mean is taken ({term.why})"
     return {
-        Way.ROWS: "a mean over rows",
+        Way.ROWS: "a mean over rows" if term.size is None else "a mean over all that a piece has",
         Way.SUM: "a sum over rows, of all microbatches",
         Way.SAME: "a part that is no row's",
     }[term.way]

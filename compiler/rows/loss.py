@@ -99,6 +99,7 @@ class LossForm:
         factored: each term is multiplied in the graph by a share of its own, a further leaf of the
             batch; shares are 1 where all microbatches count as much.
         counting: None where nothing is counted.
+        sizes: counts that the shape of a microbatch has; those that are counted follow them.
         note: what the plan says of it.
         warning: why it is another loss than that of the whole batch; "" where it is that.
     """
@@ -106,6 +107,7 @@ class LossForm:
     terms: tuple[Weighing, ...] = (Weighing(Way.ROWS),)
     factored: bool = False
     counting: Counting | None = None
+    sizes: tuple[float, ...] = ()
     note: str = ""
     warning: str = ""
 

@@ -33,24 +33,28 @@ LOSS = "loss"
 
 
 def outputs_of(
-    names: Sequence[str], single: fx.GraphModule, doubled: fx.GraphModule
+    names: Sequence[str], single: fx.GraphModule, doubled: fx.GraphModule, cut: bool = False
 ) -> tuple[Output, ...]:
     """Per result of a forward.
 
     Args:
         names: of the results.
         single, doubled: the graph as exported, with as many rows and with twice as many.
+        cut: a callable cuts batches, and not into rows.
     """
     pairs = list(zip(names, returned(single), returned(doubled), strict=False))
-    dims = [grown(one, two) for _, one, two in pairs]
-    if all(len(each) == 1 for each in dims):
+    dims = [grown(one, two, cut) for _, one, two in pairs]
+    if not cut and all(len(each) == 1 for each in dims):
         return tuple(Output(n, How.ROWS, d) for n, (d,) in zip(names, dims, strict=True))
-    ways = Ways(single, doubled)
+    ways = Ways(single, doubled, cut)
     return tuple(_output(ways, *pair) for pair in pairs)
 
 
 def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
     dims = grown(node, doubled)
+    if grown(node, doubled, ways.cut) != dims:
+        why = "has other sizes in a piece than its part of the batch has"
+        return Output(name, How.NONE, why=why)
     if len(dims) == 1:
         return Output(name, How.ROWS, dims[0])
     if dims:
@@ -63,6 +67,8 @@ def _output(ways: Ways, name: str, node: fx.Node, doubled: fx.Node) -> Output:
     if how is How.MEAN and any(term.way is Way.KEPT for term in terms_of(ways, node)):
         why = "is a mean over what is kept, of which each microbatch may have another number"
         return Output(name, How.NONE, why=why)
+    if how is How.MEAN and ways.cut:
+        return Output(name, How.NONE, why="is a mean, and pieces have different numbers of it")
     if how is not How.NONE:
         return Output(name, how)
     why = "depends on the batch, but neither row by row nor as a mean or a sum over rows"

@@ -7,6 +7,7 @@ by it: so the sum over all of them is the loss of the whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from ..ir.graph import tensors
 from .ways import LINEAR, How, Ways, arguments_of, is_floating, name_of, numbers_of
 
 _CROSS_ENTROPIES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
@@ -54,6 +56,28 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How many elements a mean is over, where a callable cuts the batch.
+
+    Attributes:
+        node: the value that is averaged, or what divides a sum by that number.
+        dims: of the value, those of which there is one for each element; none of a number.
+    """
+
+    node: fx.Node
+    dims: tuple[int, ...] = ()
+
+    @property
+    def number(self) -> Any:
+        """A symbol in a graph for all sizes."""
+        if self.dims:
+            (value,) = tensors(self.node.meta["val"])
+            return math.prod(value.shape[dim] for dim in self.dims)
+        by = self.node.args[1]
+        return by.meta["val"] if isinstance(by, fx.Node) else by
+
+
+@dataclass(frozen=True)
 class Term:
     """A part of the loss.
 
@@ -62,6 +86,7 @@ class Term:
         count: what its mean is over; of a sum what it is over, where that is known.
         by: the whole number of the batch that a sum is divided by.
         why: what it is that is not known; of `Way.OWN`.
+        size: of `Way.ROWS`, where a callable cuts the batch.
     """
 
     node: fx.Node
@@ -69,15 +94,17 @@ class Term:
     count: Count | None = None
     by: fx.Node | None = None
     why: str = ""
+    size: Size | None = None
 
     def moved(self, twin: Mapping[fx.Node, fx.Node]) -> Term:
         """The same of another graph."""
+        size = self.size and replace(self.size, node=twin[self.size.node])
         count = self.count
         if count is not None:
             divisor, weight = (each and twin[each] for each in (count.divisor, count.weight))
             count = replace(count, node=twin[count.node], divisor=divisor, weight=weight)
         by = self.by and twin[self.by]
-        return replace(self, node=twin[self.node], count=count, by=by)
+        return replace(self, node=twin[self.node], count=count, by=by, size=size)
 
 
 def terms_of(ways: Ways, loss: fx.Node) -> list[Term]:
@@ -116,7 +143,8 @@ def _parts(ways: Ways, node: fx.Node) -> list[fx.Node]:
     if name in LINEAR or name in ("add", "sub", "rsub"):
         return operands
     if name == "mul":
-        varying = [each for each in operands if ways.how[each] is not How.SAME]
+        given = [each for each in node.args if isinstance(each, fx.Node)]  # one may be there twice
+        varying = [each for each in given if ways.how[each] is not How.SAME]
         return varying if len(varying) == 1 and _same_numbers(ways, node) else []
     if name == "div":
         by = node.args[1]
@@ -135,10 +163,32 @@ def _term(ways: Ways, node: fx.Node) -> Term:
         return _cross_entropy(ways, node)
     if name == "div" and isinstance(node.args[1], fx.Node):
         return _quotient(ways, node, node.args[1])
-    known = {How.MEAN: Way.ROWS, How.SUM: Way.SUM}.get(ways.how[node])
-    if known is not None:
-        return Term(node, known)
+    if ways.how[node] is How.MEAN:
+        return _mean(ways, node)
+    if ways.how[node] is How.SUM:
+        return Term(node, Way.SUM)
     return Term(node, Way.OWN, why=f"{name} is neither a mean nor a sum over rows")
+
+
+def _mean(ways: Ways, node: fx.Node) -> Term:
+    """Over rows; where a callable cuts the batch, over so many elements as the graph says."""
+    if not ways.cut:
+        return Term(node, Way.ROWS)
+    size, name = None, name_of(node)
+    over = [each for each in node.all_input_nodes if ways.dims(each)]
+    if name == "div":
+        size = Size(node)
+    elif name in _CROSS_ENTROPIES or (
+        name != "nanmean" and len({tuple(each.meta["val"].shape) for each in over}) == 1
+    ):
+        size = Size(over[0], tuple(ways.dims(over[0])))
+    if size is None:
+        return Term(node, Way.OWN, why=f"over what {name} is a mean")
+    twin = Size(ways.twin[size.node], size.dims)
+    if twin.number != 2 * size.number:
+        why = f"{name} is a mean over elements of which pieces do not have as many as the batch"
+        return Term(node, Way.OWN, why=why)
+    return Term(node, Way.ROWS, size=size)
 
 
 def _cross_entropy(ways: Ways, node: fx.Node) -> Term:
@@ -147,7 +197,7 @@ def _cross_entropy(ways: Ways, node: fx.Node) -> Term:
     summed = arguments["reduction"] == _SUM
     known = ways.given.issuperset({labels} | ({weight} if weight is not None else set()))
     if is_floating(labels):  # probabilities, of which none is ignored
-        return Term(node, Way.SUM if summed else Way.ROWS)
+        return Term(node, Way.SUM) if summed else _mean(ways, node)
     if not known and not summed:
         return Term(node, Way.OWN, why=f"the labels of {name_of(node)} are made by the model")
     smooths = bool(arguments.get("label_smoothing", 0.0))
@@ -160,7 +210,7 @@ def _quotient(ways: Ways, node: fx.Node, by: fx.Node) -> Term:
     over = node.args[0]
     assert isinstance(over, fx.Node)
     summed = ways.how[over] is How.SUM and ways.how[inner] is How.SUM
-    averaged = ways.how[over] is How.MEAN and ways.how[inner] is How.MEAN
+    averaged = ways.how[over] is How.MEAN and ways.how[inner] is How.MEAN and not ways.cut
     if inner not in ways.given or not (summed or (averaged and not floor and not more)):
         return Term(node, Way.OWN, why="it divides by what is no sum over rows of the batch")
     return Term(node, Way.KEPT, Count(inner, by, floor=floor, more=more, by_rows=averaged))

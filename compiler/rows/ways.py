@@ -49,6 +49,8 @@ class Ways:
 
     Args:
         single, doubled: the graph as exported, with as many rows and with twice as many.
+        cut: a callable cuts batches (``cut=``), so that what grows is what pieces have some of, in
+            any number.
 
     Attributes:
         how: of each node; empty where the two are not the same operators.
@@ -56,9 +58,9 @@ class Ways:
         given: the nodes that the batch alone determines, with constants and buffers.
     """
 
-    def __init__(self, single: fx.GraphModule, doubled: fx.GraphModule):
+    def __init__(self, single: fx.GraphModule, doubled: fx.GraphModule, cut: bool = False):
         ours, theirs = list(single.graph.nodes), list(doubled.graph.nodes)
-        self.modules = single, doubled
+        self.modules, self.cut = (single, doubled), cut
         same = list(map(_target, ours)) == list(map(_target, theirs))
         self.twin = dict(zip(ours, theirs, strict=True)) if same else {}
         self.how: dict[fx.Node, How] = {}
@@ -69,10 +71,10 @@ class Ways:
 
     def dims(self, node: fx.Node) -> list[int]:
         """The dimensions of a node's value that are the batch's."""
-        return grown(node, self.twin[node])
+        return grown(node, self.twin[node], self.cut)
 
     def _way(self, node: fx.Node) -> How:
-        if grown(node, self.twin[node]):
+        if self.dims(node):
             return How.ROWS
         if node.op == "placeholder":
             return How.SAME if not node.users or node.meta["val"].dim() == 0 else How.NONE
@@ -104,6 +106,8 @@ class Ways:
         """Of a product with what is no row's: by the number of rows a sum becomes a mean."""
         if name not in ("mul", "div") or (name == "div" and self._is(node.args[-1], kind)):
             return How.NONE
+        if name == "mul" and all(self._is(each, kind) for each in node.args):
+            return How.NONE
         here, there = numbers_of(node), numbers_of(self.twin[node])
         if here == there:
             return kind
@@ -113,14 +117,14 @@ class Ways:
         return How.MEAN if by_rows and kind is How.SUM else How.NONE
 
 
-def grown(single: fx.Node, doubled: fx.Node) -> list[int]:
+def grown(single: fx.Node, doubled: fx.Node, cut: bool = False) -> list[int]:
     """The dimensions that are the batch's."""
     one, two = tensors(single.meta.get("val")), tensors(doubled.meta.get("val"))
     found = (
         d
         for a, b in zip(one, two, strict=True)
         for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
-        if isinstance(n, int) and isinstance(m, int) and m == 2 * n != n
+        if isinstance(n, int) and isinstance(m, int) and (m != n if cut else m == 2 * n != n)
     )
     return list(dict.fromkeys(found))
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .loss import Weighing
-from .terms import Count, Term, Way
+from .terms import Count, Size, Term, Way
 
 aten = torch.ops.aten
 
@@ -23,11 +23,13 @@ class Weighed:
         terms: as `LossForm` has them.
         counts: how many results follow those that were there.
         shares: the dtypes of the 0-dim arguments that follow those that were there.
+        sizes: numbers that are counts too, and come before the others.
     """
 
     terms: tuple[Weighing, ...]
     counts: int
     shares: tuple[torch.dtype, ...]
+    sizes: tuple[Any, ...] = ()
 
 
 UNWEIGHED = Weighed((Weighing(Way.OWN),), 0, ())
@@ -43,7 +45,9 @@ def weigh(module: fx.GraphModule, terms: Sequence[Term]) -> Weighed:
     """
     counts: dict[Hashable, tuple[Count, fx.Node]] = {}
     shared = [term for term in terms if term.way not in (Way.SAME, Way.OWN)]
-    weighings = [_weighing(term, counts) for term in shared]
+    sizes = list(dict.fromkeys(term.size for term in shared if term.size is not None))
+    weighings = [_weighing(term, sizes, counts) for term in shared]
+    numbers = tuple(size.number for size in sizes)
     factored = len(set(weighings)) > 1 or (bool(shared) and _stands_beside(terms))
     edit = _Edit(module)
     edit.give([edit.count(*each) for each in counts.values()])
@@ -52,10 +56,10 @@ def weigh(module: fx.GraphModule, terms: Sequence[Term]) -> Weighed:
             edit.guard(term.node, term.count, factored)
     if factored:
         shares = tuple(edit.share(term.node, i) for i, term in enumerate(shared))
-        return Weighed(tuple(weighings), len(counts), shares)
+        return Weighed(tuple(weighings), len(counts), shares, numbers)
     unknown = any(term.way is Way.OWN for term in terms)
     (one,) = set(weighings) or {Weighing(Way.OWN if unknown else Way.ROWS)}
-    return Weighed((one,), len(counts), ())
+    return Weighed((one,), len(counts), (), numbers)
 
 
 def _stands_beside(terms: Sequence[Term]) -> bool:
@@ -64,14 +68,18 @@ def _stands_beside(terms: Sequence[Term]) -> bool:
     return Way.OWN in ways or {Way.SAME, Way.SUM} <= ways
 
 
-def _weighing(term: Term, counts: dict[Hashable, tuple[Count, fx.Node]]) -> Weighing:
+def _weighing(
+    term: Term, sizes: Sequence[Size], counts: dict[Hashable, tuple[Count, fx.Node]]
+) -> Weighing:
     def number(count: Count | None, before: fx.Node) -> int:
         if count is None:
             return -1
         key = count.node, count.ignored, count.weight
         counts.setdefault(key, (count, before))
-        return list(counts).index(key)
+        return len(sizes) + list(counts).index(key)
 
+    if term.size is not None:
+        return Weighing(Way.KEPT, sizes.index(term.size))
     count = term.count
     if term.way is Way.SUM and term.by is not None:
         by = number(Count(term.by), term.by.next)

@@ -84,11 +84,6 @@ class Sizes:
         finally:
             mode.shape_env, mode.static_shapes = self._env, False
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether the number of rows is a symbol."""
-        return any(0 in dims for dims in self.varying)
-
     def leaf(self, i: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A fake leaf of a batch."""
         with self._mode:

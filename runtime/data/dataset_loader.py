@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ...compiler.capture import batch as batches
 from ...compiler.ir.errors import OptionError
 from ...compiler.ir.ops import mix
-from ...compiler.options.microbatches import cut
+from ...compiler.options.microbatches import cut as parted
+from .cutting import Cut, emptied, share_of
 
 _OURS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator")
 
@@ -28,6 +29,7 @@ class DataSetLoader:
     Args:
         shards, shard: into how many shares a global batch is cut, and which one is loaded.
         seed: of the order.
+        cut: makes the shares of a whole batch; None for rows.
         options: of `torch.utils.data.DataLoader`.
 
     Attributes:
@@ -45,6 +47,8 @@ class DataSetLoader:
         shards: int,
         shard: int,
         seed: int,
+        cut: Cut | None = None,
+        /,
         shuffle: bool = False,
         drop_last: bool = False,
         whole_batches: bool = False,
@@ -54,6 +58,7 @@ class DataSetLoader:
         self._dataset, self._size, self._options = dataset, batch_size, options
         self._shards, self._shard, self._seed = shards, shard, seed
         self._shuffle, self._drop_last, self._whole = shuffle, drop_last, whole_batches
+        self._cut = cut
         self.epoch = self.batch = 0
         self._begun = False
 
@@ -67,7 +72,7 @@ class DataSetLoader:
             self.epoch, self.batch = self.epoch + 1, 0
         self._begun = True
         chosen = self._batches()[self.batch :]
-        parts = [cut(len(rows), self._shards) for rows in chosen]
+        parts = [parted(len(rows), self._shards) for rows in chosen]
         starts = [sum(sizes[: self._shard]) for sizes in parts]
         sizes = [each[self._shard] for each in parts]
         if not self._whole:  # a share without rows is cut from a batch of one
@@ -81,8 +86,17 @@ class DataSetLoader:
         )
         for batch, rows, start, size in zip(loader, chosen, starts, sizes, strict=True):
             self.batch += 1
-            yield batch if size == len(rows) else _rows(batch, start, size)
+            if self._cut is not None:
+                yield self._piece(self._cut, batch, size)
+            else:
+                yield batch if size == len(rows) else _rows(batch, start, size)
         self.epoch, self.batch, self._begun = self.epoch + 1, 0, False
+
+    def _piece(self, cut: Cut, batch: Any, size: int) -> Any:
+        """The share of this process of what was collated, of which so many samples are its own."""
+        if self._whole and self._shards > 1:
+            return share_of(cut, batch, self._shards, self._shard)
+        return batch if size else emptied(batch)
 
     def _batches(self) -> list[list[int]]:
         """The rows of each global batch of a pass."""

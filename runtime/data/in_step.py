@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ...compiler.capture import batch as batches
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.ir.errors import BatchError
 
@@ -27,10 +26,16 @@ def is_loader(data: Any) -> bool:
     return isinstance(data, Iterable) and not isinstance(data, kinds) and not is_dataclass(data)
 
 
-def in_step(data: Iterable[Any], gather: Gather, needed: Callable[[], bool]) -> Iterator[Any]:
+def in_step(
+    data: Iterable[Any],
+    gather: Gather,
+    needed: Callable[[], bool],
+    flat: Callable[[Any], tuple[Any, BatchSpec]],
+) -> Iterator[Any]:
     """The batches of this process's loader, and empty ones while others have some.
 
     Args:
+        flat: a batch as tensors, and its spec.
         gather: what every process gives, to all of them.
         needed: whether this process needs batches; where it does not, it gets None for empty ones.
 
@@ -45,7 +50,7 @@ def in_step(data: Iterable[Any], gather: Gather, needed: Callable[[], bool]) -> 
         if all(over for over, _ in everyone):
             break
         if any(lacks for _, lacks in everyone):
-            specs = gather(None if ended else batches.flatten(batch)[1])
+            specs = gather(None if ended else flat(batch)[1])
             batch = _empty(next(filter(None, specs))) if ended and needed() else batch
         count += 1
         yield None if batch is _END else batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +17,6 @@ from ...compiler.capture.skeleton import named_state
 from ...compiler.driver.compiled import Mode
 from ...compiler.ir.errors import (
     BatchError,
-    CaptureError,
     CheckpointError,
     PipecompileError,
     RankMismatchError,
@@ -28,6 +27,8 @@ from ...compiler.tensors.fakes import is_fake
 from .mesh import Mesh
 
 T = TypeVar("T")
+Pieces = tuple[BatchSpec | None, ...]
+"""The microbatches of a replica; None in the places of those without anything."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,16 @@ class Agreed:
         specs: of each replica's share; of one process, of the batch. Those of two replicas may
             differ in all sizes.
         absent: ranks that were given no batch.
+        pieces: of each replica, those of its microbatches, where a callable has cut them.
     """
 
     specs: list[BatchSpec]
     absent: tuple[int, ...] = ()
+    pieces: tuple[Pieces, ...] = ()
 
 
 _ABSENT = -1  # of a rank without a batch, in the place of a hash
+MOST_TOLD = 1024  # batches of other ranks that are known; where documents are cut all are new
 
 
 class Agreement:
@@ -57,7 +61,7 @@ class Agreement:
         self._mesh = mesh
         separate = mesh.distributed and device.type == "cuda"
         self._control = dist.new_group(backend="gloo") if separate else None
-        self._told: dict[int, BatchSpec] = {}  # batches of other ranks, by a hash
+        self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
 
     def gather(self, value: Any) -> list[Any]:
         """This value of every process, in rank order; one process agrees with itself."""
@@ -95,7 +99,9 @@ class Agreement:
         mode: Mode,
         spec: BatchSpec | None,
         values: Sequence[torch.Tensor],
-        obstacle: str = "",
+        obstacle: PipecompileError | None = None,
+        runs: bool = True,
+        cuts: Sequence[Pieces] | None = None,
     ) -> Agreed:
         """Every rank is about to run batches that differ in sizes alone, and the stages of a
         replica the same data, or all of them stop here.
@@ -103,30 +109,34 @@ class Agreement:
         Args:
             spec: None on a rank that has no batch.
             values: the leaves of the batch; a sample of each is compared.
-            obstacle: what keeps this rank from running, if anything does: a `CaptureError` on all.
+            obstacle: what keeps this rank from running, if anything does.
+            runs: or they are compiled for alone.
+            cuts: where a callable cuts batches: what it has made of those of the replicas that this
+                process has the batches of, or nothing.
 
         Raises:
+            PipecompileError: an obstacle, on all ranks.
             BatchError: no rank of a replica's first stage has a batch.
             RankMismatchError: batches, or data within a replica, differ.
         """
         if not self._mesh.distributed:
-            if obstacle:
-                raise CaptureError(obstacle)
+            if obstacle is not None:
+                raise obstacle
             if spec is None:
                 raise BatchError("the batch is None: give one")
-            return Agreed([spec])
+            return Agreed([spec], pieces=tuple(cuts or ()))
         text, number, shape, count = "", _ABSENT, 0, 0
+        mine = cuts[0] if cuts else None
         if spec is not None:
-            text, count = f"{mode} {spec.with_rows(1).described()}", spec.rows
-            shape, numbers = _number(text), spec.numbers_in(values)
+            text, count = f"{mode} {_described(spec, mine)}", spec.rows
+            shape, numbers = _number(text), spec.numbers_in(values) if cuts is None else {}
             text += f" {numbers}" if numbers else ""
-            alike = f"{mode} {spec.without_sizes().described()}"
-            number = _number(f"{alike} {bool(values)} {numbers}")
+            number = _number(f"{mode} {_alike(spec)} {runs} {numbers}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        announced = self._announced(number, data, bool(obstacle), count, shape)
+        announced = self._announced(number, data, obstacle is not None, count, shape)
         programs, batches, stopped, rows, shapes = announced
         if any(stopped):
-            raise CaptureError(next(filter(None, self.gather(obstacle))))
+            raise next(each for each in self.gather(obstacle) if each is not None)
         absent = tuple(rank for rank, each in enumerate(programs) if each == _ABSENT)
         leaders = [self._mesh.rank_of(replica, 0) for replica in range(self._mesh.dp)]
         if lost := set(leaders).intersection(absent):
@@ -136,17 +146,20 @@ class Agreement:
             )
         leader_of = [leaders[self._mesh.replica_of(rank)] for rank in range(self._mesh.size)]
         pairs = zip(shapes, leader_of, programs, strict=True)
-        same = all(mine == shapes[led] or each == _ABSENT for mine, led, each in pairs)
-        self._check_calls(programs if same else range(len(programs)), text)
+        alike = all(each == shapes[led] or made == _ABSENT for each, led, made in pairs)
+        self._check_calls(programs if alike or cuts is not None else range(len(programs)), text)
+        if not alike:
+            self._check_cuts(shapes, absent, text)
         self._check_data(batches, absent)
         wanted = {shapes[leader_of[rank]] for rank in absent}
         if len({shapes[rank] for rank in leaders}) > 1:
             wanted.update(shapes[rank] for rank in leaders)
-        self._tell(wanted, shapes, absent, spec)
-        specs = [spec if shapes[led] == shape else self._told[shapes[led]] for led in leaders]
-        found = [each for each in specs if each is not None]
-        counts = [rows[led] for led in leaders]
-        return Agreed([each.with_rows(n) for each, n in zip(found, counts, strict=True)], absent)
+        self._tell(wanted, shapes, absent, (spec, mine))
+        told: list[Any] = [
+            (spec, mine) if shapes[led] == shape else self._told[shapes[led]] for led in leaders
+        ]
+        specs = [each.with_rows(rows[led]) for (each, _), led in zip(told, leaders, strict=True)]
+        return Agreed(specs, absent, tuple(pieces for _, pieces in told if pieces is not None))
 
     def check_loaders(self) -> None:
         """Every rank is about to evaluate the batches of a loader.
@@ -179,10 +192,24 @@ class Agreement:
                 )
         raise RankMismatchError("one rank was given a batch and another its shape: give all alike")
 
+    def _check_cuts(self, shapes: Sequence[int], absent: Collection[int], text: str) -> None:
+        """Raises RankMismatchError where stages of a replica have cut their batch into others."""
+        texts = self.gather(text)
+        for rank, shape in enumerate(shapes):
+            leader = self._mesh.rank_of(self._mesh.replica_of(rank), 0)
+            if shape != shapes[leader] and rank not in absent:
+                raise RankMismatchError(
+                    f"ranks {leader} and {rank} are stages of one replica, and cut= made "
+                    f"({texts[leader]}) of the batch of one and ({texts[rank]}) of that of the "
+                    "other: give them the same batch, and let cut= depend on it alone"
+                )
+
     def _tell(
         self, wanted: Collection[int], shapes: Sequence[int], absent: Collection[int], spec: Any
     ) -> None:
         """What ranks need to know of the batches of others; asked for once."""
+        if len(self._told) > MOST_TOLD:
+            self._told.clear()
         if not set(wanted) <= self._told.keys():
             for rank, each in enumerate(self.gather(spec)):
                 if rank not in absent:
@@ -281,6 +308,24 @@ class Agreement:
                     "data: shard it by pipe.data_shards and pipe.data_shard, not by rank, and let "
                     "every rank read, or skip, the same batches"
                 )
+
+
+def _described(spec: BatchSpec, pieces: Pieces | None) -> str:
+    """What is not the same for all ranks of a run, but for those of a replica."""
+    if pieces is None:
+        return spec.with_rows(1).described()
+    known = next((each.scales for each in pieces if each is not None), None)
+    texts = [each.described() if each is not None else "nothing" for each in pieces]
+    return f"{'; '.join(texts)}{'' if known is None else f'; {known}'}"
+
+
+def _alike(spec: BatchSpec) -> str:
+    """What is the same for all ranks of a run; with ``cut`` numbers may be other ones."""
+    same = spec.without_sizes()
+    if spec.scales is not None:
+        constants = tuple(each for each in same.constants if type(each[1]) is not int)
+        same = replace(same, constants=constants)
+    return same.described()
 
 
 def _number(text: str) -> int:

@@ -167,6 +167,8 @@ class Verifier:
         plain, spec = self._plain, self._spec
         if why_not:
             self.report.notes.append(f"outputs were not compared: {why_not}")
+        elif spec is not None and spec.scales is not None:
+            self.report.notes.append("outputs were not compared: cut= has cut the batch")
         elif plain is not None and plain.evaluation_updates:
             self.report.notes.append("outputs were not compared: evaluation updates buffers")
         elif plain is not None and spec is not None:

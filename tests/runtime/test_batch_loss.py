@@ -204,6 +204,12 @@ def rooted(out: torch.Tensor, batch: Batch) -> torch.Tensor:
     return F.mse_loss(out[..., 0], kept(batch)).sqrt()
 
 
+def multiplied(out: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A mean times another, and one times itself."""
+    mean = F.mse_loss(out[..., 0], kept(batch))
+    return mean * out.mean() + mean * mean
+
+
 def over_rows(out: torch.Tensor, batch: Batch) -> torch.Tensor:
     return F.mse_loss(out[..., 0].softmax(0), kept(batch))
 
@@ -213,6 +219,7 @@ UNTOLD: dict[str, tuple[Loss, str]] = {
     "centred": (centred, "reads what is computed over all rows"),
     "over rows": (over_rows, "goes along rows"),
     "rooted": (rooted, "cannot be told"),
+    "multiplied": (multiplied, "cannot be told"),
 }
 
 

@@ -54,6 +54,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "dp": ({"n_stages": 1, "dp": 2}, {"n_stages": 1, "dp": 1}),
         "optimizer": ({"optimizer": SGD}, {}),
         "microbatches": ({"microbatches": 2}, {}),
+        "cut": ({"cut": max}, {}),
         "loss_normalization": ({}, {"loss_normalization": "microbatch"}),
         "dynamic": ({}, {"dynamic": "off"}),
         "loss_weight": ({"loss_weight": len}, {}),

@@ -1,29 +1,106 @@
-"""The menus of units of the same graphs, worked out once per process: what is left of compiling
-them once they are kept (`compiler.kept`)."""
+"""What compiles of the same small models have in common, worked out once per process.
+
+Tracing takes two thirds of such a compile; the menus of units, and fake steps of the optimizer,
+most of the rest. Passes rewrite graphs, so each compile gets a copy. Only models of libraries are
+remembered, in the shape that they have when they are compiled: what a test defines is traced.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
+import torch
+from pipecompile.compiler.capture.capture import Captured
+from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.ir.graph import describe
 from pipecompile.compiler.planning import cutter, planner
 from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.stash import Body, Stash
-from torch import fx
+from pipecompile.compiler.tensors.fakes import is_fake
+from torch import fx, nn
 
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
+_LIBRARIES = ("torch.nn.", "transformers.", "support.models")
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
     """Compile from memory where it is the same, in this process."""
-    with mock.patch.object(planner, "options_of", _choosing(planner.options_of)):
+    trace, options_of = Capturing.trace, planner.options_of
+    with (
+        mock.patch.object(Capturing, "trace", _capturing(trace)),
+        mock.patch.object(planner, "options_of", _choosing(options_of)),
+    ):
         yield
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
+    known: dict[Hashable, tuple[Captured, list[Any]]] = {}
+
+    def captured(capturing: Capturing, wanted: Wanted, records: list[Any]) -> Captured:
+        model = capturing.skeleton.module
+        parts = {type(part).__module__ for part in model.modules()}
+        if capturing.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
+            return trace(capturing, wanted, records)
+        key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
+        if key not in known:
+            made = trace(capturing, wanted, records)
+            if made.guards:  # for this batch
+                return made
+            known[key] = _copied(made), list(records)
+            return made
+        found, kept = known[key]
+        records[:] = kept
+        return _copied(found)
+
+    return captured
+
+
+def _told(capturing: Capturing) -> Iterator[Hashable]:
+    """What a capture depends on besides the model and the batch."""
+    yield repr(capturing.options.dtypes)
+    yield tuple(capturing.options.skip)
+    yield capturing.device
+    yield capturing.kind
+
+
+def _copied(captured: Captured) -> Captured:
+    return replace(captured, graph=captured.graph.copy()[0])
+
+
+def shape_of(model: nn.Module) -> str:
+    """All of a model that its graph depends on: modules and their settings, modes, hooks, tensors
+    and which of them are tied."""
+    lines = []
+    for name, part in model.named_modules(remove_duplicate=False):
+        own = vars(part)
+        plain = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str))}
+        held = {k: _layout(v) for k, v in own.items() if isinstance(v, torch.Tensor)}
+        hooks = [k for k, v in own.items() if k.endswith("hooks") and v]
+        lines.append(f"{name} {type(part)} {plain} {held} {hooks}")
+    first: dict[int, str] = {}
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            lines.append(f"{name} {_layout(tensor)} {first.setdefault(id(tensor), name)}")
+    config: Any = getattr(model, "config", None)
+    return "\n".join([*lines, str(vars(config) if config is not None else "")])
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    like = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return (*like, tensor.requires_grad, is_fake(tensor))
+
+
+# -- menus -----------------------------------------------------------------------------------------
 
 
 def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
