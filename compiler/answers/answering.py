@@ -19,18 +19,10 @@ from ..tensors.fakes import FakeTensor
 from .guards import Guards, Question, Reading
 from .inputs import Inputs
 from .known import Known, copied, node_of, untraced
-from .number import How, Number
+from .number import How, Number, same
 
 PASS = object()
 """Of what is not answered here, but by torch."""
-
-
-def _same(found: Any) -> Any:
-    return found
-
-
-HOW = (_same,)
-"""What makes answers here, besides what `number` has."""
 
 
 class Answering(TorchFunctionMode):
@@ -101,13 +93,13 @@ class Answering(TorchFunctionMode):
 
     def ask(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
         """What Python gets of a tensor that is known."""
-        return self._asker(tensor, read)[0](_same)
+        return self._asker(tensor, read)[0](same)
 
     def number(self, tensor: torch.Tensor) -> Any:
         """The one element of a tensor that is known."""
         ask, found = self._asker(tensor, torch.Tensor.item)
         if not self._lazily or type(found) not in (int, float):
-            return ask(_same)
+            return ask(same)
         self.numbers = True
         return Number(ask, found)
 

@@ -12,7 +12,8 @@ import torch
 How = Callable[[Any], Any]
 
 
-def _same(found: Any) -> Any:
+def same(found: Any) -> Any:
+    """What was read, itself."""
     return found
 
 
@@ -36,7 +37,7 @@ class Number:
 
     __slots__ = ("_ask", "_chain", "_value")
 
-    def __init__(self, ask: Callable[[How], Any], value: Any, chain: How = _same):
+    def __init__(self, ask: Callable[[How], Any], value: Any, chain: How = same):
         self._ask, self._value, self._chain = ask, value, chain
 
     @property
@@ -143,7 +144,7 @@ for _name, _op in _COMPUTED.items():
     setattr(Number, f"__r{_name}__", _computed(_op, swapped=True))
 for _name, _op in _USED.items():
     setattr(Number, f"__{_name}__", _used(_op))
-HOW = (_same, _always, _both)
+HOW = (same, _always, _both)
 """What chains are made of, with ``OPERATORS`` of Python's module `operator`."""
 OPERATORS = (*_COMPARED, *_COMPUTED)
 

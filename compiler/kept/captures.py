@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..answers import answering, number, sizing
+from ..answers import number, sizing
 from ..answers.guards import Guards, Question, Reading
 from ..capture.batch import Structure
 from ..capture.capture import Captured
@@ -201,7 +201,7 @@ def _guards_of(told: Json, tensors: Mapping[str, torch.Tensor]) -> Guards:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    **{f"answers.{each.__name__}": each for each in (*answering.HOW, *number.HOW, *sizing.READS)},
+    **{f"answers.{each.__name__}": each for each in (*number.HOW, *sizing.READS)},
     **{f"builtins.{each.__name__}": each for each in (bool, int, float)},
     **{f"operator.{name}": getattr(operator, name) for name in (*number.OPERATORS, "index")},
     **{f"tensor.{name}": getattr(torch.Tensor, name) for name in ("item", "tolist")},

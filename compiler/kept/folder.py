@@ -23,7 +23,9 @@ from safetensors.torch import save
 
 from ..capture.capture import Captured
 from ..tensors.fakes import FakeTensorMode
+from .attributes import Change
 from .captures import capture_in, capture_of
+from .graphs import value_in, value_of
 
 MOST_BYTES = 1 << 30  # of all files; those that were used last are left
 _SUFFIX = ".safetensors"
@@ -51,11 +53,13 @@ class Entry:
     Attributes:
         records: what passes over the exported graph have done, field by field.
         heard: warnings.
+        changes: attributes that forward has set.
     """
 
     captured: Captured
     records: tuple[tuple[Any, ...], ...]
     heard: tuple[Heard, ...]
+    changes: tuple[Change, ...] = ()
 
 
 class Folder:
@@ -95,7 +99,9 @@ class Folder:
         """
         told, tensors = capture_in(entry.captured)
         heard = [[each.kind.__name__, each.text, each.file, each.line] for each in entry.heard]
-        text = json.dumps({"captured": told, "records": entry.records, "heard": heard})
+        changes = [[*each.place, each.name, value_in(each.new)] for each in entry.changes]
+        whole = {"captured": told, "records": entry.records, "heard": heard, "changes": changes}
+        text = json.dumps(whole)
         data = save(tensors, {"pipecompile": text})
         answers = hashlib.sha256(repr(entry.captured.guards.heard).encode()).hexdigest()[:16]
         with contextlib.suppress(OSError):
@@ -137,7 +143,8 @@ def _read(path: Path, mode: FakeTensorMode) -> Entry:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     heard = (Heard(_KINDS.get(kind, UserWarning), *rest) for kind, *rest in told["heard"])
     captured = capture_of(told["captured"], tensors, mode)
-    return Entry(captured, tuple(map(tuple, told["records"])), tuple(heard))
+    changes = (Change((m, inner), name, value_of(v)) for m, inner, name, v in told["changes"])
+    return Entry(captured, tuple(map(tuple, told["records"])), tuple(heard), tuple(changes))
 
 
 _KINDS: dict[str, type[Warning]] = {

@@ -1,6 +1,7 @@
 """The graphs of one model on disk: when one is looked for, and when one may be kept.
 
-A graph is kept where the hash of all that it depends on is the same before and after it was traced.
+A graph is kept where the hash of all that it depends on is the same before and after it was traced,
+but for plain attributes that forward has set, which are kept with it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +19,26 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..effects.files import opened
+from .attributes import Change, changes_of, make, plain_attributes, unmake
 from .folder import Entry, Folder, Heard
 from .identity import UntoldError, identity_of
 from .surroundings import settings, versions
 
 Record = tuple[Any, ...]
+
+
+@dataclass
+class _Start:
+    """Where the model was when a graph began to be traced, and what has happened since.
+
+    Attributes:
+        updated: frozen parameters that forward updates, as far as was known.
+    """
+
+    identity: str
+    updated: list[str]
+    heard: list[Heard] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
 
 
 class Store:
@@ -47,32 +64,33 @@ class Store:
         self._reached = (skeleton.module, loss_fn)
         self._told, self._device = told, device
         self._identity = ""
-        self._heard: list[Heard] = []
-        self._before: list[str] | None = None
+        self._start: _Start | None = None
         self._once: dict[Any, Any] = {}
         self.why = "" if folder else "PIPECOMPILE_CACHE=off"
 
     def find(self, use: object, spec: BatchSpec, batch: Sequence[torch.Tensor]) -> Entry | None:
-        """A graph that was kept; its warnings are given again.
+        """A graph that was kept; its warnings are given again, and what its forward has set is set.
 
         Args:
             use: what it is for.
             batch: leaves of a microbatch, which forward may ask.
         """
-        self._identify()
-        key = self._key(use, spec)
+        self._check()
+        key = self._key(self._now, use, spec)
         if self._folder is None or not key:
             return None
         entry = self._folder.find(key, batch, self._skeleton.mode)
         if entry is None:
             return None
-        captured = entry.captured
-        known = self._skeleton.values_of_buffers()
-        for name in captured.guards.buffers:
-            kept = captured.guards.constants[name]
+        guards, known = entry.captured.guards, self._skeleton.values_of_buffers()
+        for name in guards.buffers:
+            kept = guards.constants[name]
             if name not in known or not torch.equal(known[name].to(kept.device), kept):
                 return None
-        self._skeleton.met(captured.graph, captured.lost, captured.guards)
+        self._skeleton.met(entry.captured.graph, entry.captured.lost, guards)
+        if entry.changes:
+            make(self._skeleton.module, entry.changes)
+            self._identity = self._identify()
         for each in entry.heard:
             each.repeat(self._once)
         return entry
@@ -80,55 +98,70 @@ class Store:
     @contextmanager
     def noting(self) -> Iterator[None]:
         """A trace inside."""
-        self._identify()
-        self._heard, self._before = [], sorted(self._skeleton.updated)
+        self._check()
+        start = self._start = self._start or self._now
+        before = plain_attributes(self._skeleton.module)
         with warnings.catch_warnings(record=True) as heard, opened() as files:
             warnings.simplefilter("always")
             try:
                 yield
             finally:
-                self._heard = [
+                start.heard += [
                     Heard(each.category, str(each.message), each.filename, each.lineno)
                     for each in heard
                 ]
-        for each in self._heard:
+        for each in start.heard:
             each.repeat(self._once)
         if files:
             self.why = self.why or f"forward opens {files[0]}"
-        self._identify()
+        changes = changes_of(before, plain_attributes(self._skeleton.module))
+        start.changes += changes
+        unmake(self._skeleton.module, changes)
+        self._check()
+        make(self._skeleton.module, changes)
+        if changes:
+            self._identity = self._identify()
 
     def add(
         self, use: object, spec: BatchSpec, captured: Captured, records: Sequence[Record]
     ) -> str:
         """Keep a graph that was traced last, or that follows from one; why it is not kept, or
         ""."""
-        entry = Entry(captured, tuple(records), tuple(self._heard))
-        key = self._key(use, spec)
-        self._heard, self._before = [], None
+        start, self._start = self._start or self._now, None
+        key = self._key(start, use, spec)
         if self._folder is None or not key:
             return self.why
         if self._skeleton.regions.patterns:
             return "parts of the model run eagerly"
+        entry = Entry(captured, tuple(records), tuple(start.heard), tuple(start.changes))
         try:
             self._folder.add(key, entry)
         except UntoldError as error:
             return str(error)
         return ""
 
-    def _identify(self) -> None:
+    @property
+    def _now(self) -> _Start:
+        return _Start(self._identity, sorted(self._skeleton.updated))
+
+    def _check(self) -> None:
         """Whether all that graphs depend on is still as it was."""
-        if self.why or self._folder is None:
-            return
-        try:
-            found = repr((identity_of(*self._reached), settings(self._device)))
-        except UntoldError as error:
-            self.why = f"it depends on {error}"
-            return
-        if self._identity and found != self._identity:
-            self.why = "a forward changes what the next one depends on, or imports it"
+        found = self._identify()
+        if self._identity and found and found != self._identity:
+            self.why = "forward changes what the next one depends on, or imports it"
         self._identity = found
 
-    def _key(self, use: object, spec: BatchSpec) -> str:
+    def _identify(self) -> str:
+        """The hash of it; "" where nothing is kept."""
+        if self.why:
+            return ""
+        try:
+            return repr((identity_of(*self._reached), settings(self._device)))
+        except UntoldError as error:
+            self.why = f"it depends on {error}"
+            return ""
+
+    def _key(self, start: _Start, use: object, spec: BatchSpec) -> str:
         if self.why:
             return ""
         try:
@@ -137,7 +170,5 @@ class Store:
             self.why = f"the batch has {error}"
             return ""
         shape = str(spec.tree), spec.leaves, constants, spec.left_out, spec.scales
-        before = self._before
-        updated = sorted(self._skeleton.updated) if before is None else before
-        told = (*versions(), self._identity, self._told, use, shape, updated)
+        told = (*versions(), start.identity, start.updated, self._told, use, shape)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:40]
