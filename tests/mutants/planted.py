@@ -365,6 +365,82 @@ SIZES = (
     ),
 )
 
+BETWEEN_RUNS = (
+    Mutant(
+        "compiler/kept/store.py",
+        "if name not in known or not torch.equal(known[name].to(kept.device), kept):",
+        "if name not in known:",
+        "test_store.py::test_another_value_of_a_buffer_that_decides_is_another_graph",
+        "a graph that was made for another value of a buffer is taken from disk",
+    ),
+    Mutant(
+        "compiler/kept/store.py",
+        "make(self._skeleton.module, entry.changes)",
+        "pass",
+        "test_store.py::test_what_forward_sets_is_set_where_its_graph_is_found",
+        "what a forward sets is lost where its graph is found on disk",
+    ),
+    Mutant(
+        "compiler/kept/store.py",
+        "if files:",
+        "if not files:",
+        "test_store.py::test_what_no_hash_tells_is_not_kept",
+        "a graph is kept whose forward has read a file",
+    ),
+    Mutant(
+        "compiler/kept/folder.py",
+        "if not guards or (batch and guards.difference(batch) is None):",
+        "if not guards or batch:",
+        "test_store.py::test_another_answer_of_the_batch_is_another_graph",
+        "a graph that was made for other answers of the batch is taken from disk",
+    ),
+    Mutant(
+        "compiler/kept/identity.py",
+        "walk.items((value.__defaults__, value.__kwdefaults__))",
+        "pass",
+        "test_identity.py::test_what_a_graph_depends_on_counts",
+        "another default argument is no other code",
+    ),
+    Mutant(
+        "compiler/kept/identity.py",
+        "for cell in value.__closure__ or ():",
+        "for cell in ():",
+        "test_identity.py::test_closures_count",
+        "what a function has from the one around it does not count",
+    ),
+    Mutant(
+        "compiler/driver/deciding.py",
+        "self.target.budget_bytes,\nrepr(self.target.spec)",
+        "repr(self.target.spec)",
+        "test_store.py::test_other_plans",
+        "a plan that was made for another budget is taken from disk",
+    ),
+)
+
+NUMBERS = (
+    Mutant(
+        "compiler/general/numbers.py",
+        "if graph.fingerprint() != literal.graph.fingerprint():",
+        "if graph is None:",
+        "test_inputs.py::test_models_whose_numbers_are_literals",
+        "a number is an input where forward does other things with it",
+    ),
+    Mutant(
+        "compiler/answers/inputs.py",
+        "dtype = beside.dtype if floating else torch.get_default_dtype()",
+        "dtype = beside.dtype if floating else torch.float64",
+        "test_inputs.py::test_arithmetic_has_the_bits_of_python",
+        "integers become another dtype beside a number",
+    ),
+    Mutant(
+        "runtime/data/cutting.py",
+        "if any(each != size for each in sizes) and sum(sizes) < size:",
+        "if not sizes:",
+        "test_cut.py::test_cuts_that_are_none",
+        "a cut loses documents",
+    ),
+)
+
 SHARDING = (
     Mutant(
         "runtime/exchange/transport.py",
@@ -689,6 +765,8 @@ MUTANTS = (
     *BITS,
     *KEPT,
     *SIZES,
+    *BETWEEN_RUNS,
+    *NUMBERS,
     *SHARDING,
     *PRECISION,
     *FREEING,
