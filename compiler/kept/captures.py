@@ -60,7 +60,7 @@ def capture_of(told: Json, tensors: Mapping[str, torch.Tensor], mode: FakeTensor
     """What was captured, again.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is damaged, or of another version.
+        ValueError, LookupError, TypeError, AttributeError, RuntimeError: it is damaged.
     """
     graph = _joint_of(told["graph"], tensors, mode)
     return Captured(

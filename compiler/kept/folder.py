@@ -29,7 +29,7 @@ from .graphs import value_in, value_of
 
 MOST_BYTES = 1 << 30  # of all files; those that were used last are left
 _SUFFIX = ".safetensors"
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Folder:
         for path in sorted(self.path.glob(f"{key}-*{_SUFFIX}")):
             try:
                 entry = _read(path, mode)
+            except OSError:  # another user's, or gone
+                continue
             except _DAMAGED:
                 with contextlib.suppress(OSError):
                     path.unlink()
