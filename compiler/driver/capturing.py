@@ -115,12 +115,13 @@ class Capturing:
     def _traced(self, wanted: Wanted, records: list[PassRecord]) -> Captured:
         """The graph for one shape; with numbers of the batch as inputs beside the one with them as
         literals, which it has to be."""
-        found = self.trace(wanted, records)
         spec, batch = wanted.spec, wanted.batch
-        if spec.plain_leaves:
-            closed, values = spec.closed(batch)
-            literal = self.trace(replace(wanted, spec=closed, batch=tuple(values)), [])
-            check_numbers(found, spec, batch, literal)
+        if not spec.plain_leaves:
+            return self.trace(wanted, records)
+        closed, values = spec.closed(batch)
+        literal = self.trace(replace(wanted, spec=closed, batch=tuple(values)), [])
+        found = self.trace(wanted, records)
+        check_numbers(found, spec, batch, literal)
         return found
 
     def _generalised(
