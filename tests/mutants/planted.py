@@ -410,10 +410,10 @@ BETWEEN_RUNS = (
     ),
     Mutant(
         "compiler/driver/deciding.py",
-        "self.target.budget_bytes,\nrepr(self.target.spec)",
-        "repr(self.target.spec)",
+        'if option.plan == "decides"',
+        'if option.plan == "nothing"',
         "test_store.py::test_other_plans",
-        "a plan that was made for another budget is taken from disk",
+        "a plan that was made for other options is taken from disk",
     ),
 )
 
@@ -422,7 +422,7 @@ NUMBERS = (
         "compiler/general/numbers.py",
         "if graph.fingerprint() != literal.graph.fingerprint():",
         "if graph is None:",
-        "test_inputs.py::test_models_whose_numbers_are_literals",
+        "test_inputs.py::test_what_takes_the_number_itself_is_traced",
         "a number is an input where forward does other things with it",
     ),
     Mutant(
