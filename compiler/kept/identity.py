@@ -19,6 +19,7 @@ numbers) is `UntoldError`: such a graph is not kept.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import io
@@ -42,9 +43,12 @@ from torch import nn
 
 from ..effects.code import is_foreign_module
 from ..tensors.fakes import is_fake
+from .asking import UntoldError as UntoldError
+from .asking import asked_by, check_cache
 from .code import hash_of, imports_in, names_in
 
 MOST = 200_000  # values that are looked into
+_FEW = 500  # values in a container of a library's, such as sys.argv
 MOST_BYTES = 1 << 28  # of tensors and arrays that code reaches
 _CALLED_BACK = ("forward", "backward", "setup_context", "jvp", "vmap")  # by torch, by these names
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
@@ -59,10 +63,6 @@ _ASIDE = {
 """Special methods that nothing which computes calls without naming them."""
 
 
-class UntoldError(Exception):
-    """A value of which two that differ may look alike."""
-
-
 def identity_of(*values: Any) -> str:
     """The hash of values and of all that their code reaches.
 
@@ -71,8 +71,11 @@ def identity_of(*values: Any) -> str:
     """
     walk = _Walk()
     walk.items(values)
+    _functions(walk, vars(torch.Tensor))
     while walk.pending:
         walk.look_into(walk.pending.popleft())
+    if walk.reads_environment:
+        walk.say([(text, os.environ.get(text)) for text in sorted(walk.texts)])
     return walk.digest.hexdigest()
 
 
@@ -82,6 +85,8 @@ class _Walk:
     Attributes:
         named: what code has named so far.
         methods: of reached classes, by their names, as long as nobody has named them.
+        texts: that stand in code and may be names.
+        reads_environment: whether code names what reads it.
     """
 
     def __init__(self) -> None:
@@ -89,6 +94,8 @@ class _Walk:
         self.pending: deque[Any] = deque()
         self.named: set[str] = set(_CALLED_BACK)
         self.methods: dict[str, list[Any]] = defaultdict(list)
+        self.texts: set[str] = set()
+        self.reads_environment = False
         self._seen: dict[int, int] = {}
         self._held: list[Any] = []  # while it goes on no other value gets the id of one of them
         self._bytes = 0
@@ -234,7 +241,9 @@ def _class(walk: _Walk, value: type) -> None:
     if is_foreign_module(value.__module__):
         if issubclass(value, nn.Module):  # somebody may have replaced its forward
             _functions(walk, vars(value))
+            walk.items(value.__bases__)
         return
+    walk.describe(type(value))
     walk.say(_version(value.__module__))
     walk.items(value.__bases__)
     for name, each in vars(value).items():
@@ -255,8 +264,10 @@ def _class(walk: _Walk, value: type) -> None:
 
 
 def _functions(walk: _Walk, space: Mapping[str, Any]) -> None:
-    """Of torch's own: those of others among them are looked into."""
+    """Of torch's own, with settings among them: those of others are looked into."""
     for name, each in space.items():
+        if type(each) in _PLAIN and name != "__doc__":
+            walk.say(name, each)
         if isinstance(each, types.FunctionType):
             walk.say(name, hash_of(each.__code__))
             if not is_foreign_module(each.__module__):
@@ -272,18 +283,26 @@ def _function(walk: _Walk, value: types.FunctionType) -> None:
     if is_foreign_module(value.__globals__.get("__name__") or ""):
         return
     space, (names, texts) = value.__globals__, names_in(value.__code__)
-    if {"environ", "getenv"}.intersection(names):
-        walk.say([(text, os.environ.get(text)) for text in texts])
+    walk.texts.update(texts)
+    walk.reads_environment |= not {"environ", "getenv"}.isdisjoint(names)
+    walk.say(*asked_by(value, names))
     for name in names:
         if name in space:
             walk.say(name)
             _named(walk, space[name], names, set())
+        elif name in vars(builtins):
+            _of_library(walk, name, vars(builtins)[name])
     for name in imports_in(value.__code__, space.get("__package__") or ""):
         walk.say(name, name in sys.modules)
         if name in sys.modules:
             _named(walk, sys.modules[name], names, set())
     for name in (*names, *texts):
         walk.call(name)
+
+
+def _cached(walk: _Walk, value: Any) -> None:
+    check_cache(value)
+    walk.describe(value.__wrapped__)
 
 
 def _named(walk: _Walk, value: Any, names: Iterable[str], within: set[int]) -> None:
@@ -311,11 +330,12 @@ def _named(walk: _Walk, value: Any, names: Iterable[str], within: set[int]) -> N
 
 def _of_library(walk: _Walk, name: str, value: Any) -> None:
     """What torch has under a name: what was replaced is looked into, settings count."""
-    if type(value) in _PLAIN:
-        walk.say(name, value)
-    elif isinstance(value, types.FunctionType):
+    if type(value) in _PLAIN or isinstance(value, types.FunctionType):
         _functions(walk, {name: value})
-    elif isinstance(value, type):
+        return
+    few = type(value) in (list, tuple, set, dict) and len(value) < _FEW
+    own = not is_foreign_module(type(value).__module__)
+    if few or own or isinstance(value, (type, types.SimpleNamespace)):
         walk.describe(value)
 
 
@@ -369,7 +389,7 @@ _LOOKS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (types.MethodType, _parts("__func__", "__self__")),
     (functools.partial, _parts("func", "args", "keywords")),
     (functools.partialmethod, _parts("func", "args", "keywords")),
-    (functools._lru_cache_wrapper, _parts("__wrapped__")),
+    (functools._lru_cache_wrapper, _cached),
     ((staticmethod, classmethod), _parts("__func__")),
     (property, _parts("fget", "fset", "fdel")),
     (functools.cached_property, _parts("func")),

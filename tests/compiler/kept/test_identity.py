@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import logging
 import os
@@ -305,3 +306,87 @@ def test_it_is_the_same_in_every_process() -> None:
         for seed in (1, 2)
     }
     assert len(found) == 1
+
+
+UNUSUAL = {
+    "a list of a library's": ("sys.argv = ['x', 'OLD']", "x * float(sys.argv[1])"),
+    "a name that is joined": ("os.environ['RA_' + 'TE'] = 'OLD'", "x * read('RA_TE')"),
+    "a builtin of the user's": ("builtins.RATE = OLD", "x * RATE"),
+    "an attribute of torch's": ("torch.rate = types.SimpleNamespace(r=OLD)", "x * torch.rate.r"),
+    "of torch's class": ("nn.Linear.rate = OLD", "x * self.linear.rate"),
+    "of tensors": ("torch.Tensor.relu = lambda x: x * OLD", "x.relu()"),
+    "of the class of a class": ("Meta.__getitem__ = lambda cls, key: OLD", "x * Table['a']"),
+    "the seed": ("torch.manual_seed(OLD)", "x * (torch.initial_seed() % 7)"),
+    "what is dispatched": ("by_type.register(int)(lambda k, x: x * OLD)", "by_type(1, x)"),
+    "a default that is made": ("Made.__init__.__defaults__ = (OLD,)", "x * Made().rate"),
+}
+AROUND = """
+import builtins, functools, os, sys, types
+import torch
+from torch import nn
+
+class Meta(type):
+    pass
+
+class Table(metaclass=Meta):
+    pass
+
+class Made:
+    def __init__(self, rate=1):
+        self.rate = rate
+
+@functools.singledispatch
+def by_type(k, x):
+    return x
+
+def read(name):
+    return float(os.environ[name])
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return FORWARD
+"""
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_ways_to_depend_on_something(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("RA_TE", "1")
+    for place in (nn.Linear, torch, builtins):
+        monkeypatch.setattr(place, "rate", None, raising=False)
+    monkeypatch.setattr(builtins, "RATE", 1, raising=False)
+    before, forward = UNUSUAL[kind]
+    found = []
+    relu = torch.Tensor.relu
+    try:
+        for value in ("2", "3", "2"):
+            home = module_of(AROUND.replace("FORWARD", forward))
+            exec(before.replace("OLD", value), vars(home))
+            found.append(hashed(home))
+    finally:
+        torch.Tensor.relu = relu  # type: ignore[method-assign]
+        sys.modules.pop("home", None)
+    assert found[0] != found[1]
+    assert found[0] == found[2] or "lambda" in before  # which stands in no file
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "x * globals()['ra' + 'te']",
+        "x * eval('ra' + 'te')",
+        "x * sys.modules['ho' + 'me'].rate",
+        "x * importlib.import_module('ho' + 'me').rate",
+        "x * cached()",
+    ],
+)
+def test_what_is_looked_up_at_run_time_is_not_told(forward: str) -> None:
+    source = AROUND.replace("FORWARD", forward)
+    home = module_of(f"import importlib{source}\ncached = functools.cache(lambda: 2)\ncached()")
+    with pytest.raises(UntoldError):
+        hashed(home)
+    del sys.modules["home"]
