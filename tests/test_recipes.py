@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +34,7 @@ from pipecompile.compiler.plan.plan import Plan
 from pipecompile.compiler.planning.target import Target
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
+from pipecompile.passes.schedule.shape import PipelineShape
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.exchange.mesh import Mesh
 from support import jobs, models, plain
@@ -212,33 +212,36 @@ def _texts(work: Work) -> Texts:
 # -- a schedule -----------------------------------------------------------------------------------
 
 
-def gpipe(n_stages: int, microbatches: int, splits: Sequence[bool]) -> Schedule:
-    """All forwards, then all backwards (Huang et al., 2019)."""
-    del splits
-    return tuple(
-        tuple(Action(s, kind, i) for kind in (Kind.F, Kind.B) for i in range(microbatches))
-        for s in range(n_stages)
-    )
+def ahead(shape: PipelineShape) -> Schedule:
+    """1F1B that is two forwards further ahead."""
+    rows: list[list[Action]] = []
+    for s in range(shape.n_stages):
+        warm_up = min(shape.n_stages - s + 1, shape.microbatches)
+        rows.append([Action(s, Kind.F, i) for i in range(warm_up)])
+        for i in range(shape.microbatches):
+            if warm_up + i < shape.microbatches:
+                rows[-1].append(Action(s, Kind.F, warm_up + i))
+            rows[-1].append(Action(s, Kind.B, i))
+    return tuple(map(tuple, rows))
 
 
-GPIPE = ScheduleKind("gpipe", "all forwards first", gpipe, lambda stage, stages, split: MANY)
-MANY = 1 << 20  # microbatches: as many as there are
+AHEAD = ScheduleKind("ahead", "1f1b with more microbatches in flight", ahead)
 
 
 def test_how_to_add_a_schedule(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cast(dict[str, ScheduleKind], SCHEDULES), "gpipe", GPIPE)
+    monkeypatch.setitem(cast(dict[str, ScheduleKind], SCHEDULES), "ahead", AHEAD)
     batch = models.batches("gpt2", 8, 2)
-    pipe = jobs.pipeline("gpt2", 2, 1, 4, schedule="gpipe")
+    pipe = jobs.pipeline("gpt2", 2, 1, 4, schedule="ahead")
     found = plain.train_pipeline(pipe, batch)
     plain.assert_equal(found, jobs.train_plainly("gpt2", 1, 4, "adamw", 2))
-    assert [stage.in_flight for stage in pipe.plan.stages] == [4, 4]
-    assert dict(pipe.plan.notes)["schedule"] == "gpipe, 4 microbatches"
+    assert [stage.in_flight for stage in pipe.plan.stages] == [4, 3]
+    assert dict(pipe.plan.notes)["schedule"] == "ahead, 4 microbatches"
     usual = jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch[0])
     held = [p.plan.stages[1].memory.peak for p in (pipe, usual)]
-    assert held[0] > held[1]  # the last stage holds one microbatch in 1F1B, and four here
-    plan = plan_of(f"{SMALL_GPT2} --stages 2 --schedule gpipe", capsys)
-    assert plan["options"]["schedule"] == "gpipe"
-    with pytest.raises(pipecompile.errors.OptionError, match="'1f1b' or 'zb_h1' or 'gpipe'"):
-        jobs.pipeline("gpt2", 2, 1, 4, schedule="gpip")
+    assert held[0] > held[1]  # the last stage holds one microbatch in 1F1B, and three here
+    plan = plan_of(f"{SMALL_GPT2} --stages 2 --schedule ahead", capsys)
+    assert plan["options"]["schedule"] == "ahead"
+    with pytest.raises(pipecompile.errors.OptionError, match=r"'1f1b'.*or 'ahead'"):
+        jobs.pipeline("gpt2", 2, 1, 4, schedule="ahed")

@@ -16,7 +16,7 @@ A pass changes what it gets and returns a note. Then its checks run, and what it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ...passes.graph import autocast, boundary
@@ -265,7 +265,7 @@ def _schedule(work: Work) -> str:
         work.schedule = forward_only(n_stages, m)
         return f"forward only, {m} microbatches"
     splits = [stage.weight is not None for stage in program.stages]
-    work.schedule = settings.schedule.generate(n_stages, m, splits)
+    work.schedule = settings.schedule.generate(replace(settings.shape, splits=tuple(splits)))
     return f"{settings.schedule.name}, {m} microbatches"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
+from ...passes.schedule.shape import PipelineShape
 from ..costs.footprint import Footprint
 from ..costs.memory import RankMemory
 from ..ir.actions import Schedule
@@ -43,9 +44,14 @@ class Settings:
         return SCHEDULES[self.options.schedule]
 
     @property
+    def shape(self) -> PipelineShape:
+        """The pipeline before anything is known of its stages."""
+        return self.schedule.shape(self.options.n_stages, self.microbatches)
+
+    @property
     def in_flight(self) -> tuple[int, ...]:
         """Per stage, the most microbatches that it holds at once."""
-        return self.schedule.in_flight(self.options.n_stages, self.microbatches)
+        return self.schedule.in_flight(self.shape)
 
 
 @dataclass(frozen=True)

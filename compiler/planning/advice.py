@@ -57,7 +57,7 @@ def _fewest_stages(problem: Problem, schedule: ScheduleKind) -> int | None:
         changed = replace(
             problem,
             n_stages=count,
-            in_flight=schedule.in_flight(count, microbatches),
+            in_flight=schedule.in_flight(schedule.shape(count, microbatches)),
             budget_bytes=(problem.budget_bytes[0],) * count,
             reserve_bytes=(max(problem.reserve_bytes),) * count,
         )

@@ -113,7 +113,8 @@ def resimulated(
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
     """The plan's kind of schedule; receives, of which only the pairing counts, come first."""
     plan = subject.plan
-    compute = subject.schedule.generate(plan.n_stages, microbatches, subject.splits)
+    shape = subject.schedule.shape(plan.n_stages, microbatches, splits=subject.splits)
+    compute = subject.schedule.generate(shape)
     receives: list[list[Action]] = [[] for _ in compute]
     for stage in plan.stages:
         for t in stage.sends:
@@ -165,7 +166,8 @@ def _fits(subject: Subject, microbatches: int) -> bool:
     if plan.budget_bytes is None:
         return True
     more = microbatches / plan.microbatches - 1
-    longest = subject.schedule.in_flight(plan.n_stages, microbatches, subject.splits)
+    kind = subject.schedule
+    longest = kind.in_flight(kind.shape(plan.n_stages, microbatches, splits=subject.splits))
     for stage, most in zip(plan.stages, longest, strict=True):
         extra = max(0, most - stage.in_flight) * stage.stash_bytes
         if stage.memory.peak + extra + more * stage.memory.batch > plan.budget_bytes:
@@ -353,7 +355,7 @@ def _with_stages(
     return replace(
         problem,
         n_stages=n,
-        in_flight=schedule.in_flight(n, share),
+        in_flight=schedule.in_flight(schedule.shape(n, share)),
         budget_bytes=problem.budget_bytes[:1] * n,
         reserve_bytes=(max(problem.reserve_bytes),) * n,
         max_weight=share - 1,

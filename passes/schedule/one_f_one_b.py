@@ -13,11 +13,13 @@ Stage s holds at most min(S − s, m) microbatches.
 from __future__ import annotations
 
 from ...compiler.ir.actions import Action, Kind, Schedule
+from .shape import PipelineShape
 
 
-def one_f_one_b(n_stages: int, microbatches: int) -> Schedule:
+def one_f_one_b(shape: PipelineShape) -> Schedule:
     """The compute actions of 1F1B; any number of microbatches, fewer than stages too."""
-    return tuple(_stage(s, n_stages, microbatches) for s in range(n_stages))
+    n_stages = shape.n_stages
+    return tuple(_stage(s, n_stages, shape.microbatches) for s in range(n_stages))
 
 
 def _stage(stage: int, n_stages: int, microbatches: int) -> tuple[Action, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ...compiler.ir.actions import Schedule
+from ...compiler.ir.actions import Schedule, homes_of, max_in_flight
 from .one_f_one_b import one_f_one_b
+from .shape import Homes, PipelineShape, StageCosts, looped
 from .zb_h1 import zb_h1
 
 
@@ -16,49 +18,67 @@ class ScheduleKind:
 
     Attributes:
         help: what it is for, after its name.
-        generate: (stages, microbatches, per stage whether its backward is split) -> the compute
-            actions.
-        longest: (stage, stages, whether its backward is split) -> the most microbatches that the
-            stage ever holds between their forward and their last backward.
+        generate: the compute actions for a shape.
         splits_backward: whether the weight gradients that no other stage waits for are made a
             program of their own.
+        place: (ranks, stages per rank) -> where stages are.
+        virtual: how many stages a rank may hold; None for any number from 1 on. The first is what
+            it holds where nothing is said.
+        searches: whether the order depends on seconds and bytes.
     """
 
     name: str
     help: str
-    generate: Callable[[int, int, Sequence[bool]], Schedule]
-    longest: Callable[[int, int, bool], int]
+    generate: Callable[[PipelineShape], Schedule]
     splits_backward: bool = False
+    place: Callable[[int, int], Homes] = looped
+    virtual: tuple[int, ...] | None = (1,)
+    searches: bool = False
 
-    def in_flight(
-        self, n_stages: int, microbatches: int, splits: Sequence[bool] | None = None
-    ) -> tuple[int, ...]:
-        """Per stage, the most microbatches that it holds at once.
+    def shape(
+        self,
+        ranks: int,
+        microbatches: int,
+        virtual: int | None = None,
+        splits: Sequence[bool] | None = None,
+        costs: StageCosts | None = None,
+    ) -> PipelineShape:
+        """What to generate it for.
 
         Args:
+            virtual: stages per rank; None for what is usual.
             splits: per stage; None where that is not known: as the schedule would have it.
         """
-        split = splits or (self.splits_backward,) * n_stages
-        return tuple(
-            min(self.longest(stage, n_stages, split[stage]), microbatches)
-            for stage in range(n_stages)
-        )
+        homes = self.place(ranks, virtual or self.usual_virtual)
+        split = tuple(splits or (self.splits_backward,) * len(homes))
+        return PipelineShape(homes, microbatches, split, costs)
+
+    @property
+    def usual_virtual(self) -> int:
+        return self.virtual[0] if self.virtual else 1
+
+    def in_flight(self, shape: PipelineShape) -> tuple[int, ...]:
+        """Per stage, the most microbatches between their forward and their last backward."""
+        return _in_flight(self, shape.homes, shape.microbatches, shape.splits)
+
+
+@lru_cache(256)
+def _in_flight(
+    kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
+) -> tuple[int, ...]:
+    schedule = kind.generate(PipelineShape(homes, microbatches, splits))
+    where = homes_of(schedule)
+    return tuple(max_in_flight(schedule[where[s]], s) for s in range(len(homes)))
 
 
 SCHEDULES: Mapping[str, ScheduleKind] = {
     kind.name: kind
     for kind in (
-        ScheduleKind(
-            "1f1b",
-            "few microbatches in flight",
-            lambda stages, microbatches, _: one_f_one_b(stages, microbatches),
-            lambda stage, stages, _: stages - stage,
-        ),
+        ScheduleKind("1f1b", "few microbatches in flight", one_f_one_b),
         ScheduleKind(
             "zb_h1",
             "weight gradients later than what other stages wait for, for a smaller bubble",
             zb_h1,
-            lambda stage, stages, split: stages if split else stages - stage,
             splits_backward=True,
         ),
     )

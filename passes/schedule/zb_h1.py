@@ -16,18 +16,15 @@ from collections.abc import Sequence
 
 from ...compiler.ir.actions import Action, Kind, Schedule
 from .one_f_one_b import one_f_one_b
+from .shape import PipelineShape
 
 
-def zb_h1(n_stages: int, microbatches: int, splits: Sequence[bool]) -> Schedule:
-    """The compute actions of ZB-H1.
-
-    Args:
-        splits: whether a stage has a W; one without runs as in 1F1B.
-    """
-    plain = one_f_one_b(n_stages, microbatches)
+def zb_h1(shape: PipelineShape) -> Schedule:
+    """The compute actions of ZB-H1; a stage without a W runs as in 1F1B."""
+    pairs = zip(one_f_one_b(shape), shape.splits, strict=True)
     return tuple(
         _deferring(actions, stage) if split else actions
-        for stage, (actions, split) in enumerate(zip(plain, splits, strict=True))
+        for stage, (actions, split) in enumerate(pairs)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,14 +22,21 @@ from pipecompile.compiler.ir.graph import Phase
 from pipecompile.compiler.ir.program import Message
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.forward_only import forward_only
-from pipecompile.passes.schedule.one_f_one_b import one_f_one_b
+from pipecompile.passes.schedule.registry import SCHEDULES
 from pipecompile.passes.schedule.verify import verify_in_flight, verify_schedule
-from pipecompile.passes.schedule.zb_h1 import zb_h1
 
 GOLDEN_1F1B = """\
 0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3
 1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3
 2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3"""
+
+
+def made(
+    name: str, n_stages: int, microbatches: int, splits: Sequence[bool] | None = None
+) -> Schedule:
+    """The compute actions, with one stage per rank."""
+    kind = SCHEDULES[name]
+    return kind.generate(kind.shape(n_stages, microbatches, splits=splits))
 
 
 @st.composite
@@ -46,7 +55,7 @@ def test_1f1b_with_communication_is_legal(
     data: st.DataObject, n_stages: int, microbatches: int
 ) -> None:
     messages = data.draw(routes(n_stages))
-    schedule = add_communication(one_f_one_b(n_stages, microbatches), messages)
+    schedule = add_communication(made("1f1b", n_stages, microbatches), messages)
     verify_schedule(schedule, messages, microbatches, trains=True)
     verify_in_flight(schedule, [min(n_stages - s, microbatches) for s in range(n_stages)])
     assert from_text(to_text(schedule)) == schedule
@@ -58,7 +67,7 @@ def test_zb_h1_with_communication_is_legal(
 ) -> None:
     messages = data.draw(routes(n_stages))
     splits = [data.draw(st.booleans()) for _ in range(n_stages)]
-    schedule = add_communication(zb_h1(n_stages, microbatches, splits), messages)
+    schedule = add_communication(made("zb_h1", n_stages, microbatches, splits), messages)
     verify_schedule(schedule, messages, microbatches, trains=True)
     verify_in_flight(schedule, [min(n_stages, microbatches)] * n_stages)
     assert from_text(to_text(schedule)) == schedule
@@ -74,8 +83,8 @@ def test_zb_h1_is_faster_than_1f1b(s: int, m: int) -> None:
     seconds = {(a, Kind.F): 1.0 for a in range(s)}
     whole = seconds | {(a, Kind.B): 2.0 for a in range(s)}
     parts = whole | {(a, k): 1.0 for a in range(1, s) for k in (Kind.B, Kind.W)}
-    plain = simulate(add_communication(one_f_one_b(s, m), messages), whole, {})
-    split = simulate(add_communication(zb_h1(s, m, splits), messages), parts, {})
+    plain = simulate(add_communication(made("1f1b", s, m), messages), whole, {})
+    split = simulate(add_communication(made("zb_h1", s, m, splits), messages), parts, {})
     assert split.makespan_s < plain.makespan_s
 
 
@@ -93,7 +102,7 @@ def test_1f1b_takes_the_time_of_the_formula(s: int, m: int, forward: int, backwa
     messages += [Message(a + 1, a, Phase.BACKWARD, ()) for a in range(s - 1)]
     seconds = {(a, Kind.F): float(forward) for a in range(s)}
     seconds |= {(a, Kind.B): float(backward) for a in range(s)}
-    timeline = simulate(add_communication(one_f_one_b(s, m), messages), seconds, {})
+    timeline = simulate(add_communication(made("1f1b", s, m), messages), seconds, {})
     assert timeline.makespan_s == (m + s - 1) * (forward + backward)
     assert timeline.bubble == pytest.approx((s - 1) / (m + s - 1))
 
@@ -107,8 +116,8 @@ def test_weight_gradients_come_after_their_backward() -> None:
 
 
 def test_1f1b_is_the_published_one() -> None:
-    assert to_text(one_f_one_b(3, 4)) == GOLDEN_1F1B
-    found = [max_in_flight(actions, s) for s, actions in enumerate(one_f_one_b(3, 4))]
+    assert to_text(made("1f1b", 3, 4)) == GOLDEN_1F1B
+    found = [max_in_flight(actions, s) for s, actions in enumerate(made("1f1b", 3, 4))]
     assert found == [3, 2, 1]
 
 

@@ -1,0 +1,82 @@
+"""What a schedule is made for: ranks that hold stages, microbatches, and what these take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+Homes = tuple[int, ...]
+"""Per stage, the rank that holds it."""
+
+
+def looped(ranks: int, virtual: int) -> Homes:
+    """Stage s is on rank s mod p: with p = 3 ranks and 2 stages on each, 0 1 2 0 1 2."""
+    return tuple(range(ranks)) * virtual
+
+
+def v_shaped(ranks: int, virtual: int) -> Homes:
+    """There and back: with p = 3 ranks and 2 stages on each, 0 1 2 2 1 0."""
+    there = tuple(range(ranks))
+    return tuple(r for i in range(virtual) for r in (there[::-1] if i % 2 else there))
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What one microbatch takes on each stage, for schedules that are searched.
+
+    Attributes:
+        forward_s, backward_s, weight_s: seconds; ``weight_s`` is 0 where nothing is split off.
+        stash_bytes: held from the forward to the end of the backward.
+        carry_bytes: held from there to the end of the weight gradients: what these read.
+        transfer_s: (stage, stage) -> seconds that a message is under way; 0 where not given.
+        limit_bytes: per rank, for what microbatches hold at once; infinity for no limit.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    weight_s: tuple[float, ...]
+    stash_bytes: tuple[float, ...]
+    carry_bytes: tuple[float, ...]
+    transfer_s: Mapping[tuple[int, int], float] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    limit_bytes: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """A replica's pipeline.
+
+    Attributes:
+        homes: per stage, its rank; ranks are 0 to p − 1, and none is without a stage.
+        splits: per stage, whether its backward is split into B and W.
+        costs: None where nothing is known: then all stages are alike, and B and W each take as
+            long as F.
+    """
+
+    homes: Homes
+    microbatches: int
+    splits: tuple[bool, ...]
+    costs: StageCosts | None = None
+
+    @property
+    def ranks(self) -> int:
+        return max(self.homes) + 1
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.homes)
+
+    @property
+    def virtual(self) -> int:
+        """How many stages a rank holds."""
+        return self.n_stages // self.ranks
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank, its stages in order."""
+        return tuple(
+            tuple(s for s, home in enumerate(self.homes) if home == rank)
+            for rank in range(self.ranks)
+        )
