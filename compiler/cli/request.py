@@ -29,6 +29,10 @@ OPTIMIZERS: dict[str, Factory | None] = {
 }
 
 
+PLAN_SHAPE = ("n_stages", "virtual_stages", "dp", "microbatches")
+"""What a plan has been made for, beside its options."""
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments, checked against each other.
@@ -140,7 +144,7 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
         if value is not None:
             found[name] = value
     if given is not None:
-        shape = {name: getattr(given, name) for name in ("n_stages", "dp", "microbatches")}
+        shape = {name: getattr(given, name) for name in PLAN_SHAPE}
         found = shape | found | {"plan": given}
     if args.n_stages == AUTO:
         found["n_stages"] = 1

@@ -368,7 +368,7 @@ class Builder:
         profiler = self.target.profiler
         if profiler is None or not program.trains:
             return decision
-        mine = self.team.stages(self.options.n_stages)
+        mine = self.team.stages(self.options.stage_count)
         times = profiler.times([program.stages[s] for s in mine], batch)
         measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
         return decision.scaled(self.team.pool_stages(measured))

@@ -157,7 +157,7 @@ class Deciding:
             settings.options,
             self.target.spec,
             settings.footprint.held_bytes(graph.copies),
-            settings.in_flight,
+            settings.schedule.load(settings.shape),
             settings.microbatches,
             self.spec.rows,
             self.target.budget_bytes,
@@ -200,7 +200,7 @@ class Deciding:
             return ()
         return (
             *(self.graph.fingerprint(), self.spec.described(), settings.microbatches),
-            *(options.n_stages, options.dp, options.in_plan(), chosen, optimizer),
+            *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
             self.target.budget_bytes,
             repr(self.target.spec) if profiler is None else profiler.told,
         )
@@ -210,6 +210,7 @@ class Deciding:
         options, graph = settings.options, self.graph
         wanted = {
             "n_stages": (plan.n_stages, options.n_stages),
+            "virtual_stages": (plan.virtual_stages, options.virtual),
             "dp": (plan.dp, options.dp),
             "microbatches": (plan.microbatches, settings.microbatches),
             **{name: (plan.options.get(name), ours) for name, ours in options.in_plan().items()},
@@ -225,5 +226,5 @@ class Deciding:
             )
             raise PlanError(f"the plan was made for {what}: make a new plan")
         placed = decide.apply(plan.decision, graph, self.locality)
-        closing_s = [stage.closing_s for stage in plan.stages]
+        closing_s = [stages[0].closing_s for stages in plan.ranks]
         return Decided(settings, plan.decision, *placed, closing_s=closing_s, planned=True)

@@ -198,7 +198,7 @@ def _lower(work: Work) -> str:
         work.graph,
         work.locality,
         work.stage,
-        settings.options.n_stages,
+        settings.options.stage_count,
         settings.options.tied_grads,
         split_backward=settings.schedule.splits_backward and work.graph.trains,
         keep_views=not settings.zero.divides_params,
@@ -260,9 +260,9 @@ PROGRAMS: tuple[Pass[Work], ...] = (
 
 def _schedule(work: Work) -> str:
     settings, program = work.settings, work.made
-    n_stages, m = settings.options.n_stages, settings.microbatches
+    m = settings.microbatches
     if not program.trains:
-        work.schedule = forward_only(n_stages, m)
+        work.schedule = forward_only(settings.shape)
         return f"forward only, {m} microbatches"
     splits = [stage.weight is not None for stage in program.stages]
     work.schedule = settings.schedule.generate(replace(settings.shape, splits=tuple(splits)))

@@ -64,7 +64,7 @@ class Summary:
         self.homes = homes_of(self.schedule)
         self.closing_s = closing_s
         self.work = self._work()
-        self.seconds = [self._seconds(s) for s in range(self.options.n_stages)]
+        self.seconds = [self._seconds(s) for s in range(self.options.stage_count)]
 
     def timeline(self) -> Timeline:
         compute_s: dict[tuple[int, Kind], float] = {}
@@ -118,6 +118,7 @@ class Summary:
         return Plan(
             model=type(self.skeleton.model).__name__,
             n_stages=options.n_stages,
+            virtual_stages=options.virtual,
             dp=options.dp,
             microbatches=self.settings.microbatches,
             microbatch_rows=spec.rows,
@@ -148,6 +149,7 @@ class Summary:
         labels = Counter(self.decision.unit_recomputes[i] for i in mine)
         return StagePlan(
             stage=s,
+            rank=self.homes[s],
             modules=covered_modules(modules[s], modules, s),
             units=len(mine),
             params=part.params,
@@ -199,7 +201,7 @@ class Summary:
         return Seconds(forward, backward, recompute)
 
     def _modules(self) -> list[list[str]]:
-        modules: list[list[str]] = [[] for _ in range(self.options.n_stages)]
+        modules: list[list[str]] = [[] for _ in range(self.options.stage_count)]
         for node, stage in self.placement.stage.items():
             if phase_of(node) is Phase.FORWARD:
                 modules[stage].append(module_of(node))

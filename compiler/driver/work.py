@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ...passes.schedule.registry import SCHEDULES, ScheduleKind
+from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.shape import PipelineShape
 from ..costs.footprint import Footprint
 from ..costs.memory import RankMemory
@@ -41,12 +41,13 @@ class Settings:
 
     @property
     def schedule(self) -> ScheduleKind:
-        return SCHEDULES[self.options.schedule]
+        return self.options.kind
 
     @property
     def shape(self) -> PipelineShape:
         """The pipeline before anything is known of its stages."""
-        return self.schedule.shape(self.options.n_stages, self.microbatches)
+        options = self.options
+        return self.schedule.shape(options.n_stages, self.microbatches, options.virtual)
 
     @property
     def in_flight(self) -> tuple[int, ...]:

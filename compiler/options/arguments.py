@@ -216,6 +216,18 @@ class Options:
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="NAME"),
     )
+    virtual_stages: int | None = option(
+        None,
+        help="stages that each rank holds, where the ``schedule`` deals several to it",
+        more="The model is then divided into ``n_stages`` × ``virtual_stages`` stages, and "
+        "``n_stages`` is the number of ranks of a replica. None takes what is usual for the "
+        "schedule.",
+        check=check_count,
+        compared=lambda _, options: options.virtual,
+        flag=Flag(
+            group=PIPELINE, metavar="V", parse=parse_count, default="what the schedule needs"
+        ),
+    )
     tied_grads: str = option(
         "per_microbatch",
         help='how weights that several stages read get their gradients: "per_microbatch" sends '
@@ -371,9 +383,9 @@ class Options:
 
 
 STAGES = declare(
-    help='pipeline stages, or "auto": the division of ``devices`` with the shortest predicted step',
-    more="Every division between stages and replicas is then planned for ``example_batch``, which "
-    "is the batch of all replicas.",
+    help='ranks of the pipeline, each with a stage, or "auto": the division of ``devices`` with the shortest predicted step',
+    more="Every division between ranks and replicas is then planned for ``example_batch``, which is "
+    "the batch of all replicas.",
     check=check_count,
     compared=as_it_is,
     flag=Flag(group=PIPELINE, metavar="S", name="--stages", parse=parse_stages),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from ...passes.schedule.registry import SCHEDULES, ScheduleKind
+from ...passes.schedule.shape import Homes
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
 from . import checks
@@ -38,6 +40,7 @@ class CompileOptions(Options):
     def __post_init__(self) -> None:
         for option in declarations_of(type(self)).values():
             option.check_value(getattr(self, option.name))
+        self._check_virtual()
         self._check_pin()
         if self.n_stages * self.dp > checks.MOST:
             raise OptionError(
@@ -68,11 +71,26 @@ class CompileOptions(Options):
                         "clip_grad_norm_ and your scheduler in your own loop"
                     )
 
+    def _check_virtual(self) -> None:
+        allowed = self.kind.virtual
+        if self.virtual_stages is None or allowed is None or self.virtual_stages in allowed:
+            return
+        others = [
+            f'"{kind.name}"'
+            for kind in SCHEDULES.values()
+            if kind.virtual is None or self.virtual_stages in kind.virtual
+        ]
+        instead = f"; {' and '.join(others)} can have {self.virtual_stages}" if others else ""
+        raise OptionError(
+            f'virtual_stages={self.virtual_stages}: schedule="{self.schedule}" deals '
+            f"{' or '.join(map(str, allowed))} to each rank{instead}"
+        )
+
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():
-            if not 0 <= stage < self.n_stages:
+            if not 0 <= stage < self.stage_count:
                 raise OptionError(
-                    f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.n_stages - 1}"
+                    f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.stage_count - 1}"
                 )
 
     def _check_beside_plan(self) -> None:
@@ -105,6 +123,31 @@ class CompileOptions(Options):
             for name, option in declarations_of(type(self)).items()
             if option.compared is not None
         }
+
+    @property
+    def kind(self) -> ScheduleKind:
+        """Of the schedule."""
+        return SCHEDULES[self.schedule]
+
+    @property
+    def virtual(self) -> int:
+        """How many stages a rank holds."""
+        return self.virtual_stages or self.kind.usual_virtual
+
+    @property
+    def homes(self) -> Homes:
+        """Per stage, its rank."""
+        return self.kind.place(self.n_stages, self.virtual)
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank, its stages; nothing where each has the one of its number."""
+        return self.kind.shape(self.n_stages, 1, self.virtual).placement if self.virtual > 1 else ()
+
+    @property
+    def stage_count(self) -> int:
+        """Into how many stages the model is divided."""
+        return len(self.homes)
 
     @property
     def zero_levels(self) -> tuple[int, ...]:

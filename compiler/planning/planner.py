@@ -15,6 +15,7 @@ from torch import fx
 
 from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
+from ...passes.schedule.load import Load
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
@@ -37,12 +38,16 @@ CLOSE = 0.02  # of the budget: prices this near to the truth need no further att
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
 Draft = Callable[[Placement, Collection[fx.Node]], Sequence[RankMemory]]
-"""Memory of the programs that would follow from stages and recomputed nodes."""
+"""Memory of each rank with the programs that would follow from stages and recomputed nodes."""
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """A decision, and what its programs really need."""
+    """A decision, and what its programs really need.
+
+    Attributes:
+        peak_bytes: per rank.
+    """
 
     problem: Problem
     solution: Solution
@@ -51,8 +56,8 @@ class Drafted:
 
     @property
     def excess_bytes(self) -> list[float]:
-        """Per stage, what it needs beyond its price."""
-        pairs = zip(self.peak_bytes, self.solution.stages_bytes, strict=True)
+        """Per rank, what it needs beyond its price."""
+        pairs = zip(self.peak_bytes, self.solution.ranks_bytes, strict=True)
         return [real - priced for real, priced in pairs]
 
     def over_bytes(self, budget_bytes: float) -> float:
@@ -60,19 +65,19 @@ class Drafted:
 
 
 class Reserves:
-    """What to add to the prices of each stage so that they are those of its programs.
+    """What to add to the prices of each rank so that they are those of its programs.
 
-    The difference depends on the division. Until one fits, a stage is asked for the most that any
+    The difference depends on the division. Until one fits, a rank is asked for the most that any
     division has needed there. Then less is tried, to let better ones in: where that brings back
     one that does not fit, the next reserve lies halfway between the largest that was too small
     and the smallest that was enough.
     """
 
-    def __init__(self, n_stages: int, budget_bytes: float):
+    def __init__(self, n_ranks: int, budget_bytes: float):
         self.budget_bytes = budget_bytes
-        self.small = [-math.inf] * n_stages
-        self.enough = [math.inf] * n_stages
-        self.most = [-math.inf] * n_stages
+        self.small = [-math.inf] * n_ranks
+        self.enough = [math.inf] * n_ranks
+        self.most = [-math.inf] * n_ranks
 
     def next(self, tried: Sequence[float], drafted: Drafted) -> tuple[float, ...]:
         """The reserves after those that led to a draft."""
@@ -80,19 +85,19 @@ class Reserves:
         again = not any(map(math.isinf, self.most))
         self.most = [max(pair) for pair in zip(self.most, wanted, strict=True)]
         fits = drafted.over_bytes(self.budget_bytes) <= 0
-        for s, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
+        for rank, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
             if peak > self.budget_bytes:
-                self.small[s] = max(self.small[s], reserve)
+                self.small[rank] = max(self.small[rank], reserve)
             elif fits:
-                self.enough[s] = min(self.enough[s], reserve)
+                self.enough[rank] = min(self.enough[rank], reserve)
         if any(map(math.isinf, self.enough)):
             return tuple(self.most) if again else tuple(wanted)
         return tuple(map(self._between, range(len(tried)), wanted))
 
-    def _between(self, s: int, wanted: float) -> float:
-        if self.small[s] < wanted < self.enough[s] or math.isinf(self.small[s]):
+    def _between(self, rank: int, wanted: float) -> float:
+        if self.small[rank] < wanted < self.enough[rank] or math.isinf(self.small[rank]):
             return wanted
-        return (self.small[s] + self.enough[s]) / 2
+        return (self.small[rank] + self.enough[rank]) / 2
 
 
 class Planner:
@@ -103,9 +108,9 @@ class Planner:
 
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.
-        in_flight: per stage, microbatches between forward and backward at once.
+        load: what the schedule asks of ranks.
         rows: of a microbatch.
-        budget_bytes: memory of a stage; infinity for no limit.
+        budget_bytes: memory of a rank; infinity for no limit.
         pinned: forward nodes whose stage is given.
     """
 
@@ -116,7 +121,7 @@ class Planner:
         options: CompileOptions,
         device: Device,
         held_bytes: Mapping[str, int],
-        in_flight: tuple[int, ...],
+        load: Load,
         microbatches: int,
         rows: int,
         budget_bytes: float,
@@ -131,10 +136,10 @@ class Planner:
         self.bodies, self.places = bodies_of(graph, locality, self.units)
         self.menus = options_of(self.bodies, self.places, device, options.remat)
         self.terms = Terms(
-            options.n_stages,
+            options.homes,
             microbatches,
             held_bytes,
-            in_flight,
+            load,
             self.budget_bytes,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",
@@ -196,7 +201,7 @@ class Planner:
             solution = error.nearest
         decision = self._decision(prices, solution)
         memory = draft(*decide.apply(decision, self.graph, self.locality))
-        peaks = tuple(stage.peak_bytes for stage in memory)
+        peaks = tuple(rank.peak_bytes for rank in memory)
         return Drafted(problem, solution, decision, peaks)
 
     def _solution(self, problem: Problem, limit_s: float) -> Solution:
@@ -222,7 +227,7 @@ class Planner:
         """Whether better prices could not lead to a better decision."""
         if drafted.over_bytes(self.budget_bytes) > 0:
             return False
-        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.stages_bytes)
+        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.ranks_bytes)
         close = all(-b < CLOSE * self.budget_bytes for b in drafted.excess_bytes)
         return close or (roomy and not drafted.decision.recomputed)
 
@@ -230,8 +235,9 @@ class Planner:
         over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
         worst = max(range(len(over)), key=over.__getitem__)
         helps = advice(drafted.problem, drafted.solution, self.options, self.rows)
+        who = "rank" if drafted.problem.shares_ranks else "stage"
         return MemoryBudgetError(
-            f"stage {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
+            f"{who} {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
             f"{gib(over[worst])} too much: {'; '.join(helps)}",
             tuple(max(0.0, b) for b in over),
             drafted.solution,

@@ -12,7 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.plan import Plan, StagePlan, TiedPlan, Transfer
+from ...passes.schedule.registry import DEFAULT
+from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
 from .charts import bar, schedule_chart
 from .quantities import (
     bytes_scale,
@@ -154,10 +155,20 @@ class _Report:
         ranks, rows = plan.n_stages * plan.dp, plan.microbatches * plan.microbatch_rows * plan.dp
         return [
             f"microbatch: {plan.shape}",
-            f"{counted(plan.n_stages, 'stage')} × dp {plan.dp} = {counted(ranks, 'rank')}; "
+            f"{counted(len(plan.stages), 'stage')}{self._dealt()} × dp {plan.dp} = "
+            f"{counted(ranks, 'rank')}; "
             f"{counted(plan.microbatches, 'microbatch')} of "
             f"{counted(plan.microbatch_rows, 'row')} per replica, {counted(rows, 'row')} per step",
         ]
+
+    @property
+    def _shares(self) -> bool:
+        """Whether a rank holds several stages."""
+        return self.plan.virtual_stages > 1
+
+    def _dealt(self) -> str:
+        plan = self.plan
+        return f" on {counted(plan.n_stages, 'rank')}" if self._shares else ""
 
     def _precision(self, fp32: Plan) -> Group:
         """What was cast, and what that saves on the same stages."""
@@ -165,7 +176,9 @@ class _Report:
         sizes = {
             "stash of a microbatch": [sum(s.stash_bytes for s in p.stages) for p in plans],
             "sent per microbatch": [sum(map(_sent, p.stages)) for p in plans],
-            "largest peak of a stage": [max(s.memory.peak for s in p.stages) for p in plans],
+            f"largest peak of a {'rank' if self._shares else 'stage'}": [
+                max(s.memory.peak for s in p.stages) for p in plans
+            ],
         }
         shown = [[bytes_text(size) for size in pair] for pair in sizes.values()]
         shown.append([seconds_text(p.step_s) for p in plans])
@@ -215,6 +228,7 @@ class _Report:
         return self._table(
             {
                 "stage": [s.stage for s in stages],
+                **({"rank": [s.rank for s in stages]} if self._shares else {}),
                 "units": [s.units for s in stages],
                 f"params\n{count.unit}": [count.text(s.param_count) for s in stages],
                 f"weights\n{weights.unit}": [weights.text(s.param_bytes) for s in stages],
@@ -229,22 +243,22 @@ class _Report:
         )
 
     def _memory(self) -> Group:
-        """Bytes of each stage's fullest moment; "other" is buffers, constants and batch."""
+        """Bytes of each rank's fullest moment; "other" is buffers, constants and batch."""
         budget = self.plan.budget_bytes
-        stages = self.plan.stages
-        held = [s.memory for s in stages]
+        held = [stages[0].memory for stages in self.plan.ranks]
+        who = "rank" if self._shares else "stage"
         scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
         columns: dict[str, list[int]] = {
             "weights": [m.weights + m.copies for m in held],
             "gradients": [m.grads for m in held],
             "optimizer": [m.states for m in held],
             "other": [m.buffers + m.constants + m.batch for m in held],
-            "activations": [_working(s) for s in stages],
+            "activations": [_working(m) for m in held],
         }
-        shown: dict[str, Sequence[object]] = {"stage": [s.stage for s in stages]}
+        shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
         shown["peak in"] = [m.peak_at for m in held]
-        title = f"memory of a stage at its peak, {scale.unit}"
+        title = f"memory of a {who} at its peak, {scale.unit}"
         if budget is None:
             shown["peak"] = [scale.text(m.peak) for m in held]
         else:
@@ -272,22 +286,31 @@ class _Report:
     def _comparison(self, rows: Sequence[Comparison]) -> Group:
         limited = self.plan.budget_bytes is not None
         title = self._lines(
-            "compared at the problem's prices: (m−1) · slowest + Σ, transfers in full, no optimizer"
+            f"compared at the problem's prices: {self._priced()}, transfers in full, no optimizer"
         )
         table = self._table(
             {
                 "strategy": [r.name for r in rows],
-                "slowest\nstage": ["–" if r.reason else seconds_text(r.bottleneck_s) for r in rows],
+                f"slowest\n{'rank' if self._shares else 'stage'}": [
+                    "–" if r.reason else seconds_text(r.bottleneck_s) for r in rows
+                ],
                 "step": ["–" if r.reason else seconds_text(r.step_s) for r in rows],
                 "to this\nplan": ["–" if r.reason else f"{r.ratio:.3f} ×" for r in rows],
                 "peak": ["–" if r.reason else bytes_text(r.peak_bytes) for r in rows],
-                "on\nstage": ["–" if r.reason else r.peak_stage for r in rows],
+                f"on\n{'rank' if self._shares else 'stage'}": [
+                    "–" if r.reason else r.peak_rank for r in rows
+                ],
                 "fits": [_fit(r, limited) for r in rows],
                 "units per stage": [r.reason or " ".join(map(str, r.units)) for r in rows],
             },
             left=("strategy", "fits", "units per stage"),
         )
         return Group(title, table)
+
+    def _priced(self) -> str:
+        if self.plan.options.get("schedule", DEFAULT) == DEFAULT:
+            return "(m−1) · slowest + Σ"
+        return "m · slowest + what the schedule waits"
 
     def _passes(self, records: Sequence[PassRecord]) -> Group:
         """In the order in which they end; capturing holds those of the forward level."""
@@ -307,21 +330,23 @@ class _Report:
 
     def _speed(self) -> list[str]:
         plan = self.plan
-        stages = [_seconds(stage) for stage in plan.stages]
-        slowest = max(range(len(stages)), key=stages.__getitem__)
-        mean = sum(stages) / len(stages)
+        ranks = [sum(map(_seconds, stages)) for stages in plan.ranks]
+        slowest = max(range(len(ranks)), key=ranks.__getitem__)
+        mean = sum(ranks) / len(ranks)
         closing = max(self.timeline.closing_s, default=0.0)
         ideal = (plan.n_stages - 1) / (plan.microbatches + plan.n_stages - 1)
         made = plan.microbatches * plan.dp
+        who = "rank" if self._shares else "stage"
+        usual = "1f1b " if self._shares else ""
         rows = f"{rate_text(made * plan.microbatch_rows / plan.step_s)} rows/s"
         tokens = f"{rate_text(made * plan.microbatch_tokens / plan.step_s)} tokens/s, "
         return [
             f"step: {seconds_text(plan.step_s)} predicted, {seconds_text(closing)} of it "
             f"{'optimizer and gradient exchange' if plan.dp > 1 else 'optimizer'}; "
             f"{tokens if plan.microbatch_tokens else ''}{rows}",
-            f"bottleneck: stage {slowest}, {seconds_text(stages[slowest])} per microbatch, "
-            f"{stages[slowest] / mean if mean else 1:.2f} × the mean",
-            f"bubble: {plan.bubble:.1%}; with equal stages and free transfers "
+            f"bottleneck: {who} {slowest}, {seconds_text(ranks[slowest])} per microbatch, "
+            f"{ranks[slowest] / mean if mean else 1:.2f} × the mean",
+            f"bubble: {plan.bubble:.1%}; {usual}with equal stages and free transfers "
             f"(S−1)/(m+S−1) = {ideal:.1%}",
         ]
 
@@ -335,12 +360,13 @@ class _Report:
         fullest = max(stages, key=lambda stage: stage.memory.peak)
         budget = plan.budget_bytes
         share = f", {fullest.memory.peak / budget:.0%} of the budget" if budget else ""
+        where = f"rank {fullest.rank}" if self._shares else f"stage {fullest.stage}"
         return [
             f"compute: {flops_text(forward)} forward, {flops_text(backward)} backward"
             + (f", {flops_text(again)} recomputed" if again else "")
             + " per step of all replicas",
             f"transfers: {bytes_text(m * sum(map(_sent, stages)))} per step of one replica",
-            f"memory: at most {bytes_text(fullest.memory.peak)}, on stage {fullest.stage} in "
+            f"memory: at most {bytes_text(fullest.memory.peak)}, on {where} in "
             f"{fullest.memory.peak_at}{share or '; no limit was given'}",
         ]
 
@@ -375,9 +401,8 @@ def _seconds(stage: StagePlan) -> float:
     return stage.forward_s + stage.backward_s + stage.recompute_s
 
 
-def _working(stage: StagePlan) -> int:
+def _working(m: MemoryPlan) -> int:
     """What is held at the peak beyond what is held all the time."""
-    m = stage.memory
     return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
 
 

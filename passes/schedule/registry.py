@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...compiler.ir.actions import Schedule, homes_of, max_in_flight
+from ...compiler.ir.actions import Schedule
+from .load import Load, load_of
 from .one_f_one_b import one_f_one_b
 from .shape import Homes, PipelineShape, StageCosts, looped
 from .zb_h1 import zb_h1
@@ -57,18 +58,19 @@ class ScheduleKind:
     def usual_virtual(self) -> int:
         return self.virtual[0] if self.virtual else 1
 
+    def load(self, shape: PipelineShape) -> Load:
+        """What ranks hold, and when they are idle, if all stages are alike."""
+        return _load(self, shape.homes, shape.microbatches, shape.splits)
+
     def in_flight(self, shape: PipelineShape) -> tuple[int, ...]:
         """Per stage, the most microbatches between their forward and their last backward."""
-        return _in_flight(self, shape.homes, shape.microbatches, shape.splits)
+        return self.load(shape).in_flight
 
 
 @lru_cache(256)
-def _in_flight(
-    kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
-) -> tuple[int, ...]:
-    schedule = kind.generate(PipelineShape(homes, microbatches, splits))
-    where = homes_of(schedule)
-    return tuple(max_in_flight(schedule[where[s]], s) for s in range(len(homes)))
+def _load(kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]) -> Load:
+    shape = PipelineShape(homes, microbatches, splits)
+    return load_of(kind.generate(shape), shape)
 
 
 SCHEDULES: Mapping[str, ScheduleKind] = {

@@ -187,7 +187,7 @@ class Study:
 
 def _calibrated(problem: Problem, decision: Decision, memory: Sequence[RankMemory]) -> Problem:
     """With reserves that make the problem's bytes of a decision those of its programs."""
-    priced = solution_in(problem, decision).stages_bytes
+    priced = solution_in(problem, decision).ranks_bytes
     rows = zip(memory, problem.reserve_bytes, priced, strict=True)
     return replace(problem, reserve_bytes=tuple(s.peak_bytes - (p - held) for s, held, p in rows))
 

@@ -72,7 +72,7 @@ def test_prices_are_not_below_what_programs_hold() -> None:
     placement = place(*graph(), home)
     for choice in itertools.product(*({0, len(menu) - 1} for menu in menus)):
         again = {n for menu, k in zip(menus, choice, strict=True) for n in menu[k].recomputed}
-        (priced,) = problem.stages_bytes((0,) * len(menus), choice)
+        (priced,) = problem.ranks_bytes((0,) * len(menus), choice)
         assert priced >= held(placement, again).peak_bytes, choice
 
 

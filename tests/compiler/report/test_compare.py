@@ -75,7 +75,7 @@ def test_a_decision_names_its_options_by_their_seconds() -> None:
     assert solution_in(CHAIN, BEST).option == (0, 0, 0, 0)
     recomputing = solution_in(CHAIN, decision((0, 0, 0, 1), (2.0, 4.0, 1.0)))
     assert recomputing.option == (0, 0, 0, 1)
-    assert recomputing.stages_bytes == (460.0, 105.0)
+    assert recomputing.ranks_bytes == (460.0, 105.0)
 
 
 def test_calibration_gives_a_plan_its_own_bytes() -> None:
@@ -83,7 +83,7 @@ def test_calibration_gives_a_plan_its_own_bytes() -> None:
     plan = replace(plan, decision=BEST)
     fitted = calibrated(CHAIN, plan)
     peaks = [float(stage.memory.peak) for stage in plan.stages]
-    assert list(solution_in(fitted, BEST).stages_bytes) == peaks
+    assert list(solution_in(fitted, BEST).ranks_bytes) == peaks
     again = calibrated(fitted, plan)
     assert again.reserve_bytes == fitted.reserve_bytes
     assert math.isinf(fitted.budget_bytes[0])

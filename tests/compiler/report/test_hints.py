@@ -120,7 +120,7 @@ def test_a_head_that_is_nearly_a_stage() -> None:
     assert "lm_head" in line
     seconds = [sum(each) for each in compiled.plan.decision.unit_seconds]
     assert seconds_text(max(seconds)) in line
-    assert "3 stages cannot be even, --stages 1 could" in line
+    assert "3 stages cannot be even, 1 could" in line
     unnamed = replace(about, problem=None)
     assert "one unit, number " in found(unnamed, "stage 2")
 
