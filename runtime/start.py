@@ -30,7 +30,7 @@ from .world import plain_torch
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
     options.check_zero()
-    mesh = make_mesh(options.n_stages, options.dp, options.placement)
+    mesh = make_mesh(options.n_stages, options.dp, options.shape(1).placement)
     device = choose_device(options.device, mesh)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
@@ -82,7 +82,7 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
         microbatches=best.microbatches,
         example_batch=None,
     )
-    mesh = make_mesh(best.n_stages, best.dp, chosen.placement)
+    mesh = make_mesh(best.n_stages, best.dp, chosen.shape(1).placement)
     why = f"{best} is the shortest predicted step of {listed(trials)}"
     pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
     rows = cut(whole.rows, pipe.data_shards)

@@ -157,7 +157,6 @@ class Deciding:
             settings.options,
             self.target.spec,
             settings.footprint.held_bytes(graph.copies),
-            settings.schedule.load(settings.shape),
             settings.microbatches,
             self.spec.rows,
             self.target.budget_bytes,

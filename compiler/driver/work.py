@@ -46,13 +46,12 @@ class Settings:
     @property
     def shape(self) -> PipelineShape:
         """The pipeline before anything is known of its stages."""
-        options = self.options
-        return self.schedule.shape(options.n_stages, self.microbatches, options.virtual)
+        return self.options.shape(self.microbatches)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
         """Per stage, the most microbatches that it holds at once."""
-        return self.schedule.in_flight(self.shape)
+        return self.options.load(self.microbatches).in_flight
 
 
 @dataclass(frozen=True)

@@ -383,9 +383,10 @@ class Options:
 
 
 STAGES = declare(
-    help='ranks of the pipeline, each with a stage, or "auto": the division of ``devices`` with the shortest predicted step',
-    more="Every division between ranks and replicas is then planned for ``example_batch``, which is "
-    "the batch of all replicas.",
+    help='ranks of the pipeline, each with a stage, or "auto": the division of ``devices`` with '
+    "the shortest predicted step",
+    more="Every division between ranks and replicas is then planned for ``example_batch``, which "
+    "is the batch of all replicas.",
     check=check_count,
     compared=as_it_is,
     flag=Flag(group=PIPELINE, metavar="S", name="--stages", parse=parse_stages),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
-from ...passes.schedule.shape import Homes
+from ...passes.schedule.shape import PipelineShape
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
 from . import checks
@@ -135,19 +136,17 @@ class CompileOptions(Options):
         return self.virtual_stages or self.kind.usual_virtual
 
     @property
-    def homes(self) -> Homes:
-        """Per stage, its rank."""
-        return self.kind.place(self.n_stages, self.virtual)
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        """Per rank, its stages; nothing where each has the one of its number."""
-        return self.kind.shape(self.n_stages, 1, self.virtual).placement if self.virtual > 1 else ()
-
-    @property
     def stage_count(self) -> int:
         """Into how many stages the model is divided."""
-        return len(self.homes)
+        return self.n_stages * self.virtual
+
+    def shape(self, microbatches: int) -> PipelineShape:
+        """The pipeline of a replica."""
+        return self.kind.shape(self.n_stages, microbatches, self.virtual)
+
+    def load(self, microbatches: int) -> Load:
+        """What its schedule asks of ranks."""
+        return self.kind.load(self.shape(microbatches))
 
     @property
     def zero_levels(self) -> tuple[int, ...]:

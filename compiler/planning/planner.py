@@ -15,7 +15,6 @@ from torch import fx
 
 from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
-from ...passes.schedule.load import Load
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
@@ -108,7 +107,6 @@ class Planner:
 
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.
-        load: what the schedule asks of ranks.
         rows: of a microbatch.
         budget_bytes: memory of a rank; infinity for no limit.
         pinned: forward nodes whose stage is given.
@@ -121,7 +119,6 @@ class Planner:
         options: CompileOptions,
         device: Device,
         held_bytes: Mapping[str, int],
-        load: Load,
         microbatches: int,
         rows: int,
         budget_bytes: float,
@@ -136,10 +133,10 @@ class Planner:
         self.bodies, self.places = bodies_of(graph, locality, self.units)
         self.menus = options_of(self.bodies, self.places, device, options.remat)
         self.terms = Terms(
-            options.homes,
+            options.shape(microbatches).homes,
             microbatches,
             held_bytes,
-            load,
+            options.load(microbatches),
             self.budget_bytes,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",

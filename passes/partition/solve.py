@@ -1,7 +1,7 @@
 """Units -> stages and options: the fastest division that fits into memory, and how sure that is.
 
     presolve    the same problem with fewer units and options       presolve.py, dominance.py
-    dynamic     the best contiguous division: a first solution      baselines.py, apart.py
+    dynamic     the best contiguous division: a first solution      baselines.py
     ideals      all divisions, where there is nothing but time      ideals.py
     ILP         everything, from the best solution so far           ilp.py
 
@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from ...compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from ...compiler.ir.problem import Problem, Solution, fits, solution_of
 from . import dominance, ideals, ilp
-from .apart import apart
-from .baselines import PROVEN_GAP, largest_stage_s, solve_dynamic
+from .baselines import PROVEN_GAP, apart, largest_stage_s, solve_dynamic
 from .excess import excess_bytes, infeasible
 from .presolve import Reduced, reduce
 from .solvers import GAP, SolverError

@@ -158,7 +158,6 @@ class Study:
             options,
             H100,
             self.footprint.held_bytes(self.graph.copies),
-            settings.in_flight,
             m,
             self.spec.rows,
             budget_bytes,

@@ -17,6 +17,7 @@ def hand_made() -> tuple[Plan, Timeline]:
     stages = tuple(
         StagePlan(
             stage=s,
+            rank=s,
             modules=("embed", "blocks.0–3") if s == 0 else ("head",),
             units=4,
             params=(),
@@ -63,6 +64,7 @@ def hand_made() -> tuple[Plan, Timeline]:
     plan = Plan(
         model="Hand[made]",
         n_stages=2,
+        virtual_stages=1,
         dp=1,
         microbatches=30,
         microbatch_rows=2,

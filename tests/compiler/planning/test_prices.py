@@ -28,6 +28,7 @@ from pipecompile.compiler.planning.units import units_of
 from pipecompile.passes.graph.placement import Placement, place
 from pipecompile.passes.graph.remat import rematerialise
 from pipecompile.passes.programs.lower import lower
+from pipecompile.passes.schedule.load import Load
 from support import models, units
 from torch import fx
 
@@ -58,7 +59,7 @@ def held(placement: Placement, again: Collection[fx.Node]) -> RankMemory:
 def problem_of(menus: Sequence[Sequence[Stash]]) -> Problem:
     """One stage, one microbatch, weights that take nothing."""
     free = [[0.0] * len(menu) for menu in menus]
-    terms = Terms(1, 1, dict.fromkeys(graph()[0].params, 0), (1,))
+    terms = Terms((0,), 1, dict.fromkeys(graph()[0].params, 0), Load((1,), (((1,),),), 1.0))
     return formulate(graph()[0], *bodies(), menus, free, H100, terms)
 
 
@@ -115,7 +116,7 @@ def decided(budget_bytes: float, drafts: Drafts) -> tuple[Planner, Any]:
     joint, locality = graph()
     options = CompileOptions(n_stages=1, solver="dynamic")
     nothing = dict.fromkeys(joint.params, 0)
-    made = Planner(joint, locality, options, H100, nothing, (1,), 1, 256, budget_bytes, {})
+    made = Planner(joint, locality, options, H100, nothing, 1, 256, budget_bytes, {})
     return made, made.decide(drafts, roofline(made.bodies, made.menus))
 
 

@@ -47,7 +47,7 @@ def test_rows() -> None:
     own, uniform, parameters, *others = compare(CHAIN, BEST, tuple(STRATEGIES))
     assert (own.name, own.units, own.bottleneck_s, own.step_s) == ("this plan", (3, 1), 6.0, 28.0)
     assert (own.ratio, own.fits, own.over_bytes) == (1.0, True, 0.0)
-    assert (own.peak_bytes, own.peak_stage) == (400 + 2 * 30, 0)
+    assert (own.peak_bytes, own.peak_rank) == (400 + 2 * 30, 0)
     assert (uniform.units, uniform.bottleneck_s, uniform.step_s) == ((2, 2), 8.0, 34.0)
     assert uniform.ratio == 34 / 28
     assert (parameters.units, parameters.peak_bytes) == ((2, 2), 300 + 20)
