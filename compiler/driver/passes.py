@@ -311,7 +311,7 @@ def _memory(work: Work) -> str:
                 footprint.static(program, mine, share),
                 settings.options.dp,
                 footprint.optimizer_bytes(program, mine) if program.trains else 0,
-                {stage: footprint.traffic(program, stage) for stage in mine},
+                {stage: footprint.traffic(program, stage, mine) for stage in mine},
             )
         )
     work.memory = tuple(found)

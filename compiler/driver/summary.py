@@ -93,7 +93,8 @@ class Summary:
         zero = self.footprint.zero
         if not zero.streams or dp == 1:
             return
-        traffic = self.footprint.traffic(self.program, stage)
+        mates = [s for s, rank in self.homes.items() if rank == self.homes[stage]]
+        traffic = self.footprint.traffic(self.program, stage, mates)
         for part, program in self.program.stages[stage].parts.items():
             sent = sum(
                 parcel.scatter_bytes[0] * (dp - 1) / dp
