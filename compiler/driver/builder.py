@@ -141,7 +141,9 @@ class Builder:
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
-        assembly = assemble(settings, graph, locality, placement.stage, again, recorder)
+        assembly = assemble(
+            settings, graph, locality, placement.stage, again, decided.decision, recorder
+        )
         decision = decided.decision
         if layout is None:
             self._check_skipped(recorder.records)
@@ -152,7 +154,6 @@ class Builder:
         summary = Summary(
             self.skeleton,
             settings,
-            self.target.spec,
             placement,
             assembly,
             decision,
@@ -315,7 +316,16 @@ class Builder:
                 self._cache.optimizers.memory,
             )
         footprint = self._footprints[zero]
-        return Settings(options, zero, footprint, microbatches, spec.nbytes, self.target.kind)
+        return Settings(
+            options,
+            zero,
+            footprint,
+            microbatches,
+            spec.nbytes,
+            self.target.kind,
+            self.target.spec,
+            self.target.budget_bytes,
+        )
 
     def _decided(
         self,

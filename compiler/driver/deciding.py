@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,8 +164,11 @@ class Deciding:
         )
         prices = self._prices(planner)
 
-        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
-            made = assemble(settings, graph, locality, placement.stage, again, Recorder(None))
+        def draft(decision: Decision) -> Sequence[RankMemory]:
+            placement, again = decide.apply(decision, graph, locality)
+            made = assemble(
+                settings, graph, locality, placement.stage, again, decision, Recorder(None)
+            )
             return made.memory
 
         decision = self.team.share(lambda: planner.decide(draft, prices))

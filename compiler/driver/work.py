@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,9 @@ from torch import fx
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.shape import PipelineShape
 from ..costs.footprint import Footprint
+from ..costs.hardware import Device
 from ..costs.memory import RankMemory
+from ..costs.timing import Timing
 from ..ir.actions import Schedule
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -19,6 +22,7 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..options.options import CompileOptions
+from ..plan.decision import Decision
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Settings:
         microbatches: per replica.
         batch_bytes: of one microbatch.
         device: the type that the programs run on.
+        rates: seconds are priced by.
+        budget_bytes: memory of a rank; infinity for no limit.
     """
 
     options: CompileOptions
@@ -38,6 +44,8 @@ class Settings:
     microbatches: int
     batch_bytes: int
     device: str
+    rates: Device
+    budget_bytes: float = math.inf
 
     @property
     def schedule(self) -> ScheduleKind:
@@ -47,6 +55,18 @@ class Settings:
     def shape(self) -> PipelineShape:
         """The pipeline before anything is known of its stages."""
         return self.options.shape(self.microbatches)
+
+    def timing(
+        self,
+        program: PipelineProgram,
+        stage: Mapping[fx.Node, int],
+        copies: Mapping[fx.Node, fx.Node],
+        decision: Decision,
+    ) -> Timing:
+        """What the programs of a graph take; see there."""
+        units = list(zip(decision.unit_stage, decision.unit_seconds, strict=False))
+        mates = [self.shape.mates(s) for s in range(self.options.stage_count)]
+        return Timing(program, stage, copies, units, self.rates, self.footprint, mates)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -85,6 +105,7 @@ class Work:
     Attributes:
         stage: of every staged node.
         recomputed: forward nodes that the backward computes again.
+        decision: what the units take.
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
@@ -97,6 +118,7 @@ class Work:
     locality: Locality
     stage: dict[fx.Node, int]
     recomputed: Collection[fx.Node]
+    decision: Decision
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None

@@ -8,12 +8,11 @@ difference is given to the solver as a reserve, and it is asked again: at most `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
@@ -36,8 +35,8 @@ QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options sa
 CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
-Draft = Callable[[Placement, Collection[fx.Node]], Sequence[RankMemory]]
-"""Memory of each rank with the programs that would follow from stages and recomputed nodes."""
+Draft = Callable[[Decision], Sequence[RankMemory]]
+"""Memory of each rank with the programs that would follow."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class Planner:
         except MemoryBudgetError as error:  # by the prices; the programs may still fit
             solution = error.nearest
         decision = self._decision(prices, solution)
-        memory = draft(*decide.apply(decision, self.graph, self.locality))
+        memory = draft(decision)
         peaks = tuple(rank.peak_bytes for rank in memory)
         return Drafted(problem, solution, decision, peaks)
 

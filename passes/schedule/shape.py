@@ -73,6 +73,10 @@ class PipelineShape:
         """How many stages a rank holds."""
         return self.n_stages // self.ranks
 
+    def mates(self, stage: int) -> tuple[int, ...]:
+        """The stages of a stage's rank, itself too."""
+        return self.placement[self.homes[stage]]
+
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, its stages in order."""

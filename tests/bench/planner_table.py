@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,9 +41,8 @@ from pipecompile.compiler.planning.pricing import roofline
 from pipecompile.compiler.report.compare import solution_in
 from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.passes.graph.casts import settle_casts
-from pipecompile.passes.graph.placement import Placement
 from pipecompile.passes.partition import baselines
-from torch import fx, nn
+from torch import nn
 
 HOST = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
@@ -151,7 +150,7 @@ class Study:
         options = CompileOptions(
             n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat, precision=BF16
         )
-        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda")
+        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda", H100)
         planner = Planner(
             self.graph,
             self.locality,
@@ -164,15 +163,14 @@ class Study:
             {},
         )
 
-        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
-            made = assemble(
-                settings, self.graph, self.locality, placement.stage, again, Recorder(None)
-            )
-            return made.memory
+        def draft(decision: Decision) -> Sequence[RankMemory]:
+            placement, again = decide.apply(decision, self.graph, self.locality)
+            work = self.graph, self.locality, placement.stage, again, decision
+            return assemble(settings, *work, Recorder(None)).memory
 
         decision = planner.decide(draft, roofline(planner.bodies, planner.menus))
         seconds = time.perf_counter() - started
-        memory = draft(*decide.apply(decision, self.graph, self.locality))
+        memory = draft(decision)
         assert planner.solved is not None
         problem = _calibrated(planner.solved, decision, memory)
         own = solution_in(problem, decision)

@@ -17,8 +17,9 @@ from pipecompile.compiler.ir.graph import JointGraph, Phase
 from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.ir.problem import Problem
 from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.plan.decision import Decision
+from pipecompile.compiler.planning import decide, planner
 from pipecompile.compiler.planning import menus as menus_
-from pipecompile.compiler.planning import planner
 from pipecompile.compiler.planning.formulation import Terms, formulate
 from pipecompile.compiler.planning.menus import options_of
 from pipecompile.compiler.planning.planner import Planner
@@ -107,7 +108,8 @@ class Drafts:
         self.hidden_bytes = hidden_bytes
         self.peaks: list[int] = []
 
-    def __call__(self, placement: Placement, again: Collection[fx.Node]) -> list[RankMemory]:
+    def __call__(self, decision: Decision) -> list[RankMemory]:
+        placement, again = decide.apply(decision, *graph())
         self.peaks.append(held(placement, again).peak_bytes + self.hidden_bytes)
         return [RankMemory(NOTHING, self.peaks[-1], "0B0", ())]
 
