@@ -28,11 +28,12 @@ from pipecompile.compiler.ir.precision import LossScale
 from pipecompile.compiler.ir.problem import Option, Problem, solution_of
 from pipecompile.compiler.ir.program import PipelineProgram, Program, StageProgram
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning import advice, cutter, stash
-from pipecompile.compiler.planning import menus as menus_
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.planning import advice
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
+from pipecompile.compiler.units import cutter, stash
+from pipecompile.compiler.units import menus as menus_
+from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
 from pipecompile.runtime.exchange.processes import Processes

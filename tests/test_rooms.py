@@ -32,6 +32,7 @@ ROOMS = (
     "compiler/options",
     "compiler/kept",
     "compiler/profiling",
+    "compiler/units",
     "compiler/planning",
     "compiler/driver",
     "compiler/report",

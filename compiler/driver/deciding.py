@@ -26,10 +26,10 @@ from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning import decide
 from ..planning.planner import Planner
-from ..planning.pricing import UnitPrices, measured_prices, roofline
 from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict
+from ..units.pricing import UnitPrices, measured_prices, roofline
 from .assembly import assemble
 from .record import Recorder
 from .work import Settings

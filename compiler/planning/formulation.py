@@ -18,7 +18,7 @@ from ..costs.hardware import Device
 from ..ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..ir.locality import gradient_sums
 from ..ir.problem import Kept, Option, Problem, Users, Value
-from .stash import Body, Stash
+from ..units.stash import Body, Stash
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from ..ir.locality import Locality
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
+from ..units.menus import options_of
+from ..units.pricing import UnitPrices
+from ..units.stash import bodies_of
+from ..units.units import Unit, units_of
 from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
-from .menus import options_of
-from .pricing import UnitPrices
-from .stash import bodies_of
-from .units import Unit, units_of
 
 ATTEMPTS = 6
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say

@@ -37,9 +37,9 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide
 from pipecompile.compiler.planning.planner import Planner
-from pipecompile.compiler.planning.pricing import roofline
 from pipecompile.compiler.report.compare import solution_in
 from pipecompile.compiler.tensors.fakes import weightless
+from pipecompile.compiler.units.pricing import roofline
 from pipecompile.passes.graph.casts import settle_casts
 from pipecompile.passes.partition import baselines
 from torch import nn

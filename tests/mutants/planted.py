@@ -78,7 +78,7 @@ LIMITS = (
         "the norm of a large gradient is that of its last piece",
     ),
     Mutant(
-        "compiler/planning/units.py",
+        "compiler/units/units.py",
         "room = MAX_UNITS - 1 - len(chosen)",
         "room = 10**6",
         "test_graph.py::test_many_layers_make_no_more_units_than_the_limit_and_alike",
@@ -95,7 +95,7 @@ PLANNING = (
         "the planner never applies its reserves",
     ),
     Mutant(
-        "compiler/planning/stash.py",
+        "compiler/units/stash.py",
         "most = max((o.transient_bytes for r in readers for o in menus[r]), default=0)",
         "most = 0",
         "test_prices.py",

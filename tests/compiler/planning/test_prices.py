@@ -19,13 +19,13 @@ from pipecompile.compiler.ir.problem import Problem
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide, planner
-from pipecompile.compiler.planning import menus as menus_
 from pipecompile.compiler.planning.formulation import Terms, formulate
-from pipecompile.compiler.planning.menus import options_of
 from pipecompile.compiler.planning.planner import Planner
-from pipecompile.compiler.planning.pricing import roofline
-from pipecompile.compiler.planning.stash import Body, Stash, bodies_of
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.units import menus as menus_
+from pipecompile.compiler.units.menus import options_of
+from pipecompile.compiler.units.pricing import roofline
+from pipecompile.compiler.units.stash import Body, Stash, bodies_of
+from pipecompile.compiler.units.units import units_of
 from pipecompile.passes.graph.placement import Placement, place
 from pipecompile.passes.graph.remat import rematerialise
 from pipecompile.passes.programs.lower import lower
