@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
-from ...passes.schedule.shape import PipelineShape
 from ..costs.footprint import Footprint
 from ..costs.memory import RankMemory
 from ..ir.actions import Schedule
