@@ -32,9 +32,9 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.options.signature import takes
 from pipecompile.compiler.plan.plan import Plan
 from pipecompile.compiler.planning.target import Target
+from pipecompile.passes.generators.shape import PipelineShape
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
-from pipecompile.passes.schedule.shape import PipelineShape
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.exchange.mesh import Mesh
 from support import jobs, models, plain

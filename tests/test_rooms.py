@@ -19,6 +19,8 @@ ROOMS = (
     "passes/partition",
     "passes/graph",
     "passes/programs",
+    "passes/sequencing",
+    "passes/generators",
     "passes/schedule",
     "compiler/effects",
     "compiler/rows",

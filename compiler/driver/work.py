@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
-from ...passes.schedule.shape import PipelineShape
 from ..costs.footprint import Footprint
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory

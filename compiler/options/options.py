@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
-from ...passes.schedule.shape import PipelineShape
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
 from . import checks

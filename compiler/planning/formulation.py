@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ...passes.generators.shape import Homes
 from ...passes.graph.boundary import crossing_nbytes
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import ScheduleKind
-from ...passes.schedule.shape import Homes
 from ..costs.hardware import Device
 from ..ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..ir.locality import gradient_sums

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.load import timed
 from ...passes.schedule.registry import ScheduleKind
-from ...passes.schedule.shape import PipelineShape
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.problem import Problem, Solution, fits, solution_of

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
 from ...passes.schedule.registry import DEFAULT, SCHEDULES, ScheduleKind
-from ...passes.schedule.shape import PipelineShape
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
 from ..ir.actions import RECV, Action, Kind, Schedule

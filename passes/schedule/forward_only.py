@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...compiler.ir.actions import Action, Kind, Schedule
-from .shape import PipelineShape
+from ..generators.shape import PipelineShape
 
 
 def forward_only(shape: PipelineShape) -> Schedule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...compiler.costs.simulate import Timeline, simulate
 from ...compiler.ir.actions import Action, Kind, Schedule
-from .shape import PipelineShape
+from ..generators.shape import PipelineShape
 
 MOST_MOMENTS = 12
 """Of a rank, that are told apart; of more, those with least to tell are taken together."""

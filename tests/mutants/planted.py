@@ -287,9 +287,9 @@ BITS = (
         "replicas drop the same elements",
     ),
     Mutant(
-        "passes/schedule/one_f_one_b.py",
-        "warm_up = min(n_stages - stage - 1, microbatches)",
-        "warm_up = min(n_stages - stage, microbatches)",
+        "passes/generators/one_f_one_b.py",
+        "alternating(s, last - s, shape.microbatches)",
+        "alternating(s, last - s + 1, shape.microbatches)",
         "test_schedule.py::test_1f1b_is_the_published_one",
         "stages begin with one microbatch too many",
     ),

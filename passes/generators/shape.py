@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from ...compiler.ir.actions import Action, Kind, Schedule
 
 Homes = tuple[int, ...]
 """Per stage, the rank that holds it."""
@@ -30,7 +32,9 @@ class StageCosts:
         stash_bytes: held from the forward to the end of the backward.
         carry_bytes: held from there to the end of the weight gradients: what these read.
         transfer_s: (stage, stage) -> seconds that a message is under way; 0 where not given.
-        limit_bytes: per rank, for what microbatches hold at once; infinity for no limit.
+        limit_bytes: per rank, for what microbatches hold at once; infinity, or none, for no limit.
+        by_end: a step is over when the last rank has ended, since ranks wait for each other
+            before they go on; otherwise when each has, and the longest span of a rank counts.
     """
 
     forward_s: tuple[float, ...]
@@ -42,6 +46,7 @@ class StageCosts:
         default_factory=lambda: MappingProxyType({})
     )
     limit_bytes: tuple[float, ...] = ()
+    by_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,19 @@ class PipelineShape:
             tuple(s for s, home in enumerate(self.homes) if home == rank)
             for rank in range(self.ranks)
         )
+
+
+def with_weights(schedule: Schedule, splits: Sequence[bool]) -> Schedule:
+    """W straight after each B of the stages that have one."""
+    return tuple(
+        tuple(
+            each
+            for action in actions
+            for each in (
+                (action, Action(action.stage, Kind.W, action.microbatch))
+                if action.kind is Kind.B and splits[action.stage]
+                else (action,)
+            )
+        )
+        for actions in schedule
+    )
