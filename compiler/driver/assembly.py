@@ -96,9 +96,14 @@ def assemble(
     stage: dict[fx.Node, int],
     recomputed: Collection[fx.Node],
     decision: Decision,
+    order: Schedule | None,
     recorder: Recorder,
 ) -> Assembly:
-    """Run the passes over a copy of the graph, which itself stays as it is."""
+    """Run the passes over a copy of the graph, which itself stays as it is.
+
+    Args:
+        order: of the compute actions, where it is decided.
+    """
     own, twin = graph.copy()
     work = Work(
         settings,
@@ -107,6 +112,7 @@ def assemble(
         {twin[node]: s for node, s in stage.items()},
         frozenset(twin[node] for node in recomputed),
         decision,
+        order,
     )
     skip = settings.options.skip
     run("placed", passes.PLACED, work, recorder, skip)

@@ -18,6 +18,7 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
+from ..ir.actions import compute_only
 from ..ir.errors import (
     BatchError,
     CaptureError,
@@ -141,16 +142,21 @@ class Builder:
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
-        assembly = assemble(
-            settings, graph, locality, placement.stage, again, decided.decision, recorder
-        )
+        work = graph, locality, placement.stage, again
         decision = decided.decision
+        free = not follows and not decided.planned
+        if free and settings.schedule.searches and self.target.profiler is not None:
+            drafts = replace(settings, drafts=True)
+            draft = assemble(drafts, *work, decision, decided.order, Recorder(None))
+            decision = self._corrected(decision, draft.whole, batch)
+        assembly = assemble(settings, *work, decision, decided.order, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
-            if not decided.planned:
+            if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
+            order = compute_only(assembly.schedule)
             params, zero = self.skeleton.params, settings.zero
-            layout = layout_of(placement, again, locality, assembly.program, params, zero)
+            layout = layout_of(placement, again, locality, assembly.program, params, zero, order)
         summary = Summary(
             self.skeleton,
             settings,
@@ -341,7 +347,8 @@ class Builder:
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)
-                decided = Decided(settings(layout.zero), *followed)
+                order = layout.order if graph.trains else None
+                decided = Decided(settings(layout.zero), *followed, order=order)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
                 deciding = Deciding(*known, graph, locality, spec, batch)

@@ -13,6 +13,7 @@ from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
+from ..ir.actions import Schedule, compute_only, from_text
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -79,6 +80,7 @@ class Decided:
         why_zero: why this level of ZeRO, where there was a choice.
         closing_s: per rank, from a plan; None where it has to be worked out.
         planned: whether it is from a plan.
+        order: of the compute actions, from a plan; None where it has to be made.
         problem: that this process solved, if it did.
         told: by what other runs find the plan that is made of it.
     """
@@ -90,6 +92,7 @@ class Decided:
     why_zero: str = ""
     closing_s: list[float] | None = None
     planned: bool = False
+    order: Schedule | None = None
     problem: Problem | None = None
     told: tuple[object, ...] = ()
 
@@ -164,10 +167,12 @@ class Deciding:
         )
         prices = self._prices(planner)
 
+        drafts = replace(settings, drafts=True)
+
         def draft(decision: Decision) -> Sequence[RankMemory]:
             placement, again = decide.apply(decision, graph, locality)
             made = assemble(
-                settings, graph, locality, placement.stage, again, decision, Recorder(None)
+                drafts, graph, locality, placement.stage, again, decision, None, Recorder(None)
             )
             return made.memory
 
@@ -229,4 +234,7 @@ class Deciding:
             raise PlanError(f"the plan was made for {what}: make a new plan")
         placed = decide.apply(plan.decision, graph, self.locality)
         closing_s = [stages[0].closing_s for stages in plan.ranks]
-        return Decided(settings, plan.decision, *placed, closing_s=closing_s, planned=True)
+        order = compute_only(from_text("\n".join(plan.schedule)))
+        return Decided(
+            settings, plan.decision, *placed, closing_s=closing_s, planned=True, order=order
+        )

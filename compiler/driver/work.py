@@ -36,6 +36,7 @@ class Settings:
         device: the type that the programs run on.
         rates: seconds are priced by.
         budget_bytes: memory of a rank; infinity for no limit.
+        drafts: the programs are made to learn what they take; nothing is searched for them.
     """
 
     options: CompileOptions
@@ -46,6 +47,7 @@ class Settings:
     device: str
     rates: Device
     budget_bytes: float = math.inf
+    drafts: bool = False
 
     @property
     def schedule(self) -> ScheduleKind:
@@ -106,6 +108,7 @@ class Work:
         stage: of every staged node.
         recomputed: forward nodes that the backward computes again.
         decision: what the units take.
+        order: the compute actions, where another graph of the model or a plan has decided them.
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
@@ -119,6 +122,7 @@ class Work:
     stage: dict[fx.Node, int]
     recomputed: Collection[fx.Node]
     decision: Decision
+    order: Schedule | None = None
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None

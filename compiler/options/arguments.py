@@ -210,7 +210,7 @@ class Options:
     schedule: str = option(
         DEFAULT,
         help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values()),
-        more='"zb_h1" takes some more memory on the later stages. All give the same bits.',
+        more="All give the same bits.",
         choices=SCHEDULES,
         plan="keeps",
         compared=as_it_is,
@@ -227,6 +227,17 @@ class Options:
         flag=Flag(
             group=PIPELINE, metavar="V", parse=parse_count, default="what the schedule needs"
         ),
+    )
+    schedule_memory: str = option(
+        "auto",
+        help='what microbatches in flight may take where the ``schedule`` is "zb": "1f1b" as much '
+        'as with 1f1b, "2x1f1b" twice that, "budget" all that ``memory`` leaves; "auto" takes '
+        '"budget" where there is one, else "1f1b"',
+        more="More memory makes a smaller bubble.",
+        choices=("auto", "1f1b", "2x1f1b", "budget"),
+        plan="decides",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="MUCH"),
     )
     tied_grads: str = option(
         "per_microbatch",

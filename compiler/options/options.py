@@ -73,6 +73,11 @@ class CompileOptions(Options):
                     )
 
     def _check_virtual(self) -> None:
+        if self.schedule_memory != AUTO and self.schedule != "zb":
+            raise OptionError(
+                f'schedule_memory="{self.schedule_memory}" has no effect with '
+                f'schedule="{self.schedule}", whose memory follows from its order: use it with "zb"'
+            )
         allowed = self.kind.virtual
         if self.virtual_stages is None or allowed is None or self.virtual_stages in allowed:
             return
