@@ -52,6 +52,9 @@ from .record import PassRecord, Recorder
 from .summary import Summary
 from .work import Joint, Settings
 
+Captures = dict[tuple[object, ...], Captured]
+"""By what was traced for: the joint graph, after the passes over it."""
+
 
 class Builder:
     """Compiles the graphs of one model. The first graph decides the layout; others follow it.
@@ -59,6 +62,7 @@ class Builder:
     Args:
         why: how the number of stages was chosen, where it was: a note in the plan.
         cache: what other runs have left; by default that of this machine, without plans.
+        captured: graphs that builders of the same model with other divisions share.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Builder:
         team: Team | None = None,
         why: str = "",
         cache: Cache | None = None,
+        captured: Captures | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
@@ -80,6 +85,7 @@ class Builder:
         )
         self._closing = Closing(self.target, self.team)
         self._verdict = self._tried()
+        self._shared = captured
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
         self._warned: set[str] = set()
@@ -261,7 +267,9 @@ class Builder:
         Args:
             weighs: tell how the losses of microbatches make that of several.
         """
-        options = self.options
+        options, known = self.options, (mode, spec, weighs)
+        if self._shared is not None and known in self._shared:
+            return self._shared[known]
         weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
         if self.why:
             with recorder.record("joint", "stages") as outcome:
@@ -283,6 +291,8 @@ class Builder:
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        if self._shared is not None:
+            self._shared[known] = captured
         return captured
 
     def _warn(self, text: str) -> None:

@@ -209,9 +209,10 @@ class Options:
     )
     schedule: str = option(
         DEFAULT,
-        help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values()),
+        help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values())
+        + '; "auto": the one with the shortest predicted step for ``example_batch``',
         more="All give the same bits.",
-        choices=SCHEDULES,
+        choices=(*SCHEDULES, AUTO),
         plan="keeps",
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="NAME"),

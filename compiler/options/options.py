@@ -18,6 +18,9 @@ from .checks import ZERO
 from .declaration import declarations_of
 from .parsing import AUTO, parse_bytes
 
+OF_SCHEDULE = ("schedule", "virtual_stages", "schedule_memory")
+"""Options that say how microbatches are ordered."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(Options):
@@ -32,11 +35,15 @@ class CompileOptions(Options):
 
     @staticmethod
     def of(arguments: Arguments) -> CompileOptions:
-        """Those that `compile` was given; for automatic stages one stage and one replica."""
+        """Those that `compile` was given; of what is automatic the simplest."""
+        own = declarations_of(Options)
         shared = {each.name: getattr(arguments, each.name) for each in fields(Options)}
         n_stages = 1 if arguments.n_stages == AUTO else arguments.n_stages
         dp = 1 if arguments.dp is None else arguments.dp
-        return CompileOptions(**shared | {"n_stages": n_stages, "dp": dp})
+        given = shared | {"n_stages": n_stages, "dp": dp}
+        if arguments.schedule == AUTO:  # what is asked of all is not asked of the simplest
+            given |= {name: own[name].default for name in OF_SCHEDULE}
+        return CompileOptions(**given)
 
     def __post_init__(self) -> None:
         for option in declarations_of(type(self)).values():

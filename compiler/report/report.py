@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -198,24 +199,45 @@ class _Report:
         return Group(self._lines("mixed precision", said), table)
 
     def _trials(self, trials: Sequence[Trial]) -> Group:
-        """Divisions of the devices; which one was taken, and why."""
+        """Ways to use the devices; which one was taken, and why."""
         plan = self.plan
-        best = min(t.step_s for t in trials if t.step_s is not None)
+        best = min(trials, key=lambda t: math.inf if t.step_s is None else t.step_s)
         rows = plan.microbatches * plan.microbatch_rows * plan.dp
-        said = [_verdict(t, t.n_stages == plan.n_stages, best) for t in trials]
-        table = self._table(
-            {
-                "stages": [t.n_stages for t in trials],
-                "dp": [t.dp for t in trials],
-                "step": ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials],
-                "rows/s": ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials],
-                "": said,
-            },
-            left=("",),
-        )
-        return Group(
-            self._lines(f"divisions of {trials[0].n_stages * trials[0].dp} devices"), table
-        )
+        said = [_verdict(t, t is best, best.step_s or 0.0) for t in trials]
+        done = [t.step_s is not None for t in trials]
+        scale = bytes_scale([t.peak_bytes for t in trials])
+        orders = len({t.way.order for t in trials}) > 1
+        divides = len({t.way.n_stages for t in trials}) > 1
+        columns: dict[str, Sequence[object]] = {}
+        if divides or not orders:
+            columns |= {
+                "stages": [t.way.n_stages for t in trials],
+                "dp": [t.way.dp for t in trials],
+            }
+        if orders:
+            columns |= {
+                "schedule": [t.way.schedule for t in trials],
+                "stages\nper rank": [t.way.virtual_stages or 1 for t in trials],
+                "micro-\nbatches": [t.microbatches or "–" for t in trials],
+            }
+        columns |= {
+            "step": ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials],
+            "rows/s": ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials],
+        }
+        if orders:
+            columns |= {
+                "bubble": [
+                    f"{t.bubble:.1%}" if d else "–" for t, d in zip(trials, done, strict=True)
+                ],
+                f"peak\n{scale.unit}": [
+                    scale.text(t.peak_bytes) if d else "–"
+                    for t, d in zip(trials, done, strict=True)
+                ],
+            }
+        table = self._table(columns | {"": said}, left=("", "schedule"))
+        devices = trials[0].way.n_stages * trials[0].way.dp
+        title = f"divisions of {devices} devices" if divides or not orders else "schedules"
+        return Group(self._lines(title), table)
 
     def _stages(self) -> Table:
         """One row per stage; seconds, stash and sends are of one microbatch."""

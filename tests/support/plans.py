@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipecompile.compiler.costs.simulate import Interval, Timeline
-from pipecompile.compiler.driver.auto import Trial
+from pipecompile.compiler.driver.auto import Trial, Way
 from pipecompile.compiler.ir.actions import Action, Kind
 from pipecompile.compiler.plan.decision import Decision, Search
 from pipecompile.compiler.plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
@@ -101,8 +101,10 @@ def hand_made() -> tuple[Plan, Timeline]:
 EXTRAS = Extras(
     search_s=30.125,
     trials=(
-        Trial(1, 2, None, None, "stage 0 needs 9.00 GiB of 8.00 GiB, 1.00 GiB too much"),
-        Trial(2, 1, 4, 45.25),
+        Trial(
+            Way(1, 2, "1f1b"), None, None, "stage 0 needs 9.00 GiB of 8.00 GiB, 1.00 GiB too much"
+        ),
+        Trial(Way(2, 1, "1f1b"), 4, 45.25),
     ),
     comparison=(
         Comparison("this plan", (4, 4), 1.5, 45.5, 1.0, 6 * 2**30, 0),
