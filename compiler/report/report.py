@@ -204,36 +204,24 @@ class _Report:
         best = min(trials, key=lambda t: math.inf if t.step_s is None else t.step_s)
         rows = plan.microbatches * plan.microbatch_rows * plan.dp
         said = [_verdict(t, t is best, best.step_s or 0.0) for t in trials]
-        done = [t.step_s is not None for t in trials]
         scale = bytes_scale([t.peak_bytes for t in trials])
         orders = len({t.way.order for t in trials}) > 1
         divides = len({t.way.n_stages for t in trials}) > 1
         columns: dict[str, Sequence[object]] = {}
         if divides or not orders:
-            columns |= {
-                "stages": [t.way.n_stages for t in trials],
-                "dp": [t.way.dp for t in trials],
-            }
+            columns["stages"] = [t.way.n_stages for t in trials]
+            columns["dp"] = [t.way.dp for t in trials]
         if orders:
-            columns |= {
-                "schedule": [t.way.schedule for t in trials],
-                "stages\nper rank": [t.way.virtual_stages or 1 for t in trials],
-                "micro-\nbatches": [t.microbatches or "–" for t in trials],
-            }
-        columns |= {
-            "step": ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials],
-            "rows/s": ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials],
-        }
+            columns["schedule"] = [t.way.schedule for t in trials]
+            columns["stages\nper rank"] = [t.way.virtual_stages or 1 for t in trials]
+            columns["micro-\nbatches"] = [t.microbatches or "–" for t in trials]
+        columns["step"] = ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials]
+        columns["rows/s"] = ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials]
         if orders:
-            columns |= {
-                "bubble": [
-                    f"{t.bubble:.1%}" if d else "–" for t, d in zip(trials, done, strict=True)
-                ],
-                f"peak\n{scale.unit}": [
-                    scale.text(t.peak_bytes) if d else "–"
-                    for t, d in zip(trials, done, strict=True)
-                ],
-            }
+            columns["bubble"] = [f"{t.bubble:.1%}" if t.step_s else "–" for t in trials]
+            columns[f"peak\n{scale.unit}"] = [
+                scale.text(t.peak_bytes) if t.step_s else "–" for t in trials
+            ]
         table = self._table(columns | {"": said}, left=("", "schedule"))
         devices = trials[0].way.n_stages * trials[0].way.dp
         title = f"divisions of {devices} devices" if divides or not orders else "schedules"

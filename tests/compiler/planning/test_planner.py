@@ -20,6 +20,7 @@ from pipecompile.compiler.ir.errors import (
     PipecompileError,
     PlanError,
 )
+from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.plan import PLAN_VERSION, Plan
 from pipecompile.compiler.planning.planner import Reserves
 from support import jobs, measured, models, plain
