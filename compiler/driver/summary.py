@@ -127,7 +127,7 @@ class Summary:
             sends=tuple(
                 Transfer(m.dst, m.phase.value, m.nbytes, tuple(v.name for v in m.values))
                 for m in self.program.messages
-                if m.src == s
+                if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
         )
 

@@ -182,26 +182,31 @@ class Problem:
         """Peak bytes of every rank."""
         totals = list(self.reserve_bytes)
         transient = [0.0] * self.n_ranks
-        stash = [0.0] * self.n_stages
         for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
             chosen, rank = self.options[unit][k], self.homes[s]
             totals[rank] += chosen.static_bytes
-            stash[s] += chosen.stash_bytes
             transient[rank] = max(transient[rank], chosen.transient_bytes)
         for kept in self.kept:
-            stages = self.kept_on(kept, stage, option)
-            if kept.per_microbatch:
-                for s in stages:
-                    stash[s] += kept.bytes
-            else:
-                for rank in {self.homes[s] for s in stages}:
+            if not kept.per_microbatch:
+                for rank in {self.homes[s] for s in self.kept_on(kept, stage, option)}:
                     totals[rank] += kept.bytes
+        stash = self.stages_stash(stage, option)
         for rank, stages_here in enumerate(self.placement):
             totals[rank] += max(
                 math.fsum(n * stash[s] for n, s in zip(counts, stages_here, strict=True))
                 for counts in self.together_in_flight[rank]
             )
         return tuple(a + b for a, b in zip(totals, transient, strict=True))
+
+    def stages_stash(self, stage: Sequence[int], option: Sequence[int]) -> list[float]:
+        """Bytes of every stage that each microbatch in flight keeps."""
+        stash = [0.0] * self.n_stages
+        for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
+            stash[s] += self.options[unit][k].stash_bytes
+        for kept in self.kept:
+            for s in self.kept_on(kept, stage, option) if kept.per_microbatch else ():
+                stash[s] += kept.bytes
+        return stash
 
     def kept_on(self, kept: Kept, stage: Sequence[int], option: Sequence[int]) -> set[int]:
         """The stages on which shared bytes are taken."""

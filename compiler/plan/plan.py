@@ -56,6 +56,7 @@ class StagePlan:
         recomputes: what is recomputed -> in how many of the stage's units.
         closing_s: once per step, after the last microbatch: the optimizer of its rank.
         memory: of its rank.
+        sends: to stages of other ranks.
     """
 
     stage: int

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ...passes.generators.shape import PipelineShape, StageCosts
+from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
 from ...passes.schedule.load import timed
 from ...passes.schedule.registry import ScheduleKind
 from ..costs.memory import RankMemory, stage_holds
@@ -63,7 +63,7 @@ class Ordering:
             OptionError: a rank may hold less than one microbatch takes.
         """
         costs = self.costs()
-        usual = self._usual(costs)
+        usual = usual_limits(self.shape, costs.stash_bytes)
         by_budget = self.rule in ("budget", "auto")
         factor = 2 if self.rule == "2x1f1b" else 1
         first = self._generated(costs, [factor * each for each in usual])
@@ -87,13 +87,6 @@ class Ordering:
             self.timing.transfer_s(),
             by_end=True,
         )
-
-    def _usual(self, costs: StageCosts) -> list[float]:
-        """Per rank, what 1F1B would take on the fullest, if the stages of each were one."""
-        ranks, m = self.shape.ranks, self.shape.microbatches
-        wholes = [math.fsum(costs.stash_bytes[s] for s in mine) for mine in self.shape.placement]
-        most = max(min(ranks - rank, m) * whole for rank, whole in enumerate(wholes))
-        return [max(most, whole) for whole in wholes]
 
     def _generated(self, costs: StageCosts, limits: Sequence[float]) -> Schedule:
         priced = replace(costs, limit_bytes=tuple(limits))

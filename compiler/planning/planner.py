@@ -186,7 +186,7 @@ class Planner:
     ) -> Solution:
         """The solution, or one near it whose step is shorter when it is simulated."""
         shape, kind = self.options.shape(self.terms.microbatches), self.options.kind
-        if kind.searches or shape.n_stages == 1 or not self.graph.trains:
+        if shape.n_stages == 1 or not self.graph.trains:
             return solution
         model = StepModel(
             problem,

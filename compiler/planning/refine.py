@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ...passes.generators.shape import PipelineShape
+from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
 from ...passes.schedule.load import timed
 from ...passes.schedule.registry import ScheduleKind
 from ..ir.actions import Kind, Schedule
@@ -24,6 +24,7 @@ from ..units.pricing import UnitPrices
 LIMIT_S = 3.0  # for the search
 LEAST_GAIN = 1e-3  # of the step: less is not worth another division
 WEIGHTS = 0.5  # of a backward: products for weights are as large as those for inputs
+CARRIED = 0.5  # of what a microbatch keeps: the inputs of products, for weights
 FEW = 4  # microbatches per rank that are simulated; more repeat them
 
 
@@ -61,6 +62,25 @@ class StepModel:
         rest = self.shape.microbatches - self.few.microbatches
         busy = max(timeline.busy_s(rank) for rank in range(self.few.ranks))
         return timeline.step_s + rest * busy / self.few.microbatches + self._closing_s(stage)
+
+    def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
+        """The same with the order that is found for just these stages."""
+        compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
+        stages = range(self.few.n_stages)
+        stash = tuple(self.problem.stages_stash(stage, option))
+        costs = StageCosts(
+            tuple(compute_s[s, Kind.F] for s in stages),
+            tuple(compute_s[s, Kind.B] for s in stages),
+            tuple(compute_s[s, Kind.W] for s in stages),
+            stash,
+            tuple(CARRIED * each for each in stash),
+            transfer_s,
+            usual_limits(self.few, stash),
+            by_end=True,
+        )
+        schedule = self.kind.generate(replace(self.few, costs=costs))
+        timeline = timed(schedule, self.few, compute_s, transfer_s)
+        return timeline.step_s + self._closing_s(stage)
 
     def _compute_s(
         self, stage: Sequence[int], option: Sequence[int]
@@ -114,6 +134,8 @@ def refine(
             if found is not None:
                 best, best_s, improved = found, step_s, True
                 break
+    if model.kind.searches and best is not solution:
+        before, best_s = (model.searched_s(x.stage, x.option) for x in (solution, best))
     saved = 1 - best_s / before if before else 0.0
     return (best, saved) if saved > LEAST_GAIN else (solution, 0.0)
 

@@ -20,7 +20,7 @@ from ..ir.actions import RECV, Action, Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.graph import Phase
 from ..ir.problem import Problem, Solution
-from ..plan.plan import Plan
+from ..plan.plan import Plan, TiedPlan
 from ..planning.formulation import elsewhere
 from .compare import solution_in
 from .quantities import bytes_scale, bytes_text, seconds_text
@@ -184,13 +184,13 @@ def _tied_gradients(subject: Subject) -> str | None:
     m = plan.microbatches
     total = m * sum(t.bytes for stage in plan.stages for t in stage.sends)
     for tied in plan.tied:
-        parts = (len(tied.stages) - 1) * tied.part_bytes
+        parts = (len(_ranks_of(plan, tied)) - 1) * tied.part_bytes
         if tied.summed != "per_microbatch" or not total or m * parts <= NOTABLE * total:
             continue
         line = (
             f"--tied-grads per_step: the gradient of {tied.name} is {m * parts / total:.0%} of "
             f"all that is sent, {bytes_text(m * parts)} per step, and would be "
-            f"{bytes_text((len(tied.stages) - 1) * tied.bytes)}; no longer bit-exact"
+            f"{bytes_text((len(_ranks_of(plan, tied)) - 1) * tied.bytes)}; no longer bit-exact"
         )
         if len(tied.stages) == 2:
             low, high = sorted(tied.stages)
@@ -220,6 +220,10 @@ def _transfers(subject: Subject) -> str | None:
         f"{bytes_text(most.bytes)} per microbatch from stage {stage.stage} to {most.dst}. Half "
         f"the bytes, or a link twice as fast: {seconds_text(fast.step_s)} {_instead(subject.plan)}"
     )
+
+
+def _ranks_of(plan: Plan, tied: TiedPlan) -> set[int]:
+    return {plan.stages[stage].rank for stage in tied.stages}
 
 
 # -- the stages ---------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class _Report:
         if extras.fp32:
             yield self._precision(extras.fp32)
         if plan.tied:
-            yield self._lines("tied weights", [_tied(tied) for tied in plan.tied])
+            yield self._lines("tied weights", [_tied(tied, plan) for tied in plan.tied])
         if any(stage.sends for stage in plan.stages):
             yield self._transfers()
         yield schedule_chart(self.timeline, plan.microbatches, self.width)
@@ -433,11 +433,14 @@ def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
     return "the shortest step: chosen" if chosen else f"{trial.step_s / best_s:.2f} × as long"
 
 
-def _tied(tied: TiedPlan) -> str:
+def _tied(tied: TiedPlan, plan: Plan) -> str:
     aliases = "".join(f" = {name}" for name in tied.names if name != tied.name)
     where = ", ".join(map(str, tied.stages))
-    amount = f"{len(tied.stages) - 1} × {bytes_text(tied.part_bytes)}"
+    ranks = {plan.stages[stage].rank for stage in tied.stages}
+    amount = f"{len(ranks) - 1} × {bytes_text(tied.part_bytes)}"
     head = f"{tied.name}{aliases}: on stages {where}, owned by {tied.owner}; the parts of its "
+    if len(ranks) == 1:
+        return f"{head.removesuffix('; the parts of its ')}, which are on one rank: nothing is sent"
     if tied.summed == "per_step":
         return f"{head}gradient are sent once per step ({amount}), and the sum back"
     return (

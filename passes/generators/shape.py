@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -105,3 +106,11 @@ def with_weights(schedule: Schedule, splits: Sequence[bool]) -> Schedule:
         )
         for actions in schedule
     )
+
+
+def usual_limits(shape: PipelineShape, stash_bytes: Sequence[float]) -> tuple[float, ...]:
+    """Per rank, what 1F1B would hold on the fullest one, if the stages of each were one."""
+    wholes = [math.fsum(stash_bytes[s] for s in mine) for mine in shape.placement]
+    ranks, m = shape.ranks, shape.microbatches
+    most = max(min(ranks - rank, m) * whole for rank, whole in enumerate(wholes))
+    return tuple(max(most, whole) for whole in wholes)
