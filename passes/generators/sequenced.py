@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from ...compiler.ir.actions import Action, Kind, Schedule
 from ..sequencing.problem import Order, Problem
