@@ -1,7 +1,7 @@
 """Interleaved 1F1B (Narayanan et al., SC 2021): 1F1B over several stages per rank.
 
-A rank runs its stages in turn, each for a round of microbatches: p of them, or nearly as many
-where p does not divide m, in rounds as equal as can be. With p = 2 ranks of 2 stages and m = 4
+A rank runs its stages in turn, each for a round of microbatches: p of them, or some more where p
+does not divide m, in rounds as equal as can be. With p = 2 ranks of 2 stages and m = 4
 microbatches, where a capital is the first stage of a rank and
 a backward takes as long as two forwards:
 
@@ -42,8 +42,12 @@ def interleaved(shape: PipelineShape) -> Schedule:
 
 
 def _rounds(ranks: int, microbatches: int) -> list[range]:
-    """As few rounds of at most p microbatches as there can be; longer ones first."""
-    count = -(-microbatches // ranks)
+    """As many rounds of at least p microbatches as there can be; longer ones first.
+
+    In a shorter one the first microbatch would come back to rank 0 too late, and with the next
+    round begun meanwhile, ranks would wait for each other in a circle.
+    """
+    count = max(1, microbatches // ranks)
     size, longer = divmod(microbatches, count)
     starts = [i * size + min(i, longer) for i in range(count + 1)]
     return [range(a, b) for a, b in pairwise(starts)]

@@ -72,10 +72,15 @@ def _within(shape: PipelineShape, microbatches: int, offsets: Sequence[Offsets])
 
 def block_orders(shape: PipelineShape, offsets: Sequence[Offsets]) -> Iterator[Order]:
     """F and B of every block with these offsets; of each, those first that turn soonest."""
+    few: set[Order] = set()
     for each in offsets:
         for turns in sorted(product(TURNS, TURNS, TURNS), key=sum):
             block = _block(shape.ranks, each, turns)
-            if _is_free(block):
+            if not _is_free(block):
+                continue
+            short = _repeated(block, PERIOD)
+            if short not in few:
+                few.add(short)
                 yield _repeated(block, shape.microbatches)
 
 

@@ -19,7 +19,9 @@ from .refill import refilled
 from .timing import Span, is_best, times_of
 
 EFFORT = 2_000_000  # steps that are simulated, about
-LEAST = 3  # orders that are looked at, however long they are
+MOST = 200  # orders that are looked at, however short they are
+LEAST = 4  # orders that are looked at, however long they are
+TRIES = 200  # to make one of them better
 POLISHED = 6  # of the best
 WAITS = (0.0, 0.5, 0.25)
 WARMS = (0.1, 0.5, 0.25, 0.0, 0.75, 1.0)
@@ -43,7 +45,7 @@ def best_order(
         OptionError: a rank's limit is less than one microbatch takes.
     """
     check_limits(problem)
-    count = max(LEAST, effort // (3 * problem.steps))
+    count = min(MOST, max(LEAST, effort // (3 * problem.steps)))
     refills = _refills(problem, chain(orders, given))
     policies = (greedy(problem, policy) for policy in _ranked(problem, effort // 3))
     fitting = (order for order in given if problem.fits(order))
@@ -54,7 +56,7 @@ def best_order(
             if is_best(problem, times.span):
                 return order
     best = sorted(found, key=_span)[:POLISHED]
-    tries = effort // (3 * problem.steps * len(best))
+    tries = min(TRIES, effort // (3 * problem.steps * len(best)))
     return min((polished(problem, order, tries) for _, order in best), key=_span)[1]
 
 

@@ -37,7 +37,7 @@ def costs_of(
     limit: float | None = None,
     carry: float = 1.0,
 ) -> StageCosts:
-    """What F, B and W of each stage take; each stashes 1, and ranks may hold ``limit`` of it all."""
+    """What F, B and W of each stage take; each stashes 1, and ranks hold ``limit`` of theirs."""
     n, ranks = len(homes), max(homes) + 1
     forward, backward, weight = (tuple(map(float, row)) for row in seconds)
     between = {(s, s + d): transfer_s for s in range(n) for d in (1, -1) if 0 <= s + d < n}
