@@ -1,11 +1,12 @@
 """Interleaved 1F1B (Narayanan et al., SC 2021): 1F1B over several stages per rank.
 
-A rank runs its stages in turn, each for a round of microbatches: p of them, or nearly as many
-where p does not divide m, in rounds as equal as can be. With p = 2 ranks of 2 stages and m = 4
-microbatches, where a capital is the first stage of a rank:
+A rank runs its stages in turn, each for a round of microbatches: p of them, or some more where p
+does not divide m, in rounds as equal as can be. With p = 2 ranks of 2 stages and m = 4
+microbatches, where a capital is the first stage of a rank and
+a backward takes as long as two forwards:
 
-    rank 0   F0 F1 f0 f1 F2    b0 F3 b1 f2 B0 f3 B1    b2    b3    B2 B3
-    rank 1      F0 F1 f0 b0 f1 b1 F2 B0 F3 B1 f2 b2 f3 b3    B2 B3
+    rank 0   F0 F1 f0 f1 F2    b0    F3 b1    f2 B0    f3 B1       b2       b3    B2    B3
+    rank 1      F0 F1 f0 b0    f1 b1    F2 B0    F3 B1    f2 b2    f3 b3    B2    B3
 
 The warm-up of rank r is 2 (p − r − 1) forwards for the way through the ranks, and one round of each
 stage but the last. So a bubble is as long as a stage is, 1/v of what it is with one stage per rank,
@@ -15,6 +16,7 @@ for which this is 1F1B; in turn more messages are sent, and more microbatches ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ...compiler.ir.actions import Action, Kind, Schedule
 from .one_f_one_b import one_f_one_b
@@ -40,11 +42,15 @@ def interleaved(shape: PipelineShape) -> Schedule:
 
 
 def _rounds(ranks: int, microbatches: int) -> list[range]:
-    """As few rounds of at most p microbatches as there can be; longer ones first."""
-    count = -(-microbatches // ranks)
+    """As many rounds of at least p microbatches as there can be; longer ones first.
+
+    In a shorter one the first microbatch would come back to rank 0 too late, and with the next
+    round begun meanwhile, ranks would wait for each other in a circle.
+    """
+    count = max(1, microbatches // ranks)
     size, longer = divmod(microbatches, count)
     starts = [i * size + min(i, longer) for i in range(count + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def _in_turn(kind: Kind, stages: Sequence[int], rounds: Sequence[range]) -> list[Action]:

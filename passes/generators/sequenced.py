@@ -35,8 +35,9 @@ def problem_of(shape: PipelineShape, most: int | None = None) -> Problem:
         sizes = (costs.stash_bytes, costs.carry_bytes)
     limits = costs.limit_bytes if costs and costs.limit_bytes else (math.inf,) * shape.ranks
     if most is not None:
-        wholes = [sum(sizes[0][s] for s in stages) for stages in shape.placement]
-        limits = tuple(min(a, most * b) for a, b in zip(limits, wholes, strict=True))
+        whole = [max(a, b if x else 0.0) for a, b, x in zip(*sizes, shape.splits, strict=True)]
+        held = (most * sum(whole[s] for s in stages) for stages in shape.placement)
+        limits = tuple(map(min, limits, held))
     by_end = costs is not None and costs.by_end
     return Problem(
         shape.homes, shape.microbatches, shape.splits, *seconds, *sizes, limits, transfers, by_end

@@ -19,7 +19,10 @@ These are the paper's figures. The longest rank of what is made here takes 6 m +
 6 m + 4 p − 5 of these units, where m ≥ p ≥ 4, and the paper's 6 m + 3 p and 6 m + 4 p. V-Min with
 p = 4, m = 4, where a capital is the first stage of a rank:
 
-PICTURE
+    rank 0   F0 F1                f0 b0 F2 w0       f1 b1 B0 W0 F3 w1 f2 b2 B1 W1 w2    f3 b3 …
+    rank 1      F0             f0 F1    b0 w0    f1 F2 B0 b1 W0 w1 f2 F3 B1 b2 W1 w2 f3    B2 …
+    rank 2         F0       f0       F1    b0 f1 w0 B0 F2 W0 b1 f2 w1 B1 F3 W1 b2 f3 w2 B2 W2 …
+    rank 3            F0 f0             F1 f1 b0 B0 W0 w0 F2 f2 b1 B1 W1 w1 F3 f3 b2 B2 W2 w2 …
 
 Blocks are squeezed: F and B keep their order and run as early as they can; W fills what is left
 (`passes.sequencing.refill`). Where seconds are known, other orders compete under the same limit.
@@ -69,10 +72,15 @@ def _within(shape: PipelineShape, microbatches: int, offsets: Sequence[Offsets])
 
 def block_orders(shape: PipelineShape, offsets: Sequence[Offsets]) -> Iterator[Order]:
     """F and B of every block with these offsets; of each, those first that turn soonest."""
+    few: set[Order] = set()
     for each in offsets:
-        for turns in sorted(product(TURNS, repeat=3), key=sum):
+        for turns in sorted(product(TURNS, TURNS, TURNS), key=sum):
             block = _block(shape.ranks, each, turns)
-            if _is_free(block):
+            if not _is_free(block):
+                continue
+            short = _repeated(block, PERIOD)
+            if short not in few:
+                few.add(short)
                 yield _repeated(block, shape.microbatches)
 
 

@@ -5,9 +5,9 @@ A search over the seconds of F, B, W and messages of the stages at hand, under a
 stage, m = 6 microbatches, F = B = W and room for 2 p − 1 = 5 of them, nothing waits once it has
 begun:
 
-    rank 0   F F F F F B W F B W B W B W B W B W
-    rank 1     F F F B F B F B W F B W B W B W W W
-    rank 2       F B F B F B F B F B W F B W W W W W
+    rank 0   F0 F1 F2 F3 F4 B0 W0 F5 B1 W1 B2 W2 B3 W3 B4 W4 B5 W5
+    rank 1      F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5
+    rank 2         F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 F5 B5 W1 W2 W3 W4 W5
 
 With room for p = 3 it is like ZB-H1. It is never slower than 1F1B, ZB-H1, ZB-H2 or, with several
 stages per rank, interleaved 1F1B, where these fit into the same memory.

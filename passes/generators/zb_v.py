@@ -5,7 +5,9 @@ begin where F did. With no more memory than 1F1B, nothing waits if F, B and W ta
 messages nothing. With p = 3 ranks and m = 6 microbatches, where a capital is the first stage of a
 rank:
 
-PICTURE
+    rank 0   F0 F1 F2 F3 F4 f0 b0 w0 f1 b1 w1 f2 b2 w2 F5 B0 W0 f3 b3 w3 B1 W1 f4 b4 w4 B2 W2 f5 …
+    rank 1      F0 F1 F2 f0 F3 f1 b0 w0 f2 b1 w1 F4 B0 W0 f3 b2 w2 F5 B1 W1 f4 b3 w3 B2 W2 f5 b4 …
+    rank 2         F0 f0 F1 f1 F2 f2 b0 w0 F3 B0 W0 f3 b1 w1 F4 B1 W1 f4 b2 w2 F5 B2 W2 f5 b3 B3 …
 
 Where F, B and W take otherwise, W are moved, and other orders compete (`passes.sequencing`).
 """

@@ -2,9 +2,9 @@
 
 An order made here ends, with any limit that holds one microbatch, if all that has room is started
 some day. For on every rank there is always room for all that the oldest microbatch still has to
-stash there: F of a younger one has room only if what the younger ones hold and one whole microbatch
-fit together. So the oldest one can go all its way, and gives back what it holds. W can run at any
-time, and makes room.
+stash there, and for its B: F of a younger one has room only if what the younger ones hold, one whole
+microbatch, and what a B may hold more than its stash, fit together. So the oldest one can go all its
+way, and gives back what it holds. W can run at any time, and makes room.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class Engine:
             return True
         problem, done = self.problem, self.done
         stages, sizes = problem.placement[rank], problem.stash_bytes
+        if all(done[B][s] >= microbatch >= done[F][s] - 1 for s in stages):
+            return True  # it is alone
         oldest = min(done[F][s] for s in stages)  # that has not run all its F here
         stashed = younger = sizes[stage]
         for s in stages:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .problem import Order, Problem, Step, W
-from .timing import Times, times_of
+from .timing import Span, Times, times_of
 
 
-def polished(problem: Problem, order: Order, tries: int) -> Order:
+def polished(problem: Problem, order: Order, tries: int) -> tuple[Span, Order]:
     """The order, or a better one; at most ``tries`` others are looked at."""
     times = times_of(problem, order)
     assert times is not None, "the order that is to be improved waits for itself"
@@ -27,7 +27,7 @@ def polished(problem: Problem, order: Order, tries: int) -> Order:
             if not problem.fits_rank(rank, steps):
                 continue
             if not tries:
-                return order
+                return times.span, order
             tries -= 1
             changed = (*order[:rank], steps, *order[rank + 1 :])
             found = times_of(problem, changed)
@@ -35,7 +35,7 @@ def polished(problem: Problem, order: Order, tries: int) -> Order:
                 order, times = changed, found
                 break
         else:
-            return order
+            return times.span, order
 
 
 def _moves(order: Order, times: Times) -> Iterator[tuple[int, tuple[Step, ...]]]:

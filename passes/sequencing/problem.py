@@ -101,23 +101,21 @@ class Problem:
 
     @cached_property
     def excess_bytes(self) -> tuple[float, ...]:
-        """Per rank, by how much the B of one microbatch raise what it holds above its stashes.
-
-        Only where a stage carries more to W than it stashes.
-        """
-        found = []
-        for stages, whole in zip(self.placement, self.whole_bytes, strict=True):
-            below, peak = 0.0, whole
-            for s in stages:
-                peak = max(peak, below + self.carried[s])
-                below += self.stash_bytes[s]
-            found.append(peak - whole)
-        return tuple(found)
+        """Per rank, by how much a B may raise what it holds: where more is carried than stashed."""
+        more = [b - a for a, b in zip(self.stash_bytes, self.carried, strict=True)]
+        return tuple(max(0.0, *(more[s] for s in stages)) for stages in self.placement)
 
     @cached_property
     def least_bytes(self) -> tuple[float, ...]:
         """Per rank, what it takes to run one microbatch after the other."""
-        return tuple(map(sum, zip(self.whole_bytes, self.excess_bytes, strict=True)))
+        found = []
+        for stages, peak in zip(self.placement, self.whole_bytes, strict=True):
+            below = 0.0
+            for s in stages:
+                peak = max(peak, below + self.carried[s])
+                below += self.stash_bytes[s]
+            found.append(peak)
+        return tuple(found)
 
     def fits(self, order: Order) -> bool:
         return all(self.fits_rank(rank, steps) for rank, steps in enumerate(order))

@@ -16,12 +16,15 @@ from .greedy import Key, Policy, greedy
 from .polish import polished
 from .problem import Order, Problem
 from .refill import refilled
-from .timing import Span, times_of
+from .timing import Span, is_best, times_of
 
-EFFORT = 1_000_000  # steps that are simulated, about
-LEAST = 3  # orders that are looked at, however long they are
-POLISHED = 3  # of the best
-PARTS = (0.1, 0.5, 0.25, 0.0, 0.75, 1.0)
+EFFORT = 2_000_000  # steps that are simulated, about
+MOST = 200  # orders that are looked at, however short they are
+LEAST = 4  # orders that are looked at, however long they are
+TRIES = 200  # to make one of them better
+POLISHED = 6  # of the best
+WAITS = (0.0, 0.5, 0.25)
+WARMS = (0.1, 0.5, 0.25, 0.0, 0.75, 1.0)
 SLACKS = (0.0, 1.0, 0.5, 0.25, 0.75, 0.9)
 
 
@@ -42,20 +45,23 @@ def best_order(
         OptionError: a rank's limit is less than one microbatch takes.
     """
     check_limits(problem)
-    found: dict[Order, Span] = {}
-    for order in (order for order in given if problem.fits(order)):
-        _note(problem, order, found)
-    count = max(LEAST, effort // (3 * problem.steps))
+    count = min(MOST, max(LEAST, effort // (3 * problem.steps)))
     refills = _refills(problem, chain(orders, given))
     policies = (greedy(problem, policy) for policy in _ranked(problem, effort // 3))
-    for order in islice(_in_turn(refills, policies), count):
-        if order is not None:
-            _note(problem, order, found)
-    best = sorted(found, key=lambda order: found[order])[:POLISHED]
-    tries = effort // (3 * problem.steps * len(best))
-    for order in best:
-        _note(problem, polished(problem, order, tries), found)
-    return min(found, key=lambda order: found[order])
+    fitting = (order for order in given if problem.fits(order))
+    found: list[tuple[Span, Order]] = []
+    for order in chain(fitting, islice(_in_turn(refills, policies), count)):
+        if order is not None and (times := times_of(problem, order)) is not None:
+            found.append((times.span, order))
+            if is_best(problem, times.span):
+                return order
+    best = sorted(found, key=_span)[:POLISHED]
+    tries = min(TRIES, effort // (3 * problem.steps * len(best)))
+    return min((polished(problem, order, tries) for _, order in best), key=_span)[1]
+
+
+def _span(found: tuple[Span, Order]) -> Span:
+    return found[0]
 
 
 def check_limits(problem: Problem) -> None:
@@ -67,12 +73,6 @@ def check_limits(problem: Problem) -> None:
                 f"rank {rank} may hold {limit:,.0f} bytes for its microbatches, and one of them "
                 f"takes {least:,.0f}: raise memory_budget, or use more microbatches"
             )
-
-
-def _note(problem: Problem, order: Order, found: dict[Order, Span]) -> None:
-    times = times_of(problem, order)
-    if times is not None:
-        found[order] = times.span
 
 
 def _in_turn(*families: Iterator[Order | None]) -> Iterator[Order | None]:
@@ -108,7 +108,7 @@ def _policies(problem: Problem) -> Iterator[Policy]:
     if len(problem.placement) < problem.n_stages:
         turns = _turns(problem)
         keys = [(_deep, _deep), (turns[0], turns[1]), (_deep, turns[1]), (turns[0], _deep)]
-    for slack, waits, warms in product(SLACKS, (0.0, 0.5), PARTS):
+    for slack, waits, warms in product(SLACKS, WAITS, WARMS):
         for forward, backward in keys:
             yield Policy(forward, backward, warms, waits, slack)
 

@@ -93,3 +93,28 @@ def times_of(problem: Problem, order: Order) -> Times | None:
             break
     done = all(len(a) == len(b) for a, b in zip(times.ends, order, strict=True))
     return times if done else None
+
+
+def is_best(problem: Problem, span: Span) -> bool:
+    """Whether nothing can be shorter: no rank waits once it could begin, or none that decides."""
+    at, begins = 0.0, []
+    for stage, forward in enumerate(problem.forward_s):
+        if stage:
+            at += problem.before[F][stage][-1][1]
+        begins.append(at)
+        at += forward
+    work = [
+        problem.microbatches * sum(row[s] for row in _counted(problem) for s in stages)
+        for stages in problem.placement
+    ]
+    ends = (begins[stages[0]] + x for stages, x in zip(problem.placement, work, strict=True))
+    pair = (max(work), max(ends))
+    least = pair[::-1] if problem.by_end else pair
+    return all(a <= b * (1 + 1e-9) for a, b in zip(span, least, strict=True))
+
+
+def _counted(problem: Problem) -> list[tuple[float, ...]]:
+    weight = tuple(
+        w if split else 0.0 for w, split in zip(problem.weight_s, problem.splits, strict=True)
+    )
+    return [problem.forward_s, problem.backward_s, weight]
