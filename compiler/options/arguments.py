@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
+from ..ir.errors import OptionError
 from ..plan.plan import Plan
 from .checks import (
     callable_or,
@@ -64,6 +65,23 @@ def _check_dynamic(name: str, given: Any) -> None:
     from .ranges import check_dynamic
 
     check_dynamic(name, given)
+
+
+def _check_schedule(name: str, given: Any) -> None:
+    from ...passes.schedule.from_file import kind_of
+
+    if not isinstance(given, str):
+        raise OptionError(f"{name}={given!r}: give a name, such as {DEFAULT!r}, or a file's path")
+    if given != AUTO:
+        kind_of(given)
+
+
+def _order_of_schedule(_: str, options: Any) -> object:
+    """Its name, or what the file has in it."""
+    if options.schedule in (*SCHEDULES, AUTO):
+        return options.schedule
+    text = Path(options.schedule).read_bytes()
+    return hashlib.sha256(text).hexdigest()
 
 
 def _precision_in_plan(given: Any) -> str:
@@ -210,11 +228,12 @@ class Options:
     schedule: str = option(
         DEFAULT,
         help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values())
-        + '; "auto": the one with the shortest predicted step for ``example_batch``',
+        + '; "auto": the one with the shortest predicted step for ``example_batch``; or a file '
+        "with actions per rank, as text or CSV",
         more="All give the same bits.",
-        choices=(*SCHEDULES, AUTO),
+        check=_check_schedule,
         plan="keeps",
-        compared=as_it_is,
+        compared=_order_of_schedule,
         flag=Flag(group=PIPELINE, metavar="NAME"),
     )
     virtual_stages: int | None = option(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 
 from ...passes.generators.shape import PipelineShape
+from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
 from ..ir.errors import OptionError
@@ -137,10 +139,10 @@ class CompileOptions(Options):
             if option.compared is not None
         }
 
-    @property
+    @cached_property
     def kind(self) -> ScheduleKind:
         """Of the schedule."""
-        return SCHEDULES[self.schedule]
+        return kind_of(self.schedule)
 
     @property
     def virtual(self) -> int:

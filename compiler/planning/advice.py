@@ -31,7 +31,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     found = []
     if options.remat != "auto":
         found.append(f'use remat="auto" instead of "{options.remat}", to recompute what it takes')
-    stages = _fewest_ranks(problem, options)
+    stages = None if options.kind.fixed else _fewest_ranks(problem, options)
     if stages is not None:
         found.append(f"n_stages={stages} would fit")
     parts = [p for p in (2, 4, 8) if rows % p == 0]

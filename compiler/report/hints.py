@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
-from ...passes.schedule.registry import DEFAULT, SCHEDULES, ScheduleKind
+from ...passes.schedule.from_file import kind_of
+from ...passes.schedule.registry import DEFAULT, ScheduleKind
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
 from ..ir.actions import RECV, Action, Kind, Schedule
@@ -52,7 +53,7 @@ class Subject:
 
     @property
     def schedule(self) -> ScheduleKind:
-        return SCHEDULES[self.plan.options.get("schedule", DEFAULT)]
+        return kind_of(self.plan.options.get("schedule", DEFAULT))
 
     def shape(self, microbatches: int) -> PipelineShape:
         """The plan's pipeline, with so many microbatches."""
@@ -132,7 +133,7 @@ def _schedule(subject: Subject, microbatches: int) -> Schedule:
 def _microbatches(subject: Subject) -> str | None:
     """More microbatches of the same size: a smaller bubble, and the closing shared by more."""
     plan, now = subject.plan, subject.timeline
-    if max(plan.bubble, _closing(now)) <= WIDE_BUBBLE:
+    if max(plan.bubble, _closing(now)) <= WIDE_BUBBLE or subject.schedule.fixed:
         return None
     growth, then = 1, now
     while growth < MOST_GROWTH and _fits(subject, 2 * growth * plan.microbatches):
@@ -330,6 +331,8 @@ def _room(subject: Subject) -> str | None:
     """A budget that is hardly used may hold fewer stages, and more replicas beside them."""
     plan, problem = subject.plan, subject.problem
     if problem is None or plan.budget_bytes is None or problem.pins or plan.n_stages == 1:
+        return None
+    if subject.schedule.fixed:
         return None
     used = max(stage.memory.peak for stage in plan.stages) / plan.budget_bytes
     if used > ROOMY:

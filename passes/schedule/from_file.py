@@ -26,7 +26,7 @@ from ...compiler.ir.errors import OptionError, VerificationError
 from ...compiler.ir.program import Message
 from ..generators.shape import Homes, PipelineShape
 from .communication import add_communication
-from .registry import ScheduleKind
+from .registry import SCHEDULES, ScheduleKind
 from .verify import verify_schedule
 
 _COMPUTES = re.compile(r"(?P<stage>\d+)(?P<word>[FIBW])(?P<microbatch>\d+)")
@@ -59,7 +59,23 @@ def file_kind(path: str | Path) -> ScheduleKind:
         place=partial(_placed, str(path), homes),
         virtual=(virtual,),
         usual_virtual=virtual,
+        fixed=True,
     )
+
+
+def kind_of(name: str) -> ScheduleKind:
+    """The schedule of a name, or of a file.
+
+    Raises:
+        OptionError: there is none, or the file is not a legal schedule.
+    """
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    if Path(name).suffix or len(Path(name).parts) > 1:
+        return file_kind(name)
+    near = get_close_matches(name, SCHEDULES, 1)
+    use = f"did you mean {near[0]!r}?" if near else f"use {' or '.join(map(repr, SCHEDULES))}"
+    raise OptionError(f"schedule={name!r}: {use} A file's name has a suffix, such as .csv")
 
 
 def read_schedule(path: str | Path) -> Schedule:

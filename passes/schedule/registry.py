@@ -31,6 +31,7 @@ class ScheduleKind:
         virtual: how many stages a rank may hold; None for any number from 1 on.
         usual_virtual: what it holds where nothing is said.
         searches: whether the order depends on seconds and bytes.
+        fixed: whether it is for one number of ranks and microbatches alone.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ScheduleKind:
     virtual: tuple[int, ...] | None = (1,)
     usual_virtual: int = 1
     searches: bool = False
+    fixed: bool = False
 
     def shape(
         self,

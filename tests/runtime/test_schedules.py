@@ -39,8 +39,8 @@ QUICK: list[Case] = [
 
 
 def model_for(stages: int) -> str:
-    """GPT-2 ties a weight of the first stage and of the last; Llama has more units."""
-    return "gpt2" if stages <= 6 else "llama"
+    """GPT-2 ties a weight of the first stage and of the last; others have more units."""
+    return "gpt2" if stages <= 6 else "llama" if stages <= 9 else "llama-deep"
 
 
 @pytest.mark.parametrize(
