@@ -116,7 +116,7 @@ class _Model:
 
     def _variable(self, name: str, value: float, category: str = "Continuous") -> Any:
         high = 1 if category == "Binary" else self.horizon
-        variable = pulp.LpVariable(name, 0, high, category)
+        variable = self.program.add_variable(name, 0, high, cat=category)
         variable.setInitialValue(value)
         return variable
 
