@@ -21,6 +21,7 @@ from pipecompile.passes.generators.interleaved import interleaved
 from pipecompile.passes.generators.one_f_one_b import one_f_one_b
 from pipecompile.passes.generators.shape import PipelineShape, looped, v_shaped
 from pipecompile.passes.generators.zb import zb
+from pipecompile.passes.generators.zb_exact import zb_exact
 from pipecompile.passes.generators.zb_h1 import zb_h1, zb_h2
 from pipecompile.passes.schedule.registry import SCHEDULES
 from support.shapes import costs_of, peaks, profiled, timeline, unequal
@@ -160,6 +161,16 @@ def test_the_search_follows_what_counts() -> None:
     times = [timeline(zb(shape), shape) for shape in shapes]
     assert times[0].makespan_s <= times[1].makespan_s
     assert times[1].step_s <= times[0].step_s
+
+
+def test_the_exact_mode_says_how_good_the_search_is() -> None:
+    homes = looped(2, 1)
+    costs = costs_of(homes, [[3.0, 5.0], [4.0, 4.0], [2.0, 3.0]], 1.0, 2)
+    shape = PipelineShape(homes, 3, (False, True), costs)
+    exact = zb_exact(shape, 20)
+    assert timeline(exact.schedule, shape).makespan_s == pytest.approx(exact.seconds)
+    assert exact.bound_s <= exact.seconds <= exact.found_s
+    assert exact.gap <= 0.03
 
 
 # -- in a V -------------------------------------------------------------------------------------
