@@ -183,7 +183,7 @@ def test_inspect_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None
         assert flat(f"{flags[name]} {option.flag.metavar} {help_of(option, flags)}") in text
         for choice in option.choices:
             assert choice in help_of(option, flags)
-    assert "--schedule NAME 1f1b: few microbatches in flight; zb_h1: " in text
+    assert " 1f1b: few microbatches in flight; interleaved: " in text
     assert "(default: 1f1b)" in text
     assert "(default: 30)" in text
     assert "what it takes to fit into --memory;" in text
