@@ -15,8 +15,8 @@ V-Half   ⌊(p + 2) / 2⌋                p / 2 m
 V-Min    ⌊(p + 4) / 3⌋                2 p / 3 m
 =======  ===========================  =========================
 
-These are the paper's figures. The longest rank of what is made here takes 6 m + 3 p − 5 and
-6 m + 4 p − 5 of these units, where m ≥ p ≥ 4, and the paper's 6 m + 3 p and 6 m + 4 p. V-Min with
+These are the paper's figures. The longest rank of what is made here takes at most 6 m + 3 p − 4 and
+6 m + 4 p − 4 of these units, where m ≥ p ≥ 4, and the paper's 6 m + 3 p and 6 m + 4 p. V-Min with
 p = 4, m = 4, where a capital is the first stage of a rank:
 
     rank 0   F0 F1                f0 b0 F2 w0       f1 b1 B0 W0 F3 w1 f2 b2 B1 W1 w2    f3 b3 …

@@ -2,9 +2,9 @@
 
 An order made here ends, with any limit that holds one microbatch, if all that has room is started
 some day. For on every rank there is always room for all that the oldest microbatch still has to
-stash there, and for its B: F of a younger one has room only if what the younger ones hold, one whole
-microbatch, and what a B may hold more than its stash, fit together. So the oldest one can go all its
-way, and gives back what it holds. W can run at any time, and makes room.
+stash there, and for its B: F of a younger one has room only if what the younger ones hold, one
+whole microbatch, and what a B may hold more than its stash, fit together. So the oldest one can go
+all its way, and gives back what it holds. W can run at any time, and makes room.
 """
 
 from __future__ import annotations

@@ -31,11 +31,13 @@ class Proof:
         order: the best one found.
         seconds: what counts of it (`timing.Span`).
         bound_s: no order is faster.
+        start_s: what the order takes that it began with.
     """
 
     order: Order
     seconds: float
     bound_s: float
+    start_s: float
 
     @property
     def gap(self) -> float:
@@ -52,7 +54,7 @@ def proven(problem: Problem, order: Order, time_limit_s: float = 60.0) -> Proof:
     """
     times = times_of(problem, order)
     assert times is not None, "the order to start from waits for itself"
-    best = Proof(order, times.span[0], 0.0)
+    best = Proof(order, times.span[0], 0.0, times.span[0])
     unit = max(best.seconds, 1e-30)
     deadline = time.perf_counter() + time_limit_s
     for warm in (True, False):  # a start may mislead the solver: `passes.partition.ilp`
@@ -76,7 +78,7 @@ def _solved(problem: Problem, best: Proof, unit: float, warm: bool, time_limit_s
         found = model.order()
         times = times_of(problem, found)
         if times is not None and problem.fits(found) and times.span[0] < best.seconds:
-            best = Proof(found, times.span[0], 0.0)
+            best = replace(best, order=found, seconds=times.span[0])
     return replace(best, bound_s=min(bound_s, best.seconds))
 
 
@@ -116,7 +118,7 @@ class _Model:
 
     def _variable(self, name: str, value: float, category: str = "Continuous") -> Any:
         high = 1 if category == "Binary" else self.horizon
-        variable = pulp.LpVariable(name, 0, high, category)
+        variable = self.program.add_variable(name, 0, high, cat=category)
         variable.setInitialValue(value)
         return variable
 

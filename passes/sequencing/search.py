@@ -97,8 +97,8 @@ def _ranked(problem: Problem, effort: int) -> Iterator[Policy]:
         return _policies(problem)
     spans = []
     for policy in islice(_policies(few), max(LEAST, effort // few.steps)):
-        times = times_of(few, greedy(few, policy) or ())
-        if times is not None:
+        order = greedy(few, policy)
+        if order is not None and (times := times_of(few, order)) is not None:
             spans.append((times.span, policy))
     return iter([policy for _, policy in sorted(spans, key=lambda pair: pair[0])])
 

@@ -1,10 +1,10 @@
 """Zero-bubble schedules reach the published rates, at the memory that they were published for.
 
 Seconds and rates are from table 5 and the profiles of Qi et al., "Zero Bubble Pipeline Parallelism"
-(ICLR 2024), for GPT models of 1.5 to 28.3 billion parameters: a rate is 1 − m (F + B + W) / T, where T
-is the longest time of a rank. What B does not free, in the paper's count, are the inputs of matrix
-products, 32 of the 34 + 5 a s / h values per element that F stashes (a heads, sequences of s = 1024,
-width h). With stashes that stay whole until W the rates of ZB-2p cannot be reached, see below.
+(ICLR 2024), for GPT models of 1.5 to 28.3 billion parameters: a rate is 1 − m (F + B + W) / T,
+where T is the longest time of a rank. What B does not free, in the paper's count, are the inputs of
+matrix products, 32 of the 34 + 5 a s / h values per element that F stashes (a heads, sequences of
+s = 1024, width h). With stashes that stay whole until W the rates of ZB-2p cannot be reached.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipecompile.passes.generators.interleaved import interleaved
 from pipecompile.passes.generators.one_f_one_b import one_f_one_b
 from pipecompile.passes.generators.shape import PipelineShape, looped, v_shaped
 from pipecompile.passes.generators.zb import zb
+from pipecompile.passes.generators.zb_exact import zb_exact
 from pipecompile.passes.generators.zb_h1 import zb_h1, zb_h2
 from pipecompile.passes.schedule.registry import SCHEDULES
 from support.shapes import costs_of, peaks, profiled, timeline, unequal
@@ -64,6 +65,13 @@ ROWS = {
     ),
 }
 by_row = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+searched = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name, marks=[pytest.mark.slow] * (row.p > 8))
+        for name, row in ROWS.items()
+    ],
+)
 
 
 @by_row
@@ -87,7 +95,7 @@ def test_the_rates_of_zb_h1_and_zb_h2(
     assert max(peaks(schedule, shape)) <= times * row.p
 
 
-@by_row
+@searched
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_search_reaches_the_published_rates(row: Row, times: int) -> None:
     shape = profiled(row.p, row.m, row.us, times * row.p, row.carry)
@@ -96,13 +104,13 @@ def test_the_search_reaches_the_published_rates(row: Row, times: int) -> None:
     assert max(peaks(schedule, shape)) <= times * row.p
 
 
-@by_row
+@searched
 def test_zb_1p_needs_no_count_of_what_b_frees(row: Row) -> None:
     shape = profiled(row.p, row.m, row.us, row.p, carry=1.0)
     assert row.rate(zb(shape), shape) <= row.rates["zb_1p"] + 5e-5
 
 
-@by_row
+@searched
 def test_zb_2p_can_not_be_reached_where_stashes_stay_whole(row: Row) -> None:
     """The last rank runs W of all but 2 p before its last F, and what it ends is on its way after.
 
@@ -138,8 +146,8 @@ def test_the_search_is_never_worse_than_simple_schedules(
 def test_a_limit_below_the_least_is_refused_with_the_least(name: str) -> None:
     kind = SCHEDULES[name]
     homes = kind.place(3, 2)
-    costs = costs_of(homes, [[1.0] * 6] * 3, limit=0.75)
-    with pytest.raises(OptionError, match="rank 0 may hold 2 bytes .*, and one of them takes 2"):
+    costs = costs_of(homes, [[1.0] * 6] * 3, limit=0.5)
+    with pytest.raises(OptionError, match=r"rank 0 may hold 1 bytes .*, and one of them takes 2"):
         kind.generate(kind.shape(3, 4, 2, [True] * 6, costs))
 
 
@@ -153,6 +161,16 @@ def test_the_search_follows_what_counts() -> None:
     times = [timeline(zb(shape), shape) for shape in shapes]
     assert times[0].makespan_s <= times[1].makespan_s
     assert times[1].step_s <= times[0].step_s
+
+
+def test_the_exact_mode_says_how_good_the_search_is() -> None:
+    homes = looped(2, 1)
+    costs = costs_of(homes, [[3.0, 5.0], [4.0, 4.0], [2.0, 3.0]], 1.0, 2)
+    shape = PipelineShape(homes, 3, (False, True), costs)
+    exact = zb_exact(shape, 20)
+    assert timeline(exact.schedule, shape).makespan_s == pytest.approx(exact.seconds)
+    assert exact.bound_s <= exact.seconds <= exact.found_s
+    assert exact.gap <= 0.03
 
 
 # -- in a V -------------------------------------------------------------------------------------
@@ -187,7 +205,7 @@ def test_v_half_and_v_min_are_below_the_published(
     most = {2: (ranks + 2) // 2, 3: (ranks + 4) // 3}[share]
     for microbatches in (ranks, 2 * ranks + 1):
         waits, held = v_bubble(name, ranks, microbatches)
-        assert waits <= per_rank * ranks - 5 * (ranks > 3)
+        assert waits <= per_rank * ranks - 4 * (ranks > 3)
         assert held <= most
 
 

@@ -110,7 +110,7 @@ def test_more_carried_than_stashed_counts_for_the_least() -> None:
     assert problem.least_bytes == (7, 5)
     tight = replace(problem, limit_bytes=(7.0, 5.0))
     assert problem.fits(best_order(tight))
-    with pytest.raises(OptionError, match="rank 0 may hold 6 bytes .* one of them takes 7"):
+    with pytest.raises(OptionError, match=r"rank 0 may hold 6 bytes .* one of them takes 7"):
         best_order(replace(problem, limit_bytes=(6.0, 5.0)))
 
 
