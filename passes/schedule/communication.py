@@ -1,24 +1,74 @@
 """Adds sends and receives to a schedule of compute actions.
 
-Stages of one rank hand their values over in memory: there is nothing to send.
+Stages of one rank hand their values over in memory: there is nothing to send. Between ranks:
+
+- A send follows the action that makes its values, in the order of the stages that it goes to.
+- A receive is posted one compute action before the one that reads it, so that the transfer runs
+  beside that computation; earlier where seconds are known and transfers take longer. A receive has
+  room for its values from when it is posted, so that it is not posted earlier than that.
+- All that one rank sends to another shares a link, whichever stages it is between: what is sent
+  first is received first. On CUDA a link is an NCCL communicator with a stream of its own, whose
+  kernels wait for their other ends; one communicator per pair of stages would leave it to the
+  device which of two waiting kernels runs (NVIDIA's user guide warns of communicators used at
+  once). With a link per direction no send waits behind a receive, and a rank has at most two
+  kernels waiting per neighbour.
+
+Why that cannot deadlock: a message gets through when both its ends are posted and the one before it
+on its link is through. That one's send and receive stand earlier in the lists of the same two
+ranks, so that the link adds no wait which these lists do not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from ...compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Schedule, homes_of
+from ...compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind, Schedule, homes_of
 from ...compiler.ir.program import Message
 
+PHASE = {kind: phase for phase, kind in COMPUTE_OF.items()}
 
-def add_communication(schedule: Schedule, messages: Sequence[Message]) -> Schedule:
+Sends = Mapping[tuple[int, Kind], Sequence[tuple[Kind, int]]]
+"""(stage, kind of computation) -> kind and peer of the sends that follow it, in order."""
+
+
+@dataclass(frozen=True, order=True)
+class _Receive:
+    """A receive that is to be posted; in the order in which a rank does.
+
+    Attributes:
+        slot: before which of the rank's computations.
+        reader: the first of those that read it or what follows it on its link.
+    """
+
+    slot: int
+    reader: int
+    sender: int
+    number: int
+    action: Action
+
+
+def add_communication(
+    schedule: Schedule,
+    messages: Sequence[Message],
+    compute_s: Mapping[tuple[int, Kind], float] | None = None,
+    transfer_s: Mapping[tuple[int, int], float] | None = None,
+) -> Schedule:
     """Insert what the messages between programs need.
 
-    A send follows the action that makes its values. A receive is posted one compute action
-    before the one that reads it, so that the transfer runs beside that computation.
+    Args:
+        compute_s: seconds of (stage, kind), where they are known.
+        transfer_s: seconds of a message from one stage to another; 0 where not given.
     """
-    between = between_ranks(schedule, messages)
-    return tuple(tuple(_rank(actions, between)) for actions in schedule)
+    sends = _sends(between_ranks(schedule, messages))
+    receives = _receives(schedule, sends, compute_s, transfer_s or {})
+    return tuple(
+        tuple(_merged(actions, sends, receives[rank])) for rank, actions in enumerate(schedule)
+    )
 
 
 def between_ranks(schedule: Schedule, messages: Sequence[Message]) -> list[Message]:
@@ -27,26 +77,81 @@ def between_ranks(schedule: Schedule, messages: Sequence[Message]) -> list[Messa
     return [m for m in messages if homes[m.src] != homes[m.dst]]
 
 
-def _rank(actions: Sequence[Action], messages: Sequence[Message]) -> list[Action]:
-    result: list[Action] = []
-    received = [_receives(action, messages) for action in actions]
-    for i, action in enumerate(actions):
-        if i == 0:
-            result += received[0]
-        if i + 1 < len(actions):
-            result += received[i + 1]
-        result.append(action)
-        result += [
-            Action(action.stage, SEND[action.kind.phase], action.microbatch, m.dst)
-            for m in messages
-            if m.src == action.stage and action.kind is COMPUTE_OF[m.phase]
-        ]
+def _sends(messages: Sequence[Message]) -> Sends:
+    sends: dict[tuple[int, Kind], list[tuple[Kind, int]]] = defaultdict(list)
+    for m in sorted(messages, key=lambda m: m.dst):
+        sends[m.src, COMPUTE_OF[m.phase]].append((SEND[m.phase], m.dst))
+    return sends
+
+
+def _receives(
+    schedule: Schedule,
+    sends: Sends,
+    compute_s: Mapping[tuple[int, Kind], float] | None,
+    transfer_s: Mapping[tuple[int, int], float],
+) -> list[list[_Receive]]:
+    """Per rank, in order."""
+    homes = homes_of(schedule)
+    links: dict[tuple[int, int], list[tuple[Action, int]]] = defaultdict(list)
+    readers: dict[tuple[int, Kind, int | None], int] = {}
+    for rank, actions in enumerate(schedule):
+        for position, action in enumerate(actions):
+            readers[action.stage, action.kind, action.microbatch] = position
+            for _, peer in sends.get((action.stage, action.kind), ()):
+                links[rank, homes[peer]].append((action, peer))
+    busy_s = [_busy_s(actions, compute_s) for actions in schedule]
+    result: list[list[_Receive]] = [[] for _ in schedule]
+    for (src, dst), made in links.items():
+        result[dst] += _of_link(src, made, readers, busy_s[dst], transfer_s)
+    return [sorted(receives) for receives in result]
+
+
+def _busy_s(
+    actions: Sequence[Action], compute_s: Mapping[tuple[int, Kind], float] | None
+) -> list[float]:
+    """Before each computation, the seconds that its rank has computed so far; one for each
+    computation where that is not known. Between two of them at least as many pass."""
+    each = (1.0 if compute_s is None else compute_s[a.stage, a.kind] for a in actions)
+    return list(accumulate(each, initial=0.0))
+
+
+def _of_link(
+    src: int,
+    made: Sequence[tuple[Action, int]],
+    readers: Mapping[tuple[int, Kind, int | None], int],
+    busy_s: Sequence[float],
+    transfer_s: Mapping[tuple[int, int], float],
+) -> list[_Receive]:
+    """The receives of one link: each as late as it and those after it can be.
+
+    Args:
+        made: the computations whose values are sent, in order, and the stages that they go to.
+    """
+    result = []
+    slot = reader = len(busy_s)
+    latest_s = math.inf
+    for number, (action, peer) in reversed(list(enumerate(made))):
+        read = readers.get((peer, action.kind, action.microbatch))
+        if read is None:
+            continue  # which the verifier refuses
+        latest_s = min(latest_s, busy_s[read]) - transfer_s.get((action.stage, peer), 0.0)
+        in_time = bisect_right(busy_s, latest_s) - 1
+        slot = max(0, min(slot, read - 1, in_time))
+        reader = min(reader, read)
+        receive = Action(peer, RECV[PHASE[action.kind]], action.microbatch, action.stage)
+        result.append(_Receive(slot, reader, src, number, receive))
     return result
 
 
-def _receives(action: Action, messages: Sequence[Message]) -> list[Action]:
-    return [
-        Action(action.stage, RECV[action.kind.phase], action.microbatch, m.src)
-        for m in messages
-        if m.dst == action.stage and action.kind is COMPUTE_OF[m.phase]
-    ]
+def _merged(
+    actions: Sequence[Action], sends: Sends, receives: Sequence[_Receive]
+) -> Iterator[Action]:
+    """A rank's list."""
+    posted = 0
+    for position, action in enumerate(actions):
+        while posted < len(receives) and receives[posted].slot == position:
+            yield receives[posted].action
+            posted += 1
+        yield action
+        for kind, peer in sends.get((action.stage, action.kind), ()):
+            yield Action(action.stage, kind, action.microbatch, peer)
