@@ -20,7 +20,7 @@ from ..ir.actions import Action, Kind, Schedule
 from ..ir.errors import VerificationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """A compute action's time, in seconds from the start of the step.
 
@@ -34,7 +34,7 @@ class Interval:
     held_bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """A message between ranks, in seconds from the start of the step.
 

@@ -14,15 +14,18 @@ What replicas exchange costs nothing here. All is linear in the number of action
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ...compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind, Schedule, homes_of
 
 READS = {kind: COMPUTE_OF[phase] for phase, kind in RECV.items()}
 MAKES = {kind: COMPUTE_OF[phase] for phase, kind in SEND.items()}
 """Kind of a receive, or of a send -> of the computation that reads, or makes, its values."""
+
+Numbers = dict[int | None, int]
+NOTHING: Mapping[int | None, tuple[Link, Numbers]] = MappingProxyType({})
 
 
 @dataclass
@@ -101,8 +104,8 @@ class _Clock:
         self.end_s: tuple[list[float], ...] = tuple([] for _ in schedule)
         self.free_s = [0.0] * len(schedule)
         self.links: dict[tuple[int, int], Link] = {}
-        # (stage, kind, microbatch) -> the receives that it reads: link, and position on it
-        self.awaited: dict[tuple[int, Kind, int | None], list[tuple[Link, int]]] = defaultdict(list)
+        # (stage, kind) -> of each stage that it hears: the link, and microbatch -> place on it
+        self.awaited: dict[tuple[int, Kind], dict[int | None, tuple[Link, Numbers]]] = {}
         self.stuck: dict[int, Link] = {}
 
     def run(self) -> Run:
@@ -123,7 +126,10 @@ class _Clock:
             kind = action.kind
             start = end = self.free_s[rank]
             if kind.computes:
-                for link, number in self.awaited.get((action.stage, kind, action.microbatch), ()):
+                for link, numbers in self.awaited.get((action.stage, kind), NOTHING).values():
+                    number = numbers.get(action.microbatch)
+                    if number is None:
+                        continue
                     if number >= len(link.end_s):
                         link.waits, self.stuck[rank] = True, link
                         return
@@ -151,8 +157,9 @@ class _Clock:
             link.sends.append(action)
             link.ready_s.append(now_s)
         else:
-            reader = (action.stage, READS[action.kind], action.microbatch)
-            self.awaited[reader].append((link, len(link.posted_s)))
+            heard = self.awaited.setdefault((action.stage, READS[action.kind]), {})
+            numbers = heard.setdefault(action.peer, (link, {}))[1]
+            numbers[action.microbatch] = len(link.posted_s)
             link.posted_s.append(now_s)
         return link if self._settle(link) else None
 

@@ -24,32 +24,22 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 from ...compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind, Schedule, homes_of
 from ...compiler.ir.program import Message
 
+NO_MORE: tuple[int, Action | None] = (-1, None)
 PHASE = {kind: phase for phase, kind in COMPUTE_OF.items()}
 
 Sends = Mapping[tuple[int, Kind], Sequence[tuple[Kind, int]]]
 """(stage, kind of computation) -> kind and peer of the sends that follow it, in order."""
 
 
-@dataclass(frozen=True, order=True)
-class _Receive:
-    """A receive that is to be posted; in the order in which a rank does.
-
-    Attributes:
-        slot: before which of the rank's computations.
-        reader: the first of those that read it or what follows it on its link.
-    """
-
-    slot: int
-    reader: int
-    sender: int
-    number: int
-    action: Action
+Slot = tuple[int, int, int, int]
+"""Where a receive is posted: before which of the rank's computations; then, for the order among
+those, the first computation that reads it or what follows it on its link, the rank that sends, and
+its number on the link."""
 
 
 def add_communication(
@@ -89,21 +79,31 @@ def _receives(
     sends: Sends,
     compute_s: Mapping[tuple[int, Kind], float] | None,
     transfer_s: Mapping[tuple[int, int], float],
-) -> list[list[_Receive]]:
-    """Per rank, in order."""
+) -> list[Iterator[tuple[int, Action]]]:
+    """Per rank in order: before which of its computations they are posted, and the receives."""
     homes = homes_of(schedule)
     links: dict[tuple[int, int], list[tuple[Action, int]]] = defaultdict(list)
-    readers: dict[tuple[int, Kind, int | None], int] = {}
+    readers: dict[tuple[int, Kind], dict[int | None, int]] = defaultdict(dict)
     for rank, actions in enumerate(schedule):
         for position, action in enumerate(actions):
-            readers[action.stage, action.kind, action.microbatch] = position
+            readers[action.stage, action.kind][action.microbatch] = position
             for _, peer in sends.get((action.stage, action.kind), ()):
                 links[rank, homes[peer]].append((action, peer))
     busy_s = [_busy_s(actions, compute_s) for actions in schedule]
-    result: list[list[_Receive]] = [[] for _ in schedule]
+    slots: list[list[Slot]] = [[] for _ in schedule]
     for (src, dst), made in links.items():
-        result[dst] += _of_link(src, made, readers, busy_s[dst], transfer_s)
-    return [sorted(receives) for receives in result]
+        slots[dst] += _slots(src, made, readers, busy_s[dst], transfer_s)
+    return [_in_order(rank, sorted(each), links) for rank, each in enumerate(slots)]
+
+
+def _in_order(
+    rank: int,
+    slots: Sequence[Slot],
+    links: Mapping[tuple[int, int], Sequence[tuple[Action, int]]],
+) -> Iterator[tuple[int, Action]]:
+    for slot, _, sender, number in slots:
+        made, stage = links[sender, rank][number]
+        yield slot, Action(stage, RECV[PHASE[made.kind]], made.microbatch, made.stage)
 
 
 def _busy_s(
@@ -115,43 +115,41 @@ def _busy_s(
     return list(accumulate(each, initial=0.0))
 
 
-def _of_link(
+def _slots(
     src: int,
     made: Sequence[tuple[Action, int]],
-    readers: Mapping[tuple[int, Kind, int | None], int],
+    readers: Mapping[tuple[int, Kind], Mapping[int | None, int]],
     busy_s: Sequence[float],
     transfer_s: Mapping[tuple[int, int], float],
-) -> list[_Receive]:
-    """The receives of one link: each as late as it and those after it can be.
+) -> Iterator[Slot]:
+    """Of the receives of one link, the last first: each as late as it and those after it can be.
 
     Args:
         made: the computations whose values are sent, in order, and the stages that they go to.
     """
-    result = []
     slot = reader = len(busy_s)
     latest_s = math.inf
-    for number, (action, peer) in reversed(list(enumerate(made))):
-        read = readers.get((peer, action.kind, action.microbatch))
+    for number in range(len(made) - 1, -1, -1):
+        action, peer = made[number]
+        read = readers[peer, action.kind].get(action.microbatch)
         if read is None:
             continue  # which the verifier refuses
         latest_s = min(latest_s, busy_s[read]) - transfer_s.get((action.stage, peer), 0.0)
         in_time = bisect_right(busy_s, latest_s) - 1
         slot = max(0, min(slot, read - 1, in_time))
         reader = min(reader, read)
-        receive = Action(peer, RECV[PHASE[action.kind]], action.microbatch, action.stage)
-        result.append(_Receive(slot, reader, src, number, receive))
-    return result
+        yield slot, reader, src, number
 
 
 def _merged(
-    actions: Sequence[Action], sends: Sends, receives: Sequence[_Receive]
+    actions: Sequence[Action], sends: Sends, receives: Iterator[tuple[int, Action]]
 ) -> Iterator[Action]:
     """A rank's list."""
-    posted = 0
+    slot, receive = next(receives, NO_MORE)
     for position, action in enumerate(actions):
-        while posted < len(receives) and receives[posted].slot == position:
-            yield receives[posted].action
-            posted += 1
+        while receive is not None and slot == position:
+            yield receive
+            slot, receive = next(receives, NO_MORE)
         yield action
         for kind, peer in sends.get((action.stage, action.kind), ()):
             yield Action(action.stage, kind, action.microbatch, peer)

@@ -20,11 +20,9 @@ the place (`fault`). What is held at once is in `limits`, what replicas exchange
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Any
 
 from ...compiler.ir.actions import (
     COMPUTE,
@@ -100,47 +98,52 @@ class _Places:
 
     Attributes:
         homes: stage -> its rank.
-        at: (stage, kind, peer) -> (microbatch, position in the rank's list), in order.
-        sent, received: (from rank, to rank) -> (stage, stage, phase, microbatch) of its messages
-            in order, and the position of each.
+        at: (stage, kind, peer) -> the microbatches, and the positions in the rank's list, in order.
+        sent, received: (from rank, to rank) -> positions of the sends, or of the receives.
     """
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.homes = _homes(schedule)
-        self.at: dict[tuple[int, Kind, int | None], list[tuple[int, int]]] = defaultdict(list)
-        self.sent: dict[tuple[int, int], list[tuple[tuple[Any, ...], int]]] = defaultdict(list)
-        self.received: dict[tuple[int, int], list[tuple[tuple[Any, ...], int]]] = defaultdict(list)
+        self.at: dict[tuple[int, Kind, int | None], tuple[list[int], list[int]]] = {}
+        self.sent: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.received: dict[tuple[int, int], list[int]] = defaultdict(list)
         for rank, actions in enumerate(schedule):
             for index, action in enumerate(actions):
                 self._add(rank, index, action)
 
     def _add(self, rank: int, index: int, action: Action) -> None:
-        stage, kind, peer, number = action.stage, action.kind, action.peer, action.microbatch
+        kind, peer, number = action.kind, action.peer, action.microbatch
         ends = kind in NEEDS_A_PEER
         if (peer is None) is ends:
-            raise FaultError(
-                f"{action} names {'no' if ends else 'a'} stage to talk to", (rank, index)
-            )
+            said = f"{action} names {'no' if ends else 'a'} stage to talk to"
+            raise FaultError(said, (rank, index))
         if not ends and not kind.computes:
             return
         if number is None:
             raise FaultError(f"{action} names no microbatch", (rank, index))
-        self.at[stage, kind, peer].append((number, index))
+        key = (action.stage, kind, peer)
+        found = self.at.get(key)
+        if found is None:
+            found = self.at[key] = ([], [])
+        found[0].append(number)
+        found[1].append(index)
         if peer is None:
             return
         other = self.homes.get(peer, -1)
         if kind in MAKES:
-            self.sent[rank, other].append(((stage, peer, MAKES[kind], number), index))
+            self.sent[rank, other].append(index)
         else:
-            self.received[other, rank].append(((peer, stage, READS[kind], number), index))
+            self.received[other, rank].append(index)
 
     def numbers(self, stage: int, kind: Kind, peer: int | None = None) -> list[int]:
-        return [number for number, _ in self.at.get((stage, kind, peer), ())]
+        """Of the microbatches."""
+        return self.at.get((stage, kind, peer), ([], []))[0]
 
     def positions(self, stage: int, kind: Kind, peer: int | None = None) -> list[int]:
         """By microbatch, of what is there once for each."""
-        return [index for _, index in sorted(self.at.get((stage, kind, peer), ()))]
+        numbers, positions = self.at.get((stage, kind, peer), ([], []))
+        return [index for _, index in sorted(zip(numbers, positions, strict=True))]
 
     def place(self, stage: int, index: int) -> Place:
         return self.homes[stage], index
@@ -148,11 +151,11 @@ class _Places:
     def odd_one(self, stage: int, kind: Kind, peer: int | None, expected: Sequence[int]) -> Place:
         """The first of these actions that is not of the microbatch expected there; where they are
         too few, the last, and where there is none, the rank's first action."""
-        found = self.at.get((stage, kind, peer), [])
-        for (number, index), wanted in zip(found, [*expected, None], strict=False):
+        numbers, positions = self.at.get((stage, kind, peer), ([], []))
+        for number, index, wanted in zip(numbers, positions, [*expected, None], strict=False):
             if number != wanted:
                 return self.place(stage, index)
-        return self.place(stage, found[-1][1] if found else 0)
+        return self.place(stage, positions[-1] if positions else 0)
 
     def first_last(self, message: Message) -> tuple[list[int], list[int]]:
         """Per microbatch, the positions of what makes a message and of what reads it."""
@@ -260,9 +263,8 @@ def _check_no_stray(found: _Places, messages: Sequence[Message]) -> None:
     known |= {(m.dst, RECV[m.phase], m.src) for m in messages}
     for (stage, kind, peer), ends in found.at.items():
         if peer is not None and (stage, kind, peer) not in known:
-            number, index = ends[0]
-            action = Action(stage, kind, number, peer)
-            raise FaultError(f"{action} has no message", found.place(stage, index))
+            action = Action(stage, kind, ends[0][0], peer)
+            raise FaultError(f"{action} has no message", found.place(stage, ends[1][0]))
 
 
 def _check_pairs(found: _Places, message: Message, microbatches: int) -> None:
@@ -293,7 +295,7 @@ def _check_sides(found: _Places, message: Message) -> None:
     made, read = found.first_last(message)
     sends = found.positions(src, SEND[phase], dst)
     receives = found.positions(dst, RECV[phase], src)
-    later = found.positions(src, NEXT[kind]) or [math.inf] * len(sends)
+    later = found.positions(src, NEXT[kind]) or [len(found.schedule[found.homes[src]])] * len(sends)
     for i, at in enumerate(sends):
         action = Action(src, SEND[phase], i, dst)
         if at < made[i]:
@@ -324,12 +326,12 @@ def _check_in_turn(found: _Places, stage: int, send: Kind, before: int, after: i
 def _check_links(found: _Places) -> None:
     """Two ranks agree on the order of all that one of them sends to the other."""
     for (src, dst), sent in found.sent.items():
-        received = found.received.get((src, dst), [])
-        for (one, sent_at), (other, at) in zip(sent, received, strict=True):
-            if one != other:
-                send, receive = found.schedule[src][sent_at], found.schedule[dst][at]
+        for here, there in zip(sent, found.received[src, dst], strict=True):
+            send, receive = found.schedule[src][here], found.schedule[dst][there]
+            ends = (receive.peer, receive.stage, receive.microbatch, READS[receive.kind])
+            if (send.stage, send.peer, send.microbatch, MAKES[send.kind]) != ends:
                 said = f"{receive} is posted where {send} is next from rank {src} to rank {dst}"
-                raise FaultError(said, (dst, at), (src, sent_at))
+                raise FaultError(said, (dst, there), (src, here))
 
 
 def _check_no_cycle(schedule: Schedule) -> None:
