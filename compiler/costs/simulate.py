@@ -1,8 +1,13 @@
-"""Runs a schedule against costs: when every action starts and ends.
+"""Runs a schedule against costs: when every action starts and ends, and who waits for whom.
 
 A receive is complete at the sender's end + transfer time; transfers do not occupy the compute
 stream; the makespan is max over ranks of (last end − first start). A step is over when every
 rank has closed it: gradients reduced, optimizer run.
+
+That is the time of a link that takes any number of messages at once, from receives that were posted
+long ago. With `rendezvous` a message also waits for its receive and for the one before it on its
+link: with the receives of `passes.schedule.communication` that is the same time, unless messages
+of two ranks overlap.
 """
 
 from __future__ import annotations
@@ -10,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..ir.actions import COMPUTE_OF, RECV, Action, Kind, Schedule
+from ...passes.schedule.clock import MAKES, Run, run
+from ..ir.actions import Action, Kind, Schedule
 from ..ir.errors import VerificationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """A compute action's time, in seconds from the start of the step.
 
@@ -28,12 +34,35 @@ class Interval:
     held_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A message between ranks, in seconds from the start of the step.
+
+    Attributes:
+        src, dst: stages.
+        kind: F or B: of the action that makes its values, and of the one that reads them.
+        start_s: when it is under way; `end_s`: when it has arrived.
+    """
+
+    src: int
+    dst: int
+    kind: Kind
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """Per rank of a replica, its compute actions in time, and what it does once per step then."""
+    """Per rank of a replica, its compute actions in time, and what it does once per step then.
+
+    Attributes:
+        transfers: in the order of their ends.
+    """
 
     ranks: tuple[tuple[Interval, ...], ...]
     closing_s: tuple[float, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def step_s(self) -> float:
@@ -47,6 +76,11 @@ class Timeline:
 
     def busy_s(self, rank: int) -> float:
         return sum(x.end_s - x.start_s for x in self.ranks[rank])
+
+    def waiting_s(self, rank: int) -> float:
+        """From the start of the step to the end of its last action, without what it computes."""
+        row = self.ranks[rank]
+        return row[-1].end_s - self.busy_s(rank) if row else 0.0
 
     @property
     def bubble(self) -> float:
@@ -62,6 +96,7 @@ def simulate(
     transfer_s: Mapping[tuple[int, int], float],
     closing_s: Sequence[float] = (),
     held_bytes: Sequence[Sequence[int]] = (),
+    rendezvous: bool = False,
 ) -> Timeline:
     """The timeline of one replica.
 
@@ -70,40 +105,57 @@ def simulate(
         transfer_s: seconds of a message from one stage to another; 0 where not given.
         closing_s: per rank, seconds after its last action.
         held_bytes: per rank and action, what is held after it.
+        rendezvous: messages wait for their receives, and for each other on their link.
+
+    Raises:
+        VerificationError: ranks wait for each other for ever.
     """
-    rows: list[list[Interval]] = [[] for _ in schedule]
-    at = [0] * len(schedule)
-    ends: dict[Action, float] = {}
-    needs = _needs(schedule)
-    while any(at[r] < len(schedule[r]) for r in range(len(schedule))):
-        moved = False
-        for rank, actions in enumerate(schedule):
-            while at[rank] < len(actions):
-                action = actions[at[rank]]
-                if action.kind.computes:
-                    senders = needs.get(action, [])
-                    if any(sender not in ends for sender in senders):
-                        break
-                    pairs = ((x, transfer_s.get((x.stage, action.stage), 0.0)) for x in senders)
-                    arrivals = [ends[sender] + seconds for sender, seconds in pairs]
-                    free = rows[rank][-1].end_s if rows[rank] else 0.0
-                    start = max([free, *arrivals])
-                    ends[action] = start + compute_s[action.stage, action.kind]
-                    held = held_bytes[rank][at[rank]] if held_bytes else 0
-                    rows[rank].append(Interval(action, start, ends[action], held))
-                at[rank] += 1
-                moved = True
-        if not moved:
-            raise VerificationError("the schedule deadlocks")
-    return Timeline(tuple(tuple(row) for row in rows), tuple(closing_s))
+    found = run(schedule, compute_s, transfer_s, rendezvous)
+    if found.stuck:
+        raise VerificationError("the schedule deadlocks")
+    rows = []
+    for rank, actions in enumerate(schedule):
+        held = held_bytes[rank] if held_bytes else [0] * len(actions)
+        times = zip(actions, found.start_s[rank], found.end_s[rank], held, strict=True)
+        rows.append(tuple(Interval(*each) for each in times if each[0].kind.computes))
+    return Timeline(tuple(rows), tuple(closing_s), _transfers(found))
 
 
-def _needs(schedule: Schedule) -> dict[Action, list[Action]]:
-    """Compute action -> the compute actions of other ranks whose messages it reads."""
-    needs: dict[Action, list[Action]] = {}
-    for action in (action for actions in schedule for action in actions):
-        if action.kind in RECV.values() and action.peer is not None:
-            kind = COMPUTE_OF[action.kind.phase]
-            reader = Action(action.stage, kind, action.microbatch)
-            needs.setdefault(reader, []).append(Action(action.peer, kind, action.microbatch))
-    return needs
+def _transfers(found: Run) -> tuple[Transfer, ...]:
+    made = []
+    for link in found.links.values():
+        for send, start, end in zip(link.sends, link.start_s, link.end_s, strict=False):
+            assert send.peer is not None
+            assert send.microbatch is not None
+            kind = MAKES[send.kind]
+            made.append(Transfer(send.stage, send.peer, kind, send.microbatch, start, end))
+    return tuple(sorted(made, key=lambda transfer: (transfer.end_s, transfer.start_s)))
+
+
+def waits(timeline: Timeline) -> tuple[dict[int, float], ...]:
+    """Per rank, whom it waits for: rank -> seconds.
+
+    A gap before an action is owed to the rank whose message to that action comes last, until it
+    has arrived; what is left of it, for whatever reason, to the rank itself.
+    """
+    homes = {x.action.stage: rank for rank, row in enumerate(timeline.ranks) for x in row}
+    latest: dict[tuple[int, Kind, int | None], Transfer] = {}
+    for transfer in timeline.transfers:
+        key = (transfer.dst, transfer.kind, transfer.microbatch)
+        if key not in latest or transfer.end_s >= latest[key].end_s:
+            latest[key] = transfer
+    owed: list[dict[int, float]] = []
+    for rank, row in enumerate(timeline.ranks):
+        mine: dict[int, float] = {}
+        free = 0.0
+        for x in row:
+            last = latest.get((x.action.stage, x.action.kind, x.action.microbatch))
+            arrived = free if last is None else min(max(last.end_s, free), x.start_s)
+            if last is not None and arrived > free:
+                sender = homes[last.src]
+                mine[sender] = mine.get(sender, 0.0) + arrived - free
+            if x.start_s > arrived:
+                mine[rank] = mine.get(rank, 0.0) + x.start_s - arrived
+            free = x.end_s
+        owed.append(mine)
+    return tuple(owed)

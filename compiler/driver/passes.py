@@ -33,9 +33,10 @@ from ...passes.programs.inplace import reuse_memory
 from ...passes.programs.lower import lower
 from ...passes.programs.verify import verify_program, verify_writes
 from ...passes.schedule.communication import add_communication
-from ...passes.schedule.exchange import add_exchange
+from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
-from ...passes.schedule.verify import verify_exchange, verify_in_flight, verify_schedule
+from ...passes.schedule.limits import verify_in_flight
+from ...passes.schedule.verify import verify_schedule
 from ..costs.memory import RankMemory, rank_memory
 from ..ir.actions import Kind, Schedule, to_text
 from ..ir.errors import OptionError

@@ -17,25 +17,30 @@ each replica sums its own rows afterwards, which is a share of the traffic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 
 from ...compiler.ir.actions import Action, Kind, Schedule, homes_of
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import added
 from ...compiler.ir.zero import Zero
+from .fault import FaultError, drawn
 
 REDUCE = {Kind.B: Kind.REDUCE_B, Kind.W: Kind.REDUCE_W}
+ONCE = (Kind.UNSHARD, Kind.REDUCE_GRAD, Kind.SYNC_TIED)
 
 
 def add_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero: Zero) -> Schedule:
     """Insert the exchange between replicas into a schedule that communicates already."""
     homes = homes_of(schedule)
+    adds = {(code.stage, kind) for code in program.stages for kind in added(code)}
+    streams = dp > 1 and zero.streams
     rows: list[tuple[Action, ...]] = []
     for rank, actions in enumerate(schedule):
         mine = [stage for stage in sorted(homes) if homes[stage] == rank]
         first = [a for stage in mine for a in _opening(stage, program, dp, zero)]
         last = _closing(mine, program, dp, zero)
-        rows.append((*first, *_reducing(actions, program, dp, zero), *last))
+        rows.append((*first, *(_reducing(actions, adds) if streams else actions), *last))
     return tuple(rows)
 
 
@@ -44,13 +49,12 @@ def _opening(stage: int, program: PipelineProgram, dp: int, zero: Zero) -> list[
     return [Action(stage, Kind.UNSHARD)] if whole else []
 
 
-def _reducing(
-    actions: Sequence[Action], program: PipelineProgram, dp: int, zero: Zero
-) -> list[Action]:
-    """What a backward has made leaves after it, where gradients stream."""
-    if dp == 1 or not zero.streams:
-        return list(actions)
-    adds = {(code.stage, kind) for code in program.stages for kind in added(code)}
+def _reducing(actions: Sequence[Action], adds: Container[tuple[int, Kind]]) -> list[Action]:
+    """What a backward has made leaves after it, where gradients stream.
+
+    Args:
+        adds: (stage, kind) of the programs that add up gradients.
+    """
     made: list[Action] = []
     for action in actions:
         made.append(action)
@@ -68,3 +72,68 @@ def _closing(stages: Sequence[int], program: PipelineProgram, dp: int, zero: Zer
     sums = [Action(s, Kind.SYNC_TIED) for s in tied]
     means = [Action(s, Kind.REDUCE_GRAD) for s in adds if dp > 1]
     return means + sums if zero.streams else sums + means
+
+
+# -- is it legal? ---------------------------------------------------------------------------------
+
+
+def verify_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero: Zero) -> None:
+    """Replicas exchange gradients when all are added, tied ones where the table above says so.
+
+    Raises:
+        VerificationError: with the action that stands in the wrong place.
+    """
+    homes = homes_of(schedule)
+    placed: dict[int, list[tuple[int, Action]]] = {stage: [] for stage in homes}
+    for actions in schedule:
+        for index, action in enumerate(actions):
+            placed[action.stage].append((index, action))
+    try:
+        for stage, mine in placed.items():
+            opening = Counter(_opening(stage, program, dp, zero))
+            closing = Counter(_closing([stage], program, dp, zero))
+            _check_stage(stage, homes[stage], mine, opening + closing)
+        for rank, actions in enumerate(schedule):
+            _check_order(rank, actions, Kind.REDUCE_GRAD if zero.streams else Kind.SYNC_TIED)
+    except FaultError as fault:
+        raise drawn(schedule, fault) from None
+
+
+def _check_stage(
+    stage: int, rank: int, placed: Sequence[tuple[int, Action]], needed: Mapping[Action, int]
+) -> None:
+    """
+    Args:
+        placed: the stage's actions, each with its position in its rank's list.
+        needed: what has to be there once.
+    """
+    found = Counter(action for _, action in placed if action.kind in ONCE)
+    computes = [i for i, (_, action) in enumerate(placed) if action.kind.computes]
+    for action in {**needed, **found}:
+        count = found[action]
+        if count != 1:
+            at = placed[computes[-1]][0]
+            raise FaultError(f"stage {stage} has {count} {action.kind}", (rank, at))
+    for i, (at, action) in enumerate(placed):
+        if action.kind is Kind.UNSHARD and i > computes[0]:
+            raise FaultError(f"stage {stage} computes before {action}", (rank, at))
+        if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED) and i < computes[-1]:
+            last = placed[computes[-1]][1]
+            raise FaultError(f"{action} comes before {last}", (rank, at))
+        if action.kind in (Kind.REDUCE_B, Kind.REDUCE_W):
+            made = Action(stage, Kind(action.kind[-1]), action.microbatch)
+            if placed[i - 1][1] != made:
+                raise FaultError(f"{action} does not follow {made}", (rank, at))
+
+
+def _check_order(rank: int, actions: Sequence[Action], first: Kind) -> None:
+    """A rank's tied gradients are all summed before, or all after, its replicas' are averaged; and
+    after all its messages, whose links they share."""
+    before: Action | None = None
+    for at, action in enumerate(actions):
+        if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED):
+            if before is not None and action.kind is first is not before.kind:
+                raise FaultError(f"{action} is on the wrong side of {before}", (rank, at))
+            before = action
+        elif action.peer is not None and before is not None and before.kind is Kind.SYNC_TIED:
+            raise FaultError(f"{action} comes after {before}", (rank, at))

@@ -31,11 +31,9 @@ from pipecompile.passes.graph.autocast import _check_no_fp64
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.programs.lower import lower
 from pipecompile.passes.programs.verify import verify_program, verify_writes
-from pipecompile.passes.schedule.verify import (
-    verify_exchange,
-    verify_in_flight,
-    verify_schedule,
-)
+from pipecompile.passes.schedule.exchange import verify_exchange
+from pipecompile.passes.schedule.limits import verify_in_flight
+from pipecompile.passes.schedule.verify import verify_schedule
 from pipecompile.runtime.exchange.transport import Loopback
 from pipecompile.runtime.executor import drive
 from torch import fx, nn

@@ -17,8 +17,8 @@ from pipecompile.compiler.driver.compiled import Compiled
 from pipecompile.compiler.ir.actions import Action, Kind, Schedule
 from pipecompile.compiler.ir.program import PipelineProgram
 from pipecompile.passes.schedule.communication import add_communication
-from pipecompile.passes.schedule.exchange import add_exchange
-from pipecompile.passes.schedule.verify import verify_exchange, verify_schedule
+from pipecompile.passes.schedule.exchange import add_exchange, verify_exchange
+from pipecompile.passes.schedule.verify import verify_schedule
 from pipecompile.runtime import start
 from pipecompile.runtime.exchange.mesh import Mesh, world_size
 from support import jobs, measured, models, plain

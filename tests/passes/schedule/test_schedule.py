@@ -22,8 +22,9 @@ from pipecompile.compiler.ir.graph import Phase
 from pipecompile.compiler.ir.program import Message
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.forward_only import forward_only
+from pipecompile.passes.schedule.limits import verify_in_flight
 from pipecompile.passes.schedule.registry import SCHEDULES
-from pipecompile.passes.schedule.verify import verify_in_flight, verify_schedule
+from pipecompile.passes.schedule.verify import verify_schedule
 
 GOLDEN_1F1B = """\
 0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3

@@ -15,7 +15,7 @@ from pipecompile.compiler.ir import zero as zeros
 from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
 from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
 from pipecompile.compiler.ir.shards import Item, layer_of, parcels_of, row_range, rows_of
-from pipecompile.passes.schedule.verify import verify_exchange
+from pipecompile.passes.schedule.exchange import verify_exchange
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from support.matrix import quickly
