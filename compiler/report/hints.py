@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 
 from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
+from ...passes.schedule.communication import add_communication
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.registry import DEFAULT, ScheduleKind
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
-from ..ir.actions import RECV, Action, Kind, Schedule
+from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.graph import Phase
 from ..ir.problem import Problem, Solution
+from ..ir.program import Message
 from ..plan.plan import Plan, TiedPlan
 from ..planning.formulation import elsewhere
 from .compare import solution_in
@@ -115,16 +117,11 @@ def resimulated(
 
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
-    """The plan's kind of schedule; receives, of which only the pairing counts, come first."""
-    plan = subject.plan
+    """The plan's kind of schedule."""
     compute = subject.schedule.generate(subject.shape(microbatches))
-    receives: list[list[Action]] = [[] for _ in compute]
-    for stage in plan.stages:
-        for t in stage.sends:
-            kind = RECV[Phase(t.phase)]
-            if (home := plan.stages[t.dst].rank) != stage.rank:
-                receives[home] += [Action(t.dst, kind, i, stage.stage) for i in range(microbatches)]
-    return tuple((*first, *then) for first, then in zip(receives, compute, strict=True))
+    sends = ((stage.stage, t) for stage in subject.plan.stages for t in stage.sends)
+    messages = [Message(src, t.dst, Phase(t.phase), ()) for src, t in sends]
+    return add_communication(compute, messages)
 
 
 # -- the schedule -------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from ...compiler.ir.actions import Action, Kind, Schedule
+from ..sequencing import search
 from ..sequencing.problem import Order, Problem
-from ..sequencing.search import EFFORT
 from .shape import PipelineShape
 
 KINDS = (Kind.F, Kind.B, Kind.W)
-UNKNOWN_EFFORT = EFFORT // 10  # where all stages are alike there is little to find
+UNKNOWN_PART = 10  # of the effort, where all stages are alike and there is little to find
 
 
 def problem_of(shape: PipelineShape, most: int | None = None) -> Problem:
@@ -46,7 +46,7 @@ def problem_of(shape: PipelineShape, most: int | None = None) -> Problem:
 
 def effort_of(shape: PipelineShape) -> int:
     """How many steps to simulate."""
-    return EFFORT if shape.costs else UNKNOWN_EFFORT
+    return search.EFFORT if shape.costs else search.EFFORT // UNKNOWN_PART
 
 
 def order_of(schedule: Schedule) -> Order:

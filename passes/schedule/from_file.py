@@ -147,9 +147,9 @@ def _check(schedule: Schedule, where: str) -> None:
     there = [Message(s, s + 1, Phase.FORWARD, ()) for s in range(last)]
     back = [Message(s + 1, s, Phase.BACKWARD, ()) for s in range(last)]
     messages = [*there, *back]
+    if set(homes_of(schedule)) != set(range(last + 1)):
+        raise OptionError(f"{where}: only stages {sorted(homes_of(schedule))} have actions")
     try:
-        if set(homes_of(schedule)) != set(range(last + 1)):
-            raise VerificationError(f"only stages {sorted(homes_of(schedule))} have actions")
         verify_schedule(add_communication(schedule, messages), messages, microbatches, True)
     except VerificationError as error:
         raise OptionError(f"{where}: {error}") from None

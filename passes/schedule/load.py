@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...compiler.costs.simulate import Timeline, simulate
-from ...compiler.ir.actions import Action, Kind, Schedule
+from ...compiler.ir.actions import Action, Kind, Phase, Schedule
 from ..generators.shape import PipelineShape
 
 MOST_MOMENTS = 12
@@ -56,13 +56,13 @@ def timed(
     transfer_s: Mapping[tuple[int, int], float],
 ) -> Timeline:
     """Compute actions in time, where each stage waits for its neighbours alone."""
-    receives: list[list[Action]] = [[] for _ in schedule]  # only their pairing counts
-    for stage, rank in enumerate(shape.homes):
-        for kind, peer in ((Kind.RECV_F, stage - 1), (Kind.RECV_B, stage + 1)):
-            if 0 <= peer < shape.n_stages and shape.homes[peer] != rank:
-                receives[rank] += [Action(stage, kind, i, peer) for i in range(shape.microbatches)]
-    whole = ((*first, *then) for first, then in zip(receives, schedule, strict=True))
-    return simulate(tuple(whole), compute_s, transfer_s)
+    from ...compiler.ir.program import Message  # which imports torch; the registry does not
+    from .communication import add_communication
+
+    pairs = [(s, s + 1) for s in range(shape.n_stages - 1)]
+    messages = [Message(a, b, Phase.FORWARD, ()) for a, b in pairs]
+    messages += [Message(b, a, Phase.BACKWARD, ()) for a, b in pairs]
+    return simulate(add_communication(schedule, messages), compute_s, transfer_s)
 
 
 def _idle(schedule: Schedule, shape: PipelineShape) -> float:
