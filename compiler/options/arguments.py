@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
-from ..ir.errors import OptionError
 from ..plan.plan import Plan
 from .checks import (
     callable_or,
@@ -41,6 +40,7 @@ from .parsing import (
     parse_seconds,
     parse_stages,
 )
+from .schedule import check_schedule, order_of_schedule
 from .weight_path import locate_weights
 
 if TYPE_CHECKING:
@@ -65,23 +65,6 @@ def _check_dynamic(name: str, given: Any) -> None:
     from .ranges import check_dynamic
 
     check_dynamic(name, given)
-
-
-def _check_schedule(name: str, given: Any) -> None:
-    from ...passes.schedule.from_file import kind_of
-
-    if not isinstance(given, str):
-        raise OptionError(f"{name}={given!r}: give a name, such as {DEFAULT!r}, or a file's path")
-    if given != AUTO:
-        kind_of(given)
-
-
-def _order_of_schedule(_: str, options: Any) -> object:
-    """Its name, or what the file has in it."""
-    if options.schedule in (*SCHEDULES, AUTO):
-        return options.schedule
-    text = Path(options.schedule).read_bytes()
-    return hashlib.sha256(text).hexdigest()
 
 
 def _precision_in_plan(given: Any) -> str:
@@ -231,9 +214,9 @@ class Options:
         + '; "auto": the one with the shortest predicted step for ``example_batch``; or a file '
         "with actions per rank, as text or CSV",
         more="All give the same bits.",
-        check=_check_schedule,
+        check=check_schedule,
         plan="keeps",
-        compared=_order_of_schedule,
+        compared=order_of_schedule,
         flag=Flag(group=PIPELINE, metavar="NAME"),
     )
     virtual_stages: int | None = option(

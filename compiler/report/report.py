@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -201,9 +200,11 @@ class _Report:
     def _trials(self, trials: Sequence[Trial]) -> Group:
         """Ways to use the devices; which one was taken, and why."""
         plan = self.plan
-        best = min(trials, key=lambda t: math.inf if t.step_s is None else t.step_s)
+        best_s = min(t.step_s for t in trials if t.step_s is not None)
+        taken = plan.n_stages, plan.options.get("schedule", DEFAULT), plan.virtual_stages
         rows = plan.microbatches * plan.microbatch_rows * plan.dp
-        said = [_verdict(t, t is best, best.step_s or 0.0) for t in trials]
+        ways = [(t.way.n_stages, t.way.schedule, t.way.virtual_stages or 1) for t in trials]
+        said = [_verdict(t, way == taken, best_s) for t, way in zip(trials, ways, strict=True)]
         scale = bytes_scale([t.peak_bytes for t in trials])
         orders = len({t.way.order for t in trials}) > 1
         divides = len({t.way.n_stages for t in trials}) > 1
