@@ -48,7 +48,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         default=(),
         metavar="NAMES",
         help="beside the plan, simple strategies at the same prices: uniform, parameters, "
-        "sequential, all-or-nothing, dynamic; separated by commas",
+        "sequential, all-or-nothing, dynamic; schedules for the same batch in every schedule; "
+        "separated by commas",
     )
     group.add_argument(
         "--passes", action="store_true", help="list the passes, with what each did and its time"

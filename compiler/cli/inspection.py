@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...passes.schedule.registry import DEFAULT
 from ..capture.batch import BatchSpec, flatten
 from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
@@ -20,9 +21,10 @@ from ..driver.record import prepare
 from ..ir.errors import OptionError
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..planning.target import Target
-from ..report.compare import calibrated, compare
+from ..report.compare import ORDERS, calibrated, compare
 from ..report.hints import Subject, hints
 from ..report.report import Extras
 from .request import Request
@@ -62,7 +64,10 @@ def inspect(request: Request) -> Inspection:
     if request.save is not None:
         _save(plan, request.save)
     problem = None if compiled.problem is None else calibrated(compiled.problem, plan)
-    rows = compare(problem, plan.decision, request.compare) if problem and request.compare else ()
+    names = [name for name in request.compare if name != ORDERS]
+    rows = compare(problem, plan.decision, names) if problem and names else ()
+    if ORDERS in request.compare and not (request.open and request.open.orders):
+        trials = _in_every_order(request, options, skeleton, whole, plan)
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
     fp32 = _in_fp32(request, options, compiled, model, whole) if options.mixed else None
@@ -128,6 +133,22 @@ def _chosen(
     chosen, trials = choose(open_.ways(options, open_.devices or 1), build, open_.orders)
     final = chosen.way.of(options, microbatches=chosen.microbatches)
     return _built(request, final, skeleton, whole), trials
+
+
+def _in_every_order(
+    request: Request, options: CompileOptions, skeleton: Skeleton, whole: BatchSpec, plan: Plan
+) -> tuple[Trial, ...]:
+    """The same batch and ranks in every schedule, with as many microbatches."""
+    captured: Captures = {}
+    shape = {name: getattr(plan, name) for name in ("n_stages", "dp", "microbatches")}
+    own = replace(options, **shape, dump_dir=None)
+
+    def build(way: Way, finer: int) -> Compiled:
+        return _built(request, way.of(own), skeleton, whole, finer, captured)
+
+    ways = Open(divides=False, orders=True).ways(own, 1)
+    own = replace(own, virtual_stages=None, schedule=DEFAULT, schedule_memory=AUTO)
+    return choose(ways, build)[1]
 
 
 def _save(plan: Plan, path: Path) -> None:

@@ -56,11 +56,15 @@ class Comparison:
         return not self.reason and not self.over_bytes
 
 
+ORDERS = "schedules"
+"""Not a strategy of dividing a model: every schedule, each with a division of its own."""
+
+
 def check_names(names: Sequence[str]) -> None:
     """Raises OptionError for a strategy that does not exist, or stands twice."""
     for i, name in enumerate(names):
-        if name not in STRATEGIES:
-            raise OptionError(f"--compare {name!r}: known are {', '.join(STRATEGIES)}")
+        if name not in (*STRATEGIES, ORDERS):
+            raise OptionError(f"--compare {name!r}: known are {', '.join((*STRATEGIES, ORDERS))}")
         if name in names[:i]:
             raise OptionError(f"--compare names {name} twice")
 

@@ -431,7 +431,9 @@ def _recomputed(stage: StagePlan) -> str:
 def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
     if trial.step_s is None:
         return trial.reason
-    return "the shortest step: chosen" if chosen else f"{trial.step_s / best_s:.2f} × as long"
+    if chosen and trial.step_s <= best_s:
+        return "the shortest step: chosen"
+    return f"{'this plan: ' if chosen else ''}{trial.step_s / best_s:.2f} × as long"
 
 
 def _tied(tied: TiedPlan, plan: Plan) -> str:
