@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ...passes.partition.solve import solve
+from ...passes.schedule.communication import add_communication
 from ...passes.schedule.registry import DEFAULT, SCHEDULES, ScheduleKind
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
-from ..ir.actions import RECV, Action, Kind, Schedule
+from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.graph import Phase
 from ..ir.problem import Problem, Solution
+from ..ir.program import Message
 from ..plan.plan import Plan
 from .compare import solution_in
 from .quantities import bytes_scale, bytes_text, seconds_text
@@ -111,16 +113,13 @@ def resimulated(
 
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
-    """The plan's kind of schedule; receives, of which only the pairing counts, come first."""
+    """The plan's kind of schedule."""
     plan = subject.plan
     shape = subject.schedule.shape(plan.n_stages, microbatches, splits=subject.splits)
-    compute = subject.schedule.generate(shape)
-    receives: list[list[Action]] = [[] for _ in compute]
-    for stage in plan.stages:
-        for t in stage.sends:
-            kind = RECV[Phase(t.phase)]
-            receives[t.dst] += [Action(t.dst, kind, i, stage.stage) for i in range(microbatches)]
-    return tuple((*first, *then) for first, then in zip(receives, compute, strict=True))
+    messages = [
+        Message(each.stage, t.dst, Phase(t.phase), ()) for each in plan.stages for t in each.sends
+    ]
+    return add_communication(subject.schedule.generate(shape), messages)
 
 
 # -- the schedule -------------------------------------------------------------------------------
