@@ -40,30 +40,37 @@ def compile(arguments: Arguments) -> Pipeline:
     options = CompileOptions.of(arguments)
     check_model(arguments.model, arguments.loss_fn)
     from ..runtime.start import start, start_best
+    from .driver.auto import Open
 
-    if arguments.n_stages != AUTO:
-        if arguments.devices is not None:
-            raise OptionError('devices= has no effect without n_stages="auto"')
+    divides, orders = arguments.n_stages == AUTO, arguments.schedule == AUTO
+    if not divides and arguments.devices is not None:
+        raise OptionError('devices= has no effect without n_stages="auto"')
+    if not divides and not orders:
         return start(arguments.model, options)
-    _check_auto(arguments)
-    return start_best(arguments.model, options, arguments.devices)
+    _check_auto(arguments, 'n_stages="auto"' if divides else 'schedule="auto"')
+    open_ = Open(
+        divides,
+        orders,
+        arguments.devices,
+        arguments.virtual_stages,
+        arguments.schedule_memory,
+    )
+    return start_best(arguments.model, options, open_)
 
 
-def _check_auto(arguments: Arguments) -> None:
-    """Raises OptionError for what automatic stages lack, or do not go with."""
+def _check_auto(arguments: Arguments, auto: str) -> None:
+    """Raises OptionError for what automatic stages or schedules lack, or do not go with."""
     declarations_of(Arguments)["devices"].check_value(arguments.devices)
-    if arguments.dp is not None:
+    if arguments.n_stages == AUTO and arguments.dp is not None:
         raise OptionError(
             f'dp={arguments.dp} beside n_stages="auto": dp follows from the devices, leave it out'
         )
     if arguments.example_batch is None:
-        raise OptionError(
-            'n_stages="auto" needs example_batch=, the batch of all replicas, to plan for'
-        )
+        whole = ", the batch of all replicas" if arguments.n_stages == AUTO else ""
+        raise OptionError(f"{auto} needs example_batch={whole}, to plan for")
     if arguments.cut is not None:
-        raise OptionError(
-            'cut= beside n_stages="auto", which plans for rows: give n_stages= and dp= numbers'
-        )
-    for name in ("plan", "pin"):
-        if getattr(arguments, name) is not None:
-            raise OptionError(f'{name}= names stages: give n_stages a number, not "auto"')
+        raise OptionError(f"cut= beside {auto}, which plans for rows: name what is to be taken")
+    if arguments.pin is not None:
+        raise OptionError(f"pin= names stages, which {auto} does not number: leave one of them out")
+    if arguments.plan is not None:
+        raise OptionError(f"plan= has decided what {auto} would choose: leave one of them out")

@@ -19,6 +19,7 @@ from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
 from ..compiler.ir.errors import BatchError, VerificationError
 from ..compiler.ir.graph import module_of
 from ..compiler.ir.program import Message, PipelineProgram, Program, Role
+from ..compiler.ir.shards import late_gradients
 from .binding import BoundStage
 from .exchange import wire
 from .exchange.transport import Pending, Run
@@ -106,9 +107,7 @@ class Executor:
             stage: BoundStage(pipeline.stages[stage], state, self.by_data) for stage in state.stages
         }
         self.leaving = {
-            stage: state.grads.departures(
-                bound.code, [tied.name for tied in pipeline.tied if stage in tied.holders]
-            )
+            stage: state.grads.departures(bound.code, late_gradients(pipeline, stage, state.stages))
             for stage, bound in self.stages.items()
         }
         self.tied = TiedGradients(pipeline, state)

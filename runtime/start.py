@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
 from ..compiler.capture import batch as batches
 from ..compiler.capture.skeleton import skeleton_of
 from ..compiler.capture.whole import with_loss
-from ..compiler.driver.auto import choose_stages, listed
-from ..compiler.driver.builder import Builder
+from ..compiler.driver.auto import Open, Way, choose, listed
+from ..compiler.driver.builder import Builder, Captures
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
@@ -30,7 +28,7 @@ from .world import plain_torch
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
     options.check_zero()
-    mesh = make_mesh(options.n_stages, options.dp)
+    mesh = make_mesh(options.n_stages, options.dp, options.shape(1).placement)
     device = choose_device(options.device, mesh)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
@@ -38,22 +36,25 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
         return Pipeline(model, options, skeleton, mesh, device)
 
 
-def start_best(model: nn.Module, options: CompileOptions, devices: int | None) -> Pipeline:
-    """The pipeline whose division of the devices has the shortest predicted step.
+def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeline:
+    """The pipeline with the shortest predicted step of all that options leave open.
 
     Rank 0 plans them all, by peak rates; the others wait for its choice.
     """
-    ranks = world_size()
-    count = devices or ranks or torch.cuda.device_count()
-    if not count:
+    count = open_.devices or world_size() or torch.cuda.device_count()
+    if open_.divides and not count:
         raise OptionError('n_stages="auto" needs devices=, as this process sees no GPUs')
-    mesh = make_mesh(count, 1)
+    if not open_.divides:
+        options.check_zero()
+    mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
     with plain_torch(device):
-        return _best(with_loss(model, options.loss_fn), options, mesh, device)
+        return _best(with_loss(model, options.loss_fn), options, open_, mesh, device)
 
 
-def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.device) -> Pipeline:
+def _best(
+    model: nn.Module, options: CompileOptions, open_: Open, mesh: Mesh, device: torch.device
+) -> Pipeline:
     connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
     agreement = Agreement(mesh, device)
@@ -63,30 +64,30 @@ def _best(model: nn.Module, options: CompileOptions, mesh: Mesh, device: torch.d
     weights = options.weights
     if weights is not None:  # refuse what does not fit before planning
         agreement.together(lambda: WeightFiles(weights, skeleton), StateError)
-    values, whole = batches.flatten(options.example_batch)
+    values, given = batches.flatten(options.example_batch)
     values = [] if any(map(is_fake, values)) else values
+    brought = mesh.dp if mesh.distributed and not open_.divides else 1  # each replica its share
+    whole = given.with_rows(given.rows * brought)
     target = target_of(options, device, mesh)
+    captured: Captures = {}
 
-    def build(n_stages: int, dp: int, finer: int) -> Compiled:
-        tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
-        piece, microbatches = divide(whole, tried, dp, finer=finer)
-        asked = batches.cut(values, (piece.rows, whole.rows - piece.rows))[0] if values else ()
-        return Builder(skeleton, tried, target).build(Mode.TRAIN, piece, microbatches, batch=asked)
+    def build(way: Way, finer: int) -> Compiled:
+        tried = way.of(options, dump_dir=None)
+        piece, microbatches = divide(whole, tried, way.dp, finer=finer)
+        asked = batches.cut(values, (piece.rows, given.rows - piece.rows))[0] if values else ()
+        builder = Builder(skeleton, tried, target, captured=captured)
+        return builder.build(Mode.TRAIN, piece, microbatches, batch=asked)
 
     team = Ranks(mesh, agreement, model, options)
-    best, trials = team.share(lambda: choose_stages(mesh.size, build))
-    chosen = replace(
-        options,
-        n_stages=best.n_stages,
-        dp=best.dp,
-        microbatches=best.microbatches,
-        example_batch=None,
-    )
-    mesh = make_mesh(best.n_stages, best.dp)
-    why = f"{best} is the shortest predicted step of {listed(trials)}"
+    ways = open_.ways(options, mesh.size)
+    best, trials = team.share(lambda: choose(ways, build, finer=open_.orders))
+    chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
+    mesh = make_mesh(chosen.n_stages, chosen.dp, chosen.shape(1).placement)
+    why = f"{best.told(open_.orders)} is the shortest predicted step of {listed(trials)}"
     pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
     rows = cut(whole.rows, pipe.data_shards)
-    mine = batches.cut(values, rows)[pipe.data_shard] if values else ()
+    if open_.divides and values:
+        values = batches.cut(values, rows)[pipe.data_shard]
     share = whole.with_rows(rows[pipe.data_shard])
-    pipe.compile_for(share.build(mine) if values else share)
+    pipe.compile_for(share.build(values) if values else share)
     return pipe

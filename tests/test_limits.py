@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.costs import memory
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.driver.auto import choose_stages
+from pipecompile.compiler.driver.auto import Open, Way, choose
 from pipecompile.compiler.ir import ops, precision, shards
 from pipecompile.compiler.ir.actions import from_text
 from pipecompile.compiler.ir.errors import MemoryBudgetError, PartitionError
@@ -28,11 +28,12 @@ from pipecompile.compiler.ir.precision import LossScale
 from pipecompile.compiler.ir.problem import Option, Problem, solution_of
 from pipecompile.compiler.ir.program import PipelineProgram, Program, StageProgram
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning import advice, cutter, stash
-from pipecompile.compiler.planning import menus as menus_
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.planning import advice
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
+from pipecompile.compiler.units import cutter, stash
+from pipecompile.compiler.units import menus as menus_
+from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
 from pipecompile.runtime.exchange.mesh import connect, make_mesh
 from pipecompile.runtime.exchange.processes import Processes
@@ -258,14 +259,14 @@ def test_ever_finer_microbatches_are_tried_where_memory_is_short() -> None:
     """Up to eight times as many; what fails for another reason is not tried again."""
     tried: list[tuple[int, int]] = []
 
-    def build(n_stages: int, dp: int, finer: int) -> Any:
-        tried.append((n_stages, finer))
-        if n_stages == 3:
+    def build(way: Way, finer: int) -> Any:
+        tried.append((way.n_stages, finer))
+        if way.n_stages == 3:
             raise PartitionError("too few units")
         raise MemoryBudgetError("too much", (1.0,), NEAREST, True)
 
     with pytest.raises(pipecompile.errors.OptionError, match="1 × dp 3: too much; 3 × dp 1: too f"):
-        choose_stages(3, build)
+        choose(Open(True, False).ways(CompileOptions(n_stages=1), 3), build)
     assert tried == [(1, 1), (1, 2), (1, 4), (1, 8), (3, 1)]
 
 

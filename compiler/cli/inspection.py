@@ -13,8 +13,8 @@ from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
 from ..capture.whole import with_loss
 from ..costs.simulate import Timeline
-from ..driver.auto import Trial, choose_stages
-from ..driver.builder import Builder
+from ..driver.auto import Open, Trial, Way, choose
+from ..driver.builder import Builder, Captures
 from ..driver.compiled import Compiled, Mode
 from ..driver.record import prepare
 from ..ir.errors import OptionError
@@ -54,10 +54,10 @@ def inspect(request: Request) -> Inspection:
     _, whole = flatten(subject.batch)
     skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
     trials: tuple[Trial, ...] = ()
-    if request.devices is None:
+    if request.open is None:
         compiled = _built(request, options, skeleton, whole)
     else:
-        compiled, trials = _divided(request, options, skeleton, whole, request.devices)
+        compiled, trials = _chosen(request, options, skeleton, whole, request.open)
     plan = compiled.plan
     if request.save is not None:
         _save(plan, request.save)
@@ -103,37 +103,31 @@ def _built(
     skeleton: Skeleton,
     whole: BatchSpec,
     finer: int = 1,
+    captured: Captures | None = None,
 ) -> Compiled:
     spec, microbatches = divide(whole, options, options.dp, finer=finer)
     target = Target(HOST, request.device, request.limit_bytes)
-    return Builder(skeleton, options, target).build(Mode.TRAIN, spec, microbatches)
+    builder = Builder(skeleton, options, target, captured=captured)
+    return builder.build(Mode.TRAIN, spec, microbatches)
 
 
-def _divided(
+def _chosen(
     request: Request,
     options: CompileOptions,
     skeleton: Skeleton,
     whole: BatchSpec,
-    devices: int,
+    open_: Open,
 ) -> tuple[Compiled, tuple[Trial, ...]]:
-    """The best division of the devices, and all that were tried."""
-    built: dict[int, Compiled] = {}
+    """The best way to use the devices, and all that were tried."""
+    captured: Captures = {}
 
-    def build(n_stages: int, dp: int, finer: int) -> Compiled:
-        tried = replace(options, n_stages=n_stages, dp=dp, dump_dir=None)
-        built[n_stages] = _built(request, tried, skeleton, whole, finer=finer)
-        return built[n_stages]
+    def build(way: Way, finer: int) -> Compiled:
+        tried = way.of(options, dump_dir=None)
+        return _built(request, tried, skeleton, whole, finer, captured)
 
-    chosen, trials = choose_stages(devices, build)
-    if options.dump_dir is not None:  # of the chosen one only
-        final = replace(
-            options,
-            n_stages=chosen.n_stages,
-            dp=chosen.dp,
-            microbatches=chosen.microbatches,
-        )
-        return _built(request, final, skeleton, whole), trials
-    return built[chosen.n_stages], trials
+    chosen, trials = choose(open_.ways(options, open_.devices or 1), build, open_.orders)
+    final = chosen.way.of(options, microbatches=chosen.microbatches)
+    return _built(request, final, skeleton, whole), trials
 
 
 def _save(plan: Plan, path: Path) -> None:

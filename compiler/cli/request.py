@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..costs.hardware import Device, parse_device
+from ..driver.auto import Open
 from ..ir.errors import OptionError, PlanError
 from ..options.declaration import declarations_of
-from ..options.options import CompileOptions
+from ..options.options import OF_SCHEDULE, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..report.compare import check_names
@@ -29,13 +30,17 @@ OPTIMIZERS: dict[str, Factory | None] = {
 }
 
 
+PLAN_SHAPE = ("n_stages", "virtual_stages", "dp", "microbatches")
+"""What a plan has been made for, beside its options."""
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments, checked against each other.
 
     Attributes:
-        devices: for automatic stages; None where the options' stages are given.
-        options: without the model's loss; of automatic stages those for one stage.
+        open: what is to be chosen; None where all is given.
+        options: without the model's loss; of what is to be chosen the simplest.
         limit_bytes: of a stage; infinity for no limit.
         default_rows: of the batch of all replicas, where ``model`` says nothing.
         given: the plan to show.
@@ -47,7 +52,7 @@ class Request:
     options: CompileOptions
     device: Device
     limit_bytes: float
-    devices: int | None
+    open: Open | None
     compare: tuple[str, ...]
     save: Path | None
     given: Plan | None
@@ -68,7 +73,7 @@ class Request:
             options,
             device,
             options.memory_bytes or limit,
-            args.devices,
+            open_of(args),
             args.compare,
             None if args.save is None else Path(args.save),
             given,
@@ -93,6 +98,14 @@ def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan 
     return options, ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows), given
 
 
+def open_of(args: argparse.Namespace) -> Open | None:
+    """What the flags leave open; None for nothing."""
+    divides, orders = args.n_stages == AUTO, args.schedule == AUTO
+    if not divides and not orders:
+        return None
+    return Open(divides, orders, args.devices, args.virtual_stages, args.schedule_memory or AUTO)
+
+
 def _check_stages(args: argparse.Namespace) -> None:
     """Raises OptionError for arguments that need each other, or have no effect together."""
     auto = args.n_stages == AUTO
@@ -112,6 +125,12 @@ def _check_stages(args: argparse.Namespace) -> None:
     ):
         if auto and value:
             raise OptionError(f"{flag} cannot be given with --stages auto: {why}")
+    for flag, value, why in (
+        ("--pin", args.pin, "the stages have no numbers yet"),
+        ("--plan", args.plan, "the plan has its schedule"),
+    ):
+        if args.schedule == AUTO and value:
+            raise OptionError(f"{flag} cannot be given with --schedule auto: {why}")
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -140,10 +159,12 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
         if value is not None:
             found[name] = value
     if given is not None:
-        shape = {name: getattr(given, name) for name in ("n_stages", "dp", "microbatches")}
+        shape = {name: getattr(given, name) for name in PLAN_SHAPE}
         found = shape | found | {"plan": given}
     if args.n_stages == AUTO:
         found["n_stages"] = 1
+    if args.schedule == AUTO:
+        found = {name: value for name, value in found.items() if name not in OF_SCHEDULE}
     return CompileOptions(**found, optimizer=OPTIMIZERS[args.optimizer], costs="roofline")
 
 

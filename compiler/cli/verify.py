@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..options.parsing import AUTO
 from .flags import add_command, count
 from .quiet import quiet
 
@@ -71,7 +70,7 @@ def _verified(args: argparse.Namespace) -> str:
         from ...runtime.start import start, start_best
         from ..capture import batch as batches
         from ..options.microbatches import cut
-        from .request import asked
+        from .request import asked, open_of
         from .spec import load
 
     options, wanted, _ = asked(args)
@@ -84,9 +83,10 @@ def _verified(args: argparse.Namespace) -> str:
         max_grad_norm=args.clip,
         verify=args.steps,
     )
-    if args.n_stages == AUTO:
+    open_ = open_of(args)
+    if open_ is not None:
         planned = replace(chosen, example_batch=subject.batch)
-        pipe = start_best(subject.model, planned, args.devices)
+        pipe = start_best(subject.model, planned, open_)
     else:
         pipe = start(subject.model, chosen)
     values, spec = batches.flatten(subject.batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..ir import shards
 from ..ir.program import PipelineProgram
 from .footprint import Footprint
@@ -11,7 +13,7 @@ from .memory import Static
 
 def exchange_s(
     program: PipelineProgram,
-    stage: int,
+    stages: Sequence[int],
     grad_bytes: float,
     footprint: Footprint,
     device: Device,
@@ -24,17 +26,18 @@ def exchange_s(
     level 2 on gradients leave beside every backward.
 
     Args:
+        stages: of a rank.
         grad_bytes: of the buffers in which a rank adds them up.
         clips: whether every gradient is read for its norm and scaled.
     """
     dp, zero = footprint.dp, footprint.zero
-    tied = [t.name for t in program.tied if stage in t.holders]
+    tied = [t.name for t in program.tied if set(stages).intersection(t.holders)]
     tied_bytes: float = sum(footprint.size(name)[1] for name in tied)
-    traffic = footprint.traffic(program, stage)
     if zero.divides_states:
         tied_bytes /= dp if zero.streams else 1
         last = grad_bytes * (dp if zero.streams else 1)
-        moving = min(last, shards.PARCEL_BYTES) + traffic.unshard_total * dp / (dp + 1)
+        unshard_total = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
+        moving = min(last, shards.PARCEL_BYTES) + unshard_total * dp / (dp + 1)
         sent = 2 * tied_bytes + moving * (dp - 1) / dp
     else:
         sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp

@@ -17,6 +17,7 @@ from ..ir.shards import (
     closing_departures,
     homes_in,
     item_of,
+    late_gradients,
     owners_of,
     parcels_of,
     row_range,
@@ -149,24 +150,31 @@ class Footprint:
 
         return max(map(moment, self._steppers(program, stages)))
 
-    def traffic(self, program: PipelineProgram, stage: int) -> Traffic:
-        """What the exchange between replicas takes while a step runs."""
+    def traffic(self, program: PipelineProgram, stage: int, mates: Sequence[int]) -> Traffic:
+        """What the exchange between replicas takes while a step runs.
+
+        Args:
+            mates: the stages of its rank. What several read is brought with the first of them.
+        """
         code = program.stages[stage]
         if not self.zero.divides_states:
             return Traffic()
         trained = {name: self._params[name] for name in self._trainable(code.params)}
         owners = self.owners(program)
         items = {n: item_of(n, p, owners, self._grad_dtype(p)) for n, p in trained.items()}
-        tied = [t.name for t in program.tied if stage in t.holders]
         if self.zero.streams:
             departures = stream_departures(code, items, self.dp)
         else:
-            departures = closing_departures(code, items, self.dp, tied)
+            late = late_gradients(program, stage, mates)
+            departures = closing_departures(code, items, self.dp, late)
+        before = [program.stages[s] for s in mates if s < stage]
+        direct = {name for each in before for name in each.direct}
+        copies = {name for each in before for name in each.copies}
         wholes: list[list[Item]] = [[], []]
         for name, param in trained.items() if self.zero.unshards else ():
-            if name in code.direct:
+            if name in code.direct and name not in direct:
                 wholes[0].append(item_of(name, param, owners))
-            if name in code.copies:
+            if name in code.copies and name not in copies:
                 wholes[1].append(item_of(name, param, owners, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.actions import COMPUTE_OF, SEND, Action, Kind
+from ..ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
 from ..ir.graph import is_getitem, overwritten, tensors, viewed
 from ..ir.program import PipelineProgram, Program, Role
 from ..ir.region import work_of as region_work
@@ -108,6 +108,26 @@ def rank_memory(
             peak, at = most, str(action)
         after.append(static.total + walk.live)
     return RankMemory(static, peak, at, tuple(after))
+
+
+def stage_holds(program: PipelineProgram, stage: int) -> dict[Kind, int]:
+    """Bytes of one microbatch on a stage, after each of its programs.
+
+    What it has sent has left, and what it will receive next is not there yet.
+    """
+    walk = _Walk(program, {stage: Traffic()}, 0)
+    held: dict[Kind, int] = {}
+    for kind in program.stages[stage].parts:
+        for m in program.messages:
+            if m.dst == stage and COMPUTE_OF[m.phase] is kind:
+                walk.run(Action(stage, RECV[m.phase], 0, m.src), 1, 0)
+        walk.run(Action(stage, kind, 0), 1, 0)
+        for m in program.messages:
+            if m.src == stage and COMPUTE_OF[m.phase] is kind:
+                walk.run(Action(stage, SEND[m.phase], 0, m.dst), 1, 0)
+        walk.deliver()
+        held[kind] = walk.live
+    return held
 
 
 def bucket_bytes(specs: Iterable[tuple[int, torch.dtype]], parts: int) -> int:
@@ -310,8 +330,7 @@ class _Walk:
         if kind.computes:
             sent, self.outbox = self.outbox, []
             most = self._compute(stage, kind, index)
-            for block in sent:  # it left meanwhile
-                self._release(block)
+            self.deliver(sent)  # it left meanwhile
             self._hand_over(stage, kind, index)
             return most
         assert action.peer is not None
@@ -323,6 +342,13 @@ class _Walk:
             for spec in message.values:
                 self.arriving[stage, reader, index][spec.name] = self._new(spec.nbytes)
         return self.live
+
+    def deliver(self, sent: list[int | None] | None = None) -> None:
+        """Let go of what has left: by default of all that was sent."""
+        if sent is None:
+            sent, self.outbox = self.outbox, []
+        for block in sent:
+            self._release(block)
 
     def _compute(self, stage: int, kind: Kind, index: int) -> int:
         values = self.environments[stage, index]

@@ -16,6 +16,7 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
+from ..plan.decision import Decision
 from . import passes
 from .passes import Pass
 from .record import PassRecord, Recorder
@@ -94,9 +95,15 @@ def assemble(
     locality: Locality,
     stage: dict[fx.Node, int],
     recomputed: Collection[fx.Node],
+    decision: Decision,
+    order: Schedule | None,
     recorder: Recorder,
 ) -> Assembly:
-    """Run the passes over a copy of the graph, which itself stays as it is."""
+    """Run the passes over a copy of the graph, which itself stays as it is.
+
+    Args:
+        order: of the compute actions, where it is decided.
+    """
     own, twin = graph.copy()
     work = Work(
         settings,
@@ -104,6 +111,8 @@ def assemble(
         locality.moved(twin),
         {twin[node]: s for node, s in stage.items()},
         frozenset(twin[node] for node in recomputed),
+        decision,
+        order,
     )
     skip = settings.options.skip
     run("placed", passes.PLACED, work, recorder, skip)

@@ -1,76 +1,163 @@
-"""n_stages="auto": every way to divide the devices between stages and replicas, and the best."""
+"""n_stages="auto" and schedule="auto": every way to use the devices, and the best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..ir.errors import BatchError, MemoryBudgetError, OptionError, PartitionError
+from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from .compiled import Compiled
 
 FINER = (1, 2, 4, 8)
+MOST_VIRTUAL = 3
+"""Stages per rank that are tried; more send more, and the bubble is small already."""
+DOMINATED = (("gpipe", 1), ("gpipe", 2), ("gpipe", 3), ("interleaved", 1))
+"""(schedule, stages per rank) that are never better than another one."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How devices are used.
+
+    Attributes:
+        n_stages, dp: ranks of a replica, and replicas.
+        virtual_stages: on a rank; None for what is usual for the schedule.
+    """
+
+    n_stages: int
+    dp: int
+    schedule: str
+    virtual_stages: int | None = None
+    schedule_memory: str = AUTO
+
+    def __str__(self) -> str:
+        return f"{self.n_stages} × dp {self.dp}"
+
+    @property
+    def order(self) -> str:
+        """The schedule, for people."""
+        several = f", {self.virtual_stages} stages per rank" if self.virtual_stages else ""
+        return f"{self.schedule}{several}"
+
+    def of(self, options: CompileOptions, **more: Any) -> CompileOptions:
+        """Options that use them so."""
+        return replace(options, **vars(self), **more)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One division of the devices.
+    """One way.
 
     Attributes:
         microbatches: per replica.
         step_s: predicted; None where it cannot be.
         reason: why it cannot be, in one line.
+        bubble, peak_bytes: of its plan; the peak of the fullest rank.
     """
 
-    n_stages: int
-    dp: int
+    way: Way
     microbatches: int | None
     step_s: float | None
     reason: str = ""
+    bubble: float = 0.0
+    peak_bytes: int = 0
 
-    def __str__(self) -> str:
-        what = f"{self.n_stages} × dp {self.dp}"
-        return f"{what}: {self.reason}" if self.step_s is None else f"{what}: {self.step_s:.4g} s"
+    def told(self, orders: bool) -> str:
+        """In one line; ``orders``: with its schedule."""
+        named = f"{self.way}, {self.way.order}" if orders else str(self.way)
+        return f"{named}: {self.reason}" if self.step_s is None else f"{named}: {self.step_s:.4g} s"
 
 
-def choose_stages(
-    devices: int, build: Callable[[int, int, int], Compiled]
+@dataclass(frozen=True)
+class Open:
+    """What options leave open.
+
+    Attributes:
+        divides: whether stages and replicas are.
+        orders: whether the schedule is.
+        devices: to be divided; None for all that there are.
+        virtual_stages, schedule_memory: what every schedule is held to that can be; as options.
+    """
+
+    divides: bool
+    orders: bool
+    devices: int | None = None
+    virtual_stages: int | None = None
+    schedule_memory: str = AUTO
+
+    def ways(self, options: CompileOptions, devices: int) -> list[Way]:
+        """All of them."""
+        own = Way(**{each.name: getattr(options, each.name) for each in fields(Way)})
+        counts = [n for n in range(1, devices + 1) if devices % n == 0]
+        ways = [replace(own, n_stages=n, dp=devices // n) for n in counts]
+        ways = ways if self.divides else [own]
+        return [order for way in ways for order in self._orders(way)] if self.orders else ways
+
+    def _orders(self, way: Way) -> Iterator[Way]:
+        """A way in every schedule, with so many stages per rank as it may have."""
+        for kind in SCHEDULES.values():
+            for virtual in kind.virtual or range(1, MOST_VIRTUAL + 1):
+                asked = self.virtual_stages in (None, virtual)
+                waits = way.n_stages > 1 or kind.name == DEFAULT  # one rank waits for nobody
+                if asked and waits and (kind.name, virtual) not in DOMINATED:
+                    several = virtual if virtual > 1 else None
+                    memory = self.schedule_memory if kind.name == "zb" else AUTO
+                    yield Way(way.n_stages, way.dp, kind.name, several, memory)
+
+
+Build = Callable[[Way, int], Compiled]
+"""(way, n) -> the compiled step of one and the same global batch, cut into n times as many
+microbatches as usual."""
+
+
+def choose(
+    ways: Sequence[Way], build: Build, finer: bool = False
 ) -> tuple[Trial, tuple[Trial, ...]]:
-    """Try every divisor of the device count as number of stages.
+    """Try every way.
 
     Args:
-        build: (n_stages, dp, n) -> the compiled step of one and the same global batch, cut into
-            n times as many microbatches as usual.
+        finer: also with finer microbatches than usual, as long as that shortens the step.
 
     Returns:
-        The division with the shortest predicted step, and all that were tried.
+        The one with the shortest predicted step, and all that were tried.
 
     Raises:
         OptionError: none is possible; with the reason of each.
     """
-    trials = [_tried(s, devices // s, build) for s in range(1, devices + 1) if devices % s == 0]
+    trials = tuple(_tried(way, build, finer) for way in ways)
     possible = [trial for trial in trials if trial.step_s is not None]
     if not possible:
-        raise OptionError(
-            f'n_stages="auto": no division of {devices} devices is possible: {listed(trials)}'
-        )
-    return min(possible, key=lambda trial: trial.step_s or 0.0), tuple(trials)
+        what = "division" if len({way.schedule for way in ways}) == 1 else "schedule"
+        raise OptionError(f'"auto": no {what} of the devices is possible: {listed(trials)}')
+    return min(possible, key=lambda trial: trial.step_s or 0.0), trials
 
 
 def listed(trials: Sequence[Trial]) -> str:
-    return "; ".join(map(str, trials))
+    orders = len({(t.way.schedule, t.way.virtual_stages) for t in trials}) > 1
+    return "; ".join(trial.told(orders) for trial in trials)
 
 
-def _tried(n_stages: int, dp: int, build: Callable[[int, int, int], Compiled]) -> Trial:
-    """One division; with finer microbatches where it does not fit into memory otherwise."""
-    reason = ""
-    for finer in FINER:
+def _tried(way: Way, build: Build, finer: bool) -> Trial:
+    """One way; with finer microbatches where it does not fit into memory otherwise, too."""
+    best = Trial(way, None, None)
+    for times in FINER:
         try:
-            plan = build(n_stages, dp, finer).plan
+            plan = build(way, times).plan
         except MemoryBudgetError as error:
-            reason = reason or " ".join(str(error).split())
+            best = replace(best, reason=best.reason or " ".join(str(error).split()))
         except (BatchError, PartitionError, OptionError) as error:
-            reason = reason or " ".join(str(error).split())
-            break
+            reason = best.reason or " ".join(str(error).split())
+            return best if best.step_s is not None else replace(best, reason=reason)
         else:
-            return Trial(n_stages, dp, plan.microbatches, plan.step_s)
-    return Trial(n_stages, dp, None, None, reason)
+            if plan.step_s >= (best.step_s or math.inf):
+                break
+            peak = max(stage.memory.peak for stage in plan.stages)
+            best = Trial(way, plan.microbatches, plan.step_s, "", plan.bubble, peak)
+            if not finer:
+                break
+    return best

@@ -18,6 +18,7 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
+from ..ir.actions import compute_only
 from ..ir.errors import (
     BatchError,
     CaptureError,
@@ -51,6 +52,9 @@ from .record import PassRecord, Recorder
 from .summary import Summary
 from .work import Joint, Settings
 
+Captures = dict[tuple[object, ...], Captured]
+"""By what was traced for: the joint graph, after the passes over it."""
+
 
 class Builder:
     """Compiles the graphs of one model. The first graph decides the layout; others follow it.
@@ -58,6 +62,7 @@ class Builder:
     Args:
         why: how the number of stages was chosen, where it was: a note in the plan.
         cache: what other runs have left; by default that of this machine, without plans.
+        captured: graphs that builders of the same model with other divisions share.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Builder:
         team: Team | None = None,
         why: str = "",
         cache: Cache | None = None,
+        captured: Captures | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
@@ -79,6 +85,7 @@ class Builder:
         )
         self._closing = Closing(self.target, self.team)
         self._verdict = self._tried()
+        self._shared = captured
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
         self._warned: set[str] = set()
@@ -141,18 +148,24 @@ class Builder:
         with self._explained():
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
-        assembly = assemble(settings, graph, locality, placement.stage, again, recorder)
+        work = graph, locality, placement.stage, again
         decision = decided.decision
+        free = not follows and not decided.planned
+        if free and settings.schedule.searches and self.target.profiler is not None:
+            drafts = replace(settings, drafts=True)
+            draft = assemble(drafts, *work, decision, decided.order, Recorder(None))
+            decision = self._corrected(decision, draft.whole, batch)
+        assembly = assemble(settings, *work, decision, decided.order, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
-            if not decided.planned:
+            if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
+            order = compute_only(assembly.schedule)
             params, zero = self.skeleton.params, settings.zero
-            layout = layout_of(placement, again, locality, assembly.program, params, zero)
+            layout = layout_of(placement, again, locality, assembly.program, params, zero, order)
         summary = Summary(
             self.skeleton,
             settings,
-            self.target.spec,
             placement,
             assembly,
             decision,
@@ -254,7 +267,9 @@ class Builder:
         Args:
             weighs: tell how the losses of microbatches make that of several.
         """
-        options = self.options
+        options, known = self.options, (mode, spec, weighs)
+        if self._shared is not None and known in self._shared:
+            return self._shared[known]
         weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
         if self.why:
             with recorder.record("joint", "stages") as outcome:
@@ -276,6 +291,8 @@ class Builder:
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        if self._shared is not None:
+            self._shared[known] = captured
         return captured
 
     def _warn(self, text: str) -> None:
@@ -315,7 +332,16 @@ class Builder:
                 self._cache.optimizers.memory,
             )
         footprint = self._footprints[zero]
-        return Settings(options, zero, footprint, microbatches, spec.nbytes, self.target.kind)
+        return Settings(
+            options,
+            zero,
+            footprint,
+            microbatches,
+            spec.nbytes,
+            self.target.kind,
+            self.target.spec,
+            self.target.budget_bytes,
+        )
 
     def _decided(
         self,
@@ -331,7 +357,8 @@ class Builder:
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)
-                decided = Decided(settings(layout.zero), *followed)
+                order = layout.order if graph.trains else None
+                decided = Decided(settings(layout.zero), *followed, order=order)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
                 deciding = Deciding(*known, graph, locality, spec, batch)
@@ -368,7 +395,7 @@ class Builder:
         profiler = self.target.profiler
         if profiler is None or not program.trains:
             return decision
-        mine = self.team.stages(self.options.n_stages)
+        mine = self.team.stages(self.options.stage_count)
         times = profiler.times([program.stages[s] for s in mine], batch)
         measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
         return decision.scaled(self.team.pool_stages(measured))

@@ -30,10 +30,10 @@ class Closing:
             return seconds
         clips = settings.options.max_grad_norm is not None
         seconds = self._optimizer_s(assembly, settings)
-        for stage, rank in homes_of(assembly.schedule).items():
+        for rank, stages in enumerate(_stages(assembly)):
             grads = assembly.memory[rank].static.grads
             seconds[rank] += exchange_s(
-                program, stage, grads, settings.footprint, self._target.spec, clips
+                program, stages, grads, settings.footprint, self._target.spec, clips
             )
         return seconds
 
@@ -46,11 +46,8 @@ class Closing:
             held = [memory.static for memory in assembly.memory]
             return [optimizer_s(each, settings.footprint, self._target.spec) for each in held]
         if self._measured is None:
-            stages: list[list[int]] = [[] for _ in assembly.schedule]
-            for stage, rank in homes_of(assembly.schedule).items():
-                stages[rank].append(stage)
             footprint, program = settings.footprint, assembly.program
-            params = [footprint.trainable(program, mine) for mine in stages]
+            params = [footprint.trainable(program, mine) for mine in _stages(assembly)]
             self._measured = self._team.pool([self._time(factory, each) for each in params])
         return list(self._measured)
 
@@ -59,3 +56,9 @@ class Closing:
         with contextlib.suppress(Exception):
             return optimizer_seconds(factory, params, self._target.device) if params else 0.0
         return 0.0
+
+
+def _stages(assembly: Assembly) -> list[list[int]]:
+    """Per rank, its stages in order."""
+    homes = homes_of(assembly.schedule)
+    return [sorted(s for s in homes if homes[s] == rank) for rank in range(len(assembly.schedule))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
+from ..ir.actions import Schedule, compute_only, from_text
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -26,10 +27,10 @@ from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning import decide
 from ..planning.planner import Planner
-from ..planning.pricing import UnitPrices, measured_prices, roofline
 from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict
+from ..units.pricing import UnitPrices, measured_prices, roofline
 from .assembly import assemble
 from .record import Recorder
 from .work import Settings
@@ -79,6 +80,7 @@ class Decided:
         why_zero: why this level of ZeRO, where there was a choice.
         closing_s: per rank, from a plan; None where it has to be worked out.
         planned: whether it is from a plan.
+        order: of the compute actions, from a plan; None where it has to be made.
         problem: that this process solved, if it did.
         told: by what other runs find the plan that is made of it.
     """
@@ -90,6 +92,7 @@ class Decided:
     why_zero: str = ""
     closing_s: list[float] | None = None
     planned: bool = False
+    order: Schedule | None = None
     problem: Problem | None = None
     told: tuple[object, ...] = ()
 
@@ -157,7 +160,6 @@ class Deciding:
             settings.options,
             self.target.spec,
             settings.footprint.held_bytes(graph.copies),
-            settings.in_flight,
             settings.microbatches,
             self.spec.rows,
             self.target.budget_bytes,
@@ -165,8 +167,13 @@ class Deciding:
         )
         prices = self._prices(planner)
 
-        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
-            made = assemble(settings, graph, locality, placement.stage, again, Recorder(None))
+        drafts = replace(settings, drafts=True)
+
+        def draft(decision: Decision) -> Sequence[RankMemory]:
+            placement, again = decide.apply(decision, graph, locality)
+            made = assemble(
+                drafts, graph, locality, placement.stage, again, decision, None, Recorder(None)
+            )
             return made.memory
 
         decision = self.team.share(lambda: planner.decide(draft, prices))
@@ -200,7 +207,7 @@ class Deciding:
             return ()
         return (
             *(self.graph.fingerprint(), self.spec.described(), settings.microbatches),
-            *(options.n_stages, options.dp, options.in_plan(), chosen, optimizer),
+            *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
             self.target.budget_bytes,
             repr(self.target.spec) if profiler is None else profiler.told,
         )
@@ -210,6 +217,7 @@ class Deciding:
         options, graph = settings.options, self.graph
         wanted = {
             "n_stages": (plan.n_stages, options.n_stages),
+            "virtual_stages": (plan.virtual_stages, options.virtual),
             "dp": (plan.dp, options.dp),
             "microbatches": (plan.microbatches, settings.microbatches),
             **{name: (plan.options.get(name), ours) for name, ours in options.in_plan().items()},
@@ -225,5 +233,8 @@ class Deciding:
             )
             raise PlanError(f"the plan was made for {what}: make a new plan")
         placed = decide.apply(plan.decision, graph, self.locality)
-        closing_s = [stage.closing_s for stage in plan.stages]
-        return Decided(settings, plan.decision, *placed, closing_s=closing_s, planned=True)
+        closing_s = [stages[0].closing_s for stages in plan.ranks]
+        order = compute_only(from_text("\n".join(plan.schedule)))
+        return Decided(
+            settings, plan.decision, *placed, closing_s=closing_s, planned=True, order=order
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...passes.graph.placement import Placement, Site, follow, sites_of
+from ..ir.actions import Schedule
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
@@ -26,12 +27,14 @@ class Layout:
         recomputed: the sites that the backward computes again.
         homes: parameter FQN -> the stages that hold it.
         zero: what replicas divide among themselves.
+        order: the compute actions of training.
     """
 
     sites: Mapping[Site, int]
     recomputed: frozenset[Site]
     homes: Mapping[str, tuple[int, ...]]
     zero: Zero
+    order: Schedule
 
     def check(self, updated: Collection[str]) -> None:
         """Raises CaptureError where forward updates a parameter that has a home."""
@@ -67,6 +70,7 @@ def layout_of(
     program: PipelineProgram,
     params: Collection[str],
     zero: Zero,
+    order: Schedule,
 ) -> Layout:
     """What the first graph has settled.
 
@@ -75,4 +79,4 @@ def layout_of(
         params: the FQNs of the model.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
-    return Layout(placement.sites, sites, homes_in(program, params), zero)
+    return Layout(placement.sites, sites, homes_in(program, params), zero, order)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.graph import autocast, boundary
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
@@ -36,10 +37,11 @@ from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.limits import verify_in_flight
 from ...passes.schedule.verify import verify_schedule
-from ..costs.memory import rank_memory
-from ..ir.actions import to_text
+from ..costs.memory import RankMemory, rank_memory
+from ..ir.actions import Kind, Schedule, to_text
 from ..ir.errors import OptionError
 from ..ir.program import PipelineProgram
+from ..planning.ordering import Ordering
 from .record import Texts
 from .work import Exported, Joint, Work
 
@@ -199,7 +201,7 @@ def _lower(work: Work) -> str:
         work.graph,
         work.locality,
         work.stage,
-        settings.options.n_stages,
+        settings.options.stage_count,
         settings.options.tied_grads,
         split_backward=settings.schedule.splits_backward and work.graph.trains,
         keep_views=not settings.zero.divides_params,
@@ -261,13 +263,47 @@ PROGRAMS: tuple[Pass[Work], ...] = (
 
 def _schedule(work: Work) -> str:
     settings, program = work.settings, work.made
-    n_stages, m = settings.options.n_stages, settings.microbatches
+    m = settings.microbatches
     if not program.trains:
-        work.schedule = forward_only(n_stages, m)
+        work.schedule = forward_only(settings.shape)
         return f"forward only, {m} microbatches"
-    splits = [stage.weight is not None for stage in program.stages]
-    work.schedule = settings.schedule.generate(replace(settings.shape, splits=tuple(splits)))
-    return f"{settings.schedule.name}, {m} microbatches"
+    splits = tuple(stage.weight is not None for stage in program.stages)
+    shape = replace(settings.shape, splits=splits)
+    named = f"{settings.schedule.name}, {m} microbatches"
+    if not settings.schedule.searches or settings.drafts:
+        work.schedule = settings.schedule.generate(shape)
+        return named
+    if work.order is not None and _has_order(work.order, shape):
+        work.schedule = work.order
+        return f"{named}, in the order that was decided"
+    found = Ordering(
+        settings.schedule,
+        shape,
+        program,
+        settings.timing(program, work.stage, work.copies, work.decision),
+        lambda schedule: _peaks(work, schedule),
+        settings.options.schedule_memory,
+        settings.budget_bytes,
+    ).search()
+    work.schedule = found.schedule
+    return f"{named}, {found.note}"
+
+
+def _has_order(order: Schedule, shape: PipelineShape) -> bool:
+    """Whether it is of as many microbatches, and of the same programs."""
+    kinds = {(a.stage, a.kind) for actions in order for a in actions}
+    longest = max((a.microbatch or 0 for actions in order for a in actions), default=-1)
+    weights = all(((s, Kind.W) in kinds) == split for s, split in enumerate(shape.splits))
+    return longest + 1 == shape.microbatches and weights
+
+
+def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
+    """Memory of every rank, if the compute actions are in this order."""
+    settings, program = work.settings, work.made
+    schedule = add_communication(order, program.messages)
+    if _exchanges(program, settings.options.dp):
+        schedule = add_exchange(schedule, program, settings.options.dp, settings.zero)
+    return _memories(work, schedule)
 
 
 def _communication(work: Work) -> str:
@@ -286,7 +322,7 @@ def _exchange(work: Work) -> str:
 def _verify_schedule(work: Work) -> None:
     program, microbatches = work.made, work.settings.microbatches
     verify_schedule(work.schedule, program.messages, microbatches, program.trains)
-    if program.trains:
+    if program.trains and not work.settings.schedule.searches:
         verify_in_flight(work.schedule, work.settings.in_flight)
 
 
@@ -300,10 +336,16 @@ def _schedule_texts(work: Work) -> Texts:
 
 
 def _memory(work: Work) -> str:
+    work.memory = _memories(work, work.schedule)
+    worst = max(work.memory, key=lambda memory: memory.peak_bytes)
+    return f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
+
+
+def _memories(work: Work, schedule: Schedule) -> tuple[RankMemory, ...]:
     settings, program = work.settings, work.made
     footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
     found = []
-    for actions in work.schedule:
+    for actions in schedule:
         mine = list(dict.fromkeys(action.stage for action in actions))
         found.append(
             rank_memory(
@@ -312,12 +354,10 @@ def _memory(work: Work) -> str:
                 footprint.static(program, mine, share),
                 settings.options.dp,
                 footprint.optimizer_bytes(program, mine) if program.trains else 0,
-                {stage: footprint.traffic(program, stage) for stage in mine},
+                {stage: footprint.traffic(program, stage, mine) for stage in mine},
             )
         )
-    work.memory = tuple(found)
-    worst = max(work.memory, key=lambda memory: memory.peak_bytes)
-    return f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
+    return tuple(found)
 
 
 def _exchanges(program: PipelineProgram, dp: int) -> bool:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
-from ..costs.cost import Cost, node_cost
-from ..costs.hardware import Device
 from ..costs.memory import RankMemory
 from ..costs.simulate import Timeline, simulate
-from ..ir import ops
-from ..ir.actions import Kind, homes_of, max_in_flight
+from ..ir.actions import homes_of, max_in_flight
 from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import is_gradient_sum
 from ..plan.decision import Decision
@@ -25,15 +20,6 @@ from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Of one stage and microbatch."""
-
-    forward: float
-    backward: float
-    recompute: float
 
 
 class Summary:
@@ -49,62 +35,31 @@ class Summary:
         self,
         skeleton: Skeleton,
         settings: Settings,
-        device: Device,
         placement: Placement,
         assembly: Assembly,
         decision: Decision,
         closing_s: Sequence[float],
         costs: str,
     ):
-        self.skeleton, self.settings, self.device = skeleton, settings, device
+        self.skeleton, self.settings, self.device = skeleton, settings, settings.rates
         self.options, self.footprint = settings.options, settings.footprint
         self.placement, self.assembly = placement, assembly
         self.decision, self.costs = decision, costs
         self.program, self.schedule = assembly.program, assembly.schedule
         self.homes = homes_of(self.schedule)
         self.closing_s = closing_s
-        self.work = self._work()
-        self.seconds = [self._seconds(s) for s in range(self.options.n_stages)]
+        self.timing = settings.timing(self.program, assembly.stage, assembly.copies, decision)
+        self.work, self.seconds = self.timing.work, self.timing.seconds
 
     def timeline(self) -> Timeline:
-        compute_s: dict[tuple[int, Kind], float] = {}
-        for stage, seconds in enumerate(self.seconds):
-            weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
-            split = weight / (weight + rest) if weight else 0.0
-            whole = seconds.backward + seconds.recompute
-            compute_s[stage, Kind.F] = seconds.forward
-            compute_s[stage, Kind.B] = whole * (1 - split)
-            compute_s[stage, Kind.W] = whole * split
-            self._hide(compute_s, stage)
-        transfer_s = {
-            (m.src, m.dst): self.device.link_latency_s + m.nbytes / self.device.link_bytes_per_s
-            for m in self.program.messages
-        }
         held_bytes = [memory.after_bytes for memory in self.assembly.memory]
-        return simulate(self.schedule, compute_s, transfer_s, self.closing_s, held_bytes)
-
-    def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
-        """What replicas exchange during each program runs beside it: the longer one counts.
-
-        From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
-        parameters.
-        """
-        rate, dp = self.device.link_bytes_per_s, self.options.dp
-        zero = self.footprint.zero
-        if not zero.streams or dp == 1:
-            return
-        traffic = self.footprint.traffic(self.program, stage)
-        for part, program in self.program.stages[stage].parts.items():
-            sent = sum(
-                parcel.scatter_bytes[0] * (dp - 1) / dp
-                for entries in traffic.departures.parts.get(part, ())
-                for parcel, number in entries
-                if number == 0
-            )
-            gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
-            sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
-            key = stage, part
-            compute_s[key] = max(compute_s[key], sent / rate)
+        return simulate(
+            self.schedule,
+            self.timing.compute_s(),
+            self.timing.transfer_s(),
+            self.closing_s,
+            held_bytes,
+        )
 
     def plan(
         self,
@@ -118,6 +73,7 @@ class Summary:
         return Plan(
             model=type(self.skeleton.model).__name__,
             n_stages=options.n_stages,
+            virtual_stages=options.virtual,
             dp=options.dp,
             microbatches=self.settings.microbatches,
             microbatch_rows=spec.rows,
@@ -148,6 +104,7 @@ class Summary:
         labels = Counter(self.decision.unit_recomputes[i] for i in mine)
         return StagePlan(
             stage=s,
+            rank=self.homes[s],
             modules=covered_modules(modules[s], modules, s),
             units=len(mine),
             params=part.params,
@@ -170,36 +127,12 @@ class Summary:
             sends=tuple(
                 Transfer(m.dst, m.phase.value, m.nbytes, tuple(v.name for v in m.values))
                 for m in self.program.messages
-                if m.src == s
+                if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
         )
 
-    def _work(self) -> dict[tuple[int, str], Cost]:
-        """Per stage, the roofline of F, B and W, and of R, what is recomputed in B and W."""
-        work: dict[tuple[int, str], Cost] = defaultdict(Cost)
-        for node, stage in self.assembly.stage.items():
-            kind = "F" if phase_of(node) is Phase.FORWARD else "B"
-            if node.name in self.program.weight_nodes:
-                kind = "W"
-            cost = node_cost(node, self.device)
-            work[stage, kind] += cost
-            if node in self.assembly.copies:
-                work[stage, "R"] += cost
-        return work
-
-    def _seconds(self, stage: int) -> Seconds:
-        decision = self.decision
-        if not decision.unit_seconds:
-            again = self.work[stage, "R"].seconds
-            backward_s = self.work[stage, "B"].seconds + self.work[stage, "W"].seconds - again
-            return Seconds(self.work[stage, "F"].seconds, backward_s, again)
-        pairs = zip(decision.unit_seconds, decision.unit_stage, strict=True)
-        units = [seconds for seconds, s in pairs if s == stage]
-        forward, backward, recompute = (math.fsum(unit[i] for unit in units) for i in range(3))
-        return Seconds(forward, backward, recompute)
-
     def _modules(self) -> list[list[str]]:
-        modules: list[list[str]] = [[] for _ in range(self.options.n_stages)]
+        modules: list[list[str]] = [[] for _ in range(self.options.stage_count)]
         for node, stage in self.placement.stage.items():
             if phase_of(node) is Phase.FORWARD:
                 modules[stage].append(module_of(node))

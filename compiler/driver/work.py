@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from ...passes.schedule.registry import SCHEDULES, ScheduleKind
-from ...passes.schedule.shape import PipelineShape
+from ...passes.generators.shape import PipelineShape
+from ...passes.schedule.registry import ScheduleKind
 from ..costs.footprint import Footprint
+from ..costs.hardware import Device
 from ..costs.memory import RankMemory
+from ..costs.timing import Timing
 from ..ir.actions import Schedule
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -19,6 +22,7 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..options.options import CompileOptions
+from ..plan.decision import Decision
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Settings:
         microbatches: per replica.
         batch_bytes: of one microbatch.
         device: the type that the programs run on.
+        rates: seconds are priced by.
+        budget_bytes: memory of a rank; infinity for no limit.
+        drafts: the programs are made to learn what they take; nothing is searched for them.
     """
 
     options: CompileOptions
@@ -38,20 +45,35 @@ class Settings:
     microbatches: int
     batch_bytes: int
     device: str
+    rates: Device
+    budget_bytes: float = math.inf
+    drafts: bool = False
 
     @property
     def schedule(self) -> ScheduleKind:
-        return SCHEDULES[self.options.schedule]
+        return self.options.kind
 
     @property
     def shape(self) -> PipelineShape:
         """The pipeline before anything is known of its stages."""
-        return self.schedule.shape(self.options.n_stages, self.microbatches)
+        return self.options.shape(self.microbatches)
+
+    def timing(
+        self,
+        program: PipelineProgram,
+        stage: Mapping[fx.Node, int],
+        copies: Mapping[fx.Node, fx.Node],
+        decision: Decision,
+    ) -> Timing:
+        """What the programs of a graph take; see there."""
+        units = list(zip(decision.unit_stage, decision.unit_seconds, strict=False))
+        mates = [self.shape.mates(s) for s in range(self.options.stage_count)]
+        return Timing(program, stage, copies, units, self.rates, self.footprint, mates)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
         """Per stage, the most microbatches that it holds at once."""
-        return self.schedule.in_flight(self.shape)
+        return self.options.load(self.microbatches).in_flight
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,8 @@ class Work:
     Attributes:
         stage: of every staged node.
         recomputed: forward nodes that the backward computes again.
+        decision: what the units take.
+        order: the compute actions, where another graph of the model or a plan has decided them.
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
@@ -97,6 +121,8 @@ class Work:
     locality: Locality
     stage: dict[fx.Node, int]
     recomputed: Collection[fx.Node]
+    decision: Decision
+    order: Schedule | None = None
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None

@@ -115,6 +115,11 @@ def from_text(text: str) -> Schedule:
     return tuple(tuple(Action.parse(word) for word in line.split()) for line in text.splitlines())
 
 
+def compute_only(schedule: Schedule) -> Schedule:
+    """Without what follows from it: sends, receives and exchanges."""
+    return tuple(tuple(a for a in actions if a.kind.computes) for actions in schedule)
+
+
 def max_in_flight(actions: Iterable[Action], stage: int) -> int:
     """The most microbatches that a stage holds between forward and its last backward at once."""
     actions = [action for action in actions if action.stage == stage]

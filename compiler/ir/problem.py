@@ -1,15 +1,20 @@
 """The partitioning problem as plain data, what a solution of it costs, and what makes one legal.
 
-Units have to be put on stages 0 to S − 1, and each unit has to take one of its options. Numbers
-only: any graph can be fed to the solvers (`passes.partition.solve`, `passes.partition.baselines`).
+Units have to be put on stages 0 to S − 1, and each unit has to take one of its options. Each stage
+is on a rank, which may hold several. Numbers only: any graph can be fed to the solvers
+(`passes.partition.solve`, `passes.partition.baselines`).
 
-    seconds of stage s   T_s = Σ option seconds of its units + what it sends and receives
-    bytes of stage s     Σ static + in_flight[s] · Σ stash + what is kept once per stage
-                         + the largest transient of its units + reserve_bytes[s]
-    objective            max_weight · max T_s + sum_weight · Σ T_s
+    seconds of stage s   T_s = Σ option seconds of its units + what it sends to and receives from
+                         stages of other ranks
+    seconds of rank r    R_r = Σ T_s of its stages
+    bytes of rank r      Σ static + the most of Σ in_flight[s] · Σ stash that its stages hold at
+                         once + what is kept once + the largest transient of its units
+                         + reserve_bytes[r]
+    objective            max_weight · max R_r + sum_weight · Σ T_s
 
-For 1F1B with m microbatches the makespan is (m − 1) · max T_s + Σ T_s (Narayanan et al., SC 2021,
-section 2.2); max_weight = 1, sum_weight = 0 is the time per microbatch in the long run.
+For 1F1B with m microbatches and one stage per rank the makespan is (m − 1) · max T_s + Σ T_s
+(Narayanan et al., SC 2021, section 2.2); max_weight = 1, sum_weight = 0 is the time per microbatch
+in the long run.
 """
 
 from __future__ import annotations
@@ -46,8 +51,8 @@ class Value:
 
     Attributes:
         source, readers: units; a reader may come before the source (gradients).
-        send_s: paid once by the source's stage if any reader is elsewhere.
-        receive_s: paid once by every other stage that has a reader.
+        send_s: paid once by the source's stage if any reader is on another rank.
+        receive_s: paid once by every stage of another rank that has a reader.
     """
 
     source: int
@@ -65,8 +70,8 @@ class Kept:
     """Bytes that several units share: taken once on every stage where any user is.
 
     Attributes:
-        per_microbatch: times the stage's microbatches in flight (a stashed value), or once (a
-            weight that several units read).
+        per_microbatch: times the stage's microbatches in flight (a stashed value), or once for all
+            stages of a rank (a weight that several units read).
         unless: not on a stage where one of these is: the value is recomputed there.
     """
 
@@ -85,9 +90,12 @@ class Problem:
         edges: (u, v): the stage of u is at most that of v. Together they have no cycle.
         together: groups of units that go to one stage.
         pins: unit -> its stage.
-        in_flight: per stage, microbatches between forward and backward at once.
-        budget_bytes: per stage; `math.inf` for no limit.
-        reserve_bytes: per stage, held besides.
+        homes: per stage, its rank; where it is left out, each stage has one of its own.
+        in_flight: per stage, the most microbatches between forward and backward at once.
+        together_in_flight: per rank, how many microbatches of each of its stages are in flight at
+            once, in the moments that count; where it is left out, the most of every stage.
+        budget_bytes: per rank; `math.inf` for no limit.
+        reserve_bytes: per rank, held besides.
         min_units: fewest units of a stage.
         labels: per unit, for messages.
     """
@@ -99,7 +107,9 @@ class Problem:
     kept: tuple[Kept, ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
     pins: Mapping[int, int] = field(default_factory=dict)
+    homes: tuple[int, ...] = ()
     in_flight: tuple[int, ...] = ()
+    together_in_flight: tuple[tuple[tuple[int, ...], ...], ...] = ()
     budget_bytes: tuple[float, ...] = ()
     reserve_bytes: tuple[float, ...] = ()
     max_weight: float = 1.0
@@ -108,23 +118,50 @@ class Problem:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, default in (
-            ("in_flight", 1),
-            ("budget_bytes", math.inf),
-            ("reserve_bytes", 0.0),
+        if not self.homes:
+            object.__setattr__(self, "homes", tuple(range(self.n_stages)))
+        for name, default, count in (
+            ("in_flight", 1, self.n_stages),
+            ("budget_bytes", math.inf, self.n_ranks),
+            ("reserve_bytes", 0.0, self.n_ranks),
         ):
             if not getattr(self, name):
-                object.__setattr__(self, name, (default,) * self.n_stages)
+                object.__setattr__(self, name, (default,) * count)
+        if not self.together_in_flight:
+            each = (tuple(self.in_flight[s] for s in stages) for stages in self.placement)
+            object.__setattr__(self, "together_in_flight", tuple((most,) for most in each))
 
     @property
     def n_units(self) -> int:
         return len(self.options)
 
+    @property
+    def n_ranks(self) -> int:
+        return max(self.homes) + 1
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank, its stages in order."""
+        return tuple(
+            tuple(s for s, home in enumerate(self.homes) if home == rank)
+            for rank in range(self.n_ranks)
+        )
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether a rank holds several stages."""
+        return self.n_ranks < self.n_stages
+
     def label(self, unit: int) -> str:
         return self.labels[unit] if self.labels else f"unit {unit}"
 
+    def ranks_s(self, stages_s: Sequence[float]) -> tuple[float, ...]:
+        """Seconds of every rank, per microbatch, from those of its stages."""
+        return tuple(math.fsum(stages_s[s] for s in stages) for stages in self.placement)
+
     def objective(self, stages_s: Sequence[float]) -> float:
-        return self.max_weight * max(stages_s) + self.sum_weight * math.fsum(stages_s)
+        slowest = max(self.ranks_s(stages_s) if self.shares_ranks else stages_s)
+        return self.max_weight * slowest + self.sum_weight * math.fsum(stages_s)
 
     def stages_s(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
         """Seconds of every stage, per microbatch."""
@@ -134,24 +171,42 @@ class Problem:
         for value in self.values:
             source = stage[value.source]
             elsewhere = {stage[r] for r in value.readers} - {source}
+            elsewhere = {s for s in elsewhere if self.homes[s] != self.homes[source]}
             if elsewhere:
                 terms[source].append(value.send_s)
             for s in elsewhere:
                 terms[s].append(value.receive_s)
         return tuple(math.fsum(term) for term in terms)
 
-    def stages_bytes(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
-        """Peak bytes of every stage."""
+    def ranks_bytes(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
+        """Peak bytes of every rank."""
         totals = list(self.reserve_bytes)
-        transient = [0.0] * self.n_stages
+        transient = [0.0] * self.n_ranks
         for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
-            chosen = self.options[unit][k]
-            totals[s] += chosen.static_bytes + self.in_flight[s] * chosen.stash_bytes
-            transient[s] = max(transient[s], chosen.transient_bytes)
+            chosen, rank = self.options[unit][k], self.homes[s]
+            totals[rank] += chosen.static_bytes
+            transient[rank] = max(transient[rank], chosen.transient_bytes)
         for kept in self.kept:
-            for s in self.kept_on(kept, stage, option):
-                totals[s] += kept.bytes * (self.in_flight[s] if kept.per_microbatch else 1)
+            if not kept.per_microbatch:
+                for rank in {self.homes[s] for s in self.kept_on(kept, stage, option)}:
+                    totals[rank] += kept.bytes
+        stash = self.stages_stash(stage, option)
+        for rank, stages_here in enumerate(self.placement):
+            totals[rank] += max(
+                math.fsum(n * stash[s] for n, s in zip(counts, stages_here, strict=True))
+                for counts in self.together_in_flight[rank]
+            )
         return tuple(a + b for a, b in zip(totals, transient, strict=True))
+
+    def stages_stash(self, stage: Sequence[int], option: Sequence[int]) -> list[float]:
+        """Bytes of every stage that each microbatch in flight keeps."""
+        stash = [0.0] * self.n_stages
+        for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
+            stash[s] += self.options[unit][k].stash_bytes
+        for kept in self.kept:
+            for s in self.kept_on(kept, stage, option) if kept.per_microbatch else ():
+                stash[s] += kept.bytes
+        return stash
 
     def kept_on(self, kept: Kept, stage: Sequence[int], option: Sequence[int]) -> set[int]:
         """The stages on which shared bytes are taken."""
@@ -168,7 +223,8 @@ class Solution:
 
     Attributes:
         stage, option: per unit.
-        stages_s, stages_bytes: per stage.
+        stages_s: per stage.
+        ranks_bytes: per rank.
         bound: no solution has a smaller objective.
         proven: the gap to the bound is closed.
         solver: what found it.
@@ -179,7 +235,7 @@ class Solution:
     stage: tuple[int, ...]
     option: tuple[int, ...]
     stages_s: tuple[float, ...]
-    stages_bytes: tuple[float, ...]
+    ranks_bytes: tuple[float, ...]
     objective: float
     bound: float
     proven: bool
@@ -215,7 +271,7 @@ def solution_of(
         tuple(stage),
         tuple(option),
         stages_s,
-        problem.stages_bytes(stage, option),
+        problem.ranks_bytes(stage, option),
         problem.objective(stages_s),
         bound,
         proven,
@@ -250,6 +306,6 @@ def validate(problem: Problem, stage: Sequence[int], option: Sequence[int]) -> N
 
 
 def fits(problem: Problem, solution: Solution, tolerance: float = 1e-9) -> bool:
-    """Whether every stage is within its budget."""
-    pairs = zip(solution.stages_bytes, problem.budget_bytes, strict=True)
+    """Whether every rank is within its budget."""
+    pairs = zip(solution.ranks_bytes, problem.budget_bytes, strict=True)
     return all(used <= limit * (1 + tolerance) for used, limit in pairs)

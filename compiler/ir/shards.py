@@ -241,21 +241,36 @@ def stream_departures(stage: StageProgram, like: Mapping[str, Item], dp: int) ->
     return Departures(parts)
 
 
-def closing_departures(
-    stage: StageProgram, like: Mapping[str, Item], dp: int, late: Iterable[str]
-) -> Departures:
-    """A gradient leaves when the last microbatch has added to it.
+def late_gradients(program: PipelineProgram, stage: int, mates: Collection[int]) -> dict[str, bool]:
+    """The gradients of a stage that wait until those of tied parameters are summed.
 
     Args:
-        late: those that wait until the tied gradients are summed.
+        mates: the stages of its rank.
+
+    Returns:
+        Their FQNs -> whether they leave with this stage: with the last that its rank has of them.
+    """
+    return {
+        tied.name: stage == max(s for s in tied.holders if s in mates)
+        for tied in program.tied
+        if stage in tied.holders
+    }
+
+
+def closing_departures(
+    stage: StageProgram, like: Mapping[str, Item], dp: int, late: Mapping[str, bool]
+) -> Departures:
+    """A gradient leaves when the last microbatch has added to it, or after the last one.
+
+    Args:
+        late: `late_gradients`.
     """
     last: dict[str, tuple[Kind, int]] = {}
     order = added(stage)
     for part, names in order.items():
         last.update({name: (part, i) for i, name in enumerate(names)})
-    waiting = set(late)
     early = [n for part, ns in order.items() for i, n in enumerate(ns) if last[n] == (part, i)]
-    early = [name for name in early if name not in waiting]
+    early = [name for name in early if name not in late]
     leaving = dict(zip(early, _entries([like[n] for n in early], dp), strict=True))
     parts = {
         part: tuple(
@@ -263,7 +278,7 @@ def closing_departures(
         )
         for part, names in order.items()
     }
-    rest = [name for name in like if name in waiting]
+    rest = [name for name in like if late.get(name)]
     return Departures(parts, dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True)))
 
 

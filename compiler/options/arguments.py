@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
+from ..ir.errors import OptionError
 from ..plan.plan import Plan
 from .checks import (
     callable_or,
@@ -64,6 +65,23 @@ def _check_dynamic(name: str, given: Any) -> None:
     from .ranges import check_dynamic
 
     check_dynamic(name, given)
+
+
+def _check_schedule(name: str, given: Any) -> None:
+    from ...passes.schedule.from_file import kind_of
+
+    if not isinstance(given, str):
+        raise OptionError(f"{name}={given!r}: give a name, such as {DEFAULT!r}, or a file's path")
+    if given != AUTO:
+        kind_of(given)
+
+
+def _order_of_schedule(_: str, options: Any) -> object:
+    """Its name, or what the file has in it."""
+    if options.schedule in (*SCHEDULES, AUTO):
+        return options.schedule
+    text = Path(options.schedule).read_bytes()
+    return hashlib.sha256(text).hexdigest()
 
 
 def _precision_in_plan(given: Any) -> str:
@@ -209,12 +227,37 @@ class Options:
     )
     schedule: str = option(
         DEFAULT,
-        help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values()),
-        more='"zb_h1" takes some more memory on the later stages. All give the same bits.',
-        choices=SCHEDULES,
+        help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values())
+        + '; "auto": the one with the shortest predicted step for ``example_batch``; or a file '
+        "with actions per rank, as text or CSV",
+        more="All give the same bits.",
+        check=_check_schedule,
         plan="keeps",
-        compared=as_it_is,
+        compared=_order_of_schedule,
         flag=Flag(group=PIPELINE, metavar="NAME"),
+    )
+    virtual_stages: int | None = option(
+        None,
+        help="stages that each rank holds, where the ``schedule`` deals several to it",
+        more="The model is then divided into ``n_stages`` × ``virtual_stages`` stages, and "
+        "``n_stages`` is the number of ranks of a replica. None takes what is usual for the "
+        "schedule.",
+        check=check_count,
+        compared=lambda _, options: options.virtual,
+        flag=Flag(
+            group=PIPELINE, metavar="V", parse=parse_count, default="what the schedule needs"
+        ),
+    )
+    schedule_memory: str = option(
+        "auto",
+        help='what microbatches in flight may take where the ``schedule`` is "zb": "1f1b" as much '
+        'as with 1f1b, "2x1f1b" twice that, "budget" all that ``memory`` leaves; "auto" takes '
+        '"budget" where there is one, else "1f1b"',
+        more="More memory makes a smaller bubble.",
+        choices=("auto", "1f1b", "2x1f1b", "budget"),
+        plan="decides",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="MUCH"),
     )
     tied_grads: str = option(
         "per_microbatch",
@@ -371,8 +414,9 @@ class Options:
 
 
 STAGES = declare(
-    help='pipeline stages, or "auto": the division of ``devices`` with the shortest predicted step',
-    more="Every division between stages and replicas is then planned for ``example_batch``, which "
+    help='ranks of the pipeline, each with a stage, or "auto": the division of ``devices`` with '
+    "the shortest predicted step",
+    more="Every division between ranks and replicas is then planned for ``example_batch``, which "
     "is the batch of all replicas.",
     check=check_count,
     compared=as_it_is,

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 
+from ...passes.generators.shape import PipelineShape
+from ...passes.schedule.from_file import kind_of
+from ...passes.schedule.load import Load
+from ...passes.schedule.registry import SCHEDULES, ScheduleKind
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
 from . import checks
@@ -14,6 +19,9 @@ from .arguments import REPLICAS, STAGES, Arguments, Options
 from .checks import ZERO
 from .declaration import declarations_of
 from .parsing import AUTO, parse_bytes
+
+OF_SCHEDULE = ("schedule", "virtual_stages", "schedule_memory")
+"""Options that say how microbatches are ordered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +37,20 @@ class CompileOptions(Options):
 
     @staticmethod
     def of(arguments: Arguments) -> CompileOptions:
-        """Those that `compile` was given; for automatic stages one stage and one replica."""
+        """Those that `compile` was given; of what is automatic the simplest."""
+        own = declarations_of(Options)
         shared = {each.name: getattr(arguments, each.name) for each in fields(Options)}
         n_stages = 1 if arguments.n_stages == AUTO else arguments.n_stages
         dp = 1 if arguments.dp is None else arguments.dp
-        return CompileOptions(**shared | {"n_stages": n_stages, "dp": dp})
+        given = shared | {"n_stages": n_stages, "dp": dp}
+        if arguments.schedule == AUTO:  # what is asked of all is not asked of the simplest
+            given |= {name: own[name].default for name in OF_SCHEDULE}
+        return CompileOptions(**given)
 
     def __post_init__(self) -> None:
         for option in declarations_of(type(self)).values():
             option.check_value(getattr(self, option.name))
+        self._check_virtual()
         self._check_pin()
         if self.n_stages * self.dp > checks.MOST:
             raise OptionError(
@@ -68,11 +81,31 @@ class CompileOptions(Options):
                         "clip_grad_norm_ and your scheduler in your own loop"
                     )
 
+    def _check_virtual(self) -> None:
+        if self.schedule_memory != AUTO and self.schedule != "zb":
+            raise OptionError(
+                f'schedule_memory="{self.schedule_memory}" has no effect with '
+                f'schedule="{self.schedule}", whose memory follows from its order: use it with "zb"'
+            )
+        allowed = self.kind.virtual
+        if self.virtual_stages is None or allowed is None or self.virtual_stages in allowed:
+            return
+        others = [
+            f'"{kind.name}"'
+            for kind in SCHEDULES.values()
+            if kind.virtual is None or self.virtual_stages in kind.virtual
+        ]
+        instead = f"; {' and '.join(others)} can have {self.virtual_stages}" if others else ""
+        raise OptionError(
+            f'virtual_stages={self.virtual_stages}: schedule="{self.schedule}" deals '
+            f"{' or '.join(map(str, allowed))} to each rank{instead}"
+        )
+
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():
-            if not 0 <= stage < self.n_stages:
+            if not 0 <= stage < self.stage_count:
                 raise OptionError(
-                    f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.n_stages - 1}"
+                    f"pin={{{name!r}: {stage!r}}}: stages are 0 to {self.stage_count - 1}"
                 )
 
     def _check_beside_plan(self) -> None:
@@ -105,6 +138,29 @@ class CompileOptions(Options):
             for name, option in declarations_of(type(self)).items()
             if option.compared is not None
         }
+
+    @cached_property
+    def kind(self) -> ScheduleKind:
+        """Of the schedule."""
+        return kind_of(self.schedule)
+
+    @property
+    def virtual(self) -> int:
+        """How many stages a rank holds."""
+        return self.virtual_stages or self.kind.usual_virtual
+
+    @property
+    def stage_count(self) -> int:
+        """Into how many stages the model is divided."""
+        return self.n_stages * self.virtual
+
+    def shape(self, microbatches: int) -> PipelineShape:
+        """The pipeline of a replica."""
+        return self.kind.shape(self.n_stages, microbatches, self.virtual)
+
+    def load(self, microbatches: int) -> Load:
+        """What its schedule asks of ranks."""
+        return self.kind.load(self.shape(microbatches))
 
     @property
     def zero_levels(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..ir.errors import PlanError
 from .decision import Decision
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Transfer:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted bytes of one stage (`compiler.costs.memory`).
+    """Predicted bytes of one rank (`compiler.costs.memory`).
 
     Attributes:
         copies: of weights, in the compute dtype.
         states: of the optimizer.
-        batch: of the stage's share of the batch.
+        batch: of the rank's share of the batch.
         peak, peak_at: the most at once, and the action that needs it.
     """
 
@@ -51,12 +51,16 @@ class StagePlan:
     """One stage: what it covers, what it costs per microbatch, what it keeps and sends.
 
     Attributes:
+        rank: of a replica, that holds it.
         forward_s, backward_s, recompute_s: predicted; the backward without recomputation.
         recomputes: what is recomputed -> in how many of the stage's units.
-        closing_s: once per step, after the last microbatch: the optimizer.
+        closing_s: once per step, after the last microbatch: the optimizer of its rank.
+        memory: of its rank.
+        sends: to stages of other ranks.
     """
 
     stage: int
+    rank: int
     modules: tuple[str, ...]
     units: int
     params: tuple[str, ...]
@@ -104,9 +108,10 @@ class Plan:
         microbatch_tokens: token ids in it; 0 for other inputs.
         device, costs: what the seconds are of: a device (`compiler.costs.hardware`) and
             "roofline" or "profile".
-        budget_bytes: memory of a stage, None for no limit.
+        n_stages: ranks of a replica; ``stages`` are as many times ``virtual_stages``.
+        budget_bytes: memory of a rank, None for no limit.
         decision: stages and recomputation; enough to make the same programs again.
-        schedule: one line of actions per stage.
+        schedule: one line of actions per rank.
         options: those that the programs depend on.
         param_count: of the model; a parameter that several stages hold counts once.
         step_s, bubble: of the simulated schedule.
@@ -115,6 +120,7 @@ class Plan:
 
     model: str
     n_stages: int
+    virtual_stages: int
     dp: int
     microbatches: int
     microbatch_rows: int
@@ -133,6 +139,14 @@ class Plan:
     bubble: float
     notes: tuple[tuple[str, str], ...]
     version: int = PLAN_VERSION
+
+    @property
+    def ranks(self) -> tuple[tuple[StagePlan, ...], ...]:
+        """Per rank of a replica, its stages in order."""
+        return tuple(
+            tuple(stage for stage in self.stages if stage.rank == rank)
+            for rank in range(self.n_stages)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +199,7 @@ class Plan:
             )
         try:
             plan: Plan = made(Plan, given)
-            plan.decision.check(plan.n_stages)
+            plan.decision.check(plan.n_stages * plan.virtual_stages)
         except (TypeError, ValueError, KeyError) as error:
             raise PlanError(f"{name} is damaged: {error}; make a new plan") from error
         return plan

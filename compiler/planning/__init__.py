@@ -1,1 +1,1 @@
-"""Chooses stages and recomputation: units, what each may keep, the problem, the decision."""
+"""Chooses stages and recomputation: the problem as numbers, the decision that follows."""

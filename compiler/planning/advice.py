@@ -6,10 +6,10 @@ import contextlib
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
-from ...passes.schedule.registry import SCHEDULES, ScheduleKind
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
+from .formulation import elsewhere, microbatches_of
 
 MAX_STAGES = 64
 
@@ -31,7 +31,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     found = []
     if options.remat != "auto":
         found.append(f'use remat="auto" instead of "{options.remat}", to recompute what it takes')
-    stages = _fewest_stages(problem, SCHEDULES[options.schedule])
+    stages = None if options.kind.fixed else _fewest_ranks(problem, options)
     if stages is not None:
         found.append(f"n_stages={stages} would fit")
     parts = [p for p in (2, 4, 8) if rows % p == 0]
@@ -40,7 +40,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
         found.append(
             f"microbatches of 1/{part} the rows would fit: raise microbatches= {part}-fold"
         )
-    held = max(_scaled(problem, 0.0).stages_bytes(nearest.stage, nearest.option))
+    held = max(_scaled(problem, 0.0).ranks_bytes(nearest.stage, nearest.option))
     found.append(
         f"give it more than memory={gib(problem.budget_bytes[0])} (of a stage's need, up to "
         f"{gib(held)} are weights, gradients and optimizer states)"
@@ -48,19 +48,13 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     return found
 
 
-def _fewest_stages(problem: Problem, schedule: ScheduleKind) -> int | None:
-    """The fewest stages above the present ones with which the model fits."""
-    n, microbatches = problem.n_stages, round(problem.max_weight) + 1
-    top = min(problem.n_units, MAX_STAGES)
+def _fewest_ranks(problem: Problem, options: CompileOptions) -> int | None:
+    """The fewest ranks above the present ones with which the model fits."""
+    n, microbatches, virtual = problem.n_ranks, microbatches_of(problem), options.virtual
+    top = min(problem.n_units // virtual, MAX_STAGES)
     tries = [n + 1, n + 2, *(k for k in (n * 3 // 2, 2 * n, 3 * n, 4 * n) if k > n + 2)]
     for count in (k for k in tries if k <= top):
-        changed = replace(
-            problem,
-            n_stages=count,
-            in_flight=schedule.in_flight(schedule.shape(count, microbatches)),
-            budget_bytes=(problem.budget_bytes[0],) * count,
-            reserve_bytes=(max(problem.reserve_bytes),) * count,
-        )
+        changed = elsewhere(problem, options.kind, count, microbatches, virtual)
         if _solved(changed) is not None:
             return count
     return None

@@ -13,9 +13,9 @@ from ..ir.graph import JointGraph, Phase, is_getitem, module_of, phase_of, stora
 from ..ir.locality import Locality
 from ..ir.problem import Solution
 from ..plan.decision import Decision, Search
-from .pricing import UnitPrices
-from .stash import Stash
-from .units import Unit
+from ..units.pricing import UnitPrices
+from ..units.stash import Stash
+from ..units.units import Unit
 
 
 def decision_of(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from ...passes.generators.shape import Homes
 from ...passes.graph.boundary import crossing_nbytes
+from ...passes.schedule.load import Load
+from ...passes.schedule.registry import ScheduleKind
 from ..costs.hardware import Device
 from ..ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..ir.locality import gradient_sums
 from ..ir.problem import Kept, Option, Problem, Users, Value
-from .stash import Body, Stash
+from ..units.stash import Body, Stash
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,19 @@ class Terms:
 
     Attributes:
         param_bytes: parameter FQN -> what holding it takes: weight, gradient, optimizer states.
-        in_flight: per stage, microbatches between forward and backward at once.
-        budget_bytes: per stage; infinity for no limit.
-        reserve_bytes: per stage, taken by what the problem does not describe.
+        homes: per stage, its rank.
+        load: what the schedule asks of ranks.
+        budget_bytes: per rank; infinity for no limit.
+        reserve_bytes: per rank, taken by what the problem does not describe.
         pins: unit -> stage.
         tied_per_step: the parts of tied gradients are not sent with every microbatch.
         boundary: dtype in which fp32 values are sent; None for as they are.
     """
 
-    n_stages: int
+    homes: Homes
     microbatches: int
     param_bytes: Mapping[str, int]
-    in_flight: tuple[int, ...]
+    load: Load
     budget_bytes: float = math.inf
     reserve_bytes: tuple[float, ...] = ()
     pins: Mapping[int, int] | None = None
@@ -70,18 +74,44 @@ def formulate(
     return Problem(
         options,
         edges,
-        terms.n_stages,
+        len(terms.homes),
         values,
         (*weights, *_kept(bodies, places, menus)),
         pins=terms.pins or {},
-        in_flight=terms.in_flight,
-        budget_bytes=(terms.budget_bytes,) * terms.n_stages,
+        homes=terms.homes,
+        in_flight=terms.load.in_flight,
+        together_in_flight=terms.load.together,
+        budget_bytes=(terms.budget_bytes,) * (max(terms.homes) + 1),
         reserve_bytes=terms.reserve_bytes,
-        max_weight=terms.microbatches - 1,
-        sum_weight=1.0,
+        max_weight=terms.microbatches - terms.load.idle,
+        sum_weight=terms.load.idle,
         min_units=1,
         labels=tuple(", ".join(body.unit.modules) or "(model)" for body in bodies),
     )
+
+
+def elsewhere(
+    problem: Problem, kind: ScheduleKind, ranks: int, microbatches: int, virtual: int
+) -> Problem:
+    """The same units on another number of ranks, or in another schedule."""
+    shape = kind.shape(ranks, microbatches, virtual)
+    load = kind.load(shape)
+    return replace(
+        problem,
+        n_stages=shape.n_stages,
+        homes=shape.homes,
+        in_flight=load.in_flight,
+        together_in_flight=load.together,
+        budget_bytes=problem.budget_bytes[:1] * ranks,
+        reserve_bytes=(max(problem.reserve_bytes),) * ranks,
+        max_weight=microbatches - load.idle,
+        sum_weight=load.idle,
+    )
+
+
+def microbatches_of(problem: Problem) -> int:
+    """Of a replica, as `formulate` and `elsewhere` were told."""
+    return round(problem.max_weight + problem.sum_weight)
 
 
 def _weights(

@@ -8,12 +8,11 @@ difference is given to the solver as a reserve, and it is asked again: at most `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ...passes.graph.placement import Placement
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
@@ -23,26 +22,32 @@ from ..ir.locality import Locality
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
+from ..units.menus import options_of
+from ..units.pricing import UnitPrices
+from ..units.stash import bodies_of
+from ..units.units import Unit, units_of
 from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
-from .menus import options_of
-from .pricing import UnitPrices
-from .stash import bodies_of
-from .units import Unit, units_of
+from .refine import StepModel, refine
 
 ATTEMPTS = 6
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
 CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
+CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
-Draft = Callable[[Placement, Collection[fx.Node]], Sequence[RankMemory]]
-"""Memory of the programs that would follow from stages and recomputed nodes."""
+Draft = Callable[[Decision], Sequence[RankMemory]]
+"""Memory of each rank with the programs that would follow."""
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """A decision, and what its programs really need."""
+    """A decision, and what its programs really need.
+
+    Attributes:
+        peak_bytes: per rank.
+    """
 
     problem: Problem
     solution: Solution
@@ -51,8 +56,8 @@ class Drafted:
 
     @property
     def excess_bytes(self) -> list[float]:
-        """Per stage, what it needs beyond its price."""
-        pairs = zip(self.peak_bytes, self.solution.stages_bytes, strict=True)
+        """Per rank, what it needs beyond its price."""
+        pairs = zip(self.peak_bytes, self.solution.ranks_bytes, strict=True)
         return [real - priced for real, priced in pairs]
 
     def over_bytes(self, budget_bytes: float) -> float:
@@ -60,19 +65,19 @@ class Drafted:
 
 
 class Reserves:
-    """What to add to the prices of each stage so that they are those of its programs.
+    """What to add to the prices of each rank so that they are those of its programs.
 
-    The difference depends on the division. Until one fits, a stage is asked for the most that any
+    The difference depends on the division. Until one fits, a rank is asked for the most that any
     division has needed there. Then less is tried, to let better ones in: where that brings back
     one that does not fit, the next reserve lies halfway between the largest that was too small
     and the smallest that was enough.
     """
 
-    def __init__(self, n_stages: int, budget_bytes: float):
+    def __init__(self, n_ranks: int, budget_bytes: float):
         self.budget_bytes = budget_bytes
-        self.small = [-math.inf] * n_stages
-        self.enough = [math.inf] * n_stages
-        self.most = [-math.inf] * n_stages
+        self.small = [-math.inf] * n_ranks
+        self.enough = [math.inf] * n_ranks
+        self.most = [-math.inf] * n_ranks
 
     def next(self, tried: Sequence[float], drafted: Drafted) -> tuple[float, ...]:
         """The reserves after those that led to a draft."""
@@ -80,19 +85,19 @@ class Reserves:
         again = not any(map(math.isinf, self.most))
         self.most = [max(pair) for pair in zip(self.most, wanted, strict=True)]
         fits = drafted.over_bytes(self.budget_bytes) <= 0
-        for s, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
+        for rank, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
             if peak > self.budget_bytes:
-                self.small[s] = max(self.small[s], reserve)
+                self.small[rank] = max(self.small[rank], reserve)
             elif fits:
-                self.enough[s] = min(self.enough[s], reserve)
+                self.enough[rank] = min(self.enough[rank], reserve)
         if any(map(math.isinf, self.enough)):
             return tuple(self.most) if again else tuple(wanted)
         return tuple(map(self._between, range(len(tried)), wanted))
 
-    def _between(self, s: int, wanted: float) -> float:
-        if self.small[s] < wanted < self.enough[s] or math.isinf(self.small[s]):
+    def _between(self, rank: int, wanted: float) -> float:
+        if self.small[rank] < wanted < self.enough[rank] or math.isinf(self.small[rank]):
             return wanted
-        return (self.small[s] + self.enough[s]) / 2
+        return (self.small[rank] + self.enough[rank]) / 2
 
 
 class Planner:
@@ -103,9 +108,8 @@ class Planner:
 
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.
-        in_flight: per stage, microbatches between forward and backward at once.
         rows: of a microbatch.
-        budget_bytes: memory of a stage; infinity for no limit.
+        budget_bytes: memory of a rank; infinity for no limit.
         pinned: forward nodes whose stage is given.
     """
 
@@ -116,7 +120,6 @@ class Planner:
         options: CompileOptions,
         device: Device,
         held_bytes: Mapping[str, int],
-        in_flight: tuple[int, ...],
         microbatches: int,
         rows: int,
         budget_bytes: float,
@@ -131,10 +134,10 @@ class Planner:
         self.bodies, self.places = bodies_of(graph, locality, self.units)
         self.menus = options_of(self.bodies, self.places, device, options.remat)
         self.terms = Terms(
-            options.n_stages,
+            options.shape(microbatches).homes,
             microbatches,
             held_bytes,
-            in_flight,
+            options.load(microbatches),
             self.budget_bytes,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",
@@ -151,7 +154,8 @@ class Planner:
         problem = self.problem(prices)
         if math.isinf(self.budget_bytes):
             self.solved = problem
-            return self._decision(prices, self._solution(problem, self.options.time_limit_s))
+            found = self._solution(problem, self.options.time_limit_s)
+            return self._decision(prices, self._refined(problem, prices, found))
         reserves = Reserves(self.options.n_stages, self.budget_bytes)
         best: Drafted | None = None
         for _ in range(ATTEMPTS):
@@ -170,7 +174,33 @@ class Planner:
         if best is None:
             raise self._too_small(drafted)
         self.solved = best.problem
+        refined = self._refined(best.problem, prices, best.solution)
+        if refined is not best.solution:
+            drafted = self._drafted(best.problem, prices, draft, refined)
+            if drafted.over_bytes(self.budget_bytes) <= 0:
+                return drafted.decision
         return best.decision
+
+    def _refined(
+        self, problem: Problem, prices: Sequence[UnitPrices], solution: Solution
+    ) -> Solution:
+        """The solution, or one near it whose step is shorter when it is simulated."""
+        shape, kind = self.options.shape(self.terms.microbatches), self.options.kind
+        if shape.n_stages == 1 or not self.graph.trains:
+            return solution
+        model = StepModel(
+            problem,
+            kind,
+            replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
+            prices,
+            self.device.link_latency_s,
+            CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
+        )
+        refined, saved = refine(model, solution)
+        if not saved:
+            return solution
+        note = f"a local search on the simulated step then saved {saved:.1%}"
+        return replace(refined, note=", ".join(filter(None, (solution.note, note))))
 
     def _better(self, best: Drafted | None, drafted: Drafted) -> Drafted | None:
         """The better one of those that fit; of equals the newer, of which more is known."""
@@ -194,9 +224,14 @@ class Planner:
             solution = self._solution(problem, limit_s)
         except MemoryBudgetError as error:  # by the prices; the programs may still fit
             solution = error.nearest
+        return self._drafted(problem, prices, draft, solution)
+
+    def _drafted(
+        self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, solution: Solution
+    ) -> Drafted:
         decision = self._decision(prices, solution)
-        memory = draft(*decide.apply(decision, self.graph, self.locality))
-        peaks = tuple(stage.peak_bytes for stage in memory)
+        memory = draft(decision)
+        peaks = tuple(rank.peak_bytes for rank in memory)
         return Drafted(problem, solution, decision, peaks)
 
     def _solution(self, problem: Problem, limit_s: float) -> Solution:
@@ -222,7 +257,7 @@ class Planner:
         """Whether better prices could not lead to a better decision."""
         if drafted.over_bytes(self.budget_bytes) > 0:
             return False
-        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.stages_bytes)
+        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.ranks_bytes)
         close = all(-b < CLOSE * self.budget_bytes for b in drafted.excess_bytes)
         return close or (roomy and not drafted.decision.recomputed)
 
@@ -230,8 +265,9 @@ class Planner:
         over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
         worst = max(range(len(over)), key=over.__getitem__)
         helps = advice(drafted.problem, drafted.solution, self.options, self.rows)
+        who = "rank" if drafted.problem.shares_ranks else "stage"
         return MemoryBudgetError(
-            f"stage {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
+            f"{who} {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
             f"{gib(over[worst])} too much: {'; '.join(helps)}",
             tuple(max(0.0, b) for b in over),
             drafted.solution,

@@ -1,7 +1,8 @@
 """How a plan stands against what people do by hand, all at the same prices.
 
 The prices are those of the partitioning problem (`compiler.ir.problem`): seconds of a step are
-(m − 1) · max T_s + Σ T_s with every transfer counted in full and without the optimizer. Bytes are
+m of the slowest rank and what the schedule waits, with every transfer counted in full and without
+the optimizer; for 1F1B (m − 1) · max T_s + Σ T_s. Bytes are
 those of the units, and what the plan's programs turned out to need beyond them (`calibrated`).
 The plan's own row is priced alike.
 """
@@ -32,11 +33,11 @@ class Comparison:
 
     Attributes:
         units: per stage.
-        bottleneck_s: of the slowest stage, per microbatch.
+        bottleneck_s: of the slowest rank, per microbatch.
         step_s: of all microbatches.
         ratio: ``step_s`` to the plan's own.
-        peak_bytes, peak_stage: of the fullest stage.
-        over_bytes: how much the worst stage is above its budget; 0 where all fit.
+        peak_bytes, peak_rank: of the fullest rank.
+        over_bytes: how much the worst rank is above its budget; 0 where all fit.
         reason: why there is no such division; the numbers are 0 then.
     """
 
@@ -46,7 +47,7 @@ class Comparison:
     step_s: float = 0.0
     ratio: float = 0.0
     peak_bytes: float = 0.0
-    peak_stage: int = 0
+    peak_rank: int = 0
     over_bytes: float = 0.0
     reason: str = ""
 
@@ -70,7 +71,8 @@ def compare(problem: Problem, decision: Decision, names: Sequence[str]) -> tuple
     rows = [_row("this plan", problem, own, own.objective)]
     for name in names:
         try:
-            found = STRATEGIES[name](problem)
+            found = STRATEGIES[name](baselines.apart(problem))
+            found = solution_of(problem, found.stage, found.option, found.solver)
         except PartitionError as error:
             rows.append(Comparison(name, reason=" ".join(str(error).split())))
         else:
@@ -80,9 +82,9 @@ def compare(problem: Problem, decision: Decision, names: Sequence[str]) -> tuple
 
 def calibrated(problem: Problem, plan: Plan) -> Problem:
     """The problem with reserves that make its bytes of the plan those of the plan's programs."""
-    own = solution_in(problem, plan.decision).stages_bytes
-    rows = zip(plan.stages, problem.reserve_bytes, own, strict=True)
-    reserve = tuple(stage.memory.peak - (priced - held) for stage, held, priced in rows)
+    own = solution_in(problem, plan.decision).ranks_bytes
+    rows = zip(plan.ranks, problem.reserve_bytes, own, strict=True)
+    reserve = tuple(stages[0].memory.peak - (priced - held) for stages, held, priced in rows)
     return replace(problem, reserve_bytes=reserve)
 
 
@@ -99,15 +101,15 @@ def solution_in(problem: Problem, decision: Decision) -> Solution:
 
 
 def _row(name: str, problem: Problem, found: Solution, own_s: float) -> Comparison:
-    over = max(b - limit for b, limit in zip(found.stages_bytes, problem.budget_bytes, strict=True))
-    fullest = max(range(problem.n_stages), key=found.stages_bytes.__getitem__)
+    over = max(b - limit for b, limit in zip(found.ranks_bytes, problem.budget_bytes, strict=True))
+    fullest = max(range(problem.n_ranks), key=found.ranks_bytes.__getitem__)
     return Comparison(
         name,
         tuple(found.stage.count(s) for s in range(problem.n_stages)),
-        max(found.stages_s),
+        max(problem.ranks_s(found.stages_s)),
         found.objective,
         found.objective / own_s if own_s else 1.0,
-        found.stages_bytes[fullest],
+        found.ranks_bytes[fullest],
         fullest,
         0.0 if fits(problem, found) else over,
     )

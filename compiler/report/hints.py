@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
-from ...passes.schedule.registry import DEFAULT, SCHEDULES, ScheduleKind
+from ...passes.schedule.from_file import kind_of
+from ...passes.schedule.registry import DEFAULT, ScheduleKind
 from ..costs.hardware import Device
 from ..costs.simulate import Timeline, simulate
 from ..ir.actions import Kind, Schedule
@@ -21,7 +23,8 @@ from ..ir.errors import PartitionError
 from ..ir.graph import Phase
 from ..ir.problem import Problem, Solution
 from ..ir.program import Message
-from ..plan.plan import Plan
+from ..plan.plan import Plan, TiedPlan
+from ..planning.formulation import elsewhere
 from .compare import solution_in
 from .quantities import bytes_scale, bytes_text, seconds_text
 
@@ -52,14 +55,15 @@ class Subject:
 
     @property
     def schedule(self) -> ScheduleKind:
-        return SCHEDULES[self.plan.options.get("schedule", DEFAULT)]
+        return kind_of(self.plan.options.get("schedule", DEFAULT))
 
-    @property
-    def splits(self) -> list[bool]:
-        """Per stage, whether its backward is split."""
+    def shape(self, microbatches: int) -> PipelineShape:
+        """The plan's pipeline, with so many microbatches."""
+        plan = self.plan
         actions = (interval.action for row in self.timeline.ranks for interval in row)
         split = {action.stage for action in actions if action.kind is Kind.W}
-        return [stage in split for stage in range(self.plan.n_stages)]
+        splits = [stage.stage in split for stage in plan.stages]
+        return self.schedule.shape(plan.n_stages, microbatches, plan.virtual_stages, splits)
 
 
 def hints(subject: Subject) -> Iterator[str]:
@@ -114,12 +118,10 @@ def resimulated(
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
     """The plan's kind of schedule."""
-    plan = subject.plan
-    shape = subject.schedule.shape(plan.n_stages, microbatches, splits=subject.splits)
-    messages = [
-        Message(each.stage, t.dst, Phase(t.phase), ()) for each in plan.stages for t in each.sends
-    ]
-    return add_communication(subject.schedule.generate(shape), messages)
+    compute = subject.schedule.generate(subject.shape(microbatches))
+    sends = ((stage.stage, t) for stage in subject.plan.stages for t in stage.sends)
+    messages = [Message(src, t.dst, Phase(t.phase), ()) for src, t in sends]
+    return add_communication(compute, messages)
 
 
 # -- the schedule -------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def _schedule(subject: Subject, microbatches: int) -> Schedule:
 def _microbatches(subject: Subject) -> str | None:
     """More microbatches of the same size: a smaller bubble, and the closing shared by more."""
     plan, now = subject.plan, subject.timeline
-    if max(plan.bubble, _closing(now)) <= WIDE_BUBBLE:
+    if max(plan.bubble, _closing(now)) <= WIDE_BUBBLE or subject.schedule.fixed:
         return None
     growth, then = 1, now
     while growth < MOST_GROWTH and _fits(subject, 2 * growth * plan.microbatches):
@@ -165,11 +167,11 @@ def _fits(subject: Subject, microbatches: int) -> bool:
     if plan.budget_bytes is None:
         return True
     more = microbatches / plan.microbatches - 1
-    kind = subject.schedule
-    longest = kind.in_flight(kind.shape(plan.n_stages, microbatches, splits=subject.splits))
-    for stage, most in zip(plan.stages, longest, strict=True):
-        extra = max(0, most - stage.in_flight) * stage.stash_bytes
-        if stage.memory.peak + extra + more * stage.memory.batch > plan.budget_bytes:
+    longest = subject.schedule.in_flight(subject.shape(microbatches))
+    for stages in plan.ranks:
+        memory = stages[0].memory
+        extra = sum(max(0, longest[s.stage] - s.in_flight) * s.stash_bytes for s in stages)
+        if memory.peak + extra + more * memory.batch > plan.budget_bytes:
             return False
     return True
 
@@ -180,13 +182,13 @@ def _tied_gradients(subject: Subject) -> str | None:
     m = plan.microbatches
     total = m * sum(t.bytes for stage in plan.stages for t in stage.sends)
     for tied in plan.tied:
-        parts = (len(tied.stages) - 1) * tied.part_bytes
+        parts = (len(_ranks_of(plan, tied)) - 1) * tied.part_bytes
         if tied.summed != "per_microbatch" or not total or m * parts <= NOTABLE * total:
             continue
         line = (
             f"--tied-grads per_step: the gradient of {tied.name} is {m * parts / total:.0%} of "
             f"all that is sent, {bytes_text(m * parts)} per step, and would be "
-            f"{bytes_text((len(tied.stages) - 1) * tied.bytes)}; no longer bit-exact"
+            f"{bytes_text((len(_ranks_of(plan, tied)) - 1) * tied.bytes)}; no longer bit-exact"
         )
         if len(tied.stages) == 2:
             low, high = sorted(tied.stages)
@@ -218,6 +220,10 @@ def _transfers(subject: Subject) -> str | None:
     )
 
 
+def _ranks_of(plan: Plan, tied: TiedPlan) -> set[int]:
+    return {plan.stages[stage].rank for stage in tied.stages}
+
+
 # -- the stages ---------------------------------------------------------------------------------
 
 
@@ -225,7 +231,7 @@ def _large_unit(subject: Subject) -> str | None:
     """A unit that is nearly a stage by itself: a head over a large vocabulary, say."""
     plan = subject.plan
     seconds = [math.fsum(each) for each in plan.decision.unit_seconds]
-    if plan.n_stages == 1 or not seconds:
+    if len(plan.stages) == 1 or not seconds:
         return None
     stages = [math.fsum(t for t, s in _with_stage(plan, seconds) if s == i) for i in _all(plan)]
     mean = math.fsum(stages) / len(stages)
@@ -241,10 +247,9 @@ def _large_unit(subject: Subject) -> str | None:
         f"has {seconds_text(mean)}"
     )
     balanced = int(math.fsum(seconds) / seconds[largest])
-    if 1 <= balanced < plan.n_stages:
+    if 1 <= balanced < len(plan.stages):
         line += (
-            f". A unit is not divided: {plan.n_stages} stages cannot be even, --stages {balanced} "
-            "could"
+            f". A unit is not divided: {len(plan.stages)} stages cannot be even, {balanced} could"
         )
     return line
 
@@ -300,12 +305,12 @@ def _recomputation(subject: Subject) -> str | None:
     own = solution_in(problem, plan.decision)
     # what programs spare where they recompute says nothing about others
     reserves = tuple(max(0.0, reserve) for reserve in problem.reserve_bytes)
-    unlimited = (math.inf,) * problem.n_stages
+    unlimited = (math.inf,) * problem.n_ranks
     free = _solved(replace(problem, budget_bytes=unlimited, reserve_bytes=reserves))
     if free is None or free.objective >= own.objective * (1 - NOTABLE):
         return None
     # prices may be off by a little where the programs are other ones
-    enough = _rounded_up(PRICE_MARGIN * max(free.stages_bytes))
+    enough = _rounded_up(PRICE_MARGIN * max(free.ranks_bytes))
     return (
         f"{share}: with --memory {enough} there would be none, and "
         f"the step would take {1 - free.objective / own.objective:.0%} less (problem's prices)"
@@ -324,19 +329,21 @@ def _room(subject: Subject) -> str | None:
     plan, problem = subject.plan, subject.problem
     if problem is None or plan.budget_bytes is None or problem.pins or plan.n_stages == 1:
         return None
+    if subject.schedule.fixed:
+        return None
     used = max(stage.memory.peak for stage in plan.stages) / plan.budget_bytes
     if used > ROOMY:
         return None
     own = solution_in(problem, plan.decision)
     for n in (n for n in range(1, plan.n_stages) if plan.n_stages % n == 0):
-        changed = _with_stages(problem, n, plan.microbatches, subject.schedule)
+        changed = _on_fewer(subject, problem, n)
         found = None if changed is None else _solved(changed)
         if found is None or found.objective >= own.objective * (1 - NOTABLE):
             continue
         ranks = plan.n_stages * plan.dp
         return (
             f"the fullest stage uses {used:.0%} of the budget: {n} × dp {ranks // n} on the same "
-            f"{ranks} ranks would fit ({bytes_text(max(found.stages_bytes))}) and take "
+            f"{ranks} ranks would fit ({bytes_text(max(found.ranks_bytes))}) and take "
             f"{seconds_text(found.objective)} instead of {seconds_text(own.objective)} by the "
             f"problem's prices, before the exchange of gradients; --stages auto --devices {ranks} "
             "weighs it"
@@ -344,21 +351,13 @@ def _room(subject: Subject) -> str | None:
     return None
 
 
-def _with_stages(
-    problem: Problem, n: int, microbatches: int, schedule: ScheduleKind
-) -> Problem | None:
-    """The same batch on fewer stages and as many times more replicas; microbatches stay alike."""
-    share, rest = divmod(microbatches * n, problem.n_stages)
+def _on_fewer(subject: Subject, problem: Problem, n: int) -> Problem | None:
+    """The same batch on fewer ranks and as many times more replicas; microbatches stay alike."""
+    plan = subject.plan
+    share, rest = divmod(plan.microbatches * n, problem.n_ranks)
     if rest or not share:
         return None
-    return replace(
-        problem,
-        n_stages=n,
-        in_flight=schedule.in_flight(schedule.shape(n, share)),
-        budget_bytes=problem.budget_bytes[:1] * n,
-        reserve_bytes=(max(problem.reserve_bytes),) * n,
-        max_weight=share - 1,
-    )
+    return elsewhere(problem, subject.schedule, n, share, plan.virtual_stages)
 
 
 # -- helpers ------------------------------------------------------------------------------------
@@ -379,4 +378,4 @@ def _with_stage(plan: Plan, seconds: list[float]) -> Iterator[tuple[float, int]]
 
 
 def _all(plan: Plan) -> range:
-    return range(plan.n_stages)
+    return range(len(plan.stages))

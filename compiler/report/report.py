@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..plan.plan import Plan, StagePlan, TiedPlan, Transfer
+from ...passes.schedule.registry import DEFAULT
+from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
 from .charts import bar, schedule_chart
 from .quantities import (
     bytes_scale,
@@ -103,7 +105,7 @@ class _Report:
         if extras.fp32:
             yield self._precision(extras.fp32)
         if plan.tied:
-            yield self._lines("tied weights", [_tied(tied) for tied in plan.tied])
+            yield self._lines("tied weights", [_tied(tied, plan) for tied in plan.tied])
         if any(stage.sends for stage in plan.stages):
             yield self._transfers()
         yield schedule_chart(self.timeline, plan.microbatches, self.width)
@@ -154,10 +156,20 @@ class _Report:
         ranks, rows = plan.n_stages * plan.dp, plan.microbatches * plan.microbatch_rows * plan.dp
         return [
             f"microbatch: {plan.shape}",
-            f"{counted(plan.n_stages, 'stage')} × dp {plan.dp} = {counted(ranks, 'rank')}; "
+            f"{counted(len(plan.stages), 'stage')}{self._dealt()} × dp {plan.dp} = "
+            f"{counted(ranks, 'rank')}; "
             f"{counted(plan.microbatches, 'microbatch')} of "
             f"{counted(plan.microbatch_rows, 'row')} per replica, {counted(rows, 'row')} per step",
         ]
+
+    @property
+    def _shares(self) -> bool:
+        """Whether a rank holds several stages."""
+        return self.plan.virtual_stages > 1
+
+    def _dealt(self) -> str:
+        plan = self.plan
+        return f" on {counted(plan.n_stages, 'rank')}" if self._shares else ""
 
     def _precision(self, fp32: Plan) -> Group:
         """What was cast, and what that saves on the same stages."""
@@ -165,7 +177,9 @@ class _Report:
         sizes = {
             "stash of a microbatch": [sum(s.stash_bytes for s in p.stages) for p in plans],
             "sent per microbatch": [sum(map(_sent, p.stages)) for p in plans],
-            "largest peak of a stage": [max(s.memory.peak for s in p.stages) for p in plans],
+            f"largest peak of a {'rank' if self._shares else 'stage'}": [
+                max(s.memory.peak for s in p.stages) for p in plans
+            ],
         }
         shown = [[bytes_text(size) for size in pair] for pair in sizes.values()]
         shown.append([seconds_text(p.step_s) for p in plans])
@@ -185,24 +199,33 @@ class _Report:
         return Group(self._lines("mixed precision", said), table)
 
     def _trials(self, trials: Sequence[Trial]) -> Group:
-        """Divisions of the devices; which one was taken, and why."""
+        """Ways to use the devices; which one was taken, and why."""
         plan = self.plan
-        best = min(t.step_s for t in trials if t.step_s is not None)
+        best = min(trials, key=lambda t: math.inf if t.step_s is None else t.step_s)
         rows = plan.microbatches * plan.microbatch_rows * plan.dp
-        said = [_verdict(t, t.n_stages == plan.n_stages, best) for t in trials]
-        table = self._table(
-            {
-                "stages": [t.n_stages for t in trials],
-                "dp": [t.dp for t in trials],
-                "step": ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials],
-                "rows/s": ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials],
-                "": said,
-            },
-            left=("",),
-        )
-        return Group(
-            self._lines(f"divisions of {trials[0].n_stages * trials[0].dp} devices"), table
-        )
+        said = [_verdict(t, t is best, best.step_s or 0.0) for t in trials]
+        scale = bytes_scale([t.peak_bytes for t in trials])
+        orders = len({t.way.order for t in trials}) > 1
+        divides = len({t.way.n_stages for t in trials}) > 1
+        columns: dict[str, Sequence[object]] = {}
+        if divides or not orders:
+            columns["stages"] = [t.way.n_stages for t in trials]
+            columns["dp"] = [t.way.dp for t in trials]
+        if orders:
+            columns["schedule"] = [t.way.schedule for t in trials]
+            columns["stages\nper rank"] = [t.way.virtual_stages or 1 for t in trials]
+            columns["micro-\nbatches"] = [t.microbatches or "–" for t in trials]
+        columns["step"] = ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials]
+        columns["rows/s"] = ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials]
+        if orders:
+            columns["bubble"] = [f"{t.bubble:.1%}" if t.step_s else "–" for t in trials]
+            columns[f"peak\n{scale.unit}"] = [
+                scale.text(t.peak_bytes) if t.step_s else "–" for t in trials
+            ]
+        table = self._table(columns | {"": said}, left=("", "schedule"))
+        devices = trials[0].way.n_stages * trials[0].way.dp
+        title = f"divisions of {devices} devices" if divides or not orders else "schedules"
+        return Group(self._lines(title), table)
 
     def _stages(self) -> Table:
         """One row per stage; seconds, stash and sends are of one microbatch."""
@@ -215,6 +238,7 @@ class _Report:
         return self._table(
             {
                 "stage": [s.stage for s in stages],
+                **({"rank": [s.rank for s in stages]} if self._shares else {}),
                 "units": [s.units for s in stages],
                 f"params\n{count.unit}": [count.text(s.param_count) for s in stages],
                 f"weights\n{weights.unit}": [weights.text(s.param_bytes) for s in stages],
@@ -229,22 +253,22 @@ class _Report:
         )
 
     def _memory(self) -> Group:
-        """Bytes of each stage's fullest moment; "other" is buffers, constants and batch."""
+        """Bytes of each rank's fullest moment; "other" is buffers, constants and batch."""
         budget = self.plan.budget_bytes
-        stages = self.plan.stages
-        held = [s.memory for s in stages]
+        held = [stages[0].memory for stages in self.plan.ranks]
+        who = "rank" if self._shares else "stage"
         scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
         columns: dict[str, list[int]] = {
             "weights": [m.weights + m.copies for m in held],
             "gradients": [m.grads for m in held],
             "optimizer": [m.states for m in held],
             "other": [m.buffers + m.constants + m.batch for m in held],
-            "activations": [_working(s) for s in stages],
+            "activations": [_working(m) for m in held],
         }
-        shown: dict[str, Sequence[object]] = {"stage": [s.stage for s in stages]}
+        shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
         shown["peak in"] = [m.peak_at for m in held]
-        title = f"memory of a stage at its peak, {scale.unit}"
+        title = f"memory of a {who} at its peak, {scale.unit}"
         if budget is None:
             shown["peak"] = [scale.text(m.peak) for m in held]
         else:
@@ -272,22 +296,31 @@ class _Report:
     def _comparison(self, rows: Sequence[Comparison]) -> Group:
         limited = self.plan.budget_bytes is not None
         title = self._lines(
-            "compared at the problem's prices: (m−1) · slowest + Σ, transfers in full, no optimizer"
+            f"compared at the problem's prices: {self._priced()}, transfers in full, no optimizer"
         )
         table = self._table(
             {
                 "strategy": [r.name for r in rows],
-                "slowest\nstage": ["–" if r.reason else seconds_text(r.bottleneck_s) for r in rows],
+                f"slowest\n{'rank' if self._shares else 'stage'}": [
+                    "–" if r.reason else seconds_text(r.bottleneck_s) for r in rows
+                ],
                 "step": ["–" if r.reason else seconds_text(r.step_s) for r in rows],
                 "to this\nplan": ["–" if r.reason else f"{r.ratio:.3f} ×" for r in rows],
                 "peak": ["–" if r.reason else bytes_text(r.peak_bytes) for r in rows],
-                "on\nstage": ["–" if r.reason else r.peak_stage for r in rows],
+                f"on\n{'rank' if self._shares else 'stage'}": [
+                    "–" if r.reason else r.peak_rank for r in rows
+                ],
                 "fits": [_fit(r, limited) for r in rows],
                 "units per stage": [r.reason or " ".join(map(str, r.units)) for r in rows],
             },
             left=("strategy", "fits", "units per stage"),
         )
         return Group(title, table)
+
+    def _priced(self) -> str:
+        if self.plan.options.get("schedule", DEFAULT) == DEFAULT:
+            return "(m−1) · slowest + Σ"
+        return "m · slowest + what the schedule waits"
 
     def _passes(self, records: Sequence[PassRecord]) -> Group:
         """In the order in which they end; capturing holds those of the forward level."""
@@ -307,21 +340,23 @@ class _Report:
 
     def _speed(self) -> list[str]:
         plan = self.plan
-        stages = [_seconds(stage) for stage in plan.stages]
-        slowest = max(range(len(stages)), key=stages.__getitem__)
-        mean = sum(stages) / len(stages)
+        ranks = [sum(map(_seconds, stages)) for stages in plan.ranks]
+        slowest = max(range(len(ranks)), key=ranks.__getitem__)
+        mean = sum(ranks) / len(ranks)
         closing = max(self.timeline.closing_s, default=0.0)
         ideal = (plan.n_stages - 1) / (plan.microbatches + plan.n_stages - 1)
         made = plan.microbatches * plan.dp
+        who = "rank" if self._shares else "stage"
+        usual = "1f1b " if self._shares else ""
         rows = f"{rate_text(made * plan.microbatch_rows / plan.step_s)} rows/s"
         tokens = f"{rate_text(made * plan.microbatch_tokens / plan.step_s)} tokens/s, "
         return [
             f"step: {seconds_text(plan.step_s)} predicted, {seconds_text(closing)} of it "
             f"{'optimizer and gradient exchange' if plan.dp > 1 else 'optimizer'}; "
             f"{tokens if plan.microbatch_tokens else ''}{rows}",
-            f"bottleneck: stage {slowest}, {seconds_text(stages[slowest])} per microbatch, "
-            f"{stages[slowest] / mean if mean else 1:.2f} × the mean",
-            f"bubble: {plan.bubble:.1%}; with equal stages and free transfers "
+            f"bottleneck: {who} {slowest}, {seconds_text(ranks[slowest])} per microbatch, "
+            f"{ranks[slowest] / mean if mean else 1:.2f} × the mean",
+            f"bubble: {plan.bubble:.1%}; {usual}with equal stages and free transfers "
             f"(S−1)/(m+S−1) = {ideal:.1%}",
         ]
 
@@ -335,12 +370,13 @@ class _Report:
         fullest = max(stages, key=lambda stage: stage.memory.peak)
         budget = plan.budget_bytes
         share = f", {fullest.memory.peak / budget:.0%} of the budget" if budget else ""
+        where = f"rank {fullest.rank}" if self._shares else f"stage {fullest.stage}"
         return [
             f"compute: {flops_text(forward)} forward, {flops_text(backward)} backward"
             + (f", {flops_text(again)} recomputed" if again else "")
             + " per step of all replicas",
             f"transfers: {bytes_text(m * sum(map(_sent, stages)))} per step of one replica",
-            f"memory: at most {bytes_text(fullest.memory.peak)}, on stage {fullest.stage} in "
+            f"memory: at most {bytes_text(fullest.memory.peak)}, on {where} in "
             f"{fullest.memory.peak_at}{share or '; no limit was given'}",
         ]
 
@@ -375,9 +411,8 @@ def _seconds(stage: StagePlan) -> float:
     return stage.forward_s + stage.backward_s + stage.recompute_s
 
 
-def _working(stage: StagePlan) -> int:
+def _working(m: MemoryPlan) -> int:
     """What is held at the peak beyond what is held all the time."""
-    m = stage.memory
     return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
 
 
@@ -398,11 +433,14 @@ def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
     return "the shortest step: chosen" if chosen else f"{trial.step_s / best_s:.2f} × as long"
 
 
-def _tied(tied: TiedPlan) -> str:
+def _tied(tied: TiedPlan, plan: Plan) -> str:
     aliases = "".join(f" = {name}" for name in tied.names if name != tied.name)
     where = ", ".join(map(str, tied.stages))
-    amount = f"{len(tied.stages) - 1} × {bytes_text(tied.part_bytes)}"
+    ranks = {plan.stages[stage].rank for stage in tied.stages}
+    amount = f"{len(ranks) - 1} × {bytes_text(tied.part_bytes)}"
     head = f"{tied.name}{aliases}: on stages {where}, owned by {tied.owner}; the parts of its "
+    if len(ranks) == 1:
+        return f"{head.removesuffix('; the parts of its ')}, which are on one rank: nothing is sent"
     if tied.summed == "per_step":
         return f"{head}gradient are sent once per step ({amount}), and the sum back"
     return (

@@ -5,6 +5,8 @@ solve_uniform          equal numbers of units
 solve_parameters       equal static bytes
 solve_sequential       divided first as if memory were free, options afterwards
 solve_all_or_nothing   a stage's units take all their first option, or all their last
+
+All give each stage a rank of its own: others are made `apart` before.
 """
 
 from __future__ import annotations
@@ -107,6 +109,31 @@ def solve_all_or_nothing(problem: Problem) -> Solution:
             for unit in (u for units in line.positions[i:j] for u in units):
                 option[unit] = 0
     return solution_of(problem, _stages(line, cuts), option, "all-or-nothing")
+
+
+def apart(problem: Problem) -> Problem:
+    """The same units with a rank for each stage: what fits there fits where ranks hold several.
+
+    The solvers here go from stage to stage, and know nothing of what two stages of one rank have
+    in common. So each stage gets its share of the rank's memory, by its microbatches in flight and
+    one more for weights, and the slowest stage stands for the slowest rank.
+    """
+    if not problem.shares_ranks:
+        return problem
+    budgets = [math.inf] * problem.n_stages
+    for rank, stages in enumerate(problem.placement):
+        room = problem.budget_bytes[rank] - problem.reserve_bytes[rank]
+        whole = sum(problem.in_flight[s] + 1 for s in stages)
+        for s in stages:
+            budgets[s] = room * (problem.in_flight[s] + 1) / whole
+    return replace(
+        problem,
+        homes=(),
+        together_in_flight=(),
+        budget_bytes=tuple(budgets),
+        reserve_bytes=(),
+        max_weight=problem.max_weight * problem.n_stages / problem.n_ranks,
+    )
 
 
 def in_order(problem: Problem) -> list[tuple[int, ...]]:

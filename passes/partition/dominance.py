@@ -28,9 +28,10 @@ _SLACK = 1e-13  # of all seconds: for sums that are equal but for rounding
 
 
 def applies(problem: Problem) -> bool:
-    """Whether units have one option each, and a stage may be empty."""
+    """Whether units have one option each, a stage may be empty, and each has its own rank."""
     return (
-        all(len(each) == 1 for each in problem.options)
+        not problem.shares_ranks
+        and all(len(each) == 1 for each in problem.options)
         and not problem.min_units
         and not problem.together
     )

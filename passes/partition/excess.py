@@ -9,21 +9,22 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
 def excess_bytes(problem: Problem, solution: Solution) -> tuple[float, ...]:
-    """Per stage, what is needed above the budget; 0 where it fits."""
-    pairs = zip(solution.stages_bytes, problem.budget_bytes, strict=True)
+    """Per rank, what is needed above the budget; 0 where it fits."""
+    pairs = zip(solution.ranks_bytes, problem.budget_bytes, strict=True)
     return tuple(max(0.0, used - limit) for used, limit in pairs)
 
 
 def infeasible(problem: Problem, nearest: Solution, *, proven: bool) -> MemoryBudgetError:
     """The error for a problem of which ``nearest`` is the division that fits best."""
     over = excess_bytes(problem, nearest)
-    worst = max(range(problem.n_stages), key=over.__getitem__)
+    worst = max(range(problem.n_ranks), key=over.__getitem__)
     unit, size = next((pair for pair in _UNITS if over[worst] >= 0.01 * pair[1]), _UNITS[-1])
     needs, limit, more = (
         f"{amount / size:.2f} {unit}" if size > 1 else f"{amount:g} bytes"
-        for amount in (nearest.stages_bytes[worst], problem.budget_bytes[worst], over[worst])
+        for amount in (nearest.ranks_bytes[worst], problem.budget_bytes[worst], over[worst])
     )
     found = "" if proven else " in the best division found"
+    who = "rank" if problem.shares_ranks else "stage"
     return MemoryBudgetError(
-        f"stage {worst} needs {needs} of {limit}{found}, {more} too much", over, nearest, proven
+        f"{who} {worst} needs {needs} of {limit}{found}, {more} too much", over, nearest, proven
     )

@@ -3,9 +3,9 @@
     y[u, s] = 1         the stage of unit u is at most s; y[v, s] ≤ y[u, s] for an edge (u, v)
     x[u, s]             y[u, s] − y[u, s − 1]: u is on s
     z[u, s, k]          u is on s with option k; Σ_k z = x
-    send, receive       of a value and stage; ≥ x of the one end − x of the other
-    kept[w, s]          ≥ z of a user − Σ z of what recomputes it
-    transient[s]        ≥ Σ_k transient_k · z of every unit
+    send, receive       of a value and stage; ≥ x of the one end − x of the other on its rank
+    kept[w, s]          ≥ z of a user − Σ z of what recomputes it; of a weight kept[w, r]
+    transient[r]        ≥ Σ_k transient_k · z of every unit on a stage of rank r
 
 Stages are ordered, so no two solutions differ only in the names of devices; that and windows of
 stages for every unit (`passes.partition.windows`) are what makes it solvable.
@@ -21,7 +21,7 @@ from typing import Any
 
 import pulp  # type: ignore[import-untyped]
 
-from ...compiler.ir.problem import Problem, Users
+from ...compiler.ir.problem import Kept, Problem, Users
 from .baselines import PROVEN_GAP
 from .solvers import GAP, SolverError, solver_of
 from .windows import Window, leaders
@@ -89,6 +89,13 @@ class _Model:
         _add(terms, self._up_to(unit, stage))
         _add(terms, self._up_to(unit, stage - 1), -1.0)
         return terms
+
+    def on_rank_of(self, unit: int, stage: int) -> Terms:
+        """Unit on any of the stages that share this one's rank."""
+        homes = self.problem.homes
+        return _dense(
+            (1.0, self.x(unit, s)) for s, home in enumerate(homes) if home == homes[stage]
+        )
 
     def chosen(self, unit: int, stage: int, option: int) -> Terms:
         """Unit on stage with option."""
@@ -224,7 +231,8 @@ def _times(model: _Model) -> None:
                 _add(loads[s], model.chosen(unit, s, k), option.seconds / model.unit_s)
     for number in range(len(problem.values)):
         _transfer(model, number, loads)
-    for load in loads:
+    for stages in problem.placement:
+        load = _dense((1.0, loads[s]) for s in stages)
         model.require(_dense([(1.0, {longest: 1.0}), (-1.0, load)]))
         if problem.sum_weight:
             _add(objective, load, problem.sum_weight)
@@ -233,7 +241,8 @@ def _times(model: _Model) -> None:
 
 
 def _transfer(model: _Model, number: int, loads: list[Terms]) -> None:
-    """What a value adds to the time of every stage: sent if read elsewhere, received once."""
+    """What a value adds to the time of every stage: sent if another rank reads it, received once
+    by each stage there that does."""
     value = model.problem.values[number]
     ends = [model.windows[unit] for unit in (value.source, *value.readers)]
     if all(first == last == ends[0][0] for first, last in ends):
@@ -242,61 +251,82 @@ def _transfer(model: _Model, number: int, loads: list[Terms]) -> None:
     for s in range(first, last + 1) if value.send_s else ():
         send = model.variable(f"send_{number}_{s}", 1)
         for reader in value.readers:
-            here, there = model.x(value.source, s), model.x(reader, s)
+            here, there = model.x(value.source, s), model.on_rank_of(reader, s)
             model.require(_dense([(1.0, {send: 1.0}), (-1.0, here), (1.0, there)]))
         _add(loads[s], {send: 1.0}, value.send_s / model.unit_s)
     for s in range(model.problem.n_stages) if value.receive_s else ():
         near = [u for u in value.readers if model.windows[u][0] <= s <= model.windows[u][1]]
         receive = model.variable(f"receive_{number}_{s}", 1)
         for reader in near:
-            here, there = model.x(reader, s), model.x(value.source, s)
+            here, there = model.x(reader, s), model.on_rank_of(value.source, s)
             model.require(_dense([(1.0, {receive: 1.0}), (-1.0, here), (1.0, there)]))
         if near:
             _add(loads[s], {receive: 1.0}, value.receive_s / model.unit_s)
 
 
 def _memory(model: _Model) -> Terms:
-    """Bytes of every stage within its budget; the excess of all stages if that is allowed."""
+    """Bytes of every rank within its budget; the excess of all ranks if that is allowed."""
     problem, excess = model.problem, {}
-    for s, budget in enumerate(problem.budget_bytes):
+    for rank, budget in enumerate(problem.budget_bytes):
         if not math.isfinite(budget):
             continue
         unit_bytes = _typical_bytes(problem, budget) / SCALE
-        transient = model.variable(f"transient_{s}")
-        used: Terms = {None: problem.reserve_bytes[s] / unit_bytes, transient: 1.0}
-        for unit, options in enumerate(problem.options):
-            first, last = model.windows[unit]
-            if not first <= s <= last:
-                continue
-            peak: Terms = {transient: 1.0}
-            for k, option in enumerate(options):
-                held = option.static_bytes + problem.in_flight[s] * option.stash_bytes
-                _add(used, model.chosen(unit, s, k), held / unit_bytes)
-                _add(peak, model.chosen(unit, s, k), -option.transient_bytes / unit_bytes)
-            model.require(peak)
-        _shared(model, s, used, unit_bytes)
+        transient = model.variable(f"transient_{rank}")
+        used: Terms = {None: problem.reserve_bytes[rank] / unit_bytes, transient: 1.0}
+        stashes = [
+            _stage_memory(model, s, transient, used, unit_bytes) for s in problem.placement[rank]
+        ]
+        _shared_once(model, rank, used, unit_bytes)
         if model.over is not None:
-            more = model.variable(f"over_{s}")
-            excess[more] = 1e-3 / problem.n_stages
+            more = model.variable(f"over_{rank}")
+            excess[more] = 1e-3 / problem.n_ranks
             _add(used, {more: -model.unit_s / unit_bytes})
             model.require({model.over: 1.0, more: -1.0})
-        model.require(
-            {variable: -factor for variable, factor in used.items()}, -budget / unit_bytes
-        )
+        for counts in problem.together_in_flight[rank]:
+            at_once = _dense([(1.0, used), *zip(map(float, counts), stashes, strict=True)])
+            model.require(_dense([(-1.0, at_once)]), -budget / unit_bytes)
     return excess
 
 
-def _shared(model: _Model, s: int, used: Terms, unit_bytes: float) -> None:
-    for number, kept in enumerate(model.problem.kept):
-        users = _on(model, kept.users, s)
-        size = kept.bytes * (model.problem.in_flight[s] if kept.per_microbatch else 1)
-        if not users or not size:
+def _stage_memory(model: _Model, s: int, transient: Any, used: Terms, unit_bytes: float) -> Terms:
+    """What a microbatch keeps on a stage; what units hold all the time is added to ``used``."""
+    stash: Terms = {}
+    for unit, options in enumerate(model.problem.options):
+        first, last = model.windows[unit]
+        if not first <= s <= last:
             continue
-        held = model.variable(f"kept_{number}_{s}", 1)
-        recomputed = _dense((1.0, terms) for terms in _on(model, kept.unless, s))
-        for terms in users:
-            model.require(_dense([(1.0, {held: 1.0}), (-1.0, terms), (1.0, recomputed)]))
-        _add(used, {held: 1.0}, size / unit_bytes)
+        peak: Terms = {transient: 1.0}
+        for k, option in enumerate(options):
+            chosen = model.chosen(unit, s, k)
+            _add(used, chosen, option.static_bytes / unit_bytes)
+            _add(stash, chosen, option.stash_bytes / unit_bytes)
+            _add(peak, chosen, -option.transient_bytes / unit_bytes)
+        model.require(peak)
+    for number, kept in enumerate(model.problem.kept):
+        if kept.per_microbatch and kept.bytes:
+            held = _held(model, f"kept_{number}_{s}", kept, (s,))
+            _add(stash, held, kept.bytes / unit_bytes)
+    return stash
+
+
+def _shared_once(model: _Model, rank: int, used: Terms, unit_bytes: float) -> None:
+    stages = model.problem.placement[rank]
+    for number, kept in enumerate(model.problem.kept):
+        if not kept.per_microbatch and kept.bytes:
+            held = _held(model, f"kept_{number}_on_{rank}", kept, stages)
+            _add(used, held, kept.bytes / unit_bytes)
+
+
+def _held(model: _Model, name: str, kept: Kept, stages: Sequence[int]) -> Terms:
+    """Whether shared bytes are taken on any of some stages; nothing where no user can be there."""
+    users = [(s, terms) for s in stages for terms in _on(model, kept.users, s)]
+    if not users:
+        return {}
+    held = model.variable(name, 1)
+    for s, terms in users:
+        recomputed = _dense((1.0, each) for each in _on(model, kept.unless, s))
+        model.require(_dense([(1.0, {held: 1.0}), (-1.0, terms), (1.0, recomputed)]))
+    return {held: 1.0}
 
 
 def _on(model: _Model, users: Users, s: int) -> list[Terms]:

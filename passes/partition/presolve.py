@@ -280,22 +280,25 @@ def _merged_kept(problem: Problem, new: dict[int, int]) -> tuple[Kept, ...]:
 
 
 def _without_memory(reduced: Reduced) -> Reduced:
-    """Drops limits that hold even if everything is on one stage with its largest option."""
+    """Drops limits that hold even if everything is on one rank with its largest option."""
     problem = reduced.problem
     if not any(math.isfinite(budget) for budget in problem.budget_bytes):
         return replace(reduced, problem=replace(problem, kept=()))
     transient = max(option.transient_bytes for each in problem.options for option in each)
-    for budget, reserve, f in zip(
-        problem.budget_bytes, problem.reserve_bytes, problem.in_flight, strict=True
-    ):
+    ranks = zip(problem.budget_bytes, problem.reserve_bytes, problem.placement, strict=True)
+    for budget, reserve, stages in ranks:
+        f = max(problem.in_flight[s] for s in stages)
         most = math.fsum(
             max(option.static_bytes + f * option.stash_bytes for option in each)
             for each in problem.options
         )
-        shared = math.fsum(kept.bytes * (f if kept.per_microbatch else 1) for kept in problem.kept)
+        copies = sum(problem.in_flight[s] for s in stages)  # one on each of the rank's stages
+        shared = math.fsum(
+            kept.bytes * (copies if kept.per_microbatch else 1) for kept in problem.kept
+        )
         if reserve + most + shared + transient > budget:
             return reduced
-    free = replace(problem, kept=(), budget_bytes=(math.inf,) * problem.n_stages)
+    free = replace(problem, kept=(), budget_bytes=(math.inf,) * problem.n_ranks)
     return replace(reduced, problem=free)
 
 

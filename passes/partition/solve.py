@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from ...compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from ...compiler.ir.problem import Problem, Solution, fits, solution_of
 from . import dominance, ideals, ilp
-from .baselines import PROVEN_GAP, largest_stage_s, solve_dynamic
+from .baselines import PROVEN_GAP, apart, largest_stage_s, solve_dynamic
 from .excess import excess_bytes, infeasible
 from .presolve import Reduced, reduce
 from .solvers import GAP, SolverError
@@ -125,15 +125,18 @@ class _Search:
     def contiguous(self) -> None:
         """The best divisions of the units' order; the optimum if that is the only order."""
         try:
-            found = solve_dynamic(self.small, time_limit_s=min(self.time_limit_s, DYNAMIC_S))
+            limit_s = min(self.time_limit_s, DYNAMIC_S)
+            found = solve_dynamic(apart(self.small), time_limit_s=limit_s)
         except MemoryBudgetError as error:
+            if self.small.shares_ranks:  # not what is asked
+                return
             self.nearest = error.nearest
             self.hopeless = error.proven
             return
         except PartitionError:  # pins or groups that no run of units keeps to
             return
         self.offer(found.stage, found.option, "dynamic")
-        if found.proven:
+        if found.proven and not self.small.shares_ranks:
             self.bound = max(self.bound, found.objective)
 
     def all_ideals(self) -> None:
@@ -254,7 +257,7 @@ def _simple_bound(problem: Problem) -> float:
     """No solution is faster than this, whatever memory there is."""
     fastest = [min(option.seconds for option in each) for each in problem.options]
     total = math.fsum(fastest)
-    longest = max(max(fastest), total / problem.n_stages)
+    longest = max(max(fastest), total / problem.n_ranks)
     return problem.max_weight * longest + problem.sum_weight * total
 
 

@@ -61,7 +61,8 @@ def _loads(
     loads = []
     if math.isfinite(limit_s):
         loads.append((seconds, np.full(problem.n_stages, limit_s)))
-    room = np.array(problem.budget_bytes) - np.array(problem.reserve_bytes)
+    of_ranks = np.array(problem.budget_bytes) - np.array(problem.reserve_bytes)
+    room = of_ranks[list(problem.homes)]
     if np.all(np.isfinite(room)):
         fewest = min(problem.in_flight)
         needed = [

@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...compiler.ir.actions import Schedule, homes_of, max_in_flight
-from .one_f_one_b import one_f_one_b
-from .shape import Homes, PipelineShape, StageCosts, looped
-from .zb_h1 import zb_h1
+from ...compiler.ir.actions import Schedule
+from ..generators.gpipe import gpipe
+from ..generators.interleaved import interleaved
+from ..generators.one_f_one_b import one_f_one_b
+from ..generators.shape import Homes, PipelineShape, StageCosts, looped, v_shaped
+from ..generators.v_blocks import v_half, v_min
+from ..generators.zb import zb
+from ..generators.zb_h1 import zb_h1
+from ..generators.zb_v import zb_v
+from .load import Load, load_of
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,10 @@ class ScheduleKind:
         splits_backward: whether the weight gradients that no other stage waits for are made a
             program of their own.
         place: (ranks, stages per rank) -> where stages are.
-        virtual: how many stages a rank may hold; None for any number from 1 on. The first is what
-            it holds where nothing is said.
+        virtual: how many stages a rank may hold; None for any number from 1 on.
+        usual_virtual: what it holds where nothing is said.
         searches: whether the order depends on seconds and bytes.
+        fixed: whether it is for one number of ranks and microbatches alone.
     """
 
     name: str
@@ -33,7 +40,9 @@ class ScheduleKind:
     splits_backward: bool = False
     place: Callable[[int, int], Homes] = looped
     virtual: tuple[int, ...] | None = (1,)
+    usual_virtual: int = 1
     searches: bool = False
+    fixed: bool = False
 
     def shape(
         self,
@@ -53,33 +62,78 @@ class ScheduleKind:
         split = tuple(splits or (self.splits_backward,) * len(homes))
         return PipelineShape(homes, microbatches, split, costs)
 
-    @property
-    def usual_virtual(self) -> int:
-        return self.virtual[0] if self.virtual else 1
+    def load(self, shape: PipelineShape) -> Load:
+        """What ranks hold, and when they are idle, if all stages are alike."""
+        return _load(self, shape.homes, shape.microbatches, shape.splits)
 
     def in_flight(self, shape: PipelineShape) -> tuple[int, ...]:
         """Per stage, the most microbatches between their forward and their last backward."""
-        return _in_flight(self, shape.homes, shape.microbatches, shape.splits)
+        return self.load(shape).in_flight
 
 
 @lru_cache(256)
-def _in_flight(
-    kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
-) -> tuple[int, ...]:
-    schedule = kind.generate(PipelineShape(homes, microbatches, splits))
-    where = homes_of(schedule)
-    return tuple(max_in_flight(schedule[where[s]], s) for s in range(len(homes)))
+def _load(kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]) -> Load:
+    shape = PipelineShape(homes, microbatches, splits)
+    return load_of(kind.generate(shape), shape)
 
 
 SCHEDULES: Mapping[str, ScheduleKind] = {
     kind.name: kind
     for kind in (
+        ScheduleKind(
+            "gpipe", "all forwards, then all backwards: simple, much memory", gpipe, virtual=None
+        ),
         ScheduleKind("1f1b", "few microbatches in flight", one_f_one_b),
+        ScheduleKind(
+            "interleaved",
+            "1f1b over several stages per rank, for a smaller bubble and more messages",
+            interleaved,
+            virtual=None,
+            usual_virtual=2,
+        ),
         ScheduleKind(
             "zb_h1",
             "weight gradients later than what other stages wait for, for a smaller bubble",
             zb_h1,
             splits_backward=True,
+        ),
+        ScheduleKind(
+            "zb",
+            "the best order found for these stages, with weight gradients apart",
+            zb,
+            splits_backward=True,
+            virtual=None,
+            searches=True,
+        ),
+        ScheduleKind(
+            "zb_v",
+            "two stages per rank in a V: almost no bubble with the memory of 1f1b",
+            zb_v,
+            splits_backward=True,
+            place=v_shaped,
+            virtual=(2,),
+            usual_virtual=2,
+            searches=True,
+        ),
+        ScheduleKind(
+            "v_half",
+            "the same with half of the memory, and half of the bubble of 1f1b",
+            v_half,
+            splits_backward=True,
+            place=v_shaped,
+            virtual=(2,),
+            usual_virtual=2,
+            searches=True,
+        ),
+        ScheduleKind(
+            "v_min",
+            "the same with a third of the memory, and two thirds of the bubble of 1f1b",
+            v_min,
+            splits_backward=True,
+            place=v_shaped,
+            virtual=(2,),
+            usual_virtual=2,
+            searches=True,
         ),
     )
 }

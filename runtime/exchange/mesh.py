@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from ...compiler.ir.errors import WorldSizeError
 
+Placement = tuple[tuple[int, ...], ...]
+"""Per rank of a replica, the stages that it holds."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -19,14 +22,14 @@ class Mesh:
     Attributes:
         dp: how many replicas there are.
         rank: this process's rank; None where one process plays all ranks.
-        placement: per rank of a replica the stages that it holds; where it is left out, each rank
-            holds one, in order.
+        n_stages: into which the model is divided.
+        placement: where it is left out, each rank holds one stage, in order.
     """
 
     n_stages: int
     dp: int
     rank: int | None
-    placement: tuple[tuple[int, ...], ...] = ()
+    placement: Placement = ()
 
     @property
     def pp(self) -> int:
@@ -84,23 +87,28 @@ def world_size() -> int:
     return 0
 
 
-def make_mesh(n_stages: int, dp: int) -> Mesh:
+def make_mesh(pp: int, dp: int, placement: Placement = ()) -> Mesh:
     """The mesh that fits how this process was started: torchrun, or plain python.
 
+    Args:
+        pp: ranks of a replica.
+        placement: of stages on them.
+
     Raises:
-        WorldSizeError: started as a number of processes that is not n_stages × dp.
+        WorldSizeError: started as a number of processes that is not pp × dp.
     """
     world = world_size()
+    n_stages = sum(map(len, placement)) or pp
     if not world:
-        return Mesh(n_stages, dp, None)
+        return Mesh(n_stages, dp, None, placement)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
-    if world != n_stages * dp:
+    if world != pp * dp:
         raise WorldSizeError(
-            f"n_stages={n_stages} × dp={dp} needs {n_stages * dp} processes, and there are "
-            f"{world}: start it with torchrun --nproc-per-node {n_stages * dp}, or choose "
+            f"n_stages={pp} × dp={dp} needs {pp * dp} processes, and there are "
+            f"{world}: start it with torchrun --nproc-per-node {pp * dp}, or choose "
             f"n_stages and dp whose product is {world}"
         )
-    return Mesh(n_stages, dp, rank)
+    return Mesh(n_stages, dp, rank, placement)
 
 
 def connect(mesh: Mesh, device: torch.device) -> None:

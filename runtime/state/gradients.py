@@ -15,7 +15,7 @@ for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -62,11 +62,11 @@ class WholeGradients(Bucket):
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
 
-    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
+    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
         """What leaves when, while a stage program runs.
 
         Args:
-            tied: the parameters that other stages hold too.
+            late: `compiler.ir.shards.late_gradients`.
         """
         return Departures()
 
@@ -174,9 +174,9 @@ class ClosingGradients(SentGradients):
         for name, slot in self.slots.items():
             slot.owned = rows_of(slot.tensor, self._dp, self._replica, owners.get(name))
 
-    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
+    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
         slots = {name: slot.tensor for name, slot in self.slots.items()}
-        return closing_departures(stage, items_of(slots, self._owners), self._dp, tied)
+        return closing_departures(stage, items_of(slots, self._owners), self._dp, late)
 
     def begin(self, departures: Departures, part: Kind, last: bool) -> None:
         super().begin(departures if last else Departures(), part, last)
@@ -214,7 +214,7 @@ class StreamGradients(SentGradients):
         super().__init__(shards, dtypes, endpoint, 1)
         self._items = {n: item_of(n, whole[n], owners, dtypes[n]) for n in self.slots}
 
-    def departures(self, stage: StageProgram, tied: Iterable[str]) -> Departures:
+    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
         return stream_departures(stage, self._items, self._dp)
 
     def _settle(self, item: Item, total: torch.Tensor) -> None:

@@ -67,9 +67,6 @@ class ModelState:
         self.mesh = next(iter(endpoints.values())).mesh
         named = dict(skeleton.module.named_parameters())
         self.owners = owners_of(named, self.homes, self.mesh.dp) if self.zero.matrices else {}
-        if self.zero.closes and self.mesh.distributed:
-            several = [n for n, s in self.homes.items() if len(set(map(self._home, s))) < len(s)]
-            assert not several, f"two stages of one rank would send the gradient of {several[0]!r}"
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}

@@ -65,7 +65,7 @@ class Shards:
         self.copies: dict[str, torch.Tensor] = {}
         self.gathering = Gathering(transport, self.masters, self.like, owners)
         self._parcels: dict[int, list[tuple[Parcel, Mapping[str, torch.Tensor]]]] = {}
-        # stage -> what its programs read, of ``whole`` and of ``copies``
+        # stage -> what its programs are the first to read, of ``whole`` and of ``copies``
         self._read: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
 
     def provide(self, stages: Sequence[StageProgram]) -> None:
@@ -82,10 +82,12 @@ class Shards:
         }
         like = {name: self.like[name] for name in wanted}
         self.copies |= Bucket(like, wanted, self._device, self.dp).views
+        others: tuple[set[str], set[str]] = (set(), set())  # what a stage before brings
         for stage in stages:
             whole, copies = self._read[stage.stage]
-            whole |= stage.direct
-            copies |= set(stage.copies)
+            whole |= stage.direct - others[0]
+            copies |= set(stage.copies) - others[1]
+            others = others[0] | whole, others[1] | copies
             self._parcels[stage.stage] = [
                 (parcel, kind)
                 for kind, names in ((self.whole, whole), (self.copies, copies))

@@ -252,7 +252,7 @@ def _tolerance(options: CompileOptions) -> tuple[float, str]:
         reasons.append(f"zero={options.zero} adds gradients in another order")
     elif options.zero == 1 and options.dp > 1 and options.max_grad_norm is not None:
         reasons.append("zero=1 takes the norm of rows")
-    if options.tied_grads == "per_step" and options.n_stages > 1:
+    if options.tied_grads == "per_step" and options.stage_count > 1:
         reasons.append('tied_grads="per_step" adds parts of tied gradients in another order')
     if options.mixed is not None:
         reasons.append("reduced precision")

@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,13 +37,12 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide
 from pipecompile.compiler.planning.planner import Planner
-from pipecompile.compiler.planning.pricing import roofline
 from pipecompile.compiler.report.compare import solution_in
 from pipecompile.compiler.tensors.fakes import weightless
+from pipecompile.compiler.units.pricing import roofline
 from pipecompile.passes.graph.casts import settle_casts
-from pipecompile.passes.graph.placement import Placement
 from pipecompile.passes.partition import baselines
-from torch import fx, nn
+from torch import nn
 
 HOST = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
@@ -151,29 +150,27 @@ class Study:
         options = CompileOptions(
             n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat, precision=BF16
         )
-        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda")
+        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda", H100)
         planner = Planner(
             self.graph,
             self.locality,
             options,
             H100,
             self.footprint.held_bytes(self.graph.copies),
-            settings.in_flight,
             m,
             self.spec.rows,
             budget_bytes,
             {},
         )
 
-        def draft(placement: Placement, again: Collection[fx.Node]) -> Sequence[RankMemory]:
-            made = assemble(
-                settings, self.graph, self.locality, placement.stage, again, Recorder(None)
-            )
-            return made.memory
+        def draft(decision: Decision) -> Sequence[RankMemory]:
+            placement, again = decide.apply(decision, self.graph, self.locality)
+            work = self.graph, self.locality, placement.stage, again, decision
+            return assemble(settings, *work, Recorder(None)).memory
 
         decision = planner.decide(draft, roofline(planner.bodies, planner.menus))
         seconds = time.perf_counter() - started
-        memory = draft(*decide.apply(decision, self.graph, self.locality))
+        memory = draft(decision)
         assert planner.solved is not None
         problem = _calibrated(planner.solved, decision, memory)
         own = solution_in(problem, decision)
@@ -187,7 +184,7 @@ class Study:
 
 def _calibrated(problem: Problem, decision: Decision, memory: Sequence[RankMemory]) -> Problem:
     """With reserves that make the problem's bytes of a decision those of its programs."""
-    priced = solution_in(problem, decision).stages_bytes
+    priced = solution_in(problem, decision).ranks_bytes
     rows = zip(memory, problem.reserve_bytes, priced, strict=True)
     return replace(problem, reserve_bytes=tuple(s.peak_bytes - (p - held) for s, held, p in rows))
 

@@ -78,7 +78,7 @@ LIMITS = (
         "the norm of a large gradient is that of its last piece",
     ),
     Mutant(
-        "compiler/planning/units.py",
+        "compiler/units/units.py",
         "room = MAX_UNITS - 1 - len(chosen)",
         "room = 10**6",
         "test_graph.py::test_many_layers_make_no_more_units_than_the_limit_and_alike",
@@ -95,7 +95,7 @@ PLANNING = (
         "the planner never applies its reserves",
     ),
     Mutant(
-        "compiler/planning/stash.py",
+        "compiler/units/stash.py",
         "most = max((o.transient_bytes for r in readers for o in menus[r]), default=0)",
         "most = 0",
         "test_prices.py",
@@ -287,9 +287,9 @@ BITS = (
         "replicas drop the same elements",
     ),
     Mutant(
-        "passes/schedule/one_f_one_b.py",
-        "warm_up = min(n_stages - stage - 1, microbatches)",
-        "warm_up = min(n_stages - stage, microbatches)",
+        "passes/generators/one_f_one_b.py",
+        "alternating(s, last - s, shape.microbatches)",
+        "alternating(s, last - s + 1, shape.microbatches)",
         "test_schedule.py::test_1f1b_is_the_published_one",
         "stages begin with one microbatch too many",
     ),

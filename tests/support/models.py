@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,6 +157,7 @@ def images(rows: int) -> Batch:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "gpt2": (gpt2, tokens),
     "llama": (llama, padded),
+    "llama-deep": (partial(llama, num_hidden_layers=5), padded),
     "bert-classifier": (bert_classifier, classified),
     "bert-mlm": (bert_mlm, padded),
     "bart": (bart, padded),

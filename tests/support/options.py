@@ -20,6 +20,8 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "devices": ("--devices 6", 6),
     "microbatches": ("--microbatches 5", 5),
     "schedule": ("--schedule zb_h1", "zb_h1"),
+    "schedule_memory": ("--schedule-memory 2x1f1b", "2x1f1b"),
+    "virtual_stages": ("--virtual-stages 3", 3),
     "tied_grads": ("--tied-grads per_step", "per_step"),
     "loss_normalization": ("--loss-normalization microbatch", "microbatch"),
     "memory": ("--memory 20GiB", "20GiB"),
@@ -64,6 +66,14 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "verify": ({"optimizer": SGD, "verify": 1}, {"optimizer": SGD, "verify": 2}),
         "weights": ({}, {"weights": weights}),
         "schedule": ({}, {"schedule": "zb_h1"}),
+        "schedule_memory": (
+            {"schedule": "zb", "schedule_memory": "1f1b"},
+            {"schedule": "zb", "schedule_memory": "2x1f1b"},
+        ),
+        "virtual_stages": (
+            {"schedule": "interleaved", "virtual_stages": 2},
+            {"schedule": "interleaved", "virtual_stages": 3},
+        ),
         "tied_grads": ({}, {"tied_grads": "per_step"}),
         "memory": ({"memory": "1GiB"}, {"memory": "2GiB"}),
         "remat": ({"remat": "none"}, {"remat": "full"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipecompile.compiler.costs.simulate import Interval, Timeline
-from pipecompile.compiler.driver.auto import Trial
+from pipecompile.compiler.driver.auto import Trial, Way
 from pipecompile.compiler.ir.actions import Action, Kind
 from pipecompile.compiler.plan.decision import Decision, Search
 from pipecompile.compiler.plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
@@ -17,6 +17,7 @@ def hand_made() -> tuple[Plan, Timeline]:
     stages = tuple(
         StagePlan(
             stage=s,
+            rank=s,
             modules=("embed", "blocks.0–3") if s == 0 else ("head",),
             units=4,
             params=(),
@@ -63,6 +64,7 @@ def hand_made() -> tuple[Plan, Timeline]:
     plan = Plan(
         model="Hand[made]",
         n_stages=2,
+        virtual_stages=1,
         dp=1,
         microbatches=30,
         microbatch_rows=2,
@@ -99,8 +101,10 @@ def hand_made() -> tuple[Plan, Timeline]:
 EXTRAS = Extras(
     search_s=30.125,
     trials=(
-        Trial(1, 2, None, None, "stage 0 needs 9.00 GiB of 8.00 GiB, 1.00 GiB too much"),
-        Trial(2, 1, 4, 45.25),
+        Trial(
+            Way(1, 2, "1f1b"), None, None, "stage 0 needs 9.00 GiB of 8.00 GiB, 1.00 GiB too much"
+        ),
+        Trial(Way(2, 1, "1f1b"), 4, 45.25),
     ),
     comparison=(
         Comparison("this plan", (4, 4), 1.5, 45.5, 1.0, 6 * 2**30, 0),

@@ -79,6 +79,38 @@ def problems(draw: st.DrawFn, *, chain: bool = False) -> Problem:
     )
 
 
+@st.composite
+def shared_problems(draw: st.DrawFn) -> Problem:
+    """As `problems`, on ranks that hold several stages."""
+    problem = draw(problems())
+    ranks = draw(st.integers(1, problem.n_stages))
+    others = st.integers(0, ranks - 1)
+    given = [draw(others) for _ in range(problem.n_stages - ranks)]
+    homes = tuple(draw(st.permutations([*range(ranks), *given])))
+    apart = replace(problem, homes=homes, budget_bytes=(), reserve_bytes=(), together_in_flight=())
+    counts = st.integers(0, 3)
+    several = st.lists(counts, min_size=1, max_size=2).map(len)
+    together = tuple(
+        tuple(tuple(draw(counts) for _ in stages) for _ in range(draw(several)))
+        for stages in apart.placement
+    )
+    most = {
+        s: max(counts)
+        for stages, moments in zip(apart.placement, together, strict=True)
+        for s, counts in zip(stages, zip(*moments, strict=True), strict=True)
+    }
+    return replace(
+        apart,
+        in_flight=tuple(most[s] for s in range(problem.n_stages)),
+        together_in_flight=together,
+        budget_bytes=tuple(
+            draw(st.integers(0, 90).map(float) | st.sampled_from([20.0, 40.0, math.inf]))
+            for _ in range(ranks)
+        ),
+        reserve_bytes=tuple(draw(st.sampled_from([0.0, 2.0])) for _ in range(ranks)),
+    )
+
+
 def some_options(
     n: int, counts: Sequence[int]
 ) -> st.SearchStrategy[tuple[tuple[Option, ...], ...]]:
@@ -241,8 +273,8 @@ def misleading() -> Problem:
     )
 
 
-def excess(problem: Problem, stages_bytes: tuple[float, ...]) -> float:
-    return max(0.0, *(u - b for u, b in zip(stages_bytes, problem.budget_bytes, strict=True)))
+def excess(problem: Problem, ranks_bytes: tuple[float, ...]) -> float:
+    return max(0.0, *(u - b for u, b in zip(ranks_bytes, problem.budget_bytes, strict=True)))
 
 
 def every_solution(problem: Problem) -> list[Solution]:
@@ -293,7 +325,7 @@ def check_against_all(problem: Problem, solver: str = "auto") -> None:
         assert every
         assert best == math.inf
         assert refused.proven
-        least = min(excess(problem, each.stages_bytes) for each in every)
+        least = min(excess(problem, each.ranks_bytes) for each in every)
         assert max(refused.over_bytes) == pytest.approx(least, rel=1e-4)
         assert "too much" in str(refused)
         return

@@ -17,10 +17,11 @@ import torch
 from pipecompile.compiler.capture.capture import Captured
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.ir.graph import describe
-from pipecompile.compiler.planning import cutter, planner
-from pipecompile.compiler.planning import menus as menus_
-from pipecompile.compiler.planning.stash import Body, Stash
+from pipecompile.compiler.planning import planner
 from pipecompile.compiler.tensors.fakes import is_fake
+from pipecompile.compiler.units import cutter
+from pipecompile.compiler.units import menus as menus_
+from pipecompile.compiler.units.stash import Body, Stash
 from torch import fx, nn
 
 T = TypeVar("T")

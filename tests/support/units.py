@@ -12,7 +12,7 @@ from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.graph import JointGraph
 from pipecompile.compiler.ir.locality import backward_places, locality_of
 from pipecompile.compiler.ir.program import StageProgram
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.units.units import units_of
 from pipecompile.passes.programs.lower import lower
 from torch import nn
 

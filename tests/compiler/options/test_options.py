@@ -160,7 +160,12 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
     assert all(getattr(args, other) is None for other in others)
     if name not in ("devices", "plan"):  # which need others, or a file
         stages = [] if name == "n_stages" else ["--stages", "2"]
-        beside = {"zero": "--dp 2", "zero_by": "--dp 2 --zero 1"}.get(name, "")
+        beside = {
+            "zero": "--dp 2",
+            "zero_by": "--dp 2 --zero 1",
+            "virtual_stages": "--schedule interleaved",
+            "schedule_memory": "--schedule zb",
+        }.get(name, "")
         words = [*text.split(), *stages, *beside.split()]
         args = make_parser().parse_args(["inspect", "hf:gpt2", *words])
         assert getattr(Request.of(args).options, name) == value
@@ -183,7 +188,7 @@ def test_inspect_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None
         assert flat(f"{flags[name]} {option.flag.metavar} {help_of(option, flags)}") in text
         for choice in option.choices:
             assert choice in help_of(option, flags)
-    assert "--schedule NAME 1f1b: few microbatches in flight; zb_h1: " in text
+    assert "1f1b: few microbatches in flight; interleaved: 1f1b over several stages" in text
     assert "(default: 1f1b)" in text
     assert "(default: 30)" in text
     assert "what it takes to fit into --memory;" in text
@@ -199,14 +204,22 @@ def test_inspect_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None
 def test_what_a_plan_has_decided_has_no_effect_beside_it(name: str) -> None:
     value = FLAGS[name][1]
     plan = hand_made()[0]
-    assert getattr(CompileOptions(n_stages=2, plan=plan), name) == RESOLVED[name].default
-    assert getattr(CompileOptions(n_stages=2, **{name: value}), name) == value
+    beside = {"n_stages": 2} | ({"schedule": "zb"} if name == "schedule_memory" else {})
+    assert getattr(CompileOptions(**beside, plan=plan), name) == RESOLVED[name].default
+    assert getattr(CompileOptions(**beside, **{name: value}), name) == value
     with pytest.raises(errors.OptionError, match=f"{name}= has no effect beside plan="):
-        CompileOptions(n_stages=2, plan=plan, **{name: value})
+        CompileOptions(**beside, plan=plan, **{name: value})
 
 
 def test_those_that_a_plan_has_decided() -> None:
-    assert set(DECIDES) == {"memory", "remat", "pin", "solver", "time_limit_s"}
+    assert set(DECIDES) == {
+        "memory",
+        "remat",
+        "pin",
+        "schedule_memory",
+        "solver",
+        "time_limit_s",
+    }
 
 
 @pytest.mark.parametrize(

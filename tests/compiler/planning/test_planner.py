@@ -12,7 +12,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import Precision
-from pipecompile.compiler.driver.auto import Trial, choose_stages
+from pipecompile.compiler.driver.auto import Open, Trial, Way, choose
 from pipecompile.compiler.ir.errors import (
     MemoryBudgetError,
     OptionError,
@@ -20,6 +20,7 @@ from pipecompile.compiler.ir.errors import (
     PipecompileError,
     PlanError,
 )
+from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.plan import PLAN_VERSION, Plan
 from pipecompile.compiler.planning.planner import Reserves
 from support import jobs, measured, models, plain
@@ -311,12 +312,14 @@ def test_devices_without_automatic_stages() -> None:
 
 
 def test_no_division_is_possible() -> None:
-    def build(n_stages: int, dp: int, finer: int) -> Any:
-        raise PartitionError(f"{n_stages} do not fit")
+    def build(way: Way, finer: int) -> Any:
+        raise PartitionError(f"{way.n_stages} do not fit")
 
     with pytest.raises(OptionError, match=r"1 × dp 3: 1 do not fit; 3 × dp 1: 3 do not fit"):
-        choose_stages(3, build)
-    assert str(Trial(2, 1, 4, 0.5)) == "2 × dp 1: 0.5 s"
+        choose(Open(True, False).ways(CompileOptions(n_stages=1), 3), build)
+    trial = Trial(Way(2, 1, "zb_v", 2), 4, 0.5)
+    assert trial.told(orders=False) == "2 × dp 1: 0.5 s"
+    assert trial.told(orders=True) == "2 × dp 1, zb_v, 2 stages per rank: 0.5 s"
 
 
 @pytest.mark.parametrize(

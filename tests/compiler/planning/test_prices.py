@@ -17,17 +17,19 @@ from pipecompile.compiler.ir.graph import JointGraph, Phase
 from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.ir.problem import Problem
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning import menus as menus_
-from pipecompile.compiler.planning import planner
+from pipecompile.compiler.plan.decision import Decision
+from pipecompile.compiler.planning import decide, planner
 from pipecompile.compiler.planning.formulation import Terms, formulate
-from pipecompile.compiler.planning.menus import options_of
 from pipecompile.compiler.planning.planner import Planner
-from pipecompile.compiler.planning.pricing import roofline
-from pipecompile.compiler.planning.stash import Body, Stash, bodies_of
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.units import menus as menus_
+from pipecompile.compiler.units.menus import options_of
+from pipecompile.compiler.units.pricing import roofline
+from pipecompile.compiler.units.stash import Body, Stash, bodies_of
+from pipecompile.compiler.units.units import units_of
 from pipecompile.passes.graph.placement import Placement, place
 from pipecompile.passes.graph.remat import rematerialise
 from pipecompile.passes.programs.lower import lower
+from pipecompile.passes.schedule.load import Load
 from support import models, units
 from torch import fx
 
@@ -58,7 +60,7 @@ def held(placement: Placement, again: Collection[fx.Node]) -> RankMemory:
 def problem_of(menus: Sequence[Sequence[Stash]]) -> Problem:
     """One stage, one microbatch, weights that take nothing."""
     free = [[0.0] * len(menu) for menu in menus]
-    terms = Terms(1, 1, dict.fromkeys(graph()[0].params, 0), (1,))
+    terms = Terms((0,), 1, dict.fromkeys(graph()[0].params, 0), Load((1,), (((1,),),), 1.0))
     return formulate(graph()[0], *bodies(), menus, free, H100, terms)
 
 
@@ -72,7 +74,7 @@ def test_prices_are_not_below_what_programs_hold() -> None:
     placement = place(*graph(), home)
     for choice in itertools.product(*({0, len(menu) - 1} for menu in menus)):
         again = {n for menu, k in zip(menus, choice, strict=True) for n in menu[k].recomputed}
-        (priced,) = problem.stages_bytes((0,) * len(menus), choice)
+        (priced,) = problem.ranks_bytes((0,) * len(menus), choice)
         assert priced >= held(placement, again).peak_bytes, choice
 
 
@@ -106,7 +108,8 @@ class Drafts:
         self.hidden_bytes = hidden_bytes
         self.peaks: list[int] = []
 
-    def __call__(self, placement: Placement, again: Collection[fx.Node]) -> list[RankMemory]:
+    def __call__(self, decision: Decision) -> list[RankMemory]:
+        placement, again = decide.apply(decision, *graph())
         self.peaks.append(held(placement, again).peak_bytes + self.hidden_bytes)
         return [RankMemory(NOTHING, self.peaks[-1], "0B0", ())]
 
@@ -115,7 +118,7 @@ def decided(budget_bytes: float, drafts: Drafts) -> tuple[Planner, Any]:
     joint, locality = graph()
     options = CompileOptions(n_stages=1, solver="dynamic")
     nothing = dict.fromkeys(joint.params, 0)
-    made = Planner(joint, locality, options, H100, nothing, (1,), 1, 256, budget_bytes, {})
+    made = Planner(joint, locality, options, H100, nothing, 1, 256, budget_bytes, {})
     return made, made.decide(drafts, roofline(made.bodies, made.menus))
 
 

@@ -47,7 +47,7 @@ def test_rows() -> None:
     own, uniform, parameters, *others = compare(CHAIN, BEST, tuple(STRATEGIES))
     assert (own.name, own.units, own.bottleneck_s, own.step_s) == ("this plan", (3, 1), 6.0, 28.0)
     assert (own.ratio, own.fits, own.over_bytes) == (1.0, True, 0.0)
-    assert (own.peak_bytes, own.peak_stage) == (400 + 2 * 30, 0)
+    assert (own.peak_bytes, own.peak_rank) == (400 + 2 * 30, 0)
     assert (uniform.units, uniform.bottleneck_s, uniform.step_s) == ((2, 2), 8.0, 34.0)
     assert uniform.ratio == 34 / 28
     assert (parameters.units, parameters.peak_bytes) == ((2, 2), 300 + 20)
@@ -75,7 +75,7 @@ def test_a_decision_names_its_options_by_their_seconds() -> None:
     assert solution_in(CHAIN, BEST).option == (0, 0, 0, 0)
     recomputing = solution_in(CHAIN, decision((0, 0, 0, 1), (2.0, 4.0, 1.0)))
     assert recomputing.option == (0, 0, 0, 1)
-    assert recomputing.stages_bytes == (460.0, 105.0)
+    assert recomputing.ranks_bytes == (460.0, 105.0)
 
 
 def test_calibration_gives_a_plan_its_own_bytes() -> None:
@@ -83,7 +83,7 @@ def test_calibration_gives_a_plan_its_own_bytes() -> None:
     plan = replace(plan, decision=BEST)
     fitted = calibrated(CHAIN, plan)
     peaks = [float(stage.memory.peak) for stage in plan.stages]
-    assert list(solution_in(fitted, BEST).stages_bytes) == peaks
+    assert list(solution_in(fitted, BEST).ranks_bytes) == peaks
     again = calibrated(fitted, plan)
     assert again.reserve_bytes == fitted.reserve_bytes
     assert math.isinf(fitted.budget_bytes[0])

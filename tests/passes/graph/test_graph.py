@@ -18,10 +18,10 @@ from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import JointGraph, Phase, phase_of, storage_root, viewed
 from pipecompile.compiler.ir.locality import locality_of
-from pipecompile.compiler.planning import units
-from pipecompile.compiler.planning.units import crossing_bytes, units_of
 from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.compiler.tracing.kept import UNTRACED
+from pipecompile.compiler.units import units
+from pipecompile.compiler.units.units import crossing_bytes, units_of
 from pipecompile.passes.graph import attention
 from pipecompile.passes.graph.attention import restore_attention
 from pipecompile.passes.graph.joins import copy_where_nothing_is_joined

@@ -16,9 +16,9 @@ from pipecompile.compiler.costs.hardware import CPU, H100
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.graph import JointGraph, is_random, phase_of, root_bytes
 from pipecompile.compiler.ir.locality import Locality, locality_of
-from pipecompile.compiler.planning.menus import options_of
-from pipecompile.compiler.planning.stash import Body, Stash, bodies_of
-from pipecompile.compiler.planning.units import units_of
+from pipecompile.compiler.units.menus import options_of
+from pipecompile.compiler.units.stash import Body, Stash, bodies_of
+from pipecompile.compiler.units.units import units_of
 from pipecompile.passes.graph.attention import restore_attention
 from pipecompile.passes.graph.placement import place
 from pipecompile.passes.graph.remat import rematerialise

@@ -80,7 +80,7 @@ def test_the_integer_program_finds_the_smallest_excess_from_every_start(problem:
     if limits is None or math.inf in problem.budget_bytes:
         return
     every = every_solution(problem)
-    every.sort(key=lambda each: excess(problem, each.stages_bytes), reverse=True)
+    every.sort(key=lambda each: excess(problem, each.ranks_bytes), reverse=True)
     for start in (None, *every[:: len(every) // 4 + 1]):
         answer = ilp.minimise_excess(
             problem,
@@ -94,8 +94,8 @@ def test_the_integer_program_finds_the_smallest_excess_from_every_start(problem:
             assert not every
             return
         found = solution_of(problem, answer.stage, answer.option, "highs")
-        least = pytest.approx(excess(problem, every[-1].stages_bytes), rel=2e-3, abs=1e-4)
-        assert excess(problem, found.stages_bytes) == least
+        least = pytest.approx(excess(problem, every[-1].ranks_bytes), rel=2e-3, abs=1e-4)
+        assert excess(problem, found.ranks_bytes) == least
         assert answer.bound == least
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from pipecompile.compiler.ir.problem import Option, Problem, Value, fits, validate
 from pipecompile.passes.partition import baselines
@@ -19,6 +20,7 @@ from support.problems import (
     light_problems,
     misleading,
     problems,
+    shared_problems,
     units,
 )
 
@@ -27,6 +29,26 @@ from support.problems import (
 @given(problems() | light_problems())
 def test_it_finds_the_best_of_all_assignments(problem: Problem) -> None:
     check_against_all(problem)
+
+
+@settings(max_examples=150, deadline=None)
+@given(shared_problems())
+def test_it_finds_the_best_where_ranks_hold_several_stages(problem: Problem) -> None:
+    check_against_all(problem)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shared_problems(), st.data())
+def test_what_fits_stage_by_stage_fits_on_shared_ranks(
+    problem: Problem, data: st.DataObject
+) -> None:
+    narrow = baselines.apart(problem)
+    stage = [data.draw(st.integers(0, problem.n_stages - 1)) for _ in range(problem.n_units)]
+    option = [data.draw(st.integers(0, len(each) - 1)) for each in problem.options]
+    held = narrow.ranks_bytes(stage, option)
+    if all(used <= room for used, room in zip(held, narrow.budget_bytes, strict=True)):
+        rooms = zip(problem.ranks_bytes(stage, option), problem.budget_bytes, strict=True)
+        assert all(used <= room * (1 + 1e-12) + 1e-9 for used, room in rooms)
 
 
 @pytest.mark.parametrize("solver", ["auto", "highs", "cbc"])

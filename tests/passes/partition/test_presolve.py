@@ -47,7 +47,7 @@ def costs(budgets: Sequence[float], solutions: Iterable[Solution]) -> npt.NDArra
     """[solution, (slowest, all seconds, bytes of every stage that has a budget)]."""
     limited = [s for s, budget in enumerate(budgets) if math.isfinite(budget)]
     rows = {
-        (max(each.stages_s), sum(each.stages_s), *(each.stages_bytes[s] for s in limited))
+        (max(each.stages_s), sum(each.stages_s), *(each.ranks_bytes[s] for s in limited))
         for each in solutions
     }
     return np.array(sorted(rows)).reshape(-1, 2 + len(limited))

@@ -92,7 +92,9 @@ def test_zb_h1_is_faster_than_1f1b(s: int, m: int) -> None:
 @given(st.data(), st.integers(1, 8), st.integers(1, 20))
 def test_forward_only_is_legal(data: st.DataObject, n_stages: int, microbatches: int) -> None:
     messages = [m for m in data.draw(routes(n_stages)) if m.phase is Phase.FORWARD]
-    schedule = add_communication(forward_only(n_stages, microbatches), messages)
+    schedule = add_communication(
+        forward_only(SCHEDULES["1f1b"].shape(n_stages, microbatches)), messages
+    )
     verify_schedule(schedule, messages, microbatches, trains=False)
 
 

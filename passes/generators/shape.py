@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from ...compiler.ir.actions import Action, Kind, Schedule
 
 Homes = tuple[int, ...]
 """Per stage, the rank that holds it."""
@@ -30,7 +33,9 @@ class StageCosts:
         stash_bytes: held from the forward to the end of the backward.
         carry_bytes: held from there to the end of the weight gradients: what these read.
         transfer_s: (stage, stage) -> seconds that a message is under way; 0 where not given.
-        limit_bytes: per rank, for what microbatches hold at once; infinity for no limit.
+        limit_bytes: per rank, for what microbatches hold at once; infinity, or none, for no limit.
+        by_end: a step is over when the last rank has ended, since ranks wait for each other
+            before they go on; otherwise when each has, and the longest span of a rank counts.
     """
 
     forward_s: tuple[float, ...]
@@ -42,6 +47,7 @@ class StageCosts:
         default_factory=lambda: MappingProxyType({})
     )
     limit_bytes: tuple[float, ...] = ()
+    by_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,10 @@ class PipelineShape:
         """How many stages a rank holds."""
         return self.n_stages // self.ranks
 
+    def mates(self, stage: int) -> tuple[int, ...]:
+        """The stages of a stage's rank, itself too."""
+        return self.placement[self.homes[stage]]
+
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, its stages in order."""
@@ -80,3 +90,27 @@ class PipelineShape:
             tuple(s for s, home in enumerate(self.homes) if home == rank)
             for rank in range(self.ranks)
         )
+
+
+def with_weights(schedule: Schedule, splits: Sequence[bool]) -> Schedule:
+    """W straight after each B of the stages that have one."""
+    return tuple(
+        tuple(
+            each
+            for action in actions
+            for each in (
+                (action, Action(action.stage, Kind.W, action.microbatch))
+                if action.kind is Kind.B and splits[action.stage]
+                else (action,)
+            )
+        )
+        for actions in schedule
+    )
+
+
+def usual_limits(shape: PipelineShape, stash_bytes: Sequence[float]) -> tuple[float, ...]:
+    """Per rank, what 1F1B would hold on the fullest one, if the stages of each were one."""
+    wholes = [math.fsum(stash_bytes[s] for s in mine) for mine in shape.placement]
+    ranks, m = shape.ranks, shape.microbatches
+    most = max(min(ranks - rank, m) * whole for rank, whole in enumerate(wholes))
+    return tuple(max(most, whole) for whole in wholes)

@@ -7,23 +7,26 @@ With S = 3 stages and m = 4 microbatches:
     stage 2         F0 B0 F1 B1 F2 B2 F3 B3
               └ warm-up ┘ └── steady ──┘ └ cool-down ┘
 
-Stage s holds at most min(S − s, m) microbatches.
+Stage s holds at most min(S − s, m) microbatches. Its weight gradients, where they are apart,
+follow its backwards one by one.
 """
 
 from __future__ import annotations
 
 from ...compiler.ir.actions import Action, Kind, Schedule
-from .shape import PipelineShape
+from .shape import PipelineShape, with_weights
 
 
 def one_f_one_b(shape: PipelineShape) -> Schedule:
     """The compute actions of 1F1B; any number of microbatches, fewer than stages too."""
-    n_stages = shape.n_stages
-    return tuple(_stage(s, n_stages, shape.microbatches) for s in range(n_stages))
+    last = shape.n_stages - 1
+    rows = tuple(alternating(s, last - s, shape.microbatches) for s in range(shape.n_stages))
+    return with_weights(rows, shape.splits)
 
 
-def _stage(stage: int, n_stages: int, microbatches: int) -> tuple[Action, ...]:
-    warm_up = min(n_stages - stage - 1, microbatches)
+def alternating(stage: int, warm_up: int, microbatches: int) -> tuple[Action, ...]:
+    """Forwards of the warm-up, and then a forward before every backward while there are any."""
+    warm_up = min(warm_up, microbatches)
     actions = [Action(stage, Kind.F, i) for i in range(warm_up)]
     for i in range(microbatches):
         if warm_up + i < microbatches:

@@ -1,0 +1,125 @@
+"""Seconds of the stages' programs, and of what travels between them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ir import ops
+from ..ir.actions import Kind
+from ..ir.graph import Phase, phase_of
+from ..ir.program import PipelineProgram
+from .cost import Cost, node_cost
+from .footprint import Footprint
+from .hardware import Device
+
+UnitSeconds = Sequence[tuple[int, tuple[float, float, float]]]
+"""Per unit its stage, and seconds of a microbatch: forward, backward, recomputation."""
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Of one stage and microbatch."""
+
+    forward: float
+    backward: float
+    recompute: float
+
+
+class Timing:
+    """What every program takes.
+
+    Args:
+        stage: of the graph's staged nodes.
+        copies: a node of the backward -> the forward node that it computes again.
+        units: nothing where no unit has seconds; the roofline takes their place.
+        mates: per stage, the stages of its rank.
+
+    Attributes:
+        work: per stage, the roofline of F, B and W, and of R, what is recomputed in B and W.
+        seconds: per stage.
+    """
+
+    def __init__(
+        self,
+        program: PipelineProgram,
+        stage: Mapping[fx.Node, int],
+        copies: Mapping[fx.Node, fx.Node],
+        units: UnitSeconds,
+        rates: Device,
+        footprint: Footprint,
+        mates: Sequence[Sequence[int]],
+    ):
+        self.program, self.units, self.rates = program, units, rates
+        self.footprint, self.mates = footprint, mates
+        self.work = self._work(stage, copies)
+        self.seconds = [self._seconds(each.stage) for each in program.stages]
+
+    def compute_s(self) -> dict[tuple[int, Kind], float]:
+        """Of (stage, kind that computes)."""
+        found: dict[tuple[int, Kind], float] = {}
+        for stage, seconds in enumerate(self.seconds):
+            weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
+            split = weight / (weight + rest) if weight else 0.0
+            whole = seconds.backward + seconds.recompute
+            found[stage, Kind.F] = seconds.forward
+            found[stage, Kind.B] = whole * (1 - split)
+            found[stage, Kind.W] = whole * split
+            self._hide(found, stage)
+        return found
+
+    def transfer_s(self) -> dict[tuple[int, int], float]:
+        """Of a message from one stage to another."""
+        return {
+            (m.src, m.dst): self.rates.link_latency_s + m.nbytes / self.rates.link_bytes_per_s
+            for m in self.program.messages
+        }
+
+    def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
+        """What replicas exchange during each program runs beside it: the longer one counts.
+
+        From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
+        parameters.
+        """
+        rate, dp = self.rates.link_bytes_per_s, self.footprint.dp
+        if not self.footprint.zero.streams or dp == 1:
+            return
+        traffic = self.footprint.traffic(self.program, stage, self.mates[stage])
+        for part, program in self.program.stages[stage].parts.items():
+            sent = sum(
+                parcel.scatter_bytes[0] * (dp - 1) / dp
+                for entries in traffic.departures.parts.get(part, ())
+                for parcel, number in entries
+                if number == 0
+            )
+            gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
+            sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
+            key = stage, part
+            compute_s[key] = max(compute_s[key], sent / rate)
+
+    def _work(
+        self, stages: Mapping[fx.Node, int], copies: Mapping[fx.Node, fx.Node]
+    ) -> dict[tuple[int, str], Cost]:
+        work: dict[tuple[int, str], Cost] = defaultdict(Cost)
+        for node, stage in stages.items():
+            kind = "F" if phase_of(node) is Phase.FORWARD else "B"
+            if node.name in self.program.weight_nodes:
+                kind = "W"
+            cost = node_cost(node, self.rates)
+            work[stage, kind] += cost
+            if node in copies:
+                work[stage, "R"] += cost
+        return work
+
+    def _seconds(self, stage: int) -> StageSeconds:
+        if not self.units:
+            again = self.work[stage, "R"].seconds
+            backward_s = self.work[stage, "B"].seconds + self.work[stage, "W"].seconds - again
+            return StageSeconds(self.work[stage, "F"].seconds, backward_s, again)
+        units = [seconds for s, seconds in self.units if s == stage]
+        forward, backward, recompute = (math.fsum(unit[i] for unit in units) for i in range(3))
+        return StageSeconds(forward, backward, recompute)

@@ -1,0 +1,118 @@
+"""The order of a schedule that is searched: by seconds and bytes of the plan's own programs.
+
+What microbatches in flight may take is
+
+1f1b      what 1F1B would take, on the rank where that is most
+2x1f1b    twice that
+budget    all that ``memory`` leaves beside weights, gradients, states and what programs need while
+          they run; found by trying, as the programs' true peaks tell
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
+from ...passes.schedule.load import timed
+from ...passes.schedule.registry import ScheduleKind
+from ..costs.memory import RankMemory, stage_holds
+from ..costs.timing import Timing
+from ..ir.actions import Kind, Schedule
+from ..ir.errors import OptionError
+from ..ir.program import PipelineProgram
+
+ATTEMPTS = 4  # to use what a budget leaves
+CLOSE = 0.02  # of the budget: not worth another attempt
+
+Peaks = Callable[[Schedule], Sequence[RankMemory]]
+"""Compute actions -> memory of every rank, with all that is sent and exchanged."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A schedule, and what to say of it."""
+
+    schedule: Schedule
+    note: str
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """One search.
+
+    Attributes:
+        shape: with the programs' splits.
+        rule: "1f1b", "2x1f1b", "budget" or "auto": "budget" where there is one, else "1f1b".
+        budget_bytes: of a rank; infinity for no limit.
+    """
+
+    kind: ScheduleKind
+    shape: PipelineShape
+    program: PipelineProgram
+    timing: Timing
+    peaks: Peaks
+    rule: str = "auto"
+    budget_bytes: float = math.inf
+
+    def search(self) -> Searched:
+        """The best order that is found.
+
+        Raises:
+            OptionError: a rank may hold less than one microbatch takes.
+        """
+        costs = self.costs()
+        usual = usual_limits(self.shape, costs.stash_bytes)
+        by_budget = self.rule in ("budget", "auto")
+        factor = 2 if self.rule == "2x1f1b" else 1
+        first = self._generated(costs, [factor * each for each in usual])
+        if by_budget and math.isfinite(self.budget_bytes):
+            return Searched(self._filling(costs, usual, first), "in what the budget leaves")
+        if math.isfinite(self.budget_bytes) and self._room(first) < 0:
+            return Searched(self.kind.generate(self.shape), "as if all stages were alike")
+        return Searched(first, f"in the memory of {'twice ' * (factor > 1)}1f1b")
+
+    def costs(self) -> StageCosts:
+        """Of the programs."""
+        compute_s = self.timing.compute_s()
+        stages = range(self.shape.n_stages)
+        held = [stage_holds(self.program, s) for s in stages]
+        return StageCosts(
+            tuple(compute_s[s, Kind.F] for s in stages),
+            tuple(compute_s[s, Kind.B] for s in stages),
+            tuple(compute_s[s, Kind.W] for s in stages),
+            tuple(float(each[Kind.F]) for each in held),
+            tuple(float(each[Kind.B]) for each in held),
+            self.timing.transfer_s(),
+            by_end=True,
+        )
+
+    def _generated(self, costs: StageCosts, limits: Sequence[float]) -> Schedule:
+        priced = replace(costs, limit_bytes=tuple(limits))
+        return self.kind.generate(replace(self.shape, costs=priced))
+
+    def _filling(self, costs: StageCosts, usual: Sequence[float], first: Schedule) -> Schedule:
+        """The fastest of several, each with limits that the one before lets hope for."""
+        alike = self.kind.generate(self.shape)  # what the planner has drafted
+        best, best_s, limits, schedule = alike, self._step_s(alike, costs), list(usual), first
+        for _ in range(ATTEMPTS):
+            room = [self.budget_bytes - each.peak_bytes for each in self.peaks(schedule)]
+            step_s = self._step_s(schedule, costs)
+            if min(room) >= 0 and step_s < best_s:
+                best, best_s = schedule, step_s
+            if 0 <= min(room) <= CLOSE * self.budget_bytes:
+                break
+            limits = [limit + each for limit, each in zip(limits, room, strict=True)]
+            try:
+                schedule = self._generated(costs, limits)
+            except OptionError:  # less than one microbatch: nothing fits
+                break
+        return best
+
+    def _room(self, schedule: Schedule) -> float:
+        return self.budget_bytes - max(each.peak_bytes for each in self.peaks(schedule))
+
+    def _step_s(self, schedule: Schedule, costs: StageCosts) -> float:
+        compute_s = self.timing.compute_s()
+        return timed(schedule, self.shape, compute_s, costs.transfer_s).step_s

@@ -1,0 +1,180 @@
+"""After the solver: small changes of its solution that shorten the step as it is simulated.
+
+The problem's objective is a formula: m of the slowest rank, what the schedule waits where all
+stages are alike, transfers in full. The simulator knows which transfers hide behind computation,
+and what stages that are not alike wait for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
+from ...passes.schedule.load import timed
+from ...passes.schedule.registry import ScheduleKind
+from ..ir.actions import Kind, Schedule
+from ..ir.errors import PartitionError
+from ..ir.problem import Problem, Solution, fits, solution_of
+from ..units.pricing import UnitPrices
+
+LIMIT_S = 3.0  # for the search
+LEAST_GAIN = 1e-3  # of the step: less is not worth another division
+WEIGHTS = 0.5  # of a backward: products for weights are as large as those for inputs
+CARRIED = 0.5  # of what a microbatch keeps: the inputs of products, for weights
+FEW = 4  # microbatches per rank that are simulated; more repeat them
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A step from a solution, without its programs.
+
+    Attributes:
+        prices: of the problem's units.
+        latency_s: of a message.
+        closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
+    """
+
+    problem: Problem
+    kind: ScheduleKind
+    shape: PipelineShape
+    prices: Sequence[UnitPrices]
+    latency_s: float = 0.0
+    closing_s_per_byte: float = 0.0
+
+    @cached_property
+    def few(self) -> PipelineShape:
+        """With no more microbatches than it takes to see what repeats."""
+        most = FEW * self.shape.n_stages
+        return replace(self.shape, microbatches=min(self.shape.microbatches, most))
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return self.kind.generate(self.few)
+
+    def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
+        """Seconds of a step."""
+        compute_s = self._compute_s(stage, option)
+        timeline = timed(self._schedule, self.few, compute_s, self._transfer_s(stage))
+        rest = self.shape.microbatches - self.few.microbatches
+        busy = max(timeline.busy_s(rank) for rank in range(self.few.ranks))
+        return timeline.step_s + rest * busy / self.few.microbatches + self._closing_s(stage)
+
+    def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
+        """The same with the order that is found for just these stages."""
+        compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
+        stages = range(self.few.n_stages)
+        stash = tuple(self.problem.stages_stash(stage, option))
+        costs = StageCosts(
+            tuple(compute_s[s, Kind.F] for s in stages),
+            tuple(compute_s[s, Kind.B] for s in stages),
+            tuple(compute_s[s, Kind.W] for s in stages),
+            stash,
+            tuple(CARRIED * each for each in stash),
+            transfer_s,
+            usual_limits(self.few, stash),
+            by_end=True,
+        )
+        schedule = self.kind.generate(replace(self.few, costs=costs))
+        timeline = timed(schedule, self.few, compute_s, transfer_s)
+        return timeline.step_s + self._closing_s(stage)
+
+    def _compute_s(
+        self, stage: Sequence[int], option: Sequence[int]
+    ) -> dict[tuple[int, Kind], float]:
+        found: dict[tuple[int, Kind], float] = defaultdict(float)
+        for price, s, k in zip(self.prices, stage, option, strict=True):
+            forward, backward, again = price.of(k)
+            weights = WEIGHTS * backward if self.shape.splits[s] else 0.0
+            found[s, Kind.F] += forward
+            found[s, Kind.B] += backward - weights + again
+            found[s, Kind.W] += weights
+        return {(s, kind): found[s, kind] for s in range(self.shape.n_stages) for kind in Kind}
+
+    def _transfer_s(self, stage: Sequence[int]) -> dict[tuple[int, int], float]:
+        found: dict[tuple[int, int], float] = defaultdict(lambda: self.latency_s)
+        for value in self.problem.values:
+            source = stage[value.source]
+            for s in {stage[reader] for reader in value.readers} - {source}:
+                found[source, s] += value.receive_s
+        return dict(found)
+
+    def _closing_s(self, stage: Sequence[int]) -> float:
+        held = [0.0] * self.problem.n_ranks
+        for unit, s in enumerate(stage):
+            held[self.problem.homes[s]] += self.problem.options[unit][0].static_bytes
+        return max(held) * self.closing_s_per_byte
+
+
+def refine(
+    model: StepModel, solution: Solution, limit_s: float = LIMIT_S
+) -> tuple[Solution, float]:
+    """A solution as good as this one or better, and the part of the step that it saves.
+
+    Each change moves a unit (with its group) over the cut to the next stage, or has it take another
+    option; the first that helps is taken, until none does or the time is over.
+    """
+    deadline = time.perf_counter() + limit_s
+    problem = model.problem
+    before = best_s = model.step_s(solution.stage, solution.option)
+    best = solution
+    improved = True
+    while improved and time.perf_counter() < deadline:
+        improved = False
+        for stage, option in _changes(problem, best):
+            if time.perf_counter() > deadline:
+                break
+            step_s = model.step_s(stage, option)
+            if step_s >= best_s * (1 - LEAST_GAIN / 10):
+                continue
+            found = _legal(problem, stage, option, solution)
+            if found is not None:
+                best, best_s, improved = found, step_s, True
+                break
+    if model.kind.searches and best is not solution:
+        before, best_s = (model.searched_s(x.stage, x.option) for x in (solution, best))
+    saved = 1 - best_s / before if before else 0.0
+    return (best, saved) if saved > LEAST_GAIN else (solution, 0.0)
+
+
+def _legal(
+    problem: Problem, stage: Sequence[int], option: Sequence[int], like: Solution
+) -> Solution | None:
+    try:
+        found = solution_of(problem, stage, option, like.solver, seconds=like.seconds)
+    except PartitionError:
+        return None
+    if not fits(problem, found):
+        return None
+    return replace(found, bound=like.bound, proven=like.proven, note=like.note)
+
+
+def _changes(
+    problem: Problem, solution: Solution
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Neighbours of a solution, most of them legal."""
+    group_of = {unit: group for group in problem.together for unit in group}
+    after: dict[int, set[int]] = defaultdict(set)
+    before: dict[int, set[int]] = defaultdict(set)
+    for u, v in problem.edges:
+        after[u].add(v)
+        before[v].add(u)
+    stage, option = solution.stage, solution.option
+    for unit in range(problem.n_units):
+        group = group_of.get(unit, (unit,))
+        for step, bound in ((1, after), (-1, before)):
+            there = stage[unit] + step
+            near = {v for u in group for v in bound[u]} - set(group)
+            holds = any((stage[v] - there) * step < 0 for v in near)
+            if 0 <= there < problem.n_stages and group[0] == unit and not holds:
+                moved = list(stage)
+                for member in group:
+                    moved[member] = there
+                yield tuple(moved), option
+    for unit, menu in enumerate(problem.options):
+        for k in range(len(menu)):
+            if k != option[unit] and menu[k].seconds < menu[option[unit]].seconds:
+                yield stage, (*option[:unit], k, *option[unit + 1 :])
