@@ -110,6 +110,7 @@ class Executor:
             stage: state.grads.departures(bound.code, late_gradients(pipeline, stage, state.stages))
             for stage, bound in self.stages.items()
         }
+        self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
         self.tied = TiedGradients(pipeline, state)
         self._last = {action.kind: action for action in actions}
 
@@ -242,8 +243,7 @@ class Executor:
     def _take(self, message: Message, send: Kind, values: Values) -> list[torch.Tensor]:
         """The values of a message; what nothing else needs is dropped."""
         taken = [values[spec.name] for spec in message.values]
-        drops = self.stages[message.src].code.drops
-        for name in drops.get((send.value, message.dst), ()):
+        for name in self._drops[message.src].get((send.value, message.dst), ()):
             del values[name]
         return taken
 

@@ -302,6 +302,7 @@ class _Walk:
     def __init__(self, program: PipelineProgram, traffic: Mapping[int, Traffic], last: int):
         self.traffic, self.last = traffic, last
         self.stages = {s: program.stages[s] for s in traffic}
+        self.drops = {s: program.drops(s, traffic) for s in traffic}
         self.flying = 0
         self.messages = {(m.src, m.dst, m.phase): m for m in program.messages}
         self.environments: dict[tuple[int, int], Environment] = defaultdict(dict)
@@ -388,7 +389,7 @@ class _Walk:
         values = self.environments[stage, index]
         blocks = [values[spec.name] for spec in self.messages[stage, dst, send.phase].values]
         self.refs.update(block for block in blocks if block is not None)
-        for name in self.stages[stage].drops.get((send.value, dst), ()):
+        for name in self.drops[stage].get((send.value, dst), ()):
             self._release(values.pop(name))
         return blocks
 

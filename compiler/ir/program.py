@@ -11,6 +11,7 @@ timed node by node.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from .actions import Kind, Phase
+from .actions import SEND, Kind, Phase
 
 
 class Role(StrEnum):
@@ -134,7 +135,8 @@ class StageProgram:
         params, buffers: FQNs that this stage reads.
         copies: FQN -> dtype of the parameters that it reads a copy of; among ``params`` too.
         grads: FQNs whose gradients this stage adds up, in parameter order.
-        drops: step -> names of the values that nothing needs after it.
+        drops: step -> names of the values that nothing needs after it, where each stage has a rank
+            of its own (else `PipelineProgram.drops`).
         stash_bytes: what one microbatch keeps between its forward and its backward.
         carry_bytes: what it keeps besides between backward and weight.
         constant_bytes: what the constants take.
@@ -202,6 +204,30 @@ class PipelineProgram:
     @property
     def trains(self) -> bool:
         return self.stages[0].backward is not None
+
+    def drops(self, stage: int, mates: Collection[int]) -> dict[Step, tuple[str, ...]]:
+        """What a stage drops after each step, on a rank that holds others too.
+
+        What these read is handed to them right after the computation, before anything is sent.
+
+        Args:
+            mates: the stages of the rank.
+        """
+        found: dict[Step, tuple[str, ...]] = {}
+        for step, names in self.stages[stage].drops.items():
+            kind, dst = step
+            for name in names:
+                later = [
+                    m.dst
+                    for m in self.messages
+                    if m.src == stage
+                    and m.dst not in mates
+                    and SEND[m.phase] == kind
+                    and any(value.name == name for value in m.values)
+                ]
+                last = (kind, max(later)) if dst in mates and later else step
+                found[last] = (*found.get(last, ()), name)
+        return found
 
     @property
     def routes(self) -> set[tuple[int, int]]:

@@ -36,7 +36,7 @@ class Link:
         sends: as posted.
         ready_s, posted_s: when the sends and the receives were posted.
         start_s, end_s: of those messages that get through.
-        waits: the receiving rank is stuck until another one does.
+        waiting: the rank that is stuck until another one does (in a faulty schedule, ranks).
     """
 
     src: int
@@ -46,7 +46,7 @@ class Link:
     posted_s: list[float] = field(default_factory=list)
     start_s: list[float] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)
-    waits: bool = False
+    waiting: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,18 @@ class _Clock:
                     if number is None:
                         continue
                     if number >= len(link.end_s):
-                        link.waits, self.stuck[rank] = True, link
+                        link.waiting.append(rank)
+                        self.stuck[rank] = link
                         return
                     start = max(start, link.end_s[number])
                 seconds = 1.0 if self.compute_s is None else self.compute_s[action.stage, kind]
                 end = self.free_s[rank] = start + seconds
             elif kind in MAKES or kind in READS:
                 posted = self._post(rank, action, start)
-                if posted is not None and posted.waits:
-                    posted.waits = False
-                    del self.stuck[posted.dst]
-                    yield posted.dst
+                while posted is not None and posted.waiting:
+                    other = posted.waiting.pop()
+                    del self.stuck[other]
+                    yield other
             starts.append(start)
             ends.append(end)
 

@@ -192,9 +192,10 @@ def _check_computes(
                 wanted = expected if weights is None and found.numbers(stage, kind) else []
             numbers = found.numbers(stage, kind)
             if numbers != wanted:
+                all_of_them = f"0 to {microbatches - 1}, each once and in order"
                 raise FaultError(
                     f"stage {stage} runs {kind} of microbatches {_short(numbers, wanted)}, and "
-                    f"should of {_short(wanted, wanted)}",
+                    f"should of {all_of_them if wanted else 'none'}",
                     found.odd_one(stage, kind, None, wanted),
                 )
         for earlier, later in ((Kind.F, Kind.B), (Kind.B, Kind.W)):
@@ -284,6 +285,7 @@ def _check_pairs(found: _Places, message: Message, microbatches: int) -> None:
             f"{src}→{dst} {phase}: sent in order {_short(sent, received)}, received "
             f"{_short(received, sent)}",
             found.odd_one(*receive, sent),
+            found.odd_one(*send, received),
         )
 
 

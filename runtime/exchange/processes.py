@@ -121,7 +121,7 @@ class _DeviceOutbox:
 
 
 class Processes:
-    """torch.distributed: gloo on CPU, NCCL on CUDA.
+    """torch.distributed: gloo on CPU, where a channel is a tag, and NCCL on CUDA, which knows none.
 
     Attributes:
         dp, replica: how many replicas there are, and which of them this process's rank is in.
@@ -139,11 +139,16 @@ class Processes:
         assert mesh.rank is not None
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
         self.group = groups[mesh.position_of(mesh.rank)]
-        self.channels: dict[tuple[int, int, int], dist.ProcessGroup] = {}
+        self.links: dict[tuple[int, int], dist.ProcessGroup] = {}
         self.abandoned = False
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
-        """On CUDA, one communicator per channel and pair of ranks, so that none blocks another.
+        """On CUDA, one communicator, with its stream, for all that one rank sends to another.
+
+        A message waits there for the one before it, so that both ends have to be in the same order:
+        the verifier of schedules sees to it (`passes.schedule.verify`), and what is sent once per
+        step follows them in an order of its own. Two directions do not wait for each other, and
+        the fewer kernels wait at once, the more certain it is that all of them can run.
 
         A communicator's first use waits for the other end, so each is used once here, all in
         the same order on every rank.
@@ -162,10 +167,9 @@ class Processes:
             for replica in range(self.mesh.dp):
                 src = self.mesh.rank_of(replica, src_stage)
                 dst = self.mesh.rank_of(replica, dst_stage)
-                key = src, dst, self.mesh.channel(src_stage, dst_stage)
-                if src == dst or key in self.channels:
+                if src == dst or (src, dst) in self.links:
                     continue
-                group = self.channels[key] = dist.new_group([src, dst])
+                group = self.links[src, dst] = dist.new_group([src, dst])
                 probe = torch.zeros(1, device=self.device)
                 if self.mesh.rank == src:
                     dist.send(probe, dst, group=group)
@@ -175,7 +179,7 @@ class Processes:
     def send(
         self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
     ) -> None:
-        group = self.channels.get((src, dst, channel))
+        group = self.links.get((src, dst))
         for value, spec in zip(values, specs, strict=True):
             data = wire.to_bytes(value, spec)
             if data.numel():
@@ -192,7 +196,7 @@ class Processes:
         device: torch.device,
         channel: int = 0,
     ) -> Pending:
-        group = self.channels.get((src, dst, channel))
+        group = self.links.get((src, dst))
         data = [wire.room_for(spec, device) for spec in specs]
         works = []
         for room in data:

@@ -38,7 +38,8 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Point-to-point and collective exchange between ranks.
 
-    Messages of one channel, from one rank to another, arrive in the order in which they were sent.
+    Messages of one channel, from one rank to another, arrive in the order in which they were sent;
+    what the channels of two ranks carry in one direction is sent and received in the same order.
     """
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
@@ -154,14 +155,17 @@ def add_mean_(total: torch.Tensor, parts: torch.Tensor, count: int, fresh: bool)
 class _Mail:
     """A message that another rank of this process has sent, or will."""
 
-    def __init__(self, queue: deque[Values], device: torch.device):
-        self.queue, self.device = queue, device
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.values: Values | None = None
 
     def ready(self) -> bool:
-        return bool(self.queue)
+        return self.values is not None
 
     def wait(self) -> Values:
-        return [value.to(self.device) for value in self.queue.popleft()]
+        assert self.values is not None, "wait until it is ready"
+        values, self.values = self.values, None
+        return [value.to(self.device) for value in values]
 
 
 class _Meeting:
@@ -191,10 +195,14 @@ def _average(buckets: list[torch.Tensor]) -> None:
 
 
 class Loopback:
-    """All ranks in one process: a message is handed over, a collective computed once."""
+    """All ranks in one process: a message is handed over, a collective computed once.
+
+    The receive that is posted first gets what is sent first, whichever is waited for first.
+    """
 
     def __init__(self) -> None:
         self.queues: dict[tuple[int, int, int], deque[Values]] = defaultdict(deque)
+        self.posted: dict[tuple[int, int, int], deque[_Mail]] = defaultdict(deque)
         self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
         self.events = 0
 
@@ -208,7 +216,10 @@ class Loopback:
         self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
     ) -> None:
         conformed = [wire.conform(v, s) for v, s in zip(values, specs, strict=True)]
-        self.queues[src, dst, channel].append(conformed)
+        if posted := self.posted[src, dst, channel]:
+            posted.popleft().values = conformed
+        else:
+            self.queues[src, dst, channel].append(conformed)
         self.events += 1
 
     def receive(
@@ -219,7 +230,12 @@ class Loopback:
         device: torch.device,
         channel: int = 0,
     ) -> Pending:
-        return _Mail(self.queues[src, dst, channel], device)
+        mail = _Mail(device)
+        if queue := self.queues[src, dst, channel]:
+            mail.values = queue.popleft()
+        else:
+            self.posted[src, dst, channel].append(mail)
+        return mail
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         return self.meet(ranks, rank, bucket, _average)
@@ -249,4 +265,5 @@ class Loopback:
 
     def abandon(self) -> None:
         self.queues.clear()
+        self.posted.clear()
         self.meetings.clear()

@@ -116,9 +116,9 @@ PLANNING = (
         "a stash is priced once for all microbatches in flight",
     ),
     Mutant(
-        "compiler/costs/simulate.py",
-        "start = max([free, *arrivals])",
-        "start = free",
+        "passes/schedule/clock.py",
+        "start = max(start, link.end_s[number])",
+        "pass",
         "test_schedule.py::test_1f1b_takes_the_time_of_the_formula",
         "simulated stages wait for nothing",
     ),

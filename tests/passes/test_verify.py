@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipecompile.compiler.ir.program import (
     Program,
     Role,
     StageProgram,
+    TiedGradient,
     ValueSpec,
 )
 from pipecompile.compiler.ir.zero import LEVELS
@@ -32,8 +35,8 @@ from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.programs.lower import lower
 from pipecompile.passes.programs.verify import verify_program, verify_writes
 from pipecompile.passes.schedule.exchange import verify_exchange
-from pipecompile.passes.schedule.limits import verify_in_flight
-from pipecompile.passes.schedule.verify import verify_schedule
+from pipecompile.passes.schedule.limits import verify_held, verify_in_flight
+from pipecompile.passes.schedule.verify import verify_compute, verify_schedule
 from pipecompile.runtime.exchange.transport import Loopback
 from pipecompile.runtime.executor import drive
 from torch import fx, nn
@@ -155,9 +158,20 @@ LEGAL = (
 SHARDED = "0UNSHARD 0F0 0B0 0REDUCE_B0 0REDUCE_GRAD 0SYNC_TIED"
 
 
-def scheduled(old: str = "", new: str = "", trains: bool = True) -> None:
+def scheduled(
+    old: str = "", new: str = "", trains: bool = True, weights: Collection[int] | None = None
+) -> None:
     assert old in LEGAL
-    verify_schedule(from_text(LEGAL.replace(old, new, 1)), MESSAGES, 2, trains)
+    verify_schedule(from_text(LEGAL.replace(old, new, 1)), MESSAGES, 2, trains, weights)
+
+
+FORKED = "0F0 0SEND_F0→1 0SEND_F0→2\n1RECV_F0←0 2RECV_F0←0 1F0 2F0"
+
+
+def forked(old: str = "", new: str = "") -> None:
+    assert old in FORKED
+    messages = [Message(0, stage, FORWARD, ()) for stage in (1, 2)]
+    verify_schedule(from_text(FORKED.replace(old, new, 1)), messages, 1, trains=False)
 
 
 CIRCULAR = "0RECV_F0←1 0F0 0SEND_F0→1\n1RECV_F0←0 1F0 1SEND_F0→0"
@@ -172,6 +186,16 @@ def sharded(old: str = "", new: str = "", zero: int = 2) -> None:
     assert old in SHARDED
     program = pipeline(stage(0, code(), code()))
     verify_exchange(from_text(SHARDED.replace(old, new, 1)), program, 2, LEVELS[zero])
+
+
+TIED = "0F0 0SEND_F0→1 0SYNC_TIED \n1RECV_F0←0 1F0 1B0 1SYNC_TIED"
+
+
+def tied_apart(old: str = "", new: str = "") -> None:
+    assert old in TIED
+    program = pipeline(stage(0, code(), code()), stage(1, code(), code()))
+    program = replace(program, tied=(TiedGradient("w", 0, (0, 1), (0, 1)),))
+    verify_exchange(from_text(TIED.replace(old, new, 1)), program, 1, LEVELS[0])
 
 
 # -- elsewhere ------------------------------------------------------------------------------------
@@ -284,6 +308,15 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         lambda: sharded("0B0 0REDUCE_B0 0REDUCE_GRAD", "0REDUCE_GRAD 0B0 0REDUCE_B0"),
         "0REDUCE_GRAD comes before 0B0",
     ),
+    (lambda: tied_apart("0SYNC_TIED ", ""), "stage 0 has 0 SYNC_TIED"),
+    (
+        lambda: tied_apart("0F0 0SEND_F0→1 0SYNC_TIED", "0F0 0SYNC_TIED 0SEND_F0→1"),
+        "comes after 0SY",
+    ),
+    (
+        lambda: tied_apart("1B0 1SYNC_TIED", "1SYNC_TIED 1B0"),
+        "1SYNC_TIED comes before 1B0",
+    ),
     (lambda: sharded(zero=1), "0SYNC_TIED is on the wrong side of 0REDUCE_GRAD"),
     (
         lambda: sharded("0REDUCE_GRAD 0SYNC_TIED", "0SYNC_TIED 0REDUCE_GRAD"),
@@ -319,6 +352,35 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: scheduled("0RECV_B1←1 0B1", "0B1 0RECV_B1←1"), "0RECV_B1←1 is on the wrong side"),
     (lambda: scheduled("0F1", "0F1 0SEND_B0→1"), "0SEND_B0→1 has no message"),
     (lambda: scheduled("0F1", "0F1 0RECV_F0←1"), "0RECV_F0←1 has no message"),
+    (lambda: scheduled("0SEND_F1→1", "0SEND_F1"), "0SEND_F1 names no stage to talk to"),
+    (lambda: scheduled("1F1", "1F1→0"), "1F1→0 names a stage to talk to"),
+    (lambda: scheduled("1F1", "1F"), "1F names no microbatch"),
+    (lambda: scheduled("0W0 0RECV_B1←1 0B1 0W1", "0RECV_B1←1 0B1", weights={0}), "stage 0 runs W"),
+    (lambda: scheduled(weights=()), r"stage 0 runs W of microbatches \[0, 1\], and should of none"),
+    (
+        lambda: scheduled("0B1 0W1\n", "0B1 0W1\n\n"),
+        "rank 1 has nothing to do",
+    ),
+    (
+        lambda: verify_schedule(from_text("0F0"), [message(0, 1)], 1, trains=False),
+        "stage 1 has no actions",
+    ),
+    (
+        lambda: scheduled("1SEND_B0→0 1F1 1B1 1SEND_B1→0", "1F1 1B1 1W0 1SEND_B0→0 1SEND_B1→0 1W1"),
+        "1SEND_B0→0 is on the wrong side of 1W0, which may be the last to read",
+    ),
+    (
+        lambda: forked("0SEND_F0→1 0SEND_F0→2", "0SEND_F0→2 0SEND_F0→1"),
+        "0SEND_F0→2 comes before 0SEND_F0→1, and values are dropped after the last stage",
+    ),
+    (
+        lambda: forked("1RECV_F0←0 2RECV_F0←0", "2RECV_F0←0 1RECV_F0←0"),
+        "2RECV_F0←0 is posted where 0SEND_F0→1 is next from rank 0 to rank 1",
+    ),
+    (
+        lambda: verify_compute(from_text("1F0 0F0"), [message(0, 1)], 1, trains=False),
+        "1F0 reads what 0F0 makes after it",
+    ),
     (circular, "a wait cycle: .*F0"),
     (
         lambda: verify_in_flight(from_text("0F0 0F1 0F2 0B0 0B1 0B2"), [2]),
@@ -327,6 +389,10 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: verify_in_flight(from_text("0F0 0B0 0F1 0B1 0W0 0W1"), [1]),
         "stage 0 holds 2 microbatches, planned 1",
+    ),
+    (
+        lambda: verify_held(from_text("0F0 0F1 0B0 0B1"), [8], [0], [15]),
+        "after 0F1 rank 0 holds 16 bytes of microbatches, planned 15",
     ),
     (lambda: lowered("y", y=1), "y goes from forward of stage 1 to 0"),
     (lambda: lowered("spread"), "spread is made in B and read in F"),
@@ -351,8 +417,13 @@ def test_what_is_legal_passes() -> None:
     verify_program(two())
     verify_writes(written((ATEN.exp.default, "x"), (ATEN.tanh_.default, "0")))
     scheduled()
+    scheduled(weights={0})
+    forked()
     sharded()
+    tied_apart()
+    verify_compute(from_text("0F0 1F0"), [message(0, 1)], 1, trains=False)
     verify_in_flight(from_text("0F0 0F1 0B0 0B1"), [2])
+    verify_held(from_text("0F0 0F1 0B0 0B1"), [8], [0], [16])
 
 
 @pytest.mark.parametrize(("violate", "said"), VIOLATIONS, ids=[said for _, said in VIOLATIONS])
@@ -375,10 +446,13 @@ def test_every_refusal_has_a_violation() -> None:
     assert not [place for place in refusals() if place not in seen]
 
 
+REFUSAL = re.compile(r"\b(VerificationError|FaultError|drawn)\(")
+
+
 def refusals() -> Iterator[tuple[str, int]]:
     """File and line of all that raises such an error."""
     for folder in ("compiler", "passes", "runtime"):
         for path in (PACKAGE / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Raise) and "VerificationError(" in ast.unparse(node):
+                if isinstance(node, ast.Raise) and REFUSAL.search(ast.unparse(node)):
                     yield str(path), node.lineno
