@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
-from ..ir.actions import RECV, SEND, Action, Kind, Schedule
+from ..ir.actions import RECV, SEND, Action, Schedule
 
 TRACE_VERSION = 1
 STEP = "step"
@@ -212,11 +212,3 @@ def action_of(name: str) -> Action | None:
     except ValueError:
         return None
 
-
-def is_receive(span: Span) -> bool:
-    action = span.action
-    return action is not None and action.kind in RECV.values()
-
-
-def kind_of(span: Span) -> Kind | None:
-    return None if span.action is None else span.action.kind
