@@ -164,5 +164,5 @@ def _style(seconds: dict[str, float], width_s: float) -> str:
     busy = sum(seconds.values()) / width_s
     if busy < 0.05:
         return ""
-    shade = min(int(busy * SHADES), SHADES - 1)
+    shade = SHADES - 1 - min(int(busy * SHADES), SHADES - 1)
     return f"{max(seconds, key=seconds.__getitem__)} s{shade}"

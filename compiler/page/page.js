@@ -6,7 +6,6 @@
   const scroll = document.getElementById("gantt"), svg = scroll.querySelector("svg");
   const tip = document.getElementById("tip"), cursor = document.getElementById("cursor");
   const kinds = { F: "forward", B: "backward", W: "weight gradients" };
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   let at = null;  // [lane, index] of the action that is pointed at
 
   function seconds(ns) {
@@ -64,7 +63,7 @@
     const [, , , start, end] = data.lanes[lane][index];
     const wide = svg.getBoundingClientRect().width, middle = wide * (start + end) / 2 / data.span;
     if (middle < scroll.scrollLeft || middle > scroll.scrollLeft + scroll.clientWidth)
-      scroll.scrollTo({ left: middle - scroll.clientWidth / 2, behavior: still ? "auto" : "instant" });
+      scroll.scrollLeft = middle - scroll.clientWidth / 2;
     const box = svg.getBoundingClientRect(), [top, height] = data.tops[lane];
     show(lane, index, box.left + middle, box.top + top + height / 2);
   }
@@ -89,7 +88,7 @@
   const buttons = [...document.querySelectorAll("[data-zoom]")];
   for (const button of buttons) button.addEventListener("click", () => {
     const middle = (scroll.scrollLeft + scroll.clientWidth / 2) / svg.getBoundingClientRect().width;
-    svg.style.width = 100 * Number(button.dataset.zoom) + "%";
+    svg.style.minWidth = `calc(${Number(button.dataset.zoom)} * max(100%, 860px))`;
     for (const each of buttons) each.setAttribute("aria-pressed", String(each === button));
     scroll.scrollLeft = middle * svg.getBoundingClientRect().width - scroll.clientWidth / 2;
     hide();

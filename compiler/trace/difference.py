@@ -119,7 +119,10 @@ def _check(planned: Trace, measured: Trace) -> None:
         both, other = (
             ("planned", "the second has to be of a run: pipe.trace()")
             if planned.origin is Origin.PLANNED
-            else ("measured", "the first has to be of a plan: inspect --trace, or pipe.trace(plan=)")
+            else (
+                "measured",
+                "the first has to be of a plan: inspect --trace, or pipe.trace(plan=)",
+            )
         )
         raise TraceError(f"both traces are {both}: {other}")
     if planned.origin is Origin.MEASURED:

@@ -73,9 +73,7 @@ def closing_seconds(trace: Trace) -> float:
     return median(found)
 
 
-def resimulated_bubble(
-    planned: Trace, compute_s: Mapping[tuple[int, Kind], float]
-) -> float:
+def resimulated_bubble(planned: Trace, compute_s: Mapping[tuple[int, Kind], float]) -> float:
     """The bubble of a planned trace's schedule and transfers at other seconds."""
     transfer_s: dict[tuple[int, int], float] = {}
     for span in planned.of(Lane.COMMUNICATION):

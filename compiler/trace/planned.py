@@ -81,9 +81,7 @@ def transits_of(
     plan: Plan, schedule: Schedule, timeline: Timeline, device: Device
 ) -> tuple[Transit, ...]:
     """When each message is under way, as the simulator has it: none waits for another."""
-    sizes = {
-        (stage.stage, t.dst, t.phase): t.bytes for stage in plan.stages for t in stage.sends
-    }
+    sizes = {(stage.stage, t.dst, t.phase): t.bytes for stage in plan.stages for t in stage.sends}
     seconds = link_seconds(plan, device)
     ends = {x.action: x.end_s for row in timeline.ranks for x in row}
     found = []

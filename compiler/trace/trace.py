@@ -211,4 +211,3 @@ def action_of(name: str) -> Action | None:
         return Action.parse(name)
     except ValueError:
         return None
-

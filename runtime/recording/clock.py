@@ -84,8 +84,7 @@ class DeviceClock:
 
     def nanoseconds(self, mark: Mark) -> int:
         base, event = mark
-        milliseconds = self._bases[base].elapsed_time(event)
-        return self._base_ns(base) + round(milliseconds * 1e6)
+        return self._base_ns(base) + _between_ns(self._bases[base], event)
 
     def held(self) -> int | None:
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
@@ -93,13 +92,16 @@ class DeviceClock:
 
     def _base_ns(self, base: int) -> int:
         pairs = zip(self._bases[:base], self._bases[1 : base + 1], strict=True)
-        milliseconds = (first.elapsed_time(then) for first, then in pairs)
-        return self._origin_ns + sum(round(each * 1e6) for each in milliseconds)
+        return self._origin_ns + sum(_between_ns(first, then) for first, then in pairs)
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _between_ns(first: torch.cuda.Event, then: torch.cuda.Event) -> int:
+    return round(float(first.elapsed_time(then)) * 1e6)
 
 
 def clock_of(device: torch.device) -> Clock:

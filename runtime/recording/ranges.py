@@ -13,7 +13,7 @@ import torch
 
 from ...compiler.ir.actions import Action
 
-_profiling = torch.autograd._profiler_enabled
+_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _NOTHING = contextlib.nullcontext()
 
 

@@ -139,9 +139,7 @@ class Recording:
         log = self.log
         return _NOTHING if log is None else self._closed(log, name)
 
-    def attach(
-        self, states: Mapping[int, Logged], optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def attach(self, states: Mapping[int, Logged], optimizer: torch.optim.Optimizer | None) -> None:
         """Have executors note what they do, if anything is recorded, and the optimizer."""
         if self.log is None or self._attached:
             return
@@ -216,7 +214,7 @@ class Recording:
         if parts is None:
             return
         clocks = _BROUGHT if self._mesh.distributed and self._mesh.size > 1 else _ALONE
-        trace = _assembled(first(), parts, log.memory, clocks, started_ns)
+        trace = _assembled(first, parts, log.memory, clocks, started_ns)
         shared = not self._mesh.distributed and self._mesh.size > 1
         write_trace(replace(trace, header=replace(trace.header, shared_thread=shared)), path)
         if planned is not None:
@@ -233,7 +231,7 @@ class Recording:
     ) -> None:
         """What this process has, after an error: other ranks may be anywhere."""
         part = Part(log.entries(), before, replace(before, here_ns=before.here_ns + 1))
-        trace = _assembled(first(), [part], log.memory, _APART, started_ns)
+        trace = _assembled(first, [part], log.memory, _APART, started_ns)
         header = replace(trace.header, complete=False, shared_thread=self._mesh.rank is None)
         write_trace(replace(trace, header=header), alone(path, self._mesh.rank))
 
@@ -244,7 +242,7 @@ def alone(path: Path, rank: int | None) -> Path:
 
 
 def _assembled(
-    compiled: Compiled, parts: list[Part], memory: str, clocks: str, started_ns: int
+    first: Callable[[], Compiled], parts: list[Part], memory: str, clocks: str, started_ns: int
 ) -> Trace:
     """One trace of what processes have recorded, from the first that happened.
 
@@ -267,8 +265,8 @@ def _assembled(
         for e, a, b in moved
     ]
     held = [Held(e.rank, (b - zero) / 1e9, e.held) for e, _, b in moved if e.held is not None]
+    compiled = first()
     header = header_of(compiled.plan, compiled.schedule, Origin.MEASURED, memory, clocks)
     header = replace(header, started_ns=started_ns + zero)
     ranks = tuple(sorted({entry.rank for entry, _, _ in moved}))
     return Trace(header, ranks, tuple(spans), tuple(held))
-
