@@ -10,6 +10,8 @@ from typing import TextIO
 from ..trace.difference import Difference, Pair, Waiting
 from .quantities import counted, seconds_text
 
+_HEADS = ("planned", "measured", "ratio")
+
 
 def write_difference(found: Difference, stream: TextIO, *, as_json: bool) -> None:
     """Tables in plain columns, or a JSON object with the same numbers."""
@@ -22,7 +24,7 @@ def write_difference(found: Difference, stream: TextIO, *, as_json: bool) -> Non
 def _lines(found: Difference) -> Iterator[str]:
     yield f"{found.model}: {found.schedule}, {counted(found.steps, 'step')} measured (medians)"
     yield ""
-    rows = [("", "planned", "measured", "ratio"), ("step", *_seconds(found.step_s))]
+    rows = [("", *_HEADS), ("step", *_seconds(found.step_s))]
     rows.append(("after the last computation", *_seconds(found.closing_s)))
     if found.bubble is not None and found.simulated_bubble is not None:
         rows.append(("bubble", *_shares(found.bubble)))
@@ -31,15 +33,13 @@ def _lines(found: Difference) -> Iterator[str]:
     yield from _columns(rows, left=1)
     yield ""
     yield "seconds of a microbatch"
-    heads = ("stage", "kind", "planned", "measured", "ratio")
     computed = [(str(c.stage), c.kind, *_seconds(c.seconds)) for c in found.computations]
-    yield from _columns([heads, *computed])
+    yield from _columns([("stage", "kind", *_HEADS), *computed])
     if found.waiting:
         yield ""
         yield "waiting for messages, per step"
-        heads = ("rank", "planned", "measured", "ratio", "most for", "others wait for it")
-        titled = (("rank", "stages", *heads[1:]), *map(_waiting, found.waiting))
-        yield from _columns(titled)
+        heads = ("rank", "stages", *_HEADS, "most for", "others wait for it")
+        yield from _columns([heads, *map(_waiting, found.waiting)])
     for note in found.notes:
         yield ""
         yield note

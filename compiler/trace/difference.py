@@ -128,13 +128,14 @@ def _check(planned: Trace, measured: Trace) -> None:
     if planned.origin is Origin.MEASURED:
         raise TraceError("the first trace is measured and the second planned: swap them")
     ours, theirs = planned.header, measured.header
-    for name, mine, other in (
+    compared: tuple[tuple[str, object, object], ...] = (
         ("model", ours.model, theirs.model),
         ("stages of ranks", _placed(ours), _placed(theirs)),
         ("replicas (dp)", ours.dp, theirs.dp),
         ("microbatches", ours.microbatches, theirs.microbatches),
         ("schedule", ours.schedule, theirs.schedule),
-    ):
+    )
+    for name, mine, other in compared:
         if mine != other:
             raise TraceError(
                 f"the traces are of different pipelines: {name} {mine} was planned, and {other} "
