@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ..ir.errors import TraceError
@@ -66,8 +67,8 @@ class Difference:
         step_s: from the first action to the end of the slowest optimizer.
         closing_s: of that, after the last computation.
         bubble: None where one process has played all ranks.
-        simulated_bubble: what the simulator says at the measured seconds of computations: what is
-            left of the difference is not theirs.
+        simulated_bubble: what the simulator says were each computation as long as it was
+            measured: what is left of the difference is not theirs.
         waiting: empty where one process has played all ranks.
         notes: what else to know.
     """
@@ -91,10 +92,8 @@ def difference(planned: Trace, measured: Trace) -> Difference:
         TraceError: they are not that, or nothing was trained.
     """
     _check(planned, measured)
+    _check_whole(planned, measured)
     before, after = compute_seconds(planned), compute_seconds(measured)
-    if lacking := sorted(set(before) ^ set(after)):
-        stage, kind = lacking[0]
-        raise TraceError(f"only one of the traces has {kind} of stage {stage}: record whole steps")
     alone = measured.header.shared_thread
     return Difference(
         model=planned.header.model,
@@ -103,7 +102,7 @@ def difference(planned: Trace, measured: Trace) -> Difference:
         step_s=Pair(step_seconds(planned), step_seconds(measured)),
         closing_s=Pair(closing_seconds(planned), closing_seconds(measured)),
         bubble=None if alone else Pair(bubble_of(planned), bubble_of(measured)),
-        simulated_bubble=None if alone else resimulated_bubble(planned, after),
+        simulated_bubble=None if alone else resimulated_bubble(planned, measured),
         computations=tuple(
             Computation(stage, str(kind), Pair(seconds, after[stage, kind]))
             for (stage, kind), seconds in before.items()
@@ -135,10 +134,10 @@ def _check(planned: Trace, measured: Trace) -> None:
         ("microbatches", ours.microbatches, theirs.microbatches),
         ("schedule", ours.schedule, theirs.schedule),
     )
-    for name, mine, other in compared:
-        if mine != other:
+    for name, mine, ran in compared:
+        if mine != ran:
             raise TraceError(
-                f"the traces are of different pipelines: {name} {mine} was planned, and {other} "
+                f"the traces are of different pipelines: {name} {mine} was planned, and {ran} "
                 "ran; plan what runs, as pipe.trace(plan=) does"
             )
     if ours.digest != theirs.digest:
@@ -148,6 +147,25 @@ def _check(planned: Trace, measured: Trace) -> None:
         )
     if not measured.steps or not any(s.step in measured.steps for s in measured.of(Lane.COMPUTE)):
         raise TraceError("the measured trace has no training step: call step() inside pipe.trace()")
+
+
+def _check_whole(planned: Trace, measured: Trace) -> None:
+    """Raises TraceError where a step, or the part of a rank, is missing."""
+    counts = Counter(
+        (s.step, s.rank) for s in measured.of(Lane.COMPUTE) if s.step in measured.steps
+    )
+    per_rank = Counter(s.rank for s in planned.of(Lane.COMPUTE))
+    for (step, rank), count in sorted(counts.items()):
+        if count != per_rank[rank % planned.header.pp]:
+            raise TraceError(
+                f"rank {rank} has measured {count} of {per_rank[rank % planned.header.pp]} "
+                f"computations of step {step}: compare a run in which no step fails"
+            )
+    lacking = planned.header.pp * planned.header.dp - len(measured.ranks)
+    if lacking:
+        raise TraceError(
+            f"the measured trace lacks {lacking} ranks: it is a part of one that failed"
+        )
 
 
 def _placed(header: Header) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from statistics import median
 
 from ..costs.simulate import simulate
@@ -73,14 +73,39 @@ def closing_seconds(trace: Trace) -> float:
     return median(found)
 
 
-def resimulated_bubble(planned: Trace, compute_s: Mapping[tuple[int, Kind], float]) -> float:
-    """The bubble of a planned trace's schedule and transfers at other seconds."""
+def resimulated_bubble(planned: Trace, measured: Trace) -> float:
+    """The bubble of a planned trace's schedule and transfers, were each computation as long as it
+    was measured; the median over steps and replicas.
+
+    The simulator knows one duration per stage and kind: to it, the microbatches of a stage are
+    stages of their own, as all messages are between computations of one microbatch.
+    """
+    m, pp = planned.header.microbatches, planned.header.pp
     transfer_s: dict[tuple[int, int], float] = {}
     for span in planned.of(Lane.COMMUNICATION):
-        action = span.action
-        if action is not None and action.kind in SEND.values() and action.peer is not None:
-            transfer_s[action.stage, action.peer] = span.seconds
-    return simulate(_schedule(planned), compute_s, transfer_s).bubble
+        sent = span.action
+        if sent is not None and sent.kind in SEND.values():
+            apart = _apart(sent, m)
+            assert apart.peer is not None
+            transfer_s[apart.stage, apart.peer] = span.seconds
+    schedule = tuple(tuple(_apart(a, m) for a in row) for row in _schedule(planned))
+    found = []
+    for _, spans in _by_step(measured, Lane.COMPUTE):
+        replicas: dict[int, dict[tuple[int, Kind], float]] = defaultdict(dict)
+        for span in spans:
+            if (action := span.action) is not None:
+                key = _apart(action, m).stage, action.kind
+                replicas[span.rank // pp][key] = span.seconds
+        found += [simulate(schedule, each, transfer_s).bubble for each in replicas.values()]
+    return median(found)
+
+
+def _apart(action: Action, microbatches: int) -> Action:
+    """The same with a stage of its own for each microbatch."""
+    assert action.microbatch is not None
+    i, peer = action.microbatch, action.peer
+    other = None if peer is None else peer * microbatches + i
+    return Action(action.stage * microbatches + i, action.kind, 0, other)
 
 
 def _schedule(planned: Trace) -> Schedule:

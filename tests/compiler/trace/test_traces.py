@@ -71,7 +71,7 @@ def test_figures_are_those_of_the_simulated_step() -> None:
     assert figures.closing_seconds(made) == pytest.approx(0.125)
     seconds = figures.compute_seconds(made)
     assert set(seconds.values()) == {FORWARD_S, BACKWARD_S}
-    assert figures.resimulated_bubble(made, seconds) == pytest.approx(timeline.bubble)
+    assert figures.resimulated_bubble(made, made) == pytest.approx(timeline.bubble)
 
 
 def test_waiting_is_the_time_between_computations() -> None:
@@ -86,7 +86,7 @@ def test_waiting_is_the_time_between_computations() -> None:
 def test_who_is_slow_is_named() -> None:
     """Rank 1's computations take a second longer, and rank 0 waits for it for as long."""
     plan = trace(2, 1, 1)
-    late = {"1F0": 1.0, "1B0": 1.0}
+    late = {"1F0": 1.0, "1B0": 1.0}  # of one microbatch
     shift = {"1F0": 0.0, "1B0": 1.0, "0B0": 2.0, "1SEND_B0→0": 2.0}
 
     def slow(span: Span) -> Span:
@@ -176,6 +176,17 @@ def test_files_that_are_no_traces(tmp_path: Path, damage: Any, message: str) -> 
 def test_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", str(tmp_path / "none.json"), "run.json"]) == 2
     assert "cannot read the trace" in capsys.readouterr().err
+
+
+def test_steps_that_are_not_whole() -> None:
+    plan = trace()
+    run = measured(plan)
+    short = replace(run, spans=tuple(s for s in run.spans if s.name != "1B2"))
+    with pytest.raises(TraceError, match="rank 1 has measured 11 of 12 computations of step 0"):
+        difference(plan, short)
+    part = replace(run, ranks=(1,), spans=tuple(s for s in run.spans if s.rank == 1))
+    with pytest.raises(TraceError, match="lacks 1 ranks"):
+        difference(plan, part)
 
 
 # -- the command line -----------------------------------------------------------------------------
