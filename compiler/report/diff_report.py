@@ -38,7 +38,7 @@ def _lines(found: Difference) -> Iterator[str]:
     if found.waiting:
         yield ""
         yield "waiting for messages, per step"
-        heads = ("rank", "stages", *_HEADS, "most for", "others wait for it")
+        heads = ("rank", "stages", *_HEADS, "most for", "others for it", "sends take")
         yield from _columns([heads, *map(_waiting, found.waiting)])
     for note in found.notes:
         yield ""
@@ -48,7 +48,8 @@ def _lines(found: Difference) -> Iterator[str]:
 def _waiting(row: Waiting) -> tuple[str, ...]:
     most = "–" if row.most_for is None else f"rank {row.most_for}, {seconds_text(row.most_s)}"
     stages = " ".join(map(str, row.stages))
-    return (str(row.rank), stages, *_seconds(row.seconds), most, seconds_text(row.caused_s))
+    others, sends = seconds_text(row.caused_s), seconds_text(row.sending_s)
+    return (str(row.rank), stages, *_seconds(row.seconds), most, others, sends)
 
 
 def _seconds(pair: Pair) -> tuple[str, str, str]:

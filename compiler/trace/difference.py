@@ -11,6 +11,7 @@ from .figures import (
     closing_seconds,
     compute_seconds,
     resimulated_bubble,
+    sending,
     step_seconds,
     waiting,
 )
@@ -48,6 +49,7 @@ class Waiting:
         most_for: the rank that it waits for longest; None if for none.
         most_s: so long.
         caused_s: others wait for this rank.
+        sending_s: it hands messages over, which the simulator takes to cost nothing.
     """
 
     rank: int
@@ -56,6 +58,7 @@ class Waiting:
     most_for: int | None
     most_s: float
     caused_s: float
+    sending_s: float
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _placed(header: Header) -> str:
 
 def _waiting(planned: Trace, measured: Trace) -> tuple[Waiting, ...]:
     before, after = waiting(planned), waiting(measured)
-    pp = planned.header.pp
+    pp, sent = planned.header.pp, sending(measured)
     rows = []
     for rank in measured.ranks:
         mine = {other: seconds for (r, other), seconds in after.items() if r == rank}
@@ -188,6 +191,7 @@ def _waiting(planned: Trace, measured: Trace) -> tuple[Waiting, ...]:
                 most,
                 0.0 if most is None else mine[most],
                 sum(s for (_, other), s in after.items() if other == rank),
+                sent.get(rank, 0.0),
             )
         )
     return tuple(rows)

@@ -64,6 +64,17 @@ def waiting(trace: Trace) -> dict[tuple[int, int], float]:
     return {pair: median(seconds.values()) for pair, seconds in sorted(found.items())}
 
 
+def sending(measured: Trace) -> dict[int, float]:
+    """Rank -> seconds per step in which it hands messages over and computes nothing."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for _, spans in _by_step(measured, Lane.COMMUNICATION):
+        for rank in measured.ranks:
+            mine = (span for span in spans if span.rank == rank)
+            sends = (s for s in mine if s.action is not None and s.action.kind in SEND.values())
+            found[rank].append(sum(span.seconds for span in sends))
+    return {rank: median(seconds) for rank, seconds in found.items()}
+
+
 def closing_seconds(trace: Trace) -> float:
     """What a step takes after the last computation of any rank."""
     found = []

@@ -100,6 +100,7 @@ def test_who_is_slow_is_named() -> None:
     first, second = found.waiting
     assert first.seconds.measured - first.seconds.planned == pytest.approx(2.0)
     assert (first.most_for, second.caused_s) == (1, pytest.approx(first.seconds.measured))
+    assert (first.sending_s, second.sending_s) == (0.25, 0.25)  # a message each
     (row,) = (c for c in found.computations if (c.stage, c.kind) == (1, "F"))
     assert row.seconds.ratio == pytest.approx((FORWARD_S + 1) / FORWARD_S)
     assert found.bubble is not None
