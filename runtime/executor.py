@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
+from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind, Phase
 from ..compiler.ir.errors import BatchError, VerificationError
 from ..compiler.ir.graph import module_of
 from ..compiler.ir.program import Message, PipelineProgram, Program, Role
@@ -23,6 +23,7 @@ from ..compiler.ir.shards import late_gradients
 from .binding import BoundStage
 from .exchange import wire
 from .exchange.transport import Pending, Run
+from .recording.ranges import in_ranges, named
 from .state.rank_state import RankState
 from .state.reached import reached_by_data
 from .tied import TiedGradients
@@ -101,7 +102,9 @@ class Executor:
         self.current: Action | None = None
         self.scale = 1.0
         self._loss_dtype = pipeline.loss_dtype
-        self.messages = {(m.src, m.dst, m.phase): m for m in pipeline.messages}
+        self.messages: dict[tuple[int, int | None, Phase], Message] = {
+            (m.src, m.dst, m.phase): m for m in pipeline.messages
+        }
         self.by_data = reached_by_data(pipeline)
         self.stages = {
             stage: BoundStage(pipeline.stages[stage], state, self.by_data) for stage in state.stages
@@ -135,8 +138,11 @@ class Executor:
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         self.tied.restart()
         tangents = self._tangents(job)
+        log, start = self.state.log, None
         for action in self.actions:
             self.current = action
+            if log is not None:
+                start = log.now()
             kind, stage, index = action.kind, action.stage, action.microbatch
             if kind.computes:
                 assert index is not None
@@ -147,19 +153,26 @@ class Executor:
                     names = (spec.name for spec in message.values)
                     values.update(zip(names, pending.wait(), strict=True))
                     del pending  # it holds what has arrived
+                    if log is not None:
+                        start = log.waited(message, index, start)
                 if kind is not Kind.F:
                     last = index == self.microbatches - 1
                     self.state.grads.begin(made[index].leaving[stage], kind, last)
-                made[index]._compute(action, index, values, job, tangents)
-                made[index]._hand_over(stage, kind, index, alive)
+                with named(action):
+                    made[index]._compute(action, index, values, job, tangents)
+                    made[index]._hand_over(stage, kind, index, alive)
             elif kind in SEND.values():
                 assert index is not None
-                made[index]._send(action, alive[stage, index])
+                with named(action):
+                    made[index]._send(action, alive[stage, index])
             elif kind in RECV.values():
                 assert index is not None
                 arriving[stage, COMPUTE_OF[kind.phase], index].append(made[index]._receive(action))
+                continue  # posted; it is over when somebody has waited for it
             else:
-                yield from self._exchange(action)
+                yield from in_ranges(action, self._exchange(action))
+            if log is not None:
+                log.add(action, start, self.messages.get((stage, action.peer, kind.phase)))
         self.current = None
 
     def _tangents(self, job: Job) -> Sequence[torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Step
+from .recording.recording import Recording
 from .session import Ready, Session
 from .stepping.loss_scaler import LossScaler
 from .stored import Stored
@@ -81,6 +84,8 @@ class Pipeline(Stored):
         team = Ranks(mesh, world.agreement, model, options)
         cache = Cache(default_cache_dir())
         builder = Builder(skeleton, options, world.target(options), team, why, cache)
+        devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
+        self._recording = Recording(mesh, world.agreement, devices, builder.target.spec)
         self._loader = Loader(world, builder, options)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = world.agreement.gather(seed)[0]
@@ -143,6 +148,10 @@ class Pipeline(Stored):
                 "step() needs an optimizer: give compile() one, for example optimizer="
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
+        with self._recording.range(f"step {self._steps}"):
+            return self._step(batch)
+
+    def _step(self, batch: Any) -> torch.Tensor:
         verifier = self._verifying(batch)
         loss = self.forward_backward(batch)
         if verifier is not None:
@@ -195,7 +204,7 @@ class Pipeline(Stored):
         (``.grad`` is None) and those of further calls, until the optimizer's step, which changes
         nothing, or `zero_grad`.
         """
-        with self._world.guard():
+        with self._world.guard(), self._recording.range(f"step {self._steps}"):
             session, ready, jobs = self._prepare(Mode.TRAIN, batch)
             loss = session.accumulate(ready, jobs)
             self._steps += 1
@@ -208,7 +217,7 @@ class Pipeline(Stored):
         before scaling, on every rank. The arithmetic is `torch.nn.utils.clip_grad_norm_`'s.
         """
         session = self._require()
-        with self._world.guard():
+        with self._world.guard(), self._recording.closing("clip"):
             return session.clip(max_norm)
 
     def zero_grad(self) -> None:
@@ -259,11 +268,11 @@ class Pipeline(Stored):
         """
         world, sums = self._world, None
         gather = world.agreement.gather
-        with world.guard():
+        with world.guard(), self._recording.range("evaluate"):
             if not is_loader(data):
                 session, ready, jobs = self._prepare(Mode.EVALUATE, data)
                 return session.evaluated(ready, jobs)
-            world.agreement.check_loaders()
+            world.agreement.check_call("evaluate a loader")
             shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
             with shown_progress(data, shown) as advance:
                 for batch in in_step(data, gather, lambda: self.needs_data, self._flat):
@@ -285,7 +294,7 @@ class Pipeline(Stored):
         Raises:
             BatchError: an output of several microbatches cannot be joined: it couples rows.
         """
-        with self._world.guard():
+        with self._world.guard(), self._recording.range("forward"):
             session, ready, jobs = self._prepare(Mode.FORWARD, batch)
             return session.output(ready, jobs)
 
@@ -316,6 +325,26 @@ class Pipeline(Stored):
     def compiled(self) -> Compiled:
         """Programs, schedule, plan and simulated timeline of the first compiled graph."""
         return self._require().first
+
+    def trace(
+        self, path: str | Path, *, plan: str | Path | None = None
+    ) -> AbstractContextManager[None]:
+        """Record what happens in the steps inside ``with pipe.trace("run.json"):``.
+
+        Rank 0 writes one file of all ranks, which Perfetto (ui.perfetto.dev) and chrome://tracing
+        open and `pipecompile diff` compares with a plan's. Every rank must enter it. Where a step
+        fails, each process writes what it has done itself: ``run.rank1.json``, or the only one
+        ``run.json``.
+
+        Args:
+            plan: write what was predicted too, for `pipecompile diff`.
+
+        Raises:
+            TraceError: a file cannot be written, or nothing has run inside.
+            RankMismatchError: another rank does something else.
+        """
+        paths = Path(path), None if plan is None else Path(plan)
+        return self._recording.trace(*paths, lambda: self._require().first, self._world.guard)
 
     # -- the inside -------------------------------------------------------------------------
 
@@ -377,6 +406,7 @@ class Pipeline(Stored):
         """What runs on a batch, or one of several, and what each rank gets of it."""
         values, whole = ([], None) if batch is None else self._flat(batch)
         session, step = self._load(mode, whole, values, several=several)
+        self._recording.attach(session.state.ranks, session.optimizer)
         ready = session.ready(step)
         return session, ready, self._loader.deal(step, self._seed, self._steps)
 

@@ -24,6 +24,7 @@ examples
   pipecompile inspect hf:gpt2 --stages auto --devices 8 --memory 4GiB
   pipecompile inspect hf:gpt2 --stages 4 --memory 4GiB --compare uniform,sequential
   pipecompile inspect hf:gpt2 --plan plan.json
+  pipecompile inspect hf:gpt2 --stages 4 --html report.html --trace planned.json
 """
 
 
@@ -55,6 +56,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--passes", action="store_true", help="list the passes, with what each did and its time"
     )
     group.add_argument("--save", metavar="FILE", help="write the plan, for --plan and compile()")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write the simulated step as a trace, for Perfetto, chrome://tracing and diff",
+    )
+    group.add_argument(
+        "--html", metavar="FILE", help="write the report as one web page, for browsers and paper"
+    )
     group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 
 

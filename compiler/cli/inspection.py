@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +24,14 @@ from ..ir.errors import OptionError
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
+from ..page.page import Page, write_page
 from ..plan.plan import Plan
 from ..planning.target import Target
-from ..report.compare import ORDERS, calibrated, compare
+from ..report.compare import ORDERS, QUICK, calibrated, compare, unit_names
 from ..report.hints import Subject, hints
 from ..report.report import Extras
+from ..trace.planned import planned_trace
+from ..trace.writing import write_trace
 from .request import Request
 from .spec import load
 
@@ -73,6 +78,13 @@ def inspect(request: Request) -> Inspection:
     fp32 = _in_fp32(request, options, compiled, model, whole) if options.mixed else None
     passes = compiled.records if request.passes else ()
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes)
+    if request.trace is not None:
+        trace = planned_trace(plan, compiled.timeline, request.device)
+        _written("--trace", request.trace, partial(write_trace, trace))
+    if request.page is not None:
+        shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
+        page = Page(plan, compiled.timeline, replace(extras, comparison=shown), unit_names(problem))
+        _written("--html", request.page, partial(write_page, page))
     return Inspection(plan, compiled.timeline, extras)
 
 
@@ -149,6 +161,13 @@ def _in_every_order(
     ways = Open(divides=False, orders=True).ways(own, 1)
     own = replace(own, virtual_stages=None, schedule=DEFAULT, schedule_memory=AUTO)
     return choose(ways, build)[1]
+
+
+def _written(flag: str, path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise OptionError(f"{flag} {path}: {error.strerror or error}") from error
 
 
 def _save(plan: Plan, path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The command line: `pipecompile inspect`, `verify`, `solve`, `export`, `import` and `zoo`.
+"""The command line: `pipecompile inspect`, `diff`, `verify`, `solve`, `export`, `import`
+and `zoo`.
 
 Each command's file adds its arguments and names what runs it. torch and transformers are
-imported when a model is asked for, and not for ``--help`` or ``solve``.
+imported when a model is asked for, and not for ``--help``, ``solve`` or
+``diff``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 
 from ... import __version__
 from ..ir.errors import PipecompileError
-from . import convert, inspect, solve, verify, zoo
+from . import convert, diff, inspect, solve, verify, zoo
 from .flags import Parser
 
 
@@ -33,6 +35,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"pipecompile {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspect, verify, solve, convert, zoo):
+    for command in (inspect, diff, verify, solve, convert, zoo):
         command.add_to(commands)
     return parser

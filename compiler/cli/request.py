@@ -19,6 +19,7 @@ from ..options.options import OF_SCHEDULE, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..report.compare import check_names
+from ..trace.writing import check_writable
 from .spec import ModelOptions
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -45,6 +46,7 @@ class Request:
         default_rows: of the batch of all replicas, where ``model`` says nothing.
         given: the plan to show.
         passes: list them with their times.
+        trace, page: files for the simulated step, and for the report as a web page.
     """
 
     spec: str
@@ -57,6 +59,8 @@ class Request:
     save: Path | None
     given: Plan | None
     passes: bool = False
+    trace: Path | None = None
+    page: Path | None = None
 
     @staticmethod
     def of(args: argparse.Namespace) -> Request:
@@ -78,6 +82,8 @@ class Request:
             None if args.save is None else Path(args.save),
             given,
             args.passes,
+            None if args.trace is None else Path(args.trace),
+            None if args.html is None else Path(args.html),
         )
 
 
@@ -142,6 +148,9 @@ def _check_output(args: argparse.Namespace) -> None:
         raise OptionError("--passes has no effect on --json, which prints the plan alone")
     if args.compare and args.plan:
         raise OptionError("--compare has no effect beside --plan: nothing is solved")
+    for flag, file in (("--trace", args.trace), ("--html", args.html)):
+        if file is not None:
+            check_writable(Path(file), f"{flag} {file}")
     if args.save is not None and not Path(args.save).absolute().parent.is_dir():
         raise OptionError(f"--save {args.save}: there is no folder {str(Path(args.save).parent)!r}")
 

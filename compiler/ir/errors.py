@@ -124,3 +124,7 @@ class VerifyError(PipecompileError, AssertionError):
 
 class PeerFailedError(PipecompileError, RuntimeError):
     """Another rank failed first; its traceback is part of the message."""
+
+
+class TraceError(PipecompileError, ValueError):
+    """A trace that cannot be written, a file that is none, or two that are not to be compared."""

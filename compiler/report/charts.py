@@ -19,6 +19,8 @@ BAR_WIDTH = 12
 
 _IDLE = "·"
 _STYLES = {"F": "cyan", "B": "green", "W": "blue", "": "dim"}
+_LATER = ("", " underline", " bold", " bold underline")
+"""How the second, third, ... stage of a rank differs from the first."""
 _LEVELS = ((0.8, "green"), (0.95, "yellow"), (1.0, "red"))
 
 
@@ -32,24 +34,30 @@ def bar(part: float, whole: float, room: int = BAR_WIDTH) -> Text:
 
 
 def schedule_chart(timeline: Timeline, microbatches: int, width: int) -> Text:
-    """One line per rank; each column shows what runs in the middle of its span of time."""
-    labels = [",".join(dict.fromkeys(str(x.action.stage) for x in row)) for row in timeline.ranks]
+    """One line per rank, with all its stages; each column shows what runs in the middle of its
+    span of time."""
+    held = [sorted({x.action.stage for x in row}) for row in timeline.ranks]
+    labels = [",".join(map(str, stages)) for stages in held]
+    several = any(len(stages) > 1 for stages in held)
+    noun = "stages" if several else "stage"
     digits = max(map(len, labels))
-    columns = max(width - digits - len("stage   100 % busy "), 20)
+    columns = max(width - digits - len(f"{noun}   100 % busy "), 20)
     span_s = timeline.makespan_s / columns
     text = Text.assemble(("schedule", "bold"), "\n")
     for rank, row in enumerate(timeline.ranks):
-        text.append(f"stage {labels[rank]:>{digits}} ")
-        for kind, marks in groupby(_marks(row, columns, span_s), key=itemgetter(0)):
-            text.append("".join(mark for _, mark in marks), style=_STYLES[kind])
+        text.append(f"{noun} {labels[rank]:>{digits}} ")
+        for (kind, stage), marks in groupby(_marks(row, columns, span_s), key=itemgetter(0, 1)):
+            later = held[rank].index(stage) if kind else 0
+            style = _STYLES[kind] + _LATER[later % len(_LATER)]
+            text.append("".join(mark for *_, mark in marks), style=style)
         text.append(f" {timeline.busy_s(rank) / timeline.makespan_s:4.0%} busy\n")
     kinds = {str(interval.action.kind) for row in timeline.ranks for interval in row}
     text.append(_legend(microbatches, span_s, "W" in kinds))
     return text
 
 
-def _marks(row: Sequence[Interval], columns: int, span_s: float) -> Iterator[tuple[str, str]]:
-    """Per column, the kind of the action that runs, and the letter of its microbatch."""
+def _marks(row: Sequence[Interval], columns: int, span_s: float) -> Iterator[tuple[str, int, str]]:
+    """Per column, the kind and stage of the action that runs, and the letter of its microbatch."""
     intervals = iter(row)
     current = next(intervals, None)
     for column in range(columns):
@@ -57,11 +65,11 @@ def _marks(row: Sequence[Interval], columns: int, span_s: float) -> Iterator[tup
         while current is not None and current.end_s <= now_s:
             current = next(intervals, None)
         if current is None or current.start_s > now_s:
-            yield "", _IDLE
+            yield "", 0, _IDLE
         else:
-            kind = str(current.action.kind)
+            action, kind = current.action, str(current.action.kind)
             letters = {"F": string.ascii_lowercase, "B": string.ascii_uppercase}.get(kind, "+")
-            yield kind, letters[(current.action.microbatch or 0) % len(letters)]
+            yield kind, action.stage, letters[(action.microbatch or 0) % len(letters)]
 
 
 def _legend(microbatches: int, span_s: float, splits: bool) -> str:

@@ -25,6 +25,8 @@ STRATEGIES: Mapping[str, Callable[[Problem], Solution]] = {
     "all-or-nothing": baselines.solve_all_or_nothing,
     "dynamic": baselines.solve_dynamic,
 }
+QUICK = ("uniform", "parameters", "sequential")
+"""Those that take no time."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,15 @@ def _row(name: str, problem: Problem, found: Solution, own_s: float) -> Comparis
         fullest,
         0.0 if fits(problem, found) else over,
     )
+
+
+def unit_names(problem: Problem | None) -> tuple[str, ...]:
+    """Per unit, its modules without those that only stand around others."""
+    if problem is None:
+        return ()
+    found = []
+    for unit in range(problem.n_units):
+        names = problem.label(unit).split(", ")
+        inner = [n for n in names if n and not any(o.startswith(f"{n}.") for o in names)]
+        found.append(", ".join(inner[:3]) + (", ..." if len(inner) > 3 else ""))
+    return tuple(name or "the model's own operators" for name in found)

@@ -25,7 +25,7 @@ from ..ir.problem import Problem, Solution
 from ..ir.program import Message
 from ..plan.plan import Plan, TiedPlan
 from ..planning.formulation import elsewhere
-from .compare import solution_in
+from .compare import solution_in, unit_names
 from .quantities import bytes_scale, bytes_text, seconds_text
 
 WIDE_BUBBLE = 0.25
@@ -258,10 +258,7 @@ def _unit_name(subject: Subject, unit: int) -> str:
     """The modules of a unit, without those that only stand around others."""
     if subject.problem is None:
         return f"number {unit} of {len(subject.plan.decision.unit_nodes)}"
-    names = subject.problem.label(unit).split(", ")
-    inner = [n for n in names if n and not any(o.startswith(f"{n}.") for o in names)]
-    shown = ", ".join(inner[:3])
-    return shown + (", ..." if len(inner) > 3 else "") or "the model's own operators"
+    return unit_names(subject.problem)[unit]
 
 
 def _pins(subject: Subject) -> str | None:

@@ -55,12 +55,15 @@ class Agreement:
     """Compares what the processes of a run were given; one process agrees with itself.
 
     Small values travel over gloo, on CUDA too: reading them must not wait for the device.
+
+    Attributes:
+        control: the group over which they do; None for the default one.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device):
         self._mesh = mesh
         separate = mesh.distributed and device.type == "cuda"
-        self._control = dist.new_group(backend="gloo") if separate else None
+        self.control = dist.new_group(backend="gloo") if separate else None
         self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,7 +71,15 @@ class Agreement:
         if not self._mesh.distributed:
             return [value]
         values: list[Any] = [None] * self._mesh.size
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def collect(self, value: T) -> list[T] | None:
+        """This value of every process, in rank order, on rank 0; None on the others."""
+        if not self._mesh.distributed:
+            return [value]
+        values: list[Any] | None = None if self._mesh.rank else [None] * self._mesh.size
+        dist.gather_object(value, values, group=self.control)
         return values
 
     def together(self, act: Callable[[], T], kind: type[PipecompileError] = CheckpointError) -> T:
@@ -161,23 +172,22 @@ class Agreement:
         specs = [each.with_rows(rows[led]) for (each, _), led in zip(told, leaders, strict=True)]
         return Agreed(specs, absent, tuple(pieces for _, pieces in told if pieces is not None))
 
-    def check_loaders(self) -> None:
-        """Every rank is about to evaluate the batches of a loader.
+    def check_call(self, what: str) -> None:
+        """Every rank is about to do the same, that needs no batch of one shape.
 
         Raises:
             RankMismatchError: another rank is about to do something else.
         """
         if self._mesh.distributed:
-            text = "evaluate a loader"
-            programs, *_ = self._announced(_number(text), 0, False, 0, 0)
-            self._check_calls(programs, text)
+            programs, *_ = self._announced(_number(what), 0, False, 0, 0)
+            self._check_calls(programs, what)
 
     def _announced(self, *mine: int) -> list[tuple[int, ...]]:
         """What every rank announces before it runs anything, item by item; the first is a hash of
         what that is."""
         numbers = torch.tensor(mine)
         everyone = [torch.empty_like(numbers) for _ in range(self._mesh.size)]
-        dist.all_gather(everyone, numbers, group=self._control)
+        dist.all_gather(everyone, numbers, group=self.control)
         return list(zip(*(x.tolist() for x in everyone), strict=True))
 
     def _check_calls(self, programs: Sequence[int], text: str) -> None:

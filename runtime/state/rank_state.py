@@ -9,6 +9,7 @@ import torch
 
 from ...compiler.ir.shards import Owners
 from ..exchange.transport import Endpoint
+from ..recording.log import RankLog
 from .gradients import WholeGradients
 from .reached import Reached
 from .sharded import Shards
@@ -23,6 +24,7 @@ class RankState:
         shards: the parameters that replicas divide; None where they do not.
         owners: of the parameters that one replica has all rows of.
         reached: which parameters of regions a step's gradients have reached.
+        log: where the executor notes what it does; None where nobody records it.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class RankState:
         self.buffers, self.grads, self.shards, self.owners = buffers, grads, shards, owners
         self.copies: dict[str, torch.Tensor] = {}
         self.reached = Reached()
+        self.log: RankLog | None = None
 
     @property
     def rank(self) -> int:

@@ -16,12 +16,16 @@ from pipecompile.compiler.costs.memory import rank_memory
 from pipecompile.compiler.driver.compiled import Compiled
 from pipecompile.compiler.ir.actions import Action, Kind, Schedule
 from pipecompile.compiler.ir.program import PipelineProgram
+from pipecompile.compiler.trace import figures
+from pipecompile.compiler.trace.reading import read_trace
+from pipecompile.compiler.trace.trace import Lane
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.exchange import add_exchange, verify_exchange
 from pipecompile.passes.schedule.verify import verify_schedule
 from pipecompile.runtime import start
 from pipecompile.runtime.exchange.mesh import Mesh, world_size
 from support import jobs, measured, models, plain
+from support.chrome import checked
 from support.gang import Gang
 from support.matrix import quickly
 
@@ -187,6 +191,31 @@ def test_a_checkpoint_opens_under_other_ranks(tmp_path: Path) -> None:
     assert torch.equal(ours.step(first), theirs.step(first))
     there = theirs.state_dict()
     assert all(torch.equal(value, there[name]) for name, value in ours.state_dict().items())
+
+
+# -- traces ---------------------------------------------------------------------------------------
+
+
+def record(folder: Path) -> None:
+    pipe = pipeline("llama", V)
+    with pipe.trace(folder / "run.json"):
+        for batch in batches("llama"):
+            pipe.step(batch)
+
+
+def test_a_trace_names_the_stages_of_a_rank(gang: Callable[[int], Gang], tmp_path: Path) -> None:
+    gang(2).run(record, tmp_path)
+    events = checked(tmp_path / "run.json")
+    names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert names == ["rank 0: stages 0, 3", "rank 1: stages 1, 2"]
+    trace = read_trace(tmp_path / "run.json")
+    assert {(s.rank, s.name[0]) for s in trace.of(Lane.COMPUTE)} == {
+        (rank, str(stage)) for rank, stages in enumerate(V) for stage in stages
+    }
+    assert set(figures.compute_seconds(trace)) == {
+        (s, k) for s in range(4) for k in (Kind.F, Kind.B)
+    }
+    assert set(figures.waiting(trace)) == {(0, 1), (1, 0)}
 
 
 # -- memory ---------------------------------------------------------------------------------------

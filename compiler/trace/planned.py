@@ -1,0 +1,150 @@
+"""A plan and its simulated step as a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..costs.hardware import Device
+from ..costs.simulate import Timeline
+from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of
+from ..plan.plan import Plan
+from .trace import (
+    STEP,
+    Header,
+    Held,
+    Lane,
+    Origin,
+    Span,
+    Trace,
+    digest_of,
+    placement_of,
+    sender_of,
+)
+
+
+@dataclass(frozen=True)
+class Transit:
+    """A message under way, from the end of what makes it; ``receive`` is its other end."""
+
+    receive: Action
+    start_s: float
+    end_s: float
+    nbytes: int
+
+
+def planned_trace(plan: Plan, timeline: Timeline, device: Device) -> Trace:
+    """One step of one replica.
+
+    Args:
+        device: whose links the plan's transfers are priced for.
+    """
+    schedule = from_text("\n".join(plan.schedule))
+    spans = [
+        *_computing(timeline),
+        *_messages(schedule, timeline, transits_of(plan, schedule, timeline, device)),
+        *_closing(timeline),
+    ]
+    held = [
+        Held(rank, interval.end_s, interval.held_bytes)
+        for rank, row in enumerate(timeline.ranks)
+        for interval in row
+        if interval.held_bytes
+    ]
+    ranks = tuple(range(len(timeline.ranks)))
+    ranges = [Span(rank, Lane.STEP, f"{STEP} 0", 0, 0.0, timeline.step_s) for rank in ranks]
+    header = header_of(plan, schedule, Origin.PLANNED, "predicted", "simulated")
+    return Trace(header, ranks, tuple(ranges + spans), tuple(held))
+
+
+def header_of(plan: Plan, schedule: Schedule, origin: Origin, memory: str, clocks: str) -> Header:
+    """What a trace of a plan, or of its run, is of."""
+    return Header(
+        origin=str(origin),
+        model=plan.model,
+        device=plan.device,
+        costs=plan.costs,
+        schedule=plan.options.get("schedule", ""),
+        digest=digest_of(schedule),
+        microbatches=plan.microbatches,
+        dp=plan.dp,
+        placement=placement_of(schedule),
+        step_s=plan.step_s,
+        bubble=plan.bubble,
+        budget_bytes=plan.budget_bytes,
+        memory=memory,
+        clocks=clocks,
+    )
+
+
+def transits_of(
+    plan: Plan, schedule: Schedule, timeline: Timeline, device: Device
+) -> tuple[Transit, ...]:
+    """When each message is under way, as the simulator has it: none waits for another."""
+    sizes = {(stage.stage, t.dst, t.phase): t.bytes for stage in plan.stages for t in stage.sends}
+    seconds = link_seconds(plan, device)
+    ends = {x.action: x.end_s for row in timeline.ranks for x in row}
+    found = []
+    for action in (action for actions in schedule for action in actions):
+        if action.kind in RECV.values() and action.peer is not None:
+            phase = action.kind.phase
+            start = ends[Action(action.peer, COMPUTE_OF[phase], action.microbatch)]
+            took = seconds.get((action.peer, action.stage), 0.0)
+            nbytes = sizes.get((action.peer, action.stage, phase.value), 0)
+            found.append(Transit(action, start, start + took, nbytes))
+    return tuple(found)
+
+
+def link_seconds(plan: Plan, device: Device) -> Mapping[tuple[int, int], float]:
+    """(from, to) -> seconds of a message between stages on two ranks."""
+    return {
+        (stage.stage, t.dst): device.link_latency_s + t.bytes / device.link_bytes_per_s
+        for stage in plan.stages
+        for t in stage.sends
+    }
+
+
+def _computing(timeline: Timeline) -> Iterator[Span]:
+    for rank, row in enumerate(timeline.ranks):
+        for x in row:
+            yield Span(rank, Lane.COMPUTE, str(x.action), 0, x.start_s, x.end_s)
+
+
+def _messages(
+    schedule: Schedule, timeline: Timeline, transits: tuple[Transit, ...]
+) -> Iterator[Span]:
+    """Sends while they are under way, and the waiting of who reads them."""
+    homes = homes_of(schedule)
+    arriving: dict[Action, list[Transit]] = {}
+    for transit in transits:
+        receive = transit.receive
+        send = sender_of(receive)
+        yield Span(
+            homes[send.stage],
+            Lane.COMMUNICATION,
+            str(send),
+            0,
+            transit.start_s,
+            transit.end_s,
+            transit.nbytes,
+        )
+        reader = Action(receive.stage, COMPUTE_OF[receive.kind.phase], receive.microbatch)
+        arriving.setdefault(reader, []).append(transit)
+    for rank, row in enumerate(timeline.ranks):
+        free = 0.0
+        for x in row:
+            for transit in arriving.get(x.action, ()):  # in the order in which they are read
+                come = max(free, min(transit.end_s, x.start_s))
+                name = str(transit.receive)
+                yield Span(rank, Lane.COMMUNICATION, name, 0, free, come, transit.nbytes)
+                free = come
+            free = x.end_s
+
+
+def _closing(timeline: Timeline) -> Iterator[Span]:
+    """What each rank does once per step, after its last microbatch."""
+    for rank, seconds in enumerate(timeline.closing_s):
+        row = timeline.ranks[rank]
+        if seconds and row:
+            end = row[-1].end_s
+            yield Span(rank, Lane.CLOSING, "optimizer", 0, end, end + seconds)

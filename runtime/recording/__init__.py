@@ -1,0 +1,1 @@
+"""What happens in training steps, recorded while they run and written as a trace."""
