@@ -321,7 +321,8 @@ def _exchange(work: Work) -> str:
 
 def _verify_schedule(work: Work) -> None:
     program, microbatches = work.made, work.settings.microbatches
-    verify_schedule(work.schedule, program.messages, microbatches, program.trains)
+    weights = [code.stage for code in program.stages if code.weight is not None]
+    verify_schedule(work.schedule, program.messages, microbatches, program.trains, weights)
     if program.trains and not work.settings.schedule.searches:
         verify_in_flight(work.schedule, work.settings.in_flight)
 

@@ -116,6 +116,27 @@ PLANNING = (
         "a stash is priced once for all microbatches in flight",
     ),
     Mutant(
+        "passes/schedule/verify.py",
+        "_check_links(found)",
+        "pass",
+        "test_schedule_faults.py::test_two_ranks_agree_on_the_order_of_all_that_one_sends_the_other",
+        "two ranks may order their messages in two ways",
+    ),
+    Mutant(
+        "passes/schedule/communication.py",
+        "slot = max(0, min(slot, read - 1, in_time))",
+        "slot = max(0, read - 1)",
+        "test_communication.py",
+        "receives are posted whatever transfers take, and in another order than sends",
+    ),
+    Mutant(
+        "compiler/ir/program.py",
+        "last = (kind, max(later)) if dst in mates and later else step",
+        "last = step",
+        "test_drops.py",
+        "what a rank hands over is dropped before it is sent to another one",
+    ),
+    Mutant(
         "passes/schedule/clock.py",
         "start = max(start, link.end_s[number])",
         "pass",

@@ -313,10 +313,7 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
         lambda: tied_apart("0F0 0SEND_F0→1 0SYNC_TIED", "0F0 0SYNC_TIED 0SEND_F0→1"),
         "comes after 0SY",
     ),
-    (
-        lambda: tied_apart("1B0 1SYNC_TIED", "1SYNC_TIED 1B0"),
-        "1SYNC_TIED comes before 1B0",
-    ),
+    (lambda: tied_apart("1B0 1SYNC_TIED", "1SYNC_TIED 1B0"), "1SYNC_TIED comes before 1B0"),
     (lambda: sharded(zero=1), "0SYNC_TIED is on the wrong side of 0REDUCE_GRAD"),
     (
         lambda: sharded("0REDUCE_GRAD 0SYNC_TIED", "0SYNC_TIED 0REDUCE_GRAD"),
@@ -357,14 +354,8 @@ VIOLATIONS: list[tuple[Callable[[], object], str]] = [
     (lambda: scheduled("1F1", "1F"), "1F names no microbatch"),
     (lambda: scheduled("0W0 0RECV_B1←1 0B1 0W1", "0RECV_B1←1 0B1", weights={0}), "stage 0 runs W"),
     (lambda: scheduled(weights=()), r"stage 0 runs W of microbatches \[0, 1\], and should of none"),
-    (
-        lambda: scheduled("0B1 0W1\n", "0B1 0W1\n\n"),
-        "rank 1 has nothing to do",
-    ),
-    (
-        lambda: verify_schedule(from_text("0F0"), [message(0, 1)], 1, trains=False),
-        "stage 1 has no actions",
-    ),
+    (lambda: scheduled("0B1 0W1\n", "0B1 0W1\n\n"), "rank 1 has nothing to do"),
+    (lambda: verify_schedule(from_text("0F0"), [message(0, 1)], 1, False), "1 has no actions"),
     (
         lambda: scheduled("1SEND_B0→0 1F1 1B1 1SEND_B1→0", "1F1 1B1 1W0 1SEND_B0→0 1SEND_B1→0 1W1"),
         "1SEND_B0→0 is on the wrong side of 1W0, which may be the last to read",

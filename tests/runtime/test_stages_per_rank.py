@@ -124,7 +124,8 @@ def test_a_mesh_knows_who_holds_what() -> None:
         ("llama", V, "zb_h1"),
         ("gpt2", V, "1f1b"),  # the tied weight is on one rank
         ("gpt2", LOOPED, "zb_h1"),  # and on two
-        ("bart", LOOPED, "1f1b"),  # stage 1 hands stage 3 what it sends to stage 2 after that
+        ("bart", LOOPED, "1f1b"),  # a value is handed over, and sent to another stage
+        ("bart", V, "1f1b"),
     ],
 )
 def test_training_is_exact_in_one_process(name: str, placement: Placement, schedule: str) -> None:

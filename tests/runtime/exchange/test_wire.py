@@ -81,3 +81,15 @@ def test_loopback_delivers_in_order_and_notices_unread_messages() -> None:
     assert torch.equal(first.wait()[0], tensor)
     with pytest.raises(AssertionError, match="0→1"):
         loopback.flush()
+
+
+def test_a_receive_that_is_posted_first_gets_what_is_sent_first() -> None:
+    """Whichever is waited for first."""
+    loopback, tensor = Loopback(), torch.ones(2)
+    first, second = (loopback.receive(0, 1, [spec_of(tensor)], CPU) for _ in range(2))
+    loopback.send(0, 1, [tensor], [spec_of(tensor)])
+    assert first.ready()
+    assert not second.ready()
+    loopback.send(0, 1, [2 * tensor], [spec_of(tensor)])
+    assert torch.equal(second.wait()[0], 2 * tensor)
+    assert torch.equal(first.wait()[0], tensor)
