@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ...passes.schedule.registry import DEFAULT
+from ...passes.schedule.simulate import Timeline
 from ..capture.batch import BatchSpec, flatten
 from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
 from ..capture.whole import with_loss
-from ..costs.simulate import Timeline
 from ..driver.auto import Open, Trial, Way, choose
 from ..driver.builder import Builder, Captures
 from ..driver.compiled import Compiled, Mode

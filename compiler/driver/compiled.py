@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ...passes.schedule.simulate import Timeline
 from ..answers.guards import Guards
 from ..answers.inputs import Scalars
-from ..costs.simulate import Timeline
 from ..effects.outside import Read
 from ..ir.actions import Schedule
 from ..ir.problem import Problem

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ...passes.graph.placement import Placement
+from ...passes.schedule.simulate import Timeline, simulate
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
-from ..costs.simulate import Timeline, simulate
 from ..ir.actions import homes_of, max_in_flight
 from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import is_gradient_sum

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..costs.simulate import Interval, Timeline
+from ...passes.schedule.simulate import Interval, Timeline
 from ..report.quantities import seconds_text
 
 MOST_RECTS = 6000

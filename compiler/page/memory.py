@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..costs.simulate import Interval, Timeline
+from ...passes.schedule.simulate import Interval, Timeline
 from ..plan.plan import Plan
 
 WIDE, HIGH = 1000, 100

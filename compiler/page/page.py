@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..costs.simulate import Timeline
+from ...passes.schedule.simulate import Timeline
 from ..plan.plan import Plan
 from ..report.quantities import (
     bytes_text,

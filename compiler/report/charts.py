@@ -13,7 +13,7 @@ from rich.text import Text
 from .quantities import seconds_text
 
 if TYPE_CHECKING:
-    from ..costs.simulate import Interval, Timeline
+    from ...passes.schedule.simulate import Interval, Timeline
 
 BAR_WIDTH = 12
 

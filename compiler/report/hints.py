@@ -16,8 +16,8 @@ from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.registry import DEFAULT, ScheduleKind
+from ...passes.schedule.simulate import Timeline, simulate
 from ..costs.hardware import Device
-from ..costs.simulate import Timeline, simulate
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.graph import Phase

@@ -27,7 +27,7 @@ from .quantities import (
 )
 
 if TYPE_CHECKING:
-    from ..costs.simulate import Timeline
+    from ...passes.schedule.simulate import Timeline
     from ..driver.auto import Trial
     from ..driver.record import PassRecord
     from .compare import Comparison

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 
-from ..costs.simulate import simulate
+from ...passes.schedule.simulate import simulate
 from ..ir.actions import RECV, SEND, Action, Kind, Schedule
 from .trace import Lane, Span, Trace
 

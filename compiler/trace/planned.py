@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ...passes.schedule.simulate import Timeline
 from ..costs.hardware import Device
-from ..costs.simulate import Timeline
 from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of
 from ..plan.plan import Plan
 from .trace import (

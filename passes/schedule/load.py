@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...compiler.costs.simulate import Timeline, simulate
 from ...compiler.ir.actions import Action, Kind, Phase, Schedule
 from ..generators.shape import PipelineShape
+from .simulate import Timeline, simulate
 
 MOST_MOMENTS = 12
 """Of a rank, that are told apart; of more, those with least to tell are taken together."""

@@ -13,7 +13,6 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.costs.simulate import simulate
 from pipecompile.compiler.ir import ops
 from pipecompile.compiler.ir.actions import Kind, from_text
 from pipecompile.compiler.ir.errors import VerificationError
@@ -36,6 +35,7 @@ from pipecompile.passes.programs.lower import lower
 from pipecompile.passes.programs.verify import verify_program, verify_writes
 from pipecompile.passes.schedule.exchange import verify_exchange
 from pipecompile.passes.schedule.limits import verify_held, verify_in_flight
+from pipecompile.passes.schedule.simulate import simulate
 from pipecompile.passes.schedule.verify import verify_compute, verify_schedule
 from pipecompile.runtime.exchange.transport import Loopback
 from pipecompile.runtime.executor import drive

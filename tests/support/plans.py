@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipecompile.compiler.costs.simulate import Interval, Timeline
 from pipecompile.compiler.driver.auto import Trial, Way
 from pipecompile.compiler.ir.actions import Action, Kind
 from pipecompile.compiler.plan.decision import Decision, Search
 from pipecompile.compiler.plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
 from pipecompile.compiler.report.compare import Comparison
 from pipecompile.compiler.report.report import Extras
+from pipecompile.passes.schedule.simulate import Interval, Timeline
 
 
 def hand_made() -> tuple[Plan, Timeline]:

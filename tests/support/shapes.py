@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
-from pipecompile.compiler.costs.simulate import Timeline, simulate
 from pipecompile.compiler.ir.actions import Kind, Schedule
 from pipecompile.compiler.ir.graph import Phase
 from pipecompile.compiler.ir.program import Message
@@ -13,6 +12,7 @@ from pipecompile.passes.generators.sequenced import order_of, problem_of
 from pipecompile.passes.generators.shape import Homes, PipelineShape, StageCosts, looped
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.registry import ScheduleKind
+from pipecompile.passes.schedule.simulate import Timeline, simulate
 
 
 def chain(n_stages: int) -> list[Message]:

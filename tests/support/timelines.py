@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipecompile.compiler.costs.hardware import CPU
-from pipecompile.compiler.costs.simulate import Timeline, simulate
 from pipecompile.compiler.ir.actions import Action, Kind, Schedule, to_text
 from pipecompile.compiler.plan.plan import Plan, Transfer
+from pipecompile.passes.schedule.simulate import Timeline, simulate
 
 from .plans import hand_made
 

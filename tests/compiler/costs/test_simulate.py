@@ -7,12 +7,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.costs.simulate import Interval, Timeline, Transfer, simulate, waits
 from pipecompile.compiler.ir.actions import COMPUTE_OF, Action, Kind, Phase, Schedule, from_text
 from pipecompile.compiler.ir.program import Message
 from pipecompile.passes.generators.shape import Homes, looped, v_shaped
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.limits import verify_held, verify_in_flight
+from pipecompile.passes.schedule.simulate import Interval, Timeline, Transfer, simulate, waits
 from pipecompile.passes.schedule.verify import verify_schedule
 from support.orders import Case, cases
 

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pipecompile.compiler.costs.simulate import Timeline
 from pipecompile.compiler.page.gantt import COLUMNS, MOST_RECTS, gantt_of, ticks_of
 from pipecompile.compiler.page.memory import MOST_RANKS, curves_of
 from pipecompile.compiler.page.page import Page, html_of, write_page
 from pipecompile.compiler.plan.plan import Plan
+from pipecompile.passes.schedule.simulate import Timeline
 from support.browser import opened
 from support.commands import SMALL_GPT2, inspect
 from support.plans import EXTRAS, hand_made

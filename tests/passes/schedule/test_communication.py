@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.costs.simulate import simulate
 from pipecompile.compiler.ir.actions import RECV, SEND, Action, Kind, Phase, Schedule, from_text
 from pipecompile.compiler.ir.program import Message
 from pipecompile.passes.schedule.communication import add_communication
+from pipecompile.passes.schedule.simulate import simulate
 from support.orders import Case, cases
 
 SECONDS = st.integers(0, 5).map(float)

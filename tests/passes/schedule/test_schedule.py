@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.costs.simulate import simulate
 from pipecompile.compiler.ir.actions import (
     Action,
     Kind,
@@ -24,6 +23,7 @@ from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.forward_only import forward_only
 from pipecompile.passes.schedule.limits import verify_in_flight
 from pipecompile.passes.schedule.registry import SCHEDULES
+from pipecompile.passes.schedule.simulate import simulate
 from pipecompile.passes.schedule.verify import verify_schedule
 
 GOLDEN_1F1B = """\

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...passes.schedule.clock import MAKES, Run, run
-from ..ir.actions import Action, Kind, Schedule
-from ..ir.errors import VerificationError
+from ...compiler.ir.actions import Action, Kind, Schedule
+from ...compiler.ir.errors import VerificationError
+from .clock import MAKES, Run, run
 
 
 @dataclass(frozen=True, slots=True)
