@@ -18,7 +18,8 @@ each replica sums its own rows afterwards, which is a share of the traffic.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
+from itertools import pairwise
 
 from ...compiler.ir.actions import Action, Kind, Schedule, homes_of
 from ...compiler.ir.program import PipelineProgram
@@ -27,6 +28,7 @@ from ...compiler.ir.zero import Zero
 from .fault import FaultError, drawn
 
 REDUCE = {Kind.B: Kind.REDUCE_B, Kind.W: Kind.REDUCE_W}
+REDUCED = {reduce: kind for kind, reduce in REDUCE.items()}
 ONCE = (Kind.UNSHARD, Kind.REDUCE_GRAD, Kind.SYNC_TIED)
 
 
@@ -84,15 +86,15 @@ def verify_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero:
         VerificationError: with the action that stands in the wrong place.
     """
     homes = homes_of(schedule)
-    placed: dict[int, list[tuple[int, Action]]] = {stage: [] for stage in homes}
+    places: dict[int, list[int]] = {stage: [] for stage in homes}
     for actions in schedule:
-        for index, action in enumerate(actions):
-            placed[action.stage].append((index, action))
+        for at, action in enumerate(actions):
+            places[action.stage].append(at)
     try:
-        for stage, mine in placed.items():
-            opening = Counter(_opening(stage, program, dp, zero))
-            closing = Counter(_closing([stage], program, dp, zero))
-            _check_stage(stage, homes[stage], mine, opening + closing)
+        for stage, mine in places.items():
+            opening = _opening(stage, program, dp, zero)
+            needed = opening + _closing([stage], program, dp, zero)
+            _check_stage(homes[stage], schedule[homes[stage]], mine, needed)
         for rank, actions in enumerate(schedule):
             _check_order(rank, actions, Kind.REDUCE_GRAD if zero.streams else Kind.SYNC_TIED)
     except FaultError as fault:
@@ -100,29 +102,29 @@ def verify_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero:
 
 
 def _check_stage(
-    stage: int, rank: int, placed: Sequence[tuple[int, Action]], needed: Mapping[Action, int]
+    rank: int, actions: Sequence[Action], places: Sequence[int], needed: Sequence[Action]
 ) -> None:
     """
     Args:
-        placed: the stage's actions, each with its position in its rank's list.
+        places: where the actions of one stage are in its rank's list.
         needed: what has to be there once.
     """
-    found = Counter(action for _, action in placed if action.kind in ONCE)
-    computes = [i for i, (_, action) in enumerate(placed) if action.kind.computes]
-    for action in {**needed, **found}:
-        count = found[action]
-        if count != 1:
-            at = placed[computes[-1]][0]
-            raise FaultError(f"stage {stage} has {count} {action.kind}", (rank, at))
-    for i, (at, action) in enumerate(placed):
-        if action.kind is Kind.UNSHARD and i > computes[0]:
-            raise FaultError(f"stage {stage} computes before {action}", (rank, at))
-        if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED) and i < computes[-1]:
-            last = placed[computes[-1]][1]
-            raise FaultError(f"{action} comes before {last}", (rank, at))
-        if action.kind in (Kind.REDUCE_B, Kind.REDUCE_W):
-            made = Action(stage, Kind(action.kind[-1]), action.microbatch)
-            if placed[i - 1][1] != made:
+    found = Counter(actions[at] for at in places if actions[at].kind in ONCE)
+    computes = [at for at in places if actions[at].kind.computes]
+    for action in {**dict.fromkeys(needed), **found}:
+        if found[action] != 1:
+            said = f"stage {action.stage} has {found[action]} {action.kind}"
+            raise FaultError(said, (rank, computes[-1]))
+    for before, at in pairwise([-1, *places]):
+        action = actions[at]
+        if action.kind is Kind.UNSHARD and at > computes[0]:
+            raise FaultError(f"stage {action.stage} computes before {action}", (rank, at))
+        if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED) and at < computes[-1]:
+            raise FaultError(f"{action} comes before {actions[computes[-1]]}", (rank, at))
+        if action.kind in REDUCED:
+            made, kind = actions[before], REDUCED[action.kind]
+            if before < 0 or (made.kind, made.microbatch) != (kind, action.microbatch):
+                made = Action(action.stage, kind, action.microbatch)
                 raise FaultError(f"{action} does not follow {made}", (rank, at))
 
 
