@@ -36,11 +36,11 @@ from ...passes.schedule.communication import add_communication
 from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.limits import verify_in_flight
-from ...passes.schedule.verify import verify_schedule
+from ...passes.schedule.verify import verify_compute, verify_schedule
 from ..costs.memory import RankMemory, rank_memory
 from ..ir.actions import Kind, Schedule, to_text
 from ..ir.errors import OptionError
-from ..ir.program import PipelineProgram
+from ..ir.program import Message, PipelineProgram
 from ..planning.ordering import Ordering
 from .record import Texts
 from .work import Exported, Joint, Work
@@ -300,7 +300,8 @@ def _has_order(order: Schedule, shape: PipelineShape) -> bool:
 def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
     """Memory of every rank, if the compute actions are in this order."""
     settings, program = work.settings, work.made
-    schedule = add_communication(order, program.messages)
+    timing = settings.timing(program, work.stage, work.copies, work.decision)
+    schedule = add_communication(order, program.messages, timing.compute_s(), timing.transfer_s())
     if _exchanges(program, settings.options.dp):
         schedule = add_exchange(schedule, program, settings.options.dp, settings.zero)
     return _memories(work, schedule)
@@ -308,7 +309,10 @@ def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
 
 def _communication(work: Work) -> str:
     before = sum(map(len, work.schedule))
-    work.schedule = add_communication(work.schedule, work.made.messages)
+    timing = work.settings.timing(work.made, work.stage, work.copies, work.decision)
+    work.schedule = add_communication(
+        work.schedule, work.made.messages, timing.compute_s(), timing.transfer_s()
+    )
     return f"{sum(map(len, work.schedule)) - before} sends and receives per replica"
 
 
@@ -319,10 +323,20 @@ def _exchange(work: Work) -> str:
     return f"{sum(map(len, work.schedule)) - before} exchanges per replica"
 
 
-def _verify_schedule(work: Work) -> None:
-    program, microbatches = work.made, work.settings.microbatches
+def _legality(work: Work) -> tuple[Schedule, Sequence[Message], int, bool, list[int]]:
+    program = work.made
     weights = [code.stage for code in program.stages if code.weight is not None]
-    verify_schedule(work.schedule, program.messages, microbatches, program.trains, weights)
+    microbatches, trains = work.settings.microbatches, program.trains
+    return work.schedule, program.messages, microbatches, trains, weights
+
+
+def _verify_compute(work: Work) -> None:
+    verify_compute(*_legality(work))
+
+
+def _verify_schedule(work: Work) -> None:
+    program = work.made
+    verify_schedule(*_legality(work))
     if program.trains and not work.settings.schedule.searches:
         verify_in_flight(work.schedule, work.settings.in_flight)
 
@@ -369,6 +383,7 @@ SCHEDULE: tuple[Pass[Work], ...] = (
     Pass(
         "schedule",
         _schedule,
+        verify=(_verify_compute,),
         dump=_schedule_texts,
         needed="it makes the actions that ranks carry out",
     ),

@@ -21,8 +21,9 @@ from ..report.quantities import (
     seconds_text,
 )
 from ..report.report import Extras
+from . import memory
 from .gantt import Gantt, gantt_of
-from .memory import MOST_RANKS, Curve, curves_of, peak_of
+from .memory import Curve, curves_of, peak_of
 from .stages import bars_of
 
 FOLDER = Path(__file__).parent
@@ -90,7 +91,7 @@ def _context(page: Page) -> dict[str, Any]:
         "gantt": gantt,
         "peaks": peaks,
         "curves": curves,
-        "some": len(curves) == MOST_RANKS < len(gantt.lanes),
+        "some": len(curves) == memory.MOST_RANKS < len(gantt.lanes),
         "bars": bars_of(plan, homes, page.units),
         "figures": _figures(page, max(peak for peak, _ in peaks)),
         "passes": [(record.name, record.note) for record in page.extras.passes] or plan.notes,

@@ -62,6 +62,11 @@ class Ordering:
         Raises:
             OptionError: a rank may hold less than one microbatch takes.
         """
+        if self.rule == "budget" and math.isinf(self.budget_bytes):
+            raise OptionError(
+                'schedule_memory="budget" has no effect where no memory= limits it: give one, or '
+                'use "1f1b" or "2x1f1b"'
+            )
         costs = self.costs()
         usual = usual_limits(self.shape, costs.stash_bytes)
         by_budget = self.rule in ("budget", "auto")

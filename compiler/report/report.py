@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...passes.schedule.registry import DEFAULT
-from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
+from ..plan.plan import Plan
 from .charts import bar, schedule_chart
 from .quantities import (
     bytes_scale,
@@ -25,6 +25,16 @@ from .quantities import (
     seconds_scale,
     seconds_text,
 )
+from .texts import (
+    fit_text,
+    recomputed_text,
+    sent_bytes,
+    stage_seconds,
+    tied_text,
+    values_text,
+    verdict_text,
+    working_bytes,
+)
 
 if TYPE_CHECKING:
     from ...passes.schedule.simulate import Timeline
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
     from .compare import Comparison
 
 PLAIN_WIDTH = 120
-SHOWN_VALUES = 4
 _TIMES = {"highs": "HiGHS", "cbc": "CBC", "dynamic": "dynamic program"}
 
 
@@ -98,13 +107,13 @@ class _Report:
         covered = [f"stage {s.stage}: {', '.join(s.modules)}" for s in plan.stages]
         yield self._lines("modules", covered)
         yield self._memory()
-        again = [_recomputed(stage) for stage in plan.stages if stage.recomputes]
+        again = [recomputed_text(stage) for stage in plan.stages if stage.recomputes]
         if again:
             yield self._lines("recomputed in the backward", again)
         if extras.fp32:
             yield self._precision(extras.fp32)
         if plan.tied:
-            yield self._lines("tied weights", [_tied(tied, plan) for tied in plan.tied])
+            yield self._lines("tied weights", [tied_text(tied, plan) for tied in plan.tied])
         if any(stage.sends for stage in plan.stages):
             yield self._transfers()
         yield schedule_chart(self.timeline, plan.microbatches, self.width)
@@ -175,7 +184,7 @@ class _Report:
         plans = (self.plan, fp32)
         sizes = {
             "stash of a microbatch": [sum(s.stash_bytes for s in p.stages) for p in plans],
-            "sent per microbatch": [sum(map(_sent, p.stages)) for p in plans],
+            "sent per microbatch": [sum(map(sent_bytes, p.stages)) for p in plans],
             f"largest peak of a {'rank' if self._shares else 'stage'}": [
                 max(s.memory.peak for s in p.stages) for p in plans
             ],
@@ -204,7 +213,7 @@ class _Report:
         taken = plan.n_stages, plan.options.get("schedule", DEFAULT), plan.virtual_stages
         rows = plan.microbatches * plan.microbatch_rows * plan.dp
         ways = [(t.way.n_stages, t.way.schedule, t.way.virtual_stages or 1) for t in trials]
-        said = [_verdict(t, way == taken, best_s) for t, way in zip(trials, ways, strict=True)]
+        said = [verdict_text(t, way == taken, best_s) for t, way in zip(trials, ways, strict=True)]
         scale = bytes_scale([t.peak_bytes for t in trials])
         orders = len({t.way.order for t in trials}) > 1
         divides = len({t.way.n_stages for t in trials}) > 1
@@ -234,7 +243,7 @@ class _Report:
         count = count_scale([s.param_count for s in stages])
         time = seconds_scale([max(s.forward_s, s.backward_s, s.recompute_s) for s in stages])
         stash = bytes_scale([s.stash_bytes for s in stages])
-        sent = bytes_scale([_sent(s) for s in stages])
+        sent = bytes_scale([sent_bytes(s) for s in stages])
         weights = bytes_scale([s.param_bytes for s in stages])
         return self._table(
             {
@@ -249,7 +258,7 @@ class _Report:
                 f"stash × in flight\n{stash.unit}": [
                     f"{stash.text(s.stash_bytes)} × {s.in_flight}" for s in stages
                 ],
-                f"sends\n{sent.unit}": [sent.text(_sent(s)) for s in stages],
+                f"sends\n{sent.unit}": [sent.text(sent_bytes(s)) for s in stages],
             }
         )
 
@@ -264,7 +273,7 @@ class _Report:
             "gradients": [m.grads for m in held],
             "optimizer": [m.states for m in held],
             "other": [m.buffers + m.constants + m.batch for m in held],
-            "activations": [_working(m) for m in held],
+            "activations": [working_bytes(m) for m in held],
         }
         shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
@@ -289,7 +298,7 @@ class _Report:
                 "to": [t.dst for _, t in sends],
                 "phase": [t.phase for _, t in sends],
                 "bytes": [bytes_text(t.bytes) for _, t in sends],
-                "values": [_values(t) for _, t in sends],
+                "values": [values_text(t) for _, t in sends],
             },
             left=("phase", "values"),
         )
@@ -311,7 +320,7 @@ class _Report:
                 f"on\n{'rank' if self._shares else 'stage'}": [
                     "–" if r.reason else r.peak_rank for r in rows
                 ],
-                "fits": [_fit(r, limited) for r in rows],
+                "fits": [fit_text(r, limited) for r in rows],
                 "units per stage": [r.reason or " ".join(map(str, r.units)) for r in rows],
             },
             left=("strategy", "fits", "units per stage"),
@@ -341,7 +350,7 @@ class _Report:
 
     def _speed(self) -> list[str]:
         plan = self.plan
-        ranks = [sum(map(_seconds, stages)) for stages in plan.ranks]
+        ranks = [sum(map(stage_seconds, stages)) for stages in plan.ranks]
         slowest = max(range(len(ranks)), key=ranks.__getitem__)
         mean = sum(ranks) / len(ranks)
         closing = max(self.timeline.closing_s, default=0.0)
@@ -376,7 +385,7 @@ class _Report:
             f"compute: {flops_text(forward)} forward, {flops_text(backward)} backward"
             + (f", {flops_text(again)} recomputed" if again else "")
             + " per step of all replicas",
-            f"transfers: {bytes_text(m * sum(map(_sent, stages)))} per step of one replica",
+            f"transfers: {bytes_text(m * sum(map(sent_bytes, stages)))} per step of one replica",
             f"memory: at most {bytes_text(fullest.memory.peak)}, on {where} in "
             f"{fullest.memory.peak_at}{share or '; no limit was given'}",
         ]
@@ -399,66 +408,3 @@ class _Report:
             f"division: {', '.join(parts + ([search.note] if search.note else []))}",
             f"seconds: {costs}",
         ]
-
-
-# -- texts --------------------------------------------------------------------------------------
-
-
-def _sent(stage: StagePlan) -> int:
-    return sum(message.bytes for message in stage.sends)
-
-
-def _seconds(stage: StagePlan) -> float:
-    return stage.forward_s + stage.backward_s + stage.recompute_s
-
-
-def _working(m: MemoryPlan) -> int:
-    """What is held at the peak beyond what is held all the time."""
-    return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
-
-
-def _recomputed(stage: StagePlan) -> str:
-    what = "; ".join(
-        f"{label} of {counted(n, 'unit')}"
-        for label, n in sorted(stage.recomputes.items(), key=lambda item: -item[1])
-    )
-    return (
-        f"stage {stage.stage}: {what} (of {stage.units}): {seconds_text(stage.recompute_s)}, "
-        f"{stage.recompute_s / _seconds(stage) if _seconds(stage) else 0:.1%} of its time"
-    )
-
-
-def _verdict(trial: Trial, chosen: bool, best_s: float) -> str:
-    if trial.step_s is None:
-        return trial.reason
-    if chosen and trial.step_s <= best_s:
-        return "the shortest step: chosen"
-    return f"{'this plan: ' if chosen else ''}{trial.step_s / best_s:.2f} × as long"
-
-
-def _tied(tied: TiedPlan, plan: Plan) -> str:
-    aliases = "".join(f" = {name}" for name in tied.names if name != tied.name)
-    where = ", ".join(map(str, tied.stages))
-    ranks = {plan.stages[stage].rank for stage in tied.stages}
-    amount = f"{len(ranks) - 1} × {bytes_text(tied.part_bytes)}"
-    head = f"{tied.name}{aliases}: on stages {where}, owned by {tied.owner}; the parts of its "
-    if len(ranks) == 1:
-        return f"{head.removesuffix('; the parts of its ')}, which are on one rank: nothing is sent"
-    if tied.summed == "per_step":
-        return f"{head}gradient are sent once per step ({amount}), and the sum back"
-    return (
-        f"{head}gradient are sent with every microbatch ({amount}), and the sum back once per "
-        'step; tied_grads="per_step" sends less, but is no longer bit-exact'
-    )
-
-
-def _values(message: Transfer) -> str:
-    shown = ", ".join(message.values[:SHOWN_VALUES])
-    more = len(message.values) - SHOWN_VALUES
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _fit(row: Comparison, limited: bool) -> str:
-    if row.reason or not limited:
-        return "–"
-    return "yes" if row.fits else f"no, {bytes_text(row.over_bytes)} over"

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..ir.errors import TraceError
 from ..plan.plan import made
-from .trace import TRACE_VERSION, Header, Held, Lane, Origin, Span, Trace
+from . import trace as form
+from .trace import Header, Held, Lane, Origin, Span, Trace
 from .writing import HELD, SCHEMA
 
 
@@ -36,10 +37,10 @@ def read_trace(path: Path) -> Trace:
             f"{path} is a trace of another program: diff reads those of inspect --trace and "
             "pipe.trace()"
         )
-    if data.get("version") != TRACE_VERSION:
+    if data.get("version") != form.TRACE_VERSION:
         raise TraceError(
             f"{path} is a trace of version {data.get('version')}, this pipecompile reads "
-            f"{TRACE_VERSION}: write it anew"
+            f"{form.TRACE_VERSION}: write it anew"
         )
     try:
         header: Header = made(Header, {k: v for k, v in data.items() if k != "schema"}, "otherData")

@@ -27,7 +27,7 @@ from ...compiler.ir.program import Message
 from ..generators.shape import Homes, PipelineShape
 from .communication import add_communication
 from .registry import SCHEDULES, ScheduleKind
-from .verify import verify_schedule
+from .verify import verify_compute, verify_schedule
 
 _COMPUTES = re.compile(r"(?P<stage>\d+)(?P<word>[FIBW])(?P<microbatch>\d+)")
 _OTHER = re.compile(
@@ -150,6 +150,7 @@ def _check(schedule: Schedule, where: str) -> None:
     if set(homes_of(schedule)) != set(range(last + 1)):
         raise OptionError(f"{where}: only stages {sorted(homes_of(schedule))} have actions")
     try:
+        verify_compute(schedule, messages, microbatches, True)
         verify_schedule(add_communication(schedule, messages), messages, microbatches, True)
     except VerificationError as error:
         raise OptionError(f"{where}: {error}") from None

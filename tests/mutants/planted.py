@@ -110,8 +110,8 @@ PLANNING = (
     ),
     Mutant(
         "compiler/ir/problem.py",
-        "chosen.static_bytes + self.in_flight[s] * chosen.stash_bytes",
-        "chosen.static_bytes + chosen.stash_bytes",
+        "math.fsum(n * stash[s] for n, s in zip(counts, stages_here, strict=True))",
+        "math.fsum(stash[s] for n, s in zip(counts, stages_here, strict=True))",
         "test_compare.py::test_rows",
         "a stash is priced once for all microbatches in flight",
     ),
@@ -182,8 +182,8 @@ VERIFIERS = (
         "a gradient in any dtype passes",
     ),
     Mutant(
-        "passes/programs/verify.py",
-        "if reduces and reduces[0] < computes[-1]:",
+        "passes/schedule/exchange.py",
+        "if action.kind in (Kind.REDUCE_GRAD, Kind.SYNC_TIED) and at < computes[-1]:",
         "if False:",
         "test_verify.py",
         "gradients that are exchanged before all are added pass",
