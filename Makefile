@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
-	precision-table precision-curves zero-table zero-bench lengths-table clean
+	precision-table precision-curves zero-table zero-bench lengths-table schedules-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -21,6 +21,7 @@ help:
 	@echo "make planner-table     plans of large models against simple strategies"
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
+	@echo "make schedules-table   what schedules and several stages per rank bring"
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
@@ -65,6 +66,9 @@ precision-table: $(READY)
 
 precision-curves: $(READY)
 	$(BIN)/python tests/bench/precision_curves.py
+
+schedules-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/schedules_table.py
 
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py

@@ -1,0 +1,125 @@
+"""What schedules and several stages per rank bring, on models of real size. Prints Markdown.
+
+`make schedules-table` runs it; names of models (gpt2, llama, 405b) as arguments choose among them.
+No weights are made and nothing is trained: steps are those of the simulator at an H100's peak rates
+in bf16, AdamW's step included, as `inspect --compare schedules --device h100` shows them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import transformers as hf
+from pipecompile.compiler.capture.batch import BatchSpec, flatten
+from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
+from pipecompile.compiler.costs.hardware import H100
+from pipecompile.compiler.driver.auto import Open, Trial, Way, choose
+from pipecompile.compiler.driver.builder import Builder, Captures
+from pipecompile.compiler.driver.compiled import Compiled, Mode
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.tensors.fakes import weightless
+from torch import nn
+
+HOST = torch.device("cpu")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the shape of its microbatch, and the settings that it is planned for.
+
+    Attributes:
+        ranks: of the pipeline.
+        rounds: microbatches per rank.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    rows: int
+    tokens: int
+    ranks: tuple[int, ...]
+    rounds: tuple[int, ...] = (2, 4)
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int) -> nn.Module:
+    config = hf.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+SUBJECTS = {
+    "gpt2": Subject("GPT-2 small", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), 8, 1024, (4, 8)),
+    "llama": Subject("Llama-3-8B", lambda: _llama(4096, 14336, 32, 32), 1, 4096, (8, 16)),
+    "405b": Subject("Llama-3-405B", lambda: _llama(16384, 53248, 126, 128), 1, 4096, (8, 16)),
+}
+
+
+def trials_of(
+    subject: Subject, skeleton: Skeleton, spec: BatchSpec, captured: Captures, ranks: int, m: int
+) -> tuple[Trial, ...]:
+    """Every schedule on so many ranks, with so many microbatches."""
+    options = CompileOptions(
+        n_stages=ranks, microbatches=m, optimizer=torch.optim.AdamW, precision="bf16"
+    )
+    target = Target(HOST, H100)
+
+    def build(way: Way, finer: int) -> Compiled:
+        builder = Builder(skeleton, way.of(options), target, captured=captured)
+        return builder.build(Mode.TRAIN, spec, m)
+
+    return choose(Open(divides=False, orders=True).ways(options, ranks), build)[1]
+
+
+def lines_of(subject: Subject) -> Iterator[str]:
+    with weightless():
+        model = subject.build()
+        ids = torch.zeros(subject.rows, subject.tokens, dtype=torch.long)
+        _, spec = flatten({"input_ids": ids, "labels": ids})
+    options = CompileOptions(n_stages=1, precision="bf16")
+    skeleton = skeleton_of(model, HOST, options.dtypes)
+    captured: Captures = {}
+    for ranks in subject.ranks:
+        for rounds in subject.rounds:
+            m = rounds * ranks
+            trials = trials_of(subject, skeleton, replace(spec), captured, ranks, m)
+            usual = next(t for t in trials if t.way.schedule == "1f1b")
+            best = min(t.step_s for t in trials if t.step_s)
+            for trial in trials:
+                name = f"{subject.name}, {ranks} ranks, m = {m}" if trial is trials[0] else ""
+                yield _row(name, trial, usual.step_s or 1.0, trial.step_s == best)
+
+
+def _row(name: str, trial: Trial, usual_s: float, best: bool) -> str:
+    way = trial.way
+    head = f"| {name} | {way.schedule} | {way.virtual_stages or 1} "
+    if trial.step_s is None:
+        return f"{head}| – | – | – | – |"
+    mark = "**" if best else ""
+    return (
+        f"{head}| {trial.step_s:.4g} s | {mark}{usual_s / trial.step_s:.2f} ×{mark} "
+        f"| {trial.bubble:.1%} | {trial.peak_bytes / GIB:.1f} |"
+    )
+
+
+def main(names: list[str]) -> None:
+    print("| | schedule | stages per rank | step | 1f1b is | bubble | peak, GiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    for name in names or SUBJECTS:
+        for line in lines_of(SUBJECTS[name]):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
