@@ -106,7 +106,7 @@ class Open:
                 waits = way.n_stages > 1 or kind.name == DEFAULT  # one rank waits for nobody
                 if asked and waits and (kind.name, virtual) not in DOMINATED:
                     several = virtual if virtual > 1 else None
-                    memory = self.schedule_memory if kind.name == "zb" else AUTO
+                    memory = self.schedule_memory if kind.takes_limit else AUTO
                     yield Way(way.n_stages, way.dp, kind.name, several, memory)
 
 

@@ -82,7 +82,7 @@ class CompileOptions(Options):
                     )
 
     def _check_virtual(self) -> None:
-        if self.schedule_memory != AUTO and self.schedule != "zb":
+        if self.schedule_memory != AUTO and not self.kind.takes_limit:
             raise OptionError(
                 f'schedule_memory="{self.schedule_memory}" has no effect with '
                 f'schedule="{self.schedule}", whose memory follows from its order: use it with "zb"'

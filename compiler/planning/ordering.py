@@ -68,15 +68,19 @@ class Ordering:
                 'use "1f1b" or "2x1f1b"'
             )
         costs = self.costs()
-        usual = usual_limits(self.shape, costs.stash_bytes)
-        by_budget = self.rule in ("budget", "auto")
-        factor = 2 if self.rule == "2x1f1b" else 1
-        first = self._generated(costs, [factor * each for each in usual])
-        if by_budget and math.isfinite(self.budget_bytes):
-            return Searched(self._filling(costs, usual, first), "in what the budget leaves")
+        twice = self.rule == "2x1f1b"
+        factor = (
+            (2 if twice else 1) if self.kind.takes_limit else self.shape.ranks
+        )  # its own is less
+        limits = [factor * each for each in usual_limits(self.shape, costs)]
+        first = self._generated(costs, limits)
+        if self.rule in ("budget", "auto") and math.isfinite(self.budget_bytes):
+            return Searched(self._filling(costs, limits, first), "in what the budget leaves")
         if math.isfinite(self.budget_bytes) and self._room(first) < 0:
             return Searched(self.kind.generate(self.shape), "as if all stages were alike")
-        return Searched(first, f"in the memory of {'twice ' * (factor > 1)}1f1b")
+        if not self.kind.takes_limit:
+            return Searched(first, "by the stages' seconds")
+        return Searched(first, f"in the memory of {'twice ' * twice}1f1b")
 
     def costs(self) -> StageCosts:
         """Of the programs."""
@@ -97,10 +101,10 @@ class Ordering:
         priced = replace(costs, limit_bytes=tuple(limits))
         return self.kind.generate(replace(self.shape, costs=priced))
 
-    def _filling(self, costs: StageCosts, usual: Sequence[float], first: Schedule) -> Schedule:
+    def _filling(self, costs: StageCosts, limits: Sequence[float], first: Schedule) -> Schedule:
         """The fastest of several, each with limits that the one before lets hope for."""
         alike = self.kind.generate(self.shape)  # what the planner has drafted
-        best, best_s, limits, schedule = alike, self._step_s(alike, costs), list(usual), first
+        best, best_s, schedule = alike, self._step_s(alike, costs), first
         for _ in range(ATTEMPTS):
             room = [self.budget_bytes - each.peak_bytes for each in self.peaks(schedule)]
             step_s = self._step_s(schedule, costs)

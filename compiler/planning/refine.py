@@ -75,9 +75,9 @@ class StepModel:
             stash,
             tuple(CARRIED * each for each in stash),
             transfer_s,
-            usual_limits(self.few, stash),
             by_end=True,
         )
+        costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
         timeline = timed(schedule, self.few, compute_s, transfer_s)
         return timeline.step_s + self._closing_s(stage)

@@ -108,9 +108,13 @@ def with_weights(schedule: Schedule, splits: Sequence[bool]) -> Schedule:
     )
 
 
-def usual_limits(shape: PipelineShape, stash_bytes: Sequence[float]) -> tuple[float, ...]:
-    """Per rank, what 1F1B would hold on the fullest one, if the stages of each were one."""
-    wholes = [math.fsum(stash_bytes[s] for s in mine) for mine in shape.placement]
+def usual_limits(shape: PipelineShape, costs: StageCosts) -> tuple[float, ...]:
+    """Per rank, what 1F1B would hold on the fullest one, if the stages of each were one.
+
+    Where recomputation leaves more to W than to B, that counts.
+    """
+    sizes = [max(pair) for pair in zip(costs.stash_bytes, costs.carry_bytes, strict=True)]
+    wholes = [math.fsum(sizes[s] for s in mine) for mine in shape.placement]
     ranks, m = shape.ranks, shape.microbatches
     most = max(min(ranks - rank, m) * whole for rank, whole in enumerate(wholes))
     return tuple(max(most, whole) for whole in wholes)

@@ -31,6 +31,7 @@ class ScheduleKind:
         virtual: how many stages a rank may hold; None for any number from 1 on.
         usual_virtual: what it holds where nothing is said.
         searches: whether the order depends on seconds and bytes.
+        takes_limit: whether ranks may hold as much as is allowed, and not what the kind says.
         fixed: whether it is for one number of ranks and microbatches alone.
     """
 
@@ -42,6 +43,7 @@ class ScheduleKind:
     virtual: tuple[int, ...] | None = (1,)
     usual_virtual: int = 1
     searches: bool = False
+    takes_limit: bool = False
     fixed: bool = False
 
     def shape(
@@ -104,6 +106,7 @@ SCHEDULES: Mapping[str, ScheduleKind] = {
             splits_backward=True,
             virtual=None,
             searches=True,
+            takes_limit=True,
         ),
         ScheduleKind(
             "zb_v",

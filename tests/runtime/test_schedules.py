@@ -116,7 +116,7 @@ def test_a_plan_keeps_its_order(name: str, virtual: int, tmp_path: Path) -> None
     plain.assert_equal(
         plain.train_pipeline(again, batches), jobs.train_plainly("llama", 1, 5, "adamw", STEPS)
     )
-    with pytest.raises(errors.PlanError, match="the plan has (virtual_stages|schedule)="):
+    with pytest.raises(errors.PlanError, match=r"the plan has (virtual_stages|schedule)="):
         jobs.pipeline("llama", 2, 1, 5, example_batch=batches[0], plan=tmp_path / "plan.json")
 
 
