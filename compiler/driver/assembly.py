@@ -11,7 +11,7 @@ from torch import fx
 
 from ..capture.capture import ForwardPass
 from ..costs.memory import RankMemory
-from ..ir.actions import Schedule
+from ..ir.actions import Pace, Schedule, compute_only
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
@@ -87,6 +87,7 @@ class Assembly:
     whole: PipelineProgram
     schedule: Schedule
     memory: tuple[RankMemory, ...]
+    pace: Pace
 
 
 def assemble(
@@ -97,12 +98,14 @@ def assemble(
     recomputed: Collection[fx.Node],
     decision: Decision,
     order: Schedule | None,
+    pace: Pace | None,
     recorder: Recorder,
 ) -> Assembly:
     """Run the passes over a copy of the graph, which itself stays as it is.
 
     Args:
         order: of the compute actions, where it is decided.
+        pace: of the graph that this one follows.
     """
     own, twin = graph.copy()
     work = Work(
@@ -113,10 +116,20 @@ def assemble(
         frozenset(twin[node] for node in recomputed),
         decision,
         order,
+        pace,
     )
     skip = settings.options.skip
     run("placed", passes.PLACED, work, recorder, skip)
     run("programs", passes.PROGRAMS, work, recorder, skip)
     run("schedule", passes.SCHEDULE, work, recorder, skip)
     assert work.whole is not None
-    return Assembly(own, work.stage, work.copies, work.made, work.whole, work.schedule, work.memory)
+    return Assembly(
+        own,
+        work.stage,
+        work.copies,
+        work.made,
+        work.whole,
+        work.schedule,
+        work.memory,
+        pace or Pace(compute_only(work.schedule), *work.seconds()),
+    )

@@ -18,7 +18,6 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
-from ..ir.actions import compute_only
 from ..ir.errors import (
     BatchError,
     CaptureError,
@@ -153,16 +152,15 @@ class Builder:
         free = not follows and not decided.planned
         if free and settings.schedule.searches and self.target.profiler is not None:
             drafts = replace(settings, drafts=True)
-            draft = assemble(drafts, *work, decision, decided.order, Recorder(None))
+            draft = assemble(drafts, *work, decision, decided.order, None, Recorder(None))
             decision = self._corrected(decision, draft.whole, batch)
-        assembly = assemble(settings, *work, decision, decided.order, recorder)
+        assembly = assemble(settings, *work, decision, decided.order, decided.pace, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
-            order = compute_only(assembly.schedule)
-            params, zero = self.skeleton.params, settings.zero
-            layout = layout_of(placement, again, locality, assembly.program, params, zero, order)
+            of = self.skeleton.params, settings.zero, assembly.pace
+            layout = layout_of(placement, again, locality, assembly.program, *of)
         summary = Summary(
             self.skeleton,
             settings,
@@ -357,8 +355,8 @@ class Builder:
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)
-                order = layout.order if graph.trains else None
-                decided = Decided(settings(layout.zero), *followed, order=order)
+                order = layout.pace.order if graph.trains else None
+                decided = Decided(settings(layout.zero), *followed, order=order, pace=layout.pace)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
                 deciding = Deciding(*known, graph, locality, spec, batch)

@@ -13,7 +13,7 @@ from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
-from ..ir.actions import Schedule, compute_only, from_text
+from ..ir.actions import Pace, Schedule, compute_only, from_text
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -80,7 +80,8 @@ class Decided:
         why_zero: why this level of ZeRO, where there was a choice.
         closing_s: per rank, from a plan; None where it has to be worked out.
         planned: whether it is from a plan.
-        order: of the compute actions, from a plan; None where it has to be made.
+        order: of the compute actions, from a plan or another graph; None where it has to be made.
+        pace: of the graph that this one follows.
         problem: that this process solved, if it did.
         told: by what other runs find the plan that is made of it.
     """
@@ -93,6 +94,7 @@ class Decided:
     closing_s: list[float] | None = None
     planned: bool = False
     order: Schedule | None = None
+    pace: Pace | None = None
     problem: Problem | None = None
     told: tuple[object, ...] = ()
 
@@ -172,7 +174,15 @@ class Deciding:
         def draft(decision: Decision) -> Sequence[RankMemory]:
             placement, again = decide.apply(decision, graph, locality)
             made = assemble(
-                drafts, graph, locality, placement.stage, again, decision, None, Recorder(None)
+                drafts,
+                graph,
+                locality,
+                placement.stage,
+                again,
+                decision,
+                None,
+                None,
+                Recorder(None),
             )
             return made.memory
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...passes.graph.placement import Placement, Site, follow, sites_of
-from ..ir.actions import Schedule
+from ..ir.actions import Pace
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
@@ -27,14 +27,14 @@ class Layout:
         recomputed: the sites that the backward computes again.
         homes: parameter FQN -> the stages that hold it.
         zero: what replicas divide among themselves.
-        order: the compute actions of training.
+        pace: how the first graph runs.
     """
 
     sites: Mapping[Site, int]
     recomputed: frozenset[Site]
     homes: Mapping[str, tuple[int, ...]]
     zero: Zero
-    order: Schedule
+    pace: Pace
 
     def check(self, updated: Collection[str]) -> None:
         """Raises CaptureError where forward updates a parameter that has a home."""
@@ -70,7 +70,7 @@ def layout_of(
     program: PipelineProgram,
     params: Collection[str],
     zero: Zero,
-    order: Schedule,
+    pace: Pace,
 ) -> Layout:
     """What the first graph has settled.
 
@@ -79,4 +79,4 @@ def layout_of(
         params: the FQNs of the model.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
-    return Layout(placement.sites, sites, homes_in(program, params), zero, order)
+    return Layout(placement.sites, sites, homes_in(program, params), zero, pace)

@@ -300,8 +300,7 @@ def _has_order(order: Schedule, shape: PipelineShape) -> bool:
 def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
     """Memory of every rank, if the compute actions are in this order."""
     settings, program = work.settings, work.made
-    timing = settings.timing(program, work.stage, work.copies, work.decision)
-    schedule = add_communication(order, program.messages, timing.compute_s(), timing.transfer_s())
+    schedule = add_communication(order, program.messages, *work.seconds())
     if _exchanges(program, settings.options.dp):
         schedule = add_exchange(schedule, program, settings.options.dp, settings.zero)
     return _memories(work, schedule)
@@ -309,10 +308,7 @@ def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
 
 def _communication(work: Work) -> str:
     before = sum(map(len, work.schedule))
-    timing = work.settings.timing(work.made, work.stage, work.copies, work.decision)
-    work.schedule = add_communication(
-        work.schedule, work.made.messages, timing.compute_s(), timing.transfer_s()
-    )
+    work.schedule = add_communication(work.schedule, work.made.messages, *work.seconds())
     return f"{sum(map(len, work.schedule)) - before} sends and receives per replica"
 
 

@@ -15,7 +15,7 @@ from ..costs.footprint import Footprint
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
 from ..costs.timing import Timing
-from ..ir.actions import Schedule
+from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
@@ -109,6 +109,7 @@ class Work:
         recomputed: forward nodes that the backward computes again.
         decision: what the units take.
         order: the compute actions, where another graph of the model or a plan has decided them.
+        pace: of the graph that this one follows.
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
@@ -123,11 +124,19 @@ class Work:
     recomputed: Collection[fx.Node]
     decision: Decision
     order: Schedule | None = None
+    pace: Pace | None = None
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None
     schedule: Schedule = ()
     memory: tuple[RankMemory, ...] = ()
+
+    def seconds(self) -> tuple[Mapping[tuple[int, Kind], float], Mapping[tuple[int, int], float]]:
+        """By which receives are posted: of computations, and of messages."""
+        if self.pace is not None:
+            return self.pace.compute_s, self.pace.transfer_s
+        timing = self.settings.timing(self.made, self.stage, self.copies, self.decision)
+        return timing.compute_s(), timing.transfer_s()
 
     @property
     def made(self) -> PipelineProgram:

@@ -11,7 +11,7 @@ parameters and gradients (`passes.schedule.exchange`), ``2UNSHARD`` makes the pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -99,6 +99,20 @@ class Action:
 
 Schedule = tuple[tuple[Action, ...], ...]
 """Per rank of a replica, its actions in order."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the first graph of a model runs: what its others, which may share a step, do alike.
+
+    Attributes:
+        order: its compute actions.
+        compute_s, transfer_s: its seconds, by which receives are posted.
+    """
+
+    order: Schedule
+    compute_s: Mapping[tuple[int, Kind], float]
+    transfer_s: Mapping[tuple[int, int], float]
 
 
 def homes_of(schedule: Schedule) -> dict[int, int]:

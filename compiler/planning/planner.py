@@ -7,19 +7,21 @@ difference is given to the solver as a reserve, and it is asked again: at most `
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from ...passes.partition.baselines import apart, solve_dynamic
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.graph import JointGraph, is_latest
 from ..ir.locality import Locality
-from ..ir.problem import Problem, Solution
+from ..ir.problem import Problem, Solution, fits, solution_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..units.menus import options_of
@@ -34,6 +36,7 @@ from .refine import StepModel, refine
 ATTEMPTS = 6
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
 CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
+EVEN = "with even stages, as ranks of uneven ones would wait longer"
 CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
@@ -196,6 +199,7 @@ class Planner:
             self.device.link_latency_s,
             CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
         )
+        solution = self._evener(problem, model, solution)
         refined, saved = refine(model, solution)
         if not saved:
             return solution
@@ -216,6 +220,24 @@ class Planner:
         return formulate(
             self.graph, self.bodies, self.places, self.menus, seconds, self.device, self.terms
         )
+
+    def _evener(self, problem: Problem, model: StepModel, solution: Solution) -> Solution:
+        """The solution, or the best with even stages where that is better when it is simulated.
+
+        Ranks that are as slow as each other may hold stages that are not, for which others wait.
+        """
+        if not problem.shares_ranks:
+            return solution
+        with contextlib.suppress(PartitionError):
+            even = solve_dynamic(apart(problem), time_limit_s=QUICK_S)
+            found = solution_of(problem, even.stage, even.option, solution.solver)
+            better = model.step_s(found.stage, found.option) < model.step_s(
+                solution.stage, solution.option
+            )
+            if better and fits(problem, found):
+                bound = min(solution.bound, found.objective)
+                return replace(found, bound=bound, seconds=solution.seconds, note=EVEN)
+        return solution
 
     def _attempt(
         self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, limit_s: float

@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 
+from ...passes.schedule.communication import add_communication
 from ...passes.schedule.simulate import simulate
-from ..ir.actions import RECV, SEND, Action, Kind, Schedule
+from ..ir.actions import RECV, SEND, Action, Kind, Phase, Schedule
+from ..ir.program import Message
 from .trace import Lane, Span, Trace
 
 
@@ -120,16 +122,17 @@ def _apart(action: Action, microbatches: int) -> Action:
 
 
 def _schedule(planned: Trace) -> Schedule:
-    """Receives, of which only the pairing counts, come first."""
-    receives: dict[int, list[Action]] = defaultdict(list)
+    """What ranks compute, with the messages that the trace has."""
     computes: dict[int, list[Action]] = defaultdict(list)
+    messages: dict[tuple[int, int, Phase], None] = {}
     for span in sorted(planned.spans, key=lambda span: span.start_s):
         if (action := span.action) is not None:
             if action.kind.computes:
                 computes[span.rank].append(action)
-            elif action.kind in RECV.values():
-                receives[span.rank].append(action)
-    return tuple((*receives[rank], *computes[rank]) for rank in planned.ranks)
+            elif action.kind in SEND.values() and action.peer is not None:
+                messages[action.stage, action.peer, action.kind.phase] = None
+    order = tuple(tuple(computes[rank]) for rank in planned.ranks)
+    return add_communication(order, [Message(*each, ()) for each in messages])
 
 
 def _by_step(trace: Trace, lane: Lane) -> Iterable[tuple[int, list[Span]]]:

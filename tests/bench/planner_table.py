@@ -165,7 +165,7 @@ class Study:
 
         def draft(decision: Decision) -> Sequence[RankMemory]:
             placement, again = decide.apply(decision, self.graph, self.locality)
-            work = self.graph, self.locality, placement.stage, again, decision
+            work = self.graph, self.locality, placement.stage, again, decision, None, None
             return assemble(settings, *work, Recorder(None)).memory
 
         decision = planner.decide(draft, roofline(planner.bodies, planner.menus))

@@ -11,7 +11,6 @@ import pipecompile
 import pytest
 import torch
 import transformers as hf
-from pipecompile.passes.schedule.registry import SCHEDULES
 from support import jobs, models
 from support.matrix import quickly
 from support.weighed import IGNORED, Batch, accumulate, divided
@@ -87,6 +86,8 @@ FAMILIES = {
 KINDS = {"ragged": (1, False), "labels": (0, True), "both": (1, True)}
 """Rows more than replicas and microbatches divide, and whether labels are uneven."""
 
+SCHEDULES = ("1f1b", "zb_h1")
+"""One with whole backwards, and one with split ones; `test_schedules` has the others."""
 CASES = list(product(FAMILIES, KINDS, (1, 2, 3, 4), (1, 2, 3), SCHEDULES))
 QUICK = [
     (
