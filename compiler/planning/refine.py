@@ -23,6 +23,7 @@ from ..units.pricing import UnitPrices
 
 LIMIT_S = 3.0  # for the search
 LEAST_GAIN = 1e-3  # of the step: less is not worth another division
+LEAST_S = 2e-4  # nor is less than launching some kernels takes, which no price knows
 WEIGHTS = 0.5  # of a backward: products for weights are as large as those for inputs
 CARRIED = 0.5  # of what a microbatch keeps: the inputs of products, for weights
 FEW = 4  # microbatches per rank that are simulated; more repeat them
@@ -137,7 +138,8 @@ def refine(
     if model.kind.searches and best is not solution:
         before, best_s = (model.searched_s(x.stage, x.option) for x in (solution, best))
     saved = 1 - best_s / before if before else 0.0
-    return (best, saved) if saved > LEAST_GAIN else (solution, 0.0)
+    worth = saved > LEAST_GAIN and before - best_s > LEAST_S
+    return (best, saved) if worth else (solution, 0.0)
 
 
 def _legal(
