@@ -272,7 +272,9 @@ def test_divisions(plan: Plan, one_s: float, two_s: float) -> None:
     text = shown(plan, Extras(trials=trials))
     rows = plan.microbatches * plan.microbatch_rows * plan.dp
     for n, dp, step_s in ((1, 2, one_s), (2, 1, two_s)):
-        line = re.search(rf" {n} {dp} ({NUMBER} \w+) ({NUMBER}(?:e-\d+)?) (the|{NUMBER})", text)
+        line = re.search(
+            rf" {n} {dp} ({NUMBER} \w+) ({NUMBER}(?:e-\d+)?) (the|this|{NUMBER})", text
+        )
         assert line is not None, text
         assert close(line[1], step_s)
         assert rate(line[2]) == pytest.approx(rows / step_s, rel=5e-3)
