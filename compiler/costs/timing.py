@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from torch import fx
@@ -54,10 +55,16 @@ class Timing:
         footprint: Footprint,
         mates: Sequence[Sequence[int]],
     ):
-        self.program, self.units, self.rates = program, units, rates
+        self.program, self.rates = program, rates
         self.footprint, self.mates = footprint, mates
         self.work = self._work(stage, copies)
-        self.seconds = [self._seconds(each.stage) for each in program.stages]
+        self.seconds = self._seconds(units)
+
+    def priced(self, units: UnitSeconds) -> Timing:
+        """The same programs, whose units take other seconds."""
+        other = copy(self)
+        other.seconds = self._seconds(units)
+        return other
 
     def compute_s(self) -> dict[tuple[int, Kind], float]:
         """Of (stage, kind that computes)."""
@@ -115,11 +122,14 @@ class Timing:
                 work[stage, "R"] += cost
         return work
 
-    def _seconds(self, stage: int) -> StageSeconds:
-        if not self.units:
+    def _seconds(self, units: UnitSeconds) -> list[StageSeconds]:
+        return [self._stage(each.stage, units) for each in self.program.stages]
+
+    def _stage(self, stage: int, units: UnitSeconds) -> StageSeconds:
+        if not units:
             again = self.work[stage, "R"].seconds
             backward_s = self.work[stage, "B"].seconds + self.work[stage, "W"].seconds - again
             return StageSeconds(self.work[stage, "F"].seconds, backward_s, again)
-        units = [seconds for s, seconds in self.units if s == stage]
-        forward, backward, recompute = (math.fsum(unit[i] for unit in units) for i in range(3))
+        mine = [seconds for s, seconds in units if s == stage]
+        forward, backward, recompute = (math.fsum(unit[i] for unit in mine) for i in range(3))
         return StageSeconds(forward, backward, recompute)

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..capture.capture import ForwardPass
 from ..costs.memory import RankMemory
+from ..costs.timing import Timing
 from ..ir.actions import Pace, Schedule, compute_only
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -78,6 +79,7 @@ class Assembly:
         copies: a node of the backward -> the forward node that it computes again.
         whole: the programs as they are without parameters that are gathered (zero=3).
         memory: per rank.
+        timing: of the programs.
     """
 
     graph: JointGraph
@@ -87,6 +89,7 @@ class Assembly:
     whole: PipelineProgram
     schedule: Schedule
     memory: tuple[RankMemory, ...]
+    timing: Timing
     pace: Pace
 
 
@@ -104,7 +107,7 @@ def assemble(
     """Run the passes over a copy of the graph, which itself stays as it is.
 
     Args:
-        order: of the compute actions, where it is decided.
+        order: of the compute actions, where a plan has decided it.
         pace: of the graph that this one follows.
     """
     own, twin = graph.copy()
@@ -131,5 +134,6 @@ def assemble(
         work.whole,
         work.schedule,
         work.memory,
+        work.timing,
         pace or Pace(compute_only(work.schedule), *work.seconds()),
     )

@@ -355,8 +355,7 @@ class Builder:
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)
-                order = layout.pace.order if graph.trains else None
-                decided = Decided(settings(layout.zero), *followed, order=order, pace=layout.pace)
+                decided = Decided(settings(layout.zero), *followed, pace=layout.pace)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
                 deciding = Deciding(*known, graph, locality, spec, batch)

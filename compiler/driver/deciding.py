@@ -80,7 +80,7 @@ class Decided:
         why_zero: why this level of ZeRO, where there was a choice.
         closing_s: per rank, from a plan; None where it has to be worked out.
         planned: whether it is from a plan.
-        order: of the compute actions, from a plan or another graph; None where it has to be made.
+        order: of the compute actions, from a plan; None where it has to be made.
         pace: of the graph that this one follows.
         problem: that this process solved, if it did.
         told: by what other runs find the plan that is made of it.

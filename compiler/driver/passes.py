@@ -271,16 +271,17 @@ def _schedule(work: Work) -> str:
     shape = replace(settings.shape, splits=splits)
     named = f"{settings.schedule.name}, {m} microbatches"
     if not settings.schedule.searches or settings.drafts:
-        work.schedule = settings.schedule.generate(shape)
+        work.schedule = settings.schedule.order(shape)
         return named
-    if work.order is not None and _has_order(work.order, shape):
-        work.schedule = work.order
+    order = work.order if work.pace is None else work.pace.order
+    if order is not None and _has_order(order, shape):
+        work.schedule = order
         return f"{named}, in the order that was decided"
     found = Ordering(
         settings.schedule,
         shape,
         program,
-        settings.timing(program, work.stage, work.copies, work.decision),
+        work.timing,
         lambda schedule: _peaks(work, schedule),
         settings.options.schedule_memory,
         settings.budget_bytes,

@@ -48,7 +48,7 @@ class Summary:
         self.program, self.schedule = assembly.program, assembly.schedule
         self.homes = homes_of(self.schedule)
         self.closing_s = closing_s
-        self.timing = settings.timing(self.program, assembly.stage, assembly.copies, decision)
+        self.timing = assembly.timing.priced(decision.stages_and_seconds)
         self.work, self.seconds = self.timing.work, self.timing.seconds
 
     def timeline(self) -> Timeline:

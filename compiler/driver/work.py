@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -58,18 +59,6 @@ class Settings:
         """The pipeline before anything is known of its stages."""
         return self.options.shape(self.microbatches)
 
-    def timing(
-        self,
-        program: PipelineProgram,
-        stage: Mapping[fx.Node, int],
-        copies: Mapping[fx.Node, fx.Node],
-        decision: Decision,
-    ) -> Timing:
-        """What the programs of a graph take; see there."""
-        units = list(zip(decision.unit_stage, decision.unit_seconds, strict=False))
-        mates = [self.shape.mates(s) for s in range(self.options.stage_count)]
-        return Timing(program, stage, copies, units, self.rates, self.footprint, mates)
-
     @property
     def in_flight(self) -> tuple[int, ...]:
         """Per stage, the most microbatches that it holds at once."""
@@ -108,8 +97,8 @@ class Work:
         stage: of every staged node.
         recomputed: forward nodes that the backward computes again.
         decision: what the units take.
-        order: the compute actions, where another graph of the model or a plan has decided them.
-        pace: of the graph that this one follows.
+        order: the compute actions, where a plan has decided them.
+        pace: of the graph that this one follows, whose order decides where both are trained.
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
@@ -131,12 +120,19 @@ class Work:
     schedule: Schedule = ()
     memory: tuple[RankMemory, ...] = ()
 
+    @cached_property
+    def timing(self) -> Timing:
+        """What the programs take, asked first when they are all made."""
+        settings = self.settings
+        mates = [settings.shape.mates(s) for s in range(settings.options.stage_count)]
+        of = self.made, self.stage, self.copies, self.decision.stages_and_seconds
+        return Timing(*of, settings.rates, settings.footprint, mates)
+
     def seconds(self) -> tuple[Mapping[tuple[int, Kind], float], Mapping[tuple[int, int], float]]:
         """By which receives are posted: of computations, and of messages."""
         if self.pace is not None:
             return self.pace.compute_s, self.pace.transfer_s
-        timing = self.settings.timing(self.made, self.stage, self.copies, self.decision)
-        return timing.compute_s(), timing.transfer_s()
+        return self.timing.compute_s(), self.timing.transfer_s()
 
     @property
     def made(self) -> PipelineProgram:

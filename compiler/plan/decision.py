@@ -52,9 +52,14 @@ class Decision:
     recomputed: tuple[str, ...]
     search: Search
 
+    @property
+    def stages_and_seconds(self) -> list[tuple[int, tuple[float, float, float]]]:
+        """Per unit; nothing where no unit has seconds."""
+        return list(zip(self.unit_stage, self.unit_seconds, strict=False))
+
     def scaled(self, stages_s: Mapping[int, tuple[float, float]]) -> Decision:
         """With seconds that add up to those of the stages: forward, and all of the backward."""
-        pairs = list(zip(self.unit_stage, self.unit_seconds, strict=True))
+        pairs = self.stages_and_seconds
         seconds: list[tuple[float, float, float]] = []
         for stage, unit in pairs:
             mine = [other for s, other in pairs if s == stage]

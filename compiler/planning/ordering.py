@@ -13,10 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
+from ...passes.schedule.limits import verify_held
 from ...passes.schedule.load import timed
 from ...passes.schedule.registry import ScheduleKind
+from ...passes.sequencing.problem import allowed
 from ..costs.memory import RankMemory, stage_holds
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Schedule
@@ -56,6 +59,10 @@ class Ordering:
     rule: str = "auto"
     budget_bytes: float = math.inf
 
+    @cached_property
+    def _compute_s(self) -> dict[tuple[int, Kind], float]:
+        return self.timing.compute_s()
+
     def search(self) -> Searched:
         """The best order that is found.
 
@@ -69,41 +76,34 @@ class Ordering:
             )
         costs = self.costs()
         twice = self.rule == "2x1f1b"
-        factor = (
-            (2 if twice else 1) if self.kind.takes_limit else self.shape.ranks
-        )  # its own is less
+        factor = 2 if twice else 1
+        if not self.kind.takes_limit:  # its own is less
+            factor = self.shape.ranks
         limits = [factor * each for each in usual_limits(self.shape, costs)]
         first = self._generated(costs, limits)
         if self.rule in ("budget", "auto") and math.isfinite(self.budget_bytes):
             return Searched(self._filling(costs, limits, first), "in what the budget leaves")
         if math.isfinite(self.budget_bytes) and self._room(first) < 0:
-            return Searched(self.kind.generate(self.shape), "as if all stages were alike")
+            return Searched(self.kind.order(self.shape), "as if all stages were alike")
         if not self.kind.takes_limit:
             return Searched(first, "by the stages' seconds")
         return Searched(first, f"in the memory of {'twice ' * twice}1f1b")
 
     def costs(self) -> StageCosts:
         """Of the programs."""
-        compute_s = self.timing.compute_s()
-        stages = range(self.shape.n_stages)
-        held = [stage_holds(self.program, s) for s in stages]
-        return StageCosts(
-            tuple(compute_s[s, Kind.F] for s in stages),
-            tuple(compute_s[s, Kind.B] for s in stages),
-            tuple(compute_s[s, Kind.W] for s in stages),
-            tuple(float(each[Kind.F]) for each in held),
-            tuple(float(each[Kind.B]) for each in held),
-            self.timing.transfer_s(),
-            by_end=True,
-        )
+        held = [stage_holds(self.program, s) for s in range(self.shape.n_stages)]
+        stash, carry = ([float(each[kind]) for each in held] for kind in (Kind.F, Kind.B))
+        return StageCosts.of(self._compute_s, self.timing.transfer_s(), stash, carry)
 
     def _generated(self, costs: StageCosts, limits: Sequence[float]) -> Schedule:
         priced = replace(costs, limit_bytes=tuple(limits))
-        return self.kind.generate(replace(self.shape, costs=priced))
+        made = self.kind.generate(replace(self.shape, costs=priced))
+        verify_held(made, costs.stash_bytes, costs.carry_bytes, [allowed(each) for each in limits])
+        return made
 
     def _filling(self, costs: StageCosts, limits: Sequence[float], first: Schedule) -> Schedule:
         """The fastest of several, each with limits that the one before lets hope for."""
-        alike = self.kind.generate(self.shape)  # what the planner has drafted
+        alike = self.kind.order(self.shape)  # what the planner has drafted
         best, best_s, schedule = alike, self._step_s(alike, costs), first
         for _ in range(ATTEMPTS):
             room = [self.budget_bytes - each.peak_bytes for each in self.peaks(schedule)]
@@ -123,5 +123,4 @@ class Ordering:
         return self.budget_bytes - max(each.peak_bytes for each in self.peaks(schedule))
 
     def _step_s(self, schedule: Schedule, costs: StageCosts) -> float:
-        compute_s = self.timing.compute_s()
-        return timed(schedule, self.shape, compute_s, costs.transfer_s).step_s
+        return timed(schedule, self.shape, self._compute_s, costs.transfer_s).step_s

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
-from ...passes.schedule.load import timed
+from ...passes.schedule.load import linked, timed
 from ...passes.schedule.registry import ScheduleKind
+from ...passes.schedule.simulate import simulate
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.problem import Problem, Solution, fits, solution_of
@@ -26,7 +27,7 @@ LEAST_GAIN = 1e-3  # of the step: less is not worth another division
 LEAST_S = 2e-4  # nor is less than launching some kernels takes, which no price knows
 WEIGHTS = 0.5  # of a backward: products for weights are as large as those for inputs
 CARRIED = 0.5  # of what a microbatch keeps: the inputs of products, for weights
-FEW = 4  # microbatches per rank that are simulated; more repeat them
+FEW = 4  # microbatches per stage that are simulated; more repeat them
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class StepModel:
 
     @cached_property
     def _schedule(self) -> Schedule:
-        return self.kind.generate(self.few)
+        return linked(self.kind.order(self.few), self.few)
 
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
         compute_s = self._compute_s(stage, option)
-        timeline = timed(self._schedule, self.few, compute_s, self._transfer_s(stage))
+        timeline = simulate(self._schedule, compute_s, self._transfer_s(stage))
         rest = self.shape.microbatches - self.few.microbatches
         busy = max(timeline.busy_s(rank) for rank in range(self.few.ranks))
         return timeline.step_s + rest * busy / self.few.microbatches + self._closing_s(stage)
@@ -67,17 +68,9 @@ class StepModel:
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """The same with the order that is found for just these stages."""
         compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
-        stages = range(self.few.n_stages)
-        stash = tuple(self.problem.stages_stash(stage, option))
-        costs = StageCosts(
-            tuple(compute_s[s, Kind.F] for s in stages),
-            tuple(compute_s[s, Kind.B] for s in stages),
-            tuple(compute_s[s, Kind.W] for s in stages),
-            stash,
-            tuple(CARRIED * each for each in stash),
-            transfer_s,
-            by_end=True,
-        )
+        stash = self.problem.stages_stash(stage, option)
+        carry = [CARRIED * each for each in stash]
+        costs = StageCosts.of(compute_s, transfer_s, stash, carry)
         costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
         timeline = timed(schedule, self.few, compute_s, transfer_s)

@@ -118,7 +118,7 @@ def resimulated(
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
     """The plan's kind of schedule."""
-    compute = subject.schedule.generate(subject.shape(microbatches))
+    compute = subject.schedule.order(subject.shape(microbatches))
     sends = ((stage.stage, t) for stage in subject.plan.stages for t in stage.sends)
     messages = [Message(src, t.dst, Phase(t.phase), ()) for src, t in sends]
     return add_communication(compute, messages)

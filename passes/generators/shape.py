@@ -49,6 +49,21 @@ class StageCosts:
     limit_bytes: tuple[float, ...] = ()
     by_end: bool = False
 
+    @staticmethod
+    def of(
+        compute_s: Mapping[tuple[int, Kind], float],
+        transfer_s: Mapping[tuple[int, int], float],
+        stash_bytes: Sequence[float],
+        carry_bytes: Sequence[float],
+    ) -> StageCosts:
+        """From seconds of (stage, kind), for a step that ends with its last rank; no limit."""
+        stages = range(len(stash_bytes))
+        forward, backward, weight = (
+            tuple(compute_s[s, kind] for s in stages) for kind in (Kind.F, Kind.B, Kind.W)
+        )
+        bytes_ = tuple(stash_bytes), tuple(carry_bytes)
+        return StageCosts(forward, backward, weight, *bytes_, transfer_s, by_end=True)
+
 
 @dataclass(frozen=True)
 class PipelineShape:

@@ -17,7 +17,7 @@ def verify_in_flight(schedule: Schedule, limits: Sequence[int]) -> None:
     Raises:
         VerificationError: at the forward that is one too many.
     """
-    last = _last_parts(schedule)
+    last = last_parts(schedule)
     held = [0] * len(limits)
     for rank, actions in enumerate(schedule):
         for index, action in enumerate(actions):
@@ -41,7 +41,7 @@ def peaks_held(
         stash: of a microbatch on each stage, held from its F to the end of its B.
         carry: held from there to the end of its W; without a W, nothing.
     """
-    walked = [_held(actions, stash, carry, _last_parts([actions])) for actions in schedule]
+    walked = [_held(actions, stash, carry, last_parts([actions])) for actions in schedule]
     return tuple(max((held for _, held in row), default=0.0) for row in walked)
 
 
@@ -57,7 +57,7 @@ def verify_held(
         VerificationError: at the first action after which a rank holds too much.
     """
     for rank, actions in enumerate(schedule):
-        for index, held in _held(actions, stash_bytes, carry_bytes, _last_parts([actions])):
+        for index, held in _held(actions, stash_bytes, carry_bytes, last_parts([actions])):
             if held > limit_bytes[rank]:
                 sentence = (
                     f"after {actions[index]} rank {rank} holds {held:,.0f} bytes of microbatches, "
@@ -92,7 +92,7 @@ def _held(
         )
 
 
-def _last_parts(schedule: Sequence[Sequence[Action]]) -> dict[int, Kind]:
+def last_parts(schedule: Sequence[Sequence[Action]]) -> dict[int, Kind]:
     """Stage -> the computation that ends its microbatches: W where it has one."""
     last: dict[int, Kind] = {}
     for actions in schedule:

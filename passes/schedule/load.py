@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...compiler.ir.actions import Action, Kind, Phase, Schedule
 from ..generators.shape import PipelineShape
+from .limits import last_parts
 from .simulate import Timeline, simulate
 
 MOST_MOMENTS = 12
@@ -56,13 +57,18 @@ def timed(
     transfer_s: Mapping[tuple[int, int], float],
 ) -> Timeline:
     """Compute actions in time, where each stage waits for its neighbours alone."""
+    return simulate(linked(schedule, shape), compute_s, transfer_s)
+
+
+def linked(schedule: Schedule, shape: PipelineShape) -> Schedule:
+    """With messages between neighbours."""
     from ...compiler.ir.program import Message  # which imports torch; the registry does not
     from .communication import add_communication
 
     pairs = [(s, s + 1) for s in range(shape.n_stages - 1)]
     messages = [Message(a, b, Phase.FORWARD, ()) for a, b in pairs]
     messages += [Message(b, a, Phase.BACKWARD, ()) for a, b in pairs]
-    return simulate(add_communication(schedule, messages), compute_s, transfer_s)
+    return add_communication(schedule, messages)
 
 
 def _idle(schedule: Schedule, shape: PipelineShape) -> float:
@@ -82,14 +88,13 @@ def _idle(schedule: Schedule, shape: PipelineShape) -> float:
 def _moments(actions: Sequence[Action], stages: Sequence[int]) -> tuple[Counts, ...]:
     """The counts of which none is at most another."""
     place = {stage: i for i, stage in enumerate(stages)}
-    split = {action.stage for action in actions if action.kind is Kind.W}
+    last = last_parts([actions])
     now, seen = [0] * len(stages), dict[Counts, None]()
     for action in actions:
-        last = Kind.W if action.stage in split else Kind.B
         if action.kind is Kind.F:
             now[place[action.stage]] += 1
             seen[tuple(now)] = None
-        elif action.kind is last:
+        elif action.kind is last.get(action.stage):
             now[place[action.stage]] -= 1
     found = sorted(_undominated(seen), key=sum, reverse=True)
     if len(found) <= MOST_MOMENTS:

@@ -64,6 +64,12 @@ class ScheduleKind:
         split = tuple(splits or (self.splits_backward,) * len(homes))
         return PipelineShape(homes, microbatches, split, costs)
 
+    def order(self, shape: PipelineShape) -> Schedule:
+        """The compute actions; those of stages that are all alike are made once."""
+        if shape.costs is not None:
+            return self.generate(shape)
+        return _alike(self, shape.homes, shape.microbatches, shape.splits)
+
     def load(self, shape: PipelineShape) -> Load:
         """What ranks hold, and when they are idle, if all stages are alike."""
         return _load(self, shape.homes, shape.microbatches, shape.splits)
@@ -76,7 +82,28 @@ class ScheduleKind:
 @lru_cache(256)
 def _load(kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]) -> Load:
     shape = PipelineShape(homes, microbatches, splits)
-    return load_of(kind.generate(shape), shape)
+    return load_of(kind.order(shape), shape)
+
+
+@lru_cache(16)
+def _alike(
+    kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
+) -> Schedule:
+    return kind.generate(PipelineShape(homes, microbatches, splits))
+
+
+def _in_a_v(name: str, text: str, generate: Callable[[PipelineShape], Schedule]) -> ScheduleKind:
+    """Two stages per rank, put in order by a search within the memory that the kind has."""
+    return ScheduleKind(
+        name,
+        text,
+        generate,
+        splits_backward=True,
+        place=v_shaped,
+        virtual=(2,),
+        usual_virtual=2,
+        searches=True,
+    )
 
 
 SCHEDULES: Mapping[str, ScheduleKind] = {
@@ -108,35 +135,16 @@ SCHEDULES: Mapping[str, ScheduleKind] = {
             searches=True,
             takes_limit=True,
         ),
-        ScheduleKind(
-            "zb_v",
-            "two stages per rank in a V: almost no bubble with the memory of 1f1b",
-            zb_v,
-            splits_backward=True,
-            place=v_shaped,
-            virtual=(2,),
-            usual_virtual=2,
-            searches=True,
+        _in_a_v(
+            "zb_v", "two stages per rank in a V: almost no bubble with the memory of 1f1b", zb_v
         ),
-        ScheduleKind(
-            "v_half",
-            "the same with half of the memory, and half of the bubble of 1f1b",
-            v_half,
-            splits_backward=True,
-            place=v_shaped,
-            virtual=(2,),
-            usual_virtual=2,
-            searches=True,
+        _in_a_v(
+            "v_half", "the same with half of the memory, and half of the bubble of 1f1b", v_half
         ),
-        ScheduleKind(
+        _in_a_v(
             "v_min",
             "the same with a third of the memory, and two thirds of the bubble of 1f1b",
             v_min,
-            splits_backward=True,
-            place=v_shaped,
-            virtual=(2,),
-            usual_virtual=2,
-            searches=True,
         ),
     )
 }

@@ -71,7 +71,7 @@ def check_limits(problem: Problem) -> None:
         if limit < least:
             raise OptionError(
                 f"rank {rank} may hold {limit:,.0f} bytes for its microbatches, and one of them "
-                f"takes {least:,.0f}: raise memory_budget, or use more microbatches"
+                f"takes {least:,.0f}: raise memory=, or use more microbatches"
             )
 
 
