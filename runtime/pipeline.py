@@ -85,7 +85,7 @@ class Pipeline(Stored):
         cache = Cache(default_cache_dir())
         builder = Builder(skeleton, options, world.target(options), team, why, cache)
         devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
-        self._recording = Recording(mesh, world.agreement, devices, builder.target.spec)
+        self._recording = Recording(mesh, world.agreement, devices)
         self._loader = Loader(world, builder, options)
         seed = torch.initial_seed() if options.seed is None else options.seed
         self._seed = world.agreement.gather(seed)[0]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...passes.schedule.registry import DEFAULT
 from ...passes.schedule.simulate import Timeline
 from ..capture.batch import BatchSpec, flatten
 from ..capture.refusals import check_model
@@ -23,7 +22,6 @@ from ..driver.record import prepare
 from ..ir.errors import OptionError
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
-from ..options.parsing import AUTO
 from ..page.page import Page, write_page
 from ..plan.plan import Plan
 from ..planning.target import Target
@@ -67,7 +65,7 @@ def inspect(request: Request) -> Inspection:
         compiled, trials = _chosen(request, options, skeleton, whole, request.open)
     plan = compiled.plan
     if request.save is not None:
-        _save(plan, request.save)
+        _written("--save", request.save, plan.save)
     problem = None if compiled.problem is None else calibrated(compiled.problem, plan)
     names = [name for name in request.compare if name != ORDERS]
     rows = compare(problem, plan.decision, names) if problem and names else ()
@@ -79,7 +77,7 @@ def inspect(request: Request) -> Inspection:
     passes = compiled.records if request.passes else ()
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes)
     if request.trace is not None:
-        trace = planned_trace(plan, compiled.timeline, request.device)
+        trace = planned_trace(plan, compiled.timeline)
         _written("--trace", request.trace, partial(write_trace, trace))
     if request.page is not None:
         shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
@@ -137,14 +135,19 @@ def _chosen(
 ) -> tuple[Compiled, tuple[Trial, ...]]:
     """The best way to use the devices, and all that were tried."""
     captured: Captures = {}
+    built: dict[tuple[Way, int | None], Compiled] = {}
 
     def build(way: Way, finer: int) -> Compiled:
         tried = way.of(options, dump_dir=None)
-        return _built(request, tried, skeleton, whole, finer, captured)
+        made = _built(request, tried, skeleton, whole, finer, captured)
+        built[way, made.plan.microbatches] = made
+        return made
 
     chosen, trials = choose(open_.ways(options, open_.devices or 1), build, open_.orders)
-    final = chosen.way.of(options, microbatches=chosen.microbatches)
-    return _built(request, final, skeleton, whole), trials
+    if options.dump_dir is not None:  # of the chosen one only
+        final = chosen.way.of(options, microbatches=chosen.microbatches)
+        return _built(request, final, skeleton, whole), trials
+    return built[chosen.way, chosen.microbatches], trials
 
 
 def _in_every_order(
@@ -158,9 +161,7 @@ def _in_every_order(
     def build(way: Way, finer: int) -> Compiled:
         return _built(request, way.of(own), skeleton, whole, finer, captured)
 
-    ways = Open(divides=False, orders=True).ways(own, 1)
-    own = replace(own, virtual_stages=None, schedule=DEFAULT, schedule_memory=AUTO)
-    return choose(ways, build)[1]
+    return choose(Open(divides=False, orders=True).ways(own, 1), build)[1]
 
 
 def _written(flag: str, path: Path, write: Callable[[Path], None]) -> None:
@@ -168,10 +169,3 @@ def _written(flag: str, path: Path, write: Callable[[Path], None]) -> None:
         write(path)
     except OSError as error:
         raise OptionError(f"{flag} {path}: {error.strerror or error}") from error
-
-
-def _save(plan: Plan, path: Path) -> None:
-    try:
-        plan.save(path)
-    except OSError as error:
-        raise OptionError(f"--save {path}: {error.strerror or error}") from error

@@ -51,8 +51,8 @@ from .record import PassRecord, Recorder
 from .summary import Summary
 from .work import Joint, Settings
 
-Captures = dict[tuple[object, ...], Captured]
-"""By what was traced for: the joint graph, after the passes over it."""
+Captures = dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]]
+"""By what was traced for: the joint graph, after the passes over it, and what these did."""
 
 
 class Builder:
@@ -267,7 +267,10 @@ class Builder:
         """
         options, known = self.options, (mode, spec, weighs)
         if self._shared is not None and known in self._shared:
-            return self._shared[known]
+            captured, records = self._shared[known]
+            recorder.records += records
+            return captured
+        before = len(recorder.records)
         weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
         if self.why:
             with recorder.record("joint", "stages") as outcome:
@@ -290,7 +293,7 @@ class Builder:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
         if self._shared is not None:
-            self._shared[known] = captured
+            self._shared[known] = captured, tuple(recorder.records[before:])
         return captured
 
     def _warn(self, text: str) -> None:

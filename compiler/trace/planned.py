@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...passes.schedule.simulate import Timeline
-from ..costs.hardware import Device
 from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of
 from ..plan.plan import Plan
 from .trace import (
@@ -25,7 +24,7 @@ from .trace import (
 
 @dataclass(frozen=True)
 class Transit:
-    """A message under way, from the end of what makes it; ``receive`` is its other end."""
+    """A message under way; ``receive`` is its other end."""
 
     receive: Action
     start_s: float
@@ -33,16 +32,12 @@ class Transit:
     nbytes: int
 
 
-def planned_trace(plan: Plan, timeline: Timeline, device: Device) -> Trace:
-    """One step of one replica.
-
-    Args:
-        device: whose links the plan's transfers are priced for.
-    """
+def planned_trace(plan: Plan, timeline: Timeline) -> Trace:
+    """One step of one replica."""
     schedule = from_text("\n".join(plan.schedule))
     spans = [
         *_computing(timeline),
-        *_messages(schedule, timeline, transits_of(plan, schedule, timeline, device)),
+        *_messages(schedule, timeline, tuple(_transits(plan, schedule, timeline))),
         *_closing(timeline),
     ]
     held = [
@@ -77,31 +72,17 @@ def header_of(plan: Plan, schedule: Schedule, origin: Origin, memory: str, clock
     )
 
 
-def transits_of(
-    plan: Plan, schedule: Schedule, timeline: Timeline, device: Device
-) -> tuple[Transit, ...]:
-    """When each message is under way, as the simulator has it: none waits for another."""
+def _transits(plan: Plan, schedule: Schedule, timeline: Timeline) -> Iterator[Transit]:
+    """In the order in which ranks post their receives."""
     sizes = {(stage.stage, t.dst, t.phase): t.bytes for stage in plan.stages for t in stage.sends}
-    seconds = link_seconds(plan, device)
-    ends = {x.action: x.end_s for row in timeline.ranks for x in row}
-    found = []
+    found = {(t.src, t.dst, t.kind, t.microbatch): t for t in timeline.transfers}
     for action in (action for actions in schedule for action in actions):
         if action.kind in RECV.values() and action.peer is not None:
-            phase = action.kind.phase
-            start = ends[Action(action.peer, COMPUTE_OF[phase], action.microbatch)]
-            took = seconds.get((action.peer, action.stage), 0.0)
-            nbytes = sizes.get((action.peer, action.stage, phase.value), 0)
-            found.append(Transit(action, start, start + took, nbytes))
-    return tuple(found)
-
-
-def link_seconds(plan: Plan, device: Device) -> Mapping[tuple[int, int], float]:
-    """(from, to) -> seconds of a message between stages on two ranks."""
-    return {
-        (stage.stage, t.dst): device.link_latency_s + t.bytes / device.link_bytes_per_s
-        for stage in plan.stages
-        for t in stage.sends
-    }
+            assert action.microbatch is not None
+            ends, phase = (action.peer, action.stage), action.kind.phase
+            moved = found[*ends, COMPUTE_OF[phase], action.microbatch]
+            nbytes = sizes.get((*ends, phase.value), 0)
+            yield Transit(action, moved.start_s, moved.end_s, nbytes)
 
 
 def _computing(timeline: Timeline) -> Iterator[Span]:

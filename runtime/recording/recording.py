@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 
-from ...compiler.costs.hardware import Device
 from ...compiler.driver.compiled import Compiled
 from ...compiler.ir.errors import TraceError
 from ...compiler.trace.planned import header_of, planned_trace
@@ -72,7 +71,6 @@ class Recording:
 
     Args:
         devices: rank of this process -> where it computes.
-        priced: what plans are priced for.
 
     Attributes:
         log: where executors and the pipeline note what they do; None while nothing is recorded.
@@ -83,10 +81,8 @@ class Recording:
         mesh: Mesh,
         agreement: Agreement,
         devices: Mapping[int, torch.device],
-        priced: Device,
     ):
-        self._mesh, self._agreement = mesh, agreement
-        self._devices, self._priced = devices, priced
+        self._mesh, self._agreement, self._devices = mesh, agreement, devices
         self.log: ProcessLog | None = None
         self._attached: list[Logged] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -219,7 +215,7 @@ class Recording:
         write_trace(replace(trace, header=replace(trace.header, shared_thread=shared)), path)
         if planned is not None:
             compiled = first()
-            write_trace(planned_trace(compiled.plan, compiled.timeline, self._priced), planned)
+            write_trace(planned_trace(compiled.plan, compiled.timeline), planned)
 
     def _write_alone(
         self,

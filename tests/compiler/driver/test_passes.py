@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.compiler.capture.batch import flatten
+from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.cli.main import main
+from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.driver import assembly, deciding
+from pipecompile.compiler.driver.builder import Builder, Captures
+from pipecompile.compiler.driver.compiled import Mode
 from pipecompile.compiler.driver.passes import ALL, Pass
 from pipecompile.compiler.driver.record import Recorder
+from pipecompile.compiler.ir.precision import parse_precision
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.planning.target import Target
 from support import jobs, models, plain
 from support.commands import SMALL_GPT2, inspect
 from support.matrix import quickly
@@ -144,3 +153,22 @@ def test_inspect_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
 def test_passes_go_with_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *SMALL_GPT2.split(), "--stages", "2", "--passes", "--json"]) == 2
     assert "--passes has no effect on --json" in capsys.readouterr().err
+
+
+def test_builders_that_share_a_graph_tell_alike_what_was_done() -> None:
+    """And a pass of the shared part that is skipped is not said to have had nothing to do."""
+    skeleton = skeleton_of(models.gpt2(), torch.device("cpu"), parse_precision("bf16"))
+    spec = flatten(models.batches("gpt2", 1, 1)[0])[1]
+    options = CompileOptions(n_stages=2, precision="bf16", skip=("precision",))
+    captured: Captures = {}
+    told = [
+        Builder(skeleton, given, Target(torch.device("cpu"), CPU), captured=captured)
+        .build(Mode.TRAIN, spec, 2)
+        .plan.notes
+        for given in (options, replace(options, schedule="zb_h1"))
+    ]
+    first, second = ([note for note in notes if note[0] != "schedule"] for notes in told)
+    assert [name for name, _ in first] == [name for name, _ in second]
+    assert len(captured) == 1
+    assert dict(first)["capture"] == dict(second)["capture"]
+    assert dict(second)["precision"] == "skipped"

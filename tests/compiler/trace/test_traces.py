@@ -21,11 +21,11 @@ from pipecompile.compiler.trace.trace import Lane, Span, Trace, messages_of
 from pipecompile.compiler.trace.writing import write_trace
 from support.chrome import checked
 from support.commands import SMALL_GPT2, inspect
-from support.timelines import BACKWARD_S, DEVICE, FORWARD_S, planned
+from support.timelines import BACKWARD_S, FORWARD_S, planned
 
 
 def trace(ranks: int = 2, virtual: int = 2, microbatches: int = 3) -> Trace:
-    return planned_trace(*planned(ranks, virtual, microbatches), DEVICE)
+    return planned_trace(*planned(ranks, virtual, microbatches))
 
 
 def measured(plan: Trace, change: Callable[[Span], Span] = lambda span: span) -> Trace:
@@ -65,7 +65,7 @@ def test_ranks_are_named_by_their_stages(tmp_path: Path) -> None:
 
 def test_figures_are_those_of_the_simulated_step() -> None:
     plan, timeline = planned(2, 2, 3)
-    made = planned_trace(plan, timeline, DEVICE)
+    made = planned_trace(plan, timeline)
     assert figures.step_seconds(made) == pytest.approx(timeline.step_s)
     assert figures.bubble_of(made) == pytest.approx(timeline.bubble)
     assert figures.closing_seconds(made) == pytest.approx(0.125)
