@@ -8,7 +8,7 @@ import torch
 
 from ..costs.closing import exchange_s, optimizer_s
 from ..costs.optimizer_cost import Factory, optimizer_seconds
-from ..ir.actions import homes_of
+from ..ir.actions import homes_of, placement_of
 from ..planning.target import Target
 from ..planning.team import Team
 from .assembly import Assembly
@@ -58,7 +58,7 @@ class Closing:
         return 0.0
 
 
-def _stages(assembly: Assembly) -> list[list[int]]:
+def _stages(assembly: Assembly) -> tuple[tuple[int, ...], ...]:
     """Per rank, its stages in order."""
     homes = homes_of(assembly.schedule)
-    return [sorted(s for s in homes if homes[s] == rank) for rank in range(len(assembly.schedule))]
+    return placement_of([homes[stage] for stage in sorted(homes)])

@@ -11,7 +11,7 @@ parameters and gradients (`passes.schedule.exchange`), ``2UNSHARD`` makes the pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -118,6 +118,14 @@ class Pace:
 def homes_of(schedule: Schedule) -> dict[int, int]:
     """Stage -> the rank of a replica that holds it, in the order of the ranks."""
     return {action.stage: rank for rank, actions in enumerate(schedule) for action in actions}
+
+
+def placement_of(homes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Per rank its stages, in order, from the rank of each stage."""
+    found: list[list[int]] = [[] for _ in range(max(homes, default=-1) + 1)]
+    for stage, rank in enumerate(homes):
+        found[rank].append(stage)
+    return tuple(map(tuple, found))
 
 
 def to_text(schedule: Schedule) -> str:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .actions import placement_of
 from .errors import PartitionError
 
 
@@ -142,10 +143,7 @@ class Problem:
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, its stages in order."""
-        return tuple(
-            tuple(s for s, home in enumerate(self.homes) if home == rank)
-            for rank in range(self.n_ranks)
-        )
+        return placement_of(self.homes)
 
     @property
     def shares_ranks(self) -> bool:

@@ -217,17 +217,21 @@ class PipelineProgram:
         for step, names in self.stages[stage].drops.items():
             kind, dst = step
             for name in names:
-                later = [
-                    m.dst
-                    for m in self.messages
-                    if m.src == stage
-                    and m.dst not in mates
-                    and SEND[m.phase] == kind
-                    and any(value.name == name for value in m.values)
-                ]
-                last = (kind, max(later)) if dst in mates and later else step
+                later = self._sent(stage, kind, name, mates) if dst in mates else []
+                last = (kind, max(later)) if later else step
                 found[last] = (*found.get(last, ()), name)
         return found
+
+    def _sent(self, stage: int, kind: str, name: str, mates: Collection[int]) -> list[int]:
+        """The stages of other ranks that a value is sent to."""
+        return [
+            m.dst
+            for m in self.messages
+            if m.src == stage
+            and m.dst not in mates
+            and SEND[m.phase] == kind
+            and any(value.name == name for value in m.values)
+        ]
 
     @property
     def routes(self) -> set[tuple[int, int]]:

@@ -32,20 +32,19 @@ class Curve:
     budget_y: float | None
 
 
-def peak_of(plan: Plan, stages: Sequence[int]) -> tuple[int, str]:
-    """Of a rank: its stages have the same."""
-    memory = plan.stages[stages[0]].memory
+def peak_of(plan: Plan, rank: int) -> tuple[int, str]:
+    """Of a rank of a replica, and the action that needs it."""
+    memory = plan.ranks[rank][0].memory
     return memory.peak, memory.peak_at
 
 
 def curves_of(plan: Plan, timeline: Timeline) -> tuple[Curve, ...]:
     """Of the ranks that hold most; none where bytes were not simulated."""
-    rows = [row for row in timeline.ranks if row]
+    rows = timeline.ranks
     if not any(x.held_bytes for row in rows for x in row):
         return ()
     span_s = max(row[-1].end_s for row in rows) or 1.0
-    stages = [sorted({x.action.stage for x in row}) for row in rows]
-    peaks = [peak_of(plan, each) for each in stages]
+    peaks = [peak_of(plan, rank) for rank in range(len(rows))]
     top = max([peak for peak, _ in peaks] + [plan.budget_bytes or 0]) * 1.06 or 1.0
     fullest = sorted(range(len(rows)), key=lambda rank: -peaks[rank][0])[:MOST_RANKS]
     return tuple(

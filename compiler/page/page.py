@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ...passes.schedule.simulate import Timeline
 from ..plan.plan import Plan
+from ..plan.writing import write_whole
 from ..report.quantities import (
     bytes_text,
     count_scale,
@@ -58,9 +59,7 @@ def write_page(page: Page, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(html_of(page), encoding="utf-8")
-    new.replace(path)
+    write_whole(path, [html_of(page)])
 
 
 def html_of(page: Page) -> str:
@@ -81,8 +80,7 @@ def html_of(page: Page) -> str:
 def _context(page: Page) -> dict[str, Any]:
     plan, timeline = page.plan, page.timeline
     gantt = gantt_of(timeline)
-    homes = {stage: lane.rank for lane in gantt.lanes for stage in lane.stages}
-    peaks = [peak_of(plan, lane.stages) if lane.stages else (0, "") for lane in gantt.lanes]
+    peaks = [peak_of(plan, lane.rank) for lane in gantt.lanes]
     curves = curves_of(plan, timeline)
     return {
         "plan": plan,
@@ -92,7 +90,7 @@ def _context(page: Page) -> dict[str, Any]:
         "peaks": peaks,
         "curves": curves,
         "some": len(curves) == memory.MOST_RANKS < len(gantt.lanes),
-        "bars": bars_of(plan, homes, page.units),
+        "bars": bars_of(plan, page.units),
         "figures": _figures(page, max(peak for peak, _ in peaks)),
         "passes": [(record.name, record.note) for record in page.extras.passes] or plan.notes,
         "data": Markup(_embedded(_data(gantt, curves))),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..plan.plan import Plan, StagePlan
-from ..report.quantities import counted, seconds_text
+from ..report.quantities import seconds_text
+from ..report.texts import recomputes_text, stage_seconds
 
 MOST_SEGMENTS = 60  # per stage
 
@@ -24,32 +25,29 @@ class Segment:
 @dataclass(frozen=True)
 class Bar:
     stage: StagePlan
-    rank: int
     seconds: float
     segments: tuple[Segment, ...]
 
     @property
     def again(self) -> str:
         """What it recomputes; "" for nothing."""
-        most = sorted(self.stage.recomputes.items(), key=lambda item: -item[1])
-        return "; ".join(f"{label} of {counted(n, 'unit')}" for label, n in most)
+        return recomputes_text(self.stage)
 
     @property
     def again_share(self) -> float:
         return self.stage.recompute_s / self.seconds if self.seconds else 0.0
 
 
-def bars_of(plan: Plan, homes: dict[int, int], names: Sequence[str]) -> tuple[Bar, ...]:
+def bars_of(plan: Plan, names: Sequence[str]) -> tuple[Bar, ...]:
     """A bar per stage.
 
     Args:
-        homes: stage -> rank.
         names: of the units; empty where they are not known.
     """
-    seconds = [s.forward_s + s.backward_s + s.recompute_s for s in plan.stages]
+    seconds = [stage_seconds(stage) for stage in plan.stages]
     longest = max(seconds) or 1.0
     return tuple(
-        Bar(stage, homes[stage.stage], mine, _segments(plan, stage, mine / longest, names))
+        Bar(stage, mine, _segments(plan, stage, mine / longest, names))
         for stage, mine in zip(plan.stages, seconds, strict=True)
     )
 

@@ -8,8 +8,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..ir.actions import placement_of
 from ..ir.errors import PlanError
 from .decision import Decision
+from .writing import write_whole
 
 PLAN_VERSION = 5
 
@@ -143,10 +145,8 @@ class Plan:
     @property
     def ranks(self) -> tuple[tuple[StagePlan, ...], ...]:
         """Per rank of a replica, its stages in order."""
-        return tuple(
-            tuple(stage for stage in self.stages if stage.rank == rank)
-            for rank in range(self.n_stages)
-        )
+        placement = placement_of([stage.rank for stage in self.stages])
+        return tuple(tuple(self.stages[stage] for stage in stages) for stages in placement)
 
     @property
     def fingerprint(self) -> str:
@@ -165,10 +165,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON; a file that is there is replaced whole or not at all."""
-        target = Path(path)
-        written = target.with_name(f".{target.name}.new")
-        written.write_text(self.to_json(), encoding="utf-8")
-        written.replace(target)
+        write_whole(Path(path), [self.to_json()])
 
     @staticmethod
     def load(path: str | Path) -> Plan:

@@ -27,14 +27,18 @@ def working_bytes(m: MemoryPlan) -> int:
     return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
 
 
+def recomputes_text(stage: StagePlan) -> str:
+    """What a stage recomputes, of most units first; "" for nothing."""
+    most = sorted(stage.recomputes.items(), key=lambda item: -item[1])
+    return "; ".join(f"{label} of {counted(n, 'unit')}" for label, n in most)
+
+
 def recomputed_text(stage: StagePlan) -> str:
-    what = "; ".join(
-        f"{label} of {counted(n, 'unit')}"
-        for label, n in sorted(stage.recomputes.items(), key=lambda item: -item[1])
-    )
+    whole = stage_seconds(stage)
     return (
-        f"stage {stage.stage}: {what} (of {stage.units}): {seconds_text(stage.recompute_s)}, "
-        f"{stage.recompute_s / stage_seconds(stage) if stage_seconds(stage) else 0:.1%} of its time"
+        f"stage {stage.stage}: {recomputes_text(stage)} (of {stage.units}): "
+        f"{seconds_text(stage.recompute_s)}, "
+        f"{stage.recompute_s / whole if whole else 0:.1%} of its time"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...passes.schedule.simulate import Timeline
-from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of
+from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of, placement_of
 from ..plan.plan import Plan
 from .trace import (
     STEP,
@@ -17,7 +17,6 @@ from .trace import (
     Span,
     Trace,
     digest_of,
-    placement_of,
     sender_of,
 )
 
@@ -54,6 +53,7 @@ def planned_trace(plan: Plan, timeline: Timeline) -> Trace:
 
 def header_of(plan: Plan, schedule: Schedule, origin: Origin, memory: str, clocks: str) -> Header:
     """What a trace of a plan, or of its run, is of."""
+    homes = homes_of(schedule)
     return Header(
         origin=str(origin),
         model=plan.model,
@@ -63,7 +63,7 @@ def header_of(plan: Plan, schedule: Schedule, origin: Origin, memory: str, clock
         digest=digest_of(schedule),
         microbatches=plan.microbatches,
         dp=plan.dp,
-        placement=placement_of(schedule),
+        placement=placement_of([homes[stage] for stage in sorted(homes)]),
         step_s=plan.step_s,
         bubble=plan.bubble,
         budget_bytes=plan.budget_bytes,

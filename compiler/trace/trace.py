@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
-from ..ir.actions import RECV, SEND, Action, Schedule
+from ..ir.actions import RECV, SEND, Action
 
 TRACE_VERSION = 1
 STEP = "step"
@@ -198,11 +198,6 @@ def digest_of(schedule: Iterable[Iterable[Action]]) -> str:
     """Of the computations of each rank in order."""
     lines = (" ".join(str(a) for a in actions if a.kind.computes) for actions in schedule)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def placement_of(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
-    """Per rank of a replica, the stages that it runs."""
-    return tuple(tuple(sorted({action.stage for action in actions})) for actions in schedule)
 
 
 @lru_cache(1 << 16)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import TraceError
+from ..plan.writing import write_whole
 from .trace import Lane, Span, Trace, messages_of
 
 SCHEMA = "pipecompile-trace"
@@ -33,10 +34,7 @@ def write_trace(trace: Trace, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines_of(trace))
-    new.replace(path)
+    write_whole(path, lines_of(trace))
 
 
 def check_writable(path: Path, asked: str) -> None:

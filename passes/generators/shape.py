@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ...compiler.ir.actions import Action, Kind, Schedule
+from ...compiler.ir.actions import Action, Kind, Schedule, placement_of
 
 Homes = tuple[int, ...]
 """Per stage, the rank that holds it."""
@@ -101,10 +101,7 @@ class PipelineShape:
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, its stages in order."""
-        return tuple(
-            tuple(s for s, home in enumerate(self.homes) if home == rank)
-            for rank in range(self.ranks)
-        )
+        return placement_of(self.homes)
 
 
 def with_weights(schedule: Schedule, splits: Sequence[bool]) -> Schedule:

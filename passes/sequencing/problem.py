@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...compiler.ir.actions import placement_of
+
 F, B, W = range(3)
 Step = tuple[int, int, int]
 """(kind, stage, microbatch)"""
@@ -54,10 +56,7 @@ class Problem:
     @cached_property
     def placement(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, its stages in order."""
-        return tuple(
-            tuple(s for s, home in enumerate(self.homes) if home == rank)
-            for rank in range(max(self.homes) + 1)
-        )
+        return placement_of(self.homes)
 
     @property
     def steps(self) -> int:

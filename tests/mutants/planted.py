@@ -131,7 +131,7 @@ PLANNING = (
     ),
     Mutant(
         "compiler/ir/program.py",
-        "last = (kind, max(later)) if dst in mates and later else step",
+        "last = (kind, max(later)) if later else step",
         "last = step",
         "test_drops.py",
         "what a rank hands over is dropped before it is sent to another one",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.actions import Action, Kind, Schedule, to_text
 from pipecompile.compiler.plan.plan import Plan, Transfer
 from pipecompile.passes.schedule.simulate import Timeline, simulate
@@ -12,7 +11,6 @@ from pipecompile.passes.schedule.simulate import Timeline, simulate
 from .plans import hand_made
 
 FORWARD_S, BACKWARD_S = 0.25, 0.5
-DEVICE = CPU.with_link(2**23, 0.0)  # 2 MiB in a quarter of a second
 
 
 def looped(ranks: int, virtual: int, microbatches: int) -> Schedule:
@@ -47,6 +45,7 @@ def planned(
         replace(
             base.stages[0],
             stage=s,
+            rank=s % ranks,
             sends=tuple(Transfer(d, phase, 2**21, ()) for a, d, phase in pairs if a == s),
         )
         for s in range(n_stages)
@@ -67,7 +66,8 @@ def planned(
     plan = replace(
         base,
         model=model,
-        n_stages=n_stages,
+        n_stages=ranks,
+        virtual_stages=virtual,
         microbatches=microbatches,
         stages=stages,
         decision=decision,
