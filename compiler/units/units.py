@@ -121,7 +121,11 @@ def crossing_bytes(nodes: list[fx.Node]) -> list[int]:
 
 
 def _good_cuts(nodes: list[fx.Node], crossing: list[int], whole: Collection[int]) -> list[int]:
-    """Positions of local minima, those with few bytes first, as many as make `MAX_UNITS`."""
+    """Positions of local minima, those with few bytes first, as many as make `MAX_UNITS`.
+
+    A tier of equal bytes that has no room is thinned evenly, so that units stay alike, unless those
+    before it fill half of the room already: what it adds would leave them less alike.
+    """
     legal = [i for i in range(len(nodes) - 1) if not is_getitem(nodes[i + 1]) and i not in whole]
     minima: list[int] = []
     start = 0
@@ -143,9 +147,9 @@ def _good_cuts(nodes: list[fx.Node], crossing: list[int], whole: Collection[int]
     for level in sorted({crossing[i] for i in best.values()}):
         tier = [i for i in sorted(best.values()) if crossing[i] == level]
         room = MAX_UNITS - 1 - len(chosen)
-        if chosen and len(tier) > room:
+        if len(tier) > room and len(chosen) >= MAX_UNITS // 2:
             break
-        chosen += tier[:: -(-len(tier) // room)]  # every other one, say: units stay alike
+        chosen += tier[:: -(-len(tier) // room)]  # every other one, say
     return sorted(chosen)
 
 

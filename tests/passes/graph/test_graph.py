@@ -259,6 +259,35 @@ def test_many_layers_make_no_more_units_than_the_limit_and_alike(
     assert max(sizes) <= 1.5 * min(sizes)
 
 
+class Waist(models.Residual):
+    """Many alike layers, and one place where less crosses than anywhere else."""
+
+    def __init__(self, layers: int, place: int) -> None:
+        super().__init__(layers)
+        self.place = place
+        self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.layers):
+            x = self.up(self.down(x)) if i == self.place else x
+            x = x + layer(x).tanh()
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("limit", [9, 12, 16, 30])
+@pytest.mark.parametrize("place", [1, 17, 39])
+def test_one_cheap_cut_leaves_room_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, place: int, limit: int
+) -> None:
+    """As before the head of a model in bf16, whose residual stream is in fp32."""
+    monkeypatch.setattr(units, "MAX_UNITS", limit)
+    x = torch.zeros(4, 8)
+    skeleton = skeleton_of(Waist(40, place), DEVICE)
+    graph = capture_training(skeleton, batches.flatten(x)[1], None, DEVICE).graph
+    made = units.units_of(graph, locality_of(graph), CPU)
+    assert limit // 2 <= len(made) <= limit
+
+
 def test_a_norm_is_not_split() -> None:
     """Between the mean of squares and the rest of an RMS norm little crosses, yet more than
     after the residual sum before it."""
