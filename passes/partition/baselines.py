@@ -111,6 +111,21 @@ def solve_all_or_nothing(problem: Problem) -> Solution:
     return solution_of(problem, _stages(line, cuts), option, "all-or-nothing")
 
 
+def numbered(problem: Problem) -> Problem:
+    """The same with ranks numbered in the order of their first stages: stage s on rank s where
+    each has its own, as all that goes from stage to stage takes for granted."""
+    ranks = tuple(dict.fromkeys(problem.homes))
+    if ranks == tuple(range(problem.n_ranks)):
+        return problem
+    return replace(
+        problem,
+        homes=tuple(ranks.index(home) for home in problem.homes),
+        together_in_flight=tuple(problem.together_in_flight[rank] for rank in ranks),
+        budget_bytes=tuple(problem.budget_bytes[rank] for rank in ranks),
+        reserve_bytes=tuple(problem.reserve_bytes[rank] for rank in ranks),
+    )
+
+
 def apart(problem: Problem) -> Problem:
     """The same units with a rank for each stage: what fits there fits where ranks hold several.
 
@@ -119,7 +134,7 @@ def apart(problem: Problem) -> Problem:
     one more for weights, and the slowest stage stands for the slowest rank.
     """
     if not problem.shares_ranks:
-        return problem
+        return numbered(problem)
     budgets = [math.inf] * problem.n_stages
     for rank, stages in enumerate(problem.placement):
         room = problem.budget_bytes[rank] - problem.reserve_bytes[rank]

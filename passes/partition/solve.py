@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from ...compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from ...compiler.ir.problem import Problem, Solution, fits, solution_of
 from . import dominance, ideals, ilp
-from .baselines import PROVEN_GAP, apart, largest_stage_s, solve_dynamic
+from .baselines import PROVEN_GAP, apart, largest_stage_s, numbered, solve_dynamic
 from .excess import excess_bytes, infeasible
 from .presolve import Reduced, reduce
 from .solvers import GAP, SolverError
@@ -46,7 +46,7 @@ def solve(problem: Problem, *, time_limit_s: float = 30.0, solver: str = "auto")
     """
     if solver not in SOLVERS:
         raise OptionError(f"solver={solver!r}: use one of {', '.join(SOLVERS)}")
-    reduced = dominance.contract(reduce(problem))
+    reduced = dominance.contract(reduce(numbered(problem)))
     search = _Search(problem, reduced, solver, time.perf_counter(), time_limit_s)
     search.contiguous()
     if solver == "auto":

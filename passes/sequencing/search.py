@@ -19,13 +19,17 @@ from .refill import refilled
 from .timing import Span, is_best, times_of
 
 EFFORT = 2_000_000  # steps that are simulated, about
-MOST = 200  # orders that are looked at, however short they are
+MOST = 400  # orders that are looked at, however short they are
 LEAST = 4  # orders that are looked at, however long they are
 TRIES = 200  # to make one of them better
-POLISHED = 6  # of the best
+POLISHED = 4  # of the best of a family
 WAITS = (0.0, 0.5, 0.25)
 WARMS = (0.1, 0.5, 0.25, 0.0, 0.75, 1.0)
 SLACKS = (0.0, 1.0, 0.5, 0.25, 0.75, 0.9)
+PARTS = 4  # of the ranks: sizes of rounds
+
+Preference = tuple[Key, Key, int | None]
+"""Of a policy: which F and which B come first, and rounds."""
 
 
 def best_order(
@@ -46,22 +50,24 @@ def best_order(
     """
     check_limits(problem)
     count = min(MOST, max(LEAST, effort // (3 * problem.steps)))
-    refills = _refills(problem, chain(orders, given))
-    policies = (greedy(problem, policy) for policy in _ranked(problem, effort // 3))
     fitting = (order for order in given if problem.fits(order))
-    found: list[tuple[Span, Order]] = []
-    for order in chain(fitting, islice(_in_turn(refills, policies), count)):
+    families = [
+        _refills(problem, chain(orders, given)),
+        *(
+            (greedy(problem, policy) for policy in _ranked(problem, prefers, effort // 3))
+            for prefers in _families(problem)
+        ),
+    ]
+    tried = chain(((0, order) for order in fitting), islice(_in_turn(families), count))
+    found: list[dict[Order, Span]] = [{} for _ in families]
+    for family, order in tried:
         if order is not None and (times := times_of(problem, order)) is not None:
-            found.append((times.span, order))
+            found[family][order] = times.span
             if is_best(problem, times.span):
                 return order
-    best = sorted(found, key=_span)[:POLISHED]
+    best = [order for spans in found for order in sorted(spans, key=spans.__getitem__)[:POLISHED]]
     tries = min(TRIES, effort // (3 * problem.steps * len(best)))
-    return min((polished(problem, order, tries) for _, order in best), key=_span)[1]
-
-
-def _span(found: tuple[Span, Order]) -> Span:
-    return found[0]
+    return min((polished(problem, order, tries) for order in best), key=lambda pair: pair[0])[1]
 
 
 def check_limits(problem: Problem) -> None:
@@ -75,10 +81,10 @@ def check_limits(problem: Problem) -> None:
             )
 
 
-def _in_turn(*families: Iterator[Order | None]) -> Iterator[Order | None]:
-    """One of each."""
+def _in_turn(families: Sequence[Iterator[Order | None]]) -> Iterator[tuple[int, Order | None]]:
+    """One of each, with the number of its family."""
     for batch in zip_longest(*families):
-        yield from batch
+        yield from enumerate(batch)
 
 
 def _refills(problem: Problem, orders: Iterable[Order]) -> Iterator[Order | None]:
@@ -90,27 +96,39 @@ def _refills(problem: Problem, orders: Iterable[Order]) -> Iterator[Order | None
         yield from (refilled(problem, order, slack) for order in kept)
 
 
-def _ranked(problem: Problem, effort: int) -> Iterator[Policy]:
+def _ranked(problem: Problem, prefers: Sequence[Preference], effort: int) -> Iterator[Policy]:
     """The policies; where there are many microbatches, first those that are good with fewer."""
     few = replace(problem, microbatches=min(problem.microbatches, 3 * len(problem.placement)))
     if few == problem:
-        return _policies(problem)
+        return _policies(prefers)
     spans = []
-    for policy in islice(_policies(few), max(LEAST, effort // few.steps)):
+    for policy in islice(_policies(prefers), max(LEAST, effort // few.steps)):
         order = greedy(few, policy)
         if order is not None and (times := times_of(few, order)) is not None:
             spans.append((times.span, policy))
     return iter([policy for _, policy in sorted(spans, key=lambda pair: pair[0])])
 
 
-def _policies(problem: Problem) -> Iterator[Policy]:
-    keys: list[tuple[Key, Key]] = [(_deep, _deep)]
-    if len(problem.placement) < problem.n_stages:
-        turns = _turns(problem)
-        keys = [(_deep, _deep), (turns[0], turns[1]), (_deep, turns[1]), (turns[0], _deep)]
+def _policies(prefers: Sequence[Preference]) -> Iterator[Policy]:
     for slack, waits, warms in product(SLACKS, WAITS, WARMS):
-        for forward, backward in keys:
-            yield Policy(forward, backward, warms, waits, slack)
+        for forward, backward, size in prefers:
+            yield Policy(forward, backward, warms, waits, slack, size)
+
+
+def _families(problem: Problem) -> list[list[Preference]]:
+    """What policies prefer; of each family the best orders are polished, as what can be made of
+    one does not show before."""
+    if len(problem.placement) == problem.n_stages:
+        return [[(_deep, _deep, None)]]
+    forward, backward = _turns(problem)
+    free: list[Preference] = [(a, b, None) for a, b in product((_deep, forward), (_deep, backward))]
+    return [free, [(_deep, _deep, size) for size in _rounds(problem)]]
+
+
+def _rounds(problem: Problem) -> list[int]:
+    """Sizes of rounds: as many microbatches as ranks keep all of them busy; fewer take less."""
+    ranks = len(problem.placement)
+    return sorted({-(-ranks * part // PARTS) for part in range(1, PARTS + 1)}, reverse=True)
 
 
 def _deep(stage: int, microbatch: int) -> tuple[float, ...]:

@@ -38,6 +38,15 @@ def test_it_finds_the_best_where_ranks_hold_several_stages(problem: Problem) -> 
 
 
 @settings(max_examples=100, deadline=None)
+@given(problems() | light_problems(), st.data())
+def test_ranks_of_one_stage_may_be_numbered_in_any_order(
+    problem: Problem, data: st.DataObject
+) -> None:
+    homes = tuple(data.draw(st.permutations(range(problem.n_stages))))
+    check_against_all(replace(problem, homes=homes, together_in_flight=()))
+
+
+@settings(max_examples=100, deadline=None)
 @given(shared_problems(), st.data())
 def test_what_fits_stage_by_stage_fits_on_shared_ranks(
     problem: Problem, data: st.DataObject
