@@ -28,13 +28,15 @@ from ..units.menus import options_of
 from ..units.pricing import UnitPrices
 from ..units.stash import bodies_of
 from ..units.units import Unit, units_of
+from ..units.weights import weight_work
 from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
-from .refine import StepModel, refine
+from .refine import StepModel, refine, smoothed
 
 ATTEMPTS = 6
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
+SHARED = 1 / 6  # of the time limit, where ranks hold several stages: the slowest is not all
 CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
 EVEN = "with even stages, as ranks of uneven ones would wait longer"
 CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
@@ -196,6 +198,7 @@ class Planner:
             kind,
             replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
             prices,
+            [weight_work(body, self.device) for body in self.bodies],
             self.device.link_latency_s,
             CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
         )
@@ -231,10 +234,9 @@ class Planner:
         with contextlib.suppress(PartitionError):
             even = solve_dynamic(apart(problem), time_limit_s=QUICK_S)
             found = solution_of(problem, even.stage, even.option, solution.solver)
-            better = model.step_s(found.stage, found.option) < model.step_s(
-                solution.stage, solution.option
-            )
-            if better and fits(problem, found):
+            found = smoothed(problem, found)
+            steps_s = [model.searched_s(x.stage, x.option) for x in (found, solution)]
+            if steps_s[0] < steps_s[1] and fits(problem, found):
                 bound = min(solution.bound, found.objective)
                 return replace(found, bound=bound, seconds=solution.seconds, note=EVEN)
         return solution
@@ -259,6 +261,8 @@ class Planner:
     def _solution(self, problem: Problem, limit_s: float) -> Solution:
         options = self.options
         limit_s = min(limit_s, options.time_limit_s)
+        if problem.shares_ranks:
+            limit_s = min(limit_s, SHARED * options.time_limit_s)
         try:
             return solve(problem, time_limit_s=limit_s, solver=options.solver)
         except MemoryBudgetError:

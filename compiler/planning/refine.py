@@ -7,26 +7,28 @@ and what stages that are not alike wait for.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
 from ...passes.schedule.load import linked, timed
 from ...passes.schedule.registry import ScheduleKind
-from ...passes.schedule.simulate import simulate
+from ...passes.schedule.simulate import Timeline, simulate
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.problem import Problem, Solution, fits, solution_of
 from ..units.pricing import UnitPrices
+from ..units.weights import WeightWork
 
 LIMIT_S = 3.0  # for the search
 LEAST_GAIN = 1e-3  # of the step: less is not worth another division
 LEAST_S = 2e-4  # nor is less than launching some kernels takes, which no price knows
-WEIGHTS = 0.5  # of a backward: products for weights are as large as those for inputs
-CARRIED = 0.5  # of what a microbatch keeps: the inputs of products, for weights
 FEW = 4  # microbatches per stage that are simulated; more repeat them
 
 
@@ -35,7 +37,7 @@ class StepModel:
     """A step from a solution, without its programs.
 
     Attributes:
-        prices: of the problem's units.
+        prices, weights: of the problem's units.
         latency_s: of a message.
         closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
     """
@@ -44,6 +46,7 @@ class StepModel:
     kind: ScheduleKind
     shape: PipelineShape
     prices: Sequence[UnitPrices]
+    weights: Sequence[WeightWork]
     latency_s: float = 0.0
     closing_s_per_byte: float = 0.0
 
@@ -60,33 +63,43 @@ class StepModel:
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
         compute_s = self._compute_s(stage, option)
-        timeline = simulate(self._schedule, compute_s, self._transfer_s(stage))
-        rest = self.shape.microbatches - self.few.microbatches
-        busy = max(timeline.busy_s(rank) for rank in range(self.few.ranks))
-        return timeline.step_s + rest * busy / self.few.microbatches + self._closing_s(stage)
+        return self._whole_s(simulate(self._schedule, compute_s, self._transfer_s(stage)), stage)
 
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
-        """The same with the order that is found for just these stages."""
+        """The same with the order that is found for just these stages, if orders are searched."""
+        if not self.kind.searches:
+            return self.step_s(stage, option)
         compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
         stash = self.problem.stages_stash(stage, option)
-        carry = [CARRIED * each for each in stash]
-        costs = StageCosts.of(compute_s, transfer_s, stash, carry)
-        costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
+        costs = StageCosts.of(compute_s, transfer_s, stash, self._carry_bytes(stage))
+        if self.kind.takes_limit:
+            costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
-        timeline = timed(schedule, self.few, compute_s, transfer_s)
-        return timeline.step_s + self._closing_s(stage)
+        return self._whole_s(timed(schedule, self.few, compute_s, transfer_s), stage)
+
+    def _whole_s(self, few: Timeline, stage: Sequence[int]) -> float:
+        """Of all microbatches, from some."""
+        rest = self.shape.microbatches - self.few.microbatches
+        busy = max(few.busy_s(rank) for rank in range(self.few.ranks))
+        return few.step_s + rest * busy / self.few.microbatches + self._closing_s(stage)
 
     def _compute_s(
         self, stage: Sequence[int], option: Sequence[int]
     ) -> dict[tuple[int, Kind], float]:
         found: dict[tuple[int, Kind], float] = defaultdict(float)
-        for price, s, k in zip(self.prices, stage, option, strict=True):
+        for price, work, s, k in zip(self.prices, self.weights, stage, option, strict=True):
             forward, backward, again = price.of(k)
-            weights = WEIGHTS * backward if self.shape.splits[s] else 0.0
+            weights = work.part * backward if self.shape.splits[s] else 0.0
             found[s, Kind.F] += forward
             found[s, Kind.B] += backward - weights + again
             found[s, Kind.W] += weights
         return {(s, kind): found[s, kind] for s in range(self.shape.n_stages) for kind in Kind}
+
+    def _carry_bytes(self, stage: Sequence[int]) -> list[float]:
+        found = [0.0] * self.shape.n_stages
+        for work, s in zip(self.weights, stage, strict=True):
+            found[s] += work.carry_bytes if self.shape.splits[s] else 0.0
+        return found
 
     def _transfer_s(self, stage: Sequence[int]) -> dict[tuple[int, int], float]:
         found: dict[tuple[int, int], float] = defaultdict(lambda: self.latency_s)
@@ -133,6 +146,38 @@ def refine(
     saved = 1 - best_s / before if before else 0.0
     worth = saved > LEAST_GAIN and before - best_s > LEAST_S
     return (best, saved) if worth else (solution, 0.0)
+
+
+def smoothed(problem: Problem, solution: Solution) -> Solution:
+    """Other runs of units with the same options, whose stages are as alike as they can be.
+
+    The slowest stage decides about a division; how even the others are, nothing does. The sum of
+    squares is made the least that it can be with no stage slower than the slowest was, by dynamic
+    programming; where pins, groups or memory forbid that, the solution stays.
+    """
+    n, fewest = problem.n_units, problem.min_units
+    pairs = zip(problem.options, solution.option, strict=True)
+    done = np.cumsum([0.0, *(menu[k].seconds for menu, k in pairs)])
+    run_s = done - done[:, None]  # [i, j]: units i to j − 1
+    index = np.arange(n + 1)
+    most_s = max(
+        sum(done[u + 1] - done[u] for u in range(n) if solution.stage[u] == s)
+        for s in range(problem.n_stages)
+    )
+    allowed = (index - index[:, None] >= fewest) & (run_s <= most_s * (1 + 1e-9))
+    squares = np.where(allowed, run_s**2, math.inf)
+    least = np.where(index == 0, 0.0, math.inf)
+    starts = []
+    for _ in range(problem.n_stages):
+        sums = least[:, None] + squares
+        starts.append(sums.argmin(axis=0))
+        least = sums.min(axis=0)
+    stage, end = [0] * n, n
+    for s in reversed(range(problem.n_stages)):
+        start = int(starts[s][end])
+        stage[start:end] = [s] * (end - start)
+        end = start
+    return _legal(problem, stage, solution.option, solution) or solution
 
 
 def _legal(

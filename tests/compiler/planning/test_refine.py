@@ -5,14 +5,29 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipecompile.compiler.capture import batch as batches
+from pipecompile.compiler.capture.capture import capture_training
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.cost import node_cost
+from pipecompile.compiler.costs.hardware import H100
+from pipecompile.compiler.costs.memory import stage_holds
+from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.errors import PartitionError
-from pipecompile.compiler.ir.problem import Option, Problem, Value, fits, validate
-from pipecompile.compiler.planning.refine import LEAST_GAIN, StepModel, refine
+from pipecompile.compiler.ir.locality import locality_of
+from pipecompile.compiler.ir.problem import Option, Problem, Value, fits, solution_of, validate
+from pipecompile.compiler.planning.refine import LEAST_GAIN, StepModel, refine, smoothed
 from pipecompile.compiler.units.pricing import UnitPrices
+from pipecompile.compiler.units.stash import bodies_of
+from pipecompile.compiler.units.units import units_of
+from pipecompile.compiler.units.weights import WeightWork, weight_work
+from pipecompile.passes.graph.placement import place
 from pipecompile.passes.partition.solve import solve
+from pipecompile.passes.programs.lower import lower
 from pipecompile.passes.schedule.registry import SCHEDULES
+from support import models
 
 
 def model_of(
@@ -46,7 +61,7 @@ def model_of(
         min_units=1,
     )
     prices = [UnitPrices(s, 2 * s, (0.0,)) for s in seconds]
-    return StepModel(problem, kind, shape, prices)
+    return StepModel(problem, kind, shape, prices, [WeightWork(0.5, 1)] * len(prices))
 
 
 SECONDS = st.lists(st.integers(1, 9).map(float), min_size=4, max_size=9)
@@ -103,3 +118,56 @@ def test_many_microbatches_are_told_from_few() -> None:
     model = model_of([1.0] * 4, [0.0] * 3, 4, 200)
     assert model.few.microbatches == 16
     assert model.step_s((0, 1, 2, 3), (0,) * 4) == pytest.approx(3.0 * (200 + 3))
+
+
+def test_stages_become_alike_where_the_slowest_leaves_it_open() -> None:
+    model = model_of([1.0] * 8, [0.0] * 7, 4, 16)
+    uneven = solution_of(model.problem, (0, 1, 1, 1, 1, 2, 2, 3), (0,) * 8, "")
+    found = smoothed(model.problem, uneven)
+    assert model.problem.stages_s(found.stage, found.option) == (6.0,) * 4
+    validate(model.problem, found.stage, found.option)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SECONDS, st.integers(2, 4), st.sampled_from([math.inf, 30.0, 12.0]), st.data())
+def test_smoothing_keeps_the_slowest_stage_and_what_is_legal(
+    seconds: list[float], ranks: int, budget: float, data: st.DataObject
+) -> None:
+    model = model_of(seconds, [0.0] * (len(seconds) - 1), ranks, 8, budget=budget)
+    cuts = data.draw(
+        st.lists(st.integers(0, ranks - 1), min_size=len(seconds), max_size=len(seconds))
+    )
+    try:
+        given_ = solution_of(model.problem, sorted(cuts), (0,) * len(seconds), "")
+    except PartitionError:
+        return
+    found = smoothed(model.problem, given_)
+    validate(model.problem, found.stage, found.option)
+    assert found is given_ or fits(model.problem, found)
+    slowest = [max(model.problem.stages_s(x.stage, x.option)) for x in (given_, found)]
+    assert slowest[1] <= slowest[0] * (1 + 1e-9) or math.isfinite(budget)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_units_say_of_w_is_that_of_their_programs(name: str) -> None:
+    """What W reads and how long it takes, of every stage that sends gradients on; nearly, as units
+    of a stage share what they read."""
+    device = torch.device("cpu")
+    model = models.MODELS[name][0]()
+    skeleton, spec = skeleton_of(model, device), batches.flatten(models.tokens(2))[1]
+    graph = capture_training(skeleton, spec, None, device).graph
+    locality = locality_of(graph)
+    units = units_of(graph, locality, H100)
+    bodies, _ = bodies_of(graph, locality, units)
+    home = [3 * body.unit.index // len(units) for body in bodies]
+    placed = place(graph, locality, {n: home[b.unit.index] for b in bodies for n in b.forward})
+    program = lower(graph, locality, placed.stage, 3, split_backward=True)
+    work = [weight_work(body, H100) for body in bodies]
+    for s in (1, 2):
+        mine = [i for i in range(len(units)) if home[i] == s]
+        carried = sum(work[i].carry_bytes for i in mine)
+        assert carried == pytest.approx(stage_holds(program, s)[Kind.B], rel=0.15)
+        weight = [n for n in placed.stage if n.name in program.weight_nodes]
+        took = sum(node_cost(n, H100).seconds for n in weight if placed.stage[n] == s)
+        said = sum(work[i].part * units[i].backward.seconds for i in mine)
+        assert said == pytest.approx(took, rel=0.15)

@@ -144,8 +144,8 @@ def test_the_search_is_never_worse_than_simple_schedules(
 
 @pytest.mark.parametrize("size", [1.0, 1.3])
 def test_uneven_stages_in_the_memory_of_1f1b(size: float) -> None:
-    """GPT-2 on 4 ranks with 3 stages each, where interleaved does not fit: what younger microbatches
-    take early on is not there for the oldest one's last stages."""
+    """GPT-2 on 4 ranks with 3 stages each. Where interleaved does not fit, what younger ones take
+    early on is not there for the last stages of the oldest one."""
     forward = (1.5, 0.8, 1.4, 2.2, 2.2, 3.0, 3.6, 2.2, 3.0, 3.6, 3.0, 2.9)
     backward = tuple(1.4 * each for each in forward)
     stash = (0.97, 0.37, 0.97, 1.34, 1.34, 1.71, 2.30, 1.34, 1.71, 2.30, 1.73, 1.55)
