@@ -125,8 +125,7 @@ class BatchLoss:
         losses = []
         for shares in sums.runs:
             for rank, job in jobs.items():
-                device = self._world.endpoints[rank].device
-                given = [torch.tensor(share, device=device) for share in shares]
+                given = self._arguments(rank, shares)
                 job.shares, job.losses = [given] * len(job.sizes), []
             run()
             here = {mesh.replica_of(rank): job.losses for rank, job in jobs.items() if job.losses}
@@ -153,9 +152,15 @@ class BatchLoss:
         return weights
 
     def _tell(self, job: Job, weights: Weights, rank: int, replica: int) -> None:
-        device, shares = self._world.endpoints[rank].device, weights.shares[replica]
         job.weights = weights.tangents[replica]
-        job.shares = [[torch.tensor(x, device=device) for x in each] for each in shares]
+        job.shares = [self._arguments(rank, each) for each in weights.shares[replica]]
+
+    def _arguments(self, rank: int, shares: Sequence[float]) -> list[torch.Tensor]:
+        """What terms are multiplied by, as exact as the loss, and no less than float32 is."""
+        loss_dtype = self._program.loss_dtype
+        dtype = torch.promote_types(loss_dtype or torch.float32, torch.float32)
+        device = self._world.endpoints[rank].device
+        return [torch.tensor(share, dtype=dtype, device=device) for share in shares]
 
     def _gathered(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
         """Per replica and microbatch; the ranks of the loss's stage count."""

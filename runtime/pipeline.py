@@ -270,7 +270,12 @@ class Pipeline(Stored):
         gather = world.agreement.gather
         with world.guard(), self._recording.range("evaluate"):
             if not is_loader(data):
-                session, ready, jobs = self._prepare(Mode.EVALUATE, data)
+                try:
+                    session, ready, jobs = self._prepare(Mode.EVALUATE, data)
+                except (BatchError, CaptureError) as error:
+                    if isinstance(data, (list, tuple)):
+                        error.add_note("a list is one batch: iter(...) of it gives several")
+                    raise
                 return session.evaluated(ready, jobs)
             world.agreement.check_call("evaluate a loader")
             shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)

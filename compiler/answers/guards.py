@@ -194,7 +194,7 @@ def unlike(where: str, first: tuple[str, str], second: tuple[str, str]) -> str:
         f"forward decides by the values of the batch {where}, where {heard}; all microbatches "
         "of a step run one program: put rows into a batch that agree here (sorted by length, or "
         "padded alike), use fewer microbatches= or replicas, or keep it a tensor and choose with "
-        "torch.where"
+        "torch.where (a mean over chosen elements is (x * mask).sum() / mask.sum())"
     )
 
 

@@ -100,9 +100,11 @@ def explain(
             f"{model} does not take the batch {given}: module {module or '(the model itself)'!r} "
             f"refuses a dtype ({first_line}): convert that leaf with .to()"
         )
+    what = f"{kind}: {first_line}"
+    why = f"{what}; {advice}" if advice is _OTHERWISE else f"{advice} ({what})"
     return CaptureError(
         f"{model} cannot be captured: in module {module or '(the model itself)'!r}, "
-        f"{line or _user_line(chain)}: {advice} ({kind}: {first_line})",
+        f"{line or _user_line(chain)}: {why}",
         module,
     )
 

@@ -35,6 +35,8 @@ class Device:
         link_bytes_per_s: bandwidth of one direction to the next stage.
         link_latency_s: seconds of a message of no bytes.
         launch_s: seconds that one operator costs however small it is.
+        send_share: of the seconds of a message, those in which its sender computes nothing: 0 where
+            the device has engines for it, and where it was not measured.
     """
 
     name: str
@@ -44,14 +46,20 @@ class Device:
     link_bytes_per_s: float
     link_latency_s: float
     launch_s: float
+    send_share: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of a dtype; a dtype without a figure computes as float32."""
         return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
 
-    def with_link(self, bytes_per_s: float, latency_s: float) -> Device:
+    def with_link(
+        self, bytes_per_s: float, latency_s: float, send_share: float | None = None
+    ) -> Device:
         """The same device on another link (one direction)."""
-        return replace(self, link_bytes_per_s=bytes_per_s, link_latency_s=latency_s)
+        share = self.send_share if send_share is None else send_share
+        return replace(
+            self, link_bytes_per_s=bytes_per_s, link_latency_s=latency_s, send_share=share
+        )
 
     def with_tf32(self) -> Device:
         """The same device with float32 products in TF32, where it has it."""
@@ -190,7 +198,7 @@ def _from_json(path: Path) -> Device:
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"device file {path}: unknown field {name!r}: {hint}")
     for name in known:
-        if name not in given:
+        if name not in given and name != "send_share":
             raise OptionError(f"device file {path}: field {name!r} is missing")
     rates = given["flops_per_s"]
     if not isinstance(rates, dict) or "float32" not in rates:
@@ -199,7 +207,7 @@ def _from_json(path: Path) -> Device:
         )
     numbers = {k: v for k, v in given.items() if k not in ("name", "flops_per_s")}
     for name, value in (numbers | {f"flops_per_s[{k!r}]": v for k, v in rates.items()}).items():
-        may_be_zero = name in ("link_latency_s", "launch_s")
+        may_be_zero = name in ("link_latency_s", "launch_s", "send_share")
         if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
             least = "of 0 or more" if may_be_zero else "above 0"
             raise OptionError(f"device file {path}: {name}={value!r} must be a number {least}")

@@ -86,6 +86,11 @@ class Timing:
             for m in self.program.messages
         }
 
+    def send_s(self) -> dict[tuple[int, int], float]:
+        """Of a message from one stage to another: in which its sender computes nothing."""
+        share = self.rates.send_share
+        return {ends: share * seconds for ends, seconds in self.transfer_s().items()}
+
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """What replicas exchange during each program runs beside it: the longer one counts.
 

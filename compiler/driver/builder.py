@@ -18,6 +18,7 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.footprint import Footprint
+from ..general.lookups import check_lookups
 from ..ir.errors import (
     BatchError,
     CaptureError,
@@ -283,6 +284,7 @@ class Builder:
             recorder.records += inner
             graph = captured.graph
             verify_graph(graph)
+            check_lookups(graph, str(spec))
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join(filter(None, (counts, how, *captured.notes)))
             outcome.texts[".py"] = graph.text

@@ -59,6 +59,7 @@ class Summary:
             self.timing.transfer_s(),
             self.closing_s,
             held_bytes,
+            send_s=self.timing.send_s(),
         )
 
     def plan(

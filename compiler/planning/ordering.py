@@ -123,4 +123,5 @@ class Ordering:
         return self.budget_bytes - max(each.peak_bytes for each in self.peaks(schedule))
 
     def _step_s(self, schedule: Schedule, costs: StageCosts) -> float:
-        return timed(schedule, self.shape, self._compute_s, costs.transfer_s).step_s
+        send_s = self.timing.send_s()
+        return timed(schedule, self.shape, self._compute_s, costs.transfer_s, send_s).step_s

@@ -200,6 +200,7 @@ class Planner:
             prices,
             [weight_work(body, self.device) for body in self.bodies],
             self.device.link_latency_s,
+            self.device.send_share,
             CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
         )
         solution = self._evener(problem, model, solution)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -39,6 +39,7 @@ class StepModel:
     Attributes:
         prices, weights: of the problem's units.
         latency_s: of a message.
+        send_share: of a message's seconds, as `Device` has it.
         closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
     """
 
@@ -48,6 +49,7 @@ class StepModel:
     prices: Sequence[UnitPrices]
     weights: Sequence[WeightWork]
     latency_s: float = 0.0
+    send_share: float = 0.0
     closing_s_per_byte: float = 0.0
 
     @cached_property
@@ -62,8 +64,9 @@ class StepModel:
 
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
-        compute_s = self._compute_s(stage, option)
-        return self._whole_s(simulate(self._schedule, compute_s, self._transfer_s(stage)), stage)
+        compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
+        send_s = self._send_s(transfer_s)
+        return self._whole_s(simulate(self._schedule, compute_s, transfer_s, send_s=send_s), stage)
 
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """The same with the order that is found for just these stages, if orders are searched."""
@@ -75,7 +78,8 @@ class StepModel:
         if self.kind.takes_limit:
             costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
-        return self._whole_s(timed(schedule, self.few, compute_s, transfer_s), stage)
+        send_s = self._send_s(transfer_s)
+        return self._whole_s(timed(schedule, self.few, compute_s, transfer_s, send_s), stage)
 
     def _whole_s(self, few: Timeline, stage: Sequence[int]) -> float:
         """Of all microbatches, from some."""
@@ -108,6 +112,9 @@ class StepModel:
             for s in {stage[reader] for reader in value.readers} - {source}:
                 found[source, s] += value.receive_s
         return dict(found)
+
+    def _send_s(self, transfer_s: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+        return {ends: self.send_share * seconds for ends, seconds in transfer_s.items()}
 
     def _closing_s(self, stage: Sequence[int]) -> float:
         held = [0.0] * self.problem.n_ranks

@@ -113,7 +113,9 @@ def resimulated(
         for row in subject.timeline.ranks
         for interval in row
     }
-    return simulate(_schedule(subject, m), compute_s, transfer_s, subject.timeline.closing_s)
+    send_s = {ends: device.send_share * seconds for ends, seconds in transfer_s.items()}
+    closing_s = subject.timeline.closing_s
+    return simulate(_schedule(subject, m), compute_s, transfer_s, closing_s, send_s=send_s)
 
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:

@@ -10,7 +10,7 @@ from ...passes.schedule.communication import add_communication
 from ...passes.schedule.simulate import simulate
 from ..ir.actions import RECV, SEND, Action, Kind, Phase, Schedule
 from ..ir.program import Message
-from .trace import Lane, Span, Trace
+from .trace import Lane, Origin, Span, Trace
 
 
 def compute_seconds(trace: Trace) -> dict[tuple[int, Kind], float]:
@@ -87,8 +87,8 @@ def closing_seconds(trace: Trace) -> float:
 
 
 def resimulated_bubble(planned: Trace, measured: Trace) -> float:
-    """The bubble of a planned trace's schedule and transfers, were each computation as long as it
-    was measured; the median over steps and replicas.
+    """The bubble of a planned trace's schedule and transfers, were each computation, and each send
+    for its rank, as long as it was measured; the median over steps and replicas.
 
     The simulator knows one duration per stage and kind: to it, the microbatches of a stage are
     stages of their own, as all messages are between computations of one microbatch.
@@ -102,14 +102,24 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
             assert apart.peer is not None
             transfer_s[apart.stage, apart.peer] = span.seconds
     schedule = tuple(tuple(_apart(a, m) for a in row) for row in _schedule(planned))
+    happened = measured.header.origin != Origin.PLANNED  # there, spans of sends are their way
     found = []
-    for _, spans in _by_step(measured, Lane.COMPUTE):
-        replicas: dict[int, dict[tuple[int, Kind], float]] = defaultdict(dict)
+    for spans in _steps(measured, measured.spans).values():
+        computed: dict[int, dict[tuple[int, Kind], float]] = defaultdict(dict)
+        sent_s: dict[int, dict[tuple[int, int], float]] = defaultdict(dict)
         for span in spans:
-            if (action := span.action) is not None:
-                key = _apart(action, m).stage, action.kind
-                replicas[span.rank // pp][key] = span.seconds
-        found += [simulate(schedule, each, transfer_s).bubble for each in replicas.values()]
+            action, replica = span.action, span.rank // pp
+            if action is None or action.microbatch is None:
+                continue
+            apart = _apart(action, m)
+            if span.lane is Lane.COMPUTE:
+                computed[replica][apart.stage, action.kind] = span.seconds
+            elif happened and action.kind in SEND.values() and apart.peer is not None:
+                sent_s[replica][apart.stage, apart.peer] = span.seconds
+        found += [
+            simulate(schedule, each, transfer_s, send_s=sent_s[replica]).bubble
+            for replica, each in computed.items()
+        ]
     return median(found)
 
 

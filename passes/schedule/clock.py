@@ -64,7 +64,7 @@ class Run:
 
     Attributes:
         start_s, end_s: per rank and action; shorter for a rank that got stuck. What does not
-            compute takes no time.
+            compute takes no time, unless sends are said to.
         links: (from rank, to rank) -> its messages.
     """
 
@@ -79,14 +79,16 @@ def run(
     compute_s: Mapping[tuple[int, Kind], float] | None = None,
     transfer_s: Mapping[tuple[int, int], float] | None = None,
     rendezvous: bool = True,
+    send_s: Mapping[tuple[int, int], float] | None = None,
 ) -> Run:
     """Every rank as far as it gets.
 
     Args:
         compute_s: seconds of (stage, kind); where it is left out, each takes one.
         transfer_s: seconds of a message from one stage to another; 0 where not given.
+        send_s: those of them in which its sender computes nothing; the same.
     """
-    return _Clock(schedule, compute_s, transfer_s or {}, rendezvous).run()
+    return _Clock(schedule, compute_s, transfer_s or {}, rendezvous, send_s or {}).run()
 
 
 class _Clock:
@@ -96,9 +98,10 @@ class _Clock:
         compute_s: Mapping[tuple[int, Kind], float] | None,
         transfer_s: Mapping[tuple[int, int], float],
         rendezvous: bool,
+        send_s: Mapping[tuple[int, int], float],
     ):
         self.schedule, self.homes = schedule, homes_of(schedule)
-        self.compute_s, self.transfer_s = compute_s, transfer_s
+        self.compute_s, self.transfer_s, self.send_s = compute_s, transfer_s, send_s
         self.rendezvous = rendezvous
         self.start_s: tuple[list[float], ...] = tuple([] for _ in schedule)
         self.end_s: tuple[list[float], ...] = tuple([] for _ in schedule)
@@ -139,6 +142,9 @@ class _Clock:
                 end = self.free_s[rank] = start + seconds
             elif kind in MAKES or kind in READS:
                 posted = self._post(rank, action, start)
+                if action.peer is not None and self.send_s and kind in MAKES:
+                    took = self.send_s.get((action.stage, action.peer), 0.0)
+                    end = self.free_s[rank] = start + took
                 while posted is not None and posted.waiting:
                     other = posted.waiting.pop()
                     del self.stuck[other]

@@ -55,9 +55,10 @@ def timed(
     shape: PipelineShape,
     compute_s: Mapping[tuple[int, Kind], float],
     transfer_s: Mapping[tuple[int, int], float],
+    send_s: Mapping[tuple[int, int], float] | None = None,
 ) -> Timeline:
     """Compute actions in time, where each stage waits for its neighbours alone."""
-    return simulate(linked(schedule, shape), compute_s, transfer_s)
+    return simulate(linked(schedule, shape), compute_s, transfer_s, send_s=send_s)
 
 
 def linked(schedule: Schedule, shape: PipelineShape) -> Schedule:

@@ -1,8 +1,9 @@
 """Runs a schedule against costs: when every action starts and ends, and who waits for whom.
 
 A receive is complete at the sender's end + transfer time; transfers do not occupy the compute
-stream; the makespan is max over ranks of (last end − first start). A step is over when every
-rank has closed it: gradients reduced, optimizer run.
+stream, but for what a device without engines of its own for that spends on sending; the makespan
+is max over ranks of (last end − first start). A step is over when every rank has closed it:
+gradients reduced, optimizer run.
 
 That is the time of a link that takes any number of messages at once, from receives that were posted
 long ago. With `rendezvous` a message also waits for its receive and for the one before it on its
@@ -97,6 +98,7 @@ def simulate(
     closing_s: Sequence[float] = (),
     held_bytes: Sequence[Sequence[int]] = (),
     rendezvous: bool = False,
+    send_s: Mapping[tuple[int, int], float] | None = None,
 ) -> Timeline:
     """The timeline of one replica.
 
@@ -106,11 +108,12 @@ def simulate(
         closing_s: per rank, seconds after its last action.
         held_bytes: per rank and action, what is held after it.
         rendezvous: messages wait for their receives, and for each other on their link.
+        send_s: of those of a message, in which its sender computes nothing; 0 where not given.
 
     Raises:
         VerificationError: ranks wait for each other for ever.
     """
-    found = run(schedule, compute_s, transfer_s, rendezvous)
+    found = run(schedule, compute_s, transfer_s, rendezvous, send_s)
     if found.stuck:
         raise VerificationError("the schedule deadlocks")
     rows = []

@@ -1,4 +1,5 @@
-"""Measures the link between ranks: what a message of n bytes takes is latency + n / bandwidth."""
+"""Measures the link between ranks: what a message of n bytes takes is latency + n / bandwidth, and
+some of that is the sender's own time."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ REPEATS = 7
 
 def measure_link(
     mesh: Mesh, device: torch.device, transport: Transport, gather: Callable[[Any], list[Any]]
-) -> tuple[float, float]:
-    """Bytes per second of one direction, and seconds of latency; the same on every rank.
+) -> tuple[float, float, float]:
+    """Bytes per second of one direction, seconds of latency, and the part of a message's seconds in
+    which its sender does nothing else; the same on every rank.
 
     Ranks 0 and 1, 2 and 3, ... send messages to and fro, all pairs at once, in the way in which a
     step sends values. Takes well under a second on loopback TCP. A collective: every rank calls it.
@@ -35,32 +37,39 @@ def measure_link(
     assert mesh.size > 1, "one rank has no link"
     peer = mesh.rank ^ 1
     gather(None)  # all start together
-    mine: list[float] = []
+    mine: list[tuple[float, float]] = []
     if peer < mesh.size:
         mine = [_one_way_s(mesh.rank, peer, nbytes, device, transport) for nbytes in SIZES]
     found = [times for times in gather(mine) if times]
-    return fit(SIZES, [median(column) for column in zip(*found, strict=True)])
+    whole_s, sends_s = (
+        [median(times[i][k] for times in found) for i in range(len(SIZES))] for k in (0, 1)
+    )
+    shares = (sends / whole for sends, whole in zip(sends_s, whole_s, strict=True))
+    return *fit(SIZES, whole_s), min(median(shares), 1.0)
 
 
 def _one_way_s(
     rank: int, peer: int, nbytes: int, device: torch.device, transport: Transport
-) -> float:
-    """Half the median time of a message there and another back."""
+) -> tuple[float, float]:
+    """Half the median time of a message there and another back, and the median of what a send
+    takes until it returns."""
     specs = [ValueSpec("probe", (nbytes,), (1,), torch.uint8)]
     probe = [torch.zeros(nbytes, dtype=torch.uint8, device=device)]
-    seconds = []
+    seconds, sends = [], []
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
         for sender in (min(rank, peer), max(rank, peer)):
             if rank == sender:
+                begun = time.perf_counter()
                 transport.send(rank, peer, probe, specs)
+                sends.append(time.perf_counter() - begun)
             else:
                 transport.receive(peer, rank, specs, device).wait()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     transport.flush()
-    return median(seconds[1:]) / 2  # the first opens the connection
+    return median(seconds[1:]) / 2, median(sends[1:])  # the first opens the connection
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

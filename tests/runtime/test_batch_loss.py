@@ -173,6 +173,16 @@ def test_the_loss_is_that_of_the_whole_batch(name: str) -> None:
     assert_close(pipe, pipe.forward_backward(more), whole(model, loss_fn, more))
 
 
+def test_terms_of_a_loss_in_double_precision_are_as_exact() -> None:
+    model, batch = tagger().double(), tagged()
+    pipe = pipecompile.compile(model, 2, microbatches=2, loss_fn=two_terms, optimizer=jobs.SGD)
+    loss, grads = whole(model, two_terms, batch)
+    torch.testing.assert_close(pipe.forward_backward(batch), loss, rtol=1e-14, atol=0)
+    torch.testing.assert_close(pipe.evaluate(batch), loss, rtol=1e-14, atol=0)
+    for name, param in pipe.named_parameters():
+        assert (param.grad - grads[name]).norm() <= 1e-13 * grads[name].norm(), name
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_single_rows_may_be_traced_in_another_way() -> None:
     class OneByOne(Tagger):

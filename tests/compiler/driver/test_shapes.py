@@ -155,6 +155,31 @@ def test_sizes_that_the_model_does_not_take() -> None:
         pipe.compile_for(batch(4, 6, padded=False))
 
 
+class Placed(Masked):
+    """With a table of so many positions, looked up as GPT-2 does."""
+
+    def __init__(self, positions: int = 16) -> None:
+        super().__init__()
+        self.places = nn.Embedding(positions, WIDTH)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        return super().forward(x, mask) + self.places(at).square().mean()
+
+
+def test_tables_of_positions_are_asked_before_anything_runs() -> None:
+    pipe = pipecompile.compile(Placed(), 2, microbatches=1, dynamic={"x": {1: (2, 20)}})
+    with pytest.raises(
+        BatchError, match=r"announces .*x: int64\[4, 20\].*'places' would look up index 19 in .* 16"
+    ):
+        pipe.compile_for(batch(4, 6, padded=False))
+    pipe = pipecompile.compile(Placed(), 2, microbatches=1, optimizer=jobs.SGD)
+    loss = pipe.step(batch(4, 16, padded=False))
+    with pytest.raises(BatchError, match="'places' would look up index 16 in a table of 16"):
+        pipe.step(batch(4, 17, padded=False))
+    assert torch.isfinite(loss)
+
+
 @pytest.mark.parametrize(
     "given", ["on", {"x": 3}, {"x": {0: (1, 2)}}, {"x": {1: (3, 2)}}, {1: {1: (2, 3)}}, 5]
 )

@@ -14,7 +14,7 @@ from pipecompile.runtime.exchange.processes import Processes
 from support.gang import Gang
 
 
-def measured() -> tuple[tuple[float, float], float]:
+def measured() -> tuple[tuple[float, float, float], float]:
     """The figures, and the seconds that measuring took."""
     device = torch.device("cpu")
     mesh = make_mesh(2, 1)
@@ -28,9 +28,10 @@ def measured() -> tuple[tuple[float, float], float]:
 def test_two_processes_agree_on_their_link(gang: Callable[[int], Gang]) -> None:
     (first, seconds), (second, _) = gang(2).run(measured)
     assert first == second
-    bytes_per_s, latency_s = first
+    bytes_per_s, latency_s, send_share = first
     assert 1e7 < bytes_per_s < 1e12
     assert 1e-7 < latency_s < 0.1
+    assert 0 < send_share <= 1
     assert seconds < 5  # most of a second at worst, were the machine quiet
 
 
