@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +15,15 @@ import torch
 from hypothesis import Phase, settings
 from support.gang import Gang
 from support.process import settle
-from support.remembered import remembering
+from support.remembered import FOLDER, remembering
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a second per compile
 os.environ["PIPECOMPILE_CACHE"] = "off"  # no test finds what another one has left
+
+if FOLDER not in os.environ:  # workers of xdist have it, and gangs
+    _remembered = tempfile.TemporaryDirectory(prefix="remembered-")
+    os.environ[FOLDER] = _remembered.name
 
 # A busy machine is no failure. CI draws the same examples every time: chance blames no change.
 settings.register_profile("pipecompile", deadline=None, derandomize="CI" in os.environ)

@@ -52,6 +52,7 @@ def _losses(dp: int, *start: str) -> list[str]:
     return re.findall(r"^(?:step|held-out text).*loss \d+\.\d+$", run.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_example_prints_its_losses() -> None:
     assert len(_losses(1)) == 3  # the first and the last step, and the held-out text
 

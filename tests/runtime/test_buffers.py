@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import jobs, plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 from torch.nn.utils import prune
 
@@ -182,12 +183,24 @@ def assert_same(found: Any, expected: Any) -> None:
     assert plain.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize(("kind", "n_stages"), [*product(KINDS, (1, 2)), ("LateAndEarly", 4)])
+CASES = [*product(KINDS, (1, 2)), ("LateAndEarly", 4)]
+QUICK = [
+    *((kind.__name__, 2) for kind in CLASSES),
+    *((name, 2) for name in ("spectral norm", "weight norm by hooks", "pruned")),
+    ("Replaced", 1),
+    ("LateAndEarly", 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "n_stages"), quickly(QUICK, CASES))
 def test_buffers_are_those_of_one_device(kind: str, n_stages: int) -> None:
     assert_same(in_stages(kind, n_stages), plainly(kind))
 
 
-@pytest.mark.parametrize("kind", ["Replaced", "LateAndEarly", "BothWays", "spectral norm by hooks"])
+@pytest.mark.parametrize(
+    "kind",
+    quickly(["LateAndEarly"], ["Replaced", "LateAndEarly", "BothWays", "spectral norm by hooks"]),
+)
 def test_processes_pass_them_on(gang: Callable[[int], Gang], kind: str) -> None:
     for found in gang(2).run(in_stages, kind, 2):
         assert_same(found, plainly(kind))

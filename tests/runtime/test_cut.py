@@ -74,7 +74,7 @@ CASES = [(s, dp, m) for s in (1, 2, 3) for dp in (1, 2, 3) for m in (1, 2, 3, 4)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize(("n_stages", "dp", "microbatches"), quickly([(3, 2, 2)], CASES))
+@pytest.mark.parametrize(("n_stages", "dp", "microbatches"), quickly([(2, 1, 2)], CASES))
 def test_documents_train_as_on_one_device(n_stages: int, dp: int, microbatches: int) -> None:
     """Some steps have fewer documents than microbatches."""
     batches = [bordered(lengths, seed) for seed, lengths in enumerate(STEPS)]
@@ -85,7 +85,7 @@ def test_documents_train_as_on_one_device(n_stages: int, dp: int, microbatches: 
 
 
 @pytest.mark.parametrize(
-    ("n_stages", "dp", "microbatches"), quickly([(2, 2, 2)], [c for c in CASES if c[0] < 4])
+    ("n_stages", "dp", "microbatches"), quickly([(2, 1, 2)], [c for c in CASES if c[0] < 4])
 )
 def test_a_flattened_llama_trains_as_on_one_device(
     n_stages: int, dp: int, microbatches: int
@@ -112,6 +112,7 @@ def in_processes(n_stages: int, dp: int, microbatches: int, **options: Any) -> A
     return *found, pipe.evaluate(mine[0]), pipe.evaluate(iter(mine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_stages", "dp", "microbatches", "options"),
     quickly(
@@ -159,6 +160,7 @@ def test_documents_do_not_see_each_other(microbatches: int) -> None:
     assert plain.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_compared_too() -> None:
     pipe = own(2, 1, 2, verify=1)
     pipe.step(bordered([4, 3]))
@@ -172,7 +174,8 @@ KNOWN = ["tokens", "elements", "divided", "kept", "sum", "documents", "by docume
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("loss", quickly(["two"], [*KNOWN, "means of documents"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [*KNOWN, "means of documents"])
 def test_means_are_those_of_the_whole_batch(loss: str) -> None:
     """Over tokens or over documents, also in one data set."""
     pipe = own(1, 1, 2, loss)
@@ -189,9 +192,7 @@ def test_means_are_those_of_the_whole_batch(loss: str) -> None:
     torch.testing.assert_close(pipe.evaluate(iter(batches)), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "loss", quickly(["shorter", "root"], ["shorter", "by the end", "root", "product"])
-)
+@pytest.mark.parametrize("loss", quickly(["root"], ["shorter", "by the end", "root", "product"]))
 def test_what_cannot_be_told_is_said(loss: str) -> None:
     with pytest.warns(UserWarning, match=r"cannot be told from its graph.*loss_weight= says"):
         own(1, 1, 2, loss).forward_backward(bordered([3, 4, 2]))
@@ -267,7 +268,7 @@ class Other(Bordered):
         return made | {"other": other[self.what]}
 
 
-@pytest.mark.parametrize("what", ["shorter", "mean", "pairs"])
+@pytest.mark.parametrize("what", quickly(["mean"], ["shorter", "mean", "pairs"]))
 def test_outputs_that_cannot_be_joined(what: str) -> None:
     pipe = pipecompile.compile(Other(what), 1, microbatches=2, cut=cut_borders)
     with pytest.raises(
@@ -297,7 +298,8 @@ def loaded(n_stages: int, dp: int, whole_batches: bool) -> Any:
     return losses, pipe.evaluate(loader, progress=False)
 
 
-@pytest.mark.parametrize("whole_batches", quickly([True], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_batches", [True, False])
 def test_data_sets(gang: Callable[[int], Gang], whole_batches: bool) -> None:
     """With whole batches that are cut in every process, the bits of one process."""
     expected = loaded(1, 2, whole_batches)

@@ -77,7 +77,8 @@ def test_another_flag_is_refused(n_stages: int, frozen: str, name: str, says: st
     assert goes_on
 
 
-@pytest.mark.parametrize(("frozen", "name", "says"), quickly(CASES[:1], CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize(("frozen", "name", "says"), CASES)
 def test_every_rank_refuses_it(
     gang: Callable[[int], Gang], frozen: str, name: str, says: str
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import jobs, plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -140,12 +141,14 @@ def assert_same(found: Any, expected: Any) -> None:
     assert plain.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize("update", quickly([both, by_vector], WAYS))
 def test_averages_are_those_of_one_device(update: Update) -> None:
     assert_same(trained(piped(update)), plainly(update))
 
 
-@pytest.mark.parametrize("options", [{"n_stages": 1, "schedule": "1f1b"}, {"n_stages": 3}])
+@pytest.mark.parametrize(
+    "options", quickly([{"n_stages": 3}], [{"n_stages": 1, "schedule": "1f1b"}, {"n_stages": 3}])
+)
 def test_on_any_number_of_stages(options: dict[str, Any]) -> None:
     assert_same(trained(piped(**options)), plainly(new_memory))
 

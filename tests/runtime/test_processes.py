@@ -194,7 +194,11 @@ print("finished", rank)
     ("how", "cause"),
     [
         ("inside", "ArithmeticError: the second stage is out of numbers"),
-        ("evaluating", "ArithmeticError: the second loader is out of data"),
+        pytest.param(
+            "evaluating",
+            "ArithmeticError: the second loader is out of data",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "between",
             "ArithmeticError: the data loader is out of data",

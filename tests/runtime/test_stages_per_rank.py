@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,16 +125,19 @@ def test_a_mesh_knows_who_holds_what() -> None:
         ("llama", V, "zb_h1"),
         ("gpt2", V, "1f1b"),  # the tied weight is on one rank
         ("gpt2", LOOPED, "zb_h1"),  # and on two
-        ("bart", LOOPED, "1f1b"),  # a value is handed over, and sent to another stage
-        ("bart", V, "1f1b"),
+        # a value is handed over, and sent to another stage
+        pytest.param("bart", LOOPED, "1f1b", marks=pytest.mark.slow),
+        pytest.param("bart", V, "1f1b", marks=pytest.mark.slow),
     ],
 )
 def test_training_is_exact_in_one_process(name: str, placement: Placement, schedule: str) -> None:
     plain.assert_equal(train(name, placement, schedule=schedule), oracle(name))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("placement", [LOOPED, V])
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    quickly([("llama", LOOPED), ("gpt2", V)], product(("llama", "gpt2"), (LOOPED, V))),
+)
 def test_training_is_exact_in_processes(
     gang: Callable[[int], Gang], name: str, placement: Placement
 ) -> None:
@@ -151,7 +155,8 @@ def test_tied_parts_are_summed_once_per_step(placement: Placement) -> None:
             assert torch.allclose(grad, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("zero", quickly([1], [0, 1, 2, 3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_replicas_divide_what_ranks_of_several_stages_hold(
     gang: Callable[[int], Gang], zero: int
 ) -> None:
@@ -182,6 +187,7 @@ def test_evaluation_and_outputs_are_those_of_one_stage_per_rank() -> None:
     assert torch.equal(ours.forward(inputs).logits, theirs.forward(inputs).logits)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_opens_under_other_ranks(tmp_path: Path) -> None:
     first, *_ = batches("gpt2")
     ours, theirs = pipeline("gpt2", V), jobs.pipeline("gpt2", 3, 1, MICROBATCHES)
@@ -244,6 +250,7 @@ def test_a_rank_with_all_stages_holds_what_is_predicted() -> None:
     assert 0 <= found - predicted <= 4 * (2 * MICROBATCHES + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [LOOPED, V])
 def test_ranks_with_several_stages_hold_what_is_predicted(
     gang: Callable[[int], Gang], placement: Placement

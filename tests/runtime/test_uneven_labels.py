@@ -125,11 +125,13 @@ def with_own_items() -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_replicas_with_numbers_of_their_own_items_are_refused(gang: Callable[[int], Gang]) -> None:
     for said in gang(2).run(with_own_items):
         assert "give every rank that of the global batch" in said
 
 
+@pytest.mark.slow
 def test_balancing_losses_keep_their_own_mean() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

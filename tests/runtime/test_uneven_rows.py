@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "n_stages", "replicas", "microbatches", "schedule"), quickly(CASES[:2], CASES)
+    ("name", "n_stages", "replicas", "microbatches", "schedule"), quickly(CASES[1:2], CASES)
 )
 def test_the_step_is_that_of_the_whole_batch(
     name: str, n_stages: int, replicas: tuple[int, ...], microbatches: int, schedule: str
@@ -82,18 +82,16 @@ def test_the_step_is_that_of_the_whole_batch(
     torch.testing.assert_close(evaluation, whole, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_stages", "replicas", "options"),
-    quickly(
-        [(1, (3, 0), {"zero": 2})],
-        [
-            (2, (3, 2), {}),
-            (1, (3, 0), {"zero": 2}),
-            (1, (0, 3), {"zero": 3}),
-            (1, (2, 1), {"zero": 1}),
-            (2, (1, 0), {"schedule": "zb_h1"}),
-        ],
-    ),
+    [
+        (2, (3, 2), {}),
+        (1, (3, 0), {"zero": 2}),
+        (1, (0, 3), {"zero": 3}),
+        (1, (2, 1), {"zero": 1}),
+        (2, (1, 0), {"schedule": "zb_h1"}),
+    ],
 )
 def test_replicas_may_have_fewer_rows_or_none(
     gang: Callable[[int], Gang],
@@ -114,7 +112,7 @@ def test_replicas_may_have_fewer_rows_or_none(
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("rows", [1, 2, 5, 7])
+@pytest.mark.parametrize("rows", quickly([1, 7], [1, 2, 5, 7]))
 def test_one_pipeline_takes_batches_of_any_number_of_rows(rows: int) -> None:
     """Also a loss over rows, of a model whose training began with even ones."""
     torch.manual_seed(0)
@@ -179,10 +177,8 @@ def test_a_row_that_counts_nothing_updates_no_buffer() -> None:
         pipe.step(torch.randn(0, 4))
 
 
-def test_the_first_steps_are_compared_too() -> None:
+@pytest.mark.parametrize("rows", quickly([4], [4, 7]))  # of 4 a microbatch has none
+def test_the_first_steps_are_compared_too(rows: int) -> None:
     pipe = jobs.pipeline("gpt2", 2, 2, 3, verify=1)
-    pipe.step(batch_of("gpt2", 7))
-    assert "gradients     identical to the last bit" in pipe.verification
-    pipe = jobs.pipeline("gpt2", 2, 2, 3, verify=1)
-    pipe.step(batch_of("gpt2", 4))  # a microbatch without rows
+    pipe.step(batch_of("gpt2", rows))
     assert "gradients     identical to the last bit" in pipe.verification

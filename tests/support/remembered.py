@@ -1,22 +1,30 @@
-"""What compiles of the same small models have in common, worked out once per process.
+"""What compiles of the same small models have in common, worked out once per run of the tests.
 
 Tracing takes two thirds of such a compile; the menus of units, and fake steps of the optimizer,
 most of the rest. Passes rewrite graphs, so each compile gets a copy. Only models of libraries are
 remembered, in the shape that they have when they are compiled: what a test defines is traced.
+Processes of one run find what the others have left in a folder that `conftest` names.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
+from pipecompile.compiler.driver.record import PassRecord
 from pipecompile.compiler.ir.graph import describe
+from pipecompile.compiler.kept.asking import UntoldError
+from pipecompile.compiler.kept.folder import Entry, Folder, write
 from pipecompile.compiler.planning import planner
 from pipecompile.compiler.tensors.fakes import is_fake
 from pipecompile.compiler.units import cutter
@@ -26,13 +34,14 @@ from torch import fx, nn
 
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
-_LIBRARIES = ("torch.nn.", "transformers.", "support.models")
+_LIBRARIES = ("torch.nn.", "transformers.", "support.models", "support.packed")
+FOLDER = "PIPECOMPILE_TEST_GRAPHS"
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Compile from memory where it is the same, in this process."""
+    """Compile from memory where it is the same, of this process or of another one of the run."""
     trace, options_of = Capturing.trace, planner.options_of
     with (
         mock.patch.object(Capturing, "trace", _capturing(trace)),
@@ -53,11 +62,16 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         if capturing.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
+        folder, name = Folder(_shared()), _digest(key)
+        if key not in known and (entry := folder.find(name, (), capturing.skeleton.mode)):
+            known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
         if key not in known:
             made = trace(capturing, wanted, records)
             if made.guards:  # for this batch
                 return made
             known[key] = _copied(made), list(records)
+            with suppress(UntoldError):
+                folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
             return made
         found, kept = known[key]
         records[:] = kept
@@ -72,6 +86,14 @@ def _told(capturing: Capturing) -> Iterator[Hashable]:
     yield tuple(capturing.options.skip)
     yield capturing.device
     yield capturing.kind
+
+
+def _shared() -> Path:
+    return Path(os.environ[FOLDER])
+
+
+def _digest(key: Hashable) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()
 
 
 def _copied(captured: Captured) -> Captured:
@@ -112,9 +134,13 @@ def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
         units = [[[node.name for node in part] for part in (b.forward, b.backward)] for b in bodies]
         limits = (cutter.MAX_OPTIONS, menus_.MAX_FORGETFUL)
         key = (_text(graph), repr(units), repr(told[1:]), limits)
+        path = _shared() / f"{_digest(key)}.menus"
+        if key not in known and path.exists():
+            known[key] = pickle.loads(path.read_bytes())
         if key not in known:
             made = options_of(bodies, *told)
             known[key] = [[_named(each) for each in menu] for menu in made]
+            write(path, pickle.dumps(known[key]))
             return made
         nodes = {node.name: node for node in graph.nodes}
         return [tuple(_again(each, nodes) for each in menu) for menu in known[key]]

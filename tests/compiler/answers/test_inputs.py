@@ -165,7 +165,7 @@ def counted(x: torch.Tensor, beta: Any) -> torch.Tensor:
     ("way", "why"),
     [
         (exponent, r"takes the number itself in module .*math\.exp\(beta\)"),
-        (filled, r"takes the number itself .*torch\.full"),
+        pytest.param(filled, r"takes the number itself .*torch\.full", marks=pytest.mark.slow),
         pytest.param(scaled, r"takes the number itself .*alpha=beta", marks=pytest.mark.slow),
         pytest.param(
             powered, r"takes the number itself .*\*\* \(1 \+ beta\)", marks=pytest.mark.slow
@@ -173,7 +173,9 @@ def counted(x: torch.Tensor, beta: Any) -> torch.Tensor:
         pytest.param(dropped, r"takes the number itself .*dropout", marks=pytest.mark.slow),
         pytest.param(written, r"takes the number itself .*float\(f", marks=pytest.mark.slow),
         (typed, r"forward does other things with numbers that it can look at"),
-        (counted, r"takes the number itself .*torch\.tensor\(\[beta"),
+        pytest.param(
+            counted, r"takes the number itself .*torch\.tensor\(\[beta", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_takes_the_number_itself_is_traced(
@@ -192,6 +194,7 @@ def test_what_takes_the_number_itself_is_traced(
     assert re.search(rf"'beta' is a number that changes, .*{why}.* without dimensions", said[0])
 
 
+@pytest.mark.slow
 def test_a_number_that_is_counted_by_is_a_literal(told: Callable[[], list[str]]) -> None:
     """What keeps a denominator from zero is a part of how microbatches are weighed."""
 
@@ -273,9 +276,9 @@ class Keeping(Model):
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (Keeping, r"forward keeps the number itself in Python"),
+        pytest.param(Keeping, r"forward keeps the number itself in Python", marks=pytest.mark.slow),
         (lambda: Model(with_function), r"a torch\.autograd\.Function may do anything"),
-        (Eager, r"parts of the model run eagerly"),
+        pytest.param(Eager, r"parts of the model run eagerly", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:what cannot be traced")

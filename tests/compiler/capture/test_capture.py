@@ -15,6 +15,7 @@ import pytest
 import torch
 from pipecompile import errors
 from support import jobs, models, plain
+from support.matrix import quickly
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,7 +99,7 @@ class Needing(Layers):
 @pytest.mark.parametrize(
     "model", [Rounding, Checkpointing, Resizing, Caching, Asking, Needing], ids=lambda m: m.__name__
 )
-@pytest.mark.parametrize("n_stages", [1, 2])
+@pytest.mark.parametrize("n_stages", quickly([2], [1, 2]))
 def test_gradients_are_those_of_the_untraced_model(
     model: Callable[[], nn.Module], n_stages: int
 ) -> None:
@@ -201,7 +202,7 @@ def test_what_cannot_be_kept_is_refused(model: Callable[[], nn.Module], message:
         pipecompile.compile(model(), 1, example_batch=X)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", quickly([True], [True, False]))
 def test_caches_are_as_on_one_device(cached: bool) -> None:
     """Without one, transformers takes positions that begin again for packed sequences."""
     model = models.llama(num_hidden_layers=2)

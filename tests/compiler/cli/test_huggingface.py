@@ -15,6 +15,7 @@ import transformers as hf
 from pipecompile import errors
 from pipecompile.compiler.cli.main import main
 from support import jobs, models
+from support.matrix import quickly
 from support.plain import equal
 from torch import nn
 
@@ -53,10 +54,7 @@ def from_pretrained(auto: Any, folder: Path) -> nn.Module:
     return model
 
 
-SLOW = [pytest.param("bart", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "bart"), *SLOW])
+@pytest.mark.parametrize("name", quickly(["llama tied"], MODELS))
 def test_out_and_back(tmp_path: Path, name: str) -> None:
     build, auto = MODELS[name]
     pipe = pipeline(build, 0)

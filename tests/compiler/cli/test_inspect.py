@@ -328,6 +328,7 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
     assert "pipecompile" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_billion_parameters_take_no_memory(tmp_path: Path) -> None:
     """In fp32 they would take 4 GiB."""

@@ -119,6 +119,7 @@ def test_a_saved_plan_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "of 4.0" in report
 
 
+@pytest.mark.slow
 def test_what_a_plan_keeps_need_not_be_given_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +133,11 @@ def test_what_a_plan_keeps_need_not_be_given_again(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("hf:gpt2 --set n_layer=3 --seq 16 --plan {plan}", "the plan was made for microbatches of"),
+        pytest.param(
+            "hf:gpt2 --set n_layer=3 --seq 16 --plan {plan}",
+            "the plan was made for microbatches of",
+            marks=pytest.mark.slow,
+        ),
         ("{small} --set n_layer=3 --plan {plan}", "the plan was made for another model"),
         ("{small} --plan {plan} --stages 3", "the plan has n_stages=2, this run .*3"),
         ("{small} --plan {plan} --stages auto --devices 2", "--plan cannot be given with --stages"),

@@ -54,6 +54,7 @@ def test_what_differs_is_named(spec: Path, capsys: pytest.CaptureFixture[str]) -
     assert "step 1, loss: 'loss' differs by" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stages_may_be_chosen(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec.write_text(FILE.replace("{0}", ""))
     command = ["verify", f"{spec}:build", "--stages", "auto", "--devices", "2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.limits import verify_held, verify_in_flight
 from pipecompile.passes.schedule.simulate import Interval, Timeline, Transfer, simulate, waits
 from pipecompile.passes.schedule.verify import verify_schedule
+from support.matrix import quickly
 from support.orders import Case, cases
 
 SECONDS = st.integers(0, 5).map(float)
@@ -91,22 +93,23 @@ def test_simulated_as_by_definition(data: st.DataObject, case: Case) -> None:
 
 # -- a large pipeline -----------------------------------------------------------------------------
 
-RANKS, MICROBATCHES = 64, 512
+LARGE, QUICK = (64, 512), (16, 128)
+"""Ranks and microbatches."""
 
 
-def steady(homes: Homes, parts: str) -> Schedule:
+def steady(homes: Homes, parts: str, ranks: int, microbatches: int) -> Schedule:
     """In turn, of what is ready, each rank's deepest backward, else forward, else weight gradient;
     no stage holds more microbatches than two per rank."""
     kinds = [Kind(part) for part in parts]
     last = max(parts, key="FBW".index)
     done = dict.fromkeys(((s, Kind(k)) for s in range(len(homes)) for k in "FBW"), 0)
-    mine = [[s for s in range(len(homes)) if homes[s] == r] for r in range(RANKS)]
+    mine = [[s for s in range(len(homes)) if homes[s] == r] for r in range(ranks)]
     rows: list[list[Action]] = [[] for _ in mine]
-    limit = 2 * RANKS + 2
+    limit = 2 * ranks + 2
 
     def ready(stage: int, kind: Kind) -> bool:
         i = done[stage, kind]
-        if i == MICROBATCHES:
+        if i == microbatches:
             return False
         if kind is Kind.F:
             fits = i - done[stage, Kind(last)] < limit
@@ -128,20 +131,22 @@ def steady(homes: Homes, parts: str) -> Schedule:
     return tuple(map(tuple, rows))
 
 
-@pytest.mark.parametrize(
-    ("homes", "parts"), [(looped(RANKS, 2), "BF"), (v_shaped(RANKS, 2), "BFW")]
-)
-def test_a_large_schedule_is_verified_in_seconds(homes: Homes, parts: str) -> None:
+@pytest.mark.parametrize(("ranks", "microbatches"), quickly([QUICK], [QUICK, LARGE]))
+@pytest.mark.parametrize(("place", "parts"), [(looped, "BF"), (v_shaped, "BFW")])
+def test_a_large_schedule_is_verified_in_seconds(
+    place: Callable[[int, int], Homes], parts: str, ranks: int, microbatches: int
+) -> None:
     """Of the processor's, with its generation; 20 are promised."""
     start = time.process_time()
+    homes = place(ranks, 2)
     n = len(homes)
     messages = [Message(s, s + 1, Phase.FORWARD, ()) for s in range(n - 1)]
     messages += [Message(s + 1, s, Phase.BACKWARD, ()) for s in range(n - 1)]
-    schedule = add_communication(steady(homes, parts), messages)
+    schedule = add_communication(steady(homes, parts, ranks, microbatches), messages)
     weights = range(n) if "W" in parts else ()
-    verify_schedule(schedule, messages, MICROBATCHES, trains=True, weights=weights)
-    verify_in_flight(schedule, [2 * RANKS + 2] * n)
-    verify_held(schedule, [1.0] * n, [0.5] * n, [4.0 * RANKS + 4] * RANKS)
+    verify_schedule(schedule, messages, microbatches, trains=True, weights=weights)
+    verify_in_flight(schedule, [2 * ranks + 2] * n)
+    verify_held(schedule, [1.0] * n, [0.5] * n, [4.0 * ranks + 4] * ranks)
     timeline = simulate(schedule, {(s, k): 1.0 for s in range(n) for k in Kind}, {})
     assert timeline.bubble < 0.2
     assert time.process_time() - start < 20

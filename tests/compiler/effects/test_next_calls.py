@@ -15,6 +15,7 @@ import pytest
 import torch
 from pipecompile.compiler.tensors.fakes import is_fake
 from support import jobs
+from support.matrix import quickly
 from torch import nn
 
 WIDTH = 8
@@ -187,7 +188,21 @@ def test_what_changes_nothing_that_is_computed_is_right(name: str) -> None:
     assert torch.equal(losses[1], model.eval()(rows()))
 
 
-@pytest.mark.parametrize("name", REFUSED)
+QUICK = [
+    "a count",
+    "a global count",
+    "a flag",
+    "a list",
+    "a hidden state",
+    "a cache and a branch",
+    "random",
+    "numpy.random",
+    "a generator",
+    "time",
+]
+
+
+@pytest.mark.parametrize("name", quickly(QUICK, REFUSED))
 def test_what_the_next_call_computes_otherwise_is_refused(name: str) -> None:
     between, state, message = REFUSED[name]
     pipe = pipecompile.compile(Model(between, **state), 2, microbatches=1, optimizer=jobs.SGD)
@@ -249,7 +264,11 @@ def test_what_is_kept_until_the_model_is_trained_again_is_made_anew() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [Preparing(of_weights), Forgetting(of_the_batch), Forgetting(of_what_changes)],
+    [
+        pytest.param(Preparing(of_weights), marks=pytest.mark.slow),
+        Forgetting(of_the_batch),
+        pytest.param(Forgetting(of_what_changes), marks=pytest.mark.slow),
+    ],
     ids=["for ever", "of the batch", "of what changes"],
 )
 def test_what_else_is_kept_in_evaluation_is_refused(model: nn.Module) -> None:

@@ -88,7 +88,7 @@ PARAMETERS: dict[str, Callable[[Net], Loss]] = {
 }
 
 
-QUICK = ("penalty", "number", "object")
+QUICK = ("penalty", "number")
 
 
 @pytest.mark.parametrize("how", quickly(QUICK, PARAMETERS))

@@ -284,6 +284,7 @@ def test_other_settings_of_torch_count() -> None:
     assert settings(CPU) == before
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process() -> None:
     """Text is hashed in another way in each, and so are sets of it ordered."""
     code = """

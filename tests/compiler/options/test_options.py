@@ -23,6 +23,7 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.passes.partition.solve import SOLVERS
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.exchange.mesh import Mesh
+from support.matrix import quickly
 from support.options import FLAGS, SGD, differing
 from support.plans import hand_made
 from torch import nn
@@ -245,7 +246,7 @@ def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> No
     assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
 
 
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", quickly(["precision", "schedule"], KEEPS))
 def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
     def compile_(**options: Any) -> Any:
         batch = torch.ones(8, 8)

@@ -15,6 +15,7 @@ from pipecompile.compiler.plan.plan import Plan
 from pipecompile.passes.schedule.simulate import Timeline
 from support.browser import opened
 from support.commands import SMALL_GPT2, inspect
+from support.matrix import quickly
 from support.plans import EXTRAS, hand_made
 from support.timelines import planned
 
@@ -175,7 +176,7 @@ def written(folder: Path, made: tuple[Plan, Timeline]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3), (16, 2, 200)])
+@pytest.mark.parametrize("shape", [(2, 2, 3), pytest.param((16, 2, 200), marks=pytest.mark.slow)])
 def test_a_browser_runs_it(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     path = written(tmp_path, planned(*shape, model="<b>Net</b>"))
     document, console = opened(path, tmp_path / "profile")
@@ -216,7 +217,7 @@ def test_arrow_keys_and_pointers_find_actions(tmp_path: Path) -> None:
     assert (gone, zoom) == ("-", "4")
 
 
-@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("width", quickly([400], [400, 1600]))
 def test_no_width_breaks_it(tmp_path: Path, width: int) -> None:
     path = written(tmp_path, planned(4, 2, 8))
     act = "document.body.dataset.over = document.documentElement.scrollWidth - innerWidth"

@@ -49,7 +49,7 @@ def plan_of_two_stages() -> Plan:
     ("name", "options"),
     [
         ("llama", {}),
-        ("gpt2", {"schedule": "zb_h1", "remat": "full"}),
+        pytest.param("gpt2", {"schedule": "zb_h1", "remat": "full"}, marks=pytest.mark.slow),
         pytest.param("t5", {"remat": "full", "tied_grads": "per_step"}, marks=pytest.mark.slow),
     ],
 )
@@ -93,8 +93,9 @@ def test_a_budget_too_small_is_refused_on_every_rank(gang: Callable[[int], Gang]
 
 
 def refused() -> str:
+    batch = torch.ones(8, 8)
     with pytest.raises(MemoryBudgetError) as caught:
-        compiled(memory="100 KiB")
+        pipecompile.compile(models.Residual(4), 2, example_batch=batch, memory="1KiB")
     return str(caught.value)
 
 
@@ -131,14 +132,17 @@ def test_a_plan_is_equal_bytes_and_made_again_from_them(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json").to_json() == first.to_json()
 
 
-def test_a_plan_trains_as_the_run_that_made_it(tmp_path: Path) -> None:
-    made = compiled("t5", 3, remat="full")
+@pytest.mark.parametrize(
+    ("name", "n_stages"), [("gpt2", 2), pytest.param("t5", 3, marks=pytest.mark.slow)]
+)
+def test_a_plan_trains_as_the_run_that_made_it(tmp_path: Path, name: str, n_stages: int) -> None:
+    made = compiled(name, n_stages, remat="full")
     made.plan.save(tmp_path / "plan.json")
-    again = compiled("t5", 3, plan=tmp_path / "plan.json")
+    again = compiled(name, n_stages, plan=tmp_path / "plan.json")
     assert again.plan.decision.recomputed == made.plan.decision.recomputed
     assert again.plan.decision.unit_stage == made.plan.decision.unit_stage
     assert again.plan.step_s == pytest.approx(made.plan.step_s)
-    batches = models.batches("t5", 8, 3)
+    batches = models.batches(name, 8, 3)
     plain.assert_equal(plain.train_pipeline(again, batches), plain.train_pipeline(made, batches))
 
 
@@ -266,16 +270,17 @@ def test_pins_that_cannot_be_are_refused(
         compiled(pin=pin)
 
 
-def test_automatic_stages_train_the_same_and_say_why() -> None:
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_automatic_stages_train_the_same_and_say_why(devices: int) -> None:
     pipe = pipecompile.compile(
         models.build("llama"),
         "auto",
-        devices=4,
+        devices=devices,
         example_batch=BATCH,
         optimizer=jobs.OPTIMIZERS["sgd"],
     )
     plan = pipe.plan
-    assert plan.n_stages * plan.dp == 4
+    assert plan.n_stages * plan.dp == devices
     (why,) = (note for name, note in plan.notes if name == "stages")
     assert "shortest predicted step" in why
     oracle = models.build("llama")
@@ -283,6 +288,7 @@ def test_automatic_stages_train_the_same_and_say_why() -> None:
     assert torch.equal(pipe.forward_backward(BATCH), loss)
 
 
+@pytest.mark.slow
 def test_automatic_stages_under_a_budget_that_one_stage_exceeds() -> None:
     model = models.llama(num_hidden_layers=1)
     one = pipecompile.compile(model, 1, microbatches=8, example_batch=BATCH, remat="full")
@@ -361,6 +367,7 @@ def test_measured_prices_change_no_bit(tmp_path: Path) -> None:
     assert list(tmp_path.glob("times-*.json"))
 
 
+@pytest.mark.slow
 def test_processes_measure_side_by_side_and_agree(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:

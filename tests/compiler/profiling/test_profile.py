@@ -73,9 +73,7 @@ def test_layers_with_dropout_are_equal_though_each_draws_its_own() -> None:
     assert len(set(found[Kind.F])) < len(found[Kind.F])
 
 
-@pytest.mark.parametrize(
-    "name", quickly(["llama", "mixtral", "vit"], ["llama", "t5", "mixtral", "vit", "bart"])
-)
+@pytest.mark.parametrize("name", quickly(["llama"], ["llama", "t5", "mixtral", "vit", "bart"]))
 def test_every_kind_of_model_can_be_timed(name: str) -> None:
     graph = units.captured(models.build(name), models.batches(name, 2, 1)[0])
     programs = units.programs(graph)

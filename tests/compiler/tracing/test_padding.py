@@ -54,10 +54,10 @@ ADDED = RIGHT | {"padding": torch.zeros(ROWS, LENGTH).masked_fill(RIGHT["padding
     [
         (RIGHT, {}),
         (RIGHT, {"normed": True}),
-        (RIGHT, {"enable_nested_tensor": False}),
-        (RIGHT, {"mask_check": False}),
+        pytest.param(RIGHT, {"enable_nested_tensor": False}, marks=pytest.mark.slow),
+        pytest.param(RIGHT, {"mask_check": False}, marks=pytest.mark.slow),
         (LEFT, {}),
-        (ADDED, {"normed": True}),
+        pytest.param(ADDED, {"normed": True}, marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_is_that_of_one_device(rows: dict[str, Any], options: dict[str, Any]) -> None:

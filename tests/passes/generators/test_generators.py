@@ -24,11 +24,25 @@ def test_the_kinds_stand_in_the_order_of_the_menu() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(data=st.data(), ranks=st.integers(1, 5), microbatches=st.integers(1, 11))
 def test_a_generated_schedule_is_legal(
     kind: ScheduleKind, data: st.DataObject, ranks: int, microbatches: int
 ) -> None:
+    check_legal(kind, data, ranks, microbatches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+@settings(max_examples=50)
+@given(data=st.data(), ranks=st.integers(1, 5), microbatches=st.integers(1, 11))
+def test_many_generated_schedules_are_legal(
+    kind: ScheduleKind, data: st.DataObject, ranks: int, microbatches: int
+) -> None:
+    check_legal(kind, data, ranks, microbatches)
+
+
+def check_legal(kind: ScheduleKind, data: st.DataObject, ranks: int, microbatches: int) -> None:
     virtual = data.draw(st.sampled_from(kind.virtual or (1, 2, 3)))
     homes = kind.place(ranks, virtual)
     splits = data.draw(st.lists(st.booleans(), min_size=len(homes), max_size=len(homes)))

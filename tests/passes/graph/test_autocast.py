@@ -86,20 +86,44 @@ class Drawn(nn.Module):
 PROGRAMS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(0, 9)), max_size=6)
 
 
-@settings(max_examples=15)
-@given(PROGRAMS)
-def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
+def compute_alike(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
     model, x = Drawn(steps), torch.randn(2, 8, 8)
     trained_as_autocast(model, x, 1)
 
 
-@settings(max_examples=4)
+@settings(max_examples=5)
+@given(PROGRAMS)
+def test_random_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
+    compute_alike(steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(PROGRAMS)
+def test_many_programs_compute_what_autocast_computes(steps: list[tuple[int, int, int]]) -> None:
+    compute_alike(steps)
+
+
+@settings(max_examples=1)
 @given(PROGRAMS, st.sampled_from(list(TABLES)))
 @example([(0, 0, 0), (2, 1, 0), (0, 0, 0), (0, 0, 0), (5, 9, 0)], "cuda")  # converts a softmax
 def test_casting_is_idempotent_and_touches_floats_alone(
     steps: list[tuple[int, int, int]], table: str
 ) -> None:
+    check_casts(steps, table)
+
+
+@pytest.mark.slow
+@settings(max_examples=10)
+@given(PROGRAMS, st.sampled_from(list(TABLES)))
+def test_casting_of_many_programs_is_idempotent_and_touches_floats_alone(
+    steps: list[tuple[int, int, int]], table: str
+) -> None:
+    check_casts(steps, table)
+
+
+def check_casts(steps: list[tuple[int, int, int]], table: str) -> None:
     model, x = Drawn(steps), torch.randn(2, 8, 8)
     precision = Precision(compute=BF16)
     once, twice = (captured(model, x, precision, table, times) for times in (1, 2))

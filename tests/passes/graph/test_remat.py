@@ -52,7 +52,7 @@ def train(name: str, n_stages: int, dp: int, microbatches: int, **options: Any) 
 
 @pytest.mark.parametrize(
     ("name", "n_stages", "dp", "microbatches", "schedule"),
-    quickly(FULLY[:3], FULLY),
+    quickly(FULLY[:2], FULLY),
 )
 def test_full_recomputation_changes_no_bit(
     name: str, n_stages: int, dp: int, microbatches: int, schedule: str
@@ -62,7 +62,7 @@ def test_full_recomputation_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("name", "n_stages"), [pytest.param("llama", 2, marks=pytest.mark.slow), ("t5", 3), ("gpt2", 4)]
+    ("name", "n_stages"), quickly([("gpt2", 4)], [("llama", 2), ("t5", 3), ("gpt2", 4)])
 )
 def test_a_tight_budget_changes_no_bit_and_is_kept(name: str, n_stages: int) -> None:
     spec = models.batches(name, 8, 1)[0]
@@ -81,6 +81,7 @@ def test_a_tight_budget_changes_no_bit_and_is_kept(name: str, n_stages: int) -> 
     assert max(stage.memory.peak for stage in pipe.plan.stages) <= budget
 
 
+@pytest.mark.slow
 def test_processes_recompute_alike(gang: Any) -> None:
     several: Gang = gang(2)
     for found in several.run(train_fully, "llama", 2, 1, 5):
@@ -94,7 +95,7 @@ def train_fully(*shape: Any) -> plain.Trained:
 def test_dropout_is_drawn_once() -> None:
     """With and without recomputation, the same masks."""
     torch.manual_seed(0)
-    model = models.gpt2(dropout=0.2)
+    model = models.gpt2(dropout=0.3)
     batch = models.batches("gpt2", 8, 1)[0]
     grads = []
     for remat in ("none", "full"):
@@ -106,9 +107,9 @@ def test_dropout_is_drawn_once() -> None:
         assert torch.equal(grad, grads[1][name]), name
 
 
-def test_other_shapes_recompute_the_same() -> None:
-    torch.manual_seed(0)
-    pipe = pipecompile.compile(models.llama(), 2, microbatches=2, remat="full")
+@pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "llama"]))
+def test_other_shapes_recompute_the_same(name: str) -> None:
+    pipe = pipecompile.compile(models.build(name), 2, microbatches=2, remat="full")
     counts = []
     for length in (12, 7):
         batch = models.tokens(4, length)
@@ -135,7 +136,7 @@ def divided(name: str) -> tuple[JointGraph, Locality, list[Body], dict[fx.Node, 
     return graph, locality, *bodies_of(graph, locality, units_of(graph, locality, H100))
 
 
-@pytest.mark.parametrize("name", quickly(["llama", "bart", "mixtral"], sorted(models.MODELS)))
+@pytest.mark.parametrize("name", quickly(["llama"], sorted(models.MODELS)))
 def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -> None:
     _, _, bodies, places = divided(name)
     for menu in options_of(bodies, places, H100):
@@ -147,9 +148,7 @@ def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -
             assert not stash.recomputed & stash.exclusive
 
 
-@pytest.mark.parametrize(
-    "name", quickly(["llama", "bart", "mixtral"], ["gpt2", "llama", "bart", "t5", "mixtral"])
-)
+@pytest.mark.parametrize("name", quickly(["llama"], ["gpt2", "llama", "bart", "t5", "mixtral"]))
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_choice_stashes_what_it_says(name: str, which: int) -> None:
     """Every unit as a stage of its own: what its program keeps is what the choice announced."""

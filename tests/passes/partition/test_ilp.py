@@ -37,10 +37,21 @@ def test_the_integer_program_alone_does(problem: Problem) -> None:
         check_against_all(problem, "highs")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems() | pinned_problems() | pinned_problems())
 @example(misleading())
 def test_the_integer_program_finds_the_optimum_from_every_start(problem: Problem) -> None:
+    check_starts(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(problems() | pinned_problems() | pinned_problems())
+def test_the_integer_program_finds_many_optima_from_every_start(problem: Problem) -> None:
+    check_starts(problem)
+
+
+def check_starts(problem: Problem) -> None:
     if (reduced := reduced_or_none(problem)) is None:
         return
     problem = dominance.contract(reduced).problem

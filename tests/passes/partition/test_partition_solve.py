@@ -25,15 +25,22 @@ from support.problems import (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems() | light_problems())
 def test_it_finds_the_best_of_all_assignments(problem: Problem) -> None:
     check_against_all(problem)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shared_problems())
 def test_it_finds_the_best_where_ranks_hold_several_stages(problem: Problem) -> None:
+    check_against_all(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(problems() | light_problems() | shared_problems())
+def test_it_finds_the_best_of_many_problems(problem: Problem) -> None:
     check_against_all(problem)
 
 

@@ -75,8 +75,20 @@ def check_drawing(said: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+@settings(max_examples=15)
 @given(data=st.data(), microbatches=st.integers(1, 4))
 def test_changed_schedules_of_ours(name: str, data: st.DataObject, microbatches: int) -> None:
+    check_changed(name, data, microbatches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(data=st.data(), microbatches=st.integers(1, 4))
+def test_many_changed_schedules_of_ours(name: str, data: st.DataObject, microbatches: int) -> None:
+    check_changed(name, data, microbatches)
+
+
+def check_changed(name: str, data: st.DataObject, microbatches: int) -> None:
     kind = SCHEDULES[name]
     shape = kind.shape(3, microbatches)
     n = shape.n_stages

@@ -30,6 +30,7 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
+from support.matrix import quickly
 from support.plain import equal
 from torch.distributed.checkpoint import load, save
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,6 +69,7 @@ def test_two_processes_resume_and_others_take_over(
         assert equal(answer, expected)
 
 
+@pytest.mark.slow
 def test_two_replicas_resume_and_one_takes_over(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
@@ -83,7 +85,7 @@ def test_two_replicas_resume_and_one_takes_over(
     assert torch.equal(one.evaluate(batch), two.evaluate(batch))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quickly(["groups", "Adafactor", "fused"], OPTIMIZERS))
 def test_every_optimizer(tmp_path: Path, name: str) -> None:
     pipe, other = small(2, OPTIMIZERS[name]), small(1, OPTIMIZERS[name])
     for step in range(3):

@@ -28,6 +28,7 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
+from support.matrix import quickly
 from support.plain import equal
 
 # -- the folder --------------------------------------------------------------------------------
@@ -194,9 +195,10 @@ def kill_at(folder: Path, moments: list[float | int]) -> None:
     assert f"survived {len(moments)}" in done.stdout
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", quickly([4], [1, 4]))
+def test_killed_at_any_moment(tmp_path: Path, step: int) -> None:
     """Before every single file operation of saving anew, replacing and removing; and in time."""
-    kill_at(tmp_path, [*range(1, 60), 0.01, 0.02, 0.03, 0.05, 0.08])
+    kill_at(tmp_path, [*range(1, 60, step), *(0.01, 0.02, 0.03, 0.05, 0.08)[::step]])
 
 
 @pytest.mark.slow

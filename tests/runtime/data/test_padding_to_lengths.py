@@ -9,9 +9,11 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
+import transformers as hf
 from pipecompile.data import pad_to_multiple
 from pipecompile.errors import BatchError, OptionError
 from support import jobs, models
+from support.matrix import quickly
 from support.weighed import IGNORED
 from torch.nn.utils.rnn import pad_sequence
 
@@ -59,11 +61,13 @@ def test_a_bad_multiple() -> None:
         pad_to_multiple(collated, 0)
 
 
-@pytest.mark.parametrize("name", ["bert-mlm"])
-def test_padding_changes_no_loss(name: str) -> None:
+@pytest.mark.parametrize("layers", quickly([1], [1, 3]))
+def test_padding_changes_no_loss(layers: int) -> None:
     """Of a model that looks both ways, but for rounding; a few lengths have a few programs."""
-    pipe = jobs.pipeline(name, 2, 1, 1)
-    model = models.build(name).eval()
+    torch.manual_seed(0)
+    model = hf.BertForMaskedLM(hf.BertConfig(**models._BERT | {"num_hidden_layers": layers}))
+    pipe = pipecompile.compile(copy.deepcopy(model), 2, microbatches=1)
+    model.eval()
     lengths = [[5, 9], [7, 3], [10, 4], [6, 6]]
     for each in lengths:
         batch = collated(each)
@@ -87,11 +91,12 @@ def packed(documents: list[list[int]]) -> Batch:
     }
 
 
-def test_packed_documents_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("layers", quickly([1], [1, 3]))
+def test_packed_documents_do_not_see_each_other(layers: int) -> None:
     """Two rows of several documents, cut into microbatches, against each document by itself; and
     what comes before in the row is nothing to a document."""
     torch.manual_seed(0)
-    model = models.build("llama")
+    model = models.llama(num_hidden_layers=layers)
     model.config.use_cache = False  # or transformers does not look for packed documents
     pipe = pipecompile.compile(copy.deepcopy(model), 2, microbatches=2, optimizer=jobs.SGD)
     for documents in ([[8, 4], [2, 4, 6]],):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import islice
 from pydoc_data import topics
 from typing import Any
@@ -40,12 +41,12 @@ def padded(found: list[torch.Tensor]) -> Batch:
     return batch
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 3) -> nn.Module:
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -83,7 +84,8 @@ def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (llama, 6),
+        (partial(llama, 1), 4),
+        pytest.param(llama, 6, marks=pytest.mark.slow),
         pytest.param(llama, 30, marks=pytest.mark.slow),
         pytest.param(gpt2, 30, marks=pytest.mark.slow),
     ],

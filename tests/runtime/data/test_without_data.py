@@ -12,6 +12,7 @@ import torch
 from pipecompile.errors import BatchError, PipecompileError
 from support import jobs, plain
 from support.gang import Gang
+from support.matrix import quickly
 from torch import nn
 
 STAGES, WIDTH, WORDS = 3, 8, 16
@@ -46,30 +47,31 @@ def piped(**options: Any) -> Any:
     return pipecompile.compile(Model(), STAGES, microbatches=2, optimizer=optimizer, **options)
 
 
-def used(gives: Callable[[pipecompile.Pipeline, Any], Any]) -> list[Any]:
-    """What is returned for batches of two lengths, one of which was not met before."""
+def used(gives: Callable[[pipecompile.Pipeline, Any], Any], other: int) -> list[Any]:
+    """What is returned for batches of two lengths, one of which may not have been met before."""
     pipe = piped(example_batch=batch(8))
 
     def given(*lengths: int) -> list[Any]:
         return [gives(pipe, batch(length)) for length in lengths]
 
-    losses = [pipe.step(each) for each in given(8, 5, 8)]
-    whole = given(8, 5)
-    losses += [pipe.evaluate(iter(() if None in whole else whole)), pipe.evaluate(*given(5))]
+    losses = [pipe.step(each) for each in given(8, other, 8)]
+    whole = given(8, other)
+    losses += [pipe.evaluate(iter(() if None in whole else whole)), pipe.evaluate(*given(other))]
     output = pipe.forward(*given(8))
     return [torch.stack(losses), None if output is None else output["logits"], pipe.state_dict()]
 
 
-def without_data() -> tuple[bool, list[Any]]:
+def without_data(other: int) -> tuple[bool, list[Any]]:
     pipe = piped()
     assert pipe.needs_data
     pipe.compile_for(batch(8))
-    return pipe.needs_data, used(lambda pipe, each: each if pipe.needs_data else None)
+    return pipe.needs_data, used(lambda pipe, each: each if pipe.needs_data else None, other)
 
 
-def test_stages_in_the_middle_need_none(gang: Callable[[int], Gang]) -> None:
-    losses, _, state = used(lambda _, each: each)
-    found = gang(STAGES).run(without_data)
+@pytest.mark.parametrize("other", quickly([8], [8, 5]))
+def test_stages_in_the_middle_need_none(gang: Callable[[int], Gang], other: int) -> None:
+    losses, _, state = used(lambda _, each: each, other)
+    found = gang(STAGES).run(without_data, other)
     assert [needs for needs, _ in found] == [True, False, True]
     for _, (mine, _, kept) in found:
         assert torch.equal(mine, losses)

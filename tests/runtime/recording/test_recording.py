@@ -63,7 +63,9 @@ def check(trace: Trace, schedule: tuple[str, ...], dp: int) -> None:
     assert {s.rank for s in evaluated} == set(trace.ranks)
 
 
-@pytest.mark.parametrize(("schedule", "dp"), [("1f1b", 1), ("zb_h1", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "dp"), [("1f1b", 1), pytest.param("zb_h1", 1, marks=pytest.mark.slow)]
+)
 def test_processes_write_one_trace(
     gang: Callable[[int], Gang], tmp_path: Path, schedule: str, dp: int
 ) -> None:
@@ -95,6 +97,7 @@ def test_processes_write_one_trace(
     assert main(["diff", str(tmp_path / "plan.json"), str(tmp_path / "run.json")]) == 0
 
 
+@pytest.mark.slow
 def test_replicas_are_ranks_of_one_trace(gang: Callable[[int], Gang], tmp_path: Path) -> None:
     planned, *_ = gang(4).run(traced, tmp_path, "1f1b", 2)
     checked(tmp_path / "run.json")

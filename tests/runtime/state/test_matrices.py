@@ -76,7 +76,11 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "options"), quickly(QUICK[:1], QUICK + FULL), ids=str)
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    quickly([(("gpt2", 1, 2, "muon", 1), {"precision": None})], QUICK + FULL),
+    ids=str,
+)
 def test_processes_train_as_one(
     gang: Callable[[int], Gang], setting: Any, options: dict[str, Any]
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import jobs, models, plain
 from support.gang import Gang
+from support.matrix import quickly
 from support.zero import LEVELS, accumulate, assert_equal, small_parcels
 from torch import nn
 
@@ -213,8 +214,8 @@ ONE_BY_ONE = [(1, TIED), (2, TIED), (1, SPLIT), (3, SPLIT)]
 @pytest.mark.parametrize(
     ("zero", "options"),
     [
-        (1, TIED | SPLIT),
-        (3, TIED | SPLIT),
+        pytest.param(1, TIED | SPLIT, marks=pytest.mark.slow),
+        pytest.param(3, TIED | SPLIT, marks=pytest.mark.slow),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ONE_BY_ONE),
     ],
     ids=str,
@@ -279,7 +280,7 @@ class Odd(nn.Module):
         return (self.frozen(hidden) + x @ self.turned).square().mean()
 
 
-@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize("zero", quickly([3], LEVELS))
 def test_odd_parameters_and_accumulation(gang: Callable[[int], Gang], zero: int) -> None:
     alone, whole = accumulated(zero), accumulated(0)
     for found in gang(2).run(accumulated, zero):

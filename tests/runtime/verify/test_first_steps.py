@@ -71,6 +71,7 @@ def test_what_is_right_is_said_to_be(
         assert all(line.endswith("identical to the last bit") for line in lines[: len(kinds)])
 
 
+@pytest.mark.slow
 def test_processes_compare_on_rank_0(gang: Callable[[int], Gang]) -> None:
     first, *others = gang(2).run(verified, "gpt2", 1, 2, zero=1)
     assert first.count("identical to the last bit") > 3
@@ -209,7 +210,7 @@ def test_a_fault_is_found_and_named(fault: str) -> None:
         train(make(), loss_fn=_squared)
 
 
-@pytest.mark.parametrize("make", [Replacing, LateAndEarly, Saving])
+@pytest.mark.parametrize("make", quickly([LateAndEarly], [Replacing, LateAndEarly, Saving]))
 def test_without_the_fault_there_is_nothing_to_find(make: Callable[[], nn.Module]) -> None:
     assert train(make(), loss_fn=_squared).count("identical to the last bit") >= 10
 
