@@ -7,7 +7,8 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
-	precision-table precision-curves zero-table zero-bench lengths-table schedules-table clean
+	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
+	schedules-bench clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -22,6 +23,7 @@ help:
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
 	@echo "make schedules-table   what schedules and several stages per rank bring"
+	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
@@ -69,6 +71,9 @@ precision-curves: $(READY)
 
 schedules-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/schedules_table.py
+
+schedules-bench: $(READY)
+	$(BIN)/python tests/bench/schedules_measured.py
 
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py

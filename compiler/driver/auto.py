@@ -16,9 +16,9 @@ from .compiled import Compiled
 FINER = (1, 2, 4, 8)
 MOST_VIRTUAL = 3
 """Stages per rank that are tried; more send more, and the bubble is small already."""
-LEFT_OUT = ("gpipe", None), ("interleaved", 1)
-"""(schedule, stages per rank or None for any) that are not tried: one that holds all microbatches,
-and one that is another by its name."""
+LEFT_OUT = ("gpipe", 2), ("gpipe", 3), ("interleaved", 1)
+"""(schedule, stages per rank) that are not tried: ones that hold all microbatches and wait as often
+as interleaved does, and one that is another by its name."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Open:
             for virtual in kind.virtual or range(1, MOST_VIRTUAL + 1):
                 asked = self.virtual_stages in (None, virtual)
                 waits = way.n_stages > 1 or kind.name == DEFAULT  # one rank waits for nobody
-                tried = not {(kind.name, None), (kind.name, virtual)}.intersection(LEFT_OUT)
+                tried = (kind.name, virtual) not in LEFT_OUT
                 if asked and waits and tried:
                     several = virtual if virtual > 1 else None
                     memory = self.schedule_memory if kind.takes_limit else AUTO

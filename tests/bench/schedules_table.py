@@ -90,32 +90,41 @@ def lines_of(subject: Subject) -> Iterator[str]:
     options = CompileOptions(n_stages=1, precision="bf16")
     skeleton = skeleton_of(model, HOST, options.dtypes)
     captured: Captures = {}
-    for ranks in subject.ranks:
-        for rounds in subject.rounds:
-            m = rounds * ranks
-            trials = trials_of(subject, skeleton, replace(spec), captured, ranks, m)
-            usual = next(t for t in trials if t.way.schedule == "1f1b")
-            best = min(t.step_s for t in trials if t.step_s)
-            for trial in trials:
-                name = f"{subject.name}, {ranks} ranks, m = {m}" if trial is trials[0] else ""
-                yield _row(name, trial, usual.step_s or 1.0, trial.step_s == best)
+    settings = [(ranks, rounds * ranks) for ranks in subject.ranks for rounds in subject.rounds]
+    for number, (ranks, m) in enumerate(settings):
+        trials = trials_of(subject, skeleton, replace(spec), captured, ranks, m)
+        if number == 0:
+            yield from _head(subject.name, trials)
+        yield from _rows(f"{ranks} ranks, m = {m}", trials)
 
 
-def _row(name: str, trial: Trial, usual_s: float, best: bool) -> str:
-    way = trial.way
-    head = f"| {name} | {way.schedule} | {way.virtual_stages or 1} "
-    if trial.step_s is None:
-        return f"{head}| – | – | – | – |"
-    mark = "**" if best else ""
-    return (
-        f"{head}| {trial.step_s:.4g} s | {mark}{usual_s / trial.step_s:.2f} ×{mark} "
-        f"| {trial.bubble:.1%} | {trial.peak_bytes / GIB:.1f} |"
-    )
+def _head(name: str, trials: tuple[Trial, ...]) -> Iterator[str]:
+    """The schedules, with the number of stages per rank where it is not 1."""
+    names = [f"{t.way.schedule} {t.way.virtual_stages or ''}".strip() for t in trials]
+    yield f"\n| {name} | | {' | '.join(names)} |"
+    yield f"| --- | --- |{' ---: |' * len(names)}"
+
+
+def _rows(name: str, trials: tuple[Trial, ...]) -> Iterator[str]:
+    """Of one setting: how much faster than 1f1b, with the bubble; and the peaks."""
+    usual_s = next(t.step_s for t in trials if t.way.schedule == "1f1b") or 1.0
+    best = min(t.step_s for t in trials if t.step_s)
+    faster, peaks = [], []
+    for trial in trials:
+        if trial.step_s is None:
+            faster.append("–")
+            peaks.append("–")
+            continue
+        mark = "**" if trial.step_s == best else ""
+        usual = trial.way.schedule == "1f1b"
+        took = f"{usual_s:.3g} s" if usual else f"{mark}{usual_s / trial.step_s:.2f} ×{mark}"
+        faster.append(f"{took}, {trial.bubble:.0%}")
+        peaks.append(f"{trial.peak_bytes / GIB:.4g}")
+    yield f"| {name} | step, bubble | {' | '.join(faster)} |"
+    yield f"| | peak, GiB | {' | '.join(peaks)} |"
 
 
 def main(names: list[str]) -> None:
-    print("| | schedule | stages per rank | step | 1f1b is | bubble | peak, GiB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
     for name in names or SUBJECTS:
         for line in lines_of(SUBJECTS[name]):
             print(line, flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
+from pipecompile.errors import PipecompileError
 from support import jobs, models, plain
 from support.matrix import quickly
 from torch import nn
@@ -196,3 +197,11 @@ def test_evaluation_finds_shared_weights_in_another_order(trained: str, evaluate
     with torch.no_grad():
         losses = [model.eval()(piece) for piece in batch.chunk(2)]
     assert torch.equal(pipe.evaluate(batch), torch.stack(losses).mean())
+
+
+def test_a_list_of_batches_is_one_batch_and_the_error_says_so() -> None:
+    pipe = jobs.pipeline("llama", 2, 1, 1)
+    with pytest.raises(PipecompileError) as caught:
+        pipe.evaluate([models.tokens(2), models.tokens(2)])
+    assert "iter(...) of it gives several" in "".join(caught.value.__notes__)
+    assert pipe.evaluate(iter([models.tokens(2), models.tokens(2)])).isfinite()

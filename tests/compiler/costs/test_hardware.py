@@ -60,6 +60,19 @@ def test_names_specs_and_files_are_taken(tmp_path: Path) -> None:
     assert parse_device(str(path)) == parse_device(path) == H200
 
 
+def test_what_sends_take_may_be_left_out_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    known = dataclasses.asdict(H200)
+    del known["send_share"]
+    path.write_text(json.dumps(known))
+    assert parse_device(path) == H200
+    path.write_text(json.dumps(known | {"send_share": 0.25}))
+    assert parse_device(path).send_share == 0.25
+    path.write_text(json.dumps(known | {"send_share": -1}))
+    with pytest.raises(OptionError, match="send_share=-1 must be a number of 0 or more"):
+        parse_device(path)
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(OptionError, match=r"'h10'.*did you mean 'h100'\?.*cpu, h100.*JSON"):
         parse_device("h10")

@@ -37,6 +37,14 @@ def test_messages_take_their_time() -> None:
     assert [timeline.waiting_s(rank) for rank in range(2)] == [0, 4]
 
 
+def test_a_send_takes_its_senders_time() -> None:
+    """Under way from its begin; what comes after it on its rank waits."""
+    timeline = simulate(TWO, ONE_EACH, {(0, 1): 3.0}, send_s={(0, 1): 0.5})
+    assert ends(timeline) == [[1, 2.5], [5, 6.5]]
+    assert [(t.start_s, t.end_s) for t in timeline.transfers] == [(1.0, 4.0), (2.5, 5.5)]
+    assert timeline.bubble > simulate(TWO, ONE_EACH, {(0, 1): 3.0}).bubble
+
+
 def test_a_rendezvous_waits_for_the_receive_and_for_its_link() -> None:
     """The second receive is posted after the first forward of rank 1, at 5."""
     timeline = simulate(TWO, ONE_EACH, {(0, 1): 3.0}, rendezvous=True)
