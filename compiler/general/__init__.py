@@ -1,1 +1,1 @@
-"""Graphs that serve many batches: of other sizes, and with other numbers."""
+"""Graphs that serve many batches: of other sizes, with other numbers; tables too short for them."""
