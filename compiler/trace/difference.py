@@ -10,11 +10,11 @@ from .figures import (
     bubble_of,
     closing_seconds,
     compute_seconds,
-    resimulated_bubble,
     sending,
     step_seconds,
     waiting,
 )
+from .replay import resimulated_bubble
 from .trace import Header, Lane, Origin, Trace
 
 

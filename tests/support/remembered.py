@@ -41,7 +41,11 @@ _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Compile from memory where it is the same, of this process or of another one of the run."""
+    """Compile from memory where it is the same, of this process or of another one of the run; not
+    in timings, which no run of the tests has started."""
+    if FOLDER not in os.environ:
+        yield
+        return
     trace, options_of = Capturing.trace, planner.options_of
     with (
         mock.patch.object(Capturing, "trace", _capturing(trace)),

@@ -17,6 +17,7 @@ from pipecompile.compiler.trace import figures
 from pipecompile.compiler.trace.difference import difference
 from pipecompile.compiler.trace.planned import planned_trace
 from pipecompile.compiler.trace.reading import read_trace
+from pipecompile.compiler.trace.replay import resimulated_bubble
 from pipecompile.compiler.trace.trace import Lane, Span, Trace, messages_of
 from pipecompile.compiler.trace.writing import write_trace
 from support.chrome import checked
@@ -71,7 +72,7 @@ def test_figures_are_those_of_the_simulated_step() -> None:
     assert figures.closing_seconds(made) == pytest.approx(0.125)
     seconds = figures.compute_seconds(made)
     assert set(seconds.values()) == {FORWARD_S, BACKWARD_S}
-    assert figures.resimulated_bubble(made, made) == pytest.approx(timeline.bubble)
+    assert resimulated_bubble(made, made) == pytest.approx(timeline.bubble)
 
 
 def test_waiting_is_the_time_between_computations() -> None:
