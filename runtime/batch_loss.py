@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ from .executor import Job, PieceKind
 from .loader import Step
 from .world import World
 
+PADDED = (
+    "replicas were padded to lengths of their own, and the loss has a mean over rows, or over all "
+    "that rows have: where it counts padding, it is not that of one device, which would pad all "
+    "rows alike. Leave padding out of it, or pad alike: pipe.loader(whole_batches=True), or "
+    "pipecompile.data.pad_to_multiple"
+)
 LossWeight = Callable[[Any], Any]
 Buffers = Mapping[str, torch.Tensor]
 
@@ -62,6 +69,8 @@ class BatchLoss:
                 )
         terms = self._form.terms
         self._counts = any(term.way is Way.KEPT or term.by >= 0 for term in terms)
+        if step.unlike and any(term.way is Way.ROWS for term in terms):
+            warnings.warn(PADDED, stacklevel=2)
 
     def weigh(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
         """What the microbatches of all replicas count; jobs are told.

@@ -64,6 +64,7 @@ class Step:
         given: the leaves of the batch, or of one microbatch after the other where a callable has
             cut it; of an absent rank those that another has given it, where something is to be
             compiled, or else its numbers alone, or none.
+        unlike: whether replicas were padded to lengths of their own.
     """
 
     requests: Mapping[PieceKind, Request]
@@ -73,6 +74,7 @@ class Step:
     spare: Leaves = ()
     absent: tuple[int, ...] = ()
     given: Leaves = ()
+    unlike: bool = False
 
     @property
     def first(self) -> Request:
@@ -152,7 +154,8 @@ class Loader:
         spare = self._spare(sizes, given, here)
         if agreed.absent and shapes[0].plain_leaves:
             given = self._told(shapes[0], tuple(given))
-        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(given))
+        unlike = self._cutter is None and len(shapes) > 1
+        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(given), unlike)
         if runs and any(self._guards.get(request) for request in requests.values()):
             step = self._answered(step, shown)
         return step

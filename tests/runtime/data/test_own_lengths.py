@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,42 @@ def test_replicas_have_lengths_of_their_own(gang: Callable[[int], Gang], steps: 
         torch.testing.assert_close(first, mean(model, shares[0]), rtol=1e-6, atol=0)
         flat = [each for step in shares for each in step]
         torch.testing.assert_close(whole, mean(model, flat), rtol=1e-6, atol=0)
+
+
+def told_of_padding(loss: str) -> list[str]:
+    """What is said when replicas pad to lengths of their own, and nothing where they do not."""
+    losses = {
+        "elements": lambda out, batch: out.square().mean(),
+        "kept": lambda out, batch: nn.functional.cross_entropy(
+            out.flatten(0, 1), batch["labels"].flatten()
+        ),
+    }
+    torch.manual_seed(0)
+    pipe = pipecompile.compile(
+        nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)),
+        1,
+        2,
+        microbatches=1,
+        loss_fn=lambda out, batch: losses[loss](out, batch),
+        optimizer=jobs.SGD,
+    )
+    rank = int(os.environ["RANK"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (6, 6 + rank):
+            said = len(caught)
+            ids = torch.arange(2 * length).view(2, length) % WORDS
+            pipe.step({"input": ids} if loss == "elements" else {"input": ids, "labels": ids})
+    assert not any("lengths of their own" in str(each.message) for each in caught[:said])
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("loss", "times"), [("elements", 1), ("kept", 0)])
+def test_padding_that_a_loss_may_count_is_said(
+    gang: Callable[[int], Gang], loss: str, times: int
+) -> None:
+    for said in gang(2).run(told_of_padding, loss):
+        assert sum("lengths of their own" in text for text in said) == times
 
 
 def unlike_stages() -> str:
