@@ -155,7 +155,7 @@ EVALUATES = pytest.mark.parametrize("evaluates", [False, pytest.param(True, mark
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(n, marks=SLOW) for n in ("llama", "gpt2", "t5", "bert_mlm"))]
+    "name", ["vit", *(pytest.param(n, marks=SLOW) for n in ("llama", "gpt2", "t5", "bert-mlm"))]
 )
 def test_models_of_transformers(cache: Path, traced: list[str], name: str) -> None:
     batches = models.batches(name, 4, 1)
