@@ -11,7 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ class Device:
         return replace(
             self, link_bytes_per_s=bytes_per_s, link_latency_s=latency_s, send_share=share
         )
+
+    def send_s(self, transfer_s: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+        """Of messages that are under way for so long: seconds in which the sender computes
+        nothing."""
+        return {ends: self.send_share * seconds for ends, seconds in transfer_s.items()}
 
     def with_tf32(self) -> Device:
         """The same device with float32 products in TF32, where it has it."""
@@ -192,13 +197,14 @@ def _from_json(path: Path) -> Device:
     if not isinstance(given, dict):
         raise OptionError(f"device file {path}: not a JSON object")
     known = [f.name for f in fields(Device)]
+    optional = [f.name for f in fields(Device) if f.default is not MISSING]
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"device file {path}: unknown field {name!r}: {hint}")
     for name in known:
-        if name not in given and name != "send_share":
+        if name not in given and name not in optional:
             raise OptionError(f"device file {path}: field {name!r} is missing")
     rates = given["flops_per_s"]
     if not isinstance(rates, dict) or "float32" not in rates:
@@ -207,7 +213,7 @@ def _from_json(path: Path) -> Device:
         )
     numbers = {k: v for k, v in given.items() if k not in ("name", "flops_per_s")}
     for name, value in (numbers | {f"flops_per_s[{k!r}]": v for k, v in rates.items()}).items():
-        may_be_zero = name in ("link_latency_s", "launch_s", "send_share")
+        may_be_zero = name in ("link_latency_s", "launch_s", *optional)
         if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
             least = "of 0 or more" if may_be_zero else "above 0"
             raise OptionError(f"device file {path}: {name}={value!r} must be a number {least}")

@@ -88,8 +88,7 @@ class Timing:
 
     def send_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another: in which its sender computes nothing."""
-        share = self.rates.send_share
-        return {ends: share * seconds for ends, seconds in self.transfer_s().items()}
+        return self.rates.send_s(self.transfer_s())
 
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """What replicas exchange during each program runs beside it: the longer one counts.

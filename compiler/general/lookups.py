@@ -58,31 +58,22 @@ def _lookups(graph: JointGraph) -> Iterator[tuple[fx.Node, int, torch.Tensor]]:
 def _value(
     graph: JointGraph, node: fx.Node, known: dict[fx.Node, torch.Tensor | None]
 ) -> torch.Tensor | None:
-    """What a node makes, if that follows from constants alone and is small."""
-    pending = [node]
-    while pending:
-        last = pending[-1]
-        missing = [a for a in last.all_input_nodes if a not in known]
-        if last in known or not missing:
-            pending.pop()
-            known.setdefault(last, _made(graph, last, known))
-        else:
-            pending += missing
-    return known[node]
+    """What a node makes, if that is whole numbers that follow from constants alone, and few."""
+    val = node.meta.get("val")
+    if node not in known and isinstance(val, torch.Tensor) and not val.is_floating_point():
+        known[node] = _made(graph, node, known) if val.numel() <= _MOST_ELEMENTS else None
+    return known.get(node)
 
 
 def _made(
     graph: JointGraph, node: fx.Node, known: dict[fx.Node, torch.Tensor | None]
 ) -> torch.Tensor | None:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or val.is_floating_point():
-        return None
     if node.op == "get_attr":
         held = getattr(graph.constants, str(node.target))
         return None if is_fake(held) else held.cpu()
-    parts = [known[a] for a in node.all_input_nodes]
-    whole = all(part is not None for part in parts) and val.numel() <= _MOST_ELEMENTS
-    if not whole or not is_operator(node) or is_random(node):
+    if not is_operator(node) or is_random(node):
+        return None
+    if any(_value(graph, source, known) is None for source in node.all_input_nodes):
         return None
     target: Any = node.target
     args: Any = fx.map_arg(node.args, known.__getitem__)

@@ -9,7 +9,7 @@ staged    everything else, and what is read of a buffer that forward updates: it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -116,4 +116,15 @@ def gradient_sums(graph: JointGraph) -> set[fx.Node]:
         if is_gradient_sum(node) and node not in found:
             found.add(node)
             pending.extend(node.all_input_nodes)
+    return found
+
+
+def awaited(nodes: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Of nodes in execution order, those on which something in another place depends; users
+    without a place do not count."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        users = [user for user in node.users if user in place]
+        if any(user in found or place[user] != place[node] for user in users):
+            found.add(node)
     return found

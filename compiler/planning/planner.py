@@ -28,7 +28,7 @@ from ..units.menus import options_of
 from ..units.pricing import UnitPrices
 from ..units.stash import bodies_of
 from ..units.units import Unit, units_of
-from ..units.weights import weight_work
+from ..units.weights import weight_works
 from . import decide
 from .advice import advice, gib
 from .formulation import Terms, formulate
@@ -198,9 +198,8 @@ class Planner:
             kind,
             replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
             prices,
-            [weight_work(body, self.device) for body in self.bodies],
-            self.device.link_latency_s,
-            self.device.send_share,
+            weight_works(self.bodies, self.places, self.device),
+            self.device,
             CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
         )
         solution = self._evener(problem, model, solution)

@@ -7,19 +7,18 @@ and what stages that are not alike wait for.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
+from ...passes.partition.baselines import most_even
 from ...passes.schedule.load import linked, timed
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import Timeline, simulate
+from ..costs.hardware import Device
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import PartitionError
 from ..ir.problem import Problem, Solution, fits, solution_of
@@ -38,8 +37,7 @@ class StepModel:
 
     Attributes:
         prices, weights: of the problem's units.
-        latency_s: of a message.
-        send_share: of a message's seconds, as `Device` has it.
+        device: whose messages take what it says.
         closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
     """
 
@@ -48,8 +46,7 @@ class StepModel:
     shape: PipelineShape
     prices: Sequence[UnitPrices]
     weights: Sequence[WeightWork]
-    latency_s: float = 0.0
-    send_share: float = 0.0
+    device: Device
     closing_s_per_byte: float = 0.0
 
     @cached_property
@@ -65,7 +62,7 @@ class StepModel:
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
         compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
-        send_s = self._send_s(transfer_s)
+        send_s = self.device.send_s(transfer_s)
         return self._whole_s(simulate(self._schedule, compute_s, transfer_s, send_s=send_s), stage)
 
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
@@ -78,7 +75,7 @@ class StepModel:
         if self.kind.takes_limit:
             costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
-        send_s = self._send_s(transfer_s)
+        send_s = self.device.send_s(transfer_s)
         return self._whole_s(timed(schedule, self.few, compute_s, transfer_s, send_s), stage)
 
     def _whole_s(self, few: Timeline, stage: Sequence[int]) -> float:
@@ -106,15 +103,12 @@ class StepModel:
         return found
 
     def _transfer_s(self, stage: Sequence[int]) -> dict[tuple[int, int], float]:
-        found: dict[tuple[int, int], float] = defaultdict(lambda: self.latency_s)
+        found: dict[tuple[int, int], float] = defaultdict(lambda: self.device.link_latency_s)
         for value in self.problem.values:
             source = stage[value.source]
             for s in {stage[reader] for reader in value.readers} - {source}:
                 found[source, s] += value.receive_s
         return dict(found)
-
-    def _send_s(self, transfer_s: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-        return {ends: self.send_share * seconds for ends, seconds in transfer_s.items()}
 
     def _closing_s(self, stage: Sequence[int]) -> float:
         held = [0.0] * self.problem.n_ranks
@@ -148,7 +142,7 @@ def refine(
             if found is not None:
                 best, best_s, improved = found, step_s, True
                 break
-    if model.kind.searches and best is not solution:
+    if best is not solution:
         before, best_s = (model.searched_s(x.stage, x.option) for x in (solution, best))
     saved = 1 - best_s / before if before else 0.0
     worth = saved > LEAST_GAIN and before - best_s > LEAST_S
@@ -158,32 +152,10 @@ def refine(
 def smoothed(problem: Problem, solution: Solution) -> Solution:
     """Other runs of units with the same options, whose stages are as alike as they can be.
 
-    The slowest stage decides about a division; how even the others are, nothing does. The sum of
-    squares is made the least that it can be with no stage slower than the slowest was, by dynamic
-    programming; where pins, groups or memory forbid that, the solution stays.
+    The slowest stage decides about a division; how even the others are, nothing does. Where memory
+    or the order of units forbids the most even one, the solution stays.
     """
-    n, fewest = problem.n_units, problem.min_units
-    pairs = zip(problem.options, solution.option, strict=True)
-    done = np.cumsum([0.0, *(menu[k].seconds for menu, k in pairs)])
-    run_s = done - done[:, None]  # [i, j]: units i to j − 1
-    index = np.arange(n + 1)
-    most_s = max(
-        sum(done[u + 1] - done[u] for u in range(n) if solution.stage[u] == s)
-        for s in range(problem.n_stages)
-    )
-    allowed = (index - index[:, None] >= fewest) & (run_s <= most_s * (1 + 1e-9))
-    squares = np.where(allowed, run_s**2, math.inf)
-    least = np.where(index == 0, 0.0, math.inf)
-    starts = []
-    for _ in range(problem.n_stages):
-        sums = least[:, None] + squares
-        starts.append(sums.argmin(axis=0))
-        least = sums.min(axis=0)
-    stage, end = [0] * n, n
-    for s in reversed(range(problem.n_stages)):
-        start = int(starts[s][end])
-        stage[start:end] = [s] * (end - start)
-        end = start
+    stage = most_even(problem, solution)
     return _legal(problem, stage, solution.option, solution) or solution
 
 

@@ -113,8 +113,7 @@ def resimulated(
         for row in subject.timeline.ranks
         for interval in row
     }
-    send_s = {ends: device.send_share * seconds for ends, seconds in transfer_s.items()}
-    closing_s = subject.timeline.closing_s
+    closing_s, send_s = subject.timeline.closing_s, device.send_s(transfer_s)
     return simulate(_schedule(subject, m), compute_s, transfer_s, closing_s, send_s=send_s)
 
 

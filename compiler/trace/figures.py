@@ -13,7 +13,7 @@ from .trace import Lane, Span, Trace
 def compute_seconds(trace: Trace) -> dict[tuple[int, Kind], float]:
     """(stage, kind) -> seconds of one microbatch: the median over microbatches, replicas, steps."""
     found: dict[tuple[int, Kind], list[float]] = defaultdict(list)
-    for _, spans in by_step(trace, Lane.COMPUTE):
+    for _, spans in _by_step(trace, Lane.COMPUTE):
         for span in spans:
             if (action := span.action) is not None:
                 found[action.stage, action.kind].append(span.seconds)
@@ -32,7 +32,7 @@ def bubble_of(trace: Trace) -> float:
     """The share of the ranks' time in which nothing is computed, as `Timeline.bubble` has it; the
     median over steps and replicas."""
     found = []
-    for _, spans in by_step(trace, Lane.COMPUTE):
+    for _, spans in _by_step(trace, Lane.COMPUTE):
         replicas: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
         for span in spans:
             replicas[span.rank // trace.header.pp][span.rank].append(span)
@@ -54,7 +54,7 @@ def waiting(trace: Trace) -> dict[tuple[int, int], float]:
     steps = trace.steps
     found: dict[tuple[int, int], dict[int, float]] = defaultdict(lambda: dict.fromkeys(steps, 0.0))
     homes = {s: rank for rank, stages in enumerate(trace.header.placement) for s in stages}
-    for step, spans in by_step(trace, Lane.COMMUNICATION):
+    for step, spans in _by_step(trace, Lane.COMMUNICATION):
         for span in spans:
             action = span.action
             if action is not None and action.kind in RECV.values() and action.peer is not None:
@@ -66,7 +66,7 @@ def waiting(trace: Trace) -> dict[tuple[int, int], float]:
 def sending(measured: Trace) -> dict[int, float]:
     """Rank -> seconds per step in which it hands messages over and computes nothing."""
     found: dict[int, list[float]] = defaultdict(list)
-    for _, spans in by_step(measured, Lane.COMMUNICATION):
+    for _, spans in _by_step(measured, Lane.COMMUNICATION):
         for rank in measured.ranks:
             mine = (span for span in spans if span.rank == rank)
             sends = (s for s in mine if s.action is not None and s.action.kind in SEND.values())
@@ -83,7 +83,7 @@ def closing_seconds(trace: Trace) -> float:
     return median(found)
 
 
-def by_step(trace: Trace, lane: Lane) -> Iterable[tuple[int, list[Span]]]:
+def _by_step(trace: Trace, lane: Lane) -> Iterable[tuple[int, list[Span]]]:
     return steps_of(trace, trace.of(lane)).items()
 
 

@@ -33,14 +33,13 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
     """
     m, pp = planned.header.microbatches, planned.header.pp
     schedule = tuple(tuple(_apart(a, m) for a in row) for row in _schedule(planned))
-    transfer_s = _planned_transfers(planned)
     happened = measured.header.origin != Origin.PLANNED  # a plan has no time between actions
     waited_s = _waited_for(measured) if happened else {}
-    between = {
-        (a.stage * m + i, a.peer * m + i): waited_s.get((a.stage, a.peer), seconds)
-        for (a, i), seconds in transfer_s.items()
-        if a.peer is not None
-    }
+    transfer_s: dict[Ends, float] = {}
+    for span in planned.of(Lane.COMMUNICATION):
+        if (sent := span.action) is not None and sent.kind in SEND.values():
+            seconds = waited_s.get(_ends(sent), span.seconds)
+            transfer_s[_ends(_apart(sent, m))] = seconds
     found = []
     for spans in steps_of(measured, measured.spans).values():
         replicas: dict[int, _Replayed] = defaultdict(_Replayed)
@@ -48,7 +47,7 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
             mine = [span for span in spans if span.rank == rank and span.action is not None]
             replicas[rank // pp].add(sorted(mine, key=lambda s: (s.start_s, s.end_s)), m, happened)
         for each in replicas.values():
-            timeline = simulate(schedule, each.computed, between, send_s=each.sent)
+            timeline = simulate(schedule, each.computed, transfer_s, send_s=each.sent)
             found.append(1 - each.busy_s / (timeline.makespan_s * len(schedule)))
     return median(found)
 
@@ -80,22 +79,11 @@ class _Replayed:
             if span.lane is Lane.COMPUTE:
                 self.busy_s += span.seconds
                 self.computed[apart.stage, action.kind] = span.seconds + between_s
-            elif happened and action.kind in SEND.values() and apart.peer is not None:
-                self.sent[apart.stage, apart.peer] = span.seconds + between_s
+            elif happened and action.kind in SEND.values():
+                self.sent[_ends(apart)] = span.seconds + between_s
             else:
                 continue
             between_s = 0.0
-
-
-def _planned_transfers(planned: Trace) -> dict[tuple[Action, int], float]:
-    """(Send of microbatch 0, microbatch) -> seconds."""
-    found = {}
-    for span in planned.of(Lane.COMMUNICATION):
-        sent = span.action
-        if sent is not None and sent.kind in SEND.values() and sent.microbatch is not None:
-            first = Action(sent.stage, sent.kind, 0, sent.peer)
-            found[first, sent.microbatch] = span.seconds
-    return found
 
 
 def _waited_for(measured: Trace) -> dict[Ends, float]:
@@ -104,10 +92,16 @@ def _waited_for(measured: Trace) -> dict[Ends, float]:
     found: dict[Ends, list[float]] = defaultdict(list)
     for message in messages_of(measured):
         sent = message.send.action
-        if sent is not None and sent.peer is not None and message.receive.seconds > WAITED_S:
+        trains = message.send.step in measured.steps
+        if sent is not None and trains and message.receive.seconds > WAITED_S:
             seconds = message.receive.end_s - message.send.start_s
-            found[sent.stage, sent.peer].append(max(seconds, 0.0))
+            found[_ends(sent)].append(max(seconds, 0.0))
     return {ends: median(seconds) for ends, seconds in found.items()}
+
+
+def _ends(send: Action) -> Ends:
+    assert send.peer is not None
+    return send.stage, send.peer
 
 
 def _apart(action: Action, microbatches: int) -> Action:

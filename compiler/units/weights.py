@@ -7,6 +7,7 @@ that sends no gradients on.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -14,6 +15,7 @@ from torch import fx
 from ..costs.cost import node_cost
 from ..costs.hardware import Device
 from ..ir.graph import root_bytes
+from ..ir.locality import awaited
 from .stash import Body
 
 
@@ -31,19 +33,24 @@ class WeightWork:
     carry_bytes: int
 
 
-def weight_work(body: Body, device: Device) -> WeightWork:
-    """Of a unit, at a device's peak rates."""
-    backward = set(body.backward)
-    urgent: set[fx.Node] = set()
-    for node in reversed(body.backward):
-        if any(
-            user in urgent or user not in backward for user in node.users if user.op != "output"
-        ):
-            urgent.add(node)
+def weight_works(
+    bodies: Sequence[Body], places: Mapping[fx.Node, int], device: Device
+) -> list[WeightWork]:
+    """Of each unit, at a device's peak rates.
+
+    Args:
+        places: the unit of every staged node.
+    """
+    urgent = awaited([node for body in bodies for node in body.backward], places)
+    return [_work(body, urgent, device) for body in bodies]
+
+
+def _work(body: Body, urgent: Collection[fx.Node], device: Device) -> WeightWork:
+    seconds = {node: node_cost(node, device).seconds for node in body.backward}
     mine = [node for node in body.backward if node not in urgent]
-    whole = math.fsum(node_cost(node, device).seconds for node in body.backward)
-    part = math.fsum(node_cost(node, device).seconds for node in mine) / whole if whole else 0.0
-    made = urgent.union(body.forward)
+    whole = math.fsum(seconds.values())
+    part = math.fsum(seconds[node] for node in mine) / whole if whole else 0.0
+    made = {*body.forward, *body.backward}.difference(mine)
     return WeightWork(
         part, root_bytes(a for node in mine for a in node.all_input_nodes if a in made)
     )

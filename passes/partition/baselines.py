@@ -312,6 +312,21 @@ def _division(line: Line, option: Sequence[int]) -> Division:
     return found
 
 
+def most_even(problem: Problem, solution: Solution) -> tuple[int, ...]:
+    """Stages of the units, in runs with the same options, whose seconds have the least sum of
+    squares that there is with no stage slower than the slowest one is; transfers are left out."""
+    line = Line(problem, in_order(problem))
+    seconds = [menu[k].seconds for menu, k in zip(problem.options, solution.option, strict=True)]
+    most_s = np.bincount(solution.stage, seconds).max() * (1 + 1e-9)
+    run_s = line.sums(seconds)
+    squares = [
+        np.where(line.allowed(s) & (run_s <= most_s), run_s**2, math.inf)
+        for s in range(problem.n_stages)
+    ]
+    found = best_division(squares, 0.0, 1.0)
+    return solution.stage if found is None else _stages(line, found.cuts)
+
+
 def _leanest(problem: Problem, unit: int, stage: int) -> int:
     each = problem.options[unit]
     return min(

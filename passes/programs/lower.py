@@ -35,7 +35,7 @@ from ...compiler.ir.graph import (
     storage_root,
     viewed,
 )
-from ...compiler.ir.locality import Locality, is_gradient_sum
+from ...compiler.ir.locality import Locality, awaited, is_gradient_sum
 from ...compiler.ir.program import (
     Message,
     PipelineProgram,
@@ -145,11 +145,7 @@ class _Lowering:
             for node in self.locality.staged
             if phase_of(node) is Phase.BACKWARD and node not in self.severed
         ]
-        urgent: set[fx.Node] = set()
-        for node in reversed(backward):
-            users = [u for u in node.users if u in self.stage and u not in self.severed]
-            if any(u in urgent or self.stage[u] != self.stage[node] for u in users):
-                urgent.add(node)
+        urgent = awaited(backward, {n: s for n, s in self.stage.items() if n not in self.severed})
         sending = {self.stage[node] for node in urgent}
         return frozenset(n for n in backward if n not in urgent and self.stage[n] in sending)
 

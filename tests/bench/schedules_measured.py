@@ -42,7 +42,7 @@ RIVALS: list[Rival] = [
     Torchs("ZBVZeroBubble", 2),
     Limit(),
 ]
-TRACED = {2: RIVALS[:6], 4: RIVALS[:6]}
+TRACED = [rival for rival in RIVALS if isinstance(rival, Ours)][:6]
 
 
 def _ratio(times: dict[Rival, list[float]], other: Rival, to: Rival) -> float:
@@ -72,7 +72,7 @@ def steps_table(gang: Gang, processes: int) -> None:
 def bubbles_table(gang: Gang, processes: int, folder: str) -> None:
     print(f"\n| {processes} processes | planned | simulated | measured | planned step | measured |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for number, way in enumerate(TRACED[processes]):
+    for number, way in enumerate(TRACED):
         run = Path(folder) / f"run-{processes}-{number}.json"
         plan = Path(folder) / f"plan-{processes}-{number}.json"
         gang.run(traced, way, str(run), str(plan), STEPS)

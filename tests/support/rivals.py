@@ -87,38 +87,36 @@ def compiled(
     return lambda: pipe.step(batch())
 
 
-class _First(nn.Module):
-    """What a user of torch.distributed.pipelining writes by hand: the first stage of GPT-2."""
+class Part(nn.Module):
+    """What a user of torch.distributed.pipelining writes by hand: some layers of GPT-2.
 
-    def __init__(self, whole: Any, layers: int):
+    Args:
+        first, last: with what comes before the layers, and after them.
+    """
+
+    def __init__(self, layers: range, first: bool, last: bool, size: Size = NARROW):
         super().__init__()
-        self.wte, self.wpe = whole.transformer.wte, whole.transformer.wpe
-        self.h = whole.transformer.h[:layers]
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
-        for block in self.h:
-            x = block(x)
-            x = x[0] if isinstance(x, tuple) else x
-        return x
-
-
-class _Second(nn.Module):
-    def __init__(self, whole: Any, layers: int):
-        super().__init__()
-        self.h = whole.transformer.h[layers:]
-        self.ln_f, self.lm_head = whole.transformer.ln_f, whole.lm_head
+        whole: Any = model(size)
+        self.first, self.last = first, last
+        if first:
+            self.wte, self.wpe = whole.transformer.wte, whole.transformer.wpe
+        self.h = nn.ModuleList(whole.transformer.h[i] for i in layers)
+        if last:
+            self.ln_f, self.lm_head = whole.transformer.ln_f, whole.lm_head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first:
+            x = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
         for block in self.h:
             x = block(x)
             x = x[0] if isinstance(x, tuple) else x
-        return self.lm_head(self.ln_f(x))
+        return self.lm_head(self.ln_f(x)) if self.last else x
 
 
 def half(stage: int, layers: int, size: Size = NARROW) -> nn.Module:
     """One of two stages, the first with so many layers."""
-    return (_Second if stage else _First)(model(size), layers)
+    mine = range(layers, size.layers) if stage else range(layers)
+    return Part(mine, stage == 0, stage == 1, size)
 
 
 def next_word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -208,14 +206,18 @@ RIVALS = {
 OURS = ("pipecompile 1f1b", "pipecompile zb_h1")
 
 
+def meet() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
 def step(name: str) -> float:
     return timed(RIVALS[name])
 
 
 def timed(rival: Callable[[], Callable[[], Any]]) -> float:
     """Seconds of one step, from when all are ready to when all are done."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    meet()
     run = rival()
     dist.barrier()
     start = time.perf_counter()

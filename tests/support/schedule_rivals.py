@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, product
+from itertools import pairwise, product, starmap
 from typing import Any
 from unittest import mock
 
 import pipecompile
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed import pipelining
 
 from support import rivals
@@ -59,9 +58,10 @@ class Torchs:
         n = ranks * self.virtual
         mine = [rank, n - 1 - rank] if "ZBV" in self.schedule else list(range(rank, n, ranks))
         bounds = [0]
-        for layers in balanced(NARROW.layers, n):
-            bounds.append(bounds[-1] + layers)
-        parts = [_Part(s == 0, s == n - 1, range(*list(pairwise(bounds))[s])) for s in mine]
+        for count in balanced(NARROW.layers, n):
+            bounds.append(bounds[-1] + count)
+        layers = list(starmap(range, pairwise(bounds)))
+        parts = [rivals.Part(layers[s], s == 0, s == n - 1) for s in mine]
         device = torch.device("cpu")
         stages = [
             pipelining.PipelineStage(part, s, n, device)
@@ -108,28 +108,6 @@ class Limit:
 Rival = Ours | Torchs | Limit
 
 
-class _Part(nn.Module):
-    """One stage of GPT-2, by hand."""
-
-    def __init__(self, first: bool, last: bool, layers: range):
-        super().__init__()
-        whole: Any = rivals.model()
-        self.first, self.last = first, last
-        if first:
-            self.wte, self.wpe = whole.transformer.wte, whole.transformer.wpe
-        self.h = nn.ModuleList(whole.transformer.h[i] for i in layers)
-        if last:
-            self.ln_f, self.lm_head = whole.transformer.ln_f, whole.lm_head
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.first:
-            x = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
-        for block in self.h:
-            x = block(x)
-            x = x[0] if isinstance(x, tuple) else x
-        return self.lm_head(self.ln_f(x)) if self.last else x
-
-
 def balanced(layers: int, stages: int) -> tuple[int, ...]:
     """How many layers each stage gets so that the slowest is as quick as can be; of those the most
     even."""
@@ -142,11 +120,6 @@ def balanced(layers: int, stages: int) -> tuple[int, ...]:
         return max(each), sum(x * x for x in each)
 
     return min(every, key=loads)
-
-
-def _meet() -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
 
 
 @cache
@@ -169,7 +142,7 @@ def _built(rival: Rival) -> Callable[[], Any]:
 def step(rival: Rival) -> tuple[float, float]:
     """Seconds of one step, from when all are ready to when all are done, and this process's CPU
     seconds."""
-    _meet()
+    rivals.meet()
     run = _built(rival)
     dist.barrier()
     start, used = time.perf_counter(), time.process_time()
@@ -181,7 +154,7 @@ def step(rival: Rival) -> tuple[float, float]:
 
 def traced(way: Ours, path: str, planned: str, steps: int) -> None:
     """Record steps into a file, and what was predicted into another one."""
-    _meet()
+    rivals.meet()
     pipe = _compiled(way)
     for _ in range(WARM_UP):
         pipe.step(rivals.batch())

@@ -22,7 +22,7 @@ from pipecompile.compiler.planning.refine import LEAST_GAIN, StepModel, refine, 
 from pipecompile.compiler.units.pricing import UnitPrices
 from pipecompile.compiler.units.stash import bodies_of
 from pipecompile.compiler.units.units import units_of
-from pipecompile.compiler.units.weights import WeightWork, weight_work
+from pipecompile.compiler.units.weights import WeightWork, weight_works
 from pipecompile.passes.graph.placement import place
 from pipecompile.passes.partition.solve import solve
 from pipecompile.passes.programs.lower import lower
@@ -61,7 +61,8 @@ def model_of(
         min_units=1,
     )
     prices = [UnitPrices(s, 2 * s, (0.0,)) for s in seconds]
-    return StepModel(problem, kind, shape, prices, [WeightWork(0.5, 1)] * len(prices))
+    work = [WeightWork(0.5, 1)] * len(prices)
+    return StepModel(problem, kind, shape, prices, work, H100.with_link(1.0, 0.0))
 
 
 SECONDS = st.lists(st.integers(1, 9).map(float), min_size=4, max_size=9)
@@ -158,11 +159,11 @@ def test_what_units_say_of_w_is_that_of_their_programs(name: str) -> None:
     graph = capture_training(skeleton, spec, None, device).graph
     locality = locality_of(graph)
     units = units_of(graph, locality, H100)
-    bodies, _ = bodies_of(graph, locality, units)
+    bodies, places = bodies_of(graph, locality, units)
     home = [3 * body.unit.index // len(units) for body in bodies]
     placed = place(graph, locality, {n: home[b.unit.index] for b in bodies for n in b.forward})
     program = lower(graph, locality, placed.stage, 3, split_backward=True)
-    work = [weight_work(body, H100) for body in bodies]
+    work = weight_works(bodies, places, H100)
     for s in (1, 2):
         mine = [i for i in range(len(units)) if home[i] == s]
         carried = sum(work[i].carry_bytes for i in mine)
