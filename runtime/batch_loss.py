@@ -237,8 +237,8 @@ class BatchLoss:
             )
         return [number]
 
-    def total(self, jobs: Mapping[int, Job], weights: Weights) -> torch.Tensor:
-        """The loss of the batch, on every rank."""
+    def total(self, jobs: Mapping[int, Job], weights: Weights) -> Callable[[], torch.Tensor]:
+        """Tells the loss of the batch to every rank; what is returned waits for it."""
         stage, mesh, dtype = self._program.loss_stage, self._world.mesh, self._program.loss_dtype
         mine = {
             mesh.replica_of(rank): torch.stack(job.losses)
@@ -246,14 +246,33 @@ class BatchLoss:
             if stage in mesh.stages_of(rank)
         }
         parts = {r: loss_of_replica(losses, weights, r) for r, losses in mine.items()}
-        device = self._world.device
-        if not mesh.distributed:
-            found = torch.stack([parts[replica].to(device) for replica in sorted(parts)])
-        else:
-            slots = torch.zeros(mesh.size, dtype=torch.float64, device=device)
-            for replica, part in parts.items():
-                slots[mesh.rank_of(replica, stage)] = part
-            dist.all_reduce(slots)  # adds zeros: exact
-            found = slots[list(mesh.replicas_of(stage))]
         assert dtype is not None
-        return loss_of_batch(found, weights, dtype)
+        found = self._told(parts, mesh.replicas_of(stage))
+        return lambda: loss_of_batch(found(), weights, dtype)
+
+    def _told(
+        self, parts: Mapping[int, torch.Tensor], speakers: Sequence[int]
+    ) -> Callable[[], torch.Tensor]:
+        """Those of all replicas, (dp,), each told by the rank that has it.
+
+        Args:
+            parts: replica -> what this process has.
+        """
+        mesh, device, agreement = self._world.mesh, self._world.device, self._world.agreement
+        if not mesh.distributed:
+            here = torch.stack([parts[replica].to(device) for replica in sorted(parts)])
+            return lambda: here
+        if agreement.neighbours is not None and device.type == "cpu":
+            mine = next((float(part) for part in parts.values()), None)
+            told = agreement.neighbours.tell(mine, speakers)
+            return lambda: torch.tensor(told(), dtype=torch.float64)
+        slots = torch.zeros(mesh.size, dtype=torch.float64, device=device)
+        for replica, part in parts.items():
+            slots[speakers[replica]] = part
+        work = dist.all_reduce(slots, async_op=True)  # adds zeros: exact
+
+        def summed() -> torch.Tensor:
+            work.wait()
+            return slots[list(speakers)]
+
+        return summed

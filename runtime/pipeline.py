@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -153,24 +153,26 @@ class Pipeline(Stored):
 
     def _step(self, batch: Any) -> torch.Tensor:
         verifier = self._verifying(batch)
-        loss = self.forward_backward(batch)
+        with self._world.guard():
+            loss = self._accumulate(batch)
         if verifier is not None:
-            verifier.computed(loss, dict(self.named_parameters()))
+            verifier.computed(loss(), dict(self.named_parameters()))
         norm = None
         if self.loss_scaler is not None and self.loss_scaler.overflowed:
             self.zero_grad()
-            return loss
+            return loss()
         if self._options.max_grad_norm is not None:
             norm = self.clip_grad_norm_(self._options.max_grad_norm)
-        with self._world.plain():
+        with self._world.changing():
             self.optimizer.step()
             scheduler = self._require().scheduler
             if scheduler is not None and steps_alone(scheduler):
                 scheduler.step()
-        self.zero_grad()
+            self.zero_grad()
+            found = loss()  # last, so that nobody waits for ranks that have more to do
         if verifier is not None:
             self._verify(verifier, batch, norm)
-        return loss
+        return found
 
     def loader(self, dataset: Any, batch_size: int, **options: Any) -> DataSetLoader:
         """A loader of a data set, with the rows of this process in each batch.
@@ -205,10 +207,14 @@ class Pipeline(Stored):
         nothing, or `zero_grad`.
         """
         with self._world.guard(), self._recording.range(f"step {self._steps}"):
-            session, ready, jobs = self._prepare(Mode.TRAIN, batch)
-            loss = session.accumulate(ready, jobs)
-            self._steps += 1
-            return loss
+            return self._accumulate(batch)()
+
+    def _accumulate(self, batch: Any) -> Callable[[], torch.Tensor]:
+        """As `forward_backward`; what is returned waits for the loss."""
+        session, ready, jobs = self._prepare(Mode.TRAIN, batch)
+        loss = session.accumulate(ready, jobs)
+        self._steps += 1
+        return loss
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``.

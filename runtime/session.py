@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,9 +304,11 @@ class Session:
     def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
         return {rank: state.buffers for rank, state in self.state.ranks.items()}
 
-    def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> torch.Tensor:
-        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; the
-        loss."""
+    def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> Callable[[], torch.Tensor]:
+        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says.
+
+        What is returned waits for the loss. Other ranks may still be at work before that.
+        """
         weights = self.weigh(ready, jobs)
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale
@@ -360,7 +362,7 @@ class Session:
         """Run a batch that has a loss; the loss, on every rank."""
         weights = self.weigh(ready, jobs)
         self.run(ready, jobs)
-        return ready.loss.total(jobs, weights)
+        return ready.loss.total(jobs, weights)()
 
     def add_evaluated(self, ready: Ready, jobs: Mapping[int, Job], before: Sums | None) -> Sums:
         """Run one of the batches of a data set, and add its loss to that of those before.

@@ -41,6 +41,7 @@ class Stored:
         """
         session = self._require()
         with self._world.guard():
+            self._world.transport.check()
             return state_dicts.gather(session.state, session.buffers.stages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,6 +56,7 @@ class Stored:
         """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
         session = self._require()
         with self._world.guard():
+            self._world.transport.check()
             return state_dicts.gather(session.state, session.buffers.stages, of_loss=True)
 
     def load_loss_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,6 +101,7 @@ class Stored:
         """
         training = self._training(data)
         with self._world.guard():
+            self._world.transport.check()
             return self._checkpoints.save(training, Path(directory), keep, async_save)
 
     def load(self, directory: str | Path, *, data: Any = None) -> int:

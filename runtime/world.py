@@ -18,9 +18,11 @@ from .exchange.agreement import Agreement
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.link import measure_link
 from .exchange.mesh import Mesh, connect
+from .exchange.neighbours import meet
 from .exchange.processes import Processes
 from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
+from .heap import keep_heap
 
 
 @contextlib.contextmanager
@@ -82,13 +84,18 @@ class World:
         self._watchdog: Watchdog | None = None
         self._default_dtype: torch.dtype | None = None  # of what programs make
         connect(mesh, self._here)
+        if device.type == "cpu":
+            keep_heap()
         self.agreement = Agreement(mesh, device)
         self.agreement.check_options(options)
         if mesh.rank is None:
             self.transport: Transport = Loopback()
         else:
             self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), status)
-            self.transport = Processes(mesh, self._here)
+            neighbours = meet(mesh.rank, self.agreement.gather)
+            if neighbours is not None:
+                self.agreement.take_over(neighbours)
+            self.transport = Processes(mesh, self._here, neighbours)
         self.endpoints = endpoints(mesh, device, self.transport)
         self.data_shards = mesh.dp if mesh.distributed else 1
         self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
@@ -139,3 +146,14 @@ class World:
                 )
             self._default_dtype = dtype
             yield
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Guarded work that changes parameters, on some ranks before others: where it fails, ranks
+        have taken another number of steps, and nothing can go on from there."""
+        with self.guard():
+            try:
+                yield
+            except BaseException:
+                self.transport.abandon()
+                raise

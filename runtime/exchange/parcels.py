@@ -45,8 +45,7 @@ class Outgoing:
         if self._flying is None:
             return
         (parcel, own, pending), self._flying = self._flying, None
-        (room,) = pending.wait()
-        parts = list(room.view(parcel.dp - 1, parcel.sizes[self._replica]))  # dp - 1 × (elements,)
+        parts = pending.wait()  # dp - 1 × (elements,)
         parts.insert(self._replica, own)
         total = ordered_sum_(parts[0], parts[1:])  # (elements,) of this rank's rows of all items
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
@@ -64,7 +63,7 @@ class Outgoing:
     def _launch(self, parcel: Parcel) -> None:
         self.drain()
         *blocks, others = self._filling.pop(id(parcel))
-        pending = self._transport.scatter(others, parcel.sizes)
+        pending = self._transport.replicas.scatter(others, parcel.sizes)
         self._flying = parcel, blocks[self._replica], pending
 
 
@@ -103,11 +102,11 @@ class Gathering:
             room = torch.empty(sum(parcel.sizes), dtype=parcel.dtype, device=self.device)
             blocks = torch.split(room, list(parcel.sizes))
             self._pack(parcel, blocks[self._replica])
-            return self._transport.share(room, blocks)
+            return self._transport.replicas.share(room, blocks)
         # (elements,): as many as the largest block has, so that all are of one size
         mine = torch.empty(max(parcel.sizes), dtype=parcel.dtype, device=self.device)
         self._pack(parcel, mine)
-        return self._transport.gather(mine)
+        return self._transport.replicas.gather(mine)
 
     def _pack(self, parcel: Parcel, mine: torch.Tensor) -> None:
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
@@ -117,13 +116,11 @@ class Gathering:
     def start_into(self, name: str, whole: torch.Tensor) -> Pending:
         """Send this rank's rows of a parameter, and receive all of them where they belong."""
         rows = self._masters[name].detach().to(whole.dtype)
-        return self._transport.gather(rows.view(-1), whole.view(-1))
+        return self._transport.replicas.gather_into(rows.view(-1), whole.view(-1))
 
     def finish(self, parcel: Parcel, pending: Pending, whole: Sequence[torch.Tensor]) -> None:
         """Wait, and write all replicas' rows of each item."""
-        (room,) = pending.wait()  # (elements,) of all blocks
-        sizes = list(parcel.sizes) if parcel.owned else max(parcel.sizes)
-        for replica, block in enumerate(torch.split(room, sizes)):
+        for replica, block in enumerate(pending.wait()):  # (elements,)
             for item, at, target in zip(parcel.items, parcel.offsets[replica], whole, strict=True):
                 rows = item.rows(target, parcel.dp, replica)
                 rows.copy_(block[at : at + rows.numel()].view(rows.shape))

@@ -1,4 +1,8 @@
-"""Ranks in processes of their own, over torch.distributed: gloo on CPU, NCCL on CUDA."""
+"""Ranks in processes of their own.
+
+Two of one machine share memory where they compute on CPUs; else it is torch.distributed: gloo, or
+NCCL on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...compiler.costs import memory
 from ...compiler.ir.errors import PeerFailedError
 from ...compiler.ir.program import ValueSpec
 from . import wire
 from .mesh import Mesh
-from .transport import Pending, Values, ordered_mean
-
-# torch 2.13 renamed it
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from .neighbours import Neighbours
+from .replicas import DistributedReplicas, Replicas, SharedReplicas
+from .shared_memory import SharedMemory
+from .transport import Pending, Values
 
 
 class Arrived:
-    """A `Pending` that has its values already."""
-
-    def __init__(self, values: Values):
-        self.values = values
+    """A `Pending` that is over."""
 
     def ready(self) -> bool:
         return True
 
     def wait(self) -> Values:
-        return self.values
+        return []
 
 
 class _Receipt:
@@ -48,21 +48,6 @@ class _Receipt:
         for work in self.works:
             work.wait()
         return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
-
-
-class _Exchange:
-    """Collectives under way; what goes out must stay as it is until they are waited for."""
-
-    def __init__(self, works: Sequence[dist.Work], sent: torch.Tensor, room: torch.Tensor):
-        self.works, self.sent, self.room = works, sent, room
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Values:
-        for work in self.works:
-            work.wait()
-        return [self.room]
 
 
 class _Outbox:
@@ -121,15 +106,23 @@ class _DeviceOutbox:
 
 
 class Processes:
-    """torch.distributed: gloo on CPU, where a channel is a tag, and NCCL on CUDA, which knows none.
+    """Shared memory on CPU, where two ranks are of one machine; else torch.distributed: gloo, where
+    a channel is a tag, and NCCL on CUDA, which knows none.
+
+    Args:
+        neighbours: the processes of this machine, if there are any.
 
     Attributes:
         dp, replica: how many replicas there are, and which of them this process's rank is in.
         group: the ranks of the same stages, one per replica; None where there is one.
+        replicas: the exchange between these.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device):
+    def __init__(self, mesh: Mesh, device: torch.device, neighbours: Neighbours | None = None):
         self.device = device
+        reached = neighbours is not None and device.type == "cpu"
+        self._shared = SharedMemory(neighbours) if reached and neighbours is not None else None
+        self._beside = self._shared.ranks if self._shared is not None else frozenset()
         self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
         # every process makes every group, in the same order
         groups = [
@@ -139,8 +132,14 @@ class Processes:
         assert mesh.rank is not None
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
         self.group = groups[mesh.position_of(mesh.rank)]
+        self.replicas = self._replicas(mesh.rank, mesh.peers_of(mesh.rank))
         self.links: dict[tuple[int, int], dist.ProcessGroup] = {}
         self.abandoned = False
+
+    def _replicas(self, rank: int, peers: Sequence[int]) -> Replicas:
+        if self._shared is not None and self._beside.issuperset(set(peers) - {rank}):
+            return SharedReplicas(self._shared, peers, rank)
+        return DistributedReplicas(self.group, self.replica, self.dp)
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """On CUDA, one communicator, with its stream, for all that one rank sends to another.
@@ -156,11 +155,7 @@ class Processes:
         Raises:
             PeerFailedError: a run failed before.
         """
-        if self.abandoned:
-            raise PeerFailedError(
-                "a run has failed before, and what its ranks sent is still under way: start the "
-                "processes again, from a checkpoint"
-            )
+        self.check()
         if self.device.type != "cuda":
             return
         for src_stage, dst_stage in sorted(set(routes)):
@@ -179,6 +174,9 @@ class Processes:
     def send(
         self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
     ) -> None:
+        if self._shared is not None and dst in self._beside:
+            self._shared.send(dst, channel, values, specs)
+            return
         group = self.links.get((src, dst))
         for value, spec in zip(values, specs, strict=True):
             data = wire.to_bytes(value, spec)
@@ -196,6 +194,8 @@ class Processes:
         device: torch.device,
         channel: int = 0,
     ) -> Pending:
+        if self._shared is not None and src in self._beside:
+            return self._shared.receive(src, channel, specs)
         group = self.links.get((src, dst))
         data = [wire.room_for(spec, device) for spec in specs]
         works = []
@@ -207,49 +207,18 @@ class Processes:
         return _Receipt(works, data, specs)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
-        segment = memory.SEGMENT_BYTES // bucket.element_size() // len(ranks) * len(ranks)
-        for piece in torch.split(bucket, segment):
-            exchanged = torch.empty_like(piece)  # (elements,): this rank's share, dp times
-            dist.all_to_all_single(exchanged, piece, group=self.group)
-            mine = ordered_mean(exchanged.chunk(len(ranks)))
-            _all_gather(piece, mine, group=self.group)
-        return Arrived([bucket])
-
-    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give every other replica r of these stages its block, of ``sizes[r]`` elements.
-
-        The result is one tensor: what each of them gave this rank.
-        """
-        me = self.replica
-        sent = [0 if r == me else size for r, size in enumerate(sizes)]
-        received = [0 if r == me else sizes[me] for r in range(len(sizes))]
-        room = blocks.new_empty(sum(received))
-        work = dist.all_to_all_single(room, blocks, received, sent, group=self.group, async_op=True)
-        assert work is not None
-        return _Exchange([work], blocks, room)
-
-    def gather(self, mine: torch.Tensor, room: torch.Tensor | None = None) -> Pending:
-        """What each replica of these stages gives, all of one size, as one tensor.
-
-        Args:
-            room: where to write it.
-        """
-        if room is None:
-            room = mine.new_empty(mine.numel() * self.dp)
-        work = _all_gather(room, mine, group=self.group, async_op=True)
-        return _Exchange([work], mine, room)
-
-    def share(self, room: torch.Tensor, blocks: Sequence[torch.Tensor]) -> Pending:
-        """Each replica of these stages gives all others its block of ``room``, of any size."""
-        works = [
-            dist.broadcast(block, group=self.group, group_src=replica, async_op=True)
-            for replica, block in enumerate(blocks)
-            if block.numel()
-        ]
-        return _Exchange([work for work in works if work is not None], room, room)
+        self.replicas.mean_(bucket)
+        return Arrived()
 
     def progress(self) -> int:
         return 0
+
+    def check(self) -> None:
+        if self.abandoned:
+            raise PeerFailedError(
+                "a run has failed before, and what its ranks sent is still under way: start the "
+                "processes again, from a checkpoint"
+            )
 
     def abandon(self) -> None:
         """What has left cannot be called back: nothing is sent or received after it."""

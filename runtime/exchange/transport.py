@@ -63,6 +63,10 @@ class Transport(Protocol):
         """Replace every bucket by the mean over the ranks, added in rank order."""
         ...
 
+    def check(self) -> None:
+        """Raises PeerFailedError where a run has failed, and ranks may be at different steps."""
+        ...
+
     def flush(self) -> None:
         """Wait until everything sent has left."""
         ...
@@ -208,6 +212,9 @@ class Loopback:
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """Memory needs no preparation."""
+
+    def check(self) -> None:
+        """A run that fails here leaves all as it was."""
 
     def progress(self) -> int:
         return self.events

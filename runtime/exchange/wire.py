@@ -6,6 +6,9 @@ by layout, so that a copy that is only equal could change the last bit of a grad
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 
 from ...compiler.ir.program import ValueSpec
@@ -22,6 +25,7 @@ def empty(spec: ValueSpec, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=device)
 
 
+@functools.lru_cache(maxsize=4096)
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
     if 0 in shape:
@@ -43,11 +47,36 @@ def to_bytes(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
     return block.as_strided((block.numel(),), (1,)).view(torch.uint8)  # shape -> (bytes,)
 
 
+def write(tensor: torch.Tensor, spec: ValueSpec, memory: torch.Tensor, at: int) -> None:
+    """The same as `to_bytes`, into bytes that are there, from one of them on."""
+    if is_dense(spec.shape, spec.stride):
+        view(memory, spec, at).copy_(tensor)
+    else:
+        memory[at : at + size_of(spec)].copy_(to_bytes(tensor, spec))
+
+
+def view(memory: torch.Tensor, spec: ValueSpec, at: int) -> torch.Tensor:
+    """A dense value in bytes that begin at a multiple of its dtype's size."""
+    start = (memory.storage_offset() + at) // spec.dtype.itemsize
+    return memory.view(spec.dtype).as_strided(spec.shape, spec.stride, start)
+
+
+def read(memory: torch.Tensor, spec: ValueSpec, at: int) -> torch.Tensor:
+    """The inverse of `write`; a view where it is dense."""
+    if is_dense(spec.shape, spec.stride):
+        return view(memory, spec, at)
+    return from_bytes(memory[at : at + size_of(spec)], spec)
+
+
+def size_of(spec: ValueSpec) -> int:
+    """Bytes on the wire."""
+    shape = spec.shape if is_dense(spec.shape, spec.stride) else _distinct_shape(spec)
+    return math.prod(shape) * spec.dtype.itemsize
+
+
 def room_for(spec: ValueSpec, device: torch.device) -> torch.Tensor:
     """Bytes to receive into."""
-    shape = spec.shape if is_dense(spec.shape, spec.stride) else _distinct_shape(spec)
-    count = torch.Size(shape).numel() * spec.dtype.itemsize
-    return torch.empty(count, dtype=torch.uint8, device=device)
+    return torch.empty(size_of(spec), dtype=torch.uint8, device=device)
 
 
 def from_bytes(data: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
