@@ -771,7 +771,7 @@ SOLVER = (
         "passes/partition/solvers.py",
         "lp.solverModel = Quiet()",
         "lp.solverModel = highspy.Highs()",
-        "test_solvers.py::test_highs_prints_nothing",
+        "test_silence.py::test_the_first_solve_of_a_process_prints_nothing",
         "the solver writes above what commands print",
     ),
 )
