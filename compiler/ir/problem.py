@@ -196,10 +196,10 @@ class Problem:
         stash = self.stages_stash(stage, option)
         return tuple(
             max(
-                math.fsum(n * stash[s] for n, s in zip(counts, here, strict=True))
+                math.fsum(n * stash[s] for n, s in zip(counts, stages_here, strict=True))
                 for counts in self.together_in_flight[rank]
             )
-            for rank, here in enumerate(self.placement)
+            for rank, stages_here in enumerate(self.placement)
         )
 
     def stages_stash(self, stage: Sequence[int], option: Sequence[int]) -> list[float]:

@@ -41,9 +41,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "zero", "precision"), quickly([("gpt2", 0, None)], CASES)
-)
+@pytest.mark.parametrize(("name", "zero", "precision"), quickly([("gpt2", 0, None)], CASES))
 def test_the_message_has_the_figures_of_the_plan(name: str, zero: int, precision: Any) -> None:
     """Of one stage, whose division is the only one. Reserves, by which prices are corrected, are no
     weights."""
