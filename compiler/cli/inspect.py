@@ -64,7 +64,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--html", metavar="FILE", help="write the report as one web page, for browsers and paper"
     )
-    group.add_argument("--json", action="store_true", help="print the plan as JSON instead")
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="print the plan as JSON instead, with the ways that were tried for auto",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -74,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
 
         found = inspect(Request.of(args))
     if args.json:
-        sys.stdout.write(found.plan.to_json())
+        sys.stdout.write(found.plan.to_json([t.to_dict() for t in found.extras.trials]))
         return 0
     from ..report.report import write_report
 

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..capture.calling import LossFn
 from ..ir.errors import OptionError, SpecError
-from ..tensors.fakes import weightless
+from ..tensors.weightless import without_data
 from ..zoo.families import TASKS, class_tables
 
 SEED = 0
@@ -118,8 +117,7 @@ def _from_file(path: Path, name: str, real: bool) -> Subject:
         if real:
             torch.manual_seed(SEED)
         else:
-            stack.enter_context(weightless())
-            stack.enter_context(_NoData())
+            stack.enter_context(without_data())
         result = function()
     if isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[0], nn.Module):
         return Subject(*result)
@@ -142,18 +140,6 @@ def _import(path: Path) -> Any:
     return module
 
 
-class _NoData(TorchFunctionMode):
-    """Tells code that asks whether a tensor is on the meta device, where there is no data, yes.
-
-    `nn.init.trunc_normal_` does, and would otherwise look at what it drew.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-            return True
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _explained(path: Path, what: str) -> Iterator[None]:
     """An error in the user's file becomes one line that names the place in it."""
@@ -164,7 +150,8 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         kind = type(error).__name__
-        advice = _ADVICE if kind.startswith(("DataDependent", "DynamicOutput")) else ""
+        reads = kind.startswith(("DataDependent", "DynamicOutput")) or ".numpy()" in str(error)
+        advice = _ADVICE if reads else ""
         raise SpecError(f"{what} failed at {where} with {kind}: {_line(error)}{advice}") from error
 
 

@@ -1,25 +1,30 @@
 """FLOPs, bytes and roofline seconds of a node.
 
-FLOPs come from torch's own formulas (`torch.utils.flop_counter`). Seconds are the roofline of
-Williams et al., CACM 52(4), 2009: the larger of FLOPs over peak and bytes over bandwidth, where
-the peak is that of the operands' dtype.
+FLOPs are those of matrix products (`formulas.py`). Seconds are the roofline of Williams et al.,
+CACM 52(4), 2009: the larger of FLOPs over peak and bytes over bandwidth, where the peak is that of
+the operands' dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
 
 from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from ..ir.region import Kernel
 from ..ir.region import work_of as region_work
 from ..tensors.facts import short_name
+from .formulas import flops_of, lacking
 from .hardware import Device
+
+NOTICEABLE = 0.01
+"""Of a step's seconds: what an operator without a formula could take at least to be named."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a node does on any device; valid while it has these arguments and this value."""
+    """What a node does on any device; valid while it has these arguments and this value.
+
+    Attributes:
+        lacks: as of a `Kernel`.
+    """
 
     args: tuple[Any, ...]
     value: Any
     flops: int
     moved_bytes: int
     dtype: str
+    lacks: str = ""
 
 
 def node_cost(node: fx.Node, device: Device) -> Cost:
@@ -73,10 +83,45 @@ def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
 
 
 def node_flops(node: fx.Node) -> int:
-    """Floating-point operations, a multiply-add counted as two; 0 for ops without a formula."""
+    """Floating-point operations, a multiply-add counted as two; 0 of ops without products."""
     if (region := region_work(node)) is not None:
         return region.flops
     return _work(node).flops if node.op == "call_function" else 0
+
+
+def unpriced(nodes: Iterable[fx.Node], device: Device) -> str:
+    """A note on operators that have no formula and may hold products; "" where there are none.
+
+    How much they multiply is not known. Named are those that would take a share of the step that
+    can be noticed if all that they read and make were matrices that are multiplied: the 3 n²
+    elements of two operands and their product stand for 2 n³ FLOPs.
+    """
+    calls: Counter[str] = Counter()
+    most_s: dict[str, float] = defaultdict(float)
+    total_s = 0.0
+    for work in _launches(nodes):
+        total_s += _cost(work, device).seconds
+        if work.lacks:
+            elements = work.moved_bytes / (getattr(torch, work.dtype).itemsize if work.dtype else 4)
+            calls[work.lacks] += 1
+            most_s[work.lacks] += 2 * (elements / 3) ** 1.5 / device.peak(work.dtype)
+    large = sorted(name for name in calls if most_s[name] > NOTICEABLE * total_s)
+    found = [f"{name} ({calls[name]} ×)" for name in large]
+    if not found:
+        return ""
+    return (
+        f"no formula for {', '.join(found)}: counted as memory traffic; "
+        "torch.utils.flop_counter.register_flop_formula adds one"
+    )
+
+
+def _launches(nodes: Iterable[fx.Node]) -> Iterator[_Work | Kernel]:
+    """All that nodes run."""
+    for node in nodes:
+        if (region := region_work(node)) is not None:
+            yield from region.kernels
+        elif node.op == "call_function":
+            yield _work(node)
 
 
 def _work(node: fx.Node) -> _Work:
@@ -90,7 +135,9 @@ def _work(node: fx.Node) -> _Work:
     else:
         sources = [t for n in node.all_input_nodes for t in tensors(n.meta.get("val"))]
         dtype = short_name(sources[0].dtype) if sources else ""
-        work = _Work(node.args, value, _flops(node), _moved_bytes(node), dtype)
+        work = _Work(
+            node.args, value, _flops(node), _moved_bytes(node), dtype, lacking(_called(node)[0])
+        )
     node.meta["work"] = work
     return work
 
@@ -104,13 +151,14 @@ def _moved_bytes(node: fx.Node) -> int:
     return nbytes(node) + read
 
 
+def _called(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that a node calls, and its operands."""
+    if node.target is ops.seeded:
+        return node.args[2], node.args[3:]
+    return node.target, node.args
+
+
 def _flops(node: fx.Node) -> int:
-    target: Any = node.target
-    args = node.args
-    if target is ops.seeded:
-        target, args = args[2], args[3:]
-    formula = flop_registry.get(getattr(target, "overloadpacket", None))
-    if formula is None:
-        return 0
-    args, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: n.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    target, args = _called(node)
+    args, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: n.meta.get("val"))
+    return flops_of(target, args, kwargs, node.meta.get("val")) or 0

@@ -68,6 +68,11 @@ class Trial:
     bubble: float = 0.0
     peak_bytes: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "way"}
+        return {f.name: getattr(self.way, f.name) for f in fields(self.way)} | figures
+
     def told(self, orders: bool) -> str:
         """In one line; ``orders``: with its schedule."""
         named = f"{self.way}, {self.way.order}" if orders else str(self.way)

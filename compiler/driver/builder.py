@@ -17,6 +17,7 @@ from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
+from ..costs.cost import unpriced
 from ..costs.footprint import Footprint
 from ..general.lookups import check_lookups
 from ..ir.errors import (
@@ -294,6 +295,9 @@ class Builder:
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
         run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        if self.target.profiler is None and (note := unpriced(graph.ops(), self.target.spec)):
+            with recorder.record("joint", "costs") as outcome:
+                outcome.note = note
         if self._shared is not None:
             self._shared[known] = captured, tuple(recorder.records[before:])
         return captured

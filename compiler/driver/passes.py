@@ -41,6 +41,7 @@ from ..costs.memory import RankMemory, rank_memory
 from ..ir.actions import Kind, Schedule, to_text
 from ..ir.errors import OptionError
 from ..ir.program import Message, PipelineProgram
+from ..planning.advice import gib
 from ..planning.ordering import Ordering
 from .record import Texts
 from .work import Exported, Joint, Work
@@ -350,7 +351,7 @@ def _schedule_texts(work: Work) -> Texts:
 def _memory(work: Work) -> str:
     work.memory = _memories(work, work.schedule)
     worst = max(work.memory, key=lambda memory: memory.peak_bytes)
-    return f"at most {worst.peak_bytes / 2**20:,.1f} MiB, in {worst.peak_at}"
+    return f"at most {gib(worst.peak_bytes)}, in {worst.peak_at}"
 
 
 def _memories(work: Work, schedule: Schedule) -> tuple[RankMemory, ...]:

@@ -188,13 +188,19 @@ class Problem:
             if not kept.per_microbatch:
                 for rank in {self.homes[s] for s in self.kept_on(kept, stage, option)}:
                     totals[rank] += kept.bytes
+        stash = self.ranks_stash(stage, option)
+        return tuple(a + b + c for a, b, c in zip(totals, stash, transient, strict=True))
+
+    def ranks_stash(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:
+        """Bytes that every rank keeps of all microbatches that it holds at once."""
         stash = self.stages_stash(stage, option)
-        for rank, stages_here in enumerate(self.placement):
-            totals[rank] += max(
+        return tuple(
+            max(
                 math.fsum(n * stash[s] for n, s in zip(counts, stages_here, strict=True))
                 for counts in self.together_in_flight[rank]
             )
-        return tuple(a + b for a, b in zip(totals, transient, strict=True))
+            for rank, stages_here in enumerate(self.placement)
+        )
 
     def stages_stash(self, stage: Sequence[int], option: Sequence[int]) -> list[float]:
         """Bytes of every stage that each microbatch in flight keeps."""

@@ -18,11 +18,16 @@ BACKWARD = "pipecompile.region_backward.default"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator that a region ran when it was tried."""
+    """One operator that a region ran when it was tried.
+
+    Attributes:
+        lacks: its name, if it has no formula for its FLOPs and may need one; "" otherwise.
+    """
 
     flops: int
     moved_bytes: int
     dtype: str
+    lacks: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .declaration import Flag, as_it_is, declare, option, whether_given
 from .parsing import (
     AS_IT_IS,
     AUTO,
-    parse_bytes,
+    check_memory,
     parse_count,
     parse_dtype,
     parse_level,
@@ -257,7 +257,7 @@ class Options:
         None,
         help='what a rank may use at its peak, bytes or a text such as "20GiB"',
         more="None takes the device's own, shared among the ranks on it.",
-        check=lambda name, given: parse_bytes(given, name),
+        check=check_memory,
         plan="decides",
         compared=lambda _, options: options.memory_bytes,
         flag=Flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from ..ir.errors import OptionError
 from . import checks
@@ -11,6 +12,10 @@ AUTO = "auto"
 AS_IT_IS = "as it is"  # a plan's text for precision=None
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+LEAST_BYTES = 1 << 12
+"""Of a number without a unit: nothing can be trained in less than a page, so it is a slip."""
+USUAL_BYTES = 1 << 17
+"""Of a number without a unit: less may be one."""
 _UNITS |= {f"{prefix}i": 1 << 10 * (i + 1) for i, prefix in enumerate("kmgt")}
 
 
@@ -18,9 +23,10 @@ def parse_bytes(given: int | str, name: str) -> int:
     """Bytes from an int or from a text such as ``"20GiB"``, ``"512 MB"``.
 
     Raises:
-        OptionError: neither, or not above 0.
+        OptionError: neither, or a number without a unit that no rank can do with, such as 20.
     """
-    match = re.fullmatch(r"([\d_.]+)\s*([kmgt]?i?)b?", str(given).strip().lower())
+    text = str(given).strip().lower()
+    match = re.fullmatch(r"([\d_.]+)\s*([kmgt]?i?)b?", text)
     if isinstance(given, bool) or match is None or match[2] not in _UNITS:
         raise OptionError(f'{name}={given!r}: give bytes, or a text such as "20GiB"')
     try:
@@ -29,7 +35,23 @@ def parse_bytes(given: int | str, name: str) -> int:
         raise OptionError(f'{name}={given!r}: give bytes, or a text such as "20GiB"') from None
     if number < 1:
         raise OptionError(f"{name}={given!r} must be above 0")
+    if not match[2] and not text.endswith("b") and number < LEAST_BYTES:
+        unit = "bytes" if number > 1 else "byte"
+        raise OptionError(
+            f'{name}={given!r} is {number:g} {unit}: give it a unit, such as {name}="{match[1]}GiB"'
+        )
     return int(number)
+
+
+def check_memory(name: str, given: int | str) -> None:
+    """Raises OptionError as `parse_bytes` does; warns of a number of bytes that is hardly meant."""
+    number = parse_bytes(given, name)
+    if number < USUAL_BYTES and str(given).strip().isdigit():
+        warnings.warn(
+            f'{name}={given} is {number / 1024:,.1f} KiB: if that is meant, write "{number} B"; '
+            f'other units are KiB, MiB and GiB, as in {name}="20GiB"',
+            stacklevel=2,
+        )
 
 
 def parse_count(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,6 +14,8 @@ from .decision import Decision
 from .writing import write_whole
 
 PLAN_VERSION = 5
+TRIED = "tried"
+"""What `inspect --json` may have beside a plan's fields; plans are read without it."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,14 @@ class Plan:
         del made["decision"]["search"]["seconds"]
         return made
 
-    def to_json(self) -> str:
-        """Sorted keys, two spaces, a newline at the end: equal plans are equal bytes."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    def to_json(self, tried: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Sorted keys, two spaces, a newline at the end: equal plans are equal bytes.
+
+        Args:
+            tried: the ways among which this one was chosen; they stand beside the plan's fields.
+        """
+        made = self.to_dict() | ({TRIED: list(tried)} if tried else {})
+        return json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the JSON; a file that is there is replaced whole or not at all."""
@@ -194,6 +201,7 @@ class Plan:
                 f"{name} has version {given['version']}, this pipecompile reads {PLAN_VERSION}: "
                 "make a new plan"
             )
+        given.pop(TRIED, None)
         try:
             plan: Plan = made(Plan, given)
             plan.decision.check(plan.n_stages * plan.virtual_stages)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
+from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..options.options import CompileOptions
@@ -14,11 +16,39 @@ from .formulation import elsewhere, microbatches_of
 MAX_STAGES = 64
 
 
+_UNITS = (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1))
+
+
 def gib(number: float) -> str:
-    """Bytes for people: in GiB, or in MiB where that is less than one."""
-    if abs(number) < 2**30:
-        return f"{number / 2**20:,.1f} MiB"
-    return f"{number / 2**30:,.2f} GiB"
+    """Bytes for people: in the largest unit, up to GiB, of which it is one or more."""
+    for unit, size, digits in _UNITS:
+        if abs(number) >= size:
+            return f"{number / size:,.{digits}f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
+def parts_of(memory: RankMemory, stash_bytes: float) -> str:
+    """What a rank's peak is made of: what it holds all the time, whatever is recomputed; what waits
+    for backwards, which recomputing and smaller microbatches reduce; and the rest.
+
+    Args:
+        stash_bytes: of all microbatches that it holds at once, by the prices.
+    """
+    static = memory.static
+    weights = static.weights + static.copies + static.grads + static.states
+    others = static.buffers + static.constants + static.batch
+    moving = memory.peak_bytes - static.total
+    inside = bool(
+        re.fullmatch(r"\d+[A-Z_]+\d+(\D.*)?", memory.peak_at)
+    )  # a microbatch is under way
+    stash = min(stash_bytes, moving) if inside else 0
+    found = (
+        (weights, "are weights, gradients and optimizer states"),
+        (others, "buffers, constants and the batch"),
+        (stash, "the stash of microbatches in flight"),
+        (moving - stash, f"what {memory.peak_at} takes besides"),
+    )
+    return ", ".join(f"{gib(size)} {what}" for size, what in found if size)
 
 
 def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: int) -> list[str]:
@@ -40,11 +70,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
         found.append(
             f"microbatches of 1/{part} the rows would fit: raise microbatches= {part}-fold"
         )
-    held = max(_scaled(problem, 0.0).ranks_bytes(nearest.stage, nearest.option))
-    found.append(
-        f"give it more than memory={gib(problem.budget_bytes[0])} (of a stage's need, up to "
-        f"{gib(held)} are weights, gradients and optimizer states)"
-    )
+    found.append(f"give it more than memory={gib(problem.budget_bytes[0])}")
     return found
 
 

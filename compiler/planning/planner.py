@@ -30,7 +30,7 @@ from ..units.stash import bodies_of
 from ..units.units import Unit, units_of
 from ..units.weights import weight_works
 from . import decide
-from .advice import advice, gib
+from .advice import advice, gib, parts_of
 from .formulation import Terms, formulate
 from .refine import StepModel, refine, smoothed
 
@@ -51,13 +51,18 @@ class Drafted:
     """A decision, and what its programs really need.
 
     Attributes:
-        peak_bytes: per rank.
+        memory: per rank.
     """
 
     problem: Problem
     solution: Solution
     decision: Decision
-    peak_bytes: tuple[int, ...]
+    memory: tuple[RankMemory, ...]
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Per rank."""
+        return tuple(rank.peak_bytes for rank in self.memory)
 
     @property
     def excess_bytes(self) -> list[float]:
@@ -254,9 +259,7 @@ class Planner:
         self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, solution: Solution
     ) -> Drafted:
         decision = self._decision(prices, solution)
-        memory = draft(decision)
-        peaks = tuple(rank.peak_bytes for rank in memory)
-        return Drafted(problem, solution, decision, peaks)
+        return Drafted(problem, solution, decision, tuple(draft(decision)))
 
     def _solution(self, problem: Problem, limit_s: float) -> Solution:
         options = self.options
@@ -290,11 +293,14 @@ class Planner:
     def _too_small(self, drafted: Drafted) -> MemoryBudgetError:
         over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
         worst = max(range(len(over)), key=over.__getitem__)
-        helps = advice(drafted.problem, drafted.solution, self.options, self.rows)
-        who = "rank" if drafted.problem.shares_ranks else "stage"
+        problem, solution = drafted.problem, drafted.solution
+        helps = advice(problem, solution, self.options, self.rows)
+        stash = problem.ranks_stash(solution.stage, solution.option)[worst]
+        who = "rank" if problem.shares_ranks else "stage"
         return MemoryBudgetError(
             f"{who} {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
-            f"{gib(over[worst])} too much: {'; '.join(helps)}",
+            f"{gib(over[worst])} too much: {'; '.join(helps)} (of what it needs, "
+            f"{parts_of(drafted.memory[worst], stash)})",
             tuple(max(0.0, b) for b in over),
             drafted.solution,
             False,

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from ..costs.formulas import flops_of, lacking
 from ..costs.meter import StorageMeter, storages_of
 from ..ir.errors import RegionError
 from ..ir.graph import tensors
@@ -188,10 +188,9 @@ class _Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new = [t for t in tensors(made) if id(t.untyped_storage()) not in read]
         if not new and func._schema.is_mutable is False:
             return made  # a view
-        formula = flop_registry.get(func.overloadpacket)
-        flops = int(formula(*args, **named, out_val=made)) if formula else 0
+        flops = flops_of(func, args, named, made) or 0
         sources = [t for value in given for t in tensors(value)]
         moved = sum(t.numel() * t.element_size() for t in (*sources, *tensors(made)))
         dtype = str(sources[0].dtype).removeprefix("torch.") if sources else ""
-        self.kernels.append(Kernel(flops, moved, dtype))
+        self.kernels.append(Kernel(flops, moved, dtype, lacking(func)))
         return made

@@ -11,12 +11,20 @@ from contextlib import contextmanager
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 @contextmanager
 def weightless() -> Iterator[None]:
     """Build models and batches inside this block without memory for their data."""
     with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextmanager
+def with_data() -> Iterator[None]:
+    """Inside `weightless`: what is made here has data."""
+    with unset_fake_temporarily():
         yield
 
 

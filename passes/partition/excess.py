@@ -18,13 +18,16 @@ def infeasible(problem: Problem, nearest: Solution, *, proven: bool) -> MemoryBu
     """The error for a problem of which ``nearest`` is the division that fits best."""
     over = excess_bytes(problem, nearest)
     worst = max(range(problem.n_ranks), key=over.__getitem__)
-    unit, size = next((pair for pair in _UNITS if over[worst] >= 0.01 * pair[1]), _UNITS[-1])
-    needs, limit, more = (
-        f"{amount / size:.2f} {unit}" if size > 1 else f"{amount:g} bytes"
-        for amount in (nearest.ranks_bytes[worst], problem.budget_bytes[worst], over[worst])
-    )
+    amounts = nearest.ranks_bytes[worst], problem.budget_bytes[worst], over[worst]
+    needs, limit, more = map(_text, amounts)
     found = "" if proven else " in the best division found"
     who = "rank" if problem.shares_ranks else "stage"
     return MemoryBudgetError(
         f"{who} {worst} needs {needs} of {limit}{found}, {more} too much", over, nearest, proven
     )
+
+
+def _text(amount: float) -> str:
+    """In a unit of its own, in which it has digits that tell."""
+    unit, size = next((pair for pair in _UNITS if amount >= 0.01 * pair[1]), _UNITS[-1])
+    return f"{amount / size:.2f} {unit}" if size > 1 else f"{amount:g} bytes"

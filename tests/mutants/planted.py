@@ -235,10 +235,31 @@ FIGURES = (
     ),
     Mutant(
         "compiler/planning/advice.py",
-        "held = max(_scaled(problem, 0.0)",
-        "held = max(_scaled(problem, 1.0)",
-        "test_figures.py::test_what_weights_alone_need_is_said",
-        "advice counts activations among the weights",
+        "moving = memory.peak_bytes - static.total",
+        "moving = 0",
+        "test_advice.py::test_parts_are_told_apart",
+        "advice leaves activations out of what is needed",
+    ),
+    Mutant(
+        "compiler/planning/advice.py",
+        "stash = min(stash_bytes, moving) if inside else 0",
+        "stash = min(stash_bytes, moving)",
+        "test_advice.py::test_parts_are_told_apart",
+        "a stash is told of where no microbatch is under way",
+    ),
+    Mutant(
+        "compiler/costs/attention_flops.py",
+        "None, 0 if is_causal else None, 0)",
+        "None, None, 0)",
+        "test_formulas.py::test_flops_of_fused_attention",
+        "causal attention counts what it skips",
+    ),
+    Mutant(
+        "compiler/costs/formulas.py",
+        "return 2 * left.shape[1] * right.numel()",
+        "return _product(left, right)",
+        "test_formulas.py::test_products_in_groups",
+        "every group multiplies all columns",
     ),
 )
 
@@ -771,7 +792,7 @@ SOLVER = (
         "passes/partition/solvers.py",
         "lp.solverModel = Quiet()",
         "lp.solverModel = highspy.Highs()",
-        "test_solvers.py::test_highs_prints_nothing",
+        "test_silence.py::test_the_first_solve_of_a_process_prints_nothing",
         "the solver writes above what commands print",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from pipecompile.passes.programs.lower import lower
 from torch import nn
 
 
-def captured(model: nn.Module, batch: Any) -> JointGraph:
+def captured(model: nn.Module, batch: Any, eager_modules: Iterable[str] = ()) -> JointGraph:
     device = torch.device("cpu")
     spec = batches.flatten(batch)[1]
-    return capture_training(skeleton_of(model, device), spec, None, device).graph
+    skeleton = skeleton_of(model, device, eager_modules=eager_modules)
+    return capture_training(skeleton, spec, None, device).graph
 
 
 def programs(graph: JointGraph, whole: bool = False, split: bool = False) -> list[StageProgram]:

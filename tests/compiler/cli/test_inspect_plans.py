@@ -166,3 +166,12 @@ def test_plans_that_do_not_fit(
     output = capsys.readouterr()
     (line,) = output.err.splitlines()
     assert re.match(f"pipecompile: error: .*{message}", line), line
+
+
+def test_what_fits_in_bf16_alone_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same stages in fp32, beside it, may need more than there is."""
+    command = f"{SMALL_GPT2} --stages 2 --batch 8 --seq 1024 --precision bf16 --remat none"
+    loose = plan_of(command, capsys)
+    peak = max(stage["memory"]["peak"] for stage in loose["stages"])
+    report = inspect(f"{command} --memory {peak + 4096}", capsys)
+    assert "mixed precision" in report

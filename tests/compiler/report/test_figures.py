@@ -24,7 +24,15 @@ from pipecompile.compiler.report.report import Extras, write_report
 from support import models
 from support.plans import hand_made
 
-SIZES = {"": 1.0, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+SIZES = {
+    "": 1.0,
+    "B": 1.0,
+    "bytes": 1.0,
+    "KiB": 2.0**10,
+    "MiB": 2.0**20,
+    "GiB": 2.0**30,
+    "TiB": 2.0**40,
+}
 SIZES |= {f"{prefix}FLOP": 1000.0**i for i, prefix in enumerate(("", "K", "M", "G", "T", "P"))}
 SIZES |= {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "K": 1e3, "M": 1e6}
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
@@ -87,7 +95,9 @@ def test_a_column_has_the_unit_of_its_largest_number() -> None:
 
 @given(BYTES)
 def test_bytes_in_advice(number: int) -> None:
+    """In a unit that shows them."""
     assert close(gib(number), number)
+    assert float(gib(number).partition(" ")[0].replace(",", "")) >= (1 if number else 0)
 
 
 @given(st.integers(1, 2**45))
@@ -310,23 +320,18 @@ def test_what_precision_saves(plan: Plan, fp32: Plan) -> None:
 # -- advice, hints and notes ----------------------------------------------------------------------
 
 
-def test_what_weights_alone_need_is_said() -> None:
-    """Of the stage that holds most: 3 MiB of its own and 1 MiB that both hold, without what a
-    microbatch adds."""
+def test_smaller_microbatches_are_advised_where_they_would_fit() -> None:
     options = (
         (Option(1.0, static_bytes=3 * 2**20, stash_bytes=2**22, transient_bytes=2**23),),
         (Option(1.0, static_bytes=2**20, stash_bytes=2**24),),
     )
     shared = Kept(2**20, ((0, None), (1, None)), per_microbatch=False)
-    problem = Problem(
-        options, ((0, 1),), 2, kept=(shared,), budget_bytes=(2**20, 2**20), min_units=1
-    )
+    budget = (5.5 * 2**20, 13 * 2**20)
+    problem = Problem(options, ((0, 1),), 2, kept=(shared,), budget_bytes=budget, min_units=1)
     nearest = solution_of(problem, (0, 1), (0, 0), "dynamic")
-    said = advice(problem, nearest, CompileOptions(n_stages=2), 1)[-1]
-    assert said.startswith("give it more than memory=1.0 MiB (of a stage's need, up to 4.0 MiB are")
-    fits = replace(problem, budget_bytes=(5.5 * 2**20, 13 * 2**20))
-    said = " ".join(advice(fits, nearest, CompileOptions(n_stages=2), 8))
+    said = " ".join(advice(problem, nearest, CompileOptions(n_stages=2), 8))
     assert "microbatches of 1/8 the rows would fit: raise microbatches= 8-fold" in said
+    assert said.endswith("give it more than memory=5.5 MiB")
 
 
 @pytest.mark.parametrize(
@@ -369,7 +374,7 @@ def test_notes_count_what_passes_did() -> None:
     overwriting = sum(overwritten(node) is not None for node in nodes)
     assert notes["inplace"].startswith(f"{overwriting} of ")
     peaks = [stage.memory.peak for stage in plan.stages]
-    found = re.fullmatch(rf"at most ({NUMBER} MiB), in (\d)B\d", notes["memory"])
+    found = re.fullmatch(rf"at most ({NUMBER} (?:KiB|MiB)), in (\d)B\d", notes["memory"])
     assert found is not None
     assert close(found[1], max(peaks))
     assert int(found[2]) == peaks.index(max(peaks))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,20 +85,3 @@ def test_without_any_solver_the_best_contiguous_division_is_left(
     assert fits(small_diamonds(), found)
     assert not found.proven
     assert "highs is not installed, cbc is not installed, best contiguous division" in found.note
-
-
-SILENT = """
-from dataclasses import replace
-from pipecompile.passes.partition.solve import solve
-from support.problems import diamonds
-assert solve(replace(diamonds(2, 3, sizes=9), sum_weight=0.25), solver="highs").proven
-"""
-
-
-def test_highs_prints_nothing() -> None:
-    """Of its own, past Python: it would stand above what commands print. Once per process, if it
-    does."""
-    command = [sys.executable, "-c", SILENT]
-    tests = str(Path(__file__).parents[2])
-    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
