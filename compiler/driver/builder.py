@@ -293,7 +293,8 @@ class Builder:
                 outcome.note = captured.loss.note
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
-        run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        joint = Joint(graph, options.mixed, self.skeleton.held)
+        run("joint", passes.JOINT, joint, recorder, options.skip)
         if self._shared is not None:
             self._shared[known] = captured, tuple(recorder.records[before:])
         return captured

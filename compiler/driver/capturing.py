@@ -53,7 +53,7 @@ class Capturing:
     ):
         self.skeleton, self.options = skeleton, options
         self.device, self.kind = device, kind
-        self._compute = options.mixed.compute if options.mixed else None
+        self._compute = options.mixed.autocasts if options.mixed else None
         self._shapes = Shapes()
         self._store = Store(
             graphs,
