@@ -48,12 +48,13 @@ import torch
 from torch import nn
 
 from ..ir.errors import OptionError
-from ..ir.precision import Precision
+from ..ir.precision import REDUCED, Precision
 from ..tensors.fakes import FakeTensorMode
 from ..tensors.pytree import tree_leaves, tree_map
 from .whole import loss_of, model_of
 
 _SHOWN = 6  # names in an error
+_WIDE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,16 @@ class Narrowing:
             add_border(island, compute)
         return Narrowing(compute, tuple(slots))
 
+    @staticmethod
+    @torch.no_grad()
+    def into(whole: nn.Module, precision: Precision) -> None:
+        """Narrow a model that has values, for good; arguments as of `of`."""
+        for island in islands_of(model_of(whole), precision).values():
+            _convert((s for s in _slots(island.modules()) if s.tensor.dtype in REDUCED), _WIDE)
+        made = Narrowing.of(whole, precision)
+        if made is not None:
+            _convert(made.slots, made.compute)
+
     @contextmanager
     def entered(self, mode: FakeTensorMode) -> Iterator[None]:
         """Inside, the copy has fake tensors of the dtypes that operators read."""
@@ -152,10 +163,7 @@ class Narrowing:
 
     def _narrow(self, tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         with mode, torch.no_grad():
-            made = torch.empty_like(tensor, dtype=self.compute)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(made, requires_grad=tensor.requires_grad)
-        return made
+            return _alike(torch.empty_like(tensor, dtype=self.compute), tensor)
 
 
 def islands_of(model: nn.Module, precision: Precision) -> dict[str, nn.Module]:
@@ -194,7 +202,7 @@ def add_border(island: nn.Module, compute: torch.dtype) -> None:
 
 
 def _enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return cast_floats((args, kwargs), torch.float32)
+    return cast_floats((args, kwargs), _WIDE)
 
 
 def _leave(_: nn.Module, __: Any, output: Any, compute: torch.dtype) -> Any:
@@ -209,9 +217,24 @@ def cast_floats(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _is_other(leaf: object, dtype: torch.dtype) -> bool:
-    return (
-        isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype is not dtype
-    )
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype is not dtype
+
+
+def _convert(slots: Iterable[Slot], dtype: torch.dtype) -> None:
+    """Put tensors of another dtype into some places; what was one stays one."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id; kept alive
+    for slot in slots:
+        tensor = slot.tensor
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor, _alike(tensor.detach().to(dtype), tensor)
+        slot.put(made[id(tensor)][1])
+
+
+def _alike(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter where a tensor is one."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made
 
 
 def _slots(parts: Iterable[nn.Module]) -> Iterator[Slot]:

@@ -9,7 +9,9 @@ them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ def _widen(graph: fx.Graph, node: fx.Node, name: str) -> int:
             back = _cast(graph, result, dtype)
         back.meta["val"] = result.meta["val"]
         result.meta = {**result.meta, "val": result.meta["val"].to(torch.float32)}
-        result.replace_all_uses_with(back, delete_user_cb=lambda user, own=back: user is not own)
+        result.replace_all_uses_with(back, delete_user_cb=partial(operator.is_not, back))
     return 1
 
 
