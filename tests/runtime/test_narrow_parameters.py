@@ -385,8 +385,7 @@ def test_batches_of_many_lengths_share_what_was_traced() -> None:
     pipe = jobs.pipeline("llama", 2, 1, 2, precision="bf16_params")
     run = Loop(models.build("llama"), jobs.OPTIMIZERS["adamw"])
     torch.manual_seed(3)
-    batches = [models.padded(4, length) for length in (6, 10, 8, 12)]
-    batches = [each | {"attention_mask": torch.ones_like(each["input_ids"])} for each in batches]
+    batches = [models.tokens(4, length) for length in (6, 10, 8, 12)]
     plain.assert_equal(plain.train_pipeline(pipe, batches), run.train(batches, 1, 2))
 
 

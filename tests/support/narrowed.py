@@ -85,7 +85,7 @@ class Loop:
             found = []
             for piece in plain.cut(shard, pieces):
                 loss = self._call(self.model, cast(piece, self.dtype))
-                self.scaler.scale(loss / pieces).backward()
+                (self.scaler.scale(loss) / pieces).backward()
                 found.append(loss.detach())
                 for name, param in self.model.named_parameters():
                     if param.grad is not None:
