@@ -59,7 +59,7 @@ class Capturing:
             graphs,
             skeleton,
             None if skeleton.loss_fn is not None else options.loss_fn,
-            (repr(options.mixed), sorted(options.skip), kind),
+            (repr(options.mixed), sorted(options.skip), kind, options.eager_modules),
             device,
         )
 
