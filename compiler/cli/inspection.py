@@ -93,7 +93,7 @@ def _in_fp32(
     model: nn.Module,
     whole: BatchSpec,
 ) -> Plan:
-    """The plan of the same stages with all of the model in fp32."""
+    """The plan of the same stages with all of the model in fp32, whatever memory it would need."""
     plan = compiled.plan
     options = replace(
         options,
@@ -102,10 +102,11 @@ def _in_fp32(
         zero=compiled.layout.zero.level,
         zero_by=compiled.layout.zero.by,
         precision="fp32",
+        memory=None,
         plan=None,
         dump_dir=None,
     )
-    target = Target(HOST, request.device, request.limit_bytes)
+    target = Target(HOST, request.device)
     skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
     builder = Builder(skeleton, options, target)
     spec, microbatches = divide(whole, options, options.dp)

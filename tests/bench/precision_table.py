@@ -202,12 +202,14 @@ def step(size: str, name: str) -> float:
 
 
 def steps_table(rounds: int) -> None:
+    from bench.precision_table import step as share  # by a name that its processes can import
+
     for size in SIZES:
         gang = Gang(STAGES)
         seconds: dict[str, list[float]] = {name: [] for name in contestants(SIZES[size])}
         for i in range(WARM_UP + rounds):
             for name, times in seconds.items():
-                took = max(gang.run("bench.precision_table:step", size, name))
+                took = max(gang.run(share, size, name))
                 if i >= WARM_UP:
                     times.append(took)
         gang.close()
