@@ -123,7 +123,8 @@ class Guards:
         """
         for name in self.buffers:
             now = buffers[name]
-            if not torch.equal(now, self.constants[name].to(now.device)):
+            asked = self.constants[name]
+            if not torch.equal(now.to(asked.device, asked.dtype), asked):
                 raise CaptureError(
                     f"forward decides by the values of buffer {name!r}, which are others now "
                     "(loaded, or read by weights=) than in the model that compile() was given: "

@@ -155,10 +155,11 @@ def _capture(
         return exported(other, given)[0]
 
     attempted = _with_numbers if spec.plain_leaves else _attempted
-    captured = attempted(
-        function,
-        lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
-    )
+    with skeleton.computing():
+        captured = attempted(
+            function,
+            lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
+        )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
             "the loss has no gradient once captured: a part of forward runs without gradients"
@@ -186,6 +187,7 @@ def function_of(
     function = Traced(skeleton.module, spec, call, loss_fn, skeleton.regions)
     function.wants_loss = wants == "loss"
     function.compute = compute
+    function.floats = skeleton.floats
     function.attributes = skeleton.attributes.names
     function.constants = skeleton.values_of_buffers()
     return function, leaves

@@ -52,6 +52,7 @@ from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
 from .calling import Call, LossFn, find_loss
+from .narrowing import cast_floats
 from .skeleton import tracking_modules
 from .whole import model_of
 
@@ -94,6 +95,7 @@ class Traced(nn.Module):
         regions: which parts of it run eagerly.
 
     Attributes:
+        floats: dtype that what the model is given is cast to, where it is floating point.
         values: the batch's leaves with their values; empty where there are none.
         constants: buffers of the model with values, which forward may ask too.
         lazily: comparing a number of the batch asks for no more than what comes of that.
@@ -120,6 +122,7 @@ class Traced(nn.Module):
         self.wants_loss = True
         self.denied: Collection[str] = UNTRACED[0]
         self.compute: torch.dtype | None = None
+        self.floats: torch.dtype | None = None
         self.attributes: Collection[str] = ()
         self.found: Callable[[Results], None] = lambda _: None
         self.values: Sequence[torch.Tensor] = ()
@@ -155,6 +158,8 @@ class Traced(nn.Module):
             answering,
             memories,
         ):
+            if self.floats is not None:
+                args, kwargs = cast_floats((args, kwargs), self.floats)
             output = self.model(*args, **kwargs)
             if not self.wants_loss:
                 list(map(plain, tree_leaves(output)))  # what is returned is asked

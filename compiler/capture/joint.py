@@ -18,7 +18,7 @@ from torch.fx.traceback import preserve_node_meta
 from ..answers.inputs import LITERAL, NUMBER
 from ..effects.code import user_line
 from ..ir.errors import CaptureError
-from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, tensors
+from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, phase_of, tensors
 from ..regions.operators import known_work
 from ..rows.loss import Counting, counting_of
 from ..tensors.fakes import is_fake
@@ -240,6 +240,8 @@ class _Reader:
             # chosen for the strides that the traced kernel claims; a real one may give others
             new.target = torch.ops.aten.reshape.default
         backward = node.meta.get("partitioner_tag") == "is_backward"
+        # what a Function's backward calls may be told of no phase
+        backward |= any(phase_of(source) is Phase.BACKWARD for source in new.all_input_nodes)
         path = module_path(node)
         new.meta = {
             "val": node.meta.get("val"),

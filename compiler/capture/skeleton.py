@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,7 @@ from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
 from ..tensors.facts import extent, memory_of
 from ..tensors.fakes import FakeTensor, FakeTensorMode
+from .narrowing import Narrowing, islands_of
 from .whole import LOSS, loss_of, model_of
 
 
@@ -39,6 +40,7 @@ class Skeleton:
         attributes: what is known of the attributes.
         originals: the tensors of the user's model.
         regions: which parts of it run eagerly.
+        narrowing: which tensors operators read in another dtype than they are held in.
         updated: frozen parameters that forward updates, as far as graphs were made. They are
             handled as buffers.
     """
@@ -49,6 +51,7 @@ class Skeleton:
     attributes: Attributes
     originals: Originals
     regions: Regions
+    narrowing: Narrowing | None = None
     updated: set[str] = field(default_factory=set)
 
     @property
@@ -65,6 +68,20 @@ class Skeleton:
     def loss_fn(self) -> nn.Module | None:
         """The loss's copy."""
         return loss_of(self.module)
+
+    @property
+    def floats(self) -> torch.dtype | None:
+        """What is cast to, of what the model is given; None where it is taken as it is."""
+        return None if self.narrowing is None else self.narrowing.compute
+
+    @property
+    def held(self) -> dict[str, torch.dtype]:
+        """The dtype of every parameter and buffer between steps."""
+        return {name: tensor.dtype for name, tensor in named_state(self.module)}
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, parameters and buffers have the dtypes in which operators read them."""
+        return nullcontext() if self.narrowing is None else self.narrowing.entered(self.mode)
 
     def is_of_loss(self, name: str) -> bool:
         """Whether a tensor belongs to the loss alone, by the first of its names."""
@@ -113,6 +130,7 @@ def skeleton_of(
     Raises:
         SharedStorageError: two different parameters overlap in memory.
         CaptureError: the model cannot be copied, or has gradient hooks.
+        OptionError: the precision names a module that there is not.
     """
     _check_storage(model)
     _check_hooks(model)
@@ -137,7 +155,8 @@ def skeleton_of(
     canonical = {name: first.setdefault(id(t), name) for name, t in state.items()}
     originals = originals_of(state)
     regions = Regions(model_of(module), eager_modules)
-    return Skeleton(module, mode, canonical, attributes, originals, regions)
+    narrowing = Narrowing.of(module, precision, names)
+    return Skeleton(module, mode, canonical, attributes, originals, regions, narrowing)
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,10 +200,16 @@ def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
 
     Computing in fp32 widens all. Otherwise trainable parameters become fp32 masters, and buffers
     beside them (a batch norm's) go with them; so do vectors, as norms want theirs in the dtype of
-    what they normalise. Frozen matrices stay as small as they came.
+    what they normalise. Frozen matrices stay as small as they came. Where parameters are cast, the
+    masters alone do, and all that modules have that stay in fp32.
     """
     if precision is None:
         return set()
+    if precision.narrows is not None:
+        islands = islands_of(model_of(model), precision).values()
+        inner = (t for part in islands for t in (*part.parameters(), *part.buffers()))
+        trained = (p for p in model.parameters() if p.requires_grad)
+        return {id(t) for t in (*inner, *trained) if t.dtype in REDUCED}
     found: set[int] = set()
     for part in model.modules():
         params = [p for p in part.parameters(recurse=False) if p.dtype in REDUCED]

@@ -94,7 +94,7 @@ def _in_fp32(
     model: nn.Module,
     whole: BatchSpec,
 ) -> Plan:
-    """The plan of the same stages with all of the model in fp32."""
+    """The plan of the same stages with all of the model in fp32, whatever memory it would need."""
     plan = compiled.plan
     options = replace(
         options,
@@ -103,6 +103,7 @@ def _in_fp32(
         zero=compiled.layout.zero.level,
         zero_by=compiled.layout.zero.by,
         precision="fp32",
+        memory=None,
         plan=None,
         dump_dir=None,
     )

@@ -294,7 +294,8 @@ class Builder:
                 outcome.note = captured.loss.note
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
-        run("joint", passes.JOINT, Joint(graph, options.mixed), recorder, options.skip)
+        joint = Joint(graph, options.mixed, self.skeleton.held)
+        run("joint", passes.JOINT, joint, recorder, options.skip)
         if self.target.profiler is None and (note := unpriced(graph.ops(), self.target.spec)):
             with recorder.record("joint", "costs") as outcome:
                 outcome.note = note

@@ -53,13 +53,13 @@ class Capturing:
     ):
         self.skeleton, self.options = skeleton, options
         self.device, self.kind = device, kind
-        self._compute = options.mixed.compute if options.mixed else None
+        self._compute = options.mixed.autocasts if options.mixed else None
         self._shapes = Shapes()
         self._store = Store(
             graphs,
             skeleton,
             None if skeleton.loss_fn is not None else options.loss_fn,
-            (repr(options.mixed), sorted(options.skip), kind),
+            (repr(options.mixed), sorted(options.skip), kind, options.eager_modules),
             device,
         )
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ...passes.generators.shape import PipelineShape
-from ...passes.graph import autocast, boundary
+from ...passes.graph import autocast, boundary, operators
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
-from ...passes.graph.casts import is_widening, settle_casts
+from ...passes.graph.casts import is_widening, read_copies, settle_casts
 from ...passes.graph.joins import copy_where_nothing_is_joined
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
@@ -71,6 +71,10 @@ class Pass(Generic[W]):
     told: bool = True
 
 
+def _narrows_params(work: Exported | Joint) -> bool:
+    return work.mixed is not None and work.mixed.narrows is not None
+
+
 # -- forward graph --------------------------------------------------------------------------------
 
 
@@ -87,13 +91,25 @@ def _autocast(work: Exported) -> str:
     return autocast.insert_casts(work.module, work.leaves, work.mixed, work.device)
 
 
+def _operators(work: Exported) -> str:
+    assert work.mixed is not None
+    return operators.compute_in_fp32(work.module, work.mixed.fp32)
+
+
 FORWARD: tuple[Pass[Exported], ...] = (
     Pass("attention", _attention, told=False),
     Pass("joins", _joins, told=False),
     Pass(
         "autocast",
         _autocast,
-        when=lambda work: work.mixed is not None,
+        when=lambda work: work.mixed is not None and work.mixed.autocasts is not None,
+        needed="it makes the casts that precision= asks for",
+        told=False,
+    ),
+    Pass(
+        "operators",
+        _operators,
+        when=lambda work: _narrows_params(work) and bool(work.mixed and work.mixed.fp32),
         needed="it makes the casts that precision= asks for",
         told=False,
     ),
@@ -106,6 +122,10 @@ FORWARD: tuple[Pass[Exported], ...] = (
 def _precision(work: Joint) -> str:
     assert work.mixed is not None
     return f"{work.mixed}: {settle_casts(work.graph, work.mixed.compute)}"
+
+
+def _masters(work: Joint) -> str:
+    return read_copies(work.graph, work.held)
 
 
 def _updates_buffers(work: Joint) -> bool:
@@ -121,6 +141,14 @@ def _carried(work: Joint) -> str:
 
 
 JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "masters",
+        _masters,
+        verify=(lambda work: verify_graph(work.graph),),
+        when=_narrows_params,
+        needed="programs read parameters in another dtype than they are held in",
+        told=False,
+    ),
     Pass(
         "carry",
         _carried,

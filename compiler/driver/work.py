@@ -83,10 +83,15 @@ class Exported:
 
 @dataclass(frozen=True)
 class Joint:
-    """Forward, loss and backward in one graph, which has no stages yet."""
+    """Forward, loss and backward in one graph, which has no stages yet.
+
+    Attributes:
+        held: the dtype of every parameter and buffer between steps.
+    """
 
     graph: JointGraph
     mixed: Precision | None
+    held: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass

@@ -105,7 +105,7 @@ def capture_template(
 
         mode = (torch.enable_grad(),) if trains else (evaluating(skeleton.module), torch.no_grad())
         with contextlib.ExitStack() as stack:
-            for each in (*mode, sizes.traced(), tracing()):
+            for each in (*mode, sizes.traced(), tracing(), skeleton.computing()):
                 stack.enter_context(each)
             leaves = tuple(sizes.leaf(i, x.dtype, device) for i, x in enumerate(spec.leaves))
             function, _ = function_of(skeleton, spec, loss_fn, device, wants, compute)

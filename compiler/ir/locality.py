@@ -46,6 +46,7 @@ def locality_of(graph: JointGraph) -> Locality:
     inputs = set(graph.inputs.values())
     constant = set(graph.buffers.values()) - mutated
     free = constant | mutated | inputs
+    views: set[fx.Node] = set()  # of parameters: what is computed of them is staged
     staged: list[fx.Node] = []
     for node in graph.ops():
         sources = node.all_input_nodes
@@ -54,7 +55,10 @@ def locality_of(graph: JointGraph) -> Locality:
         elif all(source in constant for source in sources) and not is_random(node):
             constant.add(node)
             free.add(node)
-        elif all(source in free for source in sources) or storage_root(node) in params:
+        elif storage_root(node) in params:
+            free.add(node)
+            views.add(node)
+        elif all(source in free and source not in views for source in sources):
             free.add(node)
         else:
             staged.append(node)

@@ -14,6 +14,8 @@ import torch
 from .errors import OptionError
 
 NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OF_PARAMS = {f"{name}_params": dtype for name, dtype in NAMED.items() if name != "fp32"}
+"""Names of those that cast parameters, and not operators."""
 REDUCED = (torch.bfloat16, torch.float16)
 TABLES = ("cpu", "cuda")
 MIN_SCALE, MAX_SCALE = 2.0**-64, 2.0**96  # of a loss: gradients fit into fp32 on either side
@@ -49,10 +51,15 @@ class LossScale:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What ``compile(precision=...)`` takes beside "fp32", "bf16" and "fp16".
+    """What ``compile(precision=...)`` takes beside "fp32", "bf16", "bf16_params" and so on.
 
     Attributes:
-        compute: of matrix products, convolutions and attention.
+        compute: of matrix products, convolutions and attention; of everything, where that is
+            ``params`` too.
+        params: as operators read parameters: fp32, and casts are made where `torch.autocast` has
+            them; or ``compute``, and the model computes as ``model.to(compute)`` does
+            (`compiler.capture.narrowing`). Masters, which the optimizer steps, are fp32 in any
+            case.
         grads: in which the gradients of the microbatches add up: fp32, or ``compute``.
         boundary: fp32 values travel between stages in bf16, or in fp16 where that is ``compute``
             and the loss is scaled; None sends them as they are. It rounds what crosses, so that
@@ -60,13 +67,16 @@ class Precision:
         table: whose operator lists count: "cpu" or "cuda", as in `torch.autocast`; None takes
             those of the device that is planned for.
         lower, fp32: names of ATen operators ("softmax", "layer_norm") that are computed in
-            ``compute`` or in fp32 whatever the lists say.
+            ``compute`` or in fp32 whatever the lists say. With ``params``, where there are no
+            lists, the results of those in fp32 are rounded to the dtype that they would have had.
         fp32_modules: dotted names of modules whose matrix products stay in fp32; ``*`` stands
-            for anything, as in ``"model.layers.*.mlp.gate"``.
+            for anything, as in ``"model.layers.*.mlp.gate"``. With ``params`` all of such a module
+            is in fp32, its parameters too: what it is given is widened, what it returns rounded.
         loss_scale: None for the usual one where ``compute`` is fp16, and for none elsewhere.
     """
 
     compute: torch.dtype
+    params: torch.dtype = torch.float32
     grads: torch.dtype = torch.float32
     boundary: torch.dtype | None = None
     table: str | None = None
@@ -78,9 +88,10 @@ class Precision:
     def __post_init__(self) -> None:
         if self.compute not in NAMED.values():
             raise OptionError(f"Precision(compute={self.compute}): {_one_of(NAMED.values())}")
-        if self.grads not in (torch.float32, self.compute):
-            accepted = dict.fromkeys((torch.float32, self.compute))
-            raise OptionError(f"Precision(grads={self.grads}): {_one_of(accepted)}")
+        for option in ("params", "grads"):
+            if (given := getattr(self, option)) not in (torch.float32, self.compute):
+                accepted = dict.fromkeys((torch.float32, self.compute))
+                raise OptionError(f"Precision({option}={given}): {_one_of(accepted)}")
         known = [d for d in REDUCED if d is torch.bfloat16 or d is self.compute]
         if self.boundary is not None and self.boundary not in known:
             raise OptionError(f"Precision(boundary={self.boundary}): {_one_of(known)}")
@@ -105,6 +116,12 @@ class Precision:
             object.__setattr__(self, option, tuple(given))
         if self.table is not None and self.compute is torch.float32:
             raise OptionError("Precision(table=) has no effect: compute is fp32")
+        if self.narrows is not None and (self.lower or self.table is not None):
+            option = "lower" if self.lower else "table"
+            raise OptionError(
+                f"Precision({option}=) has no effect beside params={self.params}: no operator is "
+                "looked up in a list, all compute in the dtype of what they are given"
+            )
         for name in (*self.lower, *self.fp32):
             if not hasattr(torch.ops.aten, name):
                 raise OptionError(f"Precision: there is no ATen operator {name!r}")
@@ -115,6 +132,16 @@ class Precision:
     def casts(self) -> bool:
         """Whether anything is computed in another dtype than fp32."""
         return self.compute is not torch.float32
+
+    @property
+    def autocasts(self) -> torch.dtype | None:
+        """What operators are cast to, as by `torch.autocast`; None where none is."""
+        return self.compute if self.casts and self.narrows is None else None
+
+    @property
+    def narrows(self) -> torch.dtype | None:
+        """What parameters are cast to; None where operators read them as they are held."""
+        return None if self.params is torch.float32 else self.params
 
     def grads_of(self, dtype: torch.dtype) -> torch.dtype:
         """In which dtype the gradients of a parameter of some dtype add up."""
@@ -127,7 +154,7 @@ class Precision:
         return {name for name in self.fp32_modules if any(fnmatchcase(p, name) for p in prefixes)}
 
     def __str__(self) -> str:
-        parts = [_short(self.compute)]
+        parts = [_short(self.compute) + ("_params" if self.narrows else "")]
         if self.grads is not torch.float32:
             parts.append(f"grads={_short(self.grads)}")
         if self.boundary is not None:
@@ -150,7 +177,9 @@ def parse_precision(given: object) -> Precision | None:
         return given
     if isinstance(given, str) and given in NAMED:
         return Precision(compute=NAMED[given])
-    names = ", ".join(map(repr, NAMED))
+    if isinstance(given, str) and given in OF_PARAMS:
+        return Precision(compute=OF_PARAMS[given], params=OF_PARAMS[given])
+    names = ", ".join(map(repr, (*NAMED, *OF_PARAMS)))
     raise OptionError(f"precision={given!r}: use {names}, or a pipecompile.Precision")
 
 

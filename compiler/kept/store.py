@@ -85,7 +85,7 @@ class Store:
         guards, known = entry.captured.guards, self._skeleton.values_of_buffers()
         for name in guards.buffers:
             kept = guards.constants[name]
-            if name not in known or not torch.equal(known[name].to(kept.device), kept):
+            if name not in known or not torch.equal(known[name].to(kept), kept):
                 return None
         self._skeleton.met(entry.captured.graph, entry.captured.lost, guards)
         if entry.changes:

@@ -279,9 +279,10 @@ class Options:
     precision: str | Precision | None = option(
         None,
         help='"bf16" or "fp16": matrix products, convolutions and attention in that dtype, as '
-        '`torch.autocast` has it on the device; "fp32": everything in fp32',
-        more="Weights, gradients and optimizer states stay in fp32, also those of a model that "
-        'comes in a reduced dtype. "fp16" comes with dynamic loss scaling. None leaves the '
+        '`torch.autocast` has it on the device; "bf16_params" or "fp16_params": everything, as '
+        'FSDP and DeepSpeed have it, which takes less memory; "fp32": everything in fp32',
+        more="Weights, sums of gradients and optimizer states stay in fp32, also those of a model "
+        "that comes in a reduced dtype. fp16 comes with dynamic loss scaling. None leaves the "
         "model's dtypes as they are. A `pipecompile.Precision` says more.",
         check=_check_precision,
         plan="keeps",

@@ -26,6 +26,12 @@ class Counting:
     module: fx.GraphModule
     inputs: tuple[Port, ...]
 
+    @property
+    def _dtypes(self) -> list[torch.dtype | None]:
+        """As the operators read their inputs, which buffers may not be held in."""
+        given = self.module.graph.find_nodes(op="placeholder")
+        return [getattr(node.meta.get("val"), "dtype", None) for node in given]
+
     @torch.no_grad()
     def __call__(
         self, leaves: Sequence[torch.Tensor | float], buffers: Mapping[str, torch.Tensor]
@@ -36,8 +42,8 @@ class Counting:
             leaves: followed by the floats that its graph is given.
         """
         arguments = [
-            buffers[str(port.key)] if port.role is Role.BUFFER else leaves[int(port.key)]
-            for port in self.inputs
+            buffers[str(port.key)].to(dtype) if port.role is Role.BUFFER else leaves[int(port.key)]
+            for port, dtype in zip(self.inputs, self._dtypes, strict=True)
         ]
         return [float(value) for value in self.module(*arguments)]
 

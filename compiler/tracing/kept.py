@@ -194,14 +194,27 @@ def _hold_place(
                 stack.enter_context(torch.autocast(kind, dtype))
             return apply.__get__(None, cls)(*again, **named)
 
+    graph = mode.tracer.graph
+    last = next(reversed(graph.nodes), None)
     with outside_of_tracing():
         output = call(*inputs)
+    _forget_switches(graph, last)
     calls.append(call)
     proxies = [mode.tracer.unwrap_proxy(tensor) for tensor in inputs]
     held = (str(len(calls) - 1), *proxies)
     proxy = mode.tracer.create_proxy("call_function", _placeholder_call, held, {})
     track_tensor_tree(output, proxy, constant=None, tracer=mode.tracer)
     return output
+
+
+def _forget_switches(graph: fx.Graph, last: fx.Node | None) -> None:
+    """A Function runs without gradients; where it says so once more (``torch.no_grad()``), what
+    follows it would be taken to run without them too."""
+    for node in reversed(list(graph.nodes)):
+        if node is last:
+            return
+        if node.target is torch._C._set_grad_enabled:
+            graph.erase_node(node)
 
 
 def restore_functions(traced: fx.GraphModule, calls: list[Call]) -> None:

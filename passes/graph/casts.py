@@ -18,14 +18,79 @@ fp32 + (x → fp32)             fp32 + x: the sum widens it                     
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
-from ...compiler.ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root, tensors
+from ...compiler.ir.graph import (
+    JointGraph,
+    Phase,
+    module_of,
+    nbytes,
+    phase_of,
+    storage_root,
+    tensors,
+)
 from ...compiler.ir.precision import REDUCED
 
 CAST = torch.ops.aten._to_copy.default
+
+
+def read_copies(graph: JointGraph, held: Mapping[str, torch.dtype]) -> str:
+    """Let a graph that was traced with narrow parameters and buffers read those that are held.
+
+    ==========  =================================================================================
+    parameter   its copy is read, which is cast once per step; the gradient of that is its own
+    buffer      is cast where the graph begins; its new value is widened, so that the held one has
+                the narrow value's bits
+    ==========  =================================================================================
+
+    Args:
+        held: the dtype of each, by name.
+    """
+    (*_, last) = graph.graph.find_nodes(op="placeholder")
+    for name, param in graph.params.items():
+        val = param.meta["val"].detach()
+        if held[name] is val.dtype:
+            continue
+        with graph.graph.inserting_after(last):
+            copy = last = graph.graph.placeholder(f"{param.name}_copy")
+        copy.meta, param.meta = param.meta, {**param.meta, "val": val.to(held[name])}
+        graph.copies[name] = copy
+        param.replace_all_uses_with(copy)
+        _rename(graph, param, copy)
+    cast = 0
+    for name, buffer in graph.buffers.items():
+        val = buffer.meta["val"].detach()
+        if held[name] is val.dtype:
+            continue
+        last, cast = _cast_buffer(graph, name, last, val.to(held[name])), cast + 1
+    graph.set_output()
+    return f"{len(graph.copies)} parameters and {cast} buffers are read in another dtype"
+
+
+def _cast_buffer(graph: JointGraph, name: str, last: fx.Node, wide: torch.Tensor) -> fx.Node:
+    """The narrow value of a buffer, made after the last of what is given."""
+    buffer, new = graph.buffers[name], graph.mutations.get(name)
+    narrow = buffer.meta["val"].dtype
+    with graph.graph.inserting_after(last):
+        read = graph.graph.call_function(CAST, (buffer,), {"dtype": narrow})
+    users = [user for user in buffer.users if user not in (read,) and user.op != "output"]
+    own = {"phase": Phase.FORWARD, "partner": -2}  # no backward op's
+    module = module_of(min(users)) if users else ""
+    read.meta = {"val": buffer.meta["val"].detach(), "module": module, **own}
+    buffer.meta = {**buffer.meta, "val": wide}
+    buffer.replace_all_uses_with(read, delete_user_cb=lambda user: user is not read)
+    _rename(graph, buffer, read)
+    if new is buffer:
+        del graph.mutations[name]
+    elif new is not None:
+        with graph.graph.inserting_after(new if new.op != "placeholder" else read):
+            widened = graph.graph.call_function(CAST, (new,), {"dtype": wide.dtype})
+        widened.meta = {**new.meta, **own, "val": new.meta["val"].detach().to(wide.dtype)}
+        graph.mutations[name] = widened
+    return read
 
 
 def settle_casts(graph: JointGraph, compute: torch.dtype) -> str:
@@ -169,6 +234,12 @@ def widen_for(readers: list[fx.Node], node: fx.Node, source: fx.Node) -> fx.Node
 def _replace(graph: JointGraph, node: fx.Node, other: fx.Node) -> None:
     """Let all that a node stands for be another one."""
     node.replace_all_uses_with(other)
+    _rename(graph, node, other)
+    graph.graph.erase_node(node)
+
+
+def _rename(graph: JointGraph, node: fx.Node, other: fx.Node) -> None:
+    """Let another node be what the graph names."""
     for named in (graph.grads, graph.mutations):
         for name, value in named.items():
             if value is node:
@@ -176,4 +247,3 @@ def _replace(graph: JointGraph, node: fx.Node, other: fx.Node) -> None:
     graph.results = tuple(other if value is node else value for value in graph.results)
     if graph.loss is node:
         graph.loss = other
-    graph.graph.erase_node(node)

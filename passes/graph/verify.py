@@ -25,7 +25,8 @@ def verify_graph(graph: JointGraph) -> None:
             raise VerificationError(f"the forward node {node} reads {reads_backward[0]}")
     for name, grad in graph.grads.items():
         param, found = graph.params[name].meta["val"], grad.meta["val"]
-        narrow = param.dtype is torch.float32 and found.dtype in REDUCED  # widened by its sum
+        wide = param.dtype in (torch.float32, torch.float64)
+        narrow = wide and found.dtype in REDUCED  # widened by its sum
         if param.shape != found.shape or not (param.dtype is found.dtype or narrow):
             raise VerificationError(f"the gradient of {name} is {found.shape}, {found.dtype}")
 

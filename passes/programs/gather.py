@@ -16,6 +16,7 @@ from torch import fx
 
 from ...compiler.ir import ops
 from ...compiler.ir.actions import Kind
+from ...compiler.ir.graph import storage_root
 from ...compiler.ir.program import (
     BoxedCodeGen,
     Group,
@@ -57,6 +58,7 @@ def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -
     """
     nodes = list(program.module.graph.nodes)
     ports = dict(zip(nodes, program.inputs, strict=False))
+    nodes = _late_views(nodes, ports)
     chosen = _groups(nodes, ports)
     if not chosen:
         return program
@@ -87,6 +89,28 @@ def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.lint()
     return Program(on_demand(program.module, graph), tuple(inputs), program.outputs)
+
+
+def _late_views(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[fx.Node]:
+    """The nodes in an order in which views of parameters are made right before they are read.
+
+    A backward's views stand where the forward made them, before all layers, and would have all of
+    these gathered at its start.
+    """
+    sharded = {node for node, port in ports.items() if port.role in _SHARDED}
+    views = {node for node in nodes if node not in ports and storage_root(node) in sharded}
+    found = dict.fromkeys(ports)
+    for node in nodes[len(ports) :]:
+        if node in views:
+            continue
+        behind = [source for source in node.all_input_nodes if source in views]
+        chain: list[fx.Node] = []
+        while behind:
+            chain.append(behind.pop())
+            behind += [source for source in chain[-1].all_input_nodes if source in views]
+        found |= dict.fromkeys(sorted(chain))
+        found[node] = None
+    return list(found)
 
 
 def _groups(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[list[fx.Node]]:

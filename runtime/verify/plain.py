@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...compiler.capture.batch import BatchSpec
-from ...compiler.capture.calling import bind, find_loss
+from ...compiler.capture.calling import Call, bind, find_loss
+from ...compiler.capture.narrowing import cast_floats
 from ...compiler.capture.skeleton import evaluating, named_state
 from ...compiler.capture.whole import loss_of, model_of
 from ...compiler.ir.errors import OptionError
@@ -30,6 +31,7 @@ from ...compiler.options.schedulers import make_scheduler, steps_alone
 from ...compiler.profiling.standins import called
 from ...compiler.rows.loss import Weights, loss_of_batch, loss_of_replica
 from ...compiler.tensors.fakes import is_fake
+from .masters import Masters
 
 Leaves = Sequence[torch.Tensor]
 Tensors = dict[str, torch.Tensor]
@@ -69,12 +71,13 @@ class Plain:
         self._options, self._device = options, device
         self.whole = _copied(model).to(device)
         self.model = model_of(self.whole)
+        self._masters = Masters(self.whole, options.mixed)
         loss = loss_of(self.whole)
         self._loss_fn = options.loss_fn if loss is None else loss
         self._updated: frozenset[str] = frozenset()
         self._replicas = [self._buffers() for _ in range(options.dp)]
         assert options.optimizer is not None
-        self._optimizer = called(options.optimizer, list(self.whole.named_parameters()))
+        self._optimizer = called(options.optimizer, list(self._masters.params.items()))
         self._scheduler = _scheduler(options, self._optimizer)
 
     @torch.enable_grad()
@@ -108,11 +111,12 @@ class Plain:
                 with self._drawing(seed, eager), self._autocast():
                     loss = self._loss(leaves, spec)
                 torch.autograd.backward(loss * tangent)
+                self._masters.take()
                 found.append(loss.detach())
             losses.append(_together(found, weights, replica))
             self._replicas[replica] = self._buffers()
             totals.append(self._taken())
-        params = dict(self.whole.named_parameters())
+        params = self._masters.params
         for name, param in params.items():
             parts = [total[name] for total in totals if name in total]
             param.grad = _mean(parts, len(shares)) if parts else None
@@ -124,6 +128,7 @@ class Plain:
         if self._scheduler is not None:
             self._scheduler.step()
         self._optimizer.zero_grad()
+        self._masters.spread()
         after = {n: p.detach().clone() for n, p in params.items() if n not in updated}
         whole = loss_of_batch(torch.stack(losses), weights, loss.dtype)
         return Outcome(whole, norm, grads, after, self._replicas[0])
@@ -160,18 +165,26 @@ class Plain:
         """What the model returns for a whole batch, in evaluation mode."""
         with evaluating(self.whole), self._autocast():
             batch = spec.build([leaf.to(self._device) for leaf in whole])
-            args, kwargs = bind(self.model, batch, None).arguments(batch)
-            return self.model(*args, **kwargs)
+            return self._output(bind(self.model, batch, None), batch)
 
     def _loss(self, leaves: Leaves, spec: BatchSpec) -> torch.Tensor:
         batch = spec.build([leaf.to(self._device) for leaf in leaves])
-        args, kwargs = bind(self.model, batch, self._loss_fn).arguments(batch)
-        return find_loss(self.model(*args, **kwargs), batch, self._loss_fn)
+        output = self._output(bind(self.model, batch, self._loss_fn), batch)
+        return find_loss(output, batch, self._loss_fn)
+
+    def _output(self, call: Call, batch: Any) -> Any:
+        given = call.arguments(batch)
+        mixed = self._options.mixed
+        if mixed is not None and mixed.narrows is not None:
+            given = cast_floats(given, mixed.narrows)
+        args, kwargs = given
+        return self.model(*args, **kwargs)
 
     def _taken(self) -> Tensors:
         """The gradients, which are gone from the parameters then."""
-        found = {n: p.grad for n, p in self.whole.named_parameters() if p.grad is not None}
-        for param in self.whole.parameters():
+        params = self._masters.params
+        found = {n: p.grad for n, p in params.items() if p.grad is not None}
+        for param in params.values():
             param.grad = None
         return found
 
@@ -199,7 +212,7 @@ class Plain:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         mixed = self._options.mixed
-        return autocast(None if mixed is None else mixed.compute, self._device)
+        return autocast(None if mixed is None else mixed.autocasts, self._device)
 
     @contextlib.contextmanager
     def _drawing(self, seed: int, eager: Collection[str]) -> Any:

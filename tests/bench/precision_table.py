@@ -164,6 +164,28 @@ def bytes_table() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+def params_table() -> None:
+    """The same of parameters that are cast, beside operators."""
+    print(
+        "| model | stash, bf16 | bf16_params | bf16_params : fp32 | sent, bf16 | bf16_params "
+        "| peak, bf16 | bf16_params | largest, bf16_params : fp32 |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    for name in models.MODELS:
+        plans = [compiled(name, precision).plan for precision in ("fp32", "bf16", "bf16_params")]
+        stash, sent, peak = (
+            [[value(stage) for stage in plan.stages] for plan in plans]
+            for value in (
+                lambda stage: stage.stash_bytes,
+                lambda stage: sum(each.bytes for each in stage.sends),
+                lambda stage: stage.memory.peak,
+            )
+        )
+        cells = [*map(_mib, stash[1:]), f"{sum(stash[2]) / sum(stash[0]):.0%}"]
+        cells += [*map(_mib, sent[1:]), *map(_mib, peak[1:])]
+        print(f"| {name} | {' | '.join(cells)} | {max(peak[2]) / max(peak[0]):.0%} |", flush=True)
+
+
 def _mib(sizes: Sequence[int]) -> str:
     return ", ".join(f"{size / 2**20:.2f}" for size in sizes)
 
@@ -202,12 +224,14 @@ def step(size: str, name: str) -> float:
 
 
 def steps_table(rounds: int) -> None:
+    from bench.precision_table import step as share  # by a name that its processes can import
+
     for size in SIZES:
         gang = Gang(STAGES)
         seconds: dict[str, list[float]] = {name: [] for name in contestants(SIZES[size])}
         for i in range(WARM_UP + rounds):
             for name, times in seconds.items():
-                took = max(gang.run("bench.precision_table:step", size, name))
+                took = max(gang.run(share, size, name))
                 if i >= WARM_UP:
                     times.append(took)
         gang.close()
@@ -225,7 +249,7 @@ def steps_table(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Casts, bytes and seconds of bf16.")
-    tables = ("casts", "bytes", "steps")
+    tables = ("casts", "bytes", "params", "steps")
     parser.add_argument("tables", nargs="*", default=tables, metavar="|".join(tables))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the timings")
     args = parser.parse_args()
@@ -238,6 +262,9 @@ def main() -> None:
         print()
     if "bytes" in args.tables:
         bytes_table()
+        print()
+    if "params" in args.tables:
+        params_table()
         print()
     if "steps" in args.tables:
         steps_table(args.rounds)

@@ -130,13 +130,14 @@ def measure(setting: Setting, cache: str) -> Found:
 
 def rounds(setting: Setting) -> list[list[Found]]:
     """What every process found, in several rounds, each with prices of its own."""
+    from bench.predictions import measure as share  # by a name that its processes can import
     from support.gang import Gang
 
     gang = Gang(setting.n_stages)
     found = []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as cache:
-            found.append(gang.run("bench.predictions:measure", setting, cache))
+            found.append(gang.run(share, setting, cache))
     gang.close()
     return found
 

@@ -410,7 +410,7 @@ SIZES = (
 BETWEEN_RUNS = (
     Mutant(
         "compiler/kept/store.py",
-        "if name not in known or not torch.equal(known[name].to(kept.device), kept):",
+        "if name not in known or not torch.equal(known[name].to(kept), kept):",
         "if name not in known:",
         "test_store.py::test_another_value_of_a_buffer_that_decides_is_another_graph",
         "a graph that was made for another value of a buffer is taken from disk",
@@ -549,6 +549,34 @@ PRECISION = (
         "self.skipped += 1",
         "test_loss_scaler.py::test_the_scale_is_that_of_torchs_scaler",
         "good steps before an overflow count for growth",
+    ),
+    Mutant(
+        "compiler/capture/exporting.py",
+        "args, kwargs = cast_floats((args, kwargs), self.floats)",
+        "pass",
+        "test_narrow_parameters.py::test_buffers_are_read_narrow_and_held_as_they_came",
+        "what a model with narrow parameters is given stays wide",
+    ),
+    Mutant(
+        "compiler/capture/narrowing.py",
+        "add_border(island, compute)",
+        "pass",
+        "test_narrow_parameters.py::test_a_module_in_fp32_has_borders",
+        "modules in fp32 are given narrow values",
+    ),
+    Mutant(
+        "passes/programs/gather.py",
+        "nodes = _late_views(nodes, ports)",
+        "pass",
+        "test_gather.py",
+        "a backward fetches all layers at its start",
+    ),
+    Mutant(
+        "compiler/tracing/kept.py",
+        "_forget_switches(graph, last)",
+        "pass",
+        "test_scaled_products.py::test_products_in_fp8_keep_the_bits",
+        "what follows a Function with no_grad() inside has no gradient",
     ),
     Mutant(
         "passes/graph/casts.py",

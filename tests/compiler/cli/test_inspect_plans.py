@@ -26,6 +26,28 @@ def test_memory_is_a_bar_and_makes_recomputation(capsys: pytest.CaptureFixture[s
     assert "no limit was given" in full
 
 
+def test_a_budget_that_fp32_would_break(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a plan in mixed precision stands what fp32 would take, which need not fit."""
+    command = f"{SMALL_GPT2} --stages 1 --batch 32 --microbatches 1 --precision bf16_params"
+    peak = plan_of(command, capsys)["stages"][0]["memory"]["peak"]
+    said = inspect(f"{command} --memory {int(1.01 * peak)} --remat none", capsys)
+    (line,) = (line for line in said.splitlines() if line.startswith("largest peak"))
+    assert float(line.rpartition(" ")[2].rstrip("%")) < -20
+    assert "bf16_params: " in said
+
+
+@pytest.mark.slow
+def test_a_7b_model_fits_into_80_gb_with_narrow_parameters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Six rows of 2048 tokens and no recomputation, as in docs/precision.md."""
+    command = "hf:llama --stages 1 --dp 64 --zero 3 --seq 2048 --batch 384 --microbatches 1"
+    plan = plan_of(f"{command} --device h100 --precision bf16_params", capsys)
+    (stage,) = plan["stages"]
+    assert not stage["recomputes"]
+    assert 66 < stage["memory"]["peak"] / 2**30 < 71
+
+
 def test_infeasible_memory_is_one_line_with_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *SMALL_GPT2.split(), "--stages", "2", "--memory", "1MiB"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -46,7 +46,8 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
     listed = [order[name] for name in names if name in order]
     assert listed == sorted(listed)
     assert {name for _, name in found} - set(order) == {"capture", "keep", "loss", "partition"}
-    assert set(order) - set(names) == {"gather", "latest", "carry"}  # of some models
+    of_params = {"masters", "operators"}  # and not of operators
+    assert set(order) - set(names) == {"gather", "latest", "carry", *of_params}  # of some models
     levels = dict.fromkeys(level for level, _ in found)
     assert list(levels) == ["forward", "joint", "placed", "programs", "schedule"]
 
@@ -54,6 +55,8 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
 def test_what_there_is_nothing_to_do_for_is_not_in_the_records() -> None:
     names = {name for _, name in records()}
     assert not names & {"autocast", "precision", "boundary", "gather", "latest", "carry"}
+    assert not names & {"masters", "operators"}
+    assert "autocast" not in {name for _, name in records(precision="bf16_params")}
 
 
 def test_names_are_distinct() -> None:

@@ -201,11 +201,13 @@ def test_another_value_of_a_buffer_that_decides_is_another_graph(
     "options",
     [
         {"precision": "bf16"},
+        {"precision": "bf16_params"},
+        {"eager_modules": ["norm"]},
         {"microbatches": 1},
         {"loss_fn": lambda out, batch: out["loss"] * 2},
         {"loss_normalization": "microbatch"},
     ],
-    ids=["precision", "microbatches", "loss_fn", "normalization"],
+    ids=["precision", "params", "eager", "microbatches", "loss_fn", "normalization"],
 )
 def test_other_options_are_other_graphs(
     first: list[Any], traced: list[str], options: dict[str, Any], evaluates: bool
