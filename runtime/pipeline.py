@@ -29,7 +29,6 @@ from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import config_of
 from .data.dataset_loader import DataSetLoader, DataSetLoaders
 from .data.in_step import in_step, is_loader, shown_progress
-from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Step
@@ -37,6 +36,7 @@ from .recording.recording import Recording
 from .session import Ready, Session
 from .stepping.loss_scaler import LossScaler
 from .stored import Stored
+from .transport.mesh import Mesh
 from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
 from .world import World

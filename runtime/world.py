@@ -17,12 +17,12 @@ from ..compiler.profiling.profile import Profiler
 from .exchange.agreement import Agreement
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.link import measure_link
-from .exchange.mesh import Mesh, connect
-from .exchange.neighbours import meet
-from .exchange.processes import Processes
-from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
 from .heap import keep_heap
+from .transport.mesh import Mesh, connect
+from .transport.neighbours import meet
+from .transport.processes import Processes
+from .transport.transport import Loopback, Transport
 
 
 @contextlib.contextmanager

@@ -35,11 +35,11 @@ from pipecompile.compiler.units import cutter, stash
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
-from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.processes import Processes
-from pipecompile.runtime.exchange.transport import Endpoint
 from pipecompile.runtime.state.accumulation import own_squares, squares
 from pipecompile.runtime.stepping.loss_scaler import LossScaler
+from pipecompile.runtime.transport.mesh import connect, make_mesh
+from pipecompile.runtime.transport.processes import Processes
+from pipecompile.runtime.transport.transport import Endpoint
 from pipecompile.runtime.weights import initializers
 from pipecompile.runtime.weights.allocation import Allocation
 from support import jobs, models, units

@@ -24,8 +24,8 @@ from ...compiler.ir.errors import (
 from ...compiler.options.options import CompileOptions
 from ...compiler.tensors.facts import digest, sample
 from ...compiler.tensors.fakes import is_fake
-from .mesh import Mesh
-from .neighbours import Neighbours
+from ..transport.mesh import Mesh
+from ..transport.neighbours import Neighbours
 
 T = TypeVar("T")
 Pieces = tuple[BatchSpec | None, ...]

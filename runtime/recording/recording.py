@@ -18,7 +18,7 @@ from ...compiler.trace.trace import Held, Lane, Origin, Span, Trace
 from ...compiler.trace.writing import check_writable, write_trace
 from ..exchange.agreement import Agreement
 from ..exchange.clocks import ahead_ns
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from .log import Entry, ProcessLog, RankLog
 
 _NOTHING = contextlib.nullcontext()

@@ -24,7 +24,7 @@ from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.exchange import add_exchange, verify_exchange
 from pipecompile.passes.schedule.verify import verify_schedule
 from pipecompile.runtime import start
-from pipecompile.runtime.exchange.mesh import Mesh, world_size
+from pipecompile.runtime.transport.mesh import Mesh, world_size
 from support import jobs, measured, models, plain
 from support.chrome import checked
 from support.gang import Gang

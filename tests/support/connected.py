@@ -6,7 +6,7 @@ import socket
 from itertools import combinations
 from pathlib import Path
 
-from pipecompile.runtime.exchange.neighbours import Neighbours
+from pipecompile.runtime.transport.neighbours import Neighbours
 
 
 def of(ranks: int) -> list[Neighbours]:

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.runtime.exchange import neighbours
-from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.neighbours import MOST_BYTES, SWITCH, Neighbours
+from pipecompile.runtime.transport import neighbours
+from pipecompile.runtime.transport.mesh import connect, make_mesh
+from pipecompile.runtime.transport.neighbours import MOST_BYTES, SWITCH, Neighbours
 from support.connected import of, open_files
 from support.gang import Gang
 from torch import device

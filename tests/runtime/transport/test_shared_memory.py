@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir.program import ValueSpec
-from pipecompile.runtime.exchange import shared_memory
-from pipecompile.runtime.exchange.neighbours import SWITCH
-from pipecompile.runtime.exchange.shared_memory import ALIGNED, BLOCKS, IN_PACKET, SharedMemory
+from pipecompile.runtime.transport import shared_memory
+from pipecompile.runtime.transport.neighbours import SWITCH
+from pipecompile.runtime.transport.shared_memory import ALIGNED, BLOCKS, IN_PACKET, SharedMemory
 from support import jobs, plain
 from support.connected import of, open_files
 from support.gang import Gang
