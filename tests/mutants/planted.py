@@ -43,9 +43,9 @@ MODES = (
 
 LIMITS = (
     Mutant(
-        "runtime/transport/transport.py",
-        "for piece in torch.split(bucket, segment):",
-        "for piece in torch.split(bucket, segment)[:1]:",
+        "runtime/transport/replicas.py",
+        "return torch.split(bucket, segment)",
+        "return torch.split(bucket, segment)[:1]",
         "test_limits.py::test_the_mean_is_taken_of_every_segment",
         "the replicas' mean stops after its first segment",
     ),

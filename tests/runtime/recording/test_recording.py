@@ -236,7 +236,7 @@ def test_a_rank_that_records_alone_does_not_hang(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     for said in gang(2).run(alone, tmp_path):
-        assert "rank 0 was called with (record a trace" in said
+        assert "rank 0 is in the beginning of trace() (call" in said
 
 
 def unwritable(folder: Path) -> str:
