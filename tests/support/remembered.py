@@ -8,6 +8,7 @@ Processes of one run find what the others have left in a folder that `conftest` 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
@@ -68,18 +69,19 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
         folder, name = Folder(_shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
-        looks = shares and key not in known
-        if looks and (entry := folder.find(name, (), capturing.skeleton.mode)):
-            known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
-        if key not in known:
-            made = trace(capturing, wanted, records)
-            if made.guards:  # for this batch
+        with _alone(name, key in known or not shares):
+            looks = shares and key not in known
+            if looks and (entry := folder.find(name, (), capturing.skeleton.mode)):
+                known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
+            if key not in known:
+                made = trace(capturing, wanted, records)
+                if made.guards:  # for this batch
+                    return made
+                known[key] = _copied(made), list(records)
+                if shares:
+                    with suppress(UntoldError):
+                        folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
                 return made
-            known[key] = _copied(made), list(records)
-            if shares:
-                with suppress(UntoldError):
-                    folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
-            return made
         found, kept = known[key]
         records[:] = kept
         return _copied(found)
@@ -97,6 +99,17 @@ def _told(capturing: Capturing) -> Iterator[Hashable]:
 
 def _shared() -> Path:
     return Path(os.environ[FOLDER])
+
+
+@contextmanager
+def _alone(name: str, known: bool = False) -> Iterator[None]:
+    """What is worked out inside, other processes wait for, and then find it; not if it is known."""
+    if known:
+        yield
+        return
+    with (_shared() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(key: Hashable) -> str:
@@ -141,14 +154,16 @@ def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
         units = [[[node.name for node in part] for part in (b.forward, b.backward)] for b in bodies]
         limits = (cutter.MAX_OPTIONS, menus_.MAX_FORGETFUL)
         key = (_text(graph), repr(units), repr(told[1:]), limits)
-        path = _shared() / f"{_digest(key)}.menus"
-        if key not in known and path.exists():
-            known[key] = pickle.loads(path.read_bytes())
-        if key not in known:
-            made = options_of(bodies, *told)
-            known[key] = [[_named(each) for each in menu] for menu in made]
-            write(path, pickle.dumps(known[key]))
-            return made
+        name = _digest(key)
+        path = _shared() / f"{name}.menus"
+        with _alone(name, key in known):
+            if key not in known and path.exists():
+                known[key] = pickle.loads(path.read_bytes())
+            if key not in known:
+                made = options_of(bodies, *told)
+                known[key] = [[_named(each) for each in menu] for menu in made]
+                write(path, pickle.dumps(known[key]))
+                return made
         nodes = {node.name: node for node in graph.nodes}
         return [tuple(_again(each, nodes) for each in menu) for menu in known[key]]
 
