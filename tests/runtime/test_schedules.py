@@ -34,11 +34,10 @@ def cases() -> list[Case]:
 QUICK: list[Case] = [
     ("gpipe", 2, 2, 5, 1),
     ("interleaved", 2, 2, 5, 1),
-    ("zb_h1", 4, 1, 3, 1),
+    ("zb_h1", 3, 1, 2, 1),
     ("zb", 2, 1, 5, 1),
     ("zb_v", 2, 2, 5, 1),
     ("v_half", 2, 2, 1, 1),
-    ("v_min", 2, 2, 5, 1),
 ]
 
 
@@ -105,7 +104,7 @@ def test_ranks_take_the_same_schedule(gang: Callable[[int], Gang], dp: int) -> N
 
 @pytest.mark.parametrize(
     ("name", "virtual"),
-    quickly([("zb", 1), ("zb_v", 2)], [("zb", 1), ("zb_v", 2), ("interleaved", 2)]),
+    quickly([("zb_v", 2)], [("zb", 1), ("zb_v", 2), ("interleaved", 2)]),
 )
 def test_a_plan_keeps_its_order(name: str, virtual: int, tmp_path: Path) -> None:
     """Also where another search, for other seconds, would find another one."""
@@ -155,7 +154,7 @@ def test_an_order_of_ones_own(gang: Callable[[int], Gang], tmp_path: Path) -> No
     [
         ("gpt2", {"schedule": "interleaved", "remat": "full"}),
         ("llama", {"schedule": "zb_v", "pin": {"model.embed_tokens": 0, "lm_head": 3}}),
-        ("llama", {"schedule": "v_min", "remat": "full"}),
+        pytest.param("llama", {"schedule": "v_min", "remat": "full"}, marks=pytest.mark.slow),
         pytest.param("t5", {"schedule": "zb", "virtual_stages": 2}, marks=pytest.mark.slow),
         pytest.param("bart", {"schedule": "interleaved"}, marks=pytest.mark.slow),
     ],

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
+from pipecompile.compiler.driver import passes
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.driver.record import PassRecord
 from pipecompile.compiler.ir.graph import describe
@@ -37,6 +38,7 @@ T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
 _LIBRARIES = ("torch.nn.", "transformers.", "support.models", "support.packed")
 FOLDER = "PIPECOMPILE_TEST_GRAPHS"
+_FORWARD = {each.name for each in passes.FORWARD}
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 
@@ -91,8 +93,10 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
 
 def _told(capturing: Capturing) -> Iterator[Hashable]:
     """What a capture depends on besides the model and the batch."""
-    yield repr(capturing.options.dtypes)
-    yield tuple(capturing.options.skip)
+    dtypes = capturing.options.dtypes
+    later: Any = {"grads": torch.float32, "boundary": None, "loss_scale": None}
+    yield repr(dtypes and replace(dtypes, **later))
+    yield tuple(name for name in capturing.options.skip if name in _FORWARD)
     yield capturing.device
     yield capturing.kind
 
