@@ -57,8 +57,8 @@ def test_indices_out_of_range(odd: dict[str, int], message: str, call: str) -> N
     "options",
     [
         {},
-        {"schedule": "zb_h1"},
-        {"dp": 2, "microbatches": 2},
+        pytest.param({"schedule": "zb_h1"}, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "microbatches": 2}, marks=pytest.mark.slow),
         {"dp": 2, "microbatches": 2, "zero": 2},
         {"precision": "fp16"},
     ],

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pipecompile
 import pytest
 import torch
 from pipecompile import errors
@@ -64,8 +65,10 @@ def test_training_is_exact(
 
 
 def test_auto_takes_the_shortest_step_of_all() -> None:
-    batch = models.batches("gpt2", 8, 1)[0]
-    pipe = jobs.pipeline("gpt2", 2, 1, 4, schedule="auto", example_batch=batch)
+    batches, adamw = models.batches("gpt2", 8, STEPS), jobs.OPTIMIZERS["adamw"]
+    model = models.gpt2(n_layer=2)
+    options: dict[str, Any] = {"schedule": "auto", "optimizer": adamw, "example_batch": batches[0]}
+    pipe = pipecompile.compile(model, 2, microbatches=4, **options)
     note = dict(pipe.plan.notes)["stages"]
     steps = {
         order: float(step)
@@ -74,10 +77,9 @@ def test_auto_takes_the_shortest_step_of_all() -> None:
     assert set(SCHEDULES) == {order.partition(",")[0] for order in steps}
     (taken,) = re.findall(r"^2 × dp 1, ([\w ,]+?): ", note)
     assert steps[taken] == min(steps.values()) == pytest.approx(pipe.plan.step_s, rel=1e-3)
-    found = plain.train_pipeline(pipe, models.batches("gpt2", 8, STEPS))
-    expected = jobs.train_plainly("gpt2", 1, pipe.plan.microbatches, "adamw", STEPS)
+    found = plain.train_pipeline(pipe, batches)
     assert pipe.plan.microbatches == 4
-    plain.assert_equal(found, expected)
+    plain.assert_equal(found, plain.train(model, batches, adamw, 1, 4))
 
 
 def chosen(dp: int, virtual: int | None = None) -> tuple[plain.Trained, str]:
