@@ -15,16 +15,19 @@ import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
+from pipecompile.compiler.costs.optimizer_cost import OptimizerMemory, optimizer_memory
 from pipecompile.compiler.driver import passes
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.driver.record import PassRecord
 from pipecompile.compiler.ir.graph import describe
+from pipecompile.compiler.kept import optimizers
 from pipecompile.compiler.kept.asking import UntoldError
 from pipecompile.compiler.kept.folder import Entry, Folder, write
 from pipecompile.compiler.planning import planner
@@ -53,6 +56,7 @@ def remembering() -> Iterator[None]:
     with (
         mock.patch.object(Capturing, "trace", _capturing(trace)),
         mock.patch.object(planner, "options_of", _choosing(options_of)),
+        mock.patch.object(optimizers, "optimizer_memory", _measuring(optimizer_memory)),
     ):
         yield
 
@@ -189,3 +193,22 @@ def _named(choice: Stash) -> dict[str, Any]:
 def _again(fields: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> Stash:
     found = {field: frozenset(nodes[name] for name in fields[field]) for field in _NODES}
     return Stash(**{**fields, **found})
+
+
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+def _measuring(measure: Callable[..., OptimizerMemory]) -> Callable[..., OptimizerMemory]:
+    """Of torch's own optimizers: of others their makers may look at more than at layouts."""
+    known: dict[Hashable, OptimizerMemory] = {}
+
+    def measured(factory: Any, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+        made = factory if isinstance(factory, partial) else partial(factory)
+        if made.args or not getattr(made.func, "__module__", "").startswith("torch.optim"):
+            return measure(factory, params)
+        key = made.func, repr(made.keywords), repr([(n, _layout(p)) for n, p in params.items()])
+        if key not in known:
+            known[key] = measure(factory, params)
+        return replace(known[key], state_bytes=dict(known[key].state_bytes))
+
+    return measured
