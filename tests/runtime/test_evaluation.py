@@ -187,7 +187,10 @@ class Looping(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("trained", "evaluated"), [("lhlh", "lhlhh"), ("llhllh", "lhlllh"), ("lhhllhhl", "hlhlhlhl")]
+    ("trained", "evaluated"),
+    quickly(
+        [("llhllh", "lhlllh")], [("lhlh", "lhlhh"), ("llhllh", "lhlllh"), ("lhhllhhl", "hlhlhlhl")]
+    ),
 )
 def test_evaluation_finds_shared_weights_in_another_order(trained: str, evaluated: str) -> None:
     model, batch = Looping(trained, evaluated), torch.randn(8, 8)

@@ -318,7 +318,7 @@ def test_inspect_shows_what_is_cast_and_what_that_saves(capsys: pytest.CaptureFi
 
     small = [
         "--set",
-        "n_layer=2",
+        "n_layer=1",
         "--set",
         "n_embd=64",
         "--set",

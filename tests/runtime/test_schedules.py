@@ -65,10 +65,10 @@ def test_training_is_exact(
 
 
 def test_auto_takes_the_shortest_step_of_all() -> None:
-    batches, adamw = models.batches("gpt2", 8, STEPS), jobs.OPTIMIZERS["adamw"]
+    batches, adamw = models.batches("gpt2", 4, STEPS), jobs.OPTIMIZERS["adamw"]
     model = models.gpt2(n_layer=2)
     options: dict[str, Any] = {"schedule": "auto", "optimizer": adamw, "example_batch": batches[0]}
-    pipe = pipecompile.compile(model, 2, microbatches=4, **options)
+    pipe = pipecompile.compile(model, 2, microbatches=2, **options)
     note = dict(pipe.plan.notes)["stages"]
     steps = {
         order: float(step)
@@ -78,8 +78,8 @@ def test_auto_takes_the_shortest_step_of_all() -> None:
     (taken,) = re.findall(r"^2 × dp 1, ([\w ,]+?): ", note)
     assert steps[taken] == min(steps.values()) == pytest.approx(pipe.plan.step_s, rel=1e-3)
     found = plain.train_pipeline(pipe, batches)
-    assert pipe.plan.microbatches == 4
-    plain.assert_equal(found, plain.train(model, batches, adamw, 1, 4))
+    assert pipe.plan.microbatches == 2
+    plain.assert_equal(found, plain.train(model, batches, adamw, 1, 2))
 
 
 def chosen(dp: int, virtual: int | None = None) -> tuple[plain.Trained, str]:

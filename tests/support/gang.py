@@ -25,8 +25,10 @@ T = TypeVar("T")
 TIMEOUT_S = 240
 IMPORTED = (
     "highspy",
+    "hypothesis",
     "networkx",
     "pulp",
+    "pytest",
     "pipecompile.compiler.api",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",

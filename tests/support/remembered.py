@@ -2,7 +2,8 @@
 
 Tracing takes two thirds of such a compile; the menus of units, and fake steps of the optimizer,
 most of the rest. Passes rewrite graphs, so each compile gets a copy. Only models of libraries are
-remembered, in the shape that they have when they are compiled: what a test defines is traced.
+remembered, in the shape that they have when they are compiled, and what a test says to be traced as
+well once as often (``traced_once``): all else that a test defines is traced.
 Processes of one run find what the others have left in a folder that `conftest` names.
 """
 
@@ -39,7 +40,13 @@ from torch import fx, nn
 
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
-_LIBRARIES = ("torch.nn.", "transformers.", "support.models", "support.packed")
+_LIBRARIES = (
+    "torch.nn.",
+    "transformers.",
+    "support.models",
+    "support.packed",
+    "support.checkpoints",
+)
 FOLDER = "PIPECOMPILE_TEST_GRAPHS"
 _FORWARD = {each.name for each in passes.FORWARD}
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
@@ -69,8 +76,7 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
 
     def captured(capturing: Capturing, wanted: Wanted, records: list[Any]) -> Captured:
         model = capturing.skeleton.module
-        parts = {type(part).__module__ for part in model.modules()}
-        if capturing.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
+        if capturing.options.loss_fn or not all(map(_is_known, map(type, model.modules()))):
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
         folder, name = Folder(_shared()), _digest(key)
@@ -93,6 +99,10 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         return _copied(found)
 
     return captured
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith(_LIBRARIES) or getattr(kind, "traced_once", False)
 
 
 def _told(capturing: Capturing) -> Iterator[Hashable]:

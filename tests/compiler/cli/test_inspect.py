@@ -77,7 +77,7 @@ def model_file(tmp_path: Path) -> Path:
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "text.json").write_text("model_type: gpt2")
     config = {"model_type": "bert", "architectures": ["BertLMHeadModel"], "hidden_size": 64}
-    rest = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    rest = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | rest | {"vocab_size": 300}))
     return file
 

@@ -21,6 +21,8 @@ STAGES, WIDTH, WORDS = 3, 8, 16
 class Model(nn.Module):
     """Of which the first layer reads tokens, and the last one labels."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
