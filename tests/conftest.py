@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from support.gang import Gang
+from support.groups import Groups, tell
 from support.process import settle
 from support.remembered import FOLDER, remembering
 
@@ -33,12 +34,15 @@ settings.register_profile(  # of `make mutants`, which asks only whether a test 
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # of xdist
+        tell(i.nodeid for i in session.items if "gang" in getattr(i, "fixturenames", ()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadgroup` one worker starts all gangs, and each once."""
-    for item in items:
-        if "gang" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("gangs"))
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
