@@ -1,4 +1,7 @@
-"""Fixtures: one thread per process, gangs of processes that are started once, drawn examples."""
+"""Fixtures: one thread per process, gangs of processes that are started once, drawn examples.
+
+Torch is imported where it is used: xdist starts its workers when this file has been read.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from hypothesis import Phase, settings
+from support.folder import FOLDER
 from support.gang import Gang
 from support.groups import Groups, tell
-from support.process import settle
-from support.remembered import FOLDER, remembering
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a second per compile
@@ -47,6 +48,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _set_up() -> Iterator[None]:
+    from support.process import settle
+    from support.remembered import remembering
+
     settle()
     with remembering():
         yield
@@ -70,6 +74,8 @@ def gang() -> Iterator[Callable[[int], Gang]]:
 @pytest.fixture
 def traces() -> Iterator[list[bool]]:
     """Of every trace, whether it had symbols."""
+    import torch
+
     found, export = [], torch.export.export
 
     def exported(*args: Any, **options: Any) -> Any:

@@ -100,7 +100,7 @@ def items(batch: Batch) -> torch.Tensor:
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_number_of_items_is_that_of_the_global_batch() -> None:
     """Losses are parts of one sum then."""
-    model, batch = models.build("llama"), uneven("llama", 8)
+    model, batch = models.llama(num_hidden_layers=1), uneven("llama", 8)
     batch["num_items_in_batch"] = items(batch)
     pipe = pipecompile.compile(model, 2, 2, microbatches=2, optimizer=jobs.SGD)
     loss = pipe.forward_backward(batch)

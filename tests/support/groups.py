@@ -15,7 +15,7 @@ from typing import Any
 
 from xdist.scheduler import LoadGroupScheduling
 
-from support.remembered import FOLDER
+from support.folder import shared
 
 
 class Groups(LoadGroupScheduling):
@@ -38,4 +38,4 @@ def tell(gangs: Iterable[str]) -> None:
 
 
 def _file() -> Path:
-    return Path(os.environ[FOLDER]) / "gangs.txt"
+    return shared() / "gangs.txt"

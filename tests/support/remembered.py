@@ -17,7 +17,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -38,6 +37,8 @@ from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.stash import Body, Stash
 from torch import fx, nn
 
+from support.folder import FOLDER, shared
+
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
 _LIBRARIES = (
@@ -47,7 +48,6 @@ _LIBRARIES = (
     "support.packed",
     "support.checkpoints",
 )
-FOLDER = "PIPECOMPILE_TEST_GRAPHS"
 _FORWARD = {each.name for each in passes.FORWARD}
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
@@ -79,7 +79,7 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         if capturing.options.loss_fn or not all(map(_is_known, map(type, model.modules()))):
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
-        folder, name = Folder(_shared()), _digest(key)
+        folder, name = Folder(shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
         with _alone(name, key in known or not shares):
             looks = shares and key not in known
@@ -115,17 +115,13 @@ def _told(capturing: Capturing) -> Iterator[Hashable]:
     yield capturing.kind
 
 
-def _shared() -> Path:
-    return Path(os.environ[FOLDER])
-
-
 @contextmanager
 def _alone(name: str, known: bool = False) -> Iterator[None]:
     """What is worked out inside, other processes wait for, and then find it; not if it is known."""
     if known:
         yield
         return
-    with (_shared() / f"{name}.lock").open("w") as file:
+    with (shared() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -173,7 +169,7 @@ def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
         limits = (cutter.MAX_OPTIONS, menus_.MAX_FORGETFUL)
         key = (_text(graph), repr(units), repr(told[1:]), limits)
         name = _digest(key)
-        path = _shared() / f"{name}.menus"
+        path = shared() / f"{name}.menus"
         with _alone(name, key in known):
             if key not in known and path.exists():
                 known[key] = pickle.loads(path.read_bytes())

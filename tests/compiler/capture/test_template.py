@@ -90,7 +90,7 @@ def test_graphs_are_those_that_are_traced(name: str, wants: str) -> None:
     spec = flatten(dict(models.tokens(4) if small else models.batches(name, 4, 1)[0]))[1]
     sequences = name != "vit"
     made = generalised(skeleton, spec, sequences, wants)
-    for rows, length in ((4, None), (6, 15), (3, 7)):
+    for rows, length in ((6, 15),) if small else ((4, None), (6, 15), (3, 7)):
         other = sized(spec, rows, length if sequences else None)
         assert told(made.at(other)) == told(traced(skeleton, other, wants))
 
