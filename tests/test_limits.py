@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_limits_are_read_through_their_modules() -> None:
     assert [text for text in found if not text.endswith("ALIGNMENT_BYTES")] == []
 
 
+@cache
 def numbers_of(path: Path) -> set[str]:
     """The whole numbers that a file gives a name."""
     if not path.is_file():
