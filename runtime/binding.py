@@ -11,6 +11,7 @@ import torch
 from ..compiler.ir.actions import Kind
 from ..compiler.ir.program import Port, Program, Role, StageProgram
 from .exchange.parcels import GatheredGroup, LocalGroup
+from .kernels.kernels import with_kernels
 from .state.rank_state import RankState
 
 
@@ -54,6 +55,10 @@ class BoundStage:
         self.code, self._state, self._by_data = code, state, by_data
         for program in (code.constants, *code.parts.values()):
             _retarget(program, state.device)
+        self._programs = {
+            kind: with_kernels(program, state.device) for kind, program in code.parts.items()
+        }
+        for program in (code.constants, *self._programs.values()):
             program.prepare()
         self._groups = self._grouped()
         self.parts: dict[Kind, Bound] = {}
@@ -72,7 +77,7 @@ class BoundStage:
         made = constants.module.forward(arguments)
         values = dict(zip((p.key for p in constants.outputs), made, strict=True))
         self.parts = {
-            kind: self._bind(program, values, kind) for kind, program in self.code.parts.items()
+            kind: self._bind(program, values, kind) for kind, program in self._programs.items()
         }
 
     def _grouped(self) -> Sequence[GatheredGroup | LocalGroup]:

@@ -85,6 +85,7 @@ class Executor:
 
     Args:
         actions: of the rank.
+        fused: the programs to run, where they are not those of the pipeline itself.
 
     Attributes:
         scale: the loss is multiplied by it before it is differentiated.
@@ -97,6 +98,7 @@ class Executor:
         actions: Sequence[Action],
         state: RankState,
         microbatches: int,
+        fused: PipelineProgram | None = None,
     ):
         self.actions, self.state, self.microbatches = actions, state, microbatches
         self.current: Action | None = None
@@ -107,11 +109,14 @@ class Executor:
         }
         self.by_data = reached_by_data(pipeline)
         self.stages = {
-            stage: BoundStage(pipeline.stages[stage], state, self.by_data) for stage in state.stages
+            stage: BoundStage((fused or pipeline).stages[stage], state, self.by_data)
+            for stage in state.stages
         }
         self.leaving = {
-            stage: state.grads.departures(bound.code, late_gradients(pipeline, stage, state.stages))
-            for stage, bound in self.stages.items()
+            stage: state.grads.departures(
+                pipeline.stages[stage], late_gradients(pipeline, stage, state.stages)
+            )
+            for stage in self.stages
         }
         self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
         self.tied = TiedGradients(pipeline, state)

@@ -170,6 +170,7 @@ class Session:
                 compiled.schedule[self._world.mesh.position_of(rank)],
                 state,
                 request.microbatches,
+                compiled.fused,
             )
             for rank, state in self.state.ranks.items()
         }

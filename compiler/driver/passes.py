@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ...passes.generators.shape import PipelineShape
@@ -28,6 +29,7 @@ from ...passes.graph.joins import copy_where_nothing_is_joined
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
 from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.programs.fusions import fuse
 from ...passes.programs.gather import gather_parameters
 from ...passes.programs.inplace import reuse_memory
 from ...passes.programs.lower import lower
@@ -40,7 +42,7 @@ from ...passes.schedule.verify import verify_compute, verify_schedule
 from ..costs.memory import RankMemory, rank_memory
 from ..ir.actions import Kind, Schedule, to_text
 from ..ir.errors import OptionError
-from ..ir.program import Message, PipelineProgram
+from ..ir.program import Message, PipelineProgram, fusions_of
 from ..planning.advice import gib
 from ..planning.ordering import Ordering
 from .record import Texts
@@ -251,9 +253,42 @@ def _gather(work: Work) -> str:
     return f"{groups} groups of parameters are made whole when they are read"
 
 
+def _fuses(work: Work) -> bool:
+    return work.settings.options.backend == "inductor" and not work.settings.drafts
+
+
+def _fuse(work: Work) -> str:
+    fused = fuse(work.made)
+    work.fused = fused.program
+    return f"{fused}, compiled by Inductor; seconds and memory are those of eager kernels"
+
+
+def _verify_fused(work: Work) -> None:
+    assert work.fused is not None
+    verify_program(work.fused)
+
+
+def _fused_texts(work: Work) -> Texts:
+    assert work.fused is not None
+    return _texts(work.fused) | {
+        f"_{name}.py": partial(_code, fusion)
+        for stage in work.fused.stages
+        for part in stage.parts.values()
+        for name, fusion in fusions_of(part).items()
+    }
+
+
+def _code(module: Any) -> str:
+    return str(module.code).strip() + "\n"
+
+
 def _program_texts(work: Work) -> Texts:
+    return _texts(work.made)
+
+
+def _texts(program: PipelineProgram) -> Texts:
     texts: dict[str, Callable[[], str]] = {}
-    for stage in work.made.stages:
+    for stage in program.stages:
         parts = {"constants": stage.constants, "forward": stage.forward}
         parts |= {"backward": stage.backward} if stage.backward else {}
         parts |= {"weight": stage.weight} if stage.weight else {}
@@ -283,6 +318,14 @@ PROGRAMS: tuple[Pass[Work], ...] = (
         dump=_program_texts,
         when=lambda work: work.settings.zero.divides_params,
         needed="with zero=3 no rank has whole parameters for its programs to read",
+    ),
+    Pass(
+        "fusions",
+        _fuse,
+        verify=(_verify_fused,),
+        dump=_fused_texts,
+        when=_fuses,
+        needed='backend="inductor" compiles what it makes',
     ),
 )
 

@@ -107,6 +107,7 @@ class Work:
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
+        fused: the programs that run, where fusions of operators are compiled.
         schedule: empty before `schedule`.
         memory: per rank; empty before `memory`.
     """
@@ -122,6 +123,7 @@ class Work:
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None
+    fused: PipelineProgram | None = None
     schedule: Schedule = ()
     memory: tuple[RankMemory, ...] = ()
 

@@ -1,0 +1,110 @@
+"""Programs whose fusions are compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ...compiler.ir.errors import BackendError
+from ...compiler.ir.program import Program, fusions_of, on_demand
+
+
+class Kernel(nn.Module):
+    """A fusion as it was compiled; boxed, and its results have the strides that were traced."""
+
+    def __init__(self, run: Any, fusion: fx.GraphModule):
+        super().__init__()
+        (output,) = fusion.graph.find_nodes(op="output")
+        self._strides = [node.meta["val"].stride() for node in output.args[0]]
+        self._run, self._keeps_strides = run, False
+
+    def forward(self, boxed: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        made: Sequence[torch.Tensor] = self._run(boxed)
+        if self._keeps_strides:
+            return made
+        return self._conformed(made)
+
+    def _conformed(self, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Its shapes never change, so what one call returns tells of all."""
+        pairs = list(zip(made, self._strides, strict=True))
+        self._keeps_strides = all(tensor.stride() == stride for tensor, stride in pairs)
+        return [_conform(tensor, stride) for tensor, stride in pairs]
+
+
+def _conform(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    given = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return given.copy_(tensor)
+
+
+_known: dict[tuple[str, torch.device], Kernel] = {}
+"""Of this process, by the fusion's name, which is a hash of it."""
+
+
+def with_kernels(program: Program, device: torch.device) -> Program:
+    """The program with its fusions compiled; itself where it has none.
+
+    Raises:
+        BackendError: one cannot be compiled.
+    """
+    fusions = fusions_of(program)
+    if not fusions:
+        return program
+    root = nn.Module()
+    for name, tensor in program.module.named_buffers():
+        root.register_buffer(name, tensor)
+    for name, fusion in fusions.items():
+        root.add_module(name, _kernel(name, fusion, program, device))
+    return replace(program, module=on_demand(root, program.module.graph))
+
+
+def _kernel(name: str, fusion: Any, program: Program, device: torch.device) -> Kernel:
+    from . import inductor  # what takes seconds to import, and only this backend needs
+
+    if (name, device) not in _known:
+        try:
+            with _alone(inductor.folder() / "pipecompile", name):
+                run = inductor.compile_fusion(_moved(fusion, device), device)
+        except Exception as error:
+            call = program.module.graph.find_nodes(op="call_module", target=name)[0]
+            where = call.meta.get("module") or "the model"
+            raise BackendError(
+                f'backend="inductor" could not compile the operators of {where!r} ({name}): '
+                f'{error}; give backend="eager"'
+            ) from error
+        _known[name, device] = Kernel(run, fusion)
+    return _known[name, device]
+
+
+def _moved(fusion: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Traced for the type of device alone, a fusion makes its own tensors on this one."""
+    for node in fusion.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    fusion.recompile()
+    return fusion
+
+
+@contextlib.contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """One process compiles a fusion; others that want the same wait, and find it in the cache.
+
+    Where the folder cannot be written each compiles for itself.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / name).open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
