@@ -293,7 +293,8 @@ class Executor:
 
 def _table(node: fx.Node | None) -> str:
     """What an operator's first operand is, where indices into it are refused."""
-    first = node.args[0] if node is not None and node.args else None
+    operator = node is not None and node.op == "call_function" and node.args
+    first = node.args[0] if node is not None and operator else None
     value = first.meta.get("val") if isinstance(first, fx.Node) else None
     return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"
 

@@ -93,6 +93,9 @@ FUSION = "fusion_"
 """How the modules begin that programs call to have many operators done as one (`programs.fusions`);
 boxed like programs, and equal where names are."""
 
+ANY_STRIDES = "any_strides"
+"""``meta`` of a fusion's results: nobody minds their strides, as they are only added to sums."""
+
 
 def fusions_of(program: Program) -> dict[str, nn.Module]:
     """The fusions that a program calls, by name."""

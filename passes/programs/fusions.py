@@ -3,9 +3,10 @@
     native_layer_norm, addmm, mul, tanh, …      ->   call = self.fusion_3f2a91c0(add, weight, …)
                                                      mul_7 = call[0]; add_9 = call[1]
 
-A fusion lies in one numbered module (``h.3``), or between them, so that its kernels don't reach over
-the borders where stages and units end. Layers that are alike have fusions that are, and these are one
-module: operators, literals, shapes, strides, dtypes and how values flow tell them apart, and no names.
+A fusion lies in one numbered module (``h.3``), or between them, so that its kernels do not reach
+over the borders where stages and units end. Layers that are alike have fusions that are,
+and these are one module: operators, literals, shapes, strides, dtypes and how values flow tell them
+apart, and no names.
 
 What stays outside: what is ours (gradients that are added to their slots, parameters that are
 gathered), draws of random numbers, checks of values, operators that check indices (an error of the
@@ -27,6 +28,7 @@ from ...compiler.ir import ops
 from ...compiler.ir.actions import Kind
 from ...compiler.ir.graph import is_getitem, is_operator, is_random, module_of, tensors, viewed
 from ...compiler.ir.program import (
+    ANY_STRIDES,
     FUSION,
     BoxedCodeGen,
     PipelineProgram,
@@ -97,9 +99,7 @@ def fuse(program: PipelineProgram) -> Fused:
 
 def _fused_stage(stage: StageProgram, known: dict[str, fx.GraphModule]) -> StageProgram:
     made = {part: _fused(code, known) for part, code in stage.parts.items()}
-    return replace(
-        stage, forward=made[Kind.F], backward=made.get(Kind.B), weight=made.get(Kind.W)
-    )
+    return replace(stage, forward=made[Kind.F], backward=made.get(Kind.B), weight=made.get(Kind.W))
 
 
 def _fused(program: Program, known: dict[str, fx.GraphModule]) -> Program:
@@ -279,6 +279,8 @@ class _Fusion:
             env[node] = graph.create_node("call_function", target, args, kwargs, f"n{i}")
         for node, made in env.items():
             made.meta["val"] = node.meta["val"]
+        for node in outputs:
+            env[node].meta[ANY_STRIDES] = all(u.target is ops.accumulate for u in node.users)
         graph.output(tuple(env[node] for node in outputs))
         name = FUSION + _digest(graph)
         return _Fusion(name, on_demand(nn.Module(), graph), inputs, outputs, _common(nodes))
@@ -290,7 +292,9 @@ def _digest(graph: fx.Graph) -> str:
     for node in graph.nodes:
         kwargs = {k: v for k, v in node.kwargs.items() if k != "device"}
         shapes = [(t.dtype, tuple(t.shape), t.stride()) for t in tensors(node.meta.get("val"))]
-        digest.update(f"{node.op} {node.target} {node.args} {kwargs} {shapes}\n".encode())
+        strides = node.meta.get(ANY_STRIDES, "")
+        text = f"{node.op} {node.target} {node.args} {kwargs} {shapes} {strides}\n"
+        digest.update(text.encode())
     return digest.hexdigest()[:12]
 
 

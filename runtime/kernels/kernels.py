@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ...compiler.ir.errors import BackendError
-from ...compiler.ir.program import Program, fusions_of, on_demand
+from ...compiler.ir.program import ANY_STRIDES, Program, fusions_of, on_demand
 
 
 class Kernel(nn.Module):
@@ -22,7 +22,10 @@ class Kernel(nn.Module):
     def __init__(self, run: Any, fusion: fx.GraphModule):
         super().__init__()
         (output,) = fusion.graph.find_nodes(op="output")
-        self._strides = [node.meta["val"].stride() for node in output.args[0]]
+        self._strides = [
+            None if node.meta.get(ANY_STRIDES) else node.meta["val"].stride()
+            for node in output.args[0]
+        ]
         self._run, self._keeps_strides = run, False
 
     def forward(self, boxed: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -34,12 +37,12 @@ class Kernel(nn.Module):
     def _conformed(self, made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Its shapes never change, so what one call returns tells of all."""
         pairs = list(zip(made, self._strides, strict=True))
-        self._keeps_strides = all(tensor.stride() == stride for tensor, stride in pairs)
+        self._keeps_strides = all(stride in (None, tensor.stride()) for tensor, stride in pairs)
         return [_conform(tensor, stride) for tensor, stride in pairs]
 
 
-def _conform(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    if tensor.stride() == stride:
+def _conform(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+    if stride is None or tensor.stride() == stride:
         return tensor
     given = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
     return given.copy_(tensor)

@@ -5,12 +5,16 @@ Markdown on stdout. One thread; models of about 8 layers of width 256, without d
 figure is the median over the rounds, a ratio the median of the rounds' ratios.
 
     python tests/bench/backend_table.py [gpt2|llama|bert ...] [--dtypes fp32,bf16] [--rounds 15]
+    python tests/bench/backend_table.py --compiling 4,24
+
+The second prints how long a stage of so many layers takes to compile, with nothing kept on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,10 +23,12 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # one stage: there is nothing to choose
+os.environ.setdefault("PIPECOMPILE_CACHE", "off")  # the first step is to be the first
 
 import pipecompile
 import torch
 import transformers as hf
+from pipecompile.runtime.kernels import kernels
 from torch import nn
 
 LENGTH, ROWS, MICROBATCHES, WORDS = 128, 16, 8, 4096
@@ -145,14 +151,43 @@ def measured(name: str, dtype: str, rounds: int) -> str:
     return f"| {name} | {dtype} | {' | '.join(speeds)} | **{ratio:.2f}×** | {waits} |"
 
 
+def compiling(layers: int) -> str:
+    """One row: seconds until the first step of a stage is ready, and its fusions."""
+    torch.manual_seed(0)
+    model, seconds, notes = gpt2(layers), [], ""
+    for backend in ("eager", "inductor"):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            kernels._known.clear()
+            start = time.perf_counter()
+            pipe = pipecompile.compile(
+                model, 1, microbatches=MICROBATCHES, optimizer=ADAMW, backend=backend
+            )
+            pipe.compile_for(batch())
+            seconds.append(time.perf_counter() - start)
+        notes = dict(pipe.plan.notes).get("fusions", "").partition(", compiled")[0]
+    eager_s, fused_s = seconds
+    return f"| {layers} | {eager_s:.1f} s | {fused_s:.1f} s | {fused_s - eager_s:.1f} s | {notes} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compiling", default="", metavar="LAYERS", help="such as 4,24")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | dtype | eager | torch.compile | ours, eager | ours, inductor | inductor", end="")
+    if given.compiling:
+        compiling(1)  # what is loaded once, and looked up of the processor
+        print("| layers | compiled, eager | compiled, inductor | of it Inductor | programs |")
+        print("| --- | --- | --- | --- | --- |")
+        for layers in map(int, given.compiling.split(",")):
+            print(compiling(layers), flush=True)
+        return
+    print(
+        "| model | dtype | eager | torch.compile | ours, eager | ours, inductor | inductor", end=""
+    )
     print(" / torch.compile | first step: ours / torch.compile |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.models:

@@ -1,4 +1,4 @@
-"""Fusions that no backend compiles: they run as they are, so that whatever differs is the split's."""
+"""Fusions that no backend compiles: they run as they are, and what differs is the split's."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import pipecompile
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from pipecompile.compiler.ir import ops
 from pipecompile.compiler.ir.graph import overwritten
 from pipecompile.compiler.ir.program import Role, fusions_of
@@ -20,7 +19,6 @@ from support.drawn import STEPS, Drawn
 from support.fused import calls, interpreted, programs
 from support.matrix import quickly
 from torch import nn
-
 
 
 def trained(name: str, *shape: int, **options: Any) -> plain.Trained:
@@ -184,7 +182,9 @@ def test_an_argument_is_gone_when_a_fusion_lets_go_of_it(monkeypatch: pytest.Mon
         monkeypatch.setattr(kernels, "_kernel", lambda name, fusion, *_: Watching(fusion))
         pipe = jobs.pipeline("gpt2", 1, 1, 2, backend="inductor")
         pipe.forward_backward(models.batches("gpt2", 4, 1)[0])
-    held = sum(len(call.all_input_nodes) for part in programs(pipe).values() for call in calls(part))
+    held = sum(
+        len(call.all_input_nodes) for part in programs(pipe).values() for call in calls(part)
+    )
     later = {
         (call, node)
         for part in programs(pipe).values()

@@ -10,7 +10,6 @@ import pipecompile
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from pipecompile.compiler.ir.errors import VerificationError
 from pipecompile.compiler.ir.graph import overwritten
 from pipecompile.compiler.ir.program import Program
@@ -18,10 +17,8 @@ from pipecompile.passes.programs import inplace
 from pipecompile.passes.programs.verify import _check_writes
 from support.drawn import ACTIVATIONS, STEPS, Drawn
 from torch import fx, nn
-from torch.nn import functional
 
 ATEN = torch.ops.aten
-
 
 
 def compiled(model: nn.Module, x: torch.Tensor, n_stages: int = 1) -> Any:
