@@ -17,10 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Generic, TypeVar
 
-from ...passes.generators.shape import PipelineShape
 from ...passes.graph import autocast, boundary, operators
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
@@ -39,13 +37,13 @@ from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.limits import verify_in_flight
 from ...passes.schedule.verify import verify_compute, verify_schedule
-from ..costs.memory import RankMemory, rank_memory
-from ..ir.actions import Kind, Schedule, to_text
+from ..costs.memory import RankMemory
+from ..ir.actions import Schedule, to_text
 from ..ir.errors import OptionError
-from ..ir.program import Message, PipelineProgram, fusions_of
+from ..ir.program import Message, PipelineProgram
 from ..planning.advice import gib
-from ..planning.ordering import Ordering
-from .record import Texts
+from ..planning.ordering import Ordering, has_order
+from .record import Texts, texts_of
 from .work import Exported, Joint, Work
 
 W = TypeVar("W")
@@ -270,31 +268,11 @@ def _verify_fused(work: Work) -> None:
 
 def _fused_texts(work: Work) -> Texts:
     assert work.fused is not None
-    return _texts(work.fused) | {
-        f"_{name}.py": partial(_code, fusion)
-        for stage in work.fused.stages
-        for part in stage.parts.values()
-        for name, fusion in fusions_of(part).items()
-    }
-
-
-def _code(module: Any) -> str:
-    return str(module.code).strip() + "\n"
+    return texts_of(work.fused)
 
 
 def _program_texts(work: Work) -> Texts:
-    return _texts(work.made)
-
-
-def _texts(program: PipelineProgram) -> Texts:
-    texts: dict[str, Callable[[], str]] = {}
-    for stage in program.stages:
-        parts = {"constants": stage.constants, "forward": stage.forward}
-        parts |= {"backward": stage.backward} if stage.backward else {}
-        parts |= {"weight": stage.weight} if stage.weight else {}
-        for name, part in parts.items():
-            texts[f"_stage{stage.stage}_{name}.py"] = part.text
-    return texts
+    return texts_of(work.made)
 
 
 PROGRAMS: tuple[Pass[Work], ...] = (
@@ -346,7 +324,7 @@ def _schedule(work: Work) -> str:
         work.schedule = settings.schedule.order(shape)
         return named
     order = work.order if work.pace is None else work.pace.order
-    if order is not None and _has_order(order, shape):
+    if order is not None and has_order(order, shape):
         work.schedule = order
         return f"{named}, in the order that was decided"
     found = Ordering(
@@ -362,21 +340,13 @@ def _schedule(work: Work) -> str:
     return f"{named}, {found.note}"
 
 
-def _has_order(order: Schedule, shape: PipelineShape) -> bool:
-    """Whether it is of as many microbatches, and of the same programs."""
-    kinds = {(a.stage, a.kind) for actions in order for a in actions}
-    longest = max((a.microbatch or 0 for actions in order for a in actions), default=-1)
-    weights = all(((s, Kind.W) in kinds) == split for s, split in enumerate(shape.splits))
-    return longest + 1 == shape.microbatches and weights
-
-
 def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
     """Memory of every rank, if the compute actions are in this order."""
     settings, program = work.settings, work.made
     schedule = add_communication(order, program.messages, *work.seconds())
     if _exchanges(program, settings.options.dp):
         schedule = add_exchange(schedule, program, settings.options.dp, settings.zero)
-    return _memories(work, schedule)
+    return work.memories(schedule)
 
 
 def _communication(work: Work) -> str:
@@ -420,28 +390,9 @@ def _schedule_texts(work: Work) -> Texts:
 
 
 def _memory(work: Work) -> str:
-    work.memory = _memories(work, work.schedule)
+    work.memory = work.memories(work.schedule)
     worst = max(work.memory, key=lambda memory: memory.peak_bytes)
     return f"at most {gib(worst.peak_bytes)}, in {worst.peak_at}"
-
-
-def _memories(work: Work, schedule: Schedule) -> tuple[RankMemory, ...]:
-    settings, program = work.settings, work.made
-    footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
-    found = []
-    for actions in schedule:
-        mine = list(dict.fromkeys(action.stage for action in actions))
-        found.append(
-            rank_memory(
-                program,
-                actions,
-                footprint.static(program, mine, share),
-                settings.options.dp,
-                footprint.optimizer_bytes(program, mine) if program.trains else 0,
-                {stage: footprint.traffic(program, stage, mine) for stage in mine},
-            )
-        )
-    return tuple(found)
 
 
 def _exchanges(program: PipelineProgram, dp: int) -> bool:
