@@ -16,7 +16,7 @@ batch is then theirs, as without fusions), submodules that run eagerly, and floa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -113,11 +113,13 @@ def _fused(program: Program, known: dict[str, fx.GraphModule]) -> Program:
     for name, tensor in program.module.named_buffers():
         root.register_buffer(name, tensor)
     env: dict[fx.Node, fx.Node] = {}
-    for step in _steps(program.module.graph):
+    steps = list(_steps(program.module.graph))
+    inside = {node for step in steps if isinstance(step, list) for node in step}
+    for step in steps:
         if isinstance(step, fx.Node):
             env[step] = _plain_copy(graph, step, env)
             continue
-        made = _Fusion.of(step)
+        made = _Fusion.of(step, inside)
         fusion = known.setdefault(made.name, made.module)
         if not hasattr(root, made.name):
             root.add_module(made.name, fusion)
@@ -262,7 +264,10 @@ class _Fusion:
     where: str
 
     @staticmethod
-    def of(nodes: Sequence[fx.Node]) -> _Fusion:
+    def of(nodes: Sequence[fx.Node], fused: Collection[fx.Node]) -> _Fusion:
+        """Args:
+        fused: the nodes of all fusions of the program.
+        """
         inside = set(nodes)
         reads = [source for node in nodes for source in node.all_input_nodes]
         inputs = tuple(dict.fromkeys(source for source in reads if source not in inside))
@@ -280,10 +285,23 @@ class _Fusion:
         for node, made in env.items():
             made.meta["val"] = node.meta["val"]
         for node in outputs:
-            env[node].meta[ANY_STRIDES] = all(u.target is ops.accumulate for u in node.users)
+            env[node].meta[ANY_STRIDES] = _any_strides(node, fused)
         graph.output(tuple(env[node] for node in outputs))
         name = FUSION + _digest(graph)
         return _Fusion(name, on_demand(nn.Module(), graph), inputs, outputs, _common(nodes))
+
+
+def _any_strides(node: fx.Node, fused: Collection[fx.Node]) -> bool:
+    """Whether a value is only added to sums of gradients, perhaps with others (a tied weight's)."""
+    return all(
+        user.target is ops.accumulate
+        or (
+            user not in fused
+            and functional(user)[0] is _ATEN.add.Tensor
+            and _any_strides(user, fused)
+        )
+        for user in node.users
+    )
 
 
 def _digest(graph: fx.Graph) -> str:
