@@ -162,19 +162,15 @@ class Session:
 
     def add(self, request: Request, compiled: Compiled) -> None:
         """Make a graph ready to run."""
-        self.state.provide(compiled.program)
-        self._world.transport.open(compiled.program.routes)
+        program, position = compiled.program, self._world.mesh.position_of
+        count = request.microbatches
+        self.state.provide(program)
+        self._world.transport.open(program.routes)
         executors = {
-            rank: Executor(
-                compiled.program,
-                compiled.schedule[self._world.mesh.position_of(rank)],
-                state,
-                request.microbatches,
-                compiled.fused,
-            )
+            rank: Executor(program, compiled.schedule[position(rank)], state, count, compiled.fused)
             for rank, state in self.state.ranks.items()
         }
-        use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
+        use, stale = BufferUse.of(program), set(self.buffers.stages)
         self.loaded[request] = Loaded(compiled, executors, use, stale)
 
     def drop_oldest(self, step: Step) -> list[Request]:
@@ -306,10 +302,8 @@ class Session:
         return {rank: state.buffers for rank, state in self.state.ranks.items()}
 
     def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> Callable[[], torch.Tensor]:
-        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says.
-
-        What is returned waits for the loss. Other ranks may still be at work before that.
-        """
+        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; what is
+        returned waits for the loss."""
         weights = self.weigh(ready, jobs)
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale

@@ -41,6 +41,7 @@ ROOMS = (
     "compiler/report",
     "compiler/page",
     "runtime/kernels",
+    "runtime/transport",
     "runtime/exchange",
     "runtime/recording",
     "runtime/weights",
