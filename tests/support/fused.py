@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -10,15 +10,19 @@ from unittest import mock
 from pipecompile.compiler.ir.program import FUSION, Program
 from pipecompile.runtime import start
 from pipecompile.runtime.kernels import kernels
-from torch import fx
+from torch import fx, nn
 
 
 @contextmanager
-def interpreted() -> Iterator[None]:
-    """backend="inductor" without Inductor."""
+def interpreted(made: Callable[[nn.Module], nn.Module] = lambda fusion: fusion) -> Iterator[None]:
+    """backend="inductor" without Inductor.
+
+    Args:
+        made: what runs a fusion.
+    """
     with (
         mock.patch.object(start, "settled", lambda options, device: (options, "")),
-        mock.patch.object(kernels, "_kernel", lambda name, fusion, *_: fusion),
+        mock.patch.object(kernels, "_kernel", lambda name, fusion, *_: made(fusion)),
     ):
         yield
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from pipecompile.compiler.ir import ops
 from pipecompile.compiler.ir.graph import overwritten
 from pipecompile.compiler.ir.program import Role, fusions_of
-from pipecompile.runtime.kernels import kernels
 from support import jobs, models, plain
 from support.drawn import STEPS, Drawn
 from support.fused import calls, interpreted, programs
@@ -162,7 +161,7 @@ def test_other_sizes_and_literals_are_other_fusions() -> None:
     assert distinct(model) == alike + 1
 
 
-def test_an_argument_is_gone_when_a_fusion_lets_go_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_is_gone_when_a_fusion_lets_go_of_it() -> None:
     """Who calls it holds on to nothing that is not read later: neither program nor executor."""
     gone: list[bool] = []
 
@@ -178,8 +177,7 @@ def test_an_argument_is_gone_when_a_fusion_lets_go_of_it(monkeypatch: pytest.Mon
             gone.extend(ref() is None for ref in given)
             return self.fusion(copies)
 
-    with interpreted():
-        monkeypatch.setattr(kernels, "_kernel", lambda name, fusion, *_: Watching(fusion))
+    with interpreted(Watching):
         pipe = jobs.pipeline("gpt2", 1, 1, 2, backend="inductor")
         pipe.forward_backward(models.batches("gpt2", 4, 1)[0])
     held = sum(

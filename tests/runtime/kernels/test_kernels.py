@@ -123,16 +123,15 @@ def test_a_fusion_that_cannot_be_compiled_is_named_with_its_module(
         )
 
 
-def test_an_error_in_a_fusion_names_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(name: str, *_: Any) -> nn.Module:
-        class Failing(nn.Module):
-            def forward(self, boxed: Any) -> Any:
-                raise RuntimeError("out of memory")
+def test_an_error_in_a_fusion_names_its_module() -> None:
+    class Failing(nn.Module):
+        def __init__(self, _: nn.Module) -> None:
+            super().__init__()
 
-        return Failing()
+        def forward(self, boxed: Any) -> Any:
+            raise RuntimeError("out of memory")
 
-    with interpreted():
-        monkeypatch.setattr(kernels, "_kernel", failing)
+    with interpreted(Failing):
         pipe = jobs.pipeline("gpt2", 1, 1, 2, backend="inductor")
         with pytest.raises(RuntimeError, match="out of memory") as caught:
             pipe.forward_backward(models.batches("gpt2", 4, 1)[0])
