@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..compiler.ir.actions import Kind
-from ..compiler.ir.program import Port, Program, Role, StageProgram
+from ..compiler.ir.program import Port, Program, Role, StageProgram, fusions_of
 from .exchange.parcels import GatheredGroup, LocalGroup
 from .kernels.kernels import with_kernels
 from .state.rank_state import RankState
@@ -54,7 +55,8 @@ class BoundStage:
     ):
         self.code, self._state, self._by_data = code, state, by_data
         for program in (code.constants, *code.parts.values()):
-            _retarget(program, state.device)
+            for module in (program.module, *fusions_of(program).values()):
+                _retarget(module, state.device)
         self._programs = {
             kind: with_kernels(program, state.device) for kind, program in code.parts.items()
         }
@@ -122,9 +124,9 @@ class BoundStage:
         return None
 
 
-def _retarget(program: Program, device: torch.device) -> None:
+def _retarget(module: fx.GraphModule, device: torch.device) -> None:
     """Make a program's own tensors on this rank's device: it was traced for the type alone."""
-    module, changed = program.module, False
+    changed = False
     for node in module.graph.nodes:
         wanted = node.kwargs.get("device")
         if isinstance(wanted, torch.device) and wanted.type == device.type and wanted != device:

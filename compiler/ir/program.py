@@ -97,9 +97,10 @@ ANY_STRIDES = "any_strides"
 """``meta`` of a fusion's results: nobody minds their strides, as they are only added to sums."""
 
 
-def fusions_of(program: Program) -> dict[str, nn.Module]:
-    """The fusions that a program calls, by name."""
-    return {n: m for n, m in program.module.named_children() if n.startswith(FUSION)}
+def fusions_of(program: Program) -> dict[str, fx.GraphModule]:
+    """The fusions that a program calls, by name, where they are not compiled."""
+    children = program.module.named_children()
+    return {n: m for n, m in children if n.startswith(FUSION) and isinstance(m, fx.GraphModule)}
 
 
 @dataclass(frozen=True)

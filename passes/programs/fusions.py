@@ -52,10 +52,12 @@ _INDEXING = {
     "index",
     "index_add",
     "index_copy",
+    "index_fill",
     "index_put",
     "index_select",
     "nll_loss_forward",
     "nll_loss2d_forward",
+    "put",
     "scatter",
     "scatter_add",
     "scatter_reduce",
@@ -308,8 +310,11 @@ def _digest(graph: fx.Graph) -> str:
     """Of what a graph computes, whose nodes have the names of their places."""
     digest = hashlib.sha256()
     for node in graph.nodes:
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "device"}
-        shapes = [(t.dtype, tuple(t.shape), t.stride()) for t in tensors(node.meta.get("val"))]
+        kwargs = {k: v.type if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+        shapes = [
+            (t.dtype, tuple(t.shape), t.stride(), t.device.type)
+            for t in tensors(node.meta.get("val"))
+        ]
         strides = node.meta.get(ANY_STRIDES, "")
         text = f"{node.op} {node.target} {node.args} {kwargs} {shapes} {strides}\n"
         digest.update(text.encode())

@@ -9,6 +9,8 @@ fusion is what they would make first, a flat graph without writes; so it is deco
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
@@ -37,7 +40,12 @@ Boxed = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 def lacking(kind: str) -> str:
     """What Inductor misses to compile for a type of device; "" where there is all of it."""
     if kind == "cuda":
-        return "" if has_triton() else "Triton is not installed, or does not know this GPU"
+        if not has_triton():
+            return "Triton is not installed, or does not know this GPU"
+        named = os.environ.get("CC")
+        if not any(map(shutil.which, [named] if named else ["gcc", "clang", "cc"])):
+            return "Triton finds no C compiler (gcc or clang, or what CC names)"
+        return ""
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -60,7 +68,13 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
     values = [node.meta["val"] for node in fusion.graph.find_nodes(op="placeholder")]
     with mode:
         arguments = [
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device) for v in values
+            torch.empty_strided(
+                v.shape,
+                v.stride(),
+                dtype=v.dtype,
+                device=device if v.device.type == device.type else v.device,
+            )
+            for v in values
         ]
 
     def run(*given: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -75,7 +89,9 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
                 _in_rows(made)
         traced.recompile()
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-        with V.set_fake_mode(mode), tracing(TracingContext(mode)):
+        # a CUDA graph's results are gone with its next call, and another microbatch's is next
+        alone = config.patch({"triton.cudagraphs": False})
+        with V.set_fake_mode(mode), tracing(TracingContext(mode)), alone:
             compiled: Boxed = compile_fx_inner(traced, arguments, is_inference=True)
     return compiled
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -48,8 +49,9 @@ def _conform(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tens
     return given.copy_(tensor)
 
 
-_known: dict[tuple[str, torch.device], Kernel] = {}
-"""Of this process, by the fusion's name, which is a hash of it."""
+_known: WeakValueDictionary[tuple[Any, ...], Kernel] = WeakValueDictionary()
+"""Of this process, as long as a program calls them, by what they depend on: the fusion's name,
+which is a hash of it, the device, how many threads, and whether kernels must be deterministic."""
 
 
 def with_kernels(program: Program, device: torch.device) -> Program:
@@ -69,13 +71,16 @@ def with_kernels(program: Program, device: torch.device) -> Program:
     return replace(program, module=on_demand(root, program.module.graph))
 
 
-def _kernel(name: str, fusion: Any, program: Program, device: torch.device) -> Kernel:
+def _kernel(name: str, fusion: fx.GraphModule, program: Program, device: torch.device) -> Kernel:
     from . import inductor  # what takes seconds to import, and only this backend needs
 
-    if (name, device) not in _known:
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (name, device, torch.get_num_threads(), exact)
+    kernel = _known.get(key)
+    if kernel is None:
         try:
             with _alone(inductor.folder() / "pipecompile", name):
-                run = inductor.compile_fusion(_moved(fusion, device), device)
+                run = inductor.compile_fusion(fusion, device)
         except Exception as error:
             call = program.module.graph.find_nodes(op="call_module", target=name)[0]
             where = call.meta.get("module") or "the model"
@@ -83,17 +88,8 @@ def _kernel(name: str, fusion: Any, program: Program, device: torch.device) -> K
                 f'backend="inductor" could not compile the operators of {where!r} ({name}): '
                 f'{error}; give backend="eager"'
             ) from error
-        _known[name, device] = Kernel(run, fusion)
-    return _known[name, device]
-
-
-def _moved(fusion: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """Traced for the type of device alone, a fusion makes its own tensors on this one."""
-    for node in fusion.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": device}
-    fusion.recompile()
-    return fusion
+        kernel = _known[key] = Kernel(run, fusion)
+    return kernel
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ from torch import nn
 
 LENGTH, ROWS, MICROBATCHES, WORDS = 128, 16, 8, 4096
 ADAMW = partial(torch.optim.AdamW, lr=3e-4)
-CONTENDERS = ("eager", "torch.compile", "ours, eager", "ours, inductor")
 
 
 def gpt2(layers: int = 8) -> nn.Module:
@@ -118,35 +117,45 @@ def ours(name: str, dtype: str, backend: str) -> Callable[[], Any]:
     return lambda: float(pipe.step(batch()))
 
 
-def contenders(name: str, dtype: str) -> dict[str, Callable[[], Any]]:
-    return {
-        "eager": plain(name, dtype, compiled=False),
-        "torch.compile": plain(name, dtype, compiled=True),
-        "ours, eager": ours(name, dtype, "eager"),
-        "ours, inductor": ours(name, dtype, "inductor"),
-    }
+CONTENDERS: dict[str, Callable[[str, str], Callable[[], Any]]] = {
+    "eager": partial(plain, compiled=False),
+    "torch.compile": partial(plain, compiled=True),
+    "ours, eager": partial(ours, backend="eager"),
+    "ours, inductor": partial(ours, backend="inductor"),
+}
+"""What makes a step of a model and a dtype."""
 
 
-def measured(name: str, dtype: str, rounds: int) -> str:
-    """One row of the table."""
-    steps = contenders(name, dtype)
-    first_s, losses = {}, {}
-    for who, step in steps.items():
-        start = time.perf_counter()
-        losses[who] = step()
-        first_s[who] = time.perf_counter() - start
-        step()
+def taking_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round."""
     seconds: dict[str, list[float]] = {who: [] for who in steps}
     for _ in range(rounds):
         for who, step in steps.items():
             start = time.perf_counter()
             step()
             seconds[who].append(time.perf_counter() - start)
+    return seconds
+
+
+def faster(seconds: dict[str, list[float]], who: str, than: str) -> float:
+    """How many times: the median of the rounds' ratios."""
+    return median(t / m for t, m in zip(seconds[than], seconds[who], strict=True))
+
+
+def measured(name: str, dtype: str, rounds: int) -> str:
+    """One row of the table."""
+    steps = {who: make(name, dtype) for who, make in CONTENDERS.items()}
+    first_s, losses = {}, {}
+    for who, step in steps.items():
+        start = time.perf_counter()
+        losses[who] = step()
+        first_s[who] = time.perf_counter() - start
+        step()
+    seconds = taking_turns(steps, rounds)
     spread = max(losses.values()) - min(losses.values())
     assert spread < (1e-4 if dtype == "fp32" else 3e-2), losses  # they train the same thing
     speeds = [f"{ROWS * LENGTH / median(seconds[who]):,.0f}" for who in CONTENDERS]
-    mine, theirs = seconds["ours, inductor"], seconds["torch.compile"]
-    ratio = median(t / m for t, m in zip(theirs, mine, strict=True))
+    ratio = faster(seconds, "ours, inductor", than="torch.compile")
     waits = f"{first_s['ours, inductor']:.0f} / {first_s['torch.compile']:.0f} s"
     return f"| {name} | {dtype} | {' | '.join(speeds)} | **{ratio:.2f}×** | {waits} |"
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pipecompile
 import pytest
@@ -116,7 +117,7 @@ def test_a_fusion_that_cannot_be_compiled_is_named_with_its_module(
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(inductor, "compile_fusion", fails)
-    monkeypatch.setattr(kernels, "_known", {})
+    monkeypatch.setattr(kernels, "_known", WeakValueDictionary())
     with pytest.raises(BackendError, match=r"layers.*fusion_\w+.*no such instruction.*eager"):
         pipecompile.compile(
             models.Residual(2), 1, example_batch=torch.ones(4, 8), backend="inductor"
@@ -187,6 +188,7 @@ def worst(found: plain.Trained, expected: plain.Trained) -> float:
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_eager_kernels_up_to_rounding() -> None:
     """Two stages: what they send has the strides that are expected."""
     runs = []
