@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -69,6 +71,16 @@ def test_a_note_of_what_was_chosen_stands_in_the_plan(monkeypatch: pytest.Monkey
     assert pipe.compiled.fused is None
 
 
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipecompile.runtime.kernels import inductor
+
+    monkeypatch.setattr(inductor, "has_triton", lambda: True)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert inductor.lacking("cuda") == "Triton finds no C compiler (gcc or clang, or what CC names)"
+    monkeypatch.setenv("CC", sys.executable)
+    assert inductor.lacking("cuda") == ""
+
+
 @pytest.mark.parametrize("given", ["indutor", "", 1, None])
 def test_other_backends_are_refused(given: Any) -> None:
     with pytest.raises(OptionError, match=r"backend=.*'auto' or 'eager' or 'inductor'"):
@@ -106,6 +118,37 @@ def test_results_have_the_strides_that_were_traced() -> None:
             assert mine.stride() == theirs.stride()
     plain_ = kernels.Kernel(module.forward, module)
     assert plain_(list(given))[0].stride() == expected[0].stride()
+
+
+def test_kernels_end_with_the_programs_that_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipecompile.runtime.kernels import inductor
+
+    known: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+    monkeypatch.setattr(inductor, "compile_fusion", lambda fusion, _: fusion.forward)
+    monkeypatch.setattr(kernels, "_known", known)
+    pipe = jobs.pipeline("gpt2", 1, 1, 2, backend="inductor")
+    pipe.compile_for(models.batches("gpt2", 4, 1)[0])
+    names = {name for program in programs(pipe).values() for name in fusions_of(program)}
+    assert {name for name, *_ in known} == names
+    assert len(known) == len(names) > 0
+    del pipe
+    gc.collect()
+    assert not known
+
+
+def test_results_stay_whatever_is_set_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a CUDA graph would be written over by the next microbatch."""
+    from pipecompile.runtime.kernels import inductor
+
+    found = []
+
+    def compiled(traced: fx.GraphModule, *_: Any, **__: Any) -> Any:
+        found.append(inductor.config.triton.cudagraphs)
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", compiled)
+    with inductor.config.patch({"triton.cudagraphs": True}):
+        inductor.compile_fusion(fusion(), torch.device("cpu"))
+    assert found == [False]
 
 
 def test_a_fusion_that_cannot_be_compiled_is_named_with_its_module(
