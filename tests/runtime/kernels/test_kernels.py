@@ -28,6 +28,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 CLOSE = {None: 1e-5, "bf16": 2e-2}
 """By precision: how far losses may be apart, and gradients, relative to the largest of a tensor."""
+APART = {None: 1e-3, "bf16": 4e-2}
+"""By precision: how far curves may be apart, relative to where they begin. In bf16 eager kernels' is
+2e-2 from that of fp32."""
 
 
 def options(**given: Any) -> CompileOptions:
@@ -283,7 +286,8 @@ def test_two_hundred_steps_side_by_side(precision: str | None) -> None:
         curves.append(torch.stack([pipe.step(batches[i % 4]) for i in range(200)]))
     eager, fused = (curve.view(20, 10).mean(1) for curve in curves)
     assert eager[-1] < eager[0] / 2  # it learns them
-    torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.02)
+    assert (fused - eager).abs().max() < APART[precision] * eager[0]
+    torch.testing.assert_close(fused[-5:], eager[-5:], rtol=APART[precision], atol=0.0)
 
 
 @pytest.mark.slow
