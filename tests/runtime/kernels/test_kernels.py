@@ -29,8 +29,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 CLOSE = {None: 1e-5, "bf16": 2e-2}
 """By precision: how far losses may be apart, and gradients, relative to the largest of a tensor."""
 APART = {None: 1e-3, "bf16": 4e-2}
-"""By precision: how far curves may be apart, relative to where they begin. In bf16 eager kernels' is
-2e-2 from that of fp32."""
+"""By precision: how far curves may be apart, relative to where they begin. That of eager kernels in
+bf16 is 2e-2 from that in fp32."""
 
 
 def options(**given: Any) -> CompileOptions:
