@@ -14,7 +14,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..costs.footprint import Footprint
 from ..costs.hardware import Device
-from ..costs.memory import RankMemory
+from ..costs.memory import RankMemory, rank_memory
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
@@ -22,6 +22,7 @@ from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 
@@ -73,12 +74,14 @@ class Exported:
         leaves: its arguments, fake.
         mixed: the precision, if it computes in a narrower dtype than fp32.
         device: the type that is planned for.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     module: fx.GraphModule
     leaves: Sequence[torch.Tensor]
     mixed: Precision | None
     device: str
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ class Joint:
 
     Attributes:
         held: the dtype of every parameter and buffer between steps.
+        splits: whether weight gradients have programs of their own.
     """
 
     graph: JointGraph
     mixed: Precision | None
     held: Mapping[str, torch.dtype] = field(default_factory=dict)
+    splits: bool = False
 
 
 @dataclass
@@ -144,3 +149,31 @@ class Work:
         """The programs, which are there from `lower` on."""
         assert self.program is not None
         return self.program
+
+
+def has_order(order: Schedule, shape: PipelineShape) -> bool:
+    """Whether it is of as many microbatches, and of the same programs."""
+    kinds = {(a.stage, a.kind) for actions in order for a in actions}
+    longest = max((a.microbatch or 0 for actions in order for a in actions), default=-1)
+    weights = all(((s, Kind.W) in kinds) == split for s, split in enumerate(shape.splits))
+    return longest + 1 == shape.microbatches and weights
+
+
+def memories(work: Work, schedule: Schedule) -> tuple[RankMemory, ...]:
+    """Per rank, if it carries out these actions."""
+    settings, program = work.settings, work.made
+    footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
+    found = []
+    for actions in schedule:
+        mine = list(dict.fromkeys(action.stage for action in actions))
+        found.append(
+            rank_memory(
+                program,
+                actions,
+                footprint.static(program, mine, share),
+                settings.options.dp,
+                footprint.optimizer_bytes(program, mine) if program.trains else 0,
+                {stage: footprint.traffic(program, stage, mine) for stage in mine},
+            )
+        )
+    return tuple(found)

@@ -65,7 +65,8 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         parts = {type(part).__module__ for part in model.modules()}
         if capturing.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
             return trace(capturing, wanted, records)
-        key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
+        key = (wanted.mode, wanted.spec, wanted.weighs, wanted.chunks, shape_of(model))
+        key = (*key, *_told(capturing))
         folder, name = Folder(_shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
         looks = shares and key not in known
