@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -248,7 +249,7 @@ class BatchLoss:
         parts = {r: loss_of_replica(losses, weights, r) for r, losses in mine.items()}
         assert dtype is not None
         found = self._told(parts, mesh.replicas_of(stage))
-        return lambda: loss_of_batch(found(), weights, dtype)
+        return functools.cache(lambda: loss_of_batch(found(), weights, dtype))
 
     def _told(
         self, parts: Mapping[int, torch.Tensor], speakers: Sequence[int]
@@ -264,7 +265,7 @@ class BatchLoss:
             return lambda: here
         if agreement.neighbours is not None and device.type == "cpu":
             mine = next((float(part) for part in parts.values()), None)
-            told = agreement.neighbours.tell(mine, speakers)
+            told = agreement.tell(mine, speakers)
             return lambda: torch.tensor(told(), dtype=torch.float64)
         slots = torch.zeros(mesh.size, dtype=torch.float64, device=device)
         for replica, part in parts.items():

@@ -22,12 +22,12 @@ from ..compiler.ir.program import Message, PipelineProgram, Program, Role
 from ..compiler.ir.shards import late_gradients
 from ..compiler.losses import pieces
 from .binding import BoundStage
-from .exchange import wire
-from .exchange.transport import Pending, Run
 from .recording.ranges import in_ranges, named
 from .state.rank_state import RankState
 from .state.reached import reached_by_data
 from .tied import TiedGradients
+from .transport import wire
+from .transport.transport import Pending, Run
 
 Values = dict[str, torch.Tensor]
 """Of one stage and microbatch: what a program has made, or a message brought, by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import config_of
 from .data.dataset_loader import DataSetLoader, DataSetLoaders
 from .data.in_step import in_step, is_loader, shown_progress
-from .exchange.mesh import Mesh
 from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Step
@@ -37,6 +36,7 @@ from .recording.recording import Recording
 from .session import Ready, Session
 from .stepping.loss_scaler import LossScaler
 from .stored import Stored
+from .transport.mesh import Mesh
 from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
 from .world import World
@@ -118,7 +118,7 @@ class Pipeline(Stored):
             batch: what `step` will be given, or its `BatchSpec`. Values matter only where forward
                 decides by them (``if mask.any():``).
         """
-        with self._world.guard():
+        with self._world.guard("compile_for()"):
             values, whole = ([], batch) if isinstance(batch, BatchSpec) else self._flat(batch)
             session, step = self._load(Mode.TRAIN, whole, values, runs=False)
             return session.loaded[step.first].compiled.plan
@@ -153,8 +153,10 @@ class Pipeline(Stored):
 
     def _step(self, batch: Any) -> torch.Tensor:
         verifier = self._verifying(batch)
-        with self._world.guard():
+        with self._world.guard("step()"):
             loss = self._accumulate(batch)
+            if verifier is not None or self.loss_scaler is not None:
+                loss()
         if verifier is not None:
             verifier.computed(loss(), dict(self.named_parameters()))
         norm = None
@@ -163,7 +165,7 @@ class Pipeline(Stored):
             return loss()
         if self._options.max_grad_norm is not None:
             norm = self.clip_grad_norm_(self._options.max_grad_norm)
-        with self._world.changing():
+        with self._world.changing("step()"):
             self.optimizer.step()
             scheduler = self._require().scheduler
             if scheduler is not None and steps_alone(scheduler):
@@ -206,7 +208,7 @@ class Pipeline(Stored):
         (``.grad`` is None) and those of further calls, until the optimizer's step, which changes
         nothing, or `zero_grad`.
         """
-        with self._world.guard(), self._recording.range(f"step {self._steps}"):
+        with self._world.guard("forward_backward()"), self._recording.range(f"step {self._steps}"):
             return self._accumulate(batch)()
 
     def _accumulate(self, batch: Any) -> Callable[[], torch.Tensor]:
@@ -223,7 +225,7 @@ class Pipeline(Stored):
         before scaling, on every rank. The arithmetic is `torch.nn.utils.clip_grad_norm_`'s.
         """
         session = self._require()
-        with self._world.guard(), self._recording.closing("clip"):
+        with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
             return session.clip(max_norm)
 
     def zero_grad(self) -> None:
@@ -274,7 +276,7 @@ class Pipeline(Stored):
         """
         world, sums = self._world, None
         gather = world.agreement.gather
-        with world.guard(), self._recording.range("evaluate"):
+        with world.guard("evaluate()"), self._recording.range("evaluate"):
             if not is_loader(data):
                 try:
                     session, ready, jobs = self._prepare(Mode.EVALUATE, data)
@@ -305,20 +307,9 @@ class Pipeline(Stored):
         Raises:
             BatchError: an output of several microbatches cannot be joined: it couples rows.
         """
-        with self._world.guard(), self._recording.range("forward"):
+        with self._world.guard("forward()"), self._recording.range("forward"):
             session, ready, jobs = self._prepare(Mode.FORWARD, batch)
             return session.output(ready, jobs)
-
-    # -- state ------------------------------------------------------------------------------
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that this process holds, each once."""
-        return (param for _, param in self.named_parameters())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that this process holds, under their names in the model, in its order;
-        where replicas divide them, its rows, or those that it owns."""
-        return self._require().state.named_parameters()
 
     # -- what was decided -------------------------------------------------------------------
 
@@ -426,7 +417,7 @@ class Pipeline(Stored):
         verifier = self._verifier
         if verifier is None or not verifier.active:
             return None
-        with self._world.guard():
+        with self._world.guard("step()"):
             session, ready, jobs = self._prepare(Mode.TRAIN, batch)
             weights = session.weigh(ready, jobs)
         mine, spec = self._loader.by_replica(jobs), ready.specs[0]

@@ -305,10 +305,8 @@ class Session:
         return {rank: state.buffers for rank, state in self.state.ranks.items()}
 
     def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> Callable[[], torch.Tensor]:
-        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says.
-
-        What is returned waits for the loss. Other ranks may still be at work before that.
-        """
+        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; what is
+        returned waits for the loss."""
         weights = self.weigh(ready, jobs)
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale

@@ -18,9 +18,9 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, device_of, target_of
-from .exchange.mesh import Mesh, connect, make_mesh, world_size
 from .exchange.ranks import Ranks
 from .pipeline import Pipeline
+from .transport.mesh import Mesh, connect, make_mesh, world_size
 from .weights.weight_files import WeightFiles
 from .world import plain_torch
 

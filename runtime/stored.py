@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training
@@ -33,6 +36,15 @@ class Stored:
     def _require(self) -> Session:
         raise NotImplementedError
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that this process holds, each once."""
+        return (param for _, param in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that this process holds, under their names in the model, in its order;
+        where replicas divide them, its rows, or those that it owns."""
+        return self._require().state.named_parameters()
+
     def state_dict(self) -> dict[str, Any]:
         """All parameters and buffers, full, on the CPU, under the names that the model gives them.
 
@@ -40,8 +52,8 @@ class Stored:
         the unmodified model with ``strict=True``.
         """
         session = self._require()
-        with self._world.guard():
-            self._world.transport.check()
+        with self._world.guard("state_dict()"):
+            self._check_whole()
             return state_dicts.gather(session.state, session.buffers.stages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,8 +67,8 @@ class Stored:
     def loss_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
         session = self._require()
-        with self._world.guard():
-            self._world.transport.check()
+        with self._world.guard("loss_state_dict()"):
+            self._check_whole()
             return state_dicts.gather(session.state, session.buffers.stages, of_loss=True)
 
     def load_loss_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,8 +112,8 @@ class Stored:
             CheckpointError: it cannot be written; those before it are as they were.
         """
         training = self._training(data)
-        with self._world.guard():
-            self._world.transport.check()
+        with self._world.guard("save()"):
+            self._check_whole()
             return self._checkpoints.save(training, Path(directory), keep, async_save)
 
     def load(self, directory: str | Path, *, data: Any = None) -> int:
@@ -123,7 +135,7 @@ class Stored:
                 and nothing has been changed.
         """
         training, session = self._training(data), self._require()
-        with self._world.guard():
+        with self._world.guard("load()"):
             self._seed, self._steps = self._checkpoints.load(training, Path(directory))
             self.zero_grad()
             session.refresh()
@@ -135,10 +147,18 @@ class Stored:
         Raises:
             CheckpointError: it failed.
         """
-        with self._world.guard():
+        with self._world.guard("wait_for_save()"):
             self._checkpoints.wait()
 
     # -- the inside -------------------------------------------------------------------------
+
+    def _check_whole(self) -> None:
+        """All ranks are here, and no run has failed that some had finished.
+
+        Raises:
+            PeerFailedError: one has.
+        """
+        self._world.agreement.together(self._world.transport.check)
 
     def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
         session = self._require()

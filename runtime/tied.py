@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..compiler.ir.program import PipelineProgram, TiedGradient, ValueSpec
-from .exchange.transport import Endpoint, Run
 from .state.rank_state import RankState
+from .transport.transport import Endpoint, Run
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.planning.target import Target
 from ..compiler.profiling.profile import Profiler
-from .exchange.agreement import Agreement
+from .exchange.agreement import Agreement, Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
+from .exchange.heap import keep_heap
 from .exchange.link import measure_link
-from .exchange.mesh import Mesh, connect
-from .exchange.neighbours import meet
-from .exchange.processes import Processes
-from .exchange.transport import Loopback, Transport
 from .exchange.watchdog import Watchdog
-from .heap import keep_heap
+from .transport.mesh import Mesh, connect
+from .transport.neighbours import meet
+from .transport.processes import Processes
+from .transport.transport import Loopback, Transport
 
 
 @contextlib.contextmanager
@@ -130,13 +130,22 @@ class World:
         return plain_torch(self._device)
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, what: str) -> Iterator[None]:
         """Work, as `plain_torch` has it, in which a failure of any rank is a failure of all.
+
+        Args:
+            what: the call that it belongs to, as users write it; the same on all ranks.
 
         Raises:
             OptionError: the default dtype is another one than in the first call.
         """
-        guard = self._watchdog.guard() if self._watchdog else contextlib.nullcontext()
+        self.agreement.call = Call(what, self.agreement.call.number + 1)
+        with self._guarded(what):
+            yield
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        guard = self._watchdog.guard(what) if self._watchdog else contextlib.nullcontext()
         with guard, self.plain():
             dtype = torch.get_default_dtype()
             if self._default_dtype not in (None, dtype):
@@ -148,10 +157,12 @@ class World:
             yield
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Guarded work that changes parameters, on some ranks before others: where it fails, ranks
-        have taken another number of steps, and nothing can go on from there."""
-        with self.guard():
+    def changing(self, what: str) -> Iterator[None]:
+        """The rest of a call, which changes parameters, on some ranks before others.
+
+        Where it fails ranks have taken other numbers of steps, and nothing can go on from there.
+        """
+        with self._guarded(what):
             try:
                 yield
             except BaseException:

@@ -1,4 +1,7 @@
-"""Fixtures: one thread per process, gangs of processes that are started once, drawn examples."""
+"""Fixtures: one thread per process, gangs of processes that are started once, drawn examples.
+
+Torch is imported where it is used: xdist starts its workers when this file has been read.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from hypothesis import Phase, settings
+from support.folder import FOLDER
 from support.gang import Gang
-from support.process import settle
-from support.remembered import FOLDER, remembering
+from support.groups import Groups, tell
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # measuring takes a second per compile
@@ -33,16 +35,22 @@ settings.register_profile(  # of `make mutants`, which asks only whether a test 
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # of xdist
+        tell(i.nodeid for i in session.items if "gang" in getattr(i, "fixturenames", ()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadgroup` one worker starts all gangs, and each once."""
-    for item in items:
-        if "gang" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("gangs"))
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _set_up() -> Iterator[None]:
+    from support.process import settle
+    from support.remembered import remembering
+
     settle()
     with remembering():
         yield
@@ -66,6 +74,8 @@ def gang() -> Iterator[Callable[[int], Gang]]:
 @pytest.fixture
 def traces() -> Iterator[list[bool]]:
     """Of every trace, whether it had symbols."""
+    import torch
+
     found, export = [], torch.export.export
 
     def exported(*args: Any, **options: Any) -> Any:

@@ -30,7 +30,7 @@ def test_the_blocks_of_a_document_run(
     torch.manual_seed(0)
     namespace: dict[str, Any] = {
         "__name__": "__main__",
-        "model": models.gpt2(),
+        "model": models.gpt2(n_layer=2),
         "batch": models.tokens(16),
         "adamw": partial(torch.optim.AdamW, lr=1e-3),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,11 @@ from pipecompile.compiler.units import cutter, stash
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
-from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.processes import Processes
-from pipecompile.runtime.exchange.transport import Endpoint
 from pipecompile.runtime.state.accumulation import own_squares, squares
 from pipecompile.runtime.stepping.loss_scaler import LossScaler
+from pipecompile.runtime.transport.mesh import connect, make_mesh
+from pipecompile.runtime.transport.processes import Processes
+from pipecompile.runtime.transport.transport import Endpoint
 from pipecompile.runtime.weights import initializers
 from pipecompile.runtime.weights.allocation import Allocation
 from support import jobs, models, units
@@ -64,6 +65,7 @@ def test_limits_are_read_through_their_modules() -> None:
     assert [text for text in found if not text.endswith("ALIGNMENT_BYTES")] == []
 
 
+@cache
 def numbers_of(path: Path) -> set[str]:
     """The whole numbers that a file gives a name."""
     if not path.is_file():

@@ -36,7 +36,7 @@ from pipecompile.passes.generators.shape import PipelineShape
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
 from pipecompile.runtime.exchange.agreement import Agreement
-from pipecompile.runtime.exchange.mesh import Mesh
+from pipecompile.runtime.transport.mesh import Mesh
 from support import jobs, models, plain
 from support.commands import SMALL_GPT2, plan_of
 from torch import fx, nn

@@ -42,6 +42,7 @@ ROOMS = (
     "compiler/driver",
     "compiler/report",
     "compiler/page",
+    "runtime/transport",
     "runtime/exchange",
     "runtime/recording",
     "runtime/weights",

@@ -7,6 +7,7 @@ other values: if that gives the same graph, it makes nothing of them.
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import threading
@@ -53,6 +54,7 @@ def drawing() -> Iterator[set[str]]:
         return clock
 
     state, states = _SHARED.getstate(), np.random.get_state(legacy=False)
+    bits = pickle.dumps(states)
     try:
         with ExitStack() as stack:
             for name in _CLOCKS:
@@ -62,7 +64,7 @@ def drawing() -> Iterator[set[str]]:
         if _SHARED.getstate() != state:
             read.add("random")
             _SHARED.setstate(state)
-        if repr(np.random.get_state(legacy=False)) != repr(states):
+        if pickle.dumps(np.random.get_state(legacy=False)) != bits:
             read.add("numpy.random")
             np.random.set_state(states)
 

@@ -12,7 +12,6 @@ import inspect
 import operator
 import pickle
 import random
-import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 from ..tensors.fakes import is_fake
+from .caches import caches
 from .code import is_foreign_module
 
 MOST = 20_000  # containers that are watched
@@ -169,7 +169,7 @@ def watching(model: nn.Module, others: Sequence[Any] = ()) -> Iterator[Watched]:
         others: what forward may change beside the model, such as a loss function.
     """
     before = [(path, each, _content(each)) for path, each in _containers(model, others)]
-    cached = {id(function): function.cache_info().misses for function in _caches()}
+    cached = {id(function): function.cache_info().misses for function in caches()}
     found = Watched()
     try:
         yield found
@@ -179,7 +179,7 @@ def watching(model: nn.Module, others: Sequence[Any] = ()) -> Iterator[Watched]:
             if any(_changes(kept, content)):
                 found.contents.append((path, container, kept, content))
                 _put(container, kept)
-        for function in _caches():
+        for function in caches():
             if cached.get(id(function), 0) != function.cache_info().misses:
                 function.cache_clear()
 
@@ -372,16 +372,3 @@ def _container(value: Any) -> Any:
     if opaque or is_foreign_module(type(value).__module__):
         return None
     return getattr(value, "__dict__", None)
-
-
-def _caches() -> Iterator[Any]:
-    """The functions with `functools.lru_cache` in all modules but torch's and Python's own."""
-    for name, module in list(sys.modules.items()):
-        if is_foreign_module(name) or not isinstance(module, types.ModuleType):
-            continue
-        for value in list(vars(module).values()):
-            if isinstance(value, functools._lru_cache_wrapper):
-                yield value
-            elif isinstance(value, type) and value.__module__ == name:
-                inner = vars(value).values()
-                yield from (m for m in inner if isinstance(m, functools._lru_cache_wrapper))

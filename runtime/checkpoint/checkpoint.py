@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from . import snapshot
 from .background import Background
 from .index import Entry, Index, read_index

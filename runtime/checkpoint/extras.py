@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...compiler.ir.errors import CheckpointError
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from . import tree
 from .optimizer_state import Named
 

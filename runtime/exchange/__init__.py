@@ -1,1 +1,1 @@
-"""How ranks reach each other, agree, and end together."""
+"""How ranks agree, end together, and gather what they divide."""

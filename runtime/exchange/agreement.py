@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,8 @@ from ...compiler.ir.errors import (
 from ...compiler.options.options import CompileOptions
 from ...compiler.tensors.facts import digest, sample
 from ...compiler.tensors.fakes import is_fake
-from .mesh import Mesh
-from .neighbours import Neighbours
+from ..transport.mesh import Mesh
+from ..transport.neighbours import Neighbours
 
 T = TypeVar("T")
 Pieces = tuple[BatchSpec | None, ...]
@@ -52,6 +54,20 @@ _ABSENT = -1  # of a rank without a batch, in the place of a hash
 MOST_TOLD = 1024  # batches of other ranks that are known; where documents are cut all are new
 
 
+SMALL = 1024  # bytes that travel in the first collective
+_SIZE = 8  # of them, for the number of all
+
+
+class Call(NamedTuple):
+    """Of a pipeline's user; all ranks make the same ones."""
+
+    what: str = "compile()"
+    number: int = 0  # of a pipeline
+
+    def __str__(self) -> str:
+        return f"{self.what} (call {self.number})" if self.number else self.what
+
+
 class Agreement:
     """Compares what the processes of a run were given; one process agrees with itself.
 
@@ -60,6 +76,7 @@ class Agreement:
     Attributes:
         control: the group over which they do; None for the default one.
         neighbours: all other ranks, if they are of this machine: then the values go there.
+        call: what this process is in.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device):
@@ -68,6 +85,7 @@ class Agreement:
         self.control = dist.new_group(backend="gloo") if separate else None
         self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
         self.neighbours: Neighbours | None = None
+        self.call = Call()
 
     def take_over(self, neighbours: Neighbours) -> None:
         """Values go to these processes from here on, if they are all that there are."""
@@ -78,11 +96,54 @@ class Agreement:
         """This value of every process, in rank order; one process agrees with itself."""
         if not self._mesh.distributed:
             return [value]
+        return self._compared(dict(enumerate(self._exchanged((self.call, value)))))
+
+    def tell(self, value: Any, speakers: Sequence[int]) -> Callable[[], list[Any]]:
+        """What some ranks tell all others, as `gather` has it; what is returned waits for it."""
+        me = self._mesh.rank
+        if self.neighbours is None or me is None:
+            everyone = self.gather(value)
+            return lambda: [everyone[rank] for rank in speakers]
+        mine = (self.call, value)
+        told = self.neighbours.tell(mine, speakers)
+
+        def heard() -> list[Any]:
+            ranks = {me: mine} | dict(zip(speakers, told(), strict=True))
+            self._compared(dict(sorted(ranks.items())))
+            return [ranks[rank][1] for rank in speakers]
+
+        return heard
+
+    def _exchanged(self, value: Any) -> list[Any]:
+        """Of every process, in one collective where it is small, whatever the ranks are about."""
         if self.neighbours is not None:
             return self.neighbours.gather(value)
-        values: list[Any] = [None] * self._mesh.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        content = pickle.dumps(value)
+        size = len(content).to_bytes(_SIZE, "little")
+        first = self._gathered((size + content)[:SMALL].ljust(SMALL, b"\0"))
+        most = max(int.from_bytes(each[:_SIZE], "little") for each in first)
+        rest = [b""] * len(first)
+        if most > SMALL - _SIZE:
+            rest = self._gathered(content[SMALL - _SIZE :].ljust(most, b"\0"))
+        return [pickle.loads(a[_SIZE:] + b) for a, b in zip(first, rest, strict=True)]
+
+    def _gathered(self, content: bytes) -> list[bytes]:
+        """Of every process; all are of one size."""
+        mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
+        dist.all_gather(everyone, mine, group=self.control)
+        return [ctypes.string_at(each.data_ptr(), each.numel()) for each in everyone]
+
+    def _compared(self, told: Mapping[int, tuple[Call, Any]]) -> list[Any]:
+        """The values of ranks, if all of these are in the same call."""
+        first, (expected, _) = next(iter(told.items()))
+        for rank, (call, _) in told.items():
+            if call != expected:
+                raise RankMismatchError(
+                    f"rank {first} is in {expected} and rank {rank} in {call}: every rank must "
+                    "make the same calls of a pipeline, in the same order"
+                )
+        return [value for _, value in told.values()]
 
     def collect(self, value: T) -> list[T] | None:
         """This value of every process, in rank order, on rank 0; None on the others."""
@@ -195,12 +256,7 @@ class Agreement:
     def _announced(self, *mine: int) -> list[tuple[int, ...]]:
         """What every rank announces before it runs anything, item by item; the first is a hash of
         what that is."""
-        if self.neighbours is not None:
-            return list(zip(*self.neighbours.gather(mine), strict=True))
-        numbers = torch.tensor(mine)
-        everyone = [torch.empty_like(numbers) for _ in range(self._mesh.size)]
-        dist.all_gather(everyone, numbers, group=self.control)
-        return list(zip(*(x.tolist() for x in everyone), strict=True))
+        return list(zip(*self.gather(mine), strict=True))
 
     def _check_calls(self, programs: Sequence[int], text: str) -> None:
         if len({each for each in programs if each != _ABSENT}) == 1:

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from .mesh import Mesh
+from ..transport.mesh import Mesh
 
 ROUNDS = 10
 

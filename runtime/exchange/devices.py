@@ -10,8 +10,8 @@ from ...compiler.costs.hardware import device_spec, parse_device
 from ...compiler.ir.errors import OptionError
 from ...compiler.options.options import CompileOptions
 from ...compiler.planning.target import Target
-from .mesh import Mesh
-from .transport import Endpoint, Transport
+from ..transport.mesh import Mesh
+from ..transport.transport import Endpoint, Transport
 
 
 def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ...compiler.ir.program import ValueSpec
-from .mesh import Mesh
-from .transport import Transport
+from ..transport.mesh import Mesh
+from ..transport.transport import Transport
 
 SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)  # bytes
 REPEATS = 7

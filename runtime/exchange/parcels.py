@@ -9,8 +9,8 @@ import torch
 
 from ...compiler.ir.program import Port, Role
 from ...compiler.ir.shards import Entry, Item, Owners, Parcel, apart, item_of, parcels_of
-from .processes import Processes
-from .transport import Pending, ordered_sum_
+from ..transport.processes import Processes
+from ..transport.transport import Pending, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the sum over the replicas of this rank's rows of an item."""

@@ -12,8 +12,8 @@ from torch import nn
 from ...compiler.answers.guards import Guards, unlike
 from ...compiler.ir.errors import BatchError, CaptureError, PipecompileError
 from ...compiler.options.options import CompileOptions
+from ..transport.mesh import Mesh
 from .agreement import Agreement
-from .mesh import Mesh
 
 T = TypeVar("T")
 

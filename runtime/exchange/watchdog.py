@@ -13,6 +13,7 @@ The store is reached through `_get_default_store`: torch.distributed has no publ
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -63,8 +64,12 @@ class Watchdog:
         return method() if method is not None else ""
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Run a piece of work in which a failure of any rank is a failure of all."""
+    def guard(self, what: str) -> Iterator[None]:
+        """Run a piece of work in which a failure of any rank is a failure of all.
+
+        Args:
+            what: the call that it is for.
+        """
         self.call += 1
         self.working = True
         try:
@@ -73,7 +78,7 @@ class Watchdog:
             self.report(error, str(self.call))
             raise
         except Exception as error:
-            cause = self.first_failure(ECHO_S)
+            cause = self.first_failure(ECHO_S) or _ended(error, f"rank {self.rank} is in {what}")
             if cause is not None:
                 raise PeerFailedError(cause) from error
             self.report(error, str(self.call))
@@ -111,6 +116,24 @@ class Watchdog:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.05)
+
+
+_CLOSED = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
+"""How gloo says that a process has ended."""
+
+
+def _ended(error: Exception, here: str) -> str | None:
+    """What is said where another rank has ended, and not by an error that it could tell."""
+    if isinstance(error, ConnectionError):
+        lost = str(error)
+    elif isinstance(error, RuntimeError) and _CLOSED.search(str(error)):
+        lost = f"a rank has ended ({str(error).strip()})"
+    else:
+        return None
+    return (
+        f"{lost}, and {here}: it was killed, or its script has ended earlier than those of others. "
+        "Every rank must make the same calls of a pipeline"
+    )
 
 
 def _hook_exceptions() -> None:

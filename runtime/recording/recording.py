@@ -18,7 +18,7 @@ from ...compiler.trace.trace import Held, Lane, Origin, Span, Trace
 from ...compiler.trace.writing import check_writable, write_trace
 from ..exchange.agreement import Agreement
 from ..exchange.clocks import ahead_ns
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from .log import Entry, ProcessLog, RankLog
 
 _NOTHING = contextlib.nullcontext()
@@ -93,7 +93,7 @@ class Recording:
         path: Path,
         planned: Path | None,
         first: Callable[[], Compiled],
-        guard: Callable[[], contextlib.AbstractContextManager[None]],
+        guard: Callable[[str], contextlib.AbstractContextManager[None]],
     ) -> Iterator[None]:
         """Record what happens inside, and write it.
 
@@ -104,8 +104,7 @@ class Recording:
         """
         if self.log is not None:
             raise TraceError("a trace is being recorded already: one ends before another begins")
-        with guard():
-            self._agreement.check_call("record a trace of the steps that follow")
+        with guard("the beginning of trace()"):
             self._agreement.together(lambda: self._check(path, planned), TraceError)
             started_ns, before = time.time_ns() - time.perf_counter_ns(), self._moment()
             log = self.log = ProcessLog(self._devices)
@@ -117,8 +116,7 @@ class Recording:
             raise
         finally:
             self._detach()
-        with guard():
-            self._agreement.check_call("end a trace")
+        with guard("the end of trace()"):
             part = Part(log.entries(), before, self._moment())
             parts = self._agreement.collect(part)
             self._agreement.together(

@@ -11,7 +11,7 @@ import torch
 
 from ...compiler.costs.memory import ALIGNMENT_BYTES
 from ...compiler.ir.ops import add_gradient
-from ..exchange.wire import is_dense
+from ..transport.wire import is_dense
 
 
 class GradSlot:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...compiler.ir.program import PipelineProgram, Role, ValueSpec
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from .rank_state import RankState
 
 

@@ -34,8 +34,8 @@ from ...compiler.ir.shards import (
     stream_departures,
 )
 from ..exchange.parcels import Outgoing
-from ..exchange.processes import Processes
-from ..exchange.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_
+from ..transport.processes import Processes
+from ..transport.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_
 from .bucket import Bucket, GradSlot
 
 

@@ -19,8 +19,8 @@ from ...compiler.driver.layout import Layout
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import owners_of, rows_of
-from ..exchange.processes import Processes
-from ..exchange.transport import Endpoint
+from ..transport.processes import Processes
+from ..transport.transport import Endpoint
 from ..weights.allocation import Cut
 from ..weights.materialize import Source, materialize
 from .bucket import Bucket

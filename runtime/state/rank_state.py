@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 
 from ...compiler.ir.shards import Owners
-from ..exchange.transport import Endpoint
 from ..recording.log import RankLog
+from ..transport.transport import Endpoint
 from .gradients import WholeGradients
 from .reached import Reached
 from .sharded import Shards

@@ -24,8 +24,8 @@ from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import Owners, Parcel, items_of, parcels_of, rows_of
 from ...compiler.tensors.fakes import meta_like
 from ..exchange.parcels import GatheredGroup, Gathering
-from ..exchange.processes import Processes
-from ..exchange.transport import Endpoint
+from ..transport.processes import Processes
+from ..transport.transport import Endpoint
 from .bucket import Bucket
 
 

@@ -16,7 +16,7 @@ from ...compiler.options.options import CompileOptions
 from ...compiler.rows.loss import Weights
 from ...compiler.rows.outputs import LOSS
 from ..exchange.agreement import Agreement
-from ..exchange.mesh import Mesh
+from ..transport.mesh import Mesh
 from .plain import Leaves, Outcome, Plain
 from .report import Report
 

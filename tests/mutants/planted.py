@@ -43,9 +43,9 @@ MODES = (
 
 LIMITS = (
     Mutant(
-        "runtime/exchange/transport.py",
-        "for piece in torch.split(bucket, segment):",
-        "for piece in torch.split(bucket, segment)[:1]:",
+        "runtime/transport/replicas.py",
+        "return torch.split(bucket, segment)",
+        "return torch.split(bucket, segment)[:1]",
         "test_limits.py::test_the_mean_is_taken_of_every_segment",
         "the replicas' mean stops after its first segment",
     ),
@@ -265,14 +265,14 @@ FIGURES = (
 
 BITS = (
     Mutant(
-        "runtime/exchange/transport.py",
+        "runtime/transport/transport.py",
         "for part in others:",
         "for part in others[::-1]:",
         "test_wire.py::test_means_are_added_in_rank_order",
         "replicas are summed in another order",
     ),
     Mutant(
-        "runtime/exchange/wire.py",
+        "runtime/transport/wire.py",
         "if tensor.stride() == spec.stride:",
         "if tensor.shape == spec.shape:",
         "test_wire.py::test_other_strides_are_conformed",
@@ -485,7 +485,7 @@ NUMBERS = (
 
 SHARDING = (
     Mutant(
-        "runtime/exchange/transport.py",
+        "runtime/transport/transport.py",
         "total.add_(parts, alpha=1 / count)",
         "total.add_(parts)",
         "test_wire.py::test_means_are_added_to_a_total",

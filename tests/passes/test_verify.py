@@ -37,8 +37,8 @@ from pipecompile.passes.schedule.exchange import verify_exchange
 from pipecompile.passes.schedule.limits import verify_held, verify_in_flight
 from pipecompile.passes.schedule.simulate import simulate
 from pipecompile.passes.schedule.verify import verify_compute, verify_schedule
-from pipecompile.runtime.exchange.transport import Loopback
 from pipecompile.runtime.executor import drive
+from pipecompile.runtime.transport.transport import Loopback
 from torch import fx, nn
 
 PACKAGE = Path(pipecompile.__file__).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections.abc import Callable
@@ -193,12 +194,12 @@ def test_a_plan_is_of_one_precision() -> None:
 def test_a_model_in_bf16_trains_with_fp32_masters() -> None:
     """As its weights in fp32 do; what is loaded back fits the model."""
     batch = models.batches("llama", 8, 1)
-    model = models.build("llama").to(BF16)
+    model = models.llama(num_hidden_layers=1).to(BF16)
+    widened = copy.deepcopy(model).to(FP32)
     pipe = pipecompile.compile(
         model, 2, microbatches=4, optimizer=jobs.OPTIMIZERS["sgd"], precision="bf16"
     )
     found = plain.train_pipeline(pipe, batch)
-    widened = models.build("llama").to(BF16).to(FP32)
     expected = plain.train(widened, batch, jobs.OPTIMIZERS["sgd"], 1, 4, dtype=BF16)
     plain.assert_equal(found, expected)
     assert {p.dtype for p in pipe.parameters()} == {FP32}
@@ -222,7 +223,7 @@ def test_a_model_in_bf16_can_train_in_fp32() -> None:
 
 
 def test_frozen_weights_stay_as_small_as_they_came() -> None:
-    model = models.build("llama").to(BF16)
+    model = models.llama(num_hidden_layers=1).to(BF16)
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     pipe = pipecompile.compile(model, 2, microbatches=2, precision="bf16")
@@ -317,7 +318,7 @@ def test_inspect_shows_what_is_cast_and_what_that_saves(capsys: pytest.CaptureFi
 
     small = [
         "--set",
-        "n_layer=2",
+        "n_layer=1",
         "--set",
         "n_embd=64",
         "--set",

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.runtime.transport.neighbours import SWITCH
 from support import jobs, models, options
 from support.gang import Gang, free_port
 
@@ -35,7 +37,7 @@ def refused(make: Callable[[], Any]) -> str:
 
 
 def other_model() -> str:
-    layers = 3 if rank() == 0 else 2
+    layers = 2 if rank() == 0 else 1
     model = models.gpt2(n_layer=layers)
     return refused(lambda: pipecompile.compile(model, 2, example_batch=models.tokens(4)))
 
@@ -109,6 +111,48 @@ def goes_on_after_an_error() -> float:
     return float(pipe.step(models.batches("gpt2", 4, 1)[0]))
 
 
+def only_here(call: str, folder: Path, odd: int = 0, shared: str = "") -> str:
+    """One rank makes a call that the other one does not, and both go on to the next step."""
+    with mock.patch.dict(os.environ, {SWITCH: shared}):
+        pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    batch = models.batches("gpt2", 4, 1)[0]
+    pipe.step(batch)
+    calls: dict[str, Callable[[], Any]] = {
+        "state_dict": pipe.state_dict,
+        "save": lambda: pipe.save(folder),
+        "load": lambda: pipe.load(folder),
+        "evaluate": lambda: pipe.evaluate(batch),
+        "forward": lambda: pipe.forward(batch),
+        "clip_grad_norm_": lambda: pipe.clip_grad_norm_(1.0),
+        "wait_for_save": pipe.wait_for_save,
+    }
+    return refused(lambda: calls[call]() if rank() == odd else pipe.step(batch))
+
+
+@pytest.mark.parametrize(
+    ("call", "odd", "shared"),
+    [
+        ("state_dict", 0, ""),
+        ("save", 1, "off"),
+        *(
+            pytest.param(call, odd, shared, marks=pytest.mark.slow)
+            for call in ("state_dict", "save", "load", "evaluate", "forward", "clip_grad_norm_")
+            for odd in (0, 1)
+            for shared in ("", "off")
+        ),
+        pytest.param("wait_for_save", 0, "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_call_that_one_rank_makes(
+    gang: Callable[[int], Gang], tmp_path: Path, call: str, odd: int, shared: str
+) -> None:
+    names = ["step", "step"]
+    names[odd] = call
+    told = f"rank 0 is in {names[0]}() (call 2) and rank 1 in {names[1]}() (call 2): every rank"
+    for answer in gang(2).run(only_here, call, tmp_path, odd, shared):
+        assert told in answer
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
@@ -116,7 +160,10 @@ def goes_on_after_an_error() -> float:
         (other_weights, "differs between rank 0 and rank 1: call torch.manual_seed"),
         (other_microbatches, "rank 1 has microbatches=2, rank 0 microbatches=1"),
         (other_shape, "input_ids: int64[1, 12]"),
-        (other_call, "rank 0 was called with (train"),
+        (
+            other_call,
+            "rank 0 is in step() (call 1) and rank 1 in evaluate() (call 1): every",
+        ),
         (other_data, "given different data: shard it by pipe.data_shards"),
         (a_skipped_batch, "let every rank read, or skip, the same batches"),
         (other_options, "rank 1 has tied_grads='per_microbatch', rank 0 tied_grads='per_step'"),
@@ -185,6 +232,10 @@ if how == "evaluating":
             raise ArithmeticError("the second loader is out of data")
         yield batch
     pipe.evaluate(batches())
+if how == "ends" and rank == 1:
+    sys.exit(0)
+if how == "killed" and rank == 1:
+    os.kill(os.getpid(), 9)
 pipe.step(batch)
 print("finished", rank)
 """
@@ -217,7 +268,15 @@ print("finished", rank)
     ],
 )
 def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, cause: str) -> None:
-    script = tmp_path / "train.py"
+    survivor, status = run(tmp_path, how)
+    assert "rank 1 failed first" in survivor
+    assert cause in survivor
+    assert status != 0
+
+
+def run(folder: Path, how: str, environment: dict[str, str] | None = None) -> tuple[str, int]:
+    """What rank 0 says, which fails in time, and with which status rank 1 ends, if it does."""
+    script = folder / "train.py"
     script.write_text(SCRIPT)
     port = str(free_port())
     start = time.monotonic()
@@ -232,7 +291,8 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, caus
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1",
-            },
+            }
+            | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -243,13 +303,50 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, caus
         _, survivor = processes[0].communicate(timeout=LIMIT_S)
         assert processes[0].returncode != 0
         assert time.monotonic() - start < LIMIT_S
-        assert "rank 1 failed first" in survivor
-        assert cause in survivor
-        if how != "caught":
-            assert processes[1].wait(timeout=LIMIT_S) != 0
+        status = 1 if how == "caught" else processes[1].wait(timeout=LIMIT_S)
     finally:
         for process in processes:
             process.kill()
+    return survivor, status
+
+
+@pytest.mark.parametrize(
+    ("how", "shared"),
+    [
+        ("ends", ""),
+        pytest.param("killed", "", marks=pytest.mark.slow),
+        pytest.param("ends", "off", marks=pytest.mark.slow),
+        pytest.param("killed", "off", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_has_ended_is_told(tmp_path: Path, how: str, shared: str) -> None:
+    survivor, _ = run(tmp_path, how, {SWITCH: shared})
+    lost = "rank 1 has ended, or" if not shared else "a rank has ended ("
+    assert f"PeerFailedError: {lost}" in survivor
+    assert "rank 0 is in step()" in survivor
+    assert "Every rank must make the same calls" in survivor
+
+
+def a_step_that_one_rank_takes(folder: Path) -> list[str]:
+    """Rank 1's optimizer fails, after rank 0 has stepped."""
+    pipe = jobs.pipeline("gpt2", 2, 1, 2)
+    batch = models.batches("gpt2", 4, 1)[0]
+    pipe.step(batch)
+    if rank() == 1:
+        error = ArithmeticError("no numbers")
+        patched = mock.patch.object(pipe.optimizer, "step", side_effect=error)
+        with patched, pytest.raises(ArithmeticError, match="no numbers"):
+            pipe.step(batch)
+    else:
+        pipe.step(batch)
+    return [refused(lambda: pipe.save(folder)), refused(pipe.state_dict)]
+
+
+def test_a_torn_step_is_not_saved(gang: Callable[[int], Gang], tmp_path: Path) -> None:
+    for answers in gang(2).run(a_step_that_one_rank_takes, tmp_path):
+        for answer in answers:
+            assert answer.startswith("PeerFailedError: a run has failed before: ranks may have")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_parameter_free_rank_still_has_an_optimizer(gang: Callable[[int], Gang]) -> None:

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pipecompile
 import pytest
 import torch
 from pipecompile import errors
@@ -34,11 +35,10 @@ def cases() -> list[Case]:
 QUICK: list[Case] = [
     ("gpipe", 2, 2, 5, 1),
     ("interleaved", 2, 2, 5, 1),
-    ("zb_h1", 4, 1, 3, 1),
+    ("zb_h1", 3, 1, 2, 1),
     ("zb", 2, 1, 5, 1),
     ("zb_v", 2, 2, 5, 1),
     ("v_half", 2, 2, 1, 1),
-    ("v_min", 2, 2, 5, 1),
 ]
 
 
@@ -65,8 +65,10 @@ def test_training_is_exact(
 
 
 def test_auto_takes_the_shortest_step_of_all() -> None:
-    batch = models.batches("gpt2", 8, 1)[0]
-    pipe = jobs.pipeline("gpt2", 2, 1, 4, schedule="auto", example_batch=batch)
+    batches, adamw = models.batches("gpt2", 4, STEPS), jobs.OPTIMIZERS["adamw"]
+    model = models.gpt2(n_layer=2)
+    options: dict[str, Any] = {"schedule": "auto", "optimizer": adamw, "example_batch": batches[0]}
+    pipe = pipecompile.compile(model, 2, microbatches=2, **options)
     note = dict(pipe.plan.notes)["stages"]
     steps = {
         order: float(step)
@@ -75,10 +77,9 @@ def test_auto_takes_the_shortest_step_of_all() -> None:
     assert set(SCHEDULES) == {order.partition(",")[0] for order in steps}
     (taken,) = re.findall(r"^2 × dp 1, ([\w ,]+?): ", note)
     assert steps[taken] == min(steps.values()) == pytest.approx(pipe.plan.step_s, rel=1e-3)
-    found = plain.train_pipeline(pipe, models.batches("gpt2", 8, STEPS))
-    expected = jobs.train_plainly("gpt2", 1, pipe.plan.microbatches, "adamw", STEPS)
-    assert pipe.plan.microbatches == 4
-    plain.assert_equal(found, expected)
+    found = plain.train_pipeline(pipe, batches)
+    assert pipe.plan.microbatches == 2
+    plain.assert_equal(found, plain.train(model, batches, adamw, 1, 2))
 
 
 def chosen(dp: int, virtual: int | None = None) -> tuple[plain.Trained, str]:
@@ -105,7 +106,7 @@ def test_ranks_take_the_same_schedule(gang: Callable[[int], Gang], dp: int) -> N
 
 @pytest.mark.parametrize(
     ("name", "virtual"),
-    quickly([("zb", 1), ("zb_v", 2)], [("zb", 1), ("zb_v", 2), ("interleaved", 2)]),
+    quickly([("zb_v", 2)], [("zb", 1), ("zb_v", 2), ("interleaved", 2)]),
 )
 def test_a_plan_keeps_its_order(name: str, virtual: int, tmp_path: Path) -> None:
     """Also where another search, for other seconds, would find another one."""
@@ -155,7 +156,7 @@ def test_an_order_of_ones_own(gang: Callable[[int], Gang], tmp_path: Path) -> No
     [
         ("gpt2", {"schedule": "interleaved", "remat": "full"}),
         ("llama", {"schedule": "zb_v", "pin": {"model.embed_tokens": 0, "lm_head": 3}}),
-        ("llama", {"schedule": "v_min", "remat": "full"}),
+        pytest.param("llama", {"schedule": "v_min", "remat": "full"}, marks=pytest.mark.slow),
         pytest.param("t5", {"schedule": "zb", "virtual_stages": 2}, marks=pytest.mark.slow),
         pytest.param("bart", {"schedule": "interleaved"}, marks=pytest.mark.slow),
     ],

@@ -24,7 +24,7 @@ from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.exchange import add_exchange, verify_exchange
 from pipecompile.passes.schedule.verify import verify_schedule
 from pipecompile.runtime import start
-from pipecompile.runtime.exchange.mesh import Mesh, world_size
+from pipecompile.runtime.transport.mesh import Mesh, world_size
 from support import jobs, measured, models, plain
 from support.chrome import checked
 from support.gang import Gang
@@ -180,8 +180,8 @@ def test_replicas_divide_a_weight_that_two_stages_of_a_rank_read(
 
 
 def test_evaluation_and_outputs_are_those_of_one_stage_per_rank() -> None:
-    batch = batches("llama")[0]
-    ours, theirs = pipeline("llama", V), jobs.pipeline("llama", 4, 1, MICROBATCHES)
+    batch = batches("gpt2")[0]
+    ours, theirs = pipeline("gpt2", V), jobs.pipeline("gpt2", 4, 1, MICROBATCHES)
     assert torch.equal(ours.evaluate(batch), theirs.evaluate(batch))
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     assert torch.equal(ours.forward(inputs).logits, theirs.forward(inputs).logits)

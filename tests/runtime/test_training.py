@@ -281,7 +281,7 @@ def test_masks_are_made_once_and_never_sent() -> None:
 def dropping(n_stages: int, dp: int, seed: int, microbatches: int = 2) -> Any:
     torch.manual_seed(0)
     return pipecompile.compile(
-        models.gpt2(dropout=0.3),
+        models.gpt2(dropout=0.3, n_layer=2),
         n_stages,
         dp,
         microbatches=microbatches,

@@ -46,7 +46,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "n_stages", "dp", "microbatches", "schedule"), quickly(CASES[:3], CASES)
+    ("name", "n_stages", "dp", "microbatches", "schedule"), quickly([CASES[0], CASES[2]], CASES)
 )
 def test_labels_of_uneven_length_count_as_on_one_device(
     name: str, n_stages: int, dp: int, microbatches: int, schedule: str
@@ -100,7 +100,7 @@ def items(batch: Batch) -> torch.Tensor:
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_number_of_items_is_that_of_the_global_batch() -> None:
     """Losses are parts of one sum then."""
-    model, batch = models.build("llama"), uneven("llama", 8)
+    model, batch = models.llama(num_hidden_layers=1), uneven("llama", 8)
     batch["num_items_in_batch"] = items(batch)
     pipe = pipecompile.compile(model, 2, 2, microbatches=2, optimizer=jobs.SGD)
     loss = pipe.forward_backward(batch)

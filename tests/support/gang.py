@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import multiprocessing
@@ -12,17 +13,22 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+from unittest import mock
 
 T = TypeVar("T")
 
 TIMEOUT_S = 240
 IMPORTED = (
     "highspy",
+    "hypothesis",
     "networkx",
+    "pulp",
+    "pytest",
     "pipecompile.compiler.api",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
@@ -45,21 +51,22 @@ def free_port() -> int:
 class Gang:
     """``size`` processes that have met; each runs the functions that it is told to.
 
-    Rank 0 is started anew, and so hashes text in its own way: what depends on the order of a set
-    differs between ranks. The others are forked from a process that has imported everything.
+    They are forked from two processes that have imported everything: rank 0 from one, the others
+    from the other, which hashes text in its own way. What depends on the order of a set differs
+    between ranks.
     """
 
     def __init__(self, size: int):
         port = free_port()
-        anew, forked = (multiprocessing.get_context(how) for how in ("spawn", "forkserver"))
-        forked.set_forkserver_preload(list(IMPORTED))
+        context = multiprocessing.get_context("forkserver")
         self.pipes: list[Connection] = []
         self.workers = []
         for rank in range(size):
-            context: Any = forked if rank else anew
             mine, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
-            worker.start()
+            forks = _server(first=rank == 0).connect_to_new_process
+            with mock.patch.object(forkserver, "connect_to_new_process", forks):
+                worker.start()
             self.pipes.append(mine)
             self.workers.append(worker)
 
@@ -87,6 +94,14 @@ class Gang:
         for worker in self.workers:
             worker.join(10)
             worker.kill()
+
+
+@functools.cache
+def _server(first: bool) -> forkserver.ForkServer:
+    """What is forked from; started for the first process that is."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(list(IMPORTED))
+    return server
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:

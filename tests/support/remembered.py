@@ -2,27 +2,32 @@
 
 Tracing takes two thirds of such a compile; the menus of units, and fake steps of the optimizer,
 most of the rest. Passes rewrite graphs, so each compile gets a copy. Only models of libraries are
-remembered, in the shape that they have when they are compiled: what a test defines is traced.
+remembered, in the shape that they have when they are compiled, and what a test says to be traced as
+well once as often (``traced_once``): all else that a test defines is traced.
 Processes of one run find what the others have left in a folder that `conftest` names.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
+from pipecompile.compiler.costs.optimizer_cost import OptimizerMemory, optimizer_memory
+from pipecompile.compiler.driver import passes
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.driver.record import PassRecord
 from pipecompile.compiler.ir.graph import describe
+from pipecompile.compiler.kept import optimizers
 from pipecompile.compiler.kept.asking import UntoldError
 from pipecompile.compiler.kept.folder import Entry, Folder, write
 from pipecompile.compiler.planning import planner
@@ -32,10 +37,18 @@ from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.stash import Body, Stash
 from torch import fx, nn
 
+from support.folder import FOLDER, shared
+
 T = TypeVar("T")
 Menus = list[tuple[Stash, ...]]
-_LIBRARIES = ("torch.nn.", "transformers.", "support.models", "support.packed")
-FOLDER = "PIPECOMPILE_TEST_GRAPHS"
+_LIBRARIES = (
+    "torch.nn.",
+    "transformers.",
+    "support.models",
+    "support.packed",
+    "support.checkpoints",
+)
+_FORWARD = {each.name for each in passes.FORWARD}
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
 
@@ -50,6 +63,7 @@ def remembering() -> Iterator[None]:
     with (
         mock.patch.object(Capturing, "trace", _capturing(trace)),
         mock.patch.object(planner, "options_of", _choosing(options_of)),
+        mock.patch.object(optimizers, "optimizer_memory", _measuring(optimizer_memory)),
     ):
         yield
 
@@ -62,25 +76,25 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
 
     def captured(capturing: Capturing, wanted: Wanted, records: list[Any]) -> Captured:
         model = capturing.skeleton.module
-        parts = {type(part).__module__ for part in model.modules()}
-        if capturing.options.loss_fn or not all(name.startswith(_LIBRARIES) for name in parts):
+        if capturing.options.loss_fn or not all(map(_is_known, map(type, model.modules()))):
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, wanted.chunks, shape_of(model))
         key = (*key, *_told(capturing))
-        folder, name = Folder(_shared()), _digest(key)
+        folder, name = Folder(shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
-        looks = shares and key not in known
-        if looks and (entry := folder.find(name, (), capturing.skeleton.mode)):
-            known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
-        if key not in known:
-            made = trace(capturing, wanted, records)
-            if made.guards:  # for this batch
+        with _alone(name, key in known or not shares):
+            looks = shares and key not in known
+            if looks and (entry := folder.find(name, (), capturing.skeleton.mode)):
+                known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
+            if key not in known:
+                made = trace(capturing, wanted, records)
+                if made.guards:  # for this batch
+                    return made
+                known[key] = _copied(made), list(records)
+                if shares:
+                    with suppress(UntoldError):
+                        folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
                 return made
-            known[key] = _copied(made), list(records)
-            if shares:
-                with suppress(UntoldError):
-                    folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
-            return made
         found, kept = known[key]
         records[:] = kept
         return _copied(found)
@@ -88,16 +102,29 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
     return captured
 
 
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith(_LIBRARIES) or getattr(kind, "traced_once", False)
+
+
 def _told(capturing: Capturing) -> Iterator[Hashable]:
     """What a capture depends on besides the model and the batch."""
-    yield repr(capturing.options.dtypes)
-    yield tuple(capturing.options.skip)
+    dtypes = capturing.options.dtypes
+    later: Any = {"grads": torch.float32, "boundary": None, "loss_scale": None}
+    yield repr(dtypes and replace(dtypes, **later))
+    yield tuple(name for name in capturing.options.skip if name in _FORWARD)
     yield capturing.device
     yield capturing.kind
 
 
-def _shared() -> Path:
-    return Path(os.environ[FOLDER])
+@contextmanager
+def _alone(name: str, known: bool = False) -> Iterator[None]:
+    """What is worked out inside, other processes wait for, and then find it; not if it is known."""
+    if known:
+        yield
+        return
+    with (shared() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(key: Hashable) -> str:
@@ -142,14 +169,16 @@ def _choosing(options_of: Callable[..., Menus]) -> Callable[..., Menus]:
         units = [[[node.name for node in part] for part in (b.forward, b.backward)] for b in bodies]
         limits = (cutter.MAX_OPTIONS, menus_.MAX_FORGETFUL)
         key = (_text(graph), repr(units), repr(told[1:]), limits)
-        path = _shared() / f"{_digest(key)}.menus"
-        if key not in known and path.exists():
-            known[key] = pickle.loads(path.read_bytes())
-        if key not in known:
-            made = options_of(bodies, *told)
-            known[key] = [[_named(each) for each in menu] for menu in made]
-            write(path, pickle.dumps(known[key]))
-            return made
+        name = _digest(key)
+        path = shared() / f"{name}.menus"
+        with _alone(name, key in known):
+            if key not in known and path.exists():
+                known[key] = pickle.loads(path.read_bytes())
+            if key not in known:
+                made = options_of(bodies, *told)
+                known[key] = [[_named(each) for each in menu] for menu in made]
+                write(path, pickle.dumps(known[key]))
+                return made
         nodes = {node.name: node for node in graph.nodes}
         return [tuple(_again(each, nodes) for each in menu) for menu in known[key]]
 
@@ -171,3 +200,22 @@ def _named(choice: Stash) -> dict[str, Any]:
 def _again(fields: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> Stash:
     found = {field: frozenset(nodes[name] for name in fields[field]) for field in _NODES}
     return Stash(**{**fields, **found})
+
+
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+def _measuring(measure: Callable[..., OptimizerMemory]) -> Callable[..., OptimizerMemory]:
+    """Of torch's own optimizers: of others their makers may look at more than at layouts."""
+    known: dict[Hashable, OptimizerMemory] = {}
+
+    def measured(factory: Any, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+        made = factory if isinstance(factory, partial) else partial(factory)
+        if made.args or not getattr(made.func, "__module__", "").startswith("torch.optim"):
+            return measure(factory, params)
+        key = made.func, repr(made.keywords), repr([(n, _layout(p)) for n, p in params.items()])
+        if key not in known:
+            known[key] = measure(factory, params)
+        return replace(known[key], state_bytes=dict(known[key].state_bytes))
+
+    return measured

@@ -205,7 +205,7 @@ def test_what_cannot_be_kept_is_refused(model: Callable[[], nn.Module], message:
 @pytest.mark.parametrize("cached", quickly([True], [True, False]))
 def test_caches_are_as_on_one_device(cached: bool) -> None:
     """Without one, transformers takes positions that begin again for packed sequences."""
-    model = models.llama(num_hidden_layers=2)
+    model = models.llama(num_hidden_layers=1)
     model.config.use_cache = cached
     batch = models.tokens(2)
     length = batch["input_ids"].shape[1]

@@ -103,7 +103,7 @@ def test_shards_with_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_low_precision_opens_as_it_is(tmp_path: Path) -> None:
-    pipe = pipeline(lambda: models.llama().to(torch.bfloat16), 0)
+    pipe = pipeline(lambda: models.llama(num_hidden_layers=1).to(torch.bfloat16), 0)
     pipe.save(tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model = from_pretrained(hf.LlamaForCausalLM, tmp_path / "out")
@@ -135,7 +135,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([str(part) for part in command]) == 2
         return capsys.readouterr().err
 
-    pipe = pipeline(models.gpt2, 0)
+    pipe = pipeline(partial(models.gpt2, n_layer=1), 0)
     run = tmp_path / "run"
     pipe.save(run)
     assert "there is no folder" in message("export", tmp_path / "nothing", tmp_path / "out")

@@ -77,7 +77,7 @@ def model_file(tmp_path: Path) -> Path:
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "text.json").write_text("model_type: gpt2")
     config = {"model_type": "bert", "architectures": ["BertLMHeadModel"], "hidden_size": 64}
-    rest = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    rest = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | rest | {"vocab_size": 300}))
     return file
 
@@ -205,7 +205,8 @@ def test_encoder_decoder_trains(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_task_chooses_the_head(capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"{SMALL_GPT2} --task sequence-classification --set num_labels=7 --stages 2"
+    small = SMALL_GPT2.replace("n_layer=2", "n_layer=1")
+    command = f"{small} --task sequence-classification --set num_labels=7 --stages 2"
     report = inspect(f"{command} --batch 4", capsys)
     assert "GPT2ForSequenceClassification" in report
     assert "input_ids: int64[1, 32], labels: int64[1]" in report

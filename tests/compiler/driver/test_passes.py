@@ -163,7 +163,7 @@ def test_passes_go_with_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_builders_that_share_a_graph_tell_alike_what_was_done() -> None:
     """And a pass of the shared part that is skipped is not said to have had nothing to do."""
-    skeleton = skeleton_of(models.gpt2(), torch.device("cpu"), parse_precision("bf16"))
+    skeleton = skeleton_of(models.gpt2(n_layer=1), torch.device("cpu"), parse_precision("bf16"))
     spec = flatten(models.batches("gpt2", 1, 1)[0])[1]
     options = CompileOptions(n_stages=2, precision="bf16", skip=("precision",))
     captured: Captures = {}

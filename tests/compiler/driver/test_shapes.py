@@ -12,6 +12,7 @@ import torch
 from pipecompile.compiler.general import template
 from pipecompile.errors import BatchError, MemoryBudgetError, OptionError
 from support import jobs
+from support.matrix import quickly
 from torch import nn
 
 WIDTH, WORDS = 8, 16
@@ -96,7 +97,7 @@ def test_errors_of_torch_are_no_errors_of_the_users() -> None:
         assert all(map(torch.equal, trained(batches), plainly(batches)))
 
 
-@pytest.mark.parametrize("precision", ["bf16", None])
+@pytest.mark.parametrize("precision", quickly([None], ["bf16", None]))
 def test_off_is_off(traces: list[bool], precision: str | None) -> None:
     batches = [batch(4, length, padded=False) for length in (6, 9, 12)]
     on, off = (trained(batches, precision=precision, dynamic=how) for how in ("auto", "off"))

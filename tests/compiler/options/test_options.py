@@ -22,7 +22,7 @@ from pipecompile.compiler.options.declaration import Declaration, declarations_o
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.passes.partition.solve import SOLVERS
 from pipecompile.runtime.exchange.agreement import Agreement
-from pipecompile.runtime.exchange.mesh import Mesh
+from pipecompile.runtime.transport.mesh import Mesh
 from support.matrix import quickly
 from support.options import FLAGS, SGD, differing
 from support.plans import hand_made

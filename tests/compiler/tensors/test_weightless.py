@@ -202,11 +202,14 @@ def test_batches_of_a_loader() -> None:
 
 
 def test_torch_is_as_before() -> None:
-    before = nn.Module._apply, torch.utils.data.DataLoader.__iter__
+    def now() -> list[Any]:
+        validates = torch.distributions.Distribution._validate_args
+        return [nn.Module._apply, torch.utils.data.DataLoader.__iter__, validates]
+
+    before = now()
     with without_data():
-        assert nn.Module._apply is not before[0]
-    assert (nn.Module._apply, torch.utils.data.DataLoader.__iter__) == before
-    assert torch.distributions.Distribution._validate_args is True
+        assert now()[0] is not before[0]
+    assert now() == before
 
 
 HUGE = """

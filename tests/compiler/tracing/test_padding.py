@@ -30,7 +30,7 @@ class Encoding(nn.Module):
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
         norm = nn.LayerNorm(WIDTH) if normed else None
         self.inner = nn.Linear(WIDTH, WIDTH)
-        self.encoder = nn.TransformerEncoder(layer, 2, norm, **options)
+        self.encoder = nn.TransformerEncoder(layer, 1, norm, **options)
         self.outer = nn.Linear(WIDTH, 1)
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor) -> dict[str, torch.Tensor]:

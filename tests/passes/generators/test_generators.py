@@ -24,7 +24,7 @@ def test_the_kinds_stand_in_the_order_of_the_menu() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data(), ranks=st.integers(1, 5), microbatches=st.integers(1, 11))
 def test_a_generated_schedule_is_legal(
     kind: ScheduleKind, data: st.DataObject, ranks: int, microbatches: int

@@ -159,7 +159,7 @@ def check_search(data: st.DataObject, ranks: int, virtual: int, microbatches: in
             assert found <= timeline(other, shape).makespan_s * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("size", [1.0, 1.3])
+@pytest.mark.parametrize("size", quickly([1.0], [1.0, 1.3]))
 def test_uneven_stages_in_the_memory_of_1f1b(size: float) -> None:
     """GPT-2 on 4 ranks with 3 stages each. Where interleaved does not fit, what younger ones take
     early on is not there for the last stages of the oldest one."""
@@ -216,7 +216,7 @@ def v_bubble(name: str, ranks: int, microbatches: int) -> tuple[float, float]:
     return timeline(schedule, shape).makespan_s - 6 * microbatches, max(peaks(schedule, shape)) / 2
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("ranks", quickly(range(1, 6), range(1, 9)))
 def test_zb_v_has_no_bubble_with_the_memory_of_1f1b(ranks: int) -> None:
     for microbatches in (2 * ranks - 1, 2 * ranks, 3 * ranks + 1):
         waits, held = v_bubble("zb_v", ranks, microbatches)
@@ -228,7 +228,7 @@ def test_zb_v_with_4_ranks_and_8_microbatches() -> None:
     assert v_bubble("zb_v", 4, 8) == (0, 4)
 
 
-@pytest.mark.parametrize("ranks", quickly([2, 3, 4, 5], [2, 3, 4, 5, 8, 16]))
+@pytest.mark.parametrize("ranks", quickly([2, 3, 4], [2, 3, 4, 5, 8, 16]))
 @pytest.mark.parametrize(("name", "per_rank", "share"), [("v_half", 3, 2), ("v_min", 4, 3)])
 def test_v_half_and_v_min_are_below_the_published(
     name: str, per_rank: int, share: int, ranks: int

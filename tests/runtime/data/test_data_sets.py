@@ -42,6 +42,8 @@ def rows(count: int = ROWS) -> list[Row]:
 class Model(nn.Module):
     """A causal model with a loss of one kind."""
 
+    traced_once = True
+
     def __init__(self, kind: str = "kept") -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -84,7 +84,7 @@ def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (partial(llama, 1), 4),
+        (partial(llama, 1), 3),
         pytest.param(llama, 6, marks=pytest.mark.slow),
         pytest.param(llama, 30, marks=pytest.mark.slow),
         pytest.param(gpt2, 30, marks=pytest.mark.slow),

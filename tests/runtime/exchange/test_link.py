@@ -9,8 +9,8 @@ import pytest
 import torch
 from pipecompile.runtime.exchange import link
 from pipecompile.runtime.exchange.agreement import Agreement
-from pipecompile.runtime.exchange.mesh import connect, make_mesh
-from pipecompile.runtime.exchange.processes import Processes
+from pipecompile.runtime.transport.mesh import connect, make_mesh
+from pipecompile.runtime.transport.processes import Processes
 from support.gang import Gang
 
 

@@ -28,7 +28,7 @@ class Rank:
 
     def fail(self, error: Exception) -> Exception:
         """Fail in a guarded call; what is raised."""
-        with pytest.raises(Exception) as caught, self.watchdog.guard():  # noqa: PT011
+        with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011
             raise error
         return caught.value
 
@@ -85,10 +85,10 @@ def test_the_first_cause_is_on_top(ranks: tuple[Rank, Rank]) -> None:
 def test_an_error_belongs_to_its_call(ranks: tuple[Rank, Rank]) -> None:
     first, second = ranks
     second.fail(ArithmeticError("out of numbers"))
-    with first.watchdog.guard():
+    with first.watchdog.guard("step()"):
         pass
     assert isinstance(first.fail(RuntimeError("of its own")), RuntimeError)
-    with second.watchdog.guard():
+    with second.watchdog.guard("step()"):
         pass
     first.fail(RuntimeError("the next"))
     assert "the next" in str(second.fail(RuntimeError("connection closed")))
@@ -110,7 +110,7 @@ def test_a_blocked_rank_is_ended(
 ) -> None:
     first, second = ranks
     second.fail(ArithmeticError("out of numbers"))
-    with first.watchdog.guard():
+    with first.watchdog.guard("step()"):
         assert until(lambda: ended)
     assert ended == [1]
     assert "rank 0 stops: rank 1 failed first: ArithmeticError" in capsys.readouterr().err
@@ -121,13 +121,13 @@ def test_a_rank_has_time_to_notice_by_itself(
 ) -> None:
     """And is left alone when it is not at work, or where nobody failed."""
     first, second = ranks
-    with first.watchdog.guard():
+    with first.watchdog.guard("step()"):
         time.sleep(0.3)
-    with second.watchdog.guard():
+    with second.watchdog.guard("step()"):
         pass
     monkeypatch.setattr(watchdog, "GRACE_S", 600.0)
     second.fail(ArithmeticError("out of numbers"))
-    with first.watchdog.guard():
+    with first.watchdog.guard("step()"):
         time.sleep(0.3)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
     time.sleep(0.3)
@@ -145,7 +145,7 @@ def test_a_long_action_is_named_once(
         said += capsys.readouterr().err
         return text in said
 
-    with first.watchdog.guard():
+    with first.watchdog.guard("step()"):
         for action in ("0RECV_B3←1", "0B3"):
             first.doing = action
             assert until(lambda doing=action: says(f"rank 0 has been in {doing} for 0 s"))

@@ -19,8 +19,8 @@ from pipecompile.compiler.trace.difference import difference
 from pipecompile.compiler.trace.reading import read_trace
 from pipecompile.compiler.trace.trace import Lane, Trace, messages_of
 from pipecompile.runtime.exchange import clocks
-from pipecompile.runtime.exchange.mesh import Mesh
 from pipecompile.runtime.recording.recording import Moment, Part
+from pipecompile.runtime.transport.mesh import Mesh
 from support import jobs, models, plain
 from support.chrome import checked
 from support.gang import Gang
@@ -236,7 +236,7 @@ def test_a_rank_that_records_alone_does_not_hang(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     for said in gang(2).run(alone, tmp_path):
-        assert "rank 0 was called with (record a trace" in said
+        assert "rank 0 is in the beginning of trace() (call" in said
 
 
 def unwritable(folder: Path) -> str:

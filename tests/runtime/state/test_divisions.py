@@ -211,14 +211,14 @@ def departures(zero: int) -> list[str]:
     (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
     pipe.compile_for(share)
     (loaded,) = pipe._session.loaded.values()
-    transport, (executor,) = pipe._world.transport, loaded.executors.values()
-    scatter, seen = transport.scatter, []
+    replicas, (executor,) = pipe._world.transport.replicas, loaded.executors.values()
+    scatter, seen = replicas.scatter, []
 
     def watched(*args: Any) -> Any:
         seen.append(str(executor.current))
         return scatter(*args)
 
-    transport.scatter = watched
+    replicas.scatter = watched
     pipe.forward_backward(share)
     return seen
 

@@ -104,6 +104,8 @@ class Odd(nn.Module):
     """Fewer matrices than replicas, a scalar, frozen weights, a transposed layout, and a large
     weight that rows would gather without parcels."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)

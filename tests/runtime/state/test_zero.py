@@ -266,6 +266,8 @@ def accumulated(zero: int) -> dict[str, torch.Tensor]:
 class Odd(nn.Module):
     """Fewer rows than replicas, a scalar, a frozen weight, a transposed layout."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -216,8 +216,8 @@ class Processes:
     def check(self) -> None:
         if self.abandoned:
             raise PeerFailedError(
-                "a run has failed before, and what its ranks sent is still under way: start the "
-                "processes again, from a checkpoint"
+                "a run has failed before: ranks may have taken other numbers of steps, and what "
+                "they sent is still under way: start the processes again, from a checkpoint"
             )
 
     def abandon(self) -> None:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir.program import ValueSpec
-from pipecompile.runtime.exchange import wire
-from pipecompile.runtime.exchange.transport import Loopback, add_mean_, ordered_mean
+from pipecompile.runtime.transport import wire
+from pipecompile.runtime.transport.transport import Loopback, add_mean_, ordered_mean
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ...compiler.ir.program import ValueSpec
-from . import wire
-from .neighbours import MOST_BYTES, Neighbours, Ticket
+from . import neighbours, wire
+from .neighbours import Neighbours, Ticket
 
 Values = list[torch.Tensor]
 
 ALIGNED = 64  # bytes: as torch aligns what it allocates
 FREE, TAKEN = 0, 1
-IN_PACKET = MOST_BYTES // 2  # values of so many bytes travel in the packet itself
+IN_PACKET = neighbours.MOST_BYTES // 2  # values of so many bytes travel in the packet itself
 BLOCKS = 64  # of a segment; one that was never used has no memory yet
 IDLE = 512  # after so many messages to a rank a segment that none of them needed is given back
 _HEAD = struct.Struct("<qqq")  # segment, its block, how many numbers of closed segments follow
@@ -109,8 +109,8 @@ class _Pool:
 class SharedMemory:
     """Messages to and from the processes of this machine."""
 
-    def __init__(self, neighbours: Neighbours):
-        self._neighbours = neighbours
+    def __init__(self, others: Neighbours):
+        self._neighbours = others
         self._pools: dict[int, _Pool] = defaultdict(_Pool)
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, number of its segment)
         self._process = os.getpid()
