@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ...passes.losses.chunks import chunk_rows as chunk_rows
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..ir.errors import (
     BatchError,
@@ -22,8 +21,9 @@ from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..planning.advice import gib
 from ..planning.team import Team
-from .compiled import Compiled, Mode
+from .compiled import Compiled
 from .layout import Layout
+from .record import PassRecord
 
 FINER = (1, 2, 4, 8)
 MOST_VIRTUAL = 3
@@ -192,9 +192,7 @@ class WholeError(PipecompileError):
     """No loss of the graph can be computed in pieces; the text says why."""
 
 
-def chunks_of(
-    options: CompileOptions, plan: Plan | None, layout: Layout | None, mode: Mode
-) -> Chunks | None:
+def chunks_of(options: CompileOptions, plan: Plan | None, layout: Layout | None) -> Chunks | None:
     """What a graph's losses are to be, where that is settled.
 
     Args:
@@ -208,8 +206,19 @@ def chunks_of(
         rows = 0 if plan is None else plan.decision.chunk_rows
     else:
         rows = 0 if isinstance(asked, str) else asked
-    trains = mode is Mode.TRAIN and layout is None
-    return Chunks(rows, trains and asked != AUTO) if rows else None
+    return Chunks(rows, layout is None and asked != AUTO) if rows else None
+
+
+def check_pieces(chunks: Chunks | None, rows: int, records: Sequence[PassRecord]) -> None:
+    """Raises WholeError where losses were to be in pieces of any size, and none is.
+
+    Args:
+        rows: of the graph.
+        records: of the passes that made it; one for many sizes has none.
+    """
+    if chunks == Chunks() and not rows:
+        said = (each.note for each in records if each.name == "chunks")
+        raise WholeError(next(said, "logits stay whole"))
 
 
 def chosen(build: BuildLoss, options: CompileOptions, team: Team, dump: bool) -> Compiled:

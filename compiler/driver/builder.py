@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.losses.chunks import chunk_rows
 from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
@@ -47,7 +48,7 @@ from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
 from . import passes
 from .assembly import assemble, run
-from .auto import WholeError, chosen, chunk_rows, chunks_of
+from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode
@@ -152,7 +153,7 @@ class Builder:
 
         if layout is None and self.given is None and self.options.chunked_loss == AUTO:
             return chosen(build, self.options, self.team, dump)
-        return build(chunks_of(self.options, self.given, layout, mode), dump)
+        return build(chunks_of(self.options, self.given, layout), dump)
 
     def _built(
         self,
@@ -326,8 +327,7 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join(filter(None, (counts, how, *captured.notes)))
             outcome.texts[".py"] = graph.text
-        if chunks == Chunks() and not chunk_rows(graph.graph):
-            raise WholeError(next(each.note for each in inner if each.name == "chunks"))
+        check_pieces(chunks, chunk_rows(graph.graph), inner)
         if captured.loss is not None:
             with recorder.record("forward", "loss") as outcome:
                 outcome.note = captured.loss.note

@@ -166,12 +166,14 @@ class Labels:
         return Labels(kept, safe, None if weight is None else weight.to(wide), smoothing, classes)
 
     def check(self) -> None:
-        """Raises IndexError as torch does; on CUDA the index of a kernel is checked there."""
-        if self.safe.device.type != "cpu" or not self.safe.numel():
-            return
-        for found in (int(self.safe.min()), int(self.safe.max())):
-            if not 0 <= found < self.classes:
-                raise IndexError(f"Target {found} is out of bounds.")
+        """Raises IndexError where a label is no class; elsewhere than on a CPU, where nobody waits
+        for values, a kernel refuses it as that of cross-entropy would."""
+        if self.safe.device.type != "cpu":
+            self.safe.new_empty(self.classes).index_select(0, self.safe)
+        elif self.safe.numel():
+            for found in (int(self.safe.min()), int(self.safe.max())):
+                if not 0 <= found < self.classes:
+                    raise IndexError(f"Target {found} is out of bounds.")
 
     def of_label(self, each: torch.Tensor) -> torch.Tensor:
         """A number for each token, times what its label counts."""

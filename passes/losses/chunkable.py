@@ -46,10 +46,12 @@ class Found:
 
     Attributes:
         loss: of cross-entropy.
-        labels, class_weight: its operands.
-        options: ignored index, smoothing.
+        labels, class_weight, reduction, ignore_index, smoothing: its operands.
+        dtype: of the logits that it reads.
         readers: of the logsumexp of the same logits.
-        linear: what makes logits, by matrix ``weight`` (classes, width) or its transpose.
+        linear: what makes logits, of ``hidden``, ``weight`` (classes, width) or, if ``turned``, its
+            transpose, and ``bias``.
+        offset: a number for each class, which a step adds.
         moves: views and slices of logits, first to last.
         steps: first to last.
         logits: values that will not exist.
@@ -81,9 +83,8 @@ class Found:
 
 
 def live_in(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes on which results depend, or what is written into."""
-    ends = [node for node in graph.nodes if node.op == "output" or written(node)]
-    return set(behind(*ends))
+    """The nodes on which results, checks, or what is written into depend."""
+    return set(behind(*(node for node in graph.nodes if node.is_impure())))
 
 
 def losses_in(live: Collection[fx.Node]) -> list[fx.Node]:
@@ -125,6 +126,7 @@ def recognised(loss: fx.Node, live: Collection[fx.Node]) -> Found:
     else:
         found.readers = [user for user in scores.users if _is_logsumexp(user) and user in live]
     _walk(found, at, scores, live)
+    _check_operands(found)
     _check_writes(found)
     return found
 
@@ -219,7 +221,8 @@ def _offset(found: Found, node: fx.Node, classes: int) -> fx.Node:
     if other.meta["val"].numel() != classes:
         one, other = other, one
     value, after = other.meta["val"], node.meta["val"]
-    if value.numel() != classes or value.shape[-1] != classes or value.requires_grad:
+    of_classes = value.numel() == classes and value.shape[-1] == classes
+    if not of_classes or after.shape != one.meta["val"].shape:
         raise Whole("add makes them of the product")
     if any(each.op == "get_attr" and _is_trained(each) for each in behind(other)):
         raise Whole("a trained parameter is added to them")
@@ -271,10 +274,19 @@ def _is_logsumexp(node: fx.Node) -> bool:
     return bool(given) and [dim % 2 for dim in given["dim"]] == [1] and not given["keepdim"]
 
 
+def _check_operands(found: Found) -> None:
+    """Raises Whole if labels, and weights of classes, are not there where all is read."""
+    read = [each for each in (found.labels, found.class_weight) if each is not None]
+    if any(reader < each for reader in found.readers for each in read):
+        raise Whole("their logsumexp is read before there are labels")
+
+
 def _check_writes(found: Found) -> None:
-    """Raises Whole if what the product reads, or logits, are written into before the loss."""
+    """Raises Whole if what the operator reads, or logits, are written into before the loss."""
     assert found.linear is not None
-    read = (found.hidden, found.weight, found.bias, found.offset)
+    read = [found.hidden, found.weight, found.bias, found.offset]
+    if found.readers:  # all is read where the first of them is
+        read += [found.labels, found.class_weight]
     places = _places([*(each for each in read if each is not None), *found.logits])
     node = found.linear.next
     while node is not found.loss:

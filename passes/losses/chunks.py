@@ -21,7 +21,6 @@ import torch
 from torch import fx
 
 from ...compiler.ir.errors import OptionError
-from ...compiler.ir.graph import written
 from ...compiler.losses.logits import usual_rows, wide_of
 from ...compiler.losses.pieces import FORWARD
 from .chunkable import VIEWS, Found, Whole, arguments, live_in, losses_in, recognised
@@ -45,7 +44,29 @@ def chunk_losses(
         OptionError: a number was asked for, and training computes no loss that can be chunked.
     """
     del leaves  # shapes are in the graph
-    live = live_in(module.graph)
+    found, reasons = _found_in(module.graph)
+    whole = f"logits stay whole: {'; '.join(reasons)}" if reasons else ""
+    if not found:
+        if asked and torch.is_grad_enabled():
+            raise OptionError(
+                f"chunked_loss={rows}: the loss is not one whose logits can be left out: "
+                f"{'; '.join(reasons)}. "
+                'Leave chunked_loss= out, or give "auto", which computes what it can in chunks'
+            )
+        return whole
+    most = max(each.classes for each in found)
+    large = [each for each in found if each.classes * SMALL >= most]
+    notes = [_rewrite(module, each, rows or usual_rows(most)) for each in large]
+    notes += [f"those of {each.classes} stay whole" for each in found if each not in large]
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return "; ".join(filter(None, [*notes, whole]))
+
+
+def _found_in(graph: fx.Graph) -> tuple[list[Found], list[str]]:
+    """The losses that can be computed in pieces, and why others cannot."""
+    live = live_in(graph)
     found: list[Found] = []
     reasons: list[str] = []
     losses = losses_in(live)
@@ -55,28 +76,8 @@ def chunk_losses(
         except Whole as refused:
             reasons.append(str(refused))
     if not losses:
-        reasons = ["it calls no cross_entropy"]
-    if not found:
-        why = "; ".join(dict.fromkeys(reasons))
-        if asked and torch.is_grad_enabled():
-            raise OptionError(
-                f"chunked_loss={rows}: the loss is not one whose logits can be left out: {why}. "
-                'Leave chunked_loss= out, or give "auto", which computes what it can in chunks'
-            )
-        return f"logits stay whole: {why}"
-    most = max(each.classes for each in found)
-    notes = []
-    for each in found:
-        if each.classes * SMALL >= most:
-            notes.append(_rewrite(module, each, rows or usual_rows(each.classes)))
-    module.graph.eliminate_dead_code(_is_impure)
-    module.graph.lint()
-    module.recompile()
-    return "; ".join(notes)
-
-
-def _is_impure(node: fx.Node) -> bool:
-    return bool(written(node)) or node.is_impure()
+        reasons.append("it calls no cross_entropy")
+    return found, list(dict.fromkeys(reasons))
 
 
 def chunk_rows(graph: fx.Graph) -> int:
@@ -93,9 +94,6 @@ def _rewrite(module: fx.GraphModule, found: Found, rows: int) -> str:
     assert found.weight is not None
     graph = module.graph
     first = min(found.loss, *found.readers) if found.readers else found.loss
-    needed = [each for each in (found.labels, found.class_weight) if each is not None]
-    if any(each > first for each in needed):
-        raise OptionError("chunked_loss=: logsumexp is read before there are labels")
     call = _Calls(graph, first, found)
     hidden = found.hidden
     for move in found.moves:

@@ -57,6 +57,12 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def allow(self, tolerance: float, why: str) -> None:
+        """From now on so much may differ."""
+        self.tolerance = max(self.tolerance, tolerance)
+        if why not in self.why:
+            self.why = "; ".join(filter(None, (self.why, why)))
+
     def compare(
         self,
         step: int,

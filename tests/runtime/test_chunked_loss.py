@@ -179,6 +179,51 @@ def test_verifying_allows_what_pieces_round() -> None:
     assert "chunked_loss=5" in pipe.verification
 
 
+def test_verifying_allows_nothing_where_auto_keeps_logits() -> None:
+    batch = models.tokens(4)
+    pipe = pipeline("gpt2", batch, n_stages=1, chunked_loss="auto", verify=1)
+    pipe.step(batch)
+    assert pipe.plan.decision.chunk_rows == 0
+    assert "allowed" not in pipe.verification
+
+
+def test_what_a_trainer_counts_divides_the_loss() -> None:
+    """transformers then adds up and divides by its number, as its Trainer asks for."""
+    batch = uneven("llama") | {"num_items_in_batch": torch.tensor(40)}
+    given = {"loss_normalization": "microbatch"}
+    whole = results(pipeline("llama", batch, **given), batch)
+    pipe = pipeline("llama", batch, chunked_loss=ROWS, **given)
+    assert_close(results(pipe, batch), whole, BOUND["fp32"])
+
+
+class Parts(nn.Module):
+    """A head and a loss that are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 90)
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = self.head(self.body(x).tanh())
+        result: torch.Tensor = self.loss(scores, labels)
+        return result
+
+
+def test_a_loss_goes_where_its_head_is_pinned() -> None:
+    """And a module of which nothing is left cannot be pinned."""
+    batch = {"x": torch.randn(8, 8), "labels": torch.arange(8)}
+
+    def made(pin: dict[str, int], stages: int = 2) -> Any:
+        given = {"example_batch": batch, "chunked_loss": ROWS, "microbatches": 2}
+        return pipecompile.compile(Parts(), stages, pin=pin, **given)
+
+    pipe = made({"head": 0}, 1)
+    assert pipe.plan.stages[0].modules
+    with pytest.raises(OptionError, match=r"pin=.*loss"):
+        made({"loss": 1})
+
+
 def test_a_label_that_is_no_class_is_one_clear_error() -> None:
     batch = models.tokens(4)
     pipe = pipeline("llama", batch, chunked_loss=ROWS)
@@ -258,7 +303,7 @@ def test_the_predicted_peak_is_the_measured_one(name: str, options: dict[str, An
         with meter:
             pipe.step(batch)
         peaks[rows] = meter.peak_bytes
-        assert pipe.plan.stages[0].memory.peak == pytest.approx(meter.peak_bytes, rel=0.05)
+        assert pipe.plan.stages[0].memory.peak == pytest.approx(meter.peak_bytes, rel=0.03)
     assert peaks["off"] - peaks[8] > 1.2 * 2 * 32 * 8192 * 4
 
 

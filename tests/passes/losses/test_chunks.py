@@ -148,6 +148,30 @@ def detached(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return cross_entropy(self.head(x).detach().view(-1, CLASSES), y.view(-1)) + self.scale
 
 
+def widened(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What is cut off in front is no token of the hidden states any more."""
+    logits = self.head(x[0]) + self.offset.unsqueeze(0)
+    return cross_entropy(logits[:, :4].flatten(0, 1), y[0, :4])
+
+
+def without_gradient(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = self.head(x)
+    return cross_entropy(logits.view(-1, CLASSES), y.view(-1)) + self.scale
+
+
+def read_early(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    flat = self.head(x).view(-1, CLASSES)
+    norm = torch.logsumexp(flat, -1)
+    return cross_entropy(flat, y.view(-1) + 0) + norm.square().mean()
+
+
+def asserted(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logits = self.head(x)
+    torch._assert_async(logits.isfinite().all(), "not finite")
+    return cross_entropy(logits.view(-1, CLASSES), y.view(-1))
+
+
 def another(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return self.head(x).square().mean()
 
@@ -161,6 +185,10 @@ def another(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         (written, "reads them too|writes into"),
         (scaled, "mul makes them of the product"),
         (detached, "detach.* makes them of the product"),
+        (widened, "add makes them of the product"),
+        (without_gradient, "makes them of the product"),
+        (read_early, "logsumexp is read before there are labels"),
+        (asserted, "reads them too"),
         (another, "it calls no cross_entropy"),
         (by_parts, "nll_loss reads no log_softmax"),
     ],
@@ -184,6 +212,30 @@ def test_of_several_losses_those_over_few_classes_stay_whole() -> None:
 
     model, module, batch = exported(both)
     expected = model(*batch)
-    chunk_losses(module, (), 4, asked=True)
+    note = chunk_losses(module, (), 4, asked=True)
+    assert "those of 2 stay whole" in note
     assert len(module.graph.find_nodes(op="call_function", target=FORWARD)) == 1
     torch.testing.assert_close(module(*batch), expected)
+
+
+def test_losses_over_several_vocabularies_have_pieces_of_as_many_tokens() -> None:
+    """A plan keeps one number."""
+
+    def both(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return plain(self, x, y) + cross_entropy(linear(x[:, 0], self.table[:30]), y[:, 0] % 30)
+
+    module = exported(both)[1]
+    chunk_losses(module, (), 0, asked=False)
+    nodes = module.graph.find_nodes(op="call_function", target=FORWARD)
+    assert {node.args[9] for node in nodes} == {chunk_rows(module.graph)}
+    assert len(nodes) == 2
+
+
+def test_a_loss_that_needs_its_logits_beside_one_that_does_not_is_said() -> None:
+    def both(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return plain(self, x, y) + scaled(self, x, y)
+
+    module = exported(both)[1]
+    note = chunk_losses(module, (), 4, asked=True)
+    assert "exist for 4 tokens" in note
+    assert "logits stay whole: mul makes them of the product" in note
