@@ -14,7 +14,7 @@ from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.tensors.fakes import weightless
 
 CLASSES, TOKENS, WIDTH = 128256, 4096, 4096  # Llama-3-8B's
-LOGITS_BYTES = CLASSES * TOKENS * 4
+LOGITS_BYTES = CLASSES * TOKENS * 2  # in bf16
 
 
 def peak_of(chunked_loss: int | str) -> int:
@@ -38,5 +38,5 @@ def peak_of(chunked_loss: int | str) -> int:
 
 
 def test_the_peak_falls_by_the_copies_of_the_logits() -> None:
-    saved = peak_of("off") - peak_of(256)
-    assert 3 * LOGITS_BYTES < saved < 4.5 * LOGITS_BYTES
+    """One in bf16 and some in fp32, down to what the gradient of the head's weight takes."""
+    assert peak_of("off") - peak_of(256) > 4 * LOGITS_BYTES
