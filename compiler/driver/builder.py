@@ -306,7 +306,7 @@ class Builder:
             weighs: tell how the losses of microbatches make that of several.
         """
         options = self.options
-        splits = options.kind.splits_backward and options.stage_count > 1
+        splits = chunks is not None and options.kind.splits_backward and options.stage_count > 1
         known = mode, spec, weighs, chunks, splits
         if self._shared is not None and known in self._shared:
             captured, records = self._shared[known]
@@ -418,8 +418,7 @@ class Builder:
             verify_placement(graph, decided.placement.stage)
             outcome.note = placement_note(decided.decision)
             outcome.texts[".txt"] = partial(placement_text, decided.decision, locality)
-        note = self._zero_note(decided)
-        if note:
+        if note := self._zero_note(decided):
             with recorder.record("placed", "zero") as outcome:
                 outcome.note = note
         return decided
@@ -427,10 +426,8 @@ class Builder:
     def _zero_note(self, decided: Decided) -> str:
         parts = [decided.why_zero] if decided.why_zero else []
         if decided.settings.zero.matrices:
-            verdict = self._verdict
-            why = (
-                f", as {verdict.kind} needs them: {verdict.why}" if verdict and verdict.why else ""
-            )
+            tried = self._verdict
+            why = f", as {tried.kind} needs them: {tried.why}" if tried and tried.why else ""
             parts.append(f"each replica owns whole parameters{why}")
         return "; ".join(parts)
 

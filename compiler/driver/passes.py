@@ -286,47 +286,33 @@ def _fuse(work: Work) -> str:
     return f"{fused}, compiled by Inductor; seconds and memory are those of eager kernels"
 
 
-def _verify_fused(work: Work) -> None:
-    assert work.fused is not None
-    verify_program(work.fused)
-
-
-def _fused_texts(work: Work) -> Texts:
-    assert work.fused is not None
-    return texts_of(work.fused)
-
-
-def _program_texts(work: Work) -> Texts:
-    return texts_of(work.made)
-
-
 PROGRAMS: tuple[Pass[Work], ...] = (
     Pass(
         "lower",
         _lower,
         verify=(lambda work: verify_program(work.made),),
-        dump=_program_texts,
+        dump=lambda work: texts_of(work.made),
         needed="it makes the programs",
     ),
     Pass(
         "inplace",
         _inplace,
         verify=(lambda work: verify_writes(work.made),),
-        dump=_program_texts,
+        dump=lambda work: texts_of(work.made),
     ),
     Pass(
         "gather",
         _gather,
         verify=(lambda work: verify_program(work.made),),
-        dump=_program_texts,
+        dump=lambda work: texts_of(work.made),
         when=lambda work: work.settings.zero.divides_params,
         needed="with zero=3 no rank has whole parameters for its programs to read",
     ),
     Pass(
         "fusions",
         _fuse,
-        verify=(_verify_fused,),
-        dump=_fused_texts,
+        verify=(lambda work: verify_program(work.running),),
+        dump=lambda work: texts_of(work.running),
         when=_fuses,
         needed='backend="inductor" compiles what it makes',
     ),
@@ -394,10 +380,6 @@ def _legality(work: Work) -> tuple[Schedule, Sequence[Message], int, bool, list[
     return work.schedule, program.messages, microbatches, trains, weights
 
 
-def _verify_compute(work: Work) -> None:
-    verify_compute(*_legality(work))
-
-
 def _verify_schedule(work: Work) -> None:
     program = work.made
     verify_schedule(*_legality(work))
@@ -428,7 +410,7 @@ SCHEDULE: tuple[Pass[Work], ...] = (
     Pass(
         "schedule",
         _schedule,
-        verify=(_verify_compute,),
+        verify=(lambda work: verify_compute(*_legality(work)),),
         dump=_schedule_texts,
         needed="it makes the actions that ranks carry out",
     ),

@@ -170,3 +170,8 @@ class Work:
         """The programs, which are there from `lower` on."""
         assert self.program is not None
         return self.program
+
+    @property
+    def running(self) -> PipelineProgram:
+        """Those that run."""
+        return self.fused or self.made

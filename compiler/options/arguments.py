@@ -21,16 +21,17 @@ from .checks import (
     check_above_zero,
     check_chunks,
     check_count,
+    check_dynamic,
     check_int,
     check_level,
     check_names,
     check_natural,
+    check_precision,
     check_stages,
     one_of,
 )
 from .declaration import Flag, as_it_is, declare, option, whether_given
 from .parsing import (
-    AS_IT_IS,
     AUTO,
     check_memory,
     parse_chunks,
@@ -41,6 +42,7 @@ from .parsing import (
     parse_pin,
     parse_seconds,
     parse_stages,
+    precision_in_plan,
 )
 from .schedule import check_schedule, order_of_schedule
 from .weight_path import locate_weights
@@ -54,24 +56,6 @@ if TYPE_CHECKING:
 
 _DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
 PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
-
-
-def _check_precision(_: str, given: Any) -> None:
-    from ..ir.precision import parse_precision
-
-    parse_precision(given)
-
-
-def _check_dynamic(name: str, given: Any) -> None:
-    from .ranges import check_dynamic
-
-    check_dynamic(name, given)
-
-
-def _precision_in_plan(given: Any) -> str:
-    from ..ir.precision import parse_precision
-
-    return str(parse_precision(given) or AS_IT_IS)
 
 
 def _decision_of_plan(_: str, options: Any) -> str | None:
@@ -151,7 +135,7 @@ class Options:
         "compiled at once, to see that it fits into memory, and others are refused. Programs are "
         "the same in all ways. Where forward does something else with other sizes, each shape is "
         "traced.",
-        check=_check_dynamic,
+        check=check_dynamic,
         compared=as_it_is,
     )
     loss_weight: Callable[[Any], float | torch.Tensor] | None = option(
@@ -295,9 +279,9 @@ class Options:
         more="Weights, sums of gradients and optimizer states stay in fp32, also those of a model "
         "that comes in a reduced dtype. fp16 comes with dynamic loss scaling. None leaves the "
         "model's dtypes as they are. A `pipecompile.Precision` says more.",
-        check=_check_precision,
+        check=check_precision,
         plan="keeps",
-        in_plan=_precision_in_plan,
+        in_plan=precision_in_plan,
         compared=lambda _, options: options.dtypes,
         flag=Flag(group=PIPELINE, metavar="DTYPE", parse=parse_dtype, default="as the model comes"),
     )

@@ -89,3 +89,15 @@ def check_stages(name: str, value: Any) -> None:
 def check_names(name: str, value: Any) -> None:
     if isinstance(value, str) or not isinstance(value, Collection):
         raise OptionError(f"{name}={value!r}: give a list of names")
+
+
+def check_precision(_: str, given: Any) -> None:
+    from ..ir.precision import parse_precision  # imports torch
+
+    parse_precision(given)
+
+
+def check_dynamic(name: str, given: Any) -> None:
+    from . import ranges  # imports torch
+
+    ranges.check_dynamic(name, given)

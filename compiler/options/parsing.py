@@ -106,3 +106,9 @@ def parse_dtype(text: str) -> str | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """Names that commas separate."""
     return tuple(name.strip() for name in text.split(","))
+
+
+def precision_in_plan(given: Any) -> str:
+    from ..ir.precision import parse_precision  # imports torch
+
+    return str(parse_precision(given) or AS_IT_IS)

@@ -27,6 +27,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._triton import has_triton
 
 from ...compiler.ir.program import ANY_STRIDES
@@ -64,7 +65,7 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
     What it returns may have other strides only in dimensions of size 1, or where Inductor does not
     keep what it is told.
     """
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # without one nothing is kept on disk
     values = [node.meta["val"] for node in fusion.graph.find_nodes(op="placeholder")]
     with mode:
         arguments = [
