@@ -116,7 +116,7 @@ class Stored:
             self._check_whole()
             return self._checkpoints.save(training, Path(directory), keep, async_save)
 
-    def load(self, directory: str | Path, *, data: Any = None) -> int:
+    def load(self, directory: str | Path, *, data: Any = None, verify: bool = True) -> int:
         """Go on from a checkpoint, whatever stages and replicas it was saved under.
 
         One of weights alone is loaded as step 0, and the optimizer starts afresh.
@@ -125,6 +125,7 @@ class Stored:
             directory: as `save` was given it, for its ``latest`` (or its newest, if that is
                 missing); or the folder of one checkpoint.
             data: an object whose ``load_state_dict`` takes the position in the data.
+            verify: compare the checksums of all that is read with those of what was written.
 
         Returns:
             After how many calls of `step` or `forward_backward` it was saved.
@@ -136,7 +137,7 @@ class Stored:
         """
         training, session = self._training(data), self._require()
         with self._world.guard("load()"):
-            self._seed, self._steps = self._checkpoints.load(training, Path(directory))
+            self._seed, self._steps = self._checkpoints.load(training, Path(directory), verify)
             self.zero_grad()
             session.refresh()
         return self._steps

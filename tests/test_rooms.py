@@ -47,6 +47,7 @@ ROOMS = (
     "runtime/state",
     "runtime/stepping",
     "runtime/data",
+    "runtime/files",
     "runtime/checkpoint",
     "runtime/verify",
     "runtime",

@@ -14,7 +14,8 @@ from typing import Any
 import pipecompile
 import pytest
 from pipecompile import errors
-from pipecompile.runtime.checkpoint import background, step_folder, tensor_file
+from pipecompile.runtime.checkpoint import background
+from pipecompile.runtime.files import step_folder, tensor_file
 from support.checkpoints import (
     INDEX,
     OPTIMIZERS,
@@ -213,9 +214,9 @@ def test_saving_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """What is saved is the moment of the call; a second save waits for the first."""
     write = tensor_file.write
 
-    def slowly(*args: Any) -> None:
+    def slowly(*args: Any) -> Any:
         time.sleep(0.3)
-        write(*args)
+        return write(*args)
 
     monkeypatch.setattr(tensor_file, "write", slowly)
     pipe = small(2, OPTIMIZERS["momentum"])

@@ -28,7 +28,8 @@ from ...compiler.ir.errors import CheckpointError
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
-_STEP = re.compile(r"step-(\d{8,18})")
+MOST_STEPS = 10**18 - 1
+_STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _REPLACED = ".replaced"
 _LOCK = "lock"
 
