@@ -30,6 +30,7 @@ from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
 from ..files.index import Entry, Index, read_index
+from ..files.owner import Owner
 from ..files.step_folder import Draft, find, step_name
 from ..files.tensor_file import FileFacts
 from ..transport.mesh import Mesh
@@ -62,6 +63,7 @@ class Checkpoints:
         self._rank = mesh.rank or 0
         self._background = Background()
         self._group: dist.ProcessGroup | None = None
+        self._owners: dict[Path, Owner] = {}  # of the folders that were saved to
 
     def save(
         self, training: Training, directory: Path, keep: int | None, in_background: bool
@@ -174,6 +176,8 @@ class Checkpoints:
             if draft is not None:
                 draft.discard()
             raise
+        if draft is not None:
+            self._owners[directory] = draft.owner
         return draft or path
 
     def _meeting(self) -> dict[str, Any]:
