@@ -161,10 +161,13 @@ def truth_of(step):
         truth[pipe._steps] = pipe.state_dict()
     return truth[step]
 
+watched = ("open", "shutil.rmtree")
+watched += tuple("os." + call for call in ("rename", "link", "remove", "mkdir", "rmdir"))
+
 def after(count):
     def count_down(event, args):
         nonlocal count
-        if event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+        if event in watched:
             count -= 1
             if not count:
                 os.kill(os.getpid(), signal.SIGKILL)
