@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench clean
+	schedules-bench checkpoint-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -25,6 +25,7 @@ help:
 	@echo "make schedules-table   what schedules and several stages per rank bring"
 	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
+	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make clean             remove .venv and what tools left behind"
@@ -77,6 +78,9 @@ schedules-bench: $(READY)
 
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py
+
+checkpoint-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/checkpoint_table.py
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
