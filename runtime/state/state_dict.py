@@ -150,7 +150,8 @@ def _plain(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     if type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided:
         return value.detach()
     try:
-        return torch.empty(value.shape, dtype=like.dtype).copy_(value.detach())
+        dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+        return torch.empty(value.shape, dtype=like.dtype).copy_(dense)
     except Exception as error:
         raise StateError(
             f"{name!r} is a {type(value).__name__} of layout {value.layout} in the state dict, "

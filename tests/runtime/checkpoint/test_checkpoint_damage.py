@@ -230,8 +230,12 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
         "'second.weight' is int32 and float32 in the model",
     ),
     "stray": (
-        lambda f: f["tensors"].update({"other.x": {"dtype": "int8", "shape": [0], "chunks": []}}),
-        "do not cover it",
+        lambda f: f["tensors"].update({"other.x": f["tensors"].pop("optimizer.scale.step")}),
+        "it has no tensor 'optimizer.scale.step'",
+    ),
+    "claimed by none": (
+        lambda f: f["training"]["optimizer"]["tensors"]["scale"].remove("step"),
+        "nothing in it is said to have the tensor 'optimizer.scale.step'",
     ),
     "no checksum": (
         lambda f: f["tensors"][WEIGHT]["chunks"][0].pop("checksum"),
