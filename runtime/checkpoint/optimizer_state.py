@@ -219,7 +219,7 @@ class OptimizerLoad:
 
 def local_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a tensor that replicas divide."""
-    return tensor.tolocal_rows() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _room(param: torch.Tensor, index: Index, name: str) -> torch.Tensor:
