@@ -68,7 +68,8 @@ def check_tables(name: str, facts: Any, index: Index) -> None:
         if type(number) is not int or number not in range(len(groups)):
             raise damaged(f"{fqn!r} is in group {number!r} of {name!r}, which has {len(groups)}")
     unknown = [fqn for fqn in (*group_of, *tensors, *values) if fqn not in index.trained]
-    strays = [fqn for fqn in (*tensors, *values) if fqn not in group_of]
+    having = [fqn for table in (tensors, values) for fqn, states in table.items() if states]
+    strays = [fqn for fqn in having if fqn not in group_of]
     if unknown or strays:
         raise damaged(f"{name!r} has a state of {(unknown + strays)[0]!r}, which it does not train")
     for fqn, keys in tensors.items():

@@ -140,7 +140,7 @@ def test_checkpoints_without_checksums_load_and_say_so(copy: Path) -> None:
     pipe = small(1, OPTIMIZERS["adam"], lr_scheduler=LR_SCHEDULER)
     with pytest.warns(UserWarning, match="written by a pipecompile without checksums") as said:
         assert pipe.load(copy) == 1
-    assert len(said) == 1
+    assert len([each for each in said if "without checksums" in str(each.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.load(copy, verify=False)
@@ -193,8 +193,8 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lr text": (group(lr="fast"), "lr='fast', which is no learning rate"),
     "decay": (group(weight_decay=math.inf), "weight_decay=inf"),
     "betas": (group(betas={"$": "tuple", "items": [0.9, NAN]}), "betas=(0.9, nan)"),
-    "few betas": (group(betas={"$": "tuple", "items": [0.9]}), "betas=(0.9,), here it is"),
-    "amsgrad": (group(amsgrad=0.5), "amsgrad=0.5, here it is True"),
+    "few betas": (group(betas={"$": "tuple", "items": [0.9]}), "betas=(0.9,), and the optimizer (0.9, 0.999)"),
+    "amsgrad": (group(amsgrad=0.5), "amsgrad=0.5, and the optimizer True"),
     "params": (group(params=[0]), "a parameter group has its own 'params'"),
     "get_lr": (scheduler(get_lr="x"), "has 'get_lr', which is none of it"),
     "optimizer": (scheduler(optimizer="x"), "has 'optimizer', which is none of it"),
