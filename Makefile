@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench checkpoint-table clean
+	schedules-bench backend-table checkpoint-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -28,6 +28,7 @@ help:
 	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
+	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
 	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -84,6 +85,10 @@ checkpoint-table: $(READY)
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
+
+backend-table: $(READY)
+	$(BIN)/python tests/bench/backend_table.py
+	$(BIN)/python tests/bench/backend_table.py --compiling 4,24
 
 # DeepSpeed is only measured against: without it the others are. Its operators are not built.
 zero-bench: $(READY)

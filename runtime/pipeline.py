@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Pipeline(Stored):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:
-        why: how the number of stages was chosen, where it was.
+        notes: name -> what was chosen before anything was compiled, and why; "" for nothing.
 
     Attributes:
         data_shards: into how many shares the caller cuts the data: dp between processes, 1 where
@@ -65,7 +66,7 @@ class Pipeline(Stored):
         skeleton: Skeleton,
         mesh: Mesh,
         device: torch.device,
-        why: str = "",
+        notes: Mapping[str, str] = MappingProxyType({}),
     ):
         self._options, self._skeleton = options, skeleton
         self._session: Session | None = None
@@ -83,7 +84,7 @@ class Pipeline(Stored):
         self._loaders = DataSetLoaders()
         team = Ranks(mesh, world.agreement, model, options)
         cache = Cache(default_cache_dir())
-        builder = Builder(skeleton, options, world.target(options), team, why, cache)
+        builder = Builder(skeleton, options, world.target(options), team, notes, cache)
         devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
         self._recording = Recording(mesh, world.agreement, devices)
         self._loader = Loader(world, builder, options)

@@ -40,6 +40,7 @@ ROOMS = (
     "compiler/driver",
     "compiler/report",
     "compiler/page",
+    "runtime/kernels",
     "runtime/transport",
     "runtime/exchange",
     "runtime/recording",

@@ -78,6 +78,7 @@ class Assembly:
         stage: of its staged nodes.
         copies: a node of the backward -> the forward node that it computes again.
         whole: the programs as they are without parameters that are gathered (zero=3).
+        fused: the programs that run, where fusions of operators are compiled.
         memory: per rank.
         timing: of the programs.
     """
@@ -87,6 +88,7 @@ class Assembly:
     copies: dict[fx.Node, fx.Node]
     program: PipelineProgram
     whole: PipelineProgram
+    fused: PipelineProgram | None
     schedule: Schedule
     memory: tuple[RankMemory, ...]
     timing: Timing
@@ -132,6 +134,7 @@ def assemble(
         work.copies,
         work.made,
         work.whole,
+        work.fused,
         work.schedule,
         work.memory,
         work.timing,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -61,7 +62,7 @@ class Builder:
     """Compiles the graphs of one model. The first graph decides the layout; others follow it.
 
     Args:
-        why: how the number of stages was chosen, where it was: a note in the plan.
+        notes: name -> what was chosen before, and why: notes in the plan; "" for none.
         cache: what other runs have left; by default that of this machine, without plans.
         captured: graphs that builders of the same model with other divisions share.
     """
@@ -72,14 +73,14 @@ class Builder:
         options: CompileOptions,
         target: Target,
         team: Team | None = None,
-        why: str = "",
+        notes: Mapping[str, str] = MappingProxyType({}),
         cache: Cache | None = None,
         captured: Captures | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
-        self.why = why
+        self.notes = notes
         self._cache = cache or Cache(default_cache_dir(), searches=True)
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
@@ -197,6 +198,7 @@ class Builder:
             captured.guards,
             captured.loss,
             captured.scalars,
+            assembly.fused,
         )
 
     def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
@@ -274,9 +276,10 @@ class Builder:
             return captured
         before = len(recorder.records)
         weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
-        if self.why:
-            with recorder.record("joint", "stages") as outcome:
-                outcome.note = self.why
+        for name, note in self.notes.items():
+            if note:
+                with recorder.record("joint", name) as outcome:
+                    outcome.note = note
         inner: list[PassRecord] = []
         wanted = Wanted(mode, spec, tuple(batch), weighs)
         with recorder.record("joint", "capture") as outcome:

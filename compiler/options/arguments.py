@@ -290,6 +290,17 @@ class Options:
         compared=lambda _, options: options.dtypes,
         flag=Flag(group=PIPELINE, metavar="DTYPE", parse=parse_dtype, default="as the model comes"),
     )
+    backend: str = option(
+        "auto",
+        help='what runs the operators of stages: "eager": the kernels of PyTorch one by one, with '
+        'the bits of one device; "inductor": those that torch\'s Inductor fuses, layer by layer, '
+        'equal up to rounding; "auto": "inductor" on CUDA where Triton is installed, else "eager"',
+        more="Layers that are alike are compiled once. Stages and recomputation are chosen by what "
+        "eager kernels take.",
+        choices=("auto", "eager", "inductor"),
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="NAME"),
+    )
     zero: int | str = option(
         0,
         help="what the replicas of a stage divide among themselves: 0 nothing, 1 optimizer states, "

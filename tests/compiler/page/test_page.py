@@ -70,6 +70,8 @@ def test_everything_is_in_the_page_and_nothing_outside() -> None:
         assert f">{heading}" in text
     for said in ("Computed again", "attention of 2 units", "--microbatches 60", "uniform", "1.319"):
         assert said in text
+    for said in ("divisions of 2 devices", "45.25 s", "needs 9.00 GiB of 8.00 GiB"):
+        assert said in text
     assert "blocks.0 is pinned to stage 1" in text
     assert "7 operators" in text
 
@@ -154,6 +156,7 @@ def test_a_plan_without_extras_and_bytes() -> None:
     assert "Memory over the step" not in text
     assert "What would help" not in text
     assert "Beside simple strategies" not in text
+    assert "Ways that were tried" not in text
     assert "Hand[made]" in text
 
 
@@ -165,6 +168,18 @@ def test_inspect_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "uniform" in text  # strategies that take no time are compared unasked
     assert "compared at" not in report
     assert len(drawn(text)) == 2 * 2 * 4
+
+
+def test_schedules_are_compared_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.html"
+    given = f"{SMALL_GPT2} --stages 2 --microbatches 2 --compare schedules --html {path}"
+    report = inspect(given, capsys)
+    text = path.read_text()
+    (table,) = re.findall("<caption>schedules</caption>.*?</table>", text, re.DOTALL)
+    rows = [re.findall("<td.*?>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert {row[0] for row in rows} >= {"1f1b", "gpipe", "zb_v", "v_min"}
+    for row in rows:
+        assert re.search(rf"^{row[0]} +{row[1]} .*{re.escape(row[3])}", report, re.MULTILINE)
 
 
 # -- in a browser ---------------------------------------------------------------------------------
