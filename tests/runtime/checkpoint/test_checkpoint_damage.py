@@ -193,7 +193,7 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lr text": (group(lr="fast"), "lr='fast', which is no learning rate"),
     "decay": (group(weight_decay=math.inf), "weight_decay=inf"),
     "betas": (group(betas={"$": "tuple", "items": [0.9, NAN]}), "betas=(0.9, nan)"),
-    "few betas": (group(betas={"$": "tuple", "items": [0.9]}), "betas=(0.9,), and the optimizer (0.9, 0.999)"),
+    "few betas": (group(betas={"$": "tuple", "items": [0.9]}), "betas=(0.9,), and the optimizer"),
     "amsgrad": (group(amsgrad=0.5), "amsgrad=0.5, and the optimizer True"),
     "params": (group(params=[0]), "a parameter group has its own 'params'"),
     "get_lr": (scheduler(get_lr="x"), "has 'get_lr', which is none of it"),
