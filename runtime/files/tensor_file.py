@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+_BESIDE_BYTES = 1 << 18  # from which on a checksum is worth a second thread
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What is to be remembered of a file, beside its tensors' checksums: together they are of all
@@ -109,12 +113,17 @@ def write(
     order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
     header = _header({name: specs[name] for name in order})
     sums = {}
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         file.write(header)
         for name in order:
             data = checksums.bytes_of(read(name))
-            sums[name] = sum_of(data)
-            file.write(data)
+            if specs[name].nbytes < _BESIDE_BYTES:
+                sums[name] = sum_of(data)
+                file.write(data)
+            else:  # neither holds Python's lock
+                pending = beside.submit(sum_of, data)
+                file.write(data)
+                sums[name] = pending.result()
         file.flush()
         os.fsync(file.fileno())
         return FileFacts(file.tell(), sum_of(header)), sums
