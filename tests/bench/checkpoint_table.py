@@ -10,6 +10,7 @@ and the ratio of medians.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -62,15 +63,19 @@ def main() -> None:
     }
     try:
         for number in range(given.rounds + 1):  # the first fills caches
-            times = {"save": seconds(lambda: pipe.save(folder / "summed"))}
-            tensor_file.write = partial(write, sum_of=lambda data: "0" * 16)
-            times["bare save"] = seconds(lambda: pipe.save(folder / "bare"))
-            tensor_file.write = write
-            times["load"] = seconds(lambda: pipe.load(folder / "summed"))
-            times["bare load"] = seconds(lambda: pipe.load(folder / "summed", verify=False))
+            times = {}
+            for kind in ("bare ", "") if number % 2 else ("", "bare "):  # none is always first
+                bare = partial(write, sum_of=lambda data: "0" * 16)
+                tensor_file.write = bare if kind else write
+                os.sync()  # what is left of the last one
+                times[f"{kind}save"] = seconds(lambda k=kind: pipe.save(folder / f"to{k}"))
+            for kind in ("bare ", "") if number % 2 else ("", "bare "):
+                verify = not kind
+                load = partial(pipe.load, folder / "to", verify=verify)
+                times[f"{kind}load"] = seconds(load)
             for name, value in times.items():
                 found[name] += [value] if number else []
-        size = sum(path.stat().st_size for path in (folder / "summed").rglob("part-*"))
+        size = sum(path.stat().st_size for path in (folder / "to").rglob("part-*"))
     finally:
         shutil.rmtree(folder)
     data = torch.ones(1 << 26)

@@ -98,6 +98,12 @@ def test_any_flipped_bit_is_refused_by_file_and_tensor(copy: Path, loader: Any, 
     small(1, OPTIMIZERS["adam"], lr_scheduler=LR_SCHEDULER).load(copy)  # each was put back
 
 
+def test_what_a_header_says_beside_its_tensors_is_compared_too(copy: Path, loader: Any) -> None:
+    at = (copy / STEP / PART).read_bytes().index(b'"pt"') + 1
+    flip(copy / STEP / PART, 8 * at)
+    assert "part-00000.safetensors is damaged: its header" in refused(lambda: loader.load(copy))
+
+
 def test_what_is_not_verified_is_read_as_it_is(copy: Path) -> None:
     """And nothing else in a tensor's bytes would have told."""
     _, tensors = tensors_at(copy / STEP / PART)
