@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench backend-table checkpoint-table clean
+	schedules-bench backend-table chunked-table checkpoint-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -23,6 +23,7 @@ help:
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
 	@echo "make schedules-table   what schedules and several stages per rank bring"
+	@echo "make chunked-table     what losses in pieces save, and what the planner makes of it"
 	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
@@ -76,6 +77,9 @@ schedules-table: $(READY)
 
 schedules-bench: $(READY)
 	$(BIN)/python tests/bench/schedules_measured.py
+
+chunked-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/chunked_table.py
 
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py

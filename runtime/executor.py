@@ -20,6 +20,7 @@ from ..compiler.ir.errors import BatchError, VerificationError
 from ..compiler.ir.graph import module_of
 from ..compiler.ir.program import Message, PipelineProgram, Program, Role
 from ..compiler.ir.shards import late_gradients
+from ..compiler.losses import pieces
 from .binding import BoundStage
 from .recording.ranges import in_ranges, named
 from .state.rank_state import RankState
@@ -294,6 +295,10 @@ class Executor:
 def _table(node: fx.Node | None) -> str:
     """What an operator's first operand is, where indices into it are refused."""
     operator = node is not None and node.op == "call_function" and node.args
+    if node is not None and node.target is pieces.FORWARD:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        return f"{weight.meta['val'].shape[0]} classes"
     first = node.args[0] if node is not None and operator else None
     value = first.meta.get("val") if isinstance(first, fx.Node) else None
     return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"

@@ -429,7 +429,8 @@ class Pipeline(Stored):
                 "of cut= differ: give them as 0-dim tensors"
             )
         eager, updated = self._skeleton.regions.drawing, self._skeleton.updated
-        verifier.begin(mine, spec, self._seed, self._steps, weights, eager, updated)
+        told = eager, updated, bool(self.plan.decision.chunk_rows)
+        verifier.begin(mine, spec, self._seed, self._steps, weights, *told)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

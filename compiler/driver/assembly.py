@@ -17,6 +17,7 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
+from ..losses.logits import Chunks
 from ..plan.decision import Decision
 from . import passes
 from .passes import Pass
@@ -44,7 +45,11 @@ def run(
 
 
 def forward_passes(
-    mixed: Precision | None, device: str, skip: Collection[str], records: list[PassRecord]
+    mixed: Precision | None,
+    device: str,
+    skip: Collection[str],
+    records: list[PassRecord],
+    chunks: Chunks | None = None,
 ) -> tuple[ForwardPass, ...]:
     """The passes over the exported graph, for capturing, which runs them between its two steps.
 
@@ -53,12 +58,13 @@ def forward_passes(
     Args:
         device: the type that is planned for.
         records: gets those of the last graph that was exported.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     def rewriting(each: Pass[Exported]) -> ForwardPass:
         def rewrite(module: fx.GraphModule, leaves: Sequence[torch.Tensor]) -> str:
             recorder = Recorder(None)
-            run("forward", (each,), Exported(module, leaves, mixed, device), recorder, skip)
+            run("forward", (each,), Exported(module, leaves, mixed, device, chunks), recorder, skip)
             if each is passes.FORWARD[0]:
                 records.clear()
             records.extend(recorder.records)

@@ -27,6 +27,8 @@ from ...passes.graph.joins import copy_where_nothing_is_joined
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
 from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.losses.chunk_gradients import split_chunks
+from ...passes.losses.chunks import chunk_losses, chunk_rows
 from ...passes.programs.fusions import fuse
 from ...passes.programs.gather import gather_parameters
 from ...passes.programs.inplace import reuse_memory
@@ -96,6 +98,11 @@ def _operators(work: Exported) -> str:
     return operators.compute_in_fp32(work.module, work.mixed.fp32)
 
 
+def _chunks(work: Exported) -> str:
+    assert work.chunks is not None
+    return chunk_losses(work.module, work.leaves, work.chunks.rows, work.chunks.asked)
+
+
 FORWARD: tuple[Pass[Exported], ...] = (
     Pass("attention", _attention, told=False),
     Pass("joins", _joins, told=False),
@@ -112,6 +119,12 @@ FORWARD: tuple[Pass[Exported], ...] = (
         when=lambda work: _narrows_params(work) and bool(work.mixed and work.mixed.fp32),
         needed="it makes the casts that precision= asks for",
         told=False,
+    ),
+    Pass(
+        "chunks",
+        _chunks,
+        when=lambda work: work.chunks is not None,
+        needed="chunked_loss= asks for it",
     ),
 )
 
@@ -140,7 +153,19 @@ def _carried(work: Joint) -> str:
     return f"{carry_sums(work.graph)} sums of gradients go through regions"
 
 
+def _chunk_gradients(work: Joint) -> str:
+    return split_chunks(work.graph)
+
+
 JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "chunk_gradients",
+        _chunk_gradients,
+        verify=(lambda work: verify_graph(work.graph),),
+        when=lambda work: work.splits and bool(chunk_rows(work.graph.graph)),
+        needed="weight gradients belong where the schedule runs them",
+        told=False,
+    ),
     Pass(
         "masters",
         _masters,

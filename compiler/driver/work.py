@@ -22,6 +22,7 @@ from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 
@@ -73,12 +74,14 @@ class Exported:
         leaves: its arguments, fake.
         mixed: the precision, if it computes in a narrower dtype than fp32.
         device: the type that is planned for.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     module: fx.GraphModule
     leaves: Sequence[torch.Tensor]
     mixed: Precision | None
     device: str
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ class Joint:
 
     Attributes:
         held: the dtype of every parameter and buffer between steps.
+        splits: whether weight gradients have programs of their own.
     """
 
     graph: JointGraph
     mixed: Precision | None
     held: Mapping[str, torch.dtype] = field(default_factory=dict)
+    splits: bool = False
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ..plan.plan import Plan
 from .checks import (
     callable_or,
     check_above_zero,
+    check_chunks,
     check_count,
     check_int,
     check_level,
@@ -32,6 +33,7 @@ from .parsing import (
     AS_IT_IS,
     AUTO,
     check_memory,
+    parse_chunks,
     parse_count,
     parse_dtype,
     parse_level,
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from ..ir.precision import Precision
 
 _DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
-
 PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
 
 
@@ -275,6 +276,16 @@ class Options:
         plan="decides",
         compared=as_it_is,
         flag=Flag(group=PLANNER, metavar="WHAT"),
+    )
+    chunked_loss: int | str = option(
+        "off",
+        help='logits of a loss over many classes: "off": all exist; a number: at once only as many '
+        'as so many tokens have; "auto": all, unless a step without is shorter, or alone fits',
+        more="They are made again in the backward, and all is equal up to rounding.",
+        check=check_chunks,
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PLANNER, metavar="ROWS", parse=parse_chunks),
     )
     precision: str | Precision | None = option(
         None,
