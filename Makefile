@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench backend-table chunked-table clean
+	schedules-bench backend-table chunked-table checkpoint-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -26,6 +26,7 @@ help:
 	@echo "make chunked-table     what losses in pieces save, and what the planner makes of it"
 	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
+	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
@@ -82,6 +83,9 @@ chunked-table: $(READY)
 
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py
+
+checkpoint-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/checkpoint_table.py
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py

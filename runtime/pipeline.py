@@ -143,13 +143,14 @@ class Pipeline(Stored):
         Raises:
             OptionError: compiled without ``optimizer=``.
             BatchError: the batch does not fit the model.
+            StateError: another thread is in a call of the pipeline.
         """
         if self._options.optimizer is None:
             raise OptionError(
                 "step() needs an optimizer: give compile() one, for example optimizer="
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
-        with self._recording.range(f"step {self._steps}"):
+        with self._world.alone("step()"), self._recording.range(f"step {self._steps}"):
             return self._step(batch)
 
     def _step(self, batch: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compiler.ir.errors import StateError
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
@@ -57,10 +58,11 @@ class Stored:
             return state_dicts.gather(session.state, session.buffers.stages)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, or the unmodified model's own, returned.
+        """Load what `state_dict`, or the unmodified model's own, returned; on every rank.
 
         Raises:
-            StateError: names or shapes differ; nothing has been changed then.
+            StateError: names, shapes or kinds of dtypes differ, on any rank; nothing has been
+                changed then, on none.
         """
         self._load_state(state_dict, of_loss=False)
 
@@ -111,12 +113,13 @@ class Stored:
             NotCompiledError: there is nothing to save before the first batch.
             CheckpointError: it cannot be written; those before it are as they were.
         """
-        training = self._training(data)
+        self._require()
         with self._world.guard("save()"):
+            training = self._training(data)
             self._check_whole()
             return self._checkpoints.save(training, Path(directory), keep, async_save)
 
-    def load(self, directory: str | Path, *, data: Any = None) -> int:
+    def load(self, directory: str | Path, *, data: Any = None, verify: bool = True) -> int:
         """Go on from a checkpoint, whatever stages and replicas it was saved under.
 
         One of weights alone is loaded as step 0, and the optimizer starts afresh.
@@ -125,6 +128,7 @@ class Stored:
             directory: as `save` was given it, for its ``latest`` (or its newest, if that is
                 missing); or the folder of one checkpoint.
             data: an object whose ``load_state_dict`` takes the position in the data.
+            verify: compare the checksums of all that is read with those of what was written.
 
         Returns:
             After how many calls of `step` or `forward_backward` it was saved.
@@ -134,9 +138,10 @@ class Stored:
             CheckpointError: there is none, it is damaged or of something else; on every rank,
                 and nothing has been changed.
         """
-        training, session = self._training(data), self._require()
+        session = self._require()
         with self._world.guard("load()"):
-            self._seed, self._steps = self._checkpoints.load(training, Path(directory))
+            training = self._training(data)
+            self._seed, self._steps = self._checkpoints.load(training, Path(directory), verify)
             self.zero_grad()
             session.refresh()
         return self._steps
@@ -162,8 +167,12 @@ class Stored:
 
     def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
         session = self._require()
-        with self._world.plain():
-            state_dicts.load(session.state, tensors, of_loss)
+        call = "load_loss_state_dict()" if of_loss else "load_state_dict()"
+        with self._world.guard(call):
+            chosen = self._world.agreement.together(
+                lambda: state_dicts.checked(session.state, tensors, of_loss), StateError
+            )
+            state_dicts.put(session.state, chosen)
             session.refresh()
 
     def _training(self, data: Any) -> Training:

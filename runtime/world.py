@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
-from ..compiler.ir.errors import OptionError
+from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.planning.target import Target
@@ -83,6 +84,7 @@ class World:
         self._here = self.device = device_of(mesh.local_ranks[0], device, mesh)
         self._watchdog: Watchdog | None = None
         self._default_dtype: torch.dtype | None = None  # of what programs make
+        self._turn, self._working = threading.RLock(), ""
         connect(mesh, self._here)
         if device.type == "cpu":
             keep_heap()
@@ -130,6 +132,25 @@ class World:
         return plain_torch(self._device)
 
     @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """A call of the user's, from its beginning to its end; calls inside it are parts of it.
+
+        Raises:
+            StateError: another thread is in one; that goes on.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise StateError(
+                f"a thread calls {what} while another is in {self._working or 'a call'} of the "
+                "same pipeline: call a pipeline from one thread, or hold a threading.Lock"
+            )
+        before, self._working = self._working, self._working or what
+        try:
+            yield
+        finally:
+            self._working = before
+            self._turn.release()
+
+    @contextlib.contextmanager
     def guard(self, what: str) -> Iterator[None]:
         """Work, as `plain_torch` has it, in which a failure of any rank is a failure of all.
 
@@ -138,10 +159,12 @@ class World:
 
         Raises:
             OptionError: the default dtype is another one than in the first call.
+            StateError: another thread is in a call of the pipeline.
         """
-        self.agreement.call = Call(what, self.agreement.call.number + 1)
-        with self._guarded(what):
-            yield
+        with self.alone(what):
+            self.agreement.call = Call(what, self.agreement.call.number + 1)
+            with self._guarded(what):
+                yield
 
     @contextlib.contextmanager
     def _guarded(self, what: str) -> Iterator[None]:

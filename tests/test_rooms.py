@@ -50,6 +50,7 @@ ROOMS = (
     "runtime/state",
     "runtime/stepping",
     "runtime/data",
+    "runtime/files",
     "runtime/checkpoint",
     "runtime/verify",
     "runtime",

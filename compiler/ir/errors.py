@@ -107,7 +107,8 @@ class SharedStorageError(PipecompileError, ValueError):
 
 
 class StateError(PipecompileError, ValueError):
-    """A state dict, or files, that do not fit the model; or weights that nothing makes."""
+    """A state dict, or files, that do not fit the model; weights that nothing makes; or a pipeline
+    that two threads call at once."""
 
 
 class CheckpointError(PipecompileError, RuntimeError):

@@ -13,11 +13,15 @@ from .plans import Plans
 
 def default_cache_dir() -> Path | None:
     """``PIPECOMPILE_CACHE``, else ``XDG_CACHE_HOME/pipecompile``, else ``~/.cache/pipecompile``;
-    None where the first says "off"."""
+    None where the first says "off", or there is no home."""
     if chosen := os.environ.get("PIPECOMPILE_CACHE"):
         return None if chosen == "off" else Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pipecompile"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pipecompile"
+    try:
+        return Path.home() / ".cache" / "pipecompile"
+    except RuntimeError:  # neither HOME nor an entry of this user: then nothing is kept
+        return None
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..costs.hardware import device_name
 
 VERSION = 1  # of the format, and of how programs are hashed and timed
+MOST_S = 3600.0  # that a program of one microbatch takes
 
 
 class TimingCache:
@@ -43,15 +45,16 @@ class TimingCache:
         self.seconds = self._load()
 
     def _load(self) -> dict[str, float]:
-        """What the file says; nothing if it is missing, damaged or of another kind."""
+        """What the file says; nothing if it is missing, damaged or of another kind. A time that is
+        none is left out, so that it is measured again, and gone with the next write."""
         if self.path is None:
             return {}
         try:
-            found = json.loads(self.path.read_text())
+            found = json.loads(self.path.read_text()) if self.path.is_file() else {}
             if {key: found[key] for key in self._header} != self._header:
                 return {}
-            return {str(key): float(value) for key, value in found["seconds"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {key: float(value) for key, value in found["seconds"].items() if _is_time(value)}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
 
     def add(self, seconds: Mapping[str, float]) -> bool:
@@ -75,3 +78,7 @@ class TimingCache:
                 Path(name).unlink()
             return False
         return True
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast(float, value) <= MOST_S  # NaN is not

@@ -1,9 +1,9 @@
 """Checkpoints of a pipeline: written by all ranks at once, opened under any division.
 
     [1] every rank takes its part       snapshot.py, optimizer_state.py
-    [2] DCP writes it                   storage.py -> tensor_file.py, index.py
-    [3] one rename publishes it         step_folder.py
-    [4] another run reads what it needs restore.py
+    [2] DCP writes it                   storage.py -> files/tensor_file.py, files/index.py
+    [3] one rename publishes it         files/step_folder.py
+    [4] another run reads what it needs restore.py -> bounds.py, changes.py
 
 torch.distributed.checkpoint (DCP) plans who writes and reads what, under names that know nothing
 of stages and replicas, so that no checkpoint needs conversion. The files are our own, safetensors
@@ -29,17 +29,30 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
+from ..files.index import Entry, Index, read_index
+from ..files.owner import Owner
+from ..files.step_folder import Draft, find, step_name
+from ..files.tensor_file import FileFacts
 from ..transport.mesh import Mesh
 from . import snapshot
 from .background import Background
-from .index import Entry, Index, read_index
 from .restore import Restore
 from .snapshot import Training
-from .step_folder import Draft, find, step_name
-from .storage import Reader, Writer, check_files
+from .storage import Reader, Writer, check_files, say_without_checksums
 
 # One process that plays all ranks is meant to save alone.
 warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled, unavailable or uninit")
+
+# What reading tables raises that are not as they were written.
+_NOT_AS_WRITTEN = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class Checkpoints:
@@ -50,6 +63,7 @@ class Checkpoints:
         self._rank = mesh.rank or 0
         self._background = Background()
         self._group: dist.ProcessGroup | None = None
+        self._owners: dict[Path, Owner] = {}  # of the folders that were saved to
 
     def save(
         self, training: Training, directory: Path, keep: int | None, in_background: bool
@@ -80,9 +94,9 @@ class Checkpoints:
             producer={"pipecompile": __version__, "torch": torch.__version__},
         )
 
-        def finish(entries: dict[str, Entry]) -> None:
+        def finish(entries: dict[str, Entry], files: dict[str, FileFacts]) -> None:
             assert isinstance(draft, Draft)
-            index(tensors=entries).write(draft.path)
+            index(tensors=entries, files=files).write(draft.path)
             draft.publish(keep)
 
         path = draft.path if isinstance(draft, Draft) else draft
@@ -102,8 +116,11 @@ class Checkpoints:
         """
         self._agreement.together(self._background.wait)
 
-    def load(self, training: Training, directory: Path) -> tuple[int, int]:
+    def load(self, training: Training, directory: Path, verify: bool) -> tuple[int, int]:
         """Read a checkpoint into a pipeline; its seed and number of steps.
+
+        Args:
+            verify: compare checksums of all that is read.
 
         Raises:
             CheckpointError: there is none, or none of this model; on every rank, and nothing has
@@ -113,24 +130,33 @@ class Checkpoints:
         folder = self._find(directory)
 
         def prepare() -> tuple[Index, Restore]:
-            index = read_index(folder)
+            index = read_index(folder, verify)
+            if verify and self._rank == 0:
+                say_without_checksums(folder, index)
             try:
                 restore = Restore(training, index, self._rank)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            except _NOT_AS_WRITTEN as error:
                 raise CheckpointError(f"{folder} is damaged: {error!r}") from error
-            check_files(folder, index, set(restore.tensors))
+            check_files(folder, index, restore.wanted, verify)
+            restore.make_room()
             return index, restore
 
         index, restore = self._agreement.together(prepare)
         _translated(
             lambda: dcp_load(
                 restore.tensors,
-                storage_reader=Reader(folder, index),
+                storage_reader=Reader(folder, index, verify),
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 **self._meeting(),
             )
         )
-        self._agreement.together(restore.finish)
+        self._agreement.together(restore.check)
+        try:
+            self._agreement.together(restore.change)
+        except BaseException as failure:
+            restore.take_back(failure)
+            raise
+        restore.finish()
         return restore.seed, restore.steps
 
     def _find(self, directory: Path) -> Path:
@@ -150,6 +176,8 @@ class Checkpoints:
             if draft is not None:
                 draft.discard()
             raise
+        if draft is not None:
+            self._owners[directory] = draft.owner
         return draft or path
 
     def _meeting(self) -> dict[str, Any]:

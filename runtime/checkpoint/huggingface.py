@@ -19,11 +19,11 @@ import torch
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.options.weight_path import INDEX, SINGLE
-from . import tensor_file
-from .index import Chunk, Entry, Index, file_name, read_index
-from .step_folder import Draft, find, published
-from .storage import check_files, reading
-from .tensor_file import DTYPES, TensorSpec
+from ..files import tensor_file
+from ..files.index import Chunk, Entry, Index, file_name, read_index
+from ..files.step_folder import Draft, find, published
+from ..files.tensor_file import DTYPES, FileFacts, TensorSpec
+from .storage import check_files, reading, say_without_checksums
 
 _CONFIG = "config.json"
 
@@ -47,6 +47,7 @@ def export(
     index = read_index(folder)
     check_files(folder, index, {f"model.{name}" for name in index.model})
     config = config or index.config
+    say_without_checksums(folder, index)
     with _new_folder(out) as temporary, reading(folder, index) as read:
         files = _split(index.model, shard_bytes)
         for file, tensors in files.items():
@@ -78,8 +79,11 @@ def import_(source: Path, directory: Path) -> Path:
     draft = Draft.begin(directory, 0)
     try:
         entries: dict[str, Entry] = {}
+        facts: dict[str, FileFacts] = {}
         for number, path in enumerate(files):
-            for name, entry in _copy(path, draft.path / file_name(number)).items():
+            target = draft.path / file_name(number)
+            facts[target.name], copied = _copy(path, target)
+            for name, entry in copied.items():
                 if name in entries:
                     raise CheckpointError(f"{source} has {name.partition('.')[2]!r} in two files")
                 entries[name] = entry
@@ -90,6 +94,7 @@ def import_(source: Path, directory: Path) -> Path:
             config=read_object(config) if config.is_file() else None,
             training=None,
             producer={"pipecompile": __version__, "torch": torch.__version__},
+            files=facts,
         ).write(draft.path)
         return draft.publish(None)
     except OSError as error:
@@ -127,13 +132,16 @@ def _dtype(model: Mapping[str, TensorSpec]) -> dict[str, str]:
     return {} if found is None else {"dtype": found}
 
 
-def _copy(source: Path, target: Path) -> dict[str, Entry]:
+def _copy(source: Path, target: Path) -> tuple[FileFacts, dict[str, Entry]]:
     """Copy a file's tensors under their names in a checkpoint."""
     with tensor_file.opened(source) as file:
         found = {f"model.{name}": file.spec(name) for name in sorted(file.names)}
-        tensor_file.write(target, found, lambda name: file.read(name.removeprefix("model.")))
-    return {
-        name: Entry(spec, (Chunk((0,) * len(spec.shape), spec.shape, target.name, name),))
+        read = file.read
+        facts, sums = tensor_file.write(target, found, lambda n: read(n.removeprefix("model.")))
+    return facts, {
+        name: Entry(
+            spec, (Chunk((0,) * len(spec.shape), spec.shape, target.name, name, sums[name]),)
+        )
         for name, spec in found.items()
     }
 

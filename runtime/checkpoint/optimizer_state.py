@@ -17,9 +17,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ...compiler.ir.errors import CheckpointError
-from . import tree
-from .index import Index
-from .tensor_file import DTYPES
+from ..files.index import Index
+from ..files.tensor_file import DTYPES
+from . import bounds, tree
 
 # How a step is computed belongs to the run and its device, not to the checkpoint.
 _HOW = ("foreach", "fused", "capturable", "differentiable")
@@ -112,7 +112,8 @@ class OptimizerLoad:
         as_stored: (FQN, this rank's rows) -> a part of the whole parameter.
 
     Attributes:
-        tensors: checkpoint name -> where to read it to.
+        optimizer: which one.
+        tensors: checkpoint name -> where to read it to; empty before `make_room`.
 
     Raises:
         CheckpointError: the state is another optimizer's, or its settings do not fit the groups.
@@ -133,23 +134,46 @@ class OptimizerLoad:
                 f"the checkpoint has the state of {facts['class']} and the pipeline trains with "
                 f"{kind}: compile with the same optimizer=, or export the weights and start anew"
             )
-        self._optimizer, self._names, self._facts = optimizer, names, facts
-        self._prefix = prefix
-        self._values: dict[str, dict[str, Any]] = tree.decode(facts["values"])
+        bounds.check_tables(prefix, facts, index)
+        self.optimizer, self._names, self._facts = optimizer, names, facts
+        self._prefix, self._index = prefix, index
+        self._values: dict[str, dict[str, Any]] = {
+            fqn: tree.decode(values) for fqn, values in facts["values"].items()
+        }
+        for fqn, values in self._values.items():
+            bounds.check_values(fqn, values, facts["tensors"].get(fqn, ()))
         self._settings = [self._settings_of(group) for group in optimizer.param_groups]
+        self._like: dict[str, torch.Tensor] = {}  # tensor -> of which parameter it is
         self.tensors: dict[str, torch.Tensor] = {}
         for param, fqn in names.items():
             for key in facts["tensors"].get(fqn, ()):
                 name = tensor_name(fqn, key, prefix)
-                if name not in index.tensors:
-                    raise CheckpointError(f"the checkpoint is damaged: it has no tensor {name!r}")
-                self.tensors[name] = _room(as_stored(fqn, param.detach()), index, name)
+                self._like[name] = as_stored(fqn, param.detach())
+                bounds.check_state(optimizer, param, self._like[name], index, name)
+
+    @property
+    def wanted(self) -> set[str]:
+        """Names of the tensors that `make_room` makes room for."""
+        return set(self._like)
+
+    def make_room(self) -> None:
+        """For the tensors, once their files are known to have them."""
+        self.tensors = {name: _room(like, self._index, name) for name, like in self._like.items()}
+
+    def check(self) -> None:
+        """What was read.
+
+        Raises:
+            CheckpointError: a counter of steps is none.
+        """
+        for name, tensor in self.tensors.items():
+            bounds.check_step(name, tensor)
 
     def finish(self) -> None:
         """Give the optimizer what was read."""
         groups, states = [], {}
         number = 0
-        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+        for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
             members = []
             for param in group["params"]:
                 if (found := self._state_of(param)) is not None:
@@ -157,14 +181,16 @@ class OptimizerLoad:
                 members.append(number)
                 number += 1
             groups.append({**group, **settings, "params": members})
-        self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     def _state_of(self, param: torch.Tensor) -> dict[str, Any] | None:
         fqn = self._names.get(param)
         if fqn is None or fqn not in self._facts["tensors"]:
             return None
         keys = self._facts["tensors"][fqn]
-        tensors = {key: _local(self.tensors[tensor_name(fqn, key, self._prefix)]) for key in keys}
+        tensors = {
+            key: local_rows(self.tensors[tensor_name(fqn, key, self._prefix)]) for key in keys
+        }
         return tensors | self._values.get(fqn, {})
 
     def _settings_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,10 +213,11 @@ class OptimizerLoad:
         if not known and len(saved) == 1:  # no parameter of this stage, as in a frozen one
             known[0] = ""
         found: dict[str, Any] = tree.decode(saved[next(iter(known))]) if known else {}
+        bounds.check_settings(group, found)
         return found
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a tensor that replicas divide."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -1,20 +1,33 @@
-"""A checkpoint on its way into a pipeline: all is checked first, then all is changed."""
+"""A checkpoint on its way into a pipeline: all is checked first, then all is changed.
+
+    [1] Restore(...)      names, shapes, numbers: of all that is not a tensor's data
+    [2] make_room()       beside what the pipeline has; DCP reads into it
+    [3] check()           what was read
+    [4] change()          what may refuse: optimizers, scheduler, extras, data; or take_back()
+    [5] finish()          what cannot: parameters, buffers, random states
+
+Between any two of them all ranks agree that all have succeeded, so that one that finds a fault
+stops the others before they change anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.ir.ops import generator_of
+from ...compiler.tensors.facts import short_name
 from ..data.dataset_loader import DataSetLoaders
+from ..files.index import Index, steps_of
 from ..state.model_state import ModelState
-from . import extras, tree
-from .index import Index
-from .optimizer_state import OptimizerLoad
+from . import bounds, extras, tree
+from .changes import Changes
+from .optimizer_state import THE_PIPELINES, OptimizerLoad, local_rows
 from .snapshot import Training, names_of, tied_names
 
 _SHOWN = 3  # names in an error, of each kind
@@ -24,7 +37,8 @@ class Restore:
     """What is read from a checkpoint, and where it goes.
 
     Attributes:
-        tensors: checkpoint name -> the tensor to read it to: the pipeline's own, for the model.
+        tensors: checkpoint name -> the tensor to read it to; empty before `make_room`.
+        wanted: their names.
         seed, steps: what the pipeline goes on from.
 
     Raises:
@@ -35,35 +49,67 @@ class Restore:
         self._training, self._rank = training, rank
         self._facts = index.training
         self._sources = _check_model(training.state, index)
-        self.tensors = self._model_tensors()
-        self._optimizer: OptimizerLoad | None = None
+        self._targets = self._model_tensors()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._loads: list[OptimizerLoad] = []
         self._index = index
-        self._pending: list[Callable[[], object]] = []
+        self._changes = Changes()
+        self._random: list[tuple[torch.Generator, torch.Tensor]] = []
         self.seed, self.steps = training.seed, 0
         if self._facts is None:
+            bounds.check_claimed(index, {})
+            self._forget()
             return
-        self.seed, self.steps = int(self._facts["seed"]), int(self._facts["steps"])
+        self.seed = bounds.check_seed(self._facts["seed"])
+        self.steps = steps_of(self._facts["steps"])
+        if self.steps != index.step:
+            raise bounds.damaged(f"it is of step {index.step}, and its training of {self.steps}")
         _check_ties(training.state, index)
-        optimizer, facts = training.optimizer, self._facts["optimizer"]
-        if optimizer is not None and facts is not None:
-            self._optimizer = OptimizerLoad(
-                optimizer, training.param_names, facts, index, training.state.as_stored
-            )
-            self.tensors |= self._optimizer.tensors
-            self._prepare_scheduler(self._facts["schedulers"])
+        self._prepare_optimizers()
         self._prepare_extras(self._facts)
         self._prepare_data(self._facts["data"])
         self._prepare_random(self._facts["random"])
 
+    @property
+    def wanted(self) -> set[str]:
+        return set(self._targets).union(*(load.wanted for load in self._loads))
+
+    def make_room(self) -> None:
+        """For what is read, once the files are known to have it: nothing is read in place."""
+        self.tensors = {name: torch.empty_like(held) for name, held in self._targets.items()}
+        for load in self._loads:
+            load.make_room()
+            self.tensors |= load.tensors
+
+    def check(self) -> None:
+        """What was read.
+
+        Raises:
+            CheckpointError: it is nothing that a training can have left.
+        """
+        for load in self._loads:
+            load.check()
+
+    def change(self) -> None:
+        """Give optimizers, scheduler, extras and data what was saved of them.
+
+        Raises:
+            CheckpointError: one does not take it; `take_back` what was done on every rank then.
+        """
+        self._changes.make()
+
+    def take_back(self, failure: BaseException) -> None:
+        """All is as it was; what could not be put back becomes a note of the failure."""
+        self._changes.take_back(failure)
+
+    @torch.no_grad()
     def finish(self) -> None:
-        """Put everything but the model's tensors where it belongs, once ``tensors`` are read."""
+        """Parameters, buffers and random states: all is known to fit."""
+        for name, held in self._targets.items():
+            local_rows(held).copy_(local_rows(self.tensors[name]))
         self._spread_buffers()
-        if self._optimizer is not None:
-            self._optimizer.finish()
-        elif self._training.optimizer is not None:
-            self._training.optimizer.state.clear()
-        for act in self._pending:
-            act()
+        for generator, state in self._random:
+            generator.set_state(state)
 
     def _model_tensors(self) -> dict[str, torch.Tensor]:
         state = self._training.state
@@ -74,6 +120,27 @@ class Restore:
             for name, source in self._sources.items()
             if name in held
         }
+
+    def _prepare_optimizers(self) -> None:
+        """The pipeline's own; those in the extras are prepared there."""
+        assert self._facts is not None
+        training, facts = self._training, self._facts["optimizer"]
+        tables = {f"extras.{name}": t for name, t in self._facts.get("optimizers", {}).items()}
+        bounds.check_claimed(self._index, tables | {THE_PIPELINES: facts})
+        if training.optimizer is None or facts is None:
+            self._forget()
+            return
+        load = OptimizerLoad(
+            training.optimizer, training.param_names, facts, self._index, training.state.as_stored
+        )
+        self._loads.append(load)
+        self._changes.add("the optimizer", training.optimizer, load.finish)
+        self._prepare_scheduler(self._facts["schedulers"])
+
+    def _forget(self) -> None:
+        """The optimizer starts afresh, from weights alone."""
+        if (optimizer := self._training.optimizer) is not None:
+            self._changes.add("the optimizer", optimizer, optimizer.state.clear)
 
     def _spread_buffers(self) -> None:
         first, *others = self._training.state.ranks.values()
@@ -110,22 +177,26 @@ class Restore:
                 f"the LR scheduler was saved with {len(rates)} parameter groups and this stage "
                 f"has {groups}: make the same groups on every stage, empty or not"
             )
-        self._pending.append(partial(scheduler.load_state_dict, state))
+        bounds.check_scheduler(scheduler, state)
+        self._changes.add("lr_scheduler=", scheduler, partial(scheduler.load_state_dict, state))
 
     def _prepare_extras(self, facts: Mapping[str, Any]) -> None:
         training = self._training
         names, state = training.param_names, training.state
         for name, extra in extras.others_in(training.extras, names).items():
             if (found := extras.state_of(name, facts, state.mesh, self._rank)) is not None:
-                self._pending.append(partial(extra.load_state_dict, found))
+                what = f"checkpoint_extras[{name!r}]"
+                if isinstance(extra, LRScheduler):
+                    bounds.check_scheduler(extra, found)
+                self._changes.add(what, extra, partial(extra.load_state_dict, found))
         for name, optimizer in extras.optimizers_in(training.extras, names).items():
             saved = facts.get("optimizers", {}).get(name)
             if saved is not None:
                 load = OptimizerLoad(
                     optimizer, names, saved, self._index, state.as_stored, f"extras.{name}"
                 )
-                self.tensors |= load.tensors
-                self._pending.append(load.finish)
+                self._loads.append(load)
+                self._changes.add(f"checkpoint_extras[{name!r}]", optimizer, load.finish)
             elif extras.state_of(name, facts, state.mesh, self._rank) is not None:
                 raise CheckpointError(
                     f"checkpoint_extras[{name!r}] is an optimizer of the pipeline's parameters, "
@@ -139,7 +210,11 @@ class Restore:
         for device in {torch.device("cpu"), here}:
             if device.type in saved[rank]:
                 state = tree.decode(saved[rank][device.type])
-                self._pending.append(partial(generator_of(device).set_state, state))
+                try:
+                    torch.Generator(device).set_state(state)
+                except (RuntimeError, TypeError) as error:
+                    raise bounds.damaged(f"the random state of rank {rank}: {error}") from error
+                self._random.append((generator_of(device), state))
 
     def _prepare_data(self, saved: list[Any]) -> None:
         data, mesh = self._training.data, self._training.state.mesh
@@ -169,7 +244,7 @@ class Restore:
                 "data= was given, and the checkpoint has the position of loaders that the pipeline "
                 "made: leave it out"
             )
-        self._pending.append(partial(data.load_state_dict, state))
+        self._changes.add("data=", data, partial(data.load_state_dict, state))
 
 
 def _check_model(state: ModelState, index: Index) -> dict[str, str]:
@@ -198,6 +273,12 @@ def _check_model(state: ModelState, index: Index) -> dict[str, str]:
         f"{source!r} is {list(saved[source].shape)} and {list(wanted[name].shape)} in the model"
         for name, source in sources.items()
         if source is not None and saved[source].shape != tuple(wanted[name].shape)
+    ]
+    differing += [
+        f"{source!r} is {saved[source].dtype} and {short_name(wanted[name].dtype)} in the model"
+        for name, source in sources.items()
+        if source is not None
+        and bounds.category(saved[source].dtype) != bounds.category(short_name(wanted[name].dtype))
     ]
     if differing:
         more = f", and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""

@@ -11,6 +11,7 @@ needs all data in host memory. So: one safetensors file per rank, and one JSON i
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,19 +38,21 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from ...compiler.ir.errors import CheckpointError
-from . import tensor_file
-from .index import Chunk, Entry, Index, file_name
-from .tensor_file import DTYPES, TensorSpec, dtype_name
+from ..files import checksums, tensor_file
+from ..files.index import Chunk, Entry, Index, file_name
+from ..files.tensor_file import DTYPES, FileFacts, TensorSpec, dtype_name
+
+Finish = Callable[[dict[str, Entry], dict[str, FileFacts]], None]
 
 
 class Writer(StorageWriter):
     """Writes this rank's tensors to ``folder``, and calls ``finish`` once all ranks have.
 
     Args:
-        finish: called on the coordinator with where every tensor is; it publishes.
+        finish: called on the coordinator with where every tensor is, and the files; it publishes.
     """
 
-    def __init__(self, folder: Path, rank: int, finish: Callable[[dict[str, Entry]], None]):
+    def __init__(self, folder: Path, rank: int, finish: Finish):
         self._folder, self._rank, self._finish = folder, rank, finish
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -68,31 +71,37 @@ class Writer(StorageWriter):
         items = {_key(item): item for item in plan.items}
         path = self._folder / file_name(self._rank)
         specs = {key: _spec(item) for key, item in items.items()}
+        if not items:
+            return _done([])
         try:
-            if items:
-                tensor_file.write(path, specs, lambda key: _resolve(planner, items[key]))
+            facts, sums = tensor_file.write(path, specs, lambda k: _resolve(planner, items[k]))
         except OSError as error:
             raise CheckpointError(
                 f"rank {self._rank} cannot write {path}: {error.strerror or error}; the "
                 "checkpoints before it are as they were: make room, or save to another folder"
             ) from error
         written = [
-            WriteResult(item.index, specs[key].nbytes, _chunk(item, path.name, key))
+            WriteResult(
+                item.index, specs[key].nbytes, (_chunk(item, path.name, key, sums[key]), facts)
+            )
             for key, item in items.items()
         ]
         return _done(written)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         chunks: dict[str, list[Chunk]] = defaultdict(list)
+        files: dict[str, FileFacts] = {}
         for result in (result for rank in results for result in rank):
-            chunks[result.index.fqn].append(result.storage_data)
+            chunk, facts = result.storage_data
+            chunks[result.index.fqn].append(chunk)
+            files[chunk.file] = facts
         entries = {}
         for name, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata)
             spec = TensorSpec(dtype_name(found.properties.dtype), tuple(found.size))
             entries[name] = Entry(spec, tuple(chunks[name]))
         try:
-            self._finish(entries)
+            self._finish(entries, files)
         except OSError as error:
             raise CheckpointError(
                 f"cannot publish {self._folder}: {error.strerror or error}; the checkpoints "
@@ -105,11 +114,17 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads what DCP plans to from a checkpoint whose index has been read."""
+    """Reads what DCP plans to from a checkpoint whose index has been read.
 
-    def __init__(self, folder: Path, index: Index):
+    Args:
+        verify: compare the checksums of all chunks of which something is read.
+    """
+
+    def __init__(self, folder: Path, index: Index, verify: bool = True):
         self._folder, self._index = folder, index
+        self._verify = verify and index.has_checksums
         self._chunks: dict[MetadataIndex, Chunk] = {}
+        self._sound: set[MetadataIndex] = set()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -152,6 +167,9 @@ class Reader(StorageReader):
 
     def _read(self, file: tensor_file.TensorFile, item: ReadItem, planner: LoadPlanner) -> None:
         chunk = self._chunks[item.storage_index]
+        if self._verify and item.storage_index not in self._sound:
+            check_sum(self._folder, chunk, file.read(chunk.key))
+            self._sound.add(item.storage_index)
         found = file.read(chunk.key, tuple(item.storage_offsets), tuple(item.lengths))
         target = planner.resolve_tensor(item).detach()
         target.copy_(found.reshape(target.shape))
@@ -162,11 +180,27 @@ class Reader(StorageReader):
         return False
 
 
-def check_files(folder: Path, index: Index, names: set[str]) -> None:
+def check_sum(folder: Path, chunk: Chunk, tensor: torch.Tensor) -> None:
+    """Compare what was read with what was written.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    found = checksums.of_tensor(tensor)
+    if found != chunk.checksum:
+        raise CheckpointError(
+            f"{folder / chunk.file} is damaged: the values of {chunk.key!r} have the checksum "
+            f"{found} and were written with {chunk.checksum}: load another checkpoint, or copy "
+            "this one again; verify=False reads it as it is"
+        )
+
+
+def check_files(folder: Path, index: Index, names: set[str], verify: bool = True) -> None:
     """The files have the tensors that the index says, so that reading them will not fail half way.
 
     Args:
         names: of the tensors that will be read.
+        verify: the checksums of the files' headers too.
 
     Raises:
         CheckpointError: a file is missing, cut off, outside of the folder, or another one.
@@ -180,6 +214,8 @@ def check_files(folder: Path, index: Index, names: set[str]) -> None:
         path = folder / name
         if path.resolve().parent != folder.resolve():
             raise CheckpointError(f"{path} is a link to outside of the checkpoint: copy it there")
+        if verify and name in index.files:
+            tensor_file.check_header(path, index.files[name])
         with tensor_file.opened(path) as file:
             for chunk, dtype in chunks:
                 found = file.spec(chunk.key)
@@ -188,6 +224,16 @@ def check_files(folder: Path, index: Index, names: set[str]) -> None:
                         f"{path} is damaged: {chunk.key!r} is {found.dtype}{list(found.shape)} "
                         f"and should be {dtype}{list(chunk.shape)}"
                     )
+
+
+def say_without_checksums(folder: Path, index: Index) -> None:
+    """Warn of what cannot be verified; Python shows a warning of one folder once."""
+    if not index.has_checksums:
+        warnings.warn(
+            f"{folder} was written by a pipecompile without checksums: it is taken as it is, and "
+            "damage to its values would not be seen; save it anew to have them",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -203,7 +249,10 @@ def reading(folder: Path, index: Index) -> Iterator[Callable[[str], torch.Tensor
             for chunk in entry.chunks:
                 box = zip(chunk.offsets, chunk.shape, strict=True)
                 target = tuple(slice(start, start + length) for start, length in box)
-                tensor[target] = files[chunk.file].read(chunk.key)
+                found = files[chunk.file].read(chunk.key)
+                if index.has_checksums:
+                    check_sum(folder, chunk, found)
+                tensor[target] = found
             return tensor
 
         yield read
@@ -223,10 +272,10 @@ def _spec(item: WriteItem) -> TensorSpec:
     return TensorSpec(dtype_name(data.properties.dtype), tuple(data.chunk.sizes))
 
 
-def _chunk(item: WriteItem, file: str, key: str) -> Chunk:
+def _chunk(item: WriteItem, file: str, key: str, checksum: str) -> Chunk:
     assert item.tensor_data is not None
     box = item.tensor_data.chunk
-    return Chunk(tuple(box.offsets), tuple(box.sizes), file, key)
+    return Chunk(tuple(box.offsets), tuple(box.sizes), file, key, checksum)
 
 
 def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor:

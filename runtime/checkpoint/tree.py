@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...compiler.ir.errors import CheckpointError
-from .tensor_file import DTYPES
+from ..files.tensor_file import DTYPES
 
 _TAG = "$"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...compiler.capture import batch as batches
-from ...compiler.ir.errors import OptionError
+from ...compiler.ir.errors import OptionError, StateError
 from ...compiler.ir.ops import mix
 from ...compiler.options.microbatches import cut as parted
 from .cutting import Cut, emptied, share_of
@@ -113,7 +113,17 @@ class DataSetLoader:
         return {"epoch": self.epoch, "batch": self.batch, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on after the batch that was given out last; the next pass begins there."""
+        """Go on after the batch that was given out last; the next pass begins there.
+
+        Raises:
+            StateError: that is no position, or not one in this data set; nothing has changed.
+        """
+        _check_position(state)
+        if state["batch"] > len(self):
+            raise StateError(
+                f"a loader was after batch {state['batch']} of a pass, and this data set has "
+                f"{len(self)}: give loader() the data set and batch_size= that it had"
+            )
         self.epoch, self.batch, self._seed = state["epoch"], state["batch"], state["seed"]
         self._begun = False
 
@@ -147,10 +157,38 @@ class DataSetLoaders:
     def state_dict(self) -> dict[str, Any]:
         return {"loaders": [loader.state_dict() for loader in self._alive]}
 
+    def kept(self) -> Callable[[], None]:
+        """What puts all of them back to where they are now."""
+        waiting, alive = list(self._waiting), [(each, dict(vars(each))) for each in self._alive]
+
+        def undo() -> None:
+            self._waiting = waiting
+            for loader, attributes in alive:
+                vars(loader).update(attributes)
+
+        return undo
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Positions of the loaders that there are, and of those to come.
+
+        Raises:
+            StateError: one is no position.
+        """
+        for each in state["loaders"]:
+            _check_position(each)
         self._waiting = list(state["loaders"])
         for loader in self._alive[: len(self._waiting)]:
             loader.load_state_dict(self._waiting.pop(0))
+
+
+def _check_position(state: Any) -> None:
+    known = isinstance(state, Mapping) and {"epoch", "batch", "seed"} <= state.keys()
+    if not known or any(type(state[key]) is not int for key in ("epoch", "batch", "seed")):
+        raise StateError(f"the position of a loader has epoch, batch and seed, and not {state!r}")
+    if not (0 <= state["epoch"] < 2**63 and 0 <= state["batch"] < 2**63):
+        raise StateError(f"a loader cannot be in epoch {state['epoch']}, batch {state['batch']}")
+    if not -(2**63) <= state["seed"] < 2**64:
+        raise StateError(f"a loader's seed cannot be {state['seed']}")
 
 
 def _rows(batch: Any, start: int, size: int) -> Any:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ...compiler.capture.whole import LOSS, saved_of_loss
 from ...compiler.ir.errors import StateError
 from ...compiler.ir.shards import rows_of
+from ...compiler.tensors.facts import short_name
+from ...compiler.tensors.fakes import is_fake
 from .model_state import ModelState
 
 
@@ -76,16 +79,22 @@ def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> t
     return whole
 
 
-@torch.no_grad()
-def load(state: ModelState, tensors: Mapping[str, Any], of_loss: bool = False) -> None:
-    """Take over tensors from a state dict of the unmodified model, or of the loss.
+def checked(
+    state: ModelState, tensors: Mapping[str, Any], of_loss: bool = False
+) -> dict[str, torch.Tensor]:
+    """What `put` takes, of a state dict of the unmodified model, or of the loss.
 
     Raises:
-        StateError: names or shapes that do not fit; nothing has been changed then.
+        StateError: names, shapes or dtypes that do not fit, or no tensors.
     """
     if of_loss:
         tensors = {f"{LOSS}.{name}": value for name, value in tensors.items()}
-    chosen = _checked(state, tensors, wanted_of(state, of_loss))
+    return _checked(state, tensors, wanted_of(state, of_loss))
+
+
+@torch.no_grad()
+def put(state: ModelState, chosen: Mapping[str, torch.Tensor]) -> None:
+    """Take over tensors that were `checked`."""
     for (name, _), param in state.copies.items():
         if name in chosen:
             param.copy_(chosen[name])
@@ -106,8 +115,9 @@ def _checked(
     chosen: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         first = canonical.get(name)
-        if first is None:
+        if first is None or name not in wanted:
             continue
+        value = _plain(name, value, wanted[name])
         if tuple(value.shape) != tuple(wanted[name].shape):
             raise StateError(
                 f"{name!r} has shape {list(value.shape)} in the state dict and "
@@ -123,3 +133,32 @@ def _checked(
             f"unexpected {unexpected[:5]}"
         )
     return chosen
+
+
+def _plain(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
+    """A value of a state dict as a tensor that can be copied; one of another class, or layout, is
+    copied once here, where nothing is changed if that fails."""
+    if not isinstance(value, torch.Tensor):
+        raise StateError(f"{name!r} is a {type(value).__name__} in the state dict, and no tensor")
+    if is_fake(value):
+        raise StateError(f"{name!r} has no values in the state dict: it is on the meta device")
+    if _kind(value.dtype) != _kind(like.dtype):
+        raise StateError(
+            f"{name!r} is {short_name(value.dtype)} in the state dict and "
+            f"{short_name(like.dtype)} in the model: convert it first"
+        )
+    if type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided:
+        return value.detach()
+    try:
+        dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+        return torch.empty(value.shape, dtype=like.dtype).copy_(dense)
+    except Exception as error:
+        raise StateError(
+            f"{name!r} is a {type(value).__name__} of layout {value.layout} in the state dict, "
+            f"which cannot be copied: give a plain tensor ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """Values are converted within one of these alone: numbers with fractions, integers, truths."""
+    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool

@@ -63,5 +63,14 @@ class LossScaler:
             raise StateError(
                 f"a loss scaler's state has {sorted(self.state_dict())}, not {sorted(state)}"
             )
-        self.scale, self.skipped = float(state["scale"]), int(state["skipped"])
-        self._good = int(state["good"])
+        for name in ("skipped", "good"):
+            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
+                raise StateError(f"a loss scaler cannot have {name}={state[name]!r}")
+        scale = state["scale"]
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not precision.MIN_SCALE <= scale <= precision.MAX_SCALE:
+            raise StateError(
+                f"a loss scale is from {precision.MIN_SCALE} to {precision.MAX_SCALE}, "
+                f"not {scale!r}"
+            )
+        self.scale, self.skipped, self._good = float(scale), state["skipped"], state["good"]

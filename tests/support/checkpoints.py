@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pipecompile
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.runtime.files import checksums
 from torch import nn
 
 from support import jobs, models, plain
@@ -138,3 +141,12 @@ def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(errors.CheckpointError) as caught:
         call()
     return str(caught.value)
+
+
+def edit(step: Path, change: Callable[[Any], Any], sealed: bool = True) -> None:
+    """Change a checkpoint's index, as one who gives it the right checksum."""
+    fields = json.loads((step / INDEX).read_text())
+    del fields["checksum"]
+    change(fields)
+    text = json.dumps(fields)
+    (step / INDEX).write_bytes(checksums.sealed(text) if sealed else text.encode())

@@ -263,3 +263,28 @@ def test_optimizer_seconds_grow_with_bytes() -> None:
     adamw = partial(torch.optim.AdamW, fused=True)
     small_s, large_s = (optimizer_seconds(adamw, params, CPU) for params in (small, large))
     assert 0 < small_s < large_s / 4
+
+
+def test_times_that_are_none_are_left_out_and_written_over(tmp_path: Path) -> None:
+    path = TimingCache(CPU, tmp_path).path
+    assert path is not None
+    TimingCache(CPU, tmp_path).add({"fine": 0.5})
+    bad = '"a": NaN, "b": -1, "c": Infinity, "d": {"e": 1}, "f": "1", "g": true, "h": 1e30'
+    huge = f'"i": 1{"0" * 400}, "j": null, "k": [1]'
+    path.write_text(path.read_text().replace('"fine": 0.5', f'"fine": 0.5, {bad}, {huge}'))
+    cache = TimingCache(CPU, tmp_path)
+    assert cache.seconds == {"fine": 0.5}
+    assert cache.add({"a": 0.25})
+    assert json.loads(path.read_text())["seconds"] == {"fine": 0.5, "a": 0.25}
+    path.write_text("[" * 100_000)
+    assert TimingCache(CPU, tmp_path).seconds == {}
+
+
+def test_a_home_that_nobody_knows_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PIPECOMPILE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    assert default_cache_dir() is None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from pipecompile import errors
 from pipecompile.runtime.checkpoint import storage
-from pipecompile.runtime.checkpoint.index import Index, read_index
+from pipecompile.runtime.files.index import Index, read_index
 from support import jobs, models
 from support.checkpoints import (
     LR_SCHEDULER,
@@ -151,7 +151,8 @@ def test_data_extras_and_random_streams(tmp_path: Path) -> None:
     assert other.checkpoint_extras["another"].at == "as it was"
     with pytest.raises(errors.CheckpointError, match=r"data=\.at\.x is a object, which"):
         pipe.save(tmp_path, data=Position({"x": object()}))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000000"]
+    names = {".owner", "latest", "step-00000000"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def positions(directory: str, n_stages: int, dp: int) -> Any:
@@ -247,8 +248,8 @@ def sharded(directory: str) -> list[torch.Tensor]:
     whole = {"model.a": torch.arange(15.0).view(5, 3), "model.b": torch.ones(1, 4)}
     folder = Path(directory)
 
-    def finish(entries: Any) -> None:
-        Index(0, entries, {}, None, None, {}).write(folder)
+    def finish(entries: Any, files: Any) -> None:
+        Index(0, entries, {}, None, None, {}, files).write(folder)
 
     parts = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in whole.items()}
     save(parts, storage_writer=storage.Writer(folder, dist.get_rank(), finish))

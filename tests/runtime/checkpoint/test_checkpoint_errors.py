@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from support.checkpoints import (
     PART,
     Position,
     Small,
+    edit,
     pipeline,
     refused,
     saved,
@@ -40,12 +40,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps(pipe, 0, 1)
     pipe.save(folder)
     return folder
-
-
-def edit(step: Path, change: Callable[[Any], Any]) -> None:
-    fields = json.loads((step / INDEX).read_text())
-    change(fields)
-    (step / INDEX).write_text(json.dumps(fields))
 
 
 def chunk(fields: Any) -> Any:
@@ -68,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda step: (step / INDEX).unlink(), "no complete checkpoint"),
     "version": (
         lambda step: edit(step, lambda f: f.update(version=9)),
-        "has format version 9 and this pipecompile reads 1",
+        "has format version 9 and this pipecompile reads 2",
     ),
     "escape": (
         lambda step: edit(step, lambda f: chunk(f).update(file="../part-00000.safetensors")),

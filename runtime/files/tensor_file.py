@@ -11,16 +11,18 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.tensors.facts import short_name
+from . import checksums
 
 # dtype's name -> dtype, its name in the format
 DTYPES: dict[str, tuple[torch.dtype, str]] = {
@@ -71,28 +73,63 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def write(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], torch.Tensor]) -> None:
+_BESIDE_BYTES = 1 << 18  # from which on a checksum is worth a second thread
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is to be remembered of a file, beside its tensors' checksums: together they are of all
+    its bytes.
+
+    Attributes:
+        size_bytes: of all of it.
+        header: checksum of what stands before the data.
+    """
+
+    size_bytes: int
+    header: str
+
+
+def write(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], torch.Tensor],
+    sum_of: Callable[[Any], str] = checksums.of_bytes,
+) -> tuple[FileFacts, dict[str, str]]:
     """Write a new file and wait until it is on the disk.
 
     Args:
         specs: tensor name -> what it is, in any order.
         read: name -> the tensor, on any device; called once for each.
+        sum_of: makes checksums of bytes.
+
+    Returns:
+        What to remember of the file, and tensor name -> checksum of what was written of it.
 
     Raises:
         OSError: for example no space left.
     """
     # Wide dtypes first, so that all data is aligned, as the format recommends.
     order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
-    with path.open("xb") as file:
-        _write_header(file, {name: specs[name] for name in order})
+    header = _header({name: specs[name] for name in order})
+    sums = {}
+    with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
+        file.write(header)
         for name in order:
-            data = read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(cast(Any, data.numpy()).data)
+            data = checksums.bytes_of(read(name))
+            if specs[name].nbytes < _BESIDE_BYTES:
+                sums[name] = sum_of(data)
+                file.write(data)
+            else:  # neither holds Python's lock
+                pending = beside.submit(sum_of, data)
+                file.write(data)
+                sums[name] = pending.result()
         file.flush()
         os.fsync(file.fileno())
+        return FileFacts(file.tell(), sum_of(header)), sums
 
 
-def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> None:
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, spec in specs.items():
@@ -105,7 +142,7 @@ def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> None:
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
 
 
 class TensorFile:
@@ -139,6 +176,40 @@ class TensorFile:
         return cast(torch.Tensor, self._opened.get_slice(name)[box])
 
 
+def check_header(path: Path, facts: FileFacts) -> None:
+    """Compare a file's size, and what stands before its data, with what was written.
+
+    Raises:
+        CheckpointError: they differ, or it cannot be read.
+    """
+    if not path.is_file():  # opening a pipe would wait for somebody who writes to it
+        raise _no_file(path)
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = min(int.from_bytes(start, "little"), size_bytes)
+            header = start + file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged") from error
+    if size_bytes != facts.size_bytes:
+        raise CheckpointError(
+            f"{path} cannot be read: it has {size_bytes:,} bytes and had {facts.size_bytes:,} when "
+            "it was written: it is damaged"
+        )
+    if checksums.of_bytes(header) != facts.header:
+        raise CheckpointError(
+            f"{path} is damaged: its header, which says what and where its tensors are, is not "
+            "what was written: load another checkpoint, or copy this one again"
+        )
+
+
+def _no_file(path: Path) -> CheckpointError:
+    missing = not path.is_symlink() and not path.exists()
+    what = "is missing" if missing else "is no file"
+    return CheckpointError(f"{path} {what}: the checkpoint is incomplete")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[TensorFile]:
     """Open a file for reading.
@@ -146,10 +217,10 @@ def opened(path: Path) -> Iterator[TensorFile]:
     Raises:
         CheckpointError: it is missing, cut off, or no safetensors file.
     """
+    if not path.is_file():
+        raise _no_file(path)
     try:
         file = safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): it is damaged") from error
     with file:

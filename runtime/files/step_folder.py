@@ -3,6 +3,7 @@
     DIR/step-00000012/              a published checkpoint, complete
     DIR/latest                      the name of the one to resume from
     DIR/.step-00000012.tmp-1a2b3c/  one that is being written, or is left of a run that died
+    DIR/.owner                      the process that writes here: see owner.py
 
 A checkpoint is written under a temporary name and published by one rename, which is atomic;
 ``latest`` follows, by another. So whatever is killed when, a name ``step-*`` stands for a
@@ -21,14 +22,17 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from pathlib import Path
 from typing import IO
 
 from ...compiler.ir.errors import CheckpointError
+from .owner import OWNER, Owner, own
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
-_STEP = re.compile(r"step-(\d{8,18})")
+MOST_STEPS = 10**18 - 1
+_STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _REPLACED = ".replaced"
 _LOCK = "lock"
 
@@ -76,8 +80,14 @@ def find(directory: Path) -> Path:
 
 
 def _read_latest(directory: Path) -> str:
+    """What it says, if it is a file and not, say, a pipe, at which a reader would wait."""
     try:
-        return (directory / LATEST).read_text(encoding="utf-8").strip()
+        handle = os.open(directory / LATEST, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            whole = stat.S_ISREG(os.fstat(handle).st_mode)
+            return os.read(handle, 100).decode().strip() if whole else ""
+        finally:
+            os.close(handle)
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -85,18 +95,19 @@ def _read_latest(directory: Path) -> str:
 class Draft:
     """A checkpoint that is being written, under a temporary name."""
 
-    def __init__(self, path: Path, step: int, lock: IO[bytes]):
-        self.path, self._step, self._lock = path, step, lock
+    def __init__(self, path: Path, step: int, lock: IO[bytes], owner: Owner):
+        self.path, self.owner, self._step, self._lock = path, owner, step, lock
 
     @classmethod
     def begin(cls, directory: Path, step: int) -> Draft:
         """Make a temporary folder, once what dead runs have left is cleared away.
 
         Raises:
-            CheckpointError: the folder cannot be made or written to.
+            CheckpointError: the folder cannot be made or written to, or belongs to another run.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            owner = own(directory)
             _clear(directory)
             path = directory / f".{step_name(step)}.tmp-{secrets.token_hex(4)}"
             path.mkdir()
@@ -107,7 +118,7 @@ class Draft:
             raise CheckpointError(
                 f"cannot write a checkpoint to {directory}: {error.strerror}"
             ) from error
-        return cls(path, step, lock)
+        return cls(path, step, lock, owner)
 
     def publish(self, keep: int | None) -> Path:
         """Give it its name, point ``latest`` at it, and remove what is not to be kept.
@@ -124,7 +135,7 @@ class Draft:
         (self.path / _LOCK).unlink()
         sync(self.path)
         replaced = directory / (final.name + _REPLACED)
-        if final.exists():
+        if _is_there(final):
             _remove(replaced)
             final.rename(replaced)
         self.path.rename(final)
@@ -164,9 +175,17 @@ def _point_latest(directory: Path, name: str) -> None:
     sync(directory)
 
 
+def _is_there(path: Path) -> bool:
+    """Also as a link that leads nowhere."""
+    return path.is_symlink() or path.exists()
+
+
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; half removed, it does not look like one."""
-    if path.exists():
+    """Remove a checkpoint; half removed, it does not look like one. Of a link only the link: what
+    it leads to was put elsewhere by somebody who wants it."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         doomed = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -175,9 +194,11 @@ def _remove(path: Path) -> None:
 def _clear(directory: Path) -> None:
     """Remove what dead runs have left."""
     for path in directory.glob(".step-*.tmp-*"):
-        if not _is_locked(path / _LOCK):
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+        elif not _is_locked(path / _LOCK):
             shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob(f".{LATEST}.tmp-*"):
+    for path in (*directory.glob(f".{LATEST}.tmp-*"), *directory.glob(f"{OWNER}.tmp-*")):
         path.unlink(missing_ok=True)
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...compiler.capture.whole import LOSS
 from ...compiler.ir.errors import CheckpointError
-from .step_folder import INDEX, sync
-from .tensor_file import DTYPES, TensorSpec
+from . import checksums
+from .step_folder import INDEX, MOST_STEPS, sync
+from .tensor_file import DTYPES, FileFacts, TensorSpec
 
 FORMAT = "pipecompile checkpoint"
-VERSION = 1
+VERSION = 2
+WITHOUT_CHECKSUMS = 1  # a version that is still read
 _FILE = re.compile(r"part-\d{5,9}\.safetensors")
 
 
@@ -37,12 +39,14 @@ class Chunk:
         offsets: of the box in the tensor, per dimension.
         shape: of the box.
         key: its name in the file.
+        checksum: of its elements; "" where it was written without.
     """
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     file: str
     key: str
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Index:
         config: the model's configuration, if it had one.
         training: what `runtime.checkpoint.restore` knows of; None for weights alone.
         producer: name -> version of what wrote it; for people.
+        files: name of each file of tensors -> what is known of it; nothing where it was written
+            without checksums.
     """
 
     step: int
@@ -72,6 +78,11 @@ class Index:
     config: dict[str, Any] | None
     training: dict[str, Any] | None
     producer: dict[str, str]
+    files: dict[str, FileFacts] = field(default_factory=dict)
+
+    @property
+    def has_checksums(self) -> bool:
+        return bool(self.files) or not self.tensors
 
     @property
     def model(self) -> dict[str, TensorSpec]:
@@ -99,46 +110,86 @@ class Index:
             }
             for name, entry in self.tensors.items()
         }
-        fields = {"format": FORMAT, "version": VERSION} | vars(self) | {"tensors": tensors}
+        files = {name: vars(facts) for name, facts in self.files.items()}
+        fields = {"format": FORMAT, "version": VERSION} | vars(self)
         path = folder / INDEX
-        path.write_text(json.dumps(fields), encoding="utf-8")
+        path.write_bytes(
+            checksums.sealed(json.dumps(fields | {"tensors": tensors, "files": files}))
+        )
         sync(path)
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, verify: bool = True) -> Index:
     """Read and check a checkpoint's index.
+
+    Args:
+        verify: its checksum too.
 
     Raises:
         CheckpointError: it is damaged, or of a format that is not known.
     """
     path = folder / INDEX
+    if not path.is_file():  # which a pipe is not: opening that would wait
+        raise CheckpointError(f"{path} is missing: give the folder of a checkpoint")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        seal = checksums.seal_of(content)
+        if verify and seal is False:
+            raise ValueError("its checksum is another than that of what was written")
+        fields = json.loads(content.decode("utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']!r}")
         version = fields["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
-    if version != VERSION:
+    if type(version) is not int or version not in (VERSION, WITHOUT_CHECKSUMS):
         raise CheckpointError(
             f"{path} has format version {version!r} and this pipecompile reads {VERSION}: "
             "use the version of pipecompile that wrote it"
         )
     try:
-        return _parse(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if verify and version == VERSION and seal is None:
+            raise ValueError("the checksum at its end is missing")
+        return _parse(fields, version == VERSION)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from error
 
 
-def _parse(fields: Mapping[str, Any]) -> Index:
+def _parse(fields: Mapping[str, Any], summed: bool) -> Index:
+    files = {name: _file(name, found) for name, found in fields["files"].items()} if summed else {}
+    tensors = {name: _entry(name, found) for name, found in fields["tensors"].items()}
+    places = [(chunk.file, chunk.key) for entry in tensors.values() for chunk in entry.chunks]
+    if len(set(places)) < len(places):
+        raise ValueError("two tensors, or two pieces of one, are in one place")
+    for chunk in (chunk for entry in tensors.values() for chunk in entry.chunks if summed):
+        if chunk.file not in files or not checksums.is_sum(chunk.checksum):
+            raise ValueError(f"{chunk.key!r} in {chunk.file} has no checksum")
     return Index(
-        step=_natural(fields["step"]),
-        tensors={str(name): _entry(name, found) for name, found in fields["tensors"].items()},
+        step=steps_of(fields["step"]),
+        tensors=tensors,
         tied={str(name): str(first) for name, first in fields["tied"].items()},
         config=_object(fields["config"]),
         training=_object(fields["training"]),
         producer={str(name): str(version) for name, version in fields["producer"].items()},
+        files=files,
     )
+
+
+def steps_of(value: Any) -> int:
+    """A number of steps as it was read.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if _natural(value) > MOST_STEPS:
+        raise ValueError(f"{value!r} is no number of steps")
+    return int(value)
+
+
+def _file(name: str, found: Mapping[str, Any]) -> FileFacts:
+    if not _FILE.fullmatch(name) or not checksums.is_sum(found["header"]):
+        raise ValueError(f"{name!r} is no file of a checkpoint, or has no checksum")
+    return FileFacts(_natural(found["size_bytes"]), found["header"])
 
 
 def _entry(name: str, found: Mapping[str, Any]) -> Entry:
@@ -148,12 +199,36 @@ def _entry(name: str, found: Mapping[str, Any]) -> Entry:
     chunks = tuple(_chunk(name, spec, chunk) for chunk in found["chunks"])
     if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(spec.shape) or not chunks:
         raise ValueError(f"the chunks of {name!r} do not cover it")
+    if _overlap(chunks):
+        raise ValueError(f"chunks of {name!r} overlap")
     return Entry(spec, chunks)
+
+
+def _overlap(chunks: Sequence[Chunk]) -> bool:
+    """Whether two chunks share an element; in the order of dim 0 few have to be compared."""
+    active: list[Chunk] = []
+    for chunk in sorted((c for c in chunks if math.prod(c.shape)), key=lambda c: c.offsets):
+        active = [other for other in active if _meet(other, chunk, slice(0, 1))]
+        if any(_meet(other, chunk, slice(None)) for other in active):
+            return True
+        active.append(chunk)
+    return False
+
+
+def _meet(one: Chunk, other: Chunk, dims: slice) -> bool:
+    """Whether two boxes share a range in each of some dimensions."""
+    mine = zip(one.offsets[dims], one.shape[dims], strict=True)
+    theirs = zip(other.offsets[dims], other.shape[dims], strict=True)
+    return all(a < b + n and b < a + m for (a, m), (b, n) in zip(mine, theirs, strict=True))
 
 
 def _chunk(name: str, spec: TensorSpec, found: Mapping[str, Any]) -> Chunk:
     chunk = Chunk(
-        _naturals(found["offsets"]), _naturals(found["shape"]), found["file"], str(found["key"])
+        _naturals(found["offsets"]),
+        _naturals(found["shape"]),
+        found["file"],
+        str(found["key"]),
+        found.get("checksum", ""),
     )
     if not isinstance(chunk.file, str) or not _FILE.fullmatch(chunk.file):
         raise ValueError(f"{name!r} is in {chunk.file!r}, which is no file of a checkpoint")
@@ -164,7 +239,7 @@ def _chunk(name: str, spec: TensorSpec, found: Mapping[str, Any]) -> Chunk:
 
 
 def _natural(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is no count")
     return value
 
