@@ -108,7 +108,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def precision_in_plan(given: Any) -> str:
+def precision_in_plan(given: object) -> str:
     from ..ir.precision import parse_precision  # imports torch
 
     return str(parse_precision(given) or AS_IT_IS)
