@@ -16,8 +16,8 @@ from typing import Any
 
 from ...compiler.capture.whole import LOSS
 from ...compiler.ir.errors import CheckpointError
-from . import checksums
-from .step_folder import INDEX, MOST_STEPS, sync
+from . import checksums, step_folder
+from .step_folder import INDEX, sync
 from .tensor_file import DTYPES, FileFacts, TensorSpec
 
 FORMAT = "pipecompile checkpoint"
@@ -181,7 +181,7 @@ def steps_of(value: Any) -> int:
     Raises:
         ValueError: it is none.
     """
-    if _natural(value) > MOST_STEPS:
+    if _natural(value) > step_folder.MOST_STEPS:
         raise ValueError(f"{value!r} is no number of steps")
     return int(value)
 
