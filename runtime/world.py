@@ -18,7 +18,10 @@ from .exchange.agreement import Agreement, Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
 from .exchange.link import measure_link
+from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
+from .transport.doing import HERE
+from .transport.joining import run_store
 from .transport.mesh import Mesh, connect
 from .transport.neighbours import meet
 from .transport.processes import Processes
@@ -53,6 +56,25 @@ _numbers = itertools.count()
 """Numbers the pipelines of this process; all ranks make them in the same order."""
 
 
+def _watchdog_of(mesh: Mesh, options: CompileOptions, status: Callable[[], str]) -> Watchdog | None:
+    if mesh.rank is None:
+        return None
+    lookout = lookout_of(mesh, options.timeout_s)
+    return Watchdog(mesh.rank, str(next(_numbers)), status, run_store(), lookout)
+
+
+class Planning:
+    """What ranks do together before there is a pipeline, to find out which it will be."""
+
+    def __init__(self, mesh: Mesh, device: torch.device, options: CompileOptions):
+        connect(mesh, device_of(mesh.local_ranks[0], device, mesh), options.timeout_s)
+        watchdog = _watchdog_of(mesh, options, self._status)
+        self.guard = watchdog.guard("compile()") if watchdog else contextlib.nullcontext()
+
+    def _status(self) -> str:
+        return ""
+
+
 class World:
     """Joins the other processes, if there are any.
 
@@ -81,24 +103,28 @@ class World:
     ):
         self.mesh, self._device = mesh, device
         self._here = self.device = device_of(mesh.local_ranks[0], device, mesh)
-        self._watchdog: Watchdog | None = None
         self._default_dtype: torch.dtype | None = None  # of what programs make
-        connect(mesh, self._here)
+        connect(mesh, self._here, options.timeout_s)
         if device.type == "cpu":
             keep_heap()
-        self.agreement = Agreement(mesh, device)
-        self.agreement.check_options(options)
-        if mesh.rank is None:
-            self.transport: Transport = Loopback()
-        else:
-            self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), status)
-            neighbours = meet(mesh.rank, self.agreement.gather)
-            if neighbours is not None:
-                self.agreement.take_over(neighbours)
-            self.transport = Processes(mesh, self._here, neighbours)
+        self._watchdog = _watchdog_of(mesh, options, status)
+        with self.compiling():
+            self.agreement = Agreement(mesh, device)
+            self.agreement.check_options(options)
+            self.transport = self._reached()
         self.endpoints = endpoints(mesh, device, self.transport)
         self.data_shards = mesh.dp if mesh.distributed else 1
         self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
+
+    def _reached(self) -> Transport:
+        """The way to the other ranks."""
+        rank = self.mesh.rank
+        if rank is None:
+            return Loopback()
+        neighbours = meet(rank, self.agreement.gather)
+        if neighbours is not None:
+            self.agreement.take_over(neighbours)
+        return Processes(self.mesh, self._here, neighbours)
 
     @property
     def is_main(self) -> bool:
@@ -140,11 +166,15 @@ class World:
             OptionError: the default dtype is another one than in the first call.
         """
         self.agreement.call = Call(what, self.agreement.call.number + 1)
-        with self._guarded(what):
+        with self._guarded(self.agreement.call):
             yield
 
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """What all ranks do before a pipeline is there; a failure of any is one of all."""
+        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: object) -> Iterator[None]:
         guard = self._watchdog.guard(what) if self._watchdog else contextlib.nullcontext()
         with guard, self.plain():
             dtype = torch.get_default_dtype()
@@ -157,12 +187,16 @@ class World:
             yield
 
     @contextlib.contextmanager
-    def changing(self, what: str) -> Iterator[None]:
+    def changing(self, what: str, doing: str) -> Iterator[None]:
         """The rest of a call, which changes parameters, on some ranks before others.
 
         Where it fails ranks have taken other numbers of steps, and nothing can go on from there.
+
+        Args:
+            what: the call.
+            doing: what it does to them.
         """
-        with self._guarded(what):
+        with self._guarded(Call(what, self.agreement.call.number)), HERE.phase(doing):
             try:
                 yield
             except BaseException:

@@ -369,6 +369,13 @@ class Options:
         plan="decides",
         flag=Flag(group=PLANNER, metavar="S", name="--time-limit", parse=parse_seconds),
     )
+    timeout_s: float = option(
+        1800.0,
+        help="seconds that a rank may wait for another one; then the run ends, on every rank, with "
+        "a message that names it",
+        check=check_above_zero,
+        compared=as_it_is,
+    )
     plan: str | Path | Plan | None = option(
         None,
         help="a saved plan, whose stages and recomputation are used as they are",

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
+from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from . import snapshot
 from .background import Background
@@ -157,7 +158,7 @@ class Checkpoints:
         if not self._mesh.distributed:
             return {"no_dist": True}
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = new_group(backend="gloo")
         return {"process_group": self._group}
 
 

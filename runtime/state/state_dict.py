@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ...compiler.capture.whole import LOSS, saved_of_loss
 from ...compiler.ir.errors import StateError
 from ...compiler.ir.shards import rows_of
+from ..transport.doing import HERE
 from .model_state import ModelState
 
 
@@ -57,7 +58,8 @@ def _fetch(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torc
         tensor = torch.empty(like.shape, dtype=like.dtype, device=state.device)
     else:
         tensor = tensor.contiguous()
-    dist.broadcast(tensor, owner)
+    with HERE.waiting((owner,)):
+        dist.broadcast(tensor, owner)
     return tensor.cpu().clone()
 
 
@@ -71,7 +73,8 @@ def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> t
         if owner in state.ranks:
             told.copy_(state.master(owner, name).detach())
         if told.numel():
-            dist.broadcast(told, owner)
+            with HERE.waiting((owner,)):
+                dist.broadcast(told, owner)
         rows.copy_(told)
     return whole
 
