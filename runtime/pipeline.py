@@ -74,7 +74,7 @@ class Pipeline(Stored):
         precision = options.dtypes
         scaling = precision.loss_scale if precision is not None else None
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
-        world = self._world = World(mesh, device, options, self._status)
+        world = self._world = World(mesh, device, options)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
         with world.compiling():
             dump_dir = options.dump_dir if self.is_main else None
@@ -359,10 +359,6 @@ class Pipeline(Stored):
                 "call compile_for(batch), or run a step first"
             )
         return self._session
-
-    def _status(self) -> str:
-        """For the watchdog's thread."""
-        return self._session.current if self._session is not None else ""
 
     def _load(
         self,

@@ -49,7 +49,7 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
     planning = Planning(mesh, device, options)
-    with plain_torch(device), planning.guard:
+    with plain_torch(device), planning.guard():
         return _best(with_loss(model, options.loss_fn), options, open_, mesh, device)
 
 

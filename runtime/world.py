@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -56,11 +56,11 @@ _numbers = itertools.count()
 """Numbers the pipelines of this process; all ranks make them in the same order."""
 
 
-def _watchdog_of(mesh: Mesh, options: CompileOptions, status: Callable[[], str]) -> Watchdog | None:
+def _watchdog_of(mesh: Mesh, options: CompileOptions) -> Watchdog | None:
     if mesh.rank is None:
         return None
     lookout = lookout_of(mesh, options.timeout_s)
-    return Watchdog(mesh.rank, str(next(_numbers)), status, run_store(), lookout)
+    return Watchdog(mesh.rank, str(next(_numbers)), run_store(), lookout)
 
 
 class Planning:
@@ -68,11 +68,11 @@ class Planning:
 
     def __init__(self, mesh: Mesh, device: torch.device, options: CompileOptions):
         connect(mesh, device_of(mesh.local_ranks[0], device, mesh), options.timeout_s)
-        watchdog = _watchdog_of(mesh, options, self._status)
-        self.guard = watchdog.guard("compile()") if watchdog else contextlib.nullcontext()
+        self._watchdog = _watchdog_of(mesh, options)
 
-    def _status(self) -> str:
-        return ""
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """A failure of any rank inside is one of all."""
+        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
 
 
 class World:
@@ -82,8 +82,6 @@ class World:
 
     Args:
         device: the type of device; every rank's own is `device_of` it.
-        status: a method that says what this process is doing, "" when it is not at work; held
-            weakly.
 
     Attributes:
         device: of this process's first rank.
@@ -99,7 +97,6 @@ class World:
         mesh: Mesh,
         device: torch.device,
         options: CompileOptions,
-        status: Callable[[], str],
     ):
         self.mesh, self._device = mesh, device
         self._here = self.device = device_of(mesh.local_ranks[0], device, mesh)
@@ -107,7 +104,7 @@ class World:
         connect(mesh, self._here, options.timeout_s)
         if device.type == "cpu":
             keep_heap()
-        self._watchdog = _watchdog_of(mesh, options, status)
+        self._watchdog = _watchdog_of(mesh, options)
         with self.compiling():
             self.agreement = Agreement(mesh, device)
             self.agreement.check_options(options)

@@ -43,14 +43,14 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Loss:
-    """A rank that the run has lost, as the first says that has seen it.
+    """Ranks that the run has lost, as the first says that has seen it.
 
     Attributes:
         order, inside: the call that it was lost in, or after.
-        stalled: it is given up, and may still be there.
+        stalled: they are given up, and may still be there.
     """
 
-    rank: int
+    ranks: Sequence[int]
     text: str
     order: int = 0
     inside: bool = True
@@ -86,8 +86,19 @@ class Lookout:
         self._poll.register(self._bell.fileno(), select.POLLIN)
         self._over = False
         store.set(f"who/{rank}", identity(doing))
+        self._meet(store)
         self._thread = threading.Thread(target=self._run, daemon=True, name="pipecompile-lookout")
         self._thread.start()
+
+    def _meet(self, store: dist.Store) -> None:
+        """The others; they are here, and come to this too."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        keys = [f"who/{rank}" for rank in others]
+        told = store.multi_get(keys) if store.has_extended_api() else map(store.get, keys)
+        for rank, each in zip(others, told, strict=True):
+            peer = self.peers[rank] = Peer.of(rank, each.decode())
+            if peer.watch >= 0:
+                self._poll.register(peer.watch, select.POLLIN)
 
     def stop(self) -> None:
         """End the thread; it says first what has become of this process."""
@@ -139,8 +150,7 @@ class Lookout:
 
     def _run(self) -> None:
         while not self._over and dist.is_initialized():
-            known = len(self.peers) == self.size - 1
-            events = self._poll.poll(1000 * (POLL_S if known else POLL_S / 10))
+            events = self._poll.poll(1000 * POLL_S)
             ended = {number for number, _ in events}
             for peer in list(self.peers.values()):
                 if peer.watch in ended:
@@ -154,22 +164,17 @@ class Lookout:
         self._store = None
 
     def _talk(self) -> None:
-        """With the store: what this process does, who the others are, and who is lost."""
+        """With the store: what this process does, what others do, and who is lost."""
         store, now = self._store, time.monotonic()
         if store is None:
             return
         try:
-            for rank in set(range(self.size)).difference(self.peers, {self.rank}):
-                if store.check([f"who/{rank}"]):
-                    peer = self.peers[rank] = Peer.of(rank, store.get(f"who/{rank}").decode())
-                    if peer.watch >= 0:
-                        self._poll.register(peer.watch, select.POLLIN)
             if now >= self._due:
                 self._beats, self._due = self._beats + 1, now + BEAT_S
                 beat = beat_of(self._beats, self._doing, now - self._since)
                 store.set(f"beat/{self.rank}", beat)
             for rank in self._listen_to:
-                if rank in self.peers:
+                if rank != self.rank:
                     self.peers[rank].listen(store)
             if self._loss is None and store.check(["loss"]):
                 self._take(Loss(**json.loads(store.get("loss"))))
@@ -189,7 +194,7 @@ class Lookout:
         place = peer.place
         if place.fate == AT_WORK:
             text = f"{self.name(peer.rank)} {peer.state()}: {_ADVICE}"
-            self._publish(Loss(peer.rank, text, place.order, place.inside))
+            self._publish(Loss([peer.rank], text, place.order, place.inside))
 
     def _publish(self, loss: Loss) -> None:
         """Tell the others, unless one of them was first."""
@@ -228,7 +233,7 @@ class Lookout:
             roots = [r for r in roots if self.peers[r].stopped or self.peers[r].silent]
         text = self._waited(waited, ranks if waits else (), roots)
         if waited >= self.timeout_s and roots:
-            self._publish(Loss(roots[0], f"{text}. {_limit(self.timeout_s)}", stalled=True))
+            self._publish(Loss(roots, f"{text}. {_limit(self.timeout_s)}", stalled=True))
         elif waited >= max(joining.FIRST_S, 2 * self._told):
             self._told = waited
             print(f"pipecompile: {text}", file=sys.stderr, flush=True)
@@ -239,7 +244,8 @@ class Lookout:
             return
         if self._doing.waits():
             self._doing.wake()
-        if loss.stalled and not self._doing.place.inside and now - self._lost_at > GRACE_S:
+        outside = self.rank in loss.ranks and not self._doing.place.inside
+        if outside and now - self._lost_at > GRACE_S:
             end(self._doing, self.rank, loss.text)
 
     def _roots(self, ranks: Sequence[int], all_of_them: bool = False) -> list[int]:
@@ -250,7 +256,7 @@ class Lookout:
             rank = queue.popleft()
             if rank == self.rank or rank in seen:
                 continue
-            onward = self.peers[rank].waits_for if rank in self.peers else []
+            onward = self.peers[rank].waits_for
             seen[rank] = not onward
             queue.extend(onward)
         return [r for r, root in seen.items() if root or all_of_them] or list(ranks)
@@ -270,10 +276,7 @@ class Lookout:
 
     def _states(self, ranks: Sequence[int], link: str) -> str:
         named = [
-            f"{self.name(rank)}{link}{self.peers[rank].state()}"
-            if rank in self.peers
-            else f"{self.name(rank)}{link}has not joined the run"
-            for rank in ranks[:_MOST_NAMED]
+            f"{self.name(rank)}{link}{self.peers[rank].state()}" for rank in ranks[:_MOST_NAMED]
         ]
         more = [f"{len(ranks) - _MOST_NAMED} more"] if len(ranks) > _MOST_NAMED else []
         return "; and for ".join([*named, *more])

@@ -148,7 +148,8 @@ class Peer:
         if self.silent:
             runs = "its process runs, but its Python does not" if self.pid else "it, its machine or"
             runs += "" if self.pid else " the network between is stopped or gone"
-            return f"has not been heard of for {self.silent_s():.0f} s ({runs}), {place}"
+            said = f"has not been heard of for {self.silent_s():.0f} s ({runs})"
+            return f"{said}, and was {place} when it was"
         since = self.beat.get("for_s", 0.0) + self.silent_s()
         return f"is alive, {place} for {since:.0f} s"
 

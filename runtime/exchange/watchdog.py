@@ -40,8 +40,6 @@ class Watchdog:
 
     Args:
         name: the same on all ranks, another for every watchdog of a process.
-        status: what this rank is doing, like ``1RECV_F3←0``; "" when it is not at work. Held
-            weakly: the watchdog ends with its owner.
         store: of this attempt; no other thread uses it.
         lookout: tells of ranks that have died without a word.
         doing: where this process is.
@@ -51,14 +49,12 @@ class Watchdog:
         self,
         rank: int,
         name: str,
-        status: Callable[[], str],
         store: Store,
         lookout: Lookout | None = None,
         doing: Doing = HERE,
     ):
         self.rank, self._lookout, self._doing = rank, lookout, doing
-        self._status = weakref.WeakMethod(status)
-        self.store = PrefixStore(name, store)
+        self._store: Store | None = PrefixStore(name, store)
         self.call = 0
         self.working = False
         self.over = threading.Event()
@@ -66,10 +62,6 @@ class Watchdog:
         _living.add(self)
         weakref.finalize(self, _stop, self.over, thread := _thread_of(self))
         thread.start()
-
-    def status(self) -> str:
-        method = self._status()
-        return method() if method is not None else ""
 
     @contextmanager
     def guard(self, what: object) -> Iterator[None]:
@@ -102,17 +94,22 @@ class Watchdog:
         """Tell the other ranks, unless one of them was first."""
         if isinstance(error, PeerFailedError):
             return
-        doing = f" during {self.status()}" if self.status() else ""
+        place = self._doing.place
+        where = f" {place}" if place.inside else ""
         text = "".join(traceback.format_exception(error)).strip()
         message = (
-            f"{self.rank}\nrank {self.rank} failed first{doing}: {type(error).__name__}: {error}"
+            f"{self.rank}\n{self._name} failed first{where}: {type(error).__name__}: {error}"
             f"\n\nIts traceback:\n{text}"
         )
         try:
-            if self.store.add(f"{key}/count", 1) == 1:
-                self.store.set(key, message)
+            if self._store is not None and self._store.add(f"{key}/count", 1) == 1:
+                self._store.set(key, message)
         except Exception:
-            return  # the store's process is gone, and with it whoever could read this
+            self._store = None  # its process is gone, and with it whoever could read this
+
+    @property
+    def _name(self) -> str:
+        return self._lookout.name(self.rank) if self._lookout else f"rank {self.rank}"
 
     def first_failure(self, wait_s: float = 0.0) -> str | None:
         """The first failure of another rank in this call, if one is reported within a time."""
@@ -120,11 +117,11 @@ class Watchdog:
         while True:
             try:
                 for key in (str(self.call), _FATAL):
-                    if self.store.check([key]):
-                        rank, _, message = self.store.get(key).decode().partition("\n")
+                    if (store := self._store) is not None and store.check([key]):
+                        rank, _, message = store.get(key).decode().partition("\n")
                         return None if int(rank) == self.rank else message
             except Exception:
-                deadline = 0.0  # of the store; what is known without it stands
+                self._store = None  # its process is gone; what is known without it stands
             failure = self._lookout.failure() if self._lookout is not None else None
             if failure is not None or time.monotonic() >= deadline:
                 return failure
@@ -156,7 +153,8 @@ _CLOSED = re.compile(
 
 def _seen(error: Exception) -> str:
     """How it was seen here, on a line of its own."""
-    return f"\n(seen here as {type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    line = str(error).strip().splitlines()[0].partition(". This is typically")[0]
+    return f"\n(seen here as {type(error).__name__}: {line})"
 
 
 def _report_fatal(error: Exception) -> None:

@@ -12,24 +12,22 @@ import torch.distributed as dist
 from pipecompile.compiler.ir.errors import BatchError, PeerFailedError
 from pipecompile.runtime.exchange import endings, watchdog
 from pipecompile.runtime.exchange.watchdog import Watchdog
-from pipecompile.runtime.transport.doing import Doing
+from pipecompile.runtime.transport.doing import Doing, told
 
 LIMIT_S = 20  # for what takes a tenth of a second where the machine is free
 
 
 class Rank:
-    """Owns a watchdog, which holds it weakly, and says what it is doing."""
+    """With a watchdog."""
 
     def __init__(self, number: int, store: dist.Store) -> None:
-        self.doing, self.store = "", store
-        self.watchdog = Watchdog(number, "test", self.status, store, doing=Doing())
-
-    def status(self) -> str:
-        return self.doing
+        self.doing, self.store = Doing(), store
+        self.watchdog = Watchdog(number, "test", store, doing=self.doing)
 
     def fail(self, error: Exception) -> Exception:
         """Fail in a guarded call; what is raised."""
         with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011
+            self.doing.act(told("1F0"))
             raise error
         return caught.value
 
@@ -69,19 +67,18 @@ def until(condition: Callable[[], object]) -> bool:
 def test_the_first_cause_is_on_top(ranks: tuple[Rank, Rank]) -> None:
     """An echo of it raises it; what the user did wrong stays what it is."""
     first, second = ranks
-    second.doing = "1F0"
     cause = second.fail(ArithmeticError("out of numbers"))
     assert isinstance(cause, ArithmeticError)
     echo = first.fail(RuntimeError("connection closed"))
     assert isinstance(echo, PeerFailedError)
     assert str(echo).startswith(
-        "rank 1 failed first during 1F0: ArithmeticError: out of numbers\n\nIts traceback:\n"
+        "rank 1 failed first in 1F0, in step(): ArithmeticError: out of numbers\n\nIts traceback:\n"
     )
     assert str(echo).endswith("\n(seen here as RuntimeError: connection closed)")
     assert echo.__suppress_context__, "what was seen here would be printed above it"
     assert isinstance(first.fail(BatchError("rows")), BatchError)
     echo = second.fail(RuntimeError("connection closed"))
-    assert "rank 0 failed first: BatchError: rows" in str(echo)
+    assert "rank 0 failed first in 1F0, in step(): BatchError: rows" in str(echo)
 
 
 def test_an_error_belongs_to_its_call(ranks: tuple[Rank, Rank]) -> None:
@@ -115,7 +112,7 @@ def test_a_blocked_rank_is_ended(
     with first.watchdog.guard("step()"):
         assert until(lambda: ended)
     assert ended == [1]
-    assert "rank 0 stops: rank 1 failed first: ArithmeticError" in capsys.readouterr().err
+    assert "rank 0 stops: rank 1 failed first in 1F0, in step(): Arith" in capsys.readouterr().err
 
 
 def test_a_rank_has_time_to_notice_by_itself(
