@@ -63,6 +63,7 @@ class Lookout:
     Args:
         store: of this attempt; no other thread uses it.
         doing: where the process is.
+        group: the default one; the lookout ends with it.
 
     Attributes:
         mesh: of the pipeline made last, for the names of ranks.
@@ -70,10 +71,17 @@ class Lookout:
     """
 
     def __init__(
-        self, rank: int, size: int, store: dist.Store, timeout_s: float, doing: Doing = HERE
+        self,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        timeout_s: float,
+        doing: Doing = HERE,
+        group: dist.ProcessGroup | None = None,
     ):
         self.rank, self.size, self.timeout_s, self._doing = rank, size, timeout_s, doing
         self.mesh: Mesh | None = None
+        self.group = group
         self.peers: dict[int, Peer] = {}
         self._store: dist.Store | None = store
         self._loss: Loss | None = None
@@ -149,7 +157,7 @@ class Lookout:
     _listen_to: Iterable[int] = ()
 
     def _run(self) -> None:
-        while not self._over and dist.is_initialized():
+        while not self._over and self.group in (None, dist.group.WORLD):
             events = self._poll.poll(1000 * POLL_S)
             ended = {number for number, _ in events}
             for peer in list(self.peers.values()):
@@ -304,11 +312,12 @@ _lookouts: list[Lookout] = []
 def lookout_of(mesh: Mesh, timeout_s: float) -> Lookout:
     """That of this process, which has joined the others; the same for all its pipelines."""
     assert mesh.rank is not None
-    if _lookouts and not _lookouts[0]._thread.is_alive():
-        _lookouts.clear()
+    world = dist.group.WORLD
+    if _lookouts and _lookouts[0].group is not world:
+        stop()
     if not _lookouts:
         store = joining.run_store()
-        _lookouts.append(Lookout(mesh.rank, mesh.size, store, timeout_s))
+        _lookouts.append(Lookout(mesh.rank, mesh.size, store, timeout_s, group=world))
     _lookouts[0].mesh, _lookouts[0].timeout_s = mesh, timeout_s
     return _lookouts[0]
 

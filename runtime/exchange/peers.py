@@ -90,7 +90,7 @@ class Peer:
                 peer.ended = True
                 return peer
             peer.pid, peer.born, peer.watch = pid, born, watch
-            with suppress(OSError, ValueError), open(f"/proc/{pid}/fd/{file}", "rb") as page:
+            with suppress(OSError, ValueError), Path(f"/proc/{pid}/fd/{file}").open("rb") as page:
                 peer.page = mmap.mmap(page.fileno(), 0, access=mmap.ACCESS_READ)
         return peer
 

@@ -11,13 +11,12 @@ every rank caught is no longer one in the next call.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch.distributed import PrefixStore, Store

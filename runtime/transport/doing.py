@@ -187,7 +187,8 @@ class Doing:
 
     def waits(self) -> list[Wait]:
         """Of all threads, the one that has lasted longest first."""
-        return sorted(list(self._waits.values()), key=lambda wait: wait.since)
+        waits = list(self._waits.values())  # at once, as other threads come and go
+        return sorted(waits, key=lambda wait: wait.since)
 
     def wakes(self, sleeper: Sleeper) -> None:
         """Wake this too; held weakly."""

@@ -1,7 +1,7 @@
 """How the processes of a run meet, and the groups that they form.
 
-All of it stands under a name that this attempt alone has: a store may outlive an attempt (torchrun's
-does, with ``--max-restarts``), and then has addresses and errors of processes that are no more.
+All of it stands under a name that this attempt alone has: a store may outlive an attempt, as
+torchrun's does with ``--max-restarts``, and has addresses and errors of processes that are no more.
 
 The store is reached through `_get_default_store`: torch.distributed has no public name for it.
 """

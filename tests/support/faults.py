@@ -26,6 +26,7 @@ from torch import nn
 from support.gang import Gang
 
 LIMIT_S = 60
+LAST_S = 15  # for the other ranks to answer when one has
 
 PLACES = {
     "F": "in 1F1, in step() (call 2)",
@@ -156,7 +157,7 @@ def answer(
         mock.patch.dict(os.environ, {SWITCH: shared}),
         mock.patch.object(joining, "FIRST_S", times["first_s"]),
         mock.patch.object(lookout, "LISTEN_S", min(lookout.LISTEN_S, times["first_s"])),
-        mock.patch.object(peers, "machine", lambda: machine),
+        mock.patch.object(peers, "machine", return_value=machine),
         tempfile.TemporaryFile("w+") as said,
         mock.patch.object(sys, "stderr", said),
     ):
@@ -177,7 +178,8 @@ def told(
     """What each rank answers; None for one that does not."""
     gang = Gang(size)
     try:
-        return gang.try_to_run(LIMIT_S, answer, folder, place, how, **options)
+        last_s = 0.5 if how == "stopped" else LAST_S
+        return gang.try_to_run(LIMIT_S, last_s, answer, folder, place, how, **options)
     finally:
         for worker in gang.workers:
             worker.kill()

@@ -24,7 +24,6 @@ from unittest import mock
 T = TypeVar("T")
 
 TIMEOUT_S = 240
-LAST_S = 15  # for those that are to answer when one has
 IMPORTED = (
     "highspy",
     "hypothesis",
@@ -89,13 +88,13 @@ class Gang:
         return [result for _, result in answers]
 
     def try_to_run(
-        self, limit_s: float, function: Callable[..., T], *args: Any, **options: Any
+        self, limit_s: float, last_s: float, function: Callable[..., T], *args: Any, **options: Any
     ) -> list[T | None]:
-        """The same; None for a process that has ended, or does not answer in some seconds after the
-        first one has."""
+        """The same; None for a process that has ended, or does not answer within ``last_s`` after
+        the first one has."""
         self._send(function, args, options)
         wait(self.pipes, limit_s)
-        deadline = time.monotonic() + LAST_S
+        deadline = time.monotonic() + last_s
         answers: list[T | None] = []
         for pipe in self.pipes:
             answers.append(None)

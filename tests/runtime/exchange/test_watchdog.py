@@ -26,7 +26,7 @@ class Rank:
 
     def fail(self, error: Exception) -> Exception:
         """Fail in a guarded call; what is raised."""
-        with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011
+        with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011, PT012
             self.doing.act(told("1F0"))
             raise error
         return caught.value
