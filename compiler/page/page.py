@@ -22,6 +22,7 @@ from ..report.quantities import (
     seconds_text,
 )
 from ..report.report import Extras
+from ..report.ways import ways_of
 from . import memory
 from .gantt import Gantt, gantt_of
 from .memory import Curve, curves_of, peak_of
@@ -85,6 +86,7 @@ def _context(page: Page) -> dict[str, Any]:
     return {
         "plan": plan,
         "extras": page.extras,
+        "ways": ways_of(plan, page.extras.trials) if page.extras.trials else None,
         "timeline": timeline,
         "gantt": gantt,
         "peaks": peaks,

@@ -32,9 +32,9 @@ from .texts import (
     stage_seconds,
     tied_text,
     values_text,
-    verdict_text,
     working_bytes,
 )
+from .ways import ways_of
 
 if TYPE_CHECKING:
     from ...passes.schedule.simulate import Timeline
@@ -208,34 +208,8 @@ class _Report:
 
     def _trials(self, trials: Sequence[Trial]) -> Group:
         """Ways to use the devices; which one was taken, and why."""
-        plan = self.plan
-        best_s = min(t.step_s for t in trials if t.step_s is not None)
-        taken = plan.n_stages, plan.options.get("schedule", DEFAULT), plan.virtual_stages
-        rows = plan.microbatches * plan.microbatch_rows * plan.dp
-        ways = [(t.way.n_stages, t.way.schedule, t.way.virtual_stages or 1) for t in trials]
-        said = [verdict_text(t, way == taken, best_s) for t, way in zip(trials, ways, strict=True)]
-        scale = bytes_scale([t.peak_bytes for t in trials])
-        orders = len({t.way.order for t in trials}) > 1
-        divides = len({t.way.n_stages for t in trials}) > 1
-        columns: dict[str, Sequence[object]] = {}
-        if divides or not orders:
-            columns["stages"] = [t.way.n_stages for t in trials]
-            columns["dp"] = [t.way.dp for t in trials]
-        if orders:
-            columns["schedule"] = [t.way.schedule for t in trials]
-            columns["stages\nper rank"] = [t.way.virtual_stages or 1 for t in trials]
-            columns["micro-\nbatches"] = [t.microbatches or "–" for t in trials]
-        columns["step"] = ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials]
-        columns["rows/s"] = ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials]
-        if orders:
-            columns["bubble"] = [f"{t.bubble:.1%}" if t.step_s else "–" for t in trials]
-            columns[f"peak\n{scale.unit}"] = [
-                scale.text(t.peak_bytes) if t.step_s else "–" for t in trials
-            ]
-        table = self._table(columns | {"": said}, left=("", "schedule"))
-        devices = trials[0].way.n_stages * trials[0].way.dp
-        title = f"divisions of {devices} devices" if divides or not orders else "schedules"
-        return Group(self._lines(title), table)
+        ways = ways_of(self.plan, trials)
+        return Group(self._lines(ways.title), self._table(ways.columns, left=ways.left))
 
     def _stages(self) -> Table:
         """One row per stage; seconds, stash and sends are of one microbatch."""

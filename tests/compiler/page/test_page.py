@@ -68,7 +68,14 @@ def test_everything_is_in_the_page_and_nothing_outside() -> None:
     assert str(policy["content"]).startswith("default-src 'none'")
     for heading in ("Schedule", "Memory over the step", "Stages", "What would help", "How it was"):
         assert f">{heading}" in text
-    for said in ("Computed again", "attention of 2 units", "--microbatches 60", "uniform", "1.319"):
+    said_there = (
+        "attention of 2 units",
+        "--microbatches 60",
+        "uniform",
+        "1.319",
+        "1.00 GiB too much",
+    )
+    for said in ("Computed again", "divisions of 2 devices", "45.2 s", *said_there):
         assert said in text
     assert "blocks.0 is pinned to stage 1" in text
     assert "7 operators" in text
@@ -154,6 +161,7 @@ def test_a_plan_without_extras_and_bytes() -> None:
     assert "Memory over the step" not in text
     assert "What would help" not in text
     assert "Beside simple strategies" not in text
+    assert "Ways that were tried" not in text
     assert "Hand[made]" in text
 
 
@@ -165,6 +173,18 @@ def test_inspect_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "uniform" in text  # strategies that take no time are compared unasked
     assert "compared at" not in report
     assert len(drawn(text)) == 2 * 2 * 4
+
+
+def test_schedules_are_compared_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.html"
+    given = f"{SMALL_GPT2} --stages 2 --microbatches 2 --compare schedules --html {path}"
+    report = inspect(given, capsys)
+    text = path.read_text()
+    (table,) = re.findall("<caption>schedules</caption>.*?</table>", text, re.DOTALL)
+    rows = [re.findall("<td.*?>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert {row[0] for row in rows} >= {"1f1b", "gpipe", "zb_v", "v_min"}
+    for row in rows:
+        assert re.search(rf"^{row[0]} +{row[1]} .*{re.escape(row[3])}", report, re.MULTILINE)
 
 
 # -- in a browser ---------------------------------------------------------------------------------
