@@ -171,8 +171,8 @@ class World:
         return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _guarded(self, what: object) -> Iterator[None]:
-        guard = self._watchdog.guard(what) if self._watchdog else contextlib.nullcontext()
+    def _guarded(self, what: object, final: bool = False) -> Iterator[None]:
+        guard = self._watchdog.guard(what, final) if self._watchdog else contextlib.nullcontext()
         with guard, self.plain():
             dtype = torch.get_default_dtype()
             if self._default_dtype not in (None, dtype):
@@ -193,7 +193,8 @@ class World:
             what: the call.
             doing: what it does to them.
         """
-        with self._guarded(Call(what, self.agreement.call.number)), HERE.phase(doing):
+        call = Call(what, self.agreement.call.number)
+        with self._guarded(call, final=True), HERE.phase(doing):
             try:
                 yield
             except BaseException:

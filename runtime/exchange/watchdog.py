@@ -30,7 +30,7 @@ POLL_S = 0.5
 GRACE_S = 5.0  # how long a rank may take to notice by itself that another one failed
 ECHO_S = 2.0  # how long the first cause may take to reach the store
 
-_FATAL = "fatal"  # the key of an error that ended a process outside of any guarded call
+_FATAL = "fatal"  # the key of an error after which no call can succeed
 _living: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
 
@@ -63,13 +63,15 @@ class Watchdog:
         thread.start()
 
     @contextmanager
-    def guard(self, what: object) -> Iterator[None]:
+    def guard(self, what: object, final: bool = False) -> Iterator[None]:
         """Run a piece of work in which a failure of any rank is a failure of all.
 
         Args:
             what: the call that it is for.
+            final: a failure is one of all calls that follow, too.
         """
         self.call += 1
+        key = _FATAL if final else str(self.call)
         before, self.working = self.working, True
         with self._doing.call(what):
             here = self._doing.place
@@ -78,13 +80,13 @@ class Watchdog:
                     raise PeerFailedError(cause)
                 yield
             except PipecompileError as error:
-                self.report(error, str(self.call))
+                self.report(error, key)
                 raise
             except Exception as error:
                 cause = self.first_failure(ECHO_S) or self._ended(error, str(here))
                 if cause is not None:
                     raise PeerFailedError(f"{cause}{_seen(error)}") from None
-                self.report(error, str(self.call))
+                self.report(error, key)
                 raise
             finally:
                 self.working = before

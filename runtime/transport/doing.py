@@ -149,13 +149,14 @@ class Doing:
 
     @contextlib.contextmanager
     def phase(self, what: str) -> Iterator[None]:
-        """What happens inside is told by this name; actions inside have their own."""
+        """What happens inside is told by this name; actions inside have their own.
+
+        Where it fails the name stays, for who tells of that, until the call is over.
+        """
         before = bytes(self._page[:ROOM])
         self.act(told(what))
-        try:
-            yield
-        finally:
-            self.act(before)
+        yield
+        self.act(before)
 
     @contextlib.contextmanager
     def call(self, what: object) -> Iterator[None]:
