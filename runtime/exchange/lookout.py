@@ -21,8 +21,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..transport import joining
 from ..transport.doing import AT_WORK, ENDED, FAILED, HERE, Doing
@@ -74,7 +76,7 @@ class Lookout:
         self,
         rank: int,
         size: int,
-        store: dist.Store,
+        store: Store,
         timeout_s: float,
         doing: Doing = HERE,
         group: dist.ProcessGroup | None = None,
@@ -83,7 +85,7 @@ class Lookout:
         self.mesh: Mesh | None = None
         self.group = group
         self.peers: dict[int, Peer] = {}
-        self._store: dist.Store | None = store
+        self._store: Store | None = store
         self._loss: Loss | None = None
         self._beats = 0
         self._due = self._told = 0.0
@@ -98,7 +100,7 @@ class Lookout:
         self._thread = threading.Thread(target=self._run, daemon=True, name="pipecompile-lookout")
         self._thread.start()
 
-    def _meet(self, store: dist.Store) -> None:
+    def _meet(self, store: Any) -> None:
         """The others; they are here, and come to this too."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         keys = [f"who/{rank}" for rank in others]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from ..transport.doing import AT_WORK, ENDED, Doing, Place, place_of
 from ..transport.mesh import Mesh

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ...compiler.ir.errors import PeerFailedError, PipecompileError
 from ..transport.doing import HERE, Doing

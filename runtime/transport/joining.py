@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from ...compiler.ir.errors import PeerFailedError
 from .doing import HERE
@@ -36,7 +37,7 @@ _MOST_S = 10 * 365 * 24 * 3600.0
 _PROBE = 0x7FFFFF  # a tag of no message
 
 _groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-_stores: dict[str, dist.Store] = {}
+_stores: dict[str, Any] = {}  # torch does not type all that stores can do
 _timeout = timedelta(seconds=TIMEOUT_S * _MARGIN)
 
 
@@ -56,11 +57,11 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
     scope = None
     if not dist.is_initialized():
         with _Told(f"rank {os.environ['RANK']} cannot reach {_keeper()}"):
-            store, rank, size = next(dist.rendezvous("env://", timeout=_timeout))
+            store, rank, size = next(rendezvous("env://", timeout=_timeout))
         scope = scope_of(store, rank, size, timeout_s)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"pipecompile/{scope}", store),
+            store=PrefixStore(f"pipecompile/{scope}", store),
             rank=rank,
             world_size=size,
             timeout=_timeout,
@@ -71,14 +72,15 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
         store = _get_default_store()
         if scope is None:
             scope = scope_of(store, dist.get_rank(), dist.get_world_size(), timeout_s)
-        _stores[""] = dist.PrefixStore(f"pipecompile/{scope}", store)
+        _stores[""] = PrefixStore(f"pipecompile/{scope}", store)
         _groups.add(world)
         HERE.wakes(_GLOO)
 
 
-def run_store() -> dist.Store:
+def run_store() -> Store:
     """Of this attempt alone, for one thread: who waits in a store keeps others from it."""
-    return _stores[""].clone()
+    made: Store = _stores[""].clone()
+    return made
 
 
 def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> Any:
@@ -89,7 +91,7 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) ->
     return group
 
 
-def scope_of(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+def scope_of(store: Store, rank: int, size: int, timeout_s: float) -> str:
     """A name that only the processes that are here now know; a collective of all.
 
     The number of a restart would not do: torchrun's agents count their own. So each rank says hello
@@ -114,7 +116,7 @@ def scope_of(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     raise AssertionError("looks end with an error")
 
 
-def _welcome(store: dist.Store, scope: str, missing: set[int], deadline: float) -> str:
+def _welcome(store: Store, scope: str, missing: set[int], deadline: float) -> str:
     answered: dict[int, str] = {}
     with _Told("rank 0 waits for others to join the run", missing):
         for _ in _looks(deadline, missing):

@@ -40,7 +40,7 @@ def loss_fn(out, batch):
 pipe = pipecompile.compile(model, 2, microbatches=4, optimizer=torch.optim.SGD, loss_fn=loss_fn)
 batch = {"input": torch.ones(8, 4), "label": torch.ones(8, dtype=torch.long)}
 pipe.step(batch)
-print("trained", rank, "in attempt", attempt, flush=True)
+print(f"trained {rank} in attempt {attempt}\\n", end="", flush=True)
 if not attempt and rank == 1:
     if how == "killed":
         os.kill(os.getpid(), 9)
@@ -51,7 +51,7 @@ if not attempt and rank == 1:
 while how == "goes on":
     pipe.step(batch)
 pipe.step(batch)
-print("finished", rank, "in attempt", attempt, flush=True)
+print(f"finished {rank} in attempt {attempt}\\n", end="", flush=True)
 """
 
 
