@@ -6,8 +6,9 @@ NCCL on CUDA.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import queue
-import sys
 import threading
 import weakref
 from collections import deque
@@ -64,17 +65,24 @@ class _Outbox:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._failures: list[RuntimeError] = []
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=_see_off,
             args=(self._queue, self._failures),
             name="pipecompile-outbox",
             daemon=True,
         )
-        self._thread.start()
-        weakref.finalize(self, _end, self._queue, self._thread)
+        self.thread.start()
+        weakref.finalize(self, self._queue.put, []).atexit = False
+        _open.add(self)
+        _close_at_exit()
 
     def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
         self._queue.put([work, data, dst])
+
+    def close(self) -> None:
+        """Nothing more is added."""
+        self._queue.put([])
+        self.thread.join(0.2)
 
     def flush(self) -> None:
         """Wait until all has left.
@@ -103,14 +111,23 @@ def _see_off(sent: queue.SimpleQueue[list[Any]], failures: list[RuntimeError]) -
         del item
 
 
-def _end(sent: queue.SimpleQueue[list[Any]], thread: threading.Thread) -> None:
-    """The outbox is no more, or Python exits, which must not find the thread inside of gloo: it
-    would be ended there, and the process with it ("terminate called")."""
-    sent.put([])
-    thread.join(0.2)
-    if thread.is_alive() and not sys.is_finalizing():
-        HERE.wake()
-        thread.join(2.0)
+_open: weakref.WeakSet[_Outbox] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Before the group is left, which was joined earlier."""
+    atexit.register(_close)
+
+
+def _close() -> None:
+    """Python exits, which must not find a thread inside of gloo: it would be ended there, and the
+    process with it ("terminate called without an active exception")."""
+    for outbox in _open:
+        outbox.close()
+        if outbox.thread.is_alive():  # it waits for one that is no more
+            HERE.wake()
+            outbox.thread.join(2.0)
 
 
 class _DeviceOutbox:
