@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench clean
+	schedules-bench backend-table chunked-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -23,10 +23,12 @@ help:
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
 	@echo "make schedules-table   what schedules and several stages per rank bring"
+	@echo "make chunked-table     what losses in pieces save, and what the planner makes of it"
 	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
+	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
 	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -75,11 +77,18 @@ schedules-table: $(READY)
 schedules-bench: $(READY)
 	$(BIN)/python tests/bench/schedules_measured.py
 
+chunked-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/chunked_table.py
+
 lengths-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/lengths_table.py
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
+
+backend-table: $(READY)
+	$(BIN)/python tests/bench/backend_table.py
+	$(BIN)/python tests/bench/backend_table.py --compiling 4,24
 
 # DeepSpeed is only measured against: without it the others are. Its operators are not built.
 zero-bench: $(READY)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..compiler.ir.actions import Kind
-from ..compiler.ir.program import Port, Program, Role, StageProgram
+from ..compiler.ir.program import Port, Program, Role, StageProgram, fusions_of
 from .exchange.parcels import GatheredGroup, LocalGroup
+from .kernels.kernels import with_kernels
 from .state.rank_state import RankState
 
 
@@ -53,7 +55,12 @@ class BoundStage:
     ):
         self.code, self._state, self._by_data = code, state, by_data
         for program in (code.constants, *code.parts.values()):
-            _retarget(program, state.device)
+            for module in (program.module, *fusions_of(program).values()):
+                _retarget(module, state.device)
+        self._programs = {
+            kind: with_kernels(program, state.device) for kind, program in code.parts.items()
+        }
+        for program in (code.constants, *self._programs.values()):
             program.prepare()
         self._groups = self._grouped()
         self.parts: dict[Kind, Bound] = {}
@@ -72,7 +79,7 @@ class BoundStage:
         made = constants.module.forward(arguments)
         values = dict(zip((p.key for p in constants.outputs), made, strict=True))
         self.parts = {
-            kind: self._bind(program, values, kind) for kind, program in self.code.parts.items()
+            kind: self._bind(program, values, kind) for kind, program in self._programs.items()
         }
 
     def _grouped(self) -> Sequence[GatheredGroup | LocalGroup]:
@@ -117,9 +124,9 @@ class BoundStage:
         return None
 
 
-def _retarget(program: Program, device: torch.device) -> None:
+def _retarget(module: fx.GraphModule, device: torch.device) -> None:
     """Make a program's own tensors on this rank's device: it was traced for the type alone."""
-    module, changed = program.module, False
+    changed = False
     for node in module.graph.nodes:
         wanted = node.kwargs.get("device")
         if isinstance(wanted, torch.device) and wanted.type == device.type and wanted != device:

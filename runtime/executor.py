@@ -20,6 +20,7 @@ from ..compiler.ir.errors import BatchError, VerificationError
 from ..compiler.ir.graph import module_of
 from ..compiler.ir.program import Message, PipelineProgram, Program, Role
 from ..compiler.ir.shards import late_gradients
+from ..compiler.losses import pieces
 from .binding import BoundStage
 from .recording.ranges import in_ranges, named
 from .state.rank_state import RankState
@@ -86,6 +87,7 @@ class Executor:
 
     Args:
         actions: of the rank.
+        fused: the programs to run, where they are not those of the pipeline itself.
 
     Attributes:
         scale: the loss is multiplied by it before it is differentiated.
@@ -98,6 +100,7 @@ class Executor:
         actions: Sequence[Action],
         state: RankState,
         microbatches: int,
+        fused: PipelineProgram | None = None,
     ):
         self.actions, self.state, self.microbatches = actions, state, microbatches
         self.current: Action | None = None
@@ -108,11 +111,14 @@ class Executor:
         }
         self.by_data = reached_by_data(pipeline)
         self.stages = {
-            stage: BoundStage(pipeline.stages[stage], state, self.by_data) for stage in state.stages
+            stage: BoundStage((fused or pipeline).stages[stage], state, self.by_data)
+            for stage in state.stages
         }
         self.leaving = {
-            stage: state.grads.departures(bound.code, late_gradients(pipeline, stage, state.stages))
-            for stage, bound in self.stages.items()
+            stage: state.grads.departures(
+                pipeline.stages[stage], late_gradients(pipeline, stage, state.stages)
+            )
+            for stage in self.stages
         }
         self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
         self.tied = TiedGradients(pipeline, state)
@@ -292,7 +298,12 @@ class Executor:
 
 def _table(node: fx.Node | None) -> str:
     """What an operator's first operand is, where indices into it are refused."""
-    first = node.args[0] if node is not None and node.args else None
+    operator = node is not None and node.op == "call_function" and node.args
+    if node is not None and node.target is pieces.FORWARD:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        return f"{weight.meta['val'].shape[0]} classes"
+    first = node.args[0] if node is not None and operator else None
     value = first.meta.get("val") if isinstance(first, fx.Node) else None
     return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Pipeline(Stored):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:
-        why: how the number of stages was chosen, where it was.
+        notes: name -> what was chosen before anything was compiled, and why; "" for nothing.
 
     Attributes:
         data_shards: into how many shares the caller cuts the data: dp between processes, 1 where
@@ -66,7 +67,7 @@ class Pipeline(Stored):
         skeleton: Skeleton,
         mesh: Mesh,
         device: torch.device,
-        why: str = "",
+        notes: Mapping[str, str] = MappingProxyType({}),
     ):
         self._options, self._skeleton = options, skeleton
         self._session: Session | None = None
@@ -85,7 +86,7 @@ class Pipeline(Stored):
             self._loaders = DataSetLoaders()
             team = Ranks(mesh, world.agreement, model, options)
             cache = Cache(default_cache_dir())
-            builder = Builder(skeleton, options, world.target(options), team, why, cache)
+            builder = Builder(skeleton, options, world.target(options), team, notes, cache)
             devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
             self._recording = Recording(mesh, world.agreement, devices)
             self._loader = Loader(world, builder, options)
@@ -426,7 +427,8 @@ class Pipeline(Stored):
                 "of cut= differ: give them as 0-dim tensors"
             )
         eager, updated = self._skeleton.regions.drawing, self._skeleton.updated
-        verifier.begin(mine, spec, self._seed, self._steps, weights, eager, updated)
+        told = eager, updated, bool(self.plan.decision.chunk_rows)
+        verifier.begin(mine, spec, self._seed, self._steps, weights, *told)
         return verifier
 
     def _verify(self, verifier: Verifier, batch: Any, norm: torch.Tensor | None) -> None:

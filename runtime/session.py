@@ -155,18 +155,15 @@ class Session:
 
     def add(self, request: Request, compiled: Compiled) -> None:
         """Make a graph ready to run."""
-        self.state.provide(compiled.program)
-        self._world.transport.open(compiled.program.routes)
+        program, position = compiled.program, self._world.mesh.position_of
+        count = request.microbatches
+        self.state.provide(program)
+        self._world.transport.open(program.routes)
         executors = {
-            rank: Executor(
-                compiled.program,
-                compiled.schedule[self._world.mesh.position_of(rank)],
-                state,
-                request.microbatches,
-            )
+            rank: Executor(program, compiled.schedule[position(rank)], state, count, compiled.fused)
             for rank, state in self.state.ranks.items()
         }
-        use, stale = BufferUse.of(compiled.program), set(self.buffers.stages)
+        use, stale = BufferUse.of(program), set(self.buffers.stages)
         self.loaded[request] = Loaded(compiled, executors, use, stale)
 
     def drop_oldest(self, step: Step) -> list[Request]:

@@ -19,6 +19,7 @@ from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, target_of
 from .exchange.ranks import Ranks
+from .kernels.choice import settled
 from .pipeline import Pipeline
 from .transport.mesh import Mesh, make_mesh, world_size
 from .weights.weight_files import WeightFiles
@@ -30,10 +31,11 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     options.check_zero()
     mesh = make_mesh(options.n_stages, options.dp, options.shape(1).placement)
     device = choose_device(options.device, mesh)
+    options, why = settled(options, device)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
         skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
-        return Pipeline(model, options, skeleton, mesh, device)
+        return Pipeline(model, options, skeleton, mesh, device, {"backend": why})
 
 
 def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeline:
@@ -48,13 +50,20 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
         options.check_zero()
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
+    options, why = settled(options, device)
     planning = Planning(mesh, device, options)
     with plain_torch(device), planning.guard():
-        return _best(with_loss(model, options.loss_fn), options, open_, mesh, device)
+        model = with_loss(model, options.loss_fn)
+        return _best(model, options, open_, mesh, device, {"backend": why})
 
 
 def _best(
-    model: nn.Module, options: CompileOptions, open_: Open, mesh: Mesh, device: torch.device
+    model: nn.Module,
+    options: CompileOptions,
+    open_: Open,
+    mesh: Mesh,
+    device: torch.device,
+    notes: dict[str, str],
 ) -> Pipeline:
     skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
     agreement = Agreement(mesh, device)
@@ -84,7 +93,7 @@ def _best(
     chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
     mesh = make_mesh(chosen.n_stages, chosen.dp, chosen.shape(1).placement)
     why = f"{best.told(open_.orders)} is the shortest predicted step of {listed(trials)}"
-    pipe = Pipeline(model, chosen, skeleton, mesh, device, why)
+    pipe = Pipeline(model, chosen, skeleton, mesh, device, {"stages": why} | notes)
     rows = cut(whole.rows, pipe.data_shards)
     if open_.divides and values:
         values = batches.cut(values, rows)[pipe.data_shard]

@@ -16,8 +16,10 @@ ROOT = TESTS.parent
 ROOMS = (
     "compiler/tensors",
     "compiler/ir",
+    "compiler/losses",
     "passes/partition",
     "passes/graph",
+    "passes/losses",
     "passes/programs",
     "passes/sequencing",
     "passes/generators",
@@ -40,6 +42,7 @@ ROOMS = (
     "compiler/driver",
     "compiler/report",
     "compiler/page",
+    "runtime/kernels",
     "runtime/transport",
     "runtime/exchange",
     "runtime/recording",

@@ -18,10 +18,10 @@ from torch import fx
 from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from ..ir.region import Kernel
-from ..ir.region import work_of as region_work
 from ..tensors.facts import short_name
 from .formulas import flops_of, lacking
 from .hardware import Device
+from .inside import inside
 
 NOTICEABLE = 0.01
 """Of a step's seconds: what an operator without a formula could take at least to be named."""
@@ -48,7 +48,7 @@ class _Work:
     """What a node does on any device; valid while it has these arguments and this value.
 
     Attributes:
-        lacks: as of a `Kernel`.
+        lacks, times: as of a `Kernel`.
     """
 
     args: tuple[Any, ...]
@@ -57,24 +57,26 @@ class _Work:
     moved_bytes: int
     dtype: str
     lacks: str = ""
+    times: int = 1
 
 
 def node_cost(node: fx.Node, device: Device) -> Cost:
     """The cost of one call; nothing for views, items and placeholders."""
     if node.op != "call_function":
         return Cost()
-    if (region := region_work(node)) is not None:
-        return sum((_cost(kernel, device) for kernel in region.kernels), Cost())
+    if (work := inside(node)) is not None:
+        return sum((_cost(kernel, device) for kernel in work.kernels), Cost())
     return _cost(_work(node), device)
 
 
 def _cost(work: _Work | Kernel, device: Device) -> Cost:
-    """Of what one launch does."""
+    """Of what one launch does, or several that are alike."""
     if not work.moved_bytes and not work.flops:
         return Cost()
     compute_s = work.flops / device.peak(work.dtype) if work.flops else 0.0
     seconds = max(compute_s, work.moved_bytes / device.bytes_per_s) + device.launch_s
-    return Cost(work.flops, work.moved_bytes, seconds)
+    times = work.times
+    return Cost(work.flops * times, work.moved_bytes * times, seconds * times)
 
 
 def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
@@ -84,8 +86,8 @@ def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
 
 def node_flops(node: fx.Node) -> int:
     """Floating-point operations, a multiply-add counted as two; 0 of ops without products."""
-    if (region := region_work(node)) is not None:
-        return region.flops
+    if (work := inside(node)) is not None:
+        return work.flops
     return _work(node).flops if node.op == "call_function" else 0
 
 
@@ -118,8 +120,8 @@ def unpriced(nodes: Iterable[fx.Node], device: Device) -> str:
 def _launches(nodes: Iterable[fx.Node]) -> Iterator[_Work | Kernel]:
     """All that nodes run."""
     for node in nodes:
-        if (region := region_work(node)) is not None:
-            yield from region.kernels
+        if (work := inside(node)) is not None:
+            yield from work.kernels
         elif node.op == "call_function":
             yield _work(node)
 

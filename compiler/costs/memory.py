@@ -21,8 +21,8 @@ from ..ir import ops
 from ..ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
 from ..ir.graph import is_getitem, overwritten, tensors, viewed
 from ..ir.program import PipelineProgram, Program, Role
-from ..ir.region import work_of as region_work
 from ..ir.shards import Departures, Entry
+from .inside import inside
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
 SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
@@ -259,8 +259,8 @@ def _made(
 def _scratch(node: fx.Node, streams: bool) -> int:
     """What runs eagerly has its own; a gradient in another layout than its slot is copied before
     it is added."""
-    if (region := region_work(node)) is not None:
-        return region.scratch_bytes
+    if (work := inside(node)) is not None:
+        return work.scratch_bytes
     if node.target is not ops.accumulate or streams:
         return 0
     slot, grad = node.args

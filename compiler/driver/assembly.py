@@ -17,6 +17,7 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
+from ..losses.logits import Chunks
 from ..plan.decision import Decision
 from . import passes
 from .passes import Pass
@@ -44,7 +45,11 @@ def run(
 
 
 def forward_passes(
-    mixed: Precision | None, device: str, skip: Collection[str], records: list[PassRecord]
+    mixed: Precision | None,
+    device: str,
+    skip: Collection[str],
+    records: list[PassRecord],
+    chunks: Chunks | None = None,
 ) -> tuple[ForwardPass, ...]:
     """The passes over the exported graph, for capturing, which runs them between its two steps.
 
@@ -53,12 +58,13 @@ def forward_passes(
     Args:
         device: the type that is planned for.
         records: gets those of the last graph that was exported.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     def rewriting(each: Pass[Exported]) -> ForwardPass:
         def rewrite(module: fx.GraphModule, leaves: Sequence[torch.Tensor]) -> str:
             recorder = Recorder(None)
-            run("forward", (each,), Exported(module, leaves, mixed, device), recorder, skip)
+            run("forward", (each,), Exported(module, leaves, mixed, device, chunks), recorder, skip)
             if each is passes.FORWARD[0]:
                 records.clear()
             records.extend(recorder.records)
@@ -78,6 +84,7 @@ class Assembly:
         stage: of its staged nodes.
         copies: a node of the backward -> the forward node that it computes again.
         whole: the programs as they are without parameters that are gathered (zero=3).
+        fused: the programs that run, where fusions of operators are compiled.
         memory: per rank.
         timing: of the programs.
     """
@@ -87,6 +94,7 @@ class Assembly:
     copies: dict[fx.Node, fx.Node]
     program: PipelineProgram
     whole: PipelineProgram
+    fused: PipelineProgram | None
     schedule: Schedule
     memory: tuple[RankMemory, ...]
     timing: Timing
@@ -132,6 +140,7 @@ def assemble(
         work.copies,
         work.made,
         work.whole,
+        work.fused,
         work.schedule,
         work.memory,
         work.timing,

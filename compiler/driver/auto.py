@@ -1,4 +1,4 @@
-"""n_stages="auto" and schedule="auto": every way to use the devices, and the best."""
+"""n_stages, schedule and chunked_loss that are "auto": every way there is, and the best."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
-from ..ir.errors import BatchError, MemoryBudgetError, OptionError, PartitionError
+from ..ir.errors import (
+    BatchError,
+    MemoryBudgetError,
+    OptionError,
+    PartitionError,
+    PipecompileError,
+)
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
+from ..plan.plan import Plan
+from ..planning.advice import gib
+from ..planning.team import Team
 from .compiled import Compiled
+from .layout import Layout
+from .record import PassRecord
 
 FINER = (1, 2, 4, 8)
 MOST_VIRTUAL = 3
@@ -168,3 +180,108 @@ def _tried(way: Way, build: Build, finer: bool) -> Trial:
             if not finer:
                 break
     return best
+
+
+# -- chunked_loss --------------------------------------------------------------------------------
+
+BuildLoss = Callable[[Chunks | None, bool], Compiled]
+"""(how losses are computed in pieces, whether files are written) -> the compiled step."""
+
+
+class WholeError(PipecompileError):
+    """No loss of the graph can be computed in pieces; the text says why."""
+
+
+def chunks_of(options: CompileOptions, plan: Plan | None, layout: Layout | None) -> Chunks | None:
+    """What a graph's losses are to be, where that is settled.
+
+    Args:
+        plan: that decides, if there is one.
+        layout: of the graph that this one follows, if it follows one.
+    """
+    asked = options.chunked_loss
+    if layout is not None:
+        rows = layout.chunk_rows
+    elif asked == AUTO:
+        rows = 0 if plan is None else plan.decision.chunk_rows
+    else:
+        rows = 0 if isinstance(asked, str) else asked
+    return Chunks(rows, layout is None and asked != AUTO) if rows else None
+
+
+def check_pieces(chunks: Chunks | None, rows: int, records: Sequence[PassRecord]) -> None:
+    """Raises WholeError where losses were to be in pieces of any size, and none is.
+
+    Args:
+        rows: of the graph.
+        records: of the passes that made it; one for many sizes has none.
+    """
+    if chunks == Chunks() and not rows:
+        said = (each.note for each in records if each.name == "chunks")
+        raise WholeError(next(said, "logits stay whole"))
+
+
+def chosen(build: BuildLoss, options: CompileOptions, team: Team, dump: bool) -> Compiled:
+    """The better of whole logits and of pieces.
+
+    Pieces are tried where whole logits do not fit, or where others have to be recomputed or
+    divided for them.
+
+    Raises:
+        MemoryBudgetError: neither fits.
+    """
+    refused: MemoryBudgetError | None = None
+    whole: Compiled | None = None
+    try:
+        whole = build(None, False)
+    except MemoryBudgetError as error:
+        refused = error
+    if whole is not None and not _pays(whole, options):
+        return _told(build, None, whole, dump, "logits stay whole: nothing is given up for them")
+    try:
+        pieces = build(Chunks(), False)
+    except WholeError as why:
+        if refused is not None:
+            raise refused from None
+        assert whole is not None
+        return _told(build, None, whole, dump, str(why))
+    except MemoryBudgetError:
+        if whole is None:
+            raise
+        return _told(build, None, whole, dump, "logits stay whole: in pieces nothing fits")
+    rows = pieces.layout.chunk_rows
+    if whole is None:
+        assert refused is not None
+        first = str(refused).partition(":")[0]
+        note = f"{_said('in pieces', pieces)}; whole logits do not fit: {first}"
+        return _told(build, Chunks(rows), pieces, dump, note)
+    both = f"{_said('in pieces', pieces)}; {_said('whole', whole)}"
+    better = team.share(lambda: pieces.plan.step_s < whole.plan.step_s)
+    if better:
+        return _told(build, Chunks(rows), pieces, dump, both)
+    return _told(build, None, whole, dump, f"logits stay whole: {both}")
+
+
+def _pays(compiled: Compiled, options: CompileOptions) -> bool:
+    """Whether something was given up for memory."""
+    again = any(stage.recompute_s > 0 for stage in compiled.plan.stages)
+    return again or compiled.layout.zero.level > options.zero_levels[0]
+
+
+def _said(how: str, compiled: Compiled) -> str:
+    plan = compiled.plan
+    peak = max(stage.memory.peak for stage in plan.stages)
+    again_s = sum(stage.recompute_s for stage in plan.stages)
+    return (
+        f"{how}: a step of {plan.step_s:.4g} s, {gib(peak)} at most, "
+        f"{again_s * 1e3:.3g} ms recomputed per microbatch"
+    )
+
+
+def _told(
+    build: BuildLoss, chunks: Chunks | None, made: Compiled, dump: bool, note: str
+) -> Compiled:
+    if dump:
+        made = build(chunks, True)
+    plan = made.plan
+    return replace(made, plan=replace(plan, notes=(*plan.notes, ("chunked_loss", note))))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.losses.chunks import chunk_rows
 from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.cost import unpriced
 from ..costs.footprint import Footprint
+from ..costs.inside import told_pieces
 from ..general.lookups import check_lookups
 from ..ir.errors import (
     BatchError,
@@ -29,12 +32,14 @@ from ..ir.errors import (
     PartitionError,
     PipecompileError,
 )
-from ..ir.graph import JointGraph, Phase, module_of, phase_of
+from ..ir.graph import JointGraph
 from ..ir.locality import Locality, locality_of
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..kept.cache import Cache, default_cache_dir
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
 from ..plan.plan import Plan
@@ -44,13 +49,14 @@ from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
 from . import passes
 from .assembly import assemble, run
+from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode
 from .deciding import Decided, Deciding, divisions
 from .layout import Layout, layout_of
 from .record import PassRecord, Recorder
-from .summary import Summary
+from .summary import Summary, placement_note, placement_text
 from .work import Joint, Settings
 
 Captures = dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]]
@@ -61,7 +67,7 @@ class Builder:
     """Compiles the graphs of one model. The first graph decides the layout; others follow it.
 
     Args:
-        why: how the number of stages was chosen, where it was: a note in the plan.
+        notes: name -> what was chosen before, and why: notes in the plan; "" for none.
         cache: what other runs have left; by default that of this machine, without plans.
         captured: graphs that builders of the same model with other divisions share.
     """
@@ -72,14 +78,14 @@ class Builder:
         options: CompileOptions,
         target: Target,
         team: Team | None = None,
-        why: str = "",
+        notes: Mapping[str, str] = MappingProxyType({}),
         cache: Cache | None = None,
         captured: Captures | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
-        self.why = why
+        self.notes = notes
         self._cache = cache or Cache(default_cache_dir(), searches=True)
         self.given = (
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
@@ -140,9 +146,39 @@ class Builder:
             with contextlib.suppress(LossError, CaptureError):
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
+        dump &= self.options.dump_dir is not None
+
+        def build(chunks: Chunks | None, writes: bool) -> Compiled:
+            given = mode, spec, microbatches, layout, writes, batch, weighs
+            return self._built(*given, follows, chunks)
+
+        if layout is None and self.given is None and self.options.chunked_loss == AUTO:
+            return chosen(build, self.options, self.team, dump)
+        return build(chunks_of(self.options, self.given, layout), dump)
+
+    def _built(
+        self,
+        mode: Mode,
+        spec: BatchSpec,
+        microbatches: int,
+        layout: Layout | None,
+        dump: bool,
+        batch: Sequence[torch.Tensor],
+        weighs: bool,
+        follows: bool,
+        chunks: Chunks | None,
+    ) -> Compiled:
+        """As `build` does, with losses whole or in pieces.
+
+        Args:
+            follows: the layout is one that was given.
+
+        Raises:
+            WholeError: losses are to be in pieces of any size, and none can be.
+        """
         recorder = Recorder(self._folder(mode, spec) if dump else None)
         weighs |= microbatches * self.options.dp > 1 and spec.varies
-        captured = self._captured(mode, spec, batch, recorder, weighs)
+        captured = self._captured(mode, spec, batch, recorder, weighs, chunks)
         graph, locality = captured.graph, locality_of(captured.graph)
         if layout is not None:
             layout.check(self.skeleton.updated)
@@ -150,7 +186,7 @@ class Builder:
             decided = self._decided(graph, locality, spec, microbatches, layout, batch, recorder)
         settings, placement, again = decided.settings, decided.placement, decided.again
         work = graph, locality, placement.stage, again
-        decision = decided.decision
+        decision = replace(decided.decision, chunk_rows=chunk_rows(graph.graph))
         free = not follows and not decided.planned
         if free and settings.schedule.searches and self.target.profiler is not None:
             drafts = replace(settings, drafts=True)
@@ -161,7 +197,7 @@ class Builder:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
-            of = self.skeleton.params, settings.zero, assembly.pace
+            of = self.skeleton.params, settings.zero, assembly.pace, decision.chunk_rows
             layout = layout_of(placement, again, locality, assembly.program, *of)
         summary = Summary(
             self.skeleton,
@@ -197,6 +233,7 @@ class Builder:
             captured.guards,
             captured.loss,
             captured.scalars,
+            assembly.fused,
         )
 
     def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
@@ -261,24 +298,28 @@ class Builder:
         batch: Sequence[torch.Tensor],
         recorder: Recorder,
         weighs: bool,
+        chunks: Chunks | None,
     ) -> Captured:
         """The joint graph, with the passes over it.
 
         Args:
             weighs: tell how the losses of microbatches make that of several.
         """
-        options, known = self.options, (mode, spec, weighs)
+        options = self.options
+        splits = options.kind.splits_backward and options.stage_count > 1
+        known = mode, spec, weighs, chunks, splits
         if self._shared is not None and known in self._shared:
             captured, records = self._shared[known]
             recorder.records += records
             return captured
         before = len(recorder.records)
         weighs &= options.loss_normalization != "microbatch" and options.loss_weight is None
-        if self.why:
-            with recorder.record("joint", "stages") as outcome:
-                outcome.note = self.why
+        for name, note in self.notes.items():
+            if note:
+                with recorder.record("joint", name) as outcome:
+                    outcome.note = note
         inner: list[PassRecord] = []
-        wanted = Wanted(mode, spec, tuple(batch), weighs)
+        wanted = Wanted(mode, spec, tuple(batch), weighs, chunks)
         with recorder.record("joint", "capture") as outcome:
             captured, how = self.team.together(lambda: self._capturing.captured(wanted, inner))
             self.team.alike(captured.guards)
@@ -289,13 +330,17 @@ class Builder:
             counts = f"{len(list(graph.ops()))} operators, {len(graph.params)} parameters"
             outcome.note = "; ".join(filter(None, (counts, how, *captured.notes)))
             outcome.texts[".py"] = graph.text
+        check_pieces(chunks, chunk_rows(graph.graph), inner)
         if captured.loss is not None:
             with recorder.record("forward", "loss") as outcome:
                 outcome.note = captured.loss.note
             if mode is not Mode.FORWARD:
                 self._warn(captured.loss.warning)
-        joint = Joint(graph, options.mixed, self.skeleton.held)
+        joint = Joint(graph, options.mixed, self.skeleton.held, splits)
         run("joint", passes.JOINT, joint, recorder, options.skip)
+        if note := told_pieces(graph.ops(), self.target.spec):
+            with recorder.record("joint", "chunked_loss") as outcome:
+                outcome.note = note
         if self.target.profiler is None and (note := unpriced(graph.ops(), self.target.spec)):
             with recorder.record("joint", "costs") as outcome:
                 outcome.note = note
@@ -371,8 +416,8 @@ class Builder:
                 deciding = Deciding(*known, graph, locality, spec, batch)
                 decided = deciding.decide(self._divisions, settings)
             verify_placement(graph, decided.placement.stage)
-            outcome.note = _placement_note(decided.decision)
-            outcome.texts[".txt"] = partial(_placement_text, decided.decision, locality)
+            outcome.note = placement_note(decided.decision)
+            outcome.texts[".txt"] = partial(placement_text, decided.decision, locality)
         note = self._zero_note(decided)
         if note:
             with recorder.record("placed", "zero") as outcome:
@@ -406,24 +451,3 @@ class Builder:
         times = profiler.times([program.stages[s] for s in mine], batch)
         measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
         return decision.scaled(self.team.pool_stages(measured))
-
-
-def _placement_note(decision: Decision) -> str:
-    search = decision.search
-    if not decision.unit_seconds:
-        return "stages as in the first graph"
-    proven = "proven best" if search.proven else f"within {search.gap:.1%} of the best possible"
-    parts = [f"{len(decision.unit_nodes)} units, {proven} ({search.solver})"]
-    return "; ".join(parts + ([search.note] if search.note else []))
-
-
-def _placement_text(decision: Decision, locality: Locality) -> str:
-    nodes = [n for n in locality.staged if phase_of(n) is Phase.FORWARD]
-    lines, at = [], 0
-    for i, (count, stage) in enumerate(zip(decision.unit_nodes, decision.unit_stage, strict=True)):
-        mine = nodes[at : at + count]
-        at += count
-        modules = ", ".join(dict.fromkeys(module_of(n) or "(model)" for n in mine))
-        label = decision.unit_recomputes[i]
-        lines.append(f"stage {stage}  unit {i:3d}  {count:4d} nodes  recomputes {label}  {modules}")
-    return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from ..general.shapes import Shapes, Varying
 from ..general.template import Template, capture_template
 from ..kept.folder import Folder
 from ..kept.store import Store
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from .assembly import forward_passes
 from .compiled import Mode
@@ -28,12 +29,14 @@ class Wanted:
         spec: of one microbatch.
         batch: leaves of one, which forward may ask; empty where there are none.
         weighs: tell how the losses of microbatches make that of several.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     mode: Mode
     spec: BatchSpec
     batch: tuple[torch.Tensor, ...]
     weighs: bool
+    chunks: Chunks | None = None
 
 
 class Capturing:
@@ -69,7 +72,7 @@ class Capturing:
         Args:
             records: gets what passes over the exported graph did, and whether it was kept.
         """
-        use = (wanted.mode, wanted.weighs, bool(wanted.batch))
+        use = (wanted.mode, wanted.weighs, bool(wanted.batch), repr(wanted.chunks))
         found: list[Captured] = []
 
         def look() -> Captured | None:
@@ -105,7 +108,7 @@ class Capturing:
     def trace(self, wanted: Wanted, records: list[PassRecord]) -> Captured:
         """The graph for one shape."""
         skeleton, options, spec = self.skeleton, self.options, wanted.spec
-        rewrites = forward_passes(options.mixed, self.kind, options.skip, records)
+        rewrites = forward_passes(options.mixed, self.kind, options.skip, records, wanted.chunks)
         rest = (self.device, rewrites, self._compute, wanted.batch, wanted.weighs)
         if wanted.mode is Mode.FORWARD:
             return capture_forward(skeleton, spec, *rest)
@@ -137,7 +140,7 @@ class Capturing:
             self.device,
             "results" if results else "loss",
             wanted.mode is Mode.TRAIN,
-            forward_passes(options.mixed, self.kind, options.skip, records),
+            forward_passes(options.mixed, self.kind, options.skip, records, wanted.chunks),
             self._compute,
             wanted.weighs,
             wanted.batch,

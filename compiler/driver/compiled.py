@@ -36,6 +36,7 @@ class Compiled:
     """One graph, lowered and scheduled.
 
     Attributes:
+        fused: the program that runs, where operators are fused; ``program`` says all else.
         rebuild: puts the results back into the structure that the model returns (FORWARD).
         outputs: per result, how those of microbatches are joined (FORWARD).
         timeline: the simulated step.
@@ -61,3 +62,4 @@ class Compiled:
     guards: Guards = field(default_factory=Guards)
     loss: LossForm | None = None
     scalars: Scalars = field(default_factory=Scalars)
+    fused: PipelineProgram | None = None

@@ -28,6 +28,7 @@ class Layout:
         homes: parameter FQN -> the stages that hold it.
         zero: what replicas divide among themselves.
         pace: how the first graph runs.
+        chunk_rows: of how many tokens logits exist at once; 0 where they are whole.
     """
 
     sites: Mapping[Site, int]
@@ -35,6 +36,7 @@ class Layout:
     homes: Mapping[str, tuple[int, ...]]
     zero: Zero
     pace: Pace
+    chunk_rows: int = 0
 
     def check(self, updated: Collection[str]) -> None:
         """Raises CaptureError where forward updates a parameter that has a home."""
@@ -71,12 +73,14 @@ def layout_of(
     params: Collection[str],
     zero: Zero,
     pace: Pace,
+    chunk_rows: int = 0,
 ) -> Layout:
     """What the first graph has settled.
 
     Args:
         again: the forward nodes that the backward computes again.
         params: the FQNs of the model.
+        chunk_rows: as a layout has them.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
-    return Layout(placement.sites, sites, homes_in(program, params), zero, pace)
+    return Layout(placement.sites, sites, homes_in(program, params), zero, pace, chunk_rows)

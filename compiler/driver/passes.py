@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from ...passes.generators.shape import PipelineShape
 from ...passes.graph import autocast, boundary, operators
 from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
@@ -28,6 +27,9 @@ from ...passes.graph.joins import copy_where_nothing_is_joined
 from ...passes.graph.latest import read_once
 from ...passes.graph.remat import rematerialise
 from ...passes.graph.verify import verify_graph, verify_placement
+from ...passes.losses.chunk_gradients import split_chunks
+from ...passes.losses.chunks import chunk_losses, chunk_rows
+from ...passes.programs.fusions import fuse
 from ...passes.programs.gather import gather_parameters
 from ...passes.programs.inplace import reuse_memory
 from ...passes.programs.lower import lower
@@ -37,13 +39,13 @@ from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.limits import verify_in_flight
 from ...passes.schedule.verify import verify_compute, verify_schedule
-from ..costs.memory import RankMemory, rank_memory
-from ..ir.actions import Kind, Schedule, to_text
+from ..costs.memory import RankMemory
+from ..ir.actions import Schedule, to_text
 from ..ir.errors import OptionError
 from ..ir.program import Message, PipelineProgram
 from ..planning.advice import gib
-from ..planning.ordering import Ordering
-from .record import Texts
+from ..planning.ordering import Ordering, has_order
+from .record import Texts, texts_of
 from .work import Exported, Joint, Work
 
 W = TypeVar("W")
@@ -96,6 +98,11 @@ def _operators(work: Exported) -> str:
     return operators.compute_in_fp32(work.module, work.mixed.fp32)
 
 
+def _chunks(work: Exported) -> str:
+    assert work.chunks is not None
+    return chunk_losses(work.module, work.leaves, work.chunks.rows, work.chunks.asked)
+
+
 FORWARD: tuple[Pass[Exported], ...] = (
     Pass("attention", _attention, told=False),
     Pass("joins", _joins, told=False),
@@ -112,6 +119,12 @@ FORWARD: tuple[Pass[Exported], ...] = (
         when=lambda work: _narrows_params(work) and bool(work.mixed and work.mixed.fp32),
         needed="it makes the casts that precision= asks for",
         told=False,
+    ),
+    Pass(
+        "chunks",
+        _chunks,
+        when=lambda work: work.chunks is not None,
+        needed="chunked_loss= asks for it",
     ),
 )
 
@@ -140,7 +153,19 @@ def _carried(work: Joint) -> str:
     return f"{carry_sums(work.graph)} sums of gradients go through regions"
 
 
+def _chunk_gradients(work: Joint) -> str:
+    return split_chunks(work.graph)
+
+
 JOINT: tuple[Pass[Joint], ...] = (
+    Pass(
+        "chunk_gradients",
+        _chunk_gradients,
+        verify=(lambda work: verify_graph(work.graph),),
+        when=lambda work: work.splits and bool(chunk_rows(work.graph.graph)),
+        needed="weight gradients belong where the schedule runs them",
+        told=False,
+    ),
     Pass(
         "masters",
         _masters,
@@ -251,15 +276,28 @@ def _gather(work: Work) -> str:
     return f"{groups} groups of parameters are made whole when they are read"
 
 
+def _fuses(work: Work) -> bool:
+    return work.settings.options.backend == "inductor" and not work.settings.drafts
+
+
+def _fuse(work: Work) -> str:
+    fused = fuse(work.made)
+    work.fused = fused.program
+    return f"{fused}, compiled by Inductor; seconds and memory are those of eager kernels"
+
+
+def _verify_fused(work: Work) -> None:
+    assert work.fused is not None
+    verify_program(work.fused)
+
+
+def _fused_texts(work: Work) -> Texts:
+    assert work.fused is not None
+    return texts_of(work.fused)
+
+
 def _program_texts(work: Work) -> Texts:
-    texts: dict[str, Callable[[], str]] = {}
-    for stage in work.made.stages:
-        parts = {"constants": stage.constants, "forward": stage.forward}
-        parts |= {"backward": stage.backward} if stage.backward else {}
-        parts |= {"weight": stage.weight} if stage.weight else {}
-        for name, part in parts.items():
-            texts[f"_stage{stage.stage}_{name}.py"] = part.text
-    return texts
+    return texts_of(work.made)
 
 
 PROGRAMS: tuple[Pass[Work], ...] = (
@@ -284,6 +322,14 @@ PROGRAMS: tuple[Pass[Work], ...] = (
         when=lambda work: work.settings.zero.divides_params,
         needed="with zero=3 no rank has whole parameters for its programs to read",
     ),
+    Pass(
+        "fusions",
+        _fuse,
+        verify=(_verify_fused,),
+        dump=_fused_texts,
+        when=_fuses,
+        needed='backend="inductor" compiles what it makes',
+    ),
 )
 
 
@@ -303,7 +349,7 @@ def _schedule(work: Work) -> str:
         work.schedule = settings.schedule.order(shape)
         return named
     order = work.order if work.pace is None else work.pace.order
-    if order is not None and _has_order(order, shape):
+    if order is not None and has_order(order, shape):
         work.schedule = order
         return f"{named}, in the order that was decided"
     found = Ordering(
@@ -319,21 +365,13 @@ def _schedule(work: Work) -> str:
     return f"{named}, {found.note}"
 
 
-def _has_order(order: Schedule, shape: PipelineShape) -> bool:
-    """Whether it is of as many microbatches, and of the same programs."""
-    kinds = {(a.stage, a.kind) for actions in order for a in actions}
-    longest = max((a.microbatch or 0 for actions in order for a in actions), default=-1)
-    weights = all(((s, Kind.W) in kinds) == split for s, split in enumerate(shape.splits))
-    return longest + 1 == shape.microbatches and weights
-
-
 def _peaks(work: Work, order: Schedule) -> tuple[RankMemory, ...]:
     """Memory of every rank, if the compute actions are in this order."""
     settings, program = work.settings, work.made
     schedule = add_communication(order, program.messages, *work.seconds())
     if _exchanges(program, settings.options.dp):
         schedule = add_exchange(schedule, program, settings.options.dp, settings.zero)
-    return _memories(work, schedule)
+    return work.memories(schedule)
 
 
 def _communication(work: Work) -> str:
@@ -377,28 +415,9 @@ def _schedule_texts(work: Work) -> Texts:
 
 
 def _memory(work: Work) -> str:
-    work.memory = _memories(work, work.schedule)
+    work.memory = work.memories(work.schedule)
     worst = max(work.memory, key=lambda memory: memory.peak_bytes)
     return f"at most {gib(worst.peak_bytes)}, in {worst.peak_at}"
-
-
-def _memories(work: Work, schedule: Schedule) -> tuple[RankMemory, ...]:
-    settings, program = work.settings, work.made
-    footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
-    found = []
-    for actions in schedule:
-        mine = list(dict.fromkeys(action.stage for action in actions))
-        found.append(
-            rank_memory(
-                program,
-                actions,
-                footprint.static(program, mine, share),
-                settings.options.dp,
-                footprint.optimizer_bytes(program, mine) if program.trains else 0,
-                {stage: footprint.traffic(program, stage, mine) for stage in mine},
-            )
-        )
-    return tuple(found)
 
 
 def _exchanges(program: PipelineProgram, dp: int) -> bool:

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..ir.errors import OptionError
+from ..ir.program import PipelineProgram, fusions_of
 
 Texts = Mapping[str, Callable[[], str]]
 """What makes a pass's dumps, by file name suffix."""
@@ -84,3 +87,21 @@ class Recorder:
         header = f"# {name}: {outcome.note} ({seconds:.2f} s)\n"
         for suffix, text in outcome.texts.items():
             (self.folder / f"{number:03d}_{name}{suffix}").write_text(header + text())
+
+
+def texts_of(program: PipelineProgram) -> Texts:
+    """The programs of all stages, and the fusions that they call."""
+    texts: dict[str, Callable[[], str]] = {}
+    for stage in program.stages:
+        parts = {"constants": stage.constants, "forward": stage.forward}
+        parts |= {"backward": stage.backward} if stage.backward else {}
+        parts |= {"weight": stage.weight} if stage.weight else {}
+        for name, part in parts.items():
+            texts[f"_stage{stage.stage}_{name}.py"] = part.text
+            for fusion, module in fusions_of(part).items():
+                texts[f"_{fusion}.py"] = partial(_code, module)
+    return texts
+
+
+def _code(module: Any) -> str:
+    return str(module.code).strip() + "\n"

@@ -14,7 +14,7 @@ from ..capture.skeleton import Skeleton
 from ..costs.memory import RankMemory
 from ..ir.actions import homes_of, max_in_flight
 from ..ir.graph import Phase, module_of, nbytes, phase_of
-from ..ir.locality import is_gradient_sum
+from ..ir.locality import Locality, is_gradient_sum
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
 from .assembly import Assembly
@@ -167,3 +167,26 @@ def _tokens(spec: BatchSpec) -> int:
     first = spec.leaves[0]
     ids = len(first.shape) == 2 and first.dtype in (torch.int64, torch.int32)
     return torch.Size(first.shape).numel() if ids else 0
+
+
+def placement_note(decision: Decision) -> str:
+    """How units were divided, in one line."""
+    search = decision.search
+    if not decision.unit_seconds:
+        return "stages as in the first graph"
+    proven = "proven best" if search.proven else f"within {search.gap:.1%} of the best possible"
+    parts = [f"{len(decision.unit_nodes)} units, {proven} ({search.solver})"]
+    return "; ".join(parts + ([search.note] if search.note else []))
+
+
+def placement_text(decision: Decision, locality: Locality) -> str:
+    """A line per unit."""
+    nodes = [n for n in locality.staged if phase_of(n) is Phase.FORWARD]
+    lines, at = [], 0
+    for i, (count, stage) in enumerate(zip(decision.unit_nodes, decision.unit_stage, strict=True)):
+        mine = nodes[at : at + count]
+        at += count
+        modules = ", ".join(dict.fromkeys(module_of(n) or "(model)" for n in mine))
+        label = decision.unit_recomputes[i]
+        lines.append(f"stage {stage}  unit {i:3d}  {count:4d} nodes  recomputes {label}  {modules}")
+    return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..costs.footprint import Footprint
 from ..costs.hardware import Device
-from ..costs.memory import RankMemory
+from ..costs.memory import RankMemory, rank_memory
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
@@ -22,6 +22,7 @@ from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
+from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 
@@ -73,12 +74,14 @@ class Exported:
         leaves: its arguments, fake.
         mixed: the precision, if it computes in a narrower dtype than fp32.
         device: the type that is planned for.
+        chunks: how losses are computed in pieces; None for whole.
     """
 
     module: fx.GraphModule
     leaves: Sequence[torch.Tensor]
     mixed: Precision | None
     device: str
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ class Joint:
 
     Attributes:
         held: the dtype of every parameter and buffer between steps.
+        splits: whether weight gradients have programs of their own.
     """
 
     graph: JointGraph
     mixed: Precision | None
     held: Mapping[str, torch.dtype] = field(default_factory=dict)
+    splits: bool = False
 
 
 @dataclass
@@ -107,6 +112,7 @@ class Work:
         copies: a node of the backward -> the forward node that it computes again.
         program: None before `lower`.
         whole: the programs as they are without parameters that are gathered.
+        fused: the programs that run, where fusions of operators are compiled.
         schedule: empty before `schedule`.
         memory: per rank; empty before `memory`.
     """
@@ -122,6 +128,7 @@ class Work:
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     program: PipelineProgram | None = None
     whole: PipelineProgram | None = None
+    fused: PipelineProgram | None = None
     schedule: Schedule = ()
     memory: tuple[RankMemory, ...] = ()
 
@@ -138,6 +145,25 @@ class Work:
         if self.pace is not None:
             return self.pace.compute_s, self.pace.transfer_s
         return self.timing.compute_s(), self.timing.transfer_s()
+
+    def memories(self, schedule: Schedule) -> tuple[RankMemory, ...]:
+        """Of every rank, if its actions are these."""
+        settings, program = self.settings, self.made
+        footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
+        found = []
+        for actions in schedule:
+            mine = list(dict.fromkeys(action.stage for action in actions))
+            found.append(
+                rank_memory(
+                    program,
+                    actions,
+                    footprint.static(program, mine, share),
+                    settings.options.dp,
+                    footprint.optimizer_bytes(program, mine) if program.trains else 0,
+                    {stage: footprint.traffic(program, stage, mine) for stage in mine},
+                )
+            )
+        return tuple(found)
 
     @property
     def made(self) -> PipelineProgram:

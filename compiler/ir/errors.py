@@ -16,6 +16,10 @@ class OptionError(PipecompileError, ValueError):
     """An option that is unknown, out of range, or has no effect."""
 
 
+class BackendError(OptionError):
+    """A backend that cannot compile, here or this model."""
+
+
 class WorldSizeError(PipecompileError, RuntimeError):
     """The number of processes does not fit n_stages × dp."""
 

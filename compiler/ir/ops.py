@@ -29,7 +29,8 @@ def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:
     """
     if grad.stride() != total.stride():
         grad = torch.empty_like(total).copy_(grad)
-    if total.dtype is grad.dtype or total.device.type != "cpu" or not total.is_contiguous():
+    whole = total.dtype is grad.dtype or total.numel() <= PIECE or total.device.type != "cpu"
+    if whole or not total.is_contiguous():
         total.add_(grad)
         return
     pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (total, grad))

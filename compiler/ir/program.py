@@ -10,6 +10,7 @@ timed node by node.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -86,6 +87,20 @@ class Program:
         lines = [f"# in   {n}: {p}" for n, p in zip(names, self.inputs, strict=True)]
         lines += [f"# out  {port}" for port in self.outputs]
         return "\n".join(lines) + "\n" + self.module.code.strip() + "\n"
+
+
+FUSION = "fusion_"
+"""How the modules begin that programs call to have many operators done as one (`programs.fusions`);
+boxed like programs, and equal where names are."""
+
+ANY_STRIDES = "any_strides"
+"""``meta`` of a fusion's results: nobody minds their strides, as they are only added to sums."""
+
+
+def fusions_of(program: Program) -> dict[str, fx.GraphModule]:
+    """The fusions that a program calls, by name, where they are not compiled."""
+    children = program.module.named_children()
+    return {n: m for n, m in children if n.startswith(FUSION) and isinstance(m, fx.GraphModule)}
 
 
 @dataclass(frozen=True)
@@ -250,3 +265,20 @@ class BoxedCodeGen(fx.graph.CodeGen):
         names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
         unpack = f"\n    {', '.join(names)}, = boxed; boxed.clear()" if names else ""
         return f"def {self._func_name}(self, boxed):{unpack}"
+
+
+_CALL = re.compile(rf"^(\w+) = self\.({FUSION}\w+)\((.*?)\)(?:;  (.*))?$")
+
+
+def hand_over(body: list[str]) -> list[str]:
+    """Generated code that hands boxed arguments to fusions, and lets go of those that it reads last
+    before the call, not after it."""
+    lines = []
+    for line in "".join(body).splitlines():
+        found = _CALL.match(line)
+        if found is None:
+            lines.append(line + "\n")
+            continue
+        name, fusion, given, freed = found.groups()
+        lines.append(f"boxed = [{given}]; {freed or ''}\n{name} = self.{fusion}(boxed)\n")
+    return lines

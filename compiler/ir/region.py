@@ -18,16 +18,19 @@ BACKWARD = "pipecompile.region_backward.default"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator that a region ran when it was tried.
+    """One operator that runs inside a node.
 
     Attributes:
+        flops, moved_bytes: of one launch.
         lacks: its name, if it has no formula for its FLOPs and may need one; "" otherwise.
+        times: how often it is launched.
     """
 
     flops: int
     moved_bytes: int
     dtype: str
     lacks: str = ""
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class Work:
 
     @property
     def flops(self) -> int:
-        return sum(kernel.flops for kernel in self.kernels)
+        return sum(kernel.flops * kernel.times for kernel in self.kernels)
 
     @property
     def moved_bytes(self) -> int:
-        return sum(kernel.moved_bytes for kernel in self.kernels)
+        return sum(kernel.moved_bytes * kernel.times for kernel in self.kernels)
 
 
 def work_of(node: fx.Node) -> Work | None:

@@ -19,6 +19,7 @@ from ..plan.plan import Plan
 from .checks import (
     callable_or,
     check_above_zero,
+    check_chunks,
     check_count,
     check_int,
     check_level,
@@ -32,6 +33,7 @@ from .parsing import (
     AS_IT_IS,
     AUTO,
     check_memory,
+    parse_chunks,
     parse_count,
     parse_dtype,
     parse_level,
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from ..ir.precision import Precision
 
 _DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
-
 PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
 
 
@@ -276,6 +277,16 @@ class Options:
         compared=as_it_is,
         flag=Flag(group=PLANNER, metavar="WHAT"),
     )
+    chunked_loss: int | str = option(
+        "off",
+        help='logits of a loss over many classes: "off": all exist; a number: at once only as many '
+        'as so many tokens have; "auto": all, unless a step without is shorter, or alone fits',
+        more="They are made again in the backward, and all is equal up to rounding.",
+        check=check_chunks,
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PLANNER, metavar="ROWS", parse=parse_chunks),
+    )
     precision: str | Precision | None = option(
         None,
         help='"bf16" or "fp16": matrix products, convolutions and attention in that dtype, as '
@@ -289,6 +300,17 @@ class Options:
         in_plan=_precision_in_plan,
         compared=lambda _, options: options.dtypes,
         flag=Flag(group=PIPELINE, metavar="DTYPE", parse=parse_dtype, default="as the model comes"),
+    )
+    backend: str = option(
+        "auto",
+        help='what runs the operators of stages: "eager": the kernels of PyTorch one by one, with '
+        'the bits of one device; "inductor": those that torch\'s Inductor fuses, layer by layer, '
+        'equal up to rounding; "auto": "inductor" on CUDA where Triton is installed, else "eager"',
+        more="Layers that are alike are compiled once. Stages and recomputation are chosen by what "
+        "eager kernels take.",
+        choices=("auto", "eager", "inductor"),
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="NAME"),
     )
     zero: int | str = option(
         0,

@@ -66,6 +66,15 @@ def check_level(name: str, value: Any) -> None:
         raise OptionError(f'{name}={value!r}: use 0, 1, 2, 3 or "auto"')
 
 
+def check_chunks(name: str, value: Any) -> None:
+    """Of how many tokens logits exist at once."""
+    known = value in ("auto", "off") if isinstance(value, str) else type(value) is int and value > 0
+    if not known:
+        raise OptionError(
+            f'{name}={value!r}: use "off", "auto", or a number of tokens above 0, such as 512'
+        )
+
+
 def check_stages(name: str, value: Any) -> None:
     """Of modules: name -> stage."""
     if not isinstance(value, Mapping):

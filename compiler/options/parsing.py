@@ -93,6 +93,11 @@ def parse_level(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def parse_chunks(text: str) -> int | str:
+    """A number of tokens; what is no number is left as it is."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 def parse_dtype(text: str) -> str | None:
     """What ``precision`` takes, from a command line or a plan."""
     return None if text == AS_IT_IS else text

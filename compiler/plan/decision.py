@@ -42,6 +42,8 @@ class Decision:
         unit_recomputes: what each unit recomputes, for people.
         unit_seconds: of a microbatch: forward, backward, recomputation.
         recomputed: names of the forward nodes that the backward computes again.
+        chunk_rows: of how many tokens logits exist at once, where losses are computed in pieces; 0
+            where logits are whole.
     """
 
     fingerprint: str
@@ -51,6 +53,7 @@ class Decision:
     unit_seconds: tuple[tuple[float, float, float], ...]
     recomputed: tuple[str, ...]
     search: Search
+    chunk_rows: int = 0
 
     @property
     def stages_and_seconds(self) -> list[tuple[int, tuple[float, float, float]]]:

@@ -125,3 +125,11 @@ class Ordering:
     def _step_s(self, schedule: Schedule, costs: StageCosts) -> float:
         send_s = self.timing.send_s()
         return timed(schedule, self.shape, self._compute_s, costs.transfer_s, send_s).step_s
+
+
+def has_order(order: Schedule, shape: PipelineShape) -> bool:
+    """Whether it is of as many microbatches, and of the same programs."""
+    kinds = {(a.stage, a.kind) for actions in order for a in actions}
+    longest = max((a.microbatch or 0 for actions in order for a in actions), default=-1)
+    weights = all(((s, Kind.W) in kinds) == split for s, split in enumerate(shape.splits))
+    return longest + 1 == shape.microbatches and weights

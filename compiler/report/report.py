@@ -110,6 +110,8 @@ class _Report:
         again = [recomputed_text(stage) for stage in plan.stages if stage.recomputes]
         if again:
             yield self._lines("recomputed in the backward", again)
+        if said := [note for name, note in plan.notes if name in ("chunks", "chunked_loss")]:
+            yield self._lines("logits of the loss", said)
         if extras.fp32:
             yield self._precision(extras.fp32)
         if plan.tied:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ...compiler.ir import ops
-from ...compiler.ir.graph import is_getitem, is_operator, nbytes, storage_root
+from ...compiler.ir.graph import is_getitem, is_operator, nbytes, overwritten, storage_root
 from ...compiler.ir.program import PipelineProgram, Program
 
 _ATEN = torch.ops.aten
@@ -52,6 +52,7 @@ _ROWS = {
     )
 }
 """Not elementwise, but CPU kernels read a row of a contiguous tensor before they write to it."""
+_READING = {writing: reading for reading, writing in (_OUT | _ROWS).items()}
 
 
 @dataclass
@@ -177,6 +178,20 @@ def _write_over(node: fx.Node, source: fx.Node) -> bool:
         node.args = (source, first)
     node.target = twin
     return True
+
+
+def functional(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Operator, arguments and keywords with which a node has the same value, and writes over
+    nothing: its own, where it does not."""
+    target: Any = node.target
+    if overwritten(node) is None:
+        return target, node.args, dict(node.kwargs)
+    if target in _READING:
+        written = target._schema.arguments[-1].name
+        return _READING[target], node.args, {k: v for k, v in node.kwargs.items() if k != written}
+    name, _, overload = target.name().removeprefix("aten::").partition(".")
+    packet = getattr(_ATEN, name.removesuffix("_"))
+    return getattr(packet, overload or "default"), node.args, dict(node.kwargs)
 
 
 def _twin(target: Any) -> Any:

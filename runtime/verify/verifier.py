@@ -75,6 +75,7 @@ class Verifier:
         weights: Weights,
         eager: Collection[str] = (),
         updated: Collection[str] = (),
+        in_pieces: bool = False,
     ) -> None:
         """A batch is about to be trained on; a collective, as all of these are.
 
@@ -85,6 +86,7 @@ class Verifier:
             weights: what microbatches count.
             eager: submodules that run eagerly and draw: each call from one seed.
             updated: frozen parameters that forward updates, which replicas have as buffers.
+            in_pieces: its losses are computed without all of their logits.
 
         Raises:
             BatchError: terms of the loss count differently, which plain PyTorch cannot follow.
@@ -95,6 +97,8 @@ class Verifier:
                 "apart, as this batch asks for: give batches whose microbatches keep as many "
                 'labels, or loss_normalization="microbatch", while it compares'
             )
+        if in_pieces:
+            self.report.allow(CLOSE, f"chunked_loss={self._options.chunked_loss} adds by pieces")
         here = {r: [[leaf.cpu() for leaf in p] for p in pieces] for r, pieces in mine.items()}
         merged = {r: each for part in self._agreement.gather(here) for r, each in part.items()}
         self._shares, self._spec = [merged[replica] for replica in sorted(merged)], spec
@@ -263,4 +267,6 @@ def _tolerance(options: CompileOptions) -> tuple[float, str]:
         reasons.append('tied_grads="per_step" adds parts of tied gradients in another order')
     if options.mixed is not None and options.mixed.autocasts is not None:
         reasons.append("reduced precision")
+    if options.backend == "inductor":
+        reasons.append('backend="inductor" rounds in fused kernels')
     return (CLOSE if reasons else 0.0), "; ".join(reasons)

@@ -78,7 +78,8 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         model = capturing.skeleton.module
         if capturing.options.loss_fn or not all(map(_is_known, map(type, model.modules()))):
             return trace(capturing, wanted, records)
-        key = (wanted.mode, wanted.spec, wanted.weighs, shape_of(model), *_told(capturing))
+        key = (wanted.mode, wanted.spec, wanted.weighs, wanted.chunks, shape_of(model))
+        key = (*key, *_told(capturing))
         folder, name = Folder(shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
         with _alone(name, key in known or not shares):

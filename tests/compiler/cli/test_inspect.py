@@ -108,6 +108,13 @@ def test_report_of_a_hand_made_plan() -> None:
     check_golden("hand_made.txt", stream.getvalue())
 
 
+def test_logits_in_pieces_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(inspect(f"{SMALL_GPT2} --stages 2 --chunked-loss 16", capsys).split())
+    assert "logits of the loss" in said
+    assert "exist for 16 tokens at a time" in said
+    assert "made again in the backward" in said
+
+
 def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -47,7 +47,8 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
     assert listed == sorted(listed)
     assert {name for _, name in found} - set(order) == {"capture", "keep", "loss", "partition"}
     of_params = {"masters", "operators"}  # and not of operators
-    assert set(order) - set(names) == {"gather", "latest", "carry", *of_params}  # of some models
+    of_some = {"gather", "latest", "carry", "fusions"}  # models and options
+    assert set(order) - set(names) == {*of_some, *of_params}
     levels = dict.fromkeys(level for level, _ in found)
     assert list(levels) == ["forward", "joint", "placed", "programs", "schedule"]
 

@@ -226,23 +226,23 @@ def test_those_that_a_plan_has_decided() -> None:
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({}, ("1f1b", "per_microbatch", "as it is", "0", "auto")),
+        ({}, ("1f1b", "per_microbatch", "off", "as it is", "0", "auto")),
         (
             {"precision": "bf16", "zero": 3, "dp": 2},
-            ("1f1b", "per_microbatch", "bf16", "3", "auto"),
+            ("1f1b", "per_microbatch", "off", "bf16", "3", "auto"),
         ),
         (
             {"precision": Precision(compute=torch.float16, grads=torch.float16)},
-            ("1f1b", "per_microbatch", "fp16 grads=fp16", "0", "auto"),
+            ("1f1b", "per_microbatch", "off", "fp16 grads=fp16", "0", "auto"),
         ),
         (
-            {"schedule": "zb_h1", "tied_grads": "per_step"},
-            ("zb_h1", "per_step", "as it is", "0", "auto"),
+            {"schedule": "zb_h1", "tied_grads": "per_step", "chunked_loss": 512},
+            ("zb_h1", "per_step", "512", "as it is", "0", "auto"),
         ),
     ],
 )
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
-    names = ("schedule", "tied_grads", "precision", "zero", "zero_by")
+    names = ("schedule", "tied_grads", "chunked_loss", "precision", "zero", "zero_by")
     assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
 
 

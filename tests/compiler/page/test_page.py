@@ -68,14 +68,9 @@ def test_everything_is_in_the_page_and_nothing_outside() -> None:
     assert str(policy["content"]).startswith("default-src 'none'")
     for heading in ("Schedule", "Memory over the step", "Stages", "What would help", "How it was"):
         assert f">{heading}" in text
-    said_there = (
-        "attention of 2 units",
-        "--microbatches 60",
-        "uniform",
-        "1.319",
-        "1.00 GiB too much",
-    )
-    for said in ("Computed again", "divisions of 2 devices", "45.2 s", *said_there):
+    for said in ("Computed again", "attention of 2 units", "--microbatches 60", "uniform", "1.319"):
+        assert said in text
+    for said in ("divisions of 2 devices", "45.25 s", "needs 9.00 GiB of 8.00 GiB"):
         assert said in text
     assert "blocks.0 is pinned to stage 1" in text
     assert "7 operators" in text

@@ -21,6 +21,7 @@ from pipecompile.errors import OptionError, PipecompileError, VerifyError
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.pipeline import Pipeline
 from pipecompile.runtime.state.buffers import LatestBuffers
+from pipecompile.runtime.verify.report import Report
 from support import models, optimizers, plain
 from support.gang import Gang
 from support.matrix import quickly
@@ -292,6 +293,19 @@ def test_where_a_difference_belongs_is_said() -> None:
         train(Replacing(), loss_fn=_squared)
     assert "differs by" in str(caught.value)
     assert "Please report it" in str(caught.value)
+
+
+def test_rounding_of_what_is_zero_is_no_difference_where_rounding_may_differ() -> None:
+    """The gradient of a key's bias in attention is nothing but rounding."""
+    expected = {"weight": torch.ones(3), "bias": torch.tensor([1e-8, -2e-8])}
+    for noise, tolerance, wrong in (
+        (3e-8, 1e-3, ()),
+        (3e-8, 0.0, ("bias",)),
+        (1e-5, 1e-3, ("bias",)),
+    ):
+        report = Report(nn.Linear(3, 1), tolerance)
+        report.compare(1, "gradients", expected | {"bias": torch.full((2,), noise)}, expected)
+        assert report.rows[0].wrong == wrong
 
 
 @pytest.mark.parametrize(

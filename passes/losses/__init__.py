@@ -1,0 +1,1 @@
+"""Rewrites that compute losses over classes without all of their logits."""
