@@ -26,6 +26,7 @@ from ..compiler.rows.sums import Sums
 from ..compiler.rows.terms import Way
 from .executor import Job, PieceKind
 from .loader import Step
+from .transport.doing import HERE
 from .world import World
 
 PADDED = (
@@ -273,7 +274,8 @@ class BatchLoss:
         work = dist.all_reduce(slots, async_op=True)  # adds zeros: exact
 
         def summed() -> torch.Tensor:
-            work.wait()
+            with HERE.waiting(speakers):
+                work.wait()
             return slots[list(speakers)]
 
         return summed

@@ -27,6 +27,7 @@ from .state.rank_state import RankState
 from .state.reached import reached_by_data
 from .tied import TiedGradients
 from .transport import wire
+from .transport.doing import HERE, NOTHING, told
 from .transport.transport import Pending, Run
 
 Values = dict[str, torch.Tensor]
@@ -122,6 +123,7 @@ class Executor:
         self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
         self.tied = TiedGradients(pipeline, state)
         self._last = {action.kind: action for action in actions}
+        self._told = [told(action) for action in actions]
 
     @property
     def draws(self) -> bool:
@@ -145,8 +147,9 @@ class Executor:
         self.tied.restart()
         tangents = self._tangents(job)
         log, start = self.state.log, None
-        for action in self.actions:
+        for action, text in zip(self.actions, self._told, strict=True):
             self.current = action
+            HERE.act(text)
             if log is not None:
                 start = log.now()
             kind, stage, index = action.kind, action.stage, action.microbatch
@@ -180,6 +183,7 @@ class Executor:
             if log is not None:
                 log.add(action, start, self.messages.get((stage, action.peer, kind.phase)))
         self.current = None
+        HERE.act(NOTHING)
 
     def _tangents(self, job: Job) -> Sequence[torch.Tensor]:
         """Of the losses of the microbatches."""

@@ -37,6 +37,7 @@ from .recording.recording import Recording
 from .session import Ready, Session
 from .stepping.loss_scaler import LossScaler
 from .stored import Stored
+from .transport.doing import HERE
 from .transport.mesh import Mesh
 from .verify.verifier import Verifier
 from .weights.materialize import Source, source_of
@@ -74,32 +75,33 @@ class Pipeline(Stored):
         precision = options.dtypes
         scaling = precision.loss_scale if precision is not None else None
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
-        world = self._world = World(mesh, device, options, self._status)
+        world = self._world = World(mesh, device, options)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
-        dump_dir = options.dump_dir if self.is_main else None
-        world.agreement.together(lambda: prepare(dump_dir), OptionError)
-        self._checkpoints = Checkpoints(mesh, world.agreement)
-        self._config = config_of(model)
-        self.checkpoint_extras: dict[str, Any] = {}
-        self._loaders = DataSetLoaders()
-        team = Ranks(mesh, world.agreement, model, options)
-        cache = Cache(default_cache_dir())
-        builder = Builder(skeleton, options, world.target(options), team, notes, cache)
-        devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
-        self._recording = Recording(mesh, world.agreement, devices)
-        self._loader = Loader(world, builder, options)
-        seed = torch.initial_seed() if options.seed is None else options.seed
-        self._seed = world.agreement.gather(seed)[0]
-        self._verifier = None
-        if options.verify:
-            here = world.device if self.is_main else None
-            self._verifier = Verifier(model, options, world.agreement, mesh, here)
-        self._source: Source | None = world.agreement.together(
-            lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main),
-            StateError,
-        )
-        if options.example_batch is not None:
-            self.compile_for(options.example_batch)
+        with world.compiling():
+            dump_dir = options.dump_dir if self.is_main else None
+            world.agreement.together(lambda: prepare(dump_dir), OptionError)
+            self._checkpoints = Checkpoints(mesh, world.agreement)
+            self._config = config_of(model)
+            self.checkpoint_extras: dict[str, Any] = {}
+            self._loaders = DataSetLoaders()
+            team = Ranks(mesh, world.agreement, model, options)
+            cache = Cache(default_cache_dir())
+            builder = Builder(skeleton, options, world.target(options), team, notes, cache)
+            devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
+            self._recording = Recording(mesh, world.agreement, devices)
+            self._loader = Loader(world, builder, options)
+            seed = torch.initial_seed() if options.seed is None else options.seed
+            self._seed = world.agreement.gather(seed)[0]
+            self._verifier = None
+            if options.verify:
+                here = world.device if self.is_main else None
+                self._verifier = Verifier(model, options, world.agreement, mesh, here)
+            self._source: Source | None = world.agreement.together(
+                lambda: source_of(model, skeleton, options.weights, self._seed, self.is_main),
+                StateError,
+            )
+            if options.example_batch is not None:
+                self.compile_for(options.example_batch)
 
     @property
     def needs_data(self) -> bool:
@@ -167,7 +169,7 @@ class Pipeline(Stored):
             return loss()
         if self._options.max_grad_norm is not None:
             norm = self.clip_grad_norm_(self._options.max_grad_norm)
-        with self._world.changing("step()"):
+        with self._world.changing("step()", "its optimizer"):
             self.optimizer.step()
             scheduler = self._require().scheduler
             if scheduler is not None and steps_alone(scheduler):
@@ -360,10 +362,6 @@ class Pipeline(Stored):
             )
         return self._session
 
-    def _status(self) -> str:
-        """For the watchdog's thread."""
-        return self._session.current if self._session is not None else ""
-
     def _load(
         self,
         mode: Mode,
@@ -378,7 +376,8 @@ class Pipeline(Stored):
         while True:
             try:
                 step = self._loader.step(mode, whole, values, obstacle, several, runs)
-                self._compile(step, values)
+                with HERE.phase("its compilation"):
+                    self._compile(step, values)
                 break
             except NumberError as error:  # on every rank; numbers are fewer each time
                 self._loader.close(mode, error)

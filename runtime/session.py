@@ -126,7 +126,6 @@ class Session:
         self._compared: set[tuple[Request, ...]] = set()
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
-        self._at_work: Executor | None = None
         if options.optimizer is not None:
             self._make_optimizer(options)
         params = dict(self.state.named_parameters())
@@ -140,12 +139,6 @@ class Session:
             self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())
         if options.lr_scheduler is not None:
             self.scheduler = make_scheduler(options.lr_scheduler, self.optimizer)
-
-    @property
-    def current(self) -> str:
-        """The action that this process is in; "" between runs."""
-        executor = self._at_work
-        return str(executor.current) if executor is not None and executor.current else ""
 
     def obstacle(self, mode: Mode) -> str:
         """What was done to the parameters that no program follows; "" if nothing was."""
@@ -252,7 +245,6 @@ class Session:
                 read.check()
             for state in self.state.ranks.values():
                 loaded.compiled.guards.check(state.buffers)
-        self._at_work = next(ready.executors())
         self.state.spread()
         for loaded in graphs:
             self._catch_up(loaded)
@@ -268,7 +260,6 @@ class Session:
             for other in self.loaded.values():
                 if other is not loaded:
                     other.stale.update(loaded.buffers.updated)
-        self._at_work = None
 
     @contextlib.contextmanager
     def _abandoned_if_it_fails(self) -> Iterator[None]:
@@ -280,7 +271,6 @@ class Session:
             for state in self.state.ranks.values():
                 state.grads.abandon()
             self._sums.drop()
-            self._at_work = None
             raise
 
     def _catch_up(self, loaded: Loaded) -> None:

@@ -17,13 +17,13 @@ from ..compiler.options.microbatches import cut, divide
 from ..compiler.options.options import CompileOptions
 from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
-from .exchange.devices import choose_device, device_of, target_of
+from .exchange.devices import choose_device, target_of
 from .exchange.ranks import Ranks
 from .kernels.choice import settled
 from .pipeline import Pipeline
-from .transport.mesh import Mesh, connect, make_mesh, world_size
+from .transport.mesh import Mesh, make_mesh, world_size
 from .weights.weight_files import WeightFiles
-from .world import plain_torch
+from .world import Planning, plain_torch
 
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
@@ -51,7 +51,8 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
     options, why = settled(options, device)
-    with plain_torch(device):
+    planning = Planning(mesh, device, options)
+    with plain_torch(device), planning.guard():
         model = with_loss(model, options.loss_fn)
         return _best(model, options, open_, mesh, device, {"backend": why})
 
@@ -64,7 +65,6 @@ def _best(
     device: torch.device,
     notes: dict[str, str],
 ) -> Pipeline:
-    connect(mesh, device_of(mesh.local_ranks[0], device, mesh))
     skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)

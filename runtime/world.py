@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,10 @@ from .exchange.agreement import Agreement, Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
 from .exchange.link import measure_link
+from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
+from .transport.doing import HERE
+from .transport.joining import run_store
 from .transport.mesh import Mesh, connect
 from .transport.neighbours import meet
 from .transport.processes import Processes
@@ -54,6 +57,25 @@ _numbers = itertools.count()
 """Numbers the pipelines of this process; all ranks make them in the same order."""
 
 
+def _watchdog_of(mesh: Mesh, options: CompileOptions) -> Watchdog | None:
+    if mesh.rank is None:
+        return None
+    lookout = lookout_of(mesh, options.timeout_s)
+    return Watchdog(mesh.rank, str(next(_numbers)), run_store(), lookout)
+
+
+class Planning:
+    """What ranks do together before there is a pipeline, to find out which it will be."""
+
+    def __init__(self, mesh: Mesh, device: torch.device, options: CompileOptions):
+        connect(mesh, device_of(mesh.local_ranks[0], device, mesh), options.timeout_s)
+        self._watchdog = _watchdog_of(mesh, options)
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """A failure of any rank inside is one of all."""
+        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
+
+
 class World:
     """Joins the other processes, if there are any.
 
@@ -61,8 +83,6 @@ class World:
 
     Args:
         device: the type of device; every rank's own is `device_of` it.
-        status: a method that says what this process is doing, "" when it is not at work; held
-            weakly.
 
     Attributes:
         device: of this process's first rank.
@@ -78,29 +98,32 @@ class World:
         mesh: Mesh,
         device: torch.device,
         options: CompileOptions,
-        status: Callable[[], str],
     ):
         self.mesh, self._device = mesh, device
         self._here = self.device = device_of(mesh.local_ranks[0], device, mesh)
-        self._watchdog: Watchdog | None = None
         self._default_dtype: torch.dtype | None = None  # of what programs make
         self._turn, self._working = threading.RLock(), ""
-        connect(mesh, self._here)
+        connect(mesh, self._here, options.timeout_s)
         if device.type == "cpu":
             keep_heap()
-        self.agreement = Agreement(mesh, device)
-        self.agreement.check_options(options)
-        if mesh.rank is None:
-            self.transport: Transport = Loopback()
-        else:
-            self._watchdog = Watchdog(mesh.rank, str(next(_numbers)), status)
-            neighbours = meet(mesh.rank, self.agreement.gather)
-            if neighbours is not None:
-                self.agreement.take_over(neighbours)
-            self.transport = Processes(mesh, self._here, neighbours)
+        self._watchdog = _watchdog_of(mesh, options)
+        with self.compiling():
+            self.agreement = Agreement(mesh, device)
+            self.agreement.check_options(options)
+            self.transport = self._reached()
         self.endpoints = endpoints(mesh, device, self.transport)
         self.data_shards = mesh.dp if mesh.distributed else 1
         self.data_shard = mesh.replica_of(mesh.rank) if mesh.rank is not None else 0
+
+    def _reached(self) -> Transport:
+        """The way to the other ranks."""
+        rank = self.mesh.rank
+        if rank is None:
+            return Loopback()
+        neighbours = meet(rank, self.agreement.gather)
+        if neighbours is not None:
+            self.agreement.take_over(neighbours)
+        return Processes(self.mesh, self._here, neighbours)
 
     @property
     def is_main(self) -> bool:
@@ -163,12 +186,16 @@ class World:
         """
         with self.alone(what):
             self.agreement.call = Call(what, self.agreement.call.number + 1)
-            with self._guarded(what):
+            with self._guarded(self.agreement.call):
                 yield
 
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """What all ranks do before a pipeline is there; a failure of any is one of all."""
+        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
-        guard = self._watchdog.guard(what) if self._watchdog else contextlib.nullcontext()
+    def _guarded(self, what: object, final: bool = False) -> Iterator[None]:
+        guard = self._watchdog.guard(what, final) if self._watchdog else contextlib.nullcontext()
         with guard, self.plain():
             dtype = torch.get_default_dtype()
             if self._default_dtype not in (None, dtype):
@@ -180,12 +207,17 @@ class World:
             yield
 
     @contextlib.contextmanager
-    def changing(self, what: str) -> Iterator[None]:
+    def changing(self, what: str, doing: str) -> Iterator[None]:
         """The rest of a call, which changes parameters, on some ranks before others.
 
         Where it fails ranks have taken other numbers of steps, and nothing can go on from there.
+
+        Args:
+            what: the call.
+            doing: what it does to them.
         """
-        with self._guarded(what):
+        call = Call(what, self.agreement.call.number)
+        with self._guarded(call, final=True), HERE.phase(doing):
             try:
                 yield
             except BaseException:

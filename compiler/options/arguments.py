@@ -68,10 +68,6 @@ def _decision_of_plan(_: str, options: Any) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _prices(_: str, options: Any) -> str:
-    return "profile" if options.measures else "roofline"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Those that mean the same before and after the number of stages is known."""
@@ -351,7 +347,7 @@ class Options:
         'the device at hand, "roofline" takes peak rates; "auto" measures',
         more='What "profile" measured is remembered on disk.',
         choices=("auto", "roofline", "profile"),
-        compared=_prices,
+        compared=lambda _, options: "profile" if options.measures else "roofline",
     )
     hardware: str | Path | Device | None = option(
         None,
@@ -374,6 +370,13 @@ class Options:
         check=check_above_zero,
         plan="decides",
         flag=Flag(group=PLANNER, metavar="S", name="--time-limit", parse=parse_seconds),
+    )
+    timeout_s: float = option(
+        1800.0,
+        help="seconds that a rank may wait for another one; then the run ends, on every rank, with "
+        "a message that names it",
+        check=check_above_zero,
+        compared=as_it_is,
     )
     plan: str | Path | Plan | None = option(
         None,

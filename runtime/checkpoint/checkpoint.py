@@ -33,6 +33,7 @@ from ..files.index import Entry, Index, read_index
 from ..files.owner import Owner
 from ..files.step_folder import Draft, find, step_name
 from ..files.tensor_file import FileFacts
+from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from . import snapshot
 from .background import Background
@@ -185,7 +186,7 @@ class Checkpoints:
         if not self._mesh.distributed:
             return {"no_dist": True}
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = new_group(backend="gloo")
         return {"process_group": self._group}
 
 

@@ -26,6 +26,8 @@ from ...compiler.ir.errors import (
 from ...compiler.options.options import CompileOptions
 from ...compiler.tensors.facts import digest, sample
 from ...compiler.tensors.fakes import is_fake
+from ..transport.doing import HERE
+from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from ..transport.neighbours import Neighbours
 
@@ -82,7 +84,8 @@ class Agreement:
     def __init__(self, mesh: Mesh, device: torch.device):
         self._mesh = mesh
         separate = mesh.distributed and device.type == "cuda"
-        self.control = dist.new_group(backend="gloo") if separate else None
+        self.control = new_group(backend="gloo") if separate else None
+        self._others = tuple(each for each in range(mesh.size) if each != mesh.rank)
         self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
         self.neighbours: Neighbours | None = None
         self.call = Call()
@@ -131,7 +134,8 @@ class Agreement:
         """Of every process; all are of one size."""
         mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
-        dist.all_gather(everyone, mine, group=self.control)
+        with HERE.waiting(self._others):
+            dist.all_gather(everyone, mine, group=self.control)
         return [ctypes.string_at(each.data_ptr(), each.numel()) for each in everyone]
 
     def _compared(self, told: Mapping[int, tuple[Call, Any]]) -> list[Any]:
@@ -150,7 +154,8 @@ class Agreement:
         if not self._mesh.distributed:
             return [value]
         values: list[Any] | None = None if self._mesh.rank else [None] * self._mesh.size
-        dist.gather_object(value, values, group=self.control)
+        with HERE.waiting((0,) if self._mesh.rank else self._others):
+            dist.gather_object(value, values, group=self.control)
         return values
 
     def together(self, act: Callable[[], T], kind: type[PipecompileError] = CheckpointError) -> T:

@@ -1,38 +1,36 @@
 """When one rank fails, all others stop within seconds and say why.
 
-The first rank to fail writes its error to the store that the processes met through. A rank
-whose own error is only the echo of that (a closed connection) raises `PeerFailedError` with the
-first cause on top. A rank that is blocked and gets no echo is ended by its watchdog thread.
+The first rank to fail writes its error to the store of this attempt. A rank whose own error is only
+the echo of that (a closed connection) raises `PeerFailedError` with the first cause on top. A rank
+that is blocked is woken, and then ended, by its watchdog thread. Ranks that die without a word, or
+do not get on, are the lookout's (`lookout.py`).
 
 Guarded calls are counted, alike on all ranks, and a failure belongs to its call: an error that
 every rank caught is no longer one in the next call.
-
-The store is reached through `_get_default_store`: torch.distributed has no public name for it.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ...compiler.ir.errors import PeerFailedError, PipecompileError
+from ..transport.doing import HERE, Doing
+from .endings import watch_endings
+from .lookout import Lookout, end
 
 POLL_S = 0.5
 GRACE_S = 5.0  # how long a rank may take to notice by itself that another one failed
 ECHO_S = 2.0  # how long the first cause may take to reach the store
-QUIET_S = 60.0  # after this long in one action, say which
 
-_FATAL = "fatal"  # the key of an error that ended a process outside of any guarded call
+_FATAL = "fatal"  # the key of an error after which no call can succeed
 _living: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
 
@@ -41,66 +39,78 @@ class Watchdog:
 
     Args:
         name: the same on all ranks, another for every watchdog of a process.
-        status: what this rank is doing, like ``1RECV_F3←0``; "" when it is not at work. Held
-            weakly: the watchdog ends with its owner.
+        store: of this attempt; no other thread uses it.
+        lookout: tells of ranks that have died without a word.
+        doing: where this process is.
     """
 
-    def __init__(self, rank: int, name: str, status: Callable[[], str]):
-        self.rank = rank
-        self._status = weakref.WeakMethod(status)
-        self.store = PrefixStore(f"pipecompile/{name}", _get_default_store())
+    def __init__(
+        self,
+        rank: int,
+        name: str,
+        store: Store,
+        lookout: Lookout | None = None,
+        doing: Doing = HERE,
+    ):
+        self.rank, self._lookout, self._doing = rank, lookout, doing
+        self._store: Store | None = PrefixStore(name, store)
         self.call = 0
         self.working = False
-        if not _living:
-            _hook_exceptions()
+        self.over = threading.Event()
+        watch_endings(rank, _report_fatal)
         _living.add(self)
-        watch = threading.Thread(
-            target=_watch, args=(weakref.ref(self),), daemon=True, name="pipecompile-watchdog"
-        )
-        watch.start()
-
-    def status(self) -> str:
-        method = self._status()
-        return method() if method is not None else ""
+        weakref.finalize(self, _stop, self.over, thread := _thread_of(self))
+        thread.start()
 
     @contextmanager
-    def guard(self, what: str) -> Iterator[None]:
+    def guard(self, what: object, final: bool = False) -> Iterator[None]:
         """Run a piece of work in which a failure of any rank is a failure of all.
 
         Args:
             what: the call that it is for.
+            final: a failure is one of all calls that follow, too.
         """
         self.call += 1
-        self.working = True
-        try:
-            yield
-        except PipecompileError as error:
-            self.report(error, str(self.call))
-            raise
-        except Exception as error:
-            cause = self.first_failure(ECHO_S) or _ended(error, f"rank {self.rank} is in {what}")
-            if cause is not None:
-                raise PeerFailedError(cause) from error
-            self.report(error, str(self.call))
-            raise
-        finally:
-            self.working = False
+        key = _FATAL if final else str(self.call)
+        before, self.working = self.working, True
+        with self._doing.call(what):
+            here = self._doing.place
+            try:
+                if self._lookout is not None and (cause := self._lookout.failure()) is not None:
+                    raise PeerFailedError(cause)
+                yield
+            except PipecompileError as error:
+                self.report(error, key)
+                raise
+            except Exception as error:
+                cause = self.first_failure(ECHO_S) or self._ended(error, str(here))
+                if cause is not None:
+                    raise PeerFailedError(f"{cause}{_seen(error)}") from None
+                self.report(error, key)
+                raise
+            finally:
+                self.working = before
 
     def report(self, error: BaseException, key: str) -> None:
         """Tell the other ranks, unless one of them was first."""
         if isinstance(error, PeerFailedError):
             return
-        doing = f" during {self.status()}" if self.status() else ""
+        place = self._doing.place
+        where = f" {place}" if place.inside else ""
         text = "".join(traceback.format_exception(error)).strip()
         message = (
-            f"{self.rank}\nrank {self.rank} failed first{doing}: {type(error).__name__}: {error}"
+            f"{self.rank}\n{self._name} failed first{where}: {type(error).__name__}: {error}"
             f"\n\nIts traceback:\n{text}"
         )
         try:
-            if self.store.add(f"{key}/count", 1) == 1:
-                self.store.set(key, message)
+            if self._store is not None and self._store.add(f"{key}/count", 1) == 1:
+                self._store.set(key, message)
         except Exception:
-            return  # the store's process is gone, and with it whoever could read this
+            self._store = None  # its process is gone, and with it whoever could read this
+
+    @property
+    def _name(self) -> str:
+        return self._lookout.name(self.rank) if self._lookout else f"rank {self.rank}"
 
     def first_failure(self, wait_s: float = 0.0) -> str | None:
         """The first failure of another rank in this call, if one is reported within a time."""
@@ -108,73 +118,84 @@ class Watchdog:
         while True:
             try:
                 for key in (str(self.call), _FATAL):
-                    if self.store.check([key]):
-                        rank, _, message = self.store.get(key).decode().partition("\n")
+                    if (store := self._store) is not None and store.check([key]):
+                        rank, _, message = store.get(key).decode().partition("\n")
                         return None if int(rank) == self.rank else message
             except Exception:
-                return None
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.05)
+                self._store = None  # its process is gone; what is known without it stands
+            failure = self._lookout.failure() if self._lookout is not None else None
+            if failure is not None or time.monotonic() >= deadline:
+                return failure
+            time.sleep(0.01)  # torchrun soon ends those that have something to say
+
+    def _ended(self, error: Exception, here: str) -> str | None:
+        """What is said where another rank has ended, and not by an error that it could tell."""
+        if not isinstance(error, ConnectionError) and not (
+            isinstance(error, RuntimeError) and _CLOSED.search(str(error))
+        ):
+            return None
+        found = self._lookout.explain() if self._lookout is not None else None
+        return found or (
+            f"a rank has ended, and rank {self.rank} is {here}: it was killed, or its script has "
+            "ended earlier than those of others. Every rank must make the same calls of a pipeline"
+        )
+
+    def wake(self) -> None:
+        """Make what waits in this process fail."""
+        self._doing.wake()
 
 
-_CLOSED = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
-"""How gloo says that a process has ended."""
+_CLOSED = re.compile(
+    "closed by peer|reset by peer|Broken pipe|Connection refused|pair closure|Timed out waiting",
+    re.IGNORECASE,
+)
+"""How gloo says that a process has ended, or that nobody waits any longer."""
 
 
-def _ended(error: Exception, here: str) -> str | None:
-    """What is said where another rank has ended, and not by an error that it could tell."""
-    if isinstance(error, ConnectionError):
-        lost = str(error)
-    elif isinstance(error, RuntimeError) and _CLOSED.search(str(error)):
-        lost = f"a rank has ended ({str(error).strip()})"
-    else:
-        return None
-    return (
-        f"{lost}, and {here}: it was killed, or its script has ended earlier than those of others. "
-        "Every rank must make the same calls of a pipeline"
+def _seen(error: Exception) -> str:
+    """How it was seen here, on a line of its own."""
+    line = str(error).strip().splitlines()[0].partition(". This is typically")[0]
+    return f"\n(seen here as {type(error).__name__}: {line})"
+
+
+def _report_fatal(error: Exception) -> None:
+    """An exception that ends this process, anywhere in the user's script, reaches the others."""
+    for watchdog in _living:
+        watchdog.report(error, _FATAL)
+
+
+def _thread_of(watchdog: Watchdog) -> threading.Thread:
+    return threading.Thread(
+        target=_watch,
+        args=(weakref.ref(watchdog), watchdog.over),
+        daemon=True,
+        name="pipecompile-watchdog",
     )
 
 
-def _hook_exceptions() -> None:
-    """An exception that ends this process, anywhere in the user's script, reaches the others."""
-    previous = sys.excepthook
-
-    def report(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception):
-            for watchdog in _living:
-                watchdog.report(error, _FATAL)
-        previous(kind, error, trace)
-
-    sys.excepthook = report
+def _stop(over: threading.Event, thread: threading.Thread) -> None:
+    """Python exits, which must not find the thread inside of the store, or the owner is gone."""
+    over.set()
+    if thread is not threading.current_thread():
+        thread.join(1.0)
 
 
-def _watch(reference: weakref.ref[Watchdog]) -> None:
+def _watch(reference: weakref.ref[Watchdog], over: threading.Event) -> None:
     """The thread of a watchdog: ends with it, or with the process."""
-    noticed = changed = time.monotonic()
-    doing, told, failing = "", False, False
-    while True:
-        time.sleep(POLL_S)
+    noticed = woken = time.monotonic()
+    failing = False
+    while not over.wait(POLL_S):
         watchdog = reference()
         if watchdog is None:
             return
         now = time.monotonic()
         failure = watchdog.first_failure() if watchdog.working else None
         if failure is None or not failing:
-            noticed, failing = now, failure is not None
-        elif now - noticed > GRACE_S:
-            print(f"pipecompile: rank {watchdog.rank} stops: {failure}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
-        current = watchdog.status() if watchdog.working else ""
-        if current != doing:
-            doing, changed, told = current, now, False
-        elif current and not told and now - changed > QUIET_S:
-            told = True
-            print(
-                f"pipecompile: rank {watchdog.rank} has been in {doing} for {now - changed:.0f} s",
-                file=sys.stderr,
-            )
+            noticed = woken = now
+            failing = failure is not None
+        elif now - noticed > 2 * GRACE_S:
+            end(watchdog._doing, watchdog.rank, failure)
+        elif now - woken > GRACE_S:
+            woken = now + GRACE_S
+            watchdog.wake()
         del watchdog

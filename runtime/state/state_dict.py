@@ -14,6 +14,7 @@ from ...compiler.ir.errors import StateError
 from ...compiler.ir.shards import rows_of
 from ...compiler.tensors.facts import short_name
 from ...compiler.tensors.fakes import is_fake
+from ..transport.doing import HERE
 from .model_state import ModelState
 
 
@@ -60,7 +61,8 @@ def _fetch(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torc
         tensor = torch.empty(like.shape, dtype=like.dtype, device=state.device)
     else:
         tensor = tensor.contiguous()
-    dist.broadcast(tensor, owner)
+    with HERE.waiting((owner,)):
+        dist.broadcast(tensor, owner)
     return tensor.cpu().clone()
 
 
@@ -74,7 +76,8 @@ def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> t
         if owner in state.ranks:
             told.copy_(state.master(owner, name).detach())
         if told.numel():
-            dist.broadcast(told, owner)
+            with HERE.waiting((owner,)):
+                dist.broadcast(told, owner)
         rows.copy_(told)
     return whole
 

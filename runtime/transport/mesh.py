@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ...compiler.ir.errors import WorldSizeError
+from .joining import TIMEOUT_S, join
 
 Placement = tuple[tuple[int, ...], ...]
 """Per rank of a replica, the stages that it holds."""
@@ -111,17 +111,14 @@ def make_mesh(pp: int, dp: int, placement: Placement = ()) -> Mesh:
     return Mesh(n_stages, dp, rank, placement)
 
 
-def connect(mesh: Mesh, device: torch.device) -> None:
-    """Join the other processes, unless the script has already done so."""
+def connect(mesh: Mesh, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
+    """Join the other processes, unless the script has already done so.
+
+    Raises:
+        PeerFailedError: a rank does not come within some seconds.
+    """
     if not mesh.distributed:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_disconnect)
-
-
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    join("nccl" if device.type == "cuda" else "gloo", timeout_s)

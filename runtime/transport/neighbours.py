@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .doing import HERE, Doing
+
 SWITCH = "PIPECOMPILE_SHARED_MEMORY"
 """The environment variable that keeps processes of a machine apart, if it is ``off``."""
 
@@ -50,10 +52,11 @@ class Neighbours:
     Args:
         rank: of this process.
         sockets: rank -> of packets (``SOCK_SEQPACKET``), connected to it.
+        doing: where it is noted for whom this process waits.
     """
 
-    def __init__(self, rank: int, sockets: Mapping[int, socket.socket]):
-        self.rank, self._sockets = rank, dict(sockets)
+    def __init__(self, rank: int, sockets: Mapping[int, socket.socket], doing: Doing = HERE):
+        self.rank, self._sockets, self._doing = rank, dict(sockets), doing
         self._inbox: dict[Ticket, Packet] = {}
         self._arrived: dict[tuple[int, int], int] = defaultdict(int)
         self._asked: dict[tuple[int, int], int] = defaultdict(int)
@@ -62,6 +65,14 @@ class Neighbours:
         for each in self._sockets.values():
             each.setblocking(False)
             self._poll.register(each.fileno(), select.EPOLLIN)
+        self._bell, self._ring = socket.socketpair()
+        self._poll.register(self._bell.fileno(), select.EPOLLIN)
+        doing.wakes(self)
+
+    def wake(self) -> None:
+        """Whoever waits here, now or later, gets a ConnectionError."""
+        with suppress(OSError):
+            self._ring.send(b"!", socket.MSG_DONTWAIT)
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -83,7 +94,8 @@ class Neighbours:
                     sock.send(packet)
                 return
             except BlockingIOError:
-                self._wait(room_in=sock)
+                with self._doing.waiting((rank,)):
+                    self._wait(room_in=sock)
             except OSError as error:
                 raise _ended(rank) from error
 
@@ -99,12 +111,20 @@ class Neighbours:
         Raises:
             ConnectionError: the rank has ended without posting it.
         """
+        if ticket not in self._inbox and not self._at_hand(ticket):
+            with self._doing.waiting((ticket.rank,)):
+                while not self._at_hand(ticket):
+                    self._wait()
+        return self._inbox.pop(ticket)
+
+    def _at_hand(self, ticket: Ticket) -> bool:
+        """Whether the packet is among those that have arrived by now."""
         while ticket not in self._inbox:
             if self._sockets[ticket.rank].fileno() < 0:
                 raise _ended(ticket.rank)
             if not self._read(ticket.rank):
-                self._wait()
-        return self._inbox.pop(ticket)
+                return False
+        return True
 
     def gather(self, value: Any) -> list[Any]:
         """This value of every one of these ranks and of this one, in rank order.
@@ -152,6 +172,8 @@ class Neighbours:
         if room_in is not None:
             self._poll.modify(room_in.fileno(), select.EPOLLIN | select.EPOLLOUT)
         for number, event in self._poll.poll():
+            if number == self._bell.fileno():
+                raise ConnectionError("another rank has failed")
             if event & ~select.EPOLLOUT:
                 self._read(self._ranks[number])
         if room_in is not None and room_in.fileno() >= 0:
@@ -244,7 +266,8 @@ def _accepted(
     found: dict[int, socket.socket] = {}
     wanted = set(expected)
     while wanted:
-        sock, _ = mine.accept()
+        with HERE.waiting(sorted(wanted)):
+            sock, _ = mine.accept()
         sock.settimeout(10.0)
         key, rank = _HELLO.unpack(sock.recv(_HELLO.size).ljust(_HELLO.size, b"\0"))
         if secrets.compare_digest(key, secret) and rank in wanted:

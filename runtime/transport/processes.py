@@ -6,8 +6,11 @@ NCCL on CUDA.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +21,8 @@ import torch.distributed as dist
 from ...compiler.ir.errors import PeerFailedError
 from ...compiler.ir.program import ValueSpec
 from . import wire
+from .doing import HERE
+from .joining import new_group
 from .mesh import Mesh
 from .neighbours import Neighbours
 from .replicas import DistributedReplicas, Replicas, SharedReplicas
@@ -38,15 +43,16 @@ class Arrived:
 class _Receipt:
     """A message under way between processes."""
 
-    def __init__(self, works: list[dist.Work], data: Values, specs: Sequence[ValueSpec]):
-        self.works, self.data, self.specs = works, data, specs
+    def __init__(self, src: int, works: list[dist.Work], data: Values, specs: Sequence[ValueSpec]):
+        self.src, self.works, self.data, self.specs = src, works, data, specs
 
     def ready(self) -> bool:
         return True
 
     def wait(self) -> Values:
-        for work in self.works:
-            work.wait()
+        with HERE.waiting((self.src,)):
+            for work in self.works:
+                work.wait()
         return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
 
 
@@ -58,11 +64,25 @@ class _Outbox:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        threading.Thread(target=self._wait, name="pipecompile-outbox", daemon=True).start()
+        self._failures: list[RuntimeError] = []
+        self.thread = threading.Thread(
+            target=_see_off,
+            args=(self._queue, self._failures),
+            name="pipecompile-outbox",
+            daemon=True,
+        )
+        self.thread.start()
+        weakref.finalize(self, self._queue.put, []).atexit = False
+        _open.add(self)
+        _close_at_exit()
 
-    def add(self, work: dist.Work, data: torch.Tensor) -> None:
-        self._queue.put([work, data])
+    def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
+        self._queue.put([work, data, dst])
+
+    def close(self) -> None:
+        """Nothing more is added."""
+        self._queue.put([])
+        self.thread.join(0.2)
 
     def flush(self) -> None:
         """Wait until all has left.
@@ -73,20 +93,41 @@ class _Outbox:
         done = threading.Event()
         self._queue.put([done])
         done.wait()
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:
+            raise self._failures[0]
 
-    def _wait(self) -> None:
-        while True:
-            item = self._queue.get()
-            if isinstance(item[0], threading.Event):
-                item[0].set()
-                continue
-            try:
+
+def _see_off(sent: queue.SimpleQueue[list[Any]], failures: list[RuntimeError]) -> None:
+    """The thread of an outbox."""
+    while item := sent.get():
+        if isinstance(item[0], threading.Event):
+            item[0].set()
+            continue
+        try:
+            with HERE.waiting((item[2],)):
                 item[0].wait()
-            except RuntimeError as error:
-                self._failure = error
-            del item
+        except RuntimeError as error:
+            failures.append(error)
+        del item
+
+
+_open: weakref.WeakSet[_Outbox] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Before the group is left, which was joined earlier."""
+    atexit.register(_close)
+
+
+def _close() -> None:
+    """Python exits, which must not find a thread inside of gloo: it would be ended there, and the
+    process with it ("terminate called without an active exception")."""
+    for outbox in _open:
+        outbox.close()
+        if outbox.thread.is_alive():  # it waits for one that is no more
+            HERE.wake()
+            outbox.thread.join(2.0)
 
 
 class _DeviceOutbox:
@@ -95,7 +136,7 @@ class _DeviceOutbox:
     def __init__(self) -> None:
         self._queue: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def add(self, work: dist.Work, data: torch.Tensor) -> None:
+    def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
         while self._queue and self._queue[0][0].is_completed():
             self._queue.popleft()[0].wait()
         self._queue.append((work, data))
@@ -126,8 +167,7 @@ class Processes:
         self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
         # every process makes every group, in the same order
         groups = [
-            dist.new_group(list(mesh.peers_of(first))) if mesh.dp > 1 else None
-            for first in range(mesh.pp)
+            new_group(mesh.peers_of(first)) if mesh.dp > 1 else None for first in range(mesh.pp)
         ]
         assert mesh.rank is not None
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)
@@ -139,7 +179,7 @@ class Processes:
     def _replicas(self, rank: int, peers: Sequence[int]) -> Replicas:
         if self._shared is not None and self._beside.issuperset(set(peers) - {rank}):
             return SharedReplicas(self._shared, peers, rank)
-        return DistributedReplicas(self.group, self.replica, self.dp)
+        return DistributedReplicas(self.group, self.replica, self.dp, peers)
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """On CUDA, one communicator, with its stream, for all that one rank sends to another.
@@ -164,12 +204,13 @@ class Processes:
                 dst = self.mesh.rank_of(replica, dst_stage)
                 if src == dst or (src, dst) in self.links:
                     continue
-                group = self.links[src, dst] = dist.new_group([src, dst])
+                group = self.links[src, dst] = new_group([src, dst])
                 probe = torch.zeros(1, device=self.device)
-                if self.mesh.rank == src:
-                    dist.send(probe, dst, group=group)
-                elif self.mesh.rank == dst:
-                    dist.recv(probe, src, group=group)
+                with HERE.waiting((src, dst)):
+                    if self.mesh.rank == src:
+                        dist.send(probe, dst, group=group)
+                    elif self.mesh.rank == dst:
+                        dist.recv(probe, src, group=group)
 
     def send(
         self, src: int, dst: int, values: Values, specs: Sequence[ValueSpec], channel: int = 0
@@ -183,7 +224,7 @@ class Processes:
             if data.numel():
                 work = dist.isend(data, dst, group=group, tag=channel)
                 assert work is not None
-                self.outbox.add(work, data)
+                self.outbox.add(work, data, dst)
                 del work, data  # the outbox alone keeps them
 
     def receive(
@@ -204,7 +245,7 @@ class Processes:
                 work = dist.irecv(room, src, group=group, tag=channel)
                 assert work is not None
                 works.append(work)
-        return _Receipt(works, data, specs)
+        return _Receipt(src, works, data, specs)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         self.replicas.mean_(bucket)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ...compiler.costs import memory
 from ...compiler.ir.program import ValueSpec
+from .doing import HERE
 from .shared_memory import SharedMemory
 from .transport import Pending, Values, ordered_mean
 
@@ -59,15 +60,23 @@ def pieces(bucket: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
 class _Exchange:
     """Collectives under way; what goes out must stay as it is until they are waited for."""
 
-    def __init__(self, works: Sequence[dist.Work | None], sent: torch.Tensor, brought: Values):
+    def __init__(
+        self,
+        works: Sequence[dist.Work | None],
+        sent: torch.Tensor,
+        brought: Values,
+        ranks: Sequence[int],
+    ):
         self.works, self.sent, self.brought = [w for w in works if w is not None], sent, brought
+        self.ranks = ranks
 
     def ready(self) -> bool:
         return True
 
     def wait(self) -> Values:
-        for work in self.works:
-            work.wait()
+        with HERE.waiting(self.ranks):
+            for work in self.works:
+                work.wait()
         return self.brought
 
 
@@ -77,17 +86,22 @@ class DistributedReplicas:
     Args:
         group: of the replicas.
         me: which of them this process is in, of ``count``.
+        ranks: of the replicas.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, me: int, count: int):
+    def __init__(
+        self, group: dist.ProcessGroup | None, me: int, count: int, ranks: Sequence[int] = ()
+    ):
         self._group, self._me, self._count = group, me, count
+        self._others = tuple(rank for i, rank in enumerate(ranks) if i != me)
 
     def mean_(self, bucket: torch.Tensor) -> None:
         for piece in pieces(bucket, self._count):
             exchanged = torch.empty_like(piece)  # (elements,): this rank's share, `count` times
-            dist.all_to_all_single(exchanged, piece, group=self._group)
-            mine = ordered_mean(exchanged.chunk(self._count))
-            _all_gather(piece, mine, group=self._group)
+            with HERE.waiting(self._others):
+                dist.all_to_all_single(exchanged, piece, group=self._group)
+                mine = ordered_mean(exchanged.chunk(self._count))
+                _all_gather(piece, mine, group=self._group)
 
     def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
         me, others = self._me, self._count - 1
@@ -97,16 +111,16 @@ class DistributedReplicas:
         work = dist.all_to_all_single(
             room, blocks, received, sent, group=self._group, async_op=True
         )
-        return _Exchange([work], blocks, list(room.view(others, sizes[me])))
+        return _Exchange([work], blocks, list(room.view(others, sizes[me])), self._others)
 
     def gather(self, mine: torch.Tensor) -> Pending:
         room = mine.new_empty(self._count, mine.numel())
         work = _all_gather(room.view(-1), mine, group=self._group, async_op=True)
-        return _Exchange([work], mine, list(room))
+        return _Exchange([work], mine, list(room), self._others)
 
     def gather_into(self, mine: torch.Tensor, room: torch.Tensor) -> Pending:
         work = _all_gather(room, mine, group=self._group, async_op=True)
-        return _Exchange([work], mine, [])
+        return _Exchange([work], mine, [], self._others)
 
     def share(self, room: torch.Tensor, blocks: Sequence[torch.Tensor]) -> Pending:
         works = [
@@ -114,7 +128,7 @@ class DistributedReplicas:
             for replica, block in enumerate(blocks)
             if block.numel()
         ]
-        return _Exchange(works, room, list(blocks))
+        return _Exchange(works, room, list(blocks), self._others)
 
 
 class _Later:

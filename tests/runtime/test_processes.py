@@ -269,7 +269,7 @@ print("finished", rank)
 )
 def test_a_rank_that_fails_brings_the_others_down(tmp_path: Path, how: str, cause: str) -> None:
     survivor, status = run(tmp_path, how)
-    assert "rank 1 failed first" in survivor
+    assert "rank 1 (stage 1, replica 0) failed first" in survivor
     assert cause in survivor
     assert status != 0
 
@@ -321,10 +321,11 @@ def run(folder: Path, how: str, environment: dict[str, str] | None = None) -> tu
 )
 def test_a_rank_that_has_ended_is_told(tmp_path: Path, how: str, shared: str) -> None:
     survivor, _ = run(tmp_path, how, {SWITCH: shared})
-    lost = "rank 1 has ended, or" if not shared else "a rank has ended ("
-    assert f"PeerFailedError: {lost}" in survivor
-    assert "rank 0 is in step()" in survivor
-    assert "Every rank must make the same calls" in survivor
+    told = {
+        "ends": "has ended its script after step() (call 1), and rank 0 is in step() (call 2): ",
+        "killed": "died outside of the pipeline's calls, after step() (call 1): its process was",
+    }
+    assert f"PeerFailedError: rank 1 (stage 1, replica 0) {told[how]}" in survivor
 
 
 def a_step_that_one_rank_takes(folder: Path) -> list[str]:

@@ -11,10 +11,11 @@ import os
 import random
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -77,9 +78,7 @@ class Gang:
         Raises:
             AssertionError: with the tracebacks of the processes that failed.
         """
-        module, name = function.__module__, function.__qualname__
-        for pipe in self.pipes:
-            pipe.send((module, sys.modules[module].__file__, name, args, options))
+        self._send(function, args, options)
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(TIMEOUT_S), f"rank {rank} did not answer in {TIMEOUT_S} s"
@@ -87,6 +86,28 @@ class Gang:
         failures = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
         assert not failures, "\n".join(failures)
         return [result for _, result in answers]
+
+    def try_to_run(
+        self, limit_s: float, last_s: float, function: Callable[..., T], *args: Any, **options: Any
+    ) -> list[T | None]:
+        """The same; None for a process that has ended, or does not answer within ``last_s`` after
+        the first one has."""
+        self._send(function, args, options)
+        wait(self.pipes, limit_s)
+        deadline = time.monotonic() + last_s
+        answers: list[T | None] = []
+        for pipe in self.pipes:
+            answers.append(None)
+            with contextlib.suppress(EOFError, ConnectionError):
+                if pipe.poll(max(0.0, deadline - time.monotonic())):
+                    ok, answers[-1] = pipe.recv()
+                    assert ok, answers[-1]
+        return answers
+
+    def _send(self, function: Callable[..., Any], args: Any, options: Any) -> None:
+        module, name = function.__module__, function.__qualname__
+        for pipe in self.pipes:
+            pipe.send((module, sys.modules[module].__file__, name, args, options))
 
     def close(self) -> None:
         for pipe in self.pipes:

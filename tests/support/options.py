@@ -83,6 +83,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "backend": ({}, {"backend": "inductor"}),
         "chunked_loss": ({"chunked_loss": "auto"}, {"chunked_loss": 512}),
         "zero": ({"zero": 1}, {"zero": "auto"}),
+        "timeout_s": ({"timeout_s": 60.0}, {"timeout_s": 90.0}),
         "zero_by": ({"zero_by": "rows"}, {"zero_by": "matrices"}),
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
         "eager_modules": ({}, {"eager_modules": ["first"]}),

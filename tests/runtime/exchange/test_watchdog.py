@@ -10,25 +10,24 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch.distributed as dist
 from pipecompile.compiler.ir.errors import BatchError, PeerFailedError
-from pipecompile.runtime.exchange import watchdog
+from pipecompile.runtime.exchange import endings, watchdog
 from pipecompile.runtime.exchange.watchdog import Watchdog
+from pipecompile.runtime.transport.doing import Doing, told
 
 LIMIT_S = 20  # for what takes a tenth of a second where the machine is free
 
 
 class Rank:
-    """Owns a watchdog, which holds it weakly, and says what it is doing."""
+    """With a watchdog."""
 
-    def __init__(self, number: int) -> None:
-        self.doing = ""
-        self.watchdog = Watchdog(number, "test", self.status)
-
-    def status(self) -> str:
-        return self.doing
+    def __init__(self, number: int, store: dist.Store) -> None:
+        self.doing, self.store = Doing(), store
+        self.watchdog = Watchdog(number, "test", store, doing=self.doing)
 
     def fail(self, error: Exception) -> Exception:
         """Fail in a guarded call; what is raised."""
-        with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011
+        with pytest.raises(Exception) as caught, self.watchdog.guard("step()"):  # noqa: PT011, PT012
+            self.doing.act(told("1F0"))
             raise error
         return caught.value
 
@@ -36,11 +35,11 @@ class Rank:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[Rank, Rank]:
     store = dist.HashStore()
-    monkeypatch.setattr(watchdog, "_get_default_store", lambda: store)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for name, seconds in (("POLL_S", 0.01), ("GRACE_S", 0.1), ("ECHO_S", 0.1), ("QUIET_S", 0.1)):
+    monkeypatch.setattr(endings, "_tellers", [])
+    for name, seconds in (("POLL_S", 0.01), ("GRACE_S", 0.1), ("ECHO_S", 0.1)):
         monkeypatch.setattr(watchdog, name, seconds)
-    return Rank(0), Rank(1)
+    return Rank(0, store), Rank(1, store)
 
 
 @pytest.fixture
@@ -68,18 +67,18 @@ def until(condition: Callable[[], object]) -> bool:
 def test_the_first_cause_is_on_top(ranks: tuple[Rank, Rank]) -> None:
     """An echo of it raises it; what the user did wrong stays what it is."""
     first, second = ranks
-    second.doing = "1F0"
     cause = second.fail(ArithmeticError("out of numbers"))
     assert isinstance(cause, ArithmeticError)
     echo = first.fail(RuntimeError("connection closed"))
     assert isinstance(echo, PeerFailedError)
     assert str(echo).startswith(
-        "rank 1 failed first during 1F0: ArithmeticError: out of numbers\n\nIts traceback:\n"
+        "rank 1 failed first in 1F0, in step(): ArithmeticError: out of numbers\n\nIts traceback:\n"
     )
-    assert isinstance(echo.__cause__, RuntimeError)
+    assert str(echo).endswith("\n(seen here as RuntimeError: connection closed)")
+    assert echo.__suppress_context__, "what was seen here would be printed above it"
     assert isinstance(first.fail(BatchError("rows")), BatchError)
     echo = second.fail(RuntimeError("connection closed"))
-    assert "rank 0 failed first: BatchError: rows" in str(echo)
+    assert "rank 0 failed first in 1F0, in step(): BatchError: rows" in str(echo)
 
 
 def test_an_error_belongs_to_its_call(ranks: tuple[Rank, Rank]) -> None:
@@ -113,7 +112,7 @@ def test_a_blocked_rank_is_ended(
     with first.watchdog.guard("step()"):
         assert until(lambda: ended)
     assert ended == [1]
-    assert "rank 0 stops: rank 1 failed first: ArithmeticError" in capsys.readouterr().err
+    assert "rank 0 stops: rank 1 failed first in 1F0, in step(): Arith" in capsys.readouterr().err
 
 
 def test_a_rank_has_time_to_notice_by_itself(
@@ -134,29 +133,9 @@ def test_a_rank_has_time_to_notice_by_itself(
     assert ended == []
 
 
-def test_a_long_action_is_named_once(
-    ranks: tuple[Rank, Rank], capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, _ = ranks
-    said = ""
-
-    def says(text: str) -> bool:
-        nonlocal said
-        said += capsys.readouterr().err
-        return text in said
-
-    with first.watchdog.guard("step()"):
-        for action in ("0RECV_B3←1", "0B3"):
-            first.doing = action
-            assert until(lambda doing=action: says(f"rank 0 has been in {doing} for 0 s"))
-        time.sleep(0.3)
-    says("")
-    assert said.count("has been in 0RECV_B3←1") == said.count("has been in 0B3") == 1
-
-
 def test_a_watchdog_ends_with_its_owner(ranks: tuple[Rank, Rank]) -> None:
     before = set(threading.enumerate())
-    rank = Rank(2)
+    rank = Rank(2, ranks[0].store)
     (thread,) = set(threading.enumerate()) - before
     assert thread.name == "pipecompile-watchdog"
     del rank
