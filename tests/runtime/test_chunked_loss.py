@@ -187,6 +187,7 @@ def test_verifying_allows_nothing_where_auto_keeps_logits() -> None:
     assert "allowed" not in pipe.verification
 
 
+@pytest.mark.slow
 def test_what_a_trainer_counts_divides_the_loss() -> None:
     """transformers then adds up and divides by its number, as its Trainer asks for."""
     batch = uneven("llama") | {"num_items_in_batch": torch.tensor(40)}

@@ -313,7 +313,7 @@ def run(folder: Path, how: str, environment: dict[str, str] | None = None) -> tu
 @pytest.mark.parametrize(
     ("how", "shared"),
     [
-        ("ends", ""),
+        pytest.param("ends", "", marks=pytest.mark.slow),
         pytest.param("killed", "", marks=pytest.mark.slow),
         pytest.param("ends", "off", marks=pytest.mark.slow),
         pytest.param("killed", "off", marks=pytest.mark.slow),

@@ -190,6 +190,7 @@ def test_plans_that_do_not_fit(
     assert re.match(f"pipecompile: error: .*{message}", line), line
 
 
+@pytest.mark.slow
 def test_what_fits_in_bf16_alone_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """The same stages in fp32, beside it, may need more than there is."""
     command = f"{SMALL_GPT2} --stages 2 --batch 8 --seq 1024 --precision bf16 --remat none"

@@ -171,6 +171,7 @@ PLANNED: dict[str, Any] = {
     "schedule": "1f1b",
     "tied_grads": "per_microbatch",
     "precision": "bf16",
+    "chunked_loss": "off",
     "zero": 1,
     "zero_by": "rows",
 }
@@ -181,6 +182,7 @@ OTHERWISE: dict[str, Any] = {
     "schedule": "zb_h1",
     "tied_grads": "per_step",
     "precision": Precision(compute=torch.bfloat16, grads=torch.bfloat16),
+    "chunked_loss": "auto",
     "zero": 2,
     "zero_by": "matrices",
 }
