@@ -10,6 +10,7 @@ fusion is what they would make first, a flat graph without writes; so it is deco
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
@@ -93,8 +94,26 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
         # a CUDA graph's results are gone with its next call, and another microbatch's is next
         alone = config.patch({"triton.cudagraphs": False})
         with V.set_fake_mode(mode), tracing(TracingContext(mode)), alone:
-            compiled: Boxed = compile_fx_inner(traced, arguments, is_inference=True)
+            try:
+                compiled: Boxed = compile_fx_inner(traced, arguments, is_inference=True)
+            except InductorError as error:
+                if not _removed(str(error)):
+                    raise
+                compiled = compile_fx_inner(traced, arguments, is_inference=True)
     return compiled
+
+
+def _removed(error: str) -> bool:
+    """Whether the error was that of a library that could not be loaded, and that is gone now.
+
+    A process that was killed while it compiled leaves a part of one, which torch would take for
+    whole for ever.
+    """
+    found = re.search(r"ImportError: (/\S+\.so): (file too short|invalid ELF header)", error)
+    if found is None or not Path(found[1]).is_relative_to(folder()):
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    return True
 
 
 def _in_rows(gradient: fx.Node) -> None:

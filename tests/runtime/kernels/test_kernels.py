@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,3 +335,50 @@ def test_outputs_and_evaluation_are_those_of_eager_kernels(name: str) -> None:
         pipe = jobs.pipeline(name, 2, 1, 2, backend=backend)
         made.append((pipe.evaluate(batch), pipe.forward(batch)["logits"]))
     torch.testing.assert_close(made[1], made[0], rtol=1e-5, atol=1e-5)
+
+
+ONE_STEP = """
+import torch, pipecompile
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Tanh())
+x = torch.ones(4, 8)
+pipe = pipecompile.compile(
+    model, 1, loss_fn=lambda out, _: out.square().mean(), example_batch=x, backend="inductor"
+)
+print(float(pipe.forward_backward(x)))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_has_left_half_written_is_compiled_again(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def loss() -> str:
+        command = [sys.executable, "-c", ONE_STEP]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    whole, libraries = loss(), list(tmp_path.rglob("*.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(library.read_bytes()[:100])
+    assert loss() == whole
+    assert all(library.stat().st_size > 100 for library in tmp_path.rglob("*.main.so"))
+
+
+def test_only_what_inductor_keeps_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipecompile.runtime.kernels import inductor  # takes seconds
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    mine, other = inductor.folder() / "a" / "b.main.so", tmp_path / "b.so"
+    for file, gone in ((mine, True), (other, False)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        assert inductor._removed(f"ImportError: {file}: file too short") is gone
+        assert file.exists() is not gone
+    assert not inductor._removed("CppCompileError: no such operator")
