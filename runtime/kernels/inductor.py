@@ -94,26 +94,27 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
         # a CUDA graph's results are gone with its next call, and another microbatch's is next
         alone = config.patch({"triton.cudagraphs": False})
         with V.set_fake_mode(mode), tracing(TracingContext(mode)), alone:
-            try:
-                compiled: Boxed = compile_fx_inner(traced, arguments, is_inference=True)
-            except InductorError as error:
-                if not _removed(str(error)):
-                    raise
-                compiled = compile_fx_inner(traced, arguments, is_inference=True)
-    return compiled
+            while True:
+                try:
+                    compiled: Boxed = compile_fx_inner(traced, arguments, is_inference=True)
+                    return compiled
+                except (ImportError, InductorError) as error:
+                    if not _removed(str(error)):
+                        raise
 
 
 def _removed(error: str) -> bool:
-    """Whether the error was that of a library that could not be loaded, and that is gone now.
+    """Whether the error was that of a library that cannot be loaded, and that is gone now.
 
     A process that was killed while it compiled leaves a part of one, which torch would take for
     whole for ever.
     """
-    found = re.search(r"ImportError: (/\S+\.so): (file too short|invalid ELF header)", error)
+    found = re.search(r"(/\S+\.so): ", error)
     if found is None or not Path(found[1]).is_relative_to(folder()):
         return False
+    there = Path(found[1]).exists()
     Path(found[1]).unlink(missing_ok=True)
-    return True
+    return there
 
 
 def _in_rows(gradient: fx.Node) -> None:

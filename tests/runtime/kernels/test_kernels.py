@@ -361,12 +361,17 @@ def test_what_a_killed_process_has_left_half_written_is_compiled_again(tmp_path:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    whole, libraries = loss(), list(tmp_path.rglob("*.so"))
+    whole = loss()
+    libraries = [
+        library
+        for library in tmp_path.rglob("*.main.so")
+        if "chk_kernel" not in library.with_suffix(".cpp").read_text()  # what asks for AVX
+    ]
     assert libraries
     for library in libraries:
         library.write_bytes(library.read_bytes()[:100])
     assert loss() == whole
-    assert all(library.stat().st_size > 100 for library in tmp_path.rglob("*.main.so"))
+    assert all(library.stat().st_size > 100 for library in libraries)
 
 
 def test_only_what_inductor_keeps_is_removed(
