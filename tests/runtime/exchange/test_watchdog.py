@@ -76,6 +76,7 @@ def test_the_first_cause_is_on_top(ranks: tuple[Rank, Rank]) -> None:
     )
     assert str(echo).endswith("\n(seen here as RuntimeError: connection closed)")
     assert echo.__suppress_context__, "what was seen here would be printed above it"
+    assert echo.__cause__ is None
     assert isinstance(first.fail(BatchError("rows")), BatchError)
     echo = second.fail(RuntimeError("connection closed"))
     assert "rank 0 failed first in 1F0, in step(): BatchError: rows" in str(echo)
