@@ -606,7 +606,7 @@ FREEING = (
         "compiler/ir/program.py",
         ", = boxed; boxed.clear()",
         ", = boxed",
-        "test_planner.py::test_the_predicted_peak_is_the_measured_one",
+        "test_boxed.py::test_arguments_are_let_go_when_they_are_last_read",
         "arguments live until a program ends",
     ),
 )

@@ -170,9 +170,14 @@ def test_an_attempt_gets_a_name_of_its_own_beside_what_an_earlier_one_left() -> 
         names.append(joining.scope_of(store, rank, 3, LIMIT_S))
 
     for _ in range(2):
-        threads = [threading.Thread(target=come, args=(rank,)) for rank in (0, 2, 1)]
-        for thread in threads:
+        greeted = store.get("pipecompile/hello/1")
+        threads = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2, 0)]
+        for thread in threads[:2]:
             thread.start()
+        while store.get("pipecompile/hello/1") == greeted:
+            time.sleep(0.001)
+        time.sleep(0.05)  # rank 1 looks at what the dead have left before rank 0 comes
+        threads[2].start()
         for thread in threads:
             thread.join(LIMIT_S)
     assert len(names) == 6
