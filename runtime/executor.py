@@ -103,7 +103,6 @@ class Executor:
         fused: PipelineProgram | None = None,
     ):
         self.actions, self.state, self.microbatches = actions, state, microbatches
-        self.current: Action | None = None
         self.scale = 1.0
         self._loss_dtype = pipeline.loss_dtype
         self.messages: dict[tuple[int, int | None, Phase], Message] = {
@@ -148,7 +147,6 @@ class Executor:
         tangents = self._tangents(job)
         log, start = self.state.log, None
         for action, text in zip(self.actions, self._told, strict=True):
-            self.current = action
             HERE.act(text)
             if log is not None:
                 start = log.now()
@@ -182,7 +180,6 @@ class Executor:
                 yield from in_ranges(action, self._exchange(action))
             if log is not None:
                 log.add(action, start, self.messages.get((stage, action.peer, kind.phase)))
-        self.current = None
         HERE.act(NOTHING)
 
     def _tangents(self, job: Job) -> Sequence[torch.Tensor]:
@@ -298,12 +295,13 @@ class Executor:
 
 def _table(node: fx.Node | None) -> str:
     """What an operator's first operand is, where indices into it are refused."""
-    operator = node is not None and node.op == "call_function" and node.args
-    if node is not None and node.target is pieces.FORWARD:
+    if node is None or node.op != "call_function":
+        return "its operand"
+    if node.target is pieces.FORWARD:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         return f"{weight.meta['val'].shape[0]} classes"
-    first = node.args[0] if node is not None and operator else None
+    first = node.args[0] if node.args else None
     value = first.meta.get("val") if isinstance(first, fx.Node) else None
     return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"
 

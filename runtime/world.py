@@ -64,6 +64,13 @@ def _watchdog_of(mesh: Mesh, options: CompileOptions) -> Watchdog | None:
     return Watchdog(mesh.rank, str(next(_numbers)), run_store(), lookout)
 
 
+def _guarded_by(
+    watchdog: Watchdog | None, what: object, final: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """A failure of any rank inside is one of all; of one process alone it is its own."""
+    return watchdog.guard(what, final) if watchdog else contextlib.nullcontext()
+
+
 class Planning:
     """What ranks do together before there is a pipeline, to find out which it will be."""
 
@@ -72,8 +79,8 @@ class Planning:
         self._watchdog = _watchdog_of(mesh, options)
 
     def guard(self) -> contextlib.AbstractContextManager[None]:
-        """A failure of any rank inside is one of all."""
-        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
+        """Compiling, on all ranks."""
+        return _guarded_by(self._watchdog, "compile()")
 
 
 class World:
@@ -191,12 +198,11 @@ class World:
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """What all ranks do before a pipeline is there; a failure of any is one of all."""
-        return self._watchdog.guard("compile()") if self._watchdog else contextlib.nullcontext()
+        return _guarded_by(self._watchdog, "compile()")
 
     @contextlib.contextmanager
     def _guarded(self, what: object, final: bool = False) -> Iterator[None]:
-        guard = self._watchdog.guard(what, final) if self._watchdog else contextlib.nullcontext()
-        with guard, self.plain():
+        with _guarded_by(self._watchdog, what, final), self.plain():
             dtype = torch.get_default_dtype()
             if self._default_dtype not in (None, dtype):
                 raise OptionError(

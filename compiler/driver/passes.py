@@ -100,7 +100,7 @@ def _operators(work: Exported) -> str:
 
 def _chunks(work: Exported) -> str:
     assert work.chunks is not None
-    return chunk_losses(work.module, work.leaves, work.chunks.rows, work.chunks.asked)
+    return chunk_losses(work.module, work.chunks.rows, work.chunks.asked)
 
 
 FORWARD: tuple[Pass[Exported], ...] = (

@@ -14,7 +14,7 @@ Works on the exported forward graph, before differentiation and after casts were
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +31,7 @@ SMALL = 8
 """Losses over so many times fewer classes than the largest stay whole."""
 
 
-def chunk_losses(
-    module: fx.GraphModule, leaves: Sequence[torch.Tensor], rows: int, asked: bool
-) -> str:
+def chunk_losses(module: fx.GraphModule, rows: int, asked: bool) -> str:
     """Rewrite in place; returns a note.
 
     Args:
@@ -43,7 +41,6 @@ def chunk_losses(
     Raises:
         OptionError: a number was asked for, and training computes no loss that can be chunked.
     """
-    del leaves  # shapes are in the graph
     found, reasons = _found_in(module.graph)
     whole = f"logits stay whole: {'; '.join(reasons)}" if reasons else ""
     if not found:

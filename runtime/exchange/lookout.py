@@ -95,6 +95,7 @@ class Lookout:
         self._poll = select.poll()
         self._poll.register(self._bell.fileno(), select.POLLIN)
         self._over = False
+        self._listen_to: Iterable[int] = ()
         store.set(f"who/{rank}", identity(doing))
         self._meet(store)
         self._thread = threading.Thread(target=self._run, daemon=True, name="pipecompile-lookout")
@@ -155,8 +156,6 @@ class Lookout:
         return None
 
     # -- the thread ---------------------------------------------------------------------------
-
-    _listen_to: Iterable[int] = ()
 
     def _run(self) -> None:
         while not self._over and self.group in (None, dist.group.WORLD):

@@ -14,7 +14,6 @@ import sys
 from functools import partial
 
 import torch
-import transformers as hf
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import H100
@@ -25,6 +24,7 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.plan import Plan
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.tensors.fakes import weightless
+from support.llama3 import llama3
 
 HOST = torch.device("cpu")
 GIB = 2**30
@@ -44,23 +44,13 @@ class Planned:
 
     def __init__(self, name: str, tokens: int, precision: str):
         _, hidden, inner, layers, heads = SHAPES[name]
-        config = hf.LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            max_position_embeddings=tokens,
-            use_cache=False,
-            tie_word_embeddings=name == "1b",
-        )
         self.precision = precision
         options = CompileOptions(n_stages=1, precision=precision)
         with weightless():
+            model = llama3(hidden, inner, layers, heads, tokens, tied=name == "1b")
             ids = torch.zeros(1, tokens, dtype=torch.long)
             _, self.spec = flatten({"input_ids": ids, "labels": ids})
-            self.skeleton = skeleton_of(hf.LlamaForCausalLM(config), HOST, options.dtypes)
+            self.skeleton = skeleton_of(model, HOST, options.dtypes)
         self.captured: Captures = {}
 
     def plan(self, stages: int, budget: float = float("inf"), **more: object) -> Plan:

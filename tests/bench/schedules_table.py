@@ -22,6 +22,7 @@ from pipecompile.compiler.driver.compiled import Compiled, Mode
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.tensors.fakes import weightless
+from support.llama3 import llama3
 from torch import nn
 
 HOST = torch.device("cpu")
@@ -45,24 +46,10 @@ class Subject:
     rounds: tuple[int, ...] = (2, 4)
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int) -> nn.Module:
-    config = hf.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        use_cache=False,
-    )
-    return hf.LlamaForCausalLM(config)
-
-
 SUBJECTS = {
     "gpt2": Subject("GPT-2 small", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), 8, 1024, (4, 8)),
-    "llama": Subject("Llama-3-8B", lambda: _llama(4096, 14336, 32, 32), 1, 4096, (8, 16)),
-    "405b": Subject("Llama-3-405B", lambda: _llama(16384, 53248, 126, 128), 1, 4096, (8, 16)),
+    "llama": Subject("Llama-3-8B", lambda: llama3(4096, 14336, 32, 32), 1, 4096, (8, 16)),
+    "405b": Subject("Llama-3-405B", lambda: llama3(16384, 53248, 126, 128), 1, 4096, (8, 16)),
 }
 
 

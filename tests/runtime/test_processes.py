@@ -19,6 +19,7 @@ from pipecompile import errors
 from pipecompile.runtime.transport.neighbours import SWITCH
 from support import jobs, models, options
 from support.gang import Gang, free_port
+from support.scripts import SMALL
 
 LIMIT_S = 90  # start of the processes included; a hang would take gloo's half hour
 
@@ -200,17 +201,14 @@ def shards() -> tuple[int, int]:
     return pipe.data_shards, pipe.data_shard
 
 
-SCRIPT = """
+SCRIPT = (
+    """
 import os, sys, time, torch
 import pipecompile
 rank, how = int(os.environ["RANK"]), sys.argv[1]
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-def loss_fn(out, batch):
-    return torch.nn.functional.cross_entropy(out, batch["label"])
-pipe = pipecompile.compile(model, 2, microbatches=4, optimizer=torch.optim.SGD, loss_fn=loss_fn)
-batch = {"input": torch.ones(8, 4), "label": torch.ones(8, dtype=torch.long)}
-pipe.step(batch)
+"""
+    + SMALL
+    + """
 if how == "label":
     batch["label"] += 3
 if how in ("inside", "caught") and rank == 1:
@@ -239,6 +237,7 @@ if how == "killed" and rank == 1:
 pipe.step(batch)
 print("finished", rank)
 """
+)
 
 
 @pytest.mark.parametrize(

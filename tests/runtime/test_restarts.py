@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from pipecompile.runtime.transport.neighbours import SWITCH
 from support.gang import free_port
+from support.scripts import SMALL
 
 LIMIT_S = 90
 
-SCRIPT = """
+SCRIPT = (
+    """
 import os, sys, time
 import pipecompile, torch
 from pipecompile.compiler.driver.builder import Builder
@@ -33,13 +35,9 @@ def odd(*args, **options):
     return build(*args, **options)
 Builder.build = odd
 
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-def loss_fn(out, batch):
-    return torch.nn.functional.cross_entropy(out, batch["label"])
-pipe = pipecompile.compile(model, 2, microbatches=4, optimizer=torch.optim.SGD, loss_fn=loss_fn)
-batch = {"input": torch.ones(8, 4), "label": torch.ones(8, dtype=torch.long)}
-pipe.step(batch)
+"""
+    + SMALL
+    + """
 print(f"trained {rank} in attempt {attempt}\\n", end="", flush=True)
 if not attempt and rank == 1:
     if how == "killed":
@@ -53,6 +51,7 @@ while how == "goes on":
 pipe.step(batch)
 print(f"finished {rank} in attempt {attempt}\\n", end="", flush=True)
 """
+)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import transformers as hf
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import H100
@@ -12,27 +11,19 @@ from pipecompile.compiler.driver.compiled import Mode
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.tensors.fakes import weightless
+from support.llama3 import CLASSES, llama3
 
-CLASSES, TOKENS, WIDTH = 128256, 4096, 4096  # Llama-3-8B's
+TOKENS, WIDTH = 4096, 4096  # Llama-3-8B's
 LOGITS_BYTES = CLASSES * TOKENS * 2  # in bf16
 
 
 def peak_of(chunked_loss: int | str) -> int:
-    config = hf.LlamaConfig(
-        vocab_size=CLASSES,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
     options = CompileOptions(n_stages=1, precision="bf16", chunked_loss=chunked_loss)
     cpu = torch.device("cpu")
     with weightless():
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         spec = flatten({"input_ids": ids, "labels": ids})[1]
-        skeleton = skeleton_of(hf.LlamaForCausalLM(config), cpu, options.dtypes)
+        skeleton = skeleton_of(llama3(WIDTH, WIDTH, 1, 32), cpu, options.dtypes)
     builder = Builder(skeleton, options, Target(cpu, H100, float("inf")))
     return int(builder.build(Mode.TRAIN, spec, 4).plan.stages[0].memory.peak)
 

@@ -106,7 +106,7 @@ def test_what_is_recognised_computes_the_same(loss: Loss, rows: int) -> None:
     wanted = [hidden, *(p for n, p in model.named_parameters())]
     expected = model(*batch)
     grads = torch.autograd.grad(expected, wanted, allow_unused=True)
-    assert "exist for" in chunk_losses(module, (), rows, asked=True)
+    assert "exist for" in chunk_losses(module, rows, asked=True)
     assert chunk_rows(module.graph) == rows
     logits = 3 * 7 * CLASSES
     made = [node.meta.get("val") for node in module.graph.nodes]
@@ -196,10 +196,10 @@ def another(self: Head, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_what_is_not_recognised_stays_and_is_said(loss: Loss, why: str) -> None:
     _, module, _ = exported(loss)
     with pytest.raises(OptionError, match=f"chunked_loss=5: .*({why})"):
-        chunk_losses(module, (), 5, asked=True)
-    assert chunk_losses(module, (), 0, asked=False).startswith("logits stay whole")
+        chunk_losses(module, 5, asked=True)
+    assert chunk_losses(module, 0, asked=False).startswith("logits stay whole")
     with torch.no_grad():  # evaluation may do something else
-        assert chunk_losses(module, (), 5, asked=True).startswith("logits stay whole")
+        assert chunk_losses(module, 5, asked=True).startswith("logits stay whole")
     assert not chunk_rows(module.graph)
 
 
@@ -212,7 +212,7 @@ def test_of_several_losses_those_over_few_classes_stay_whole() -> None:
 
     model, module, batch = exported(both)
     expected = model(*batch)
-    note = chunk_losses(module, (), 4, asked=True)
+    note = chunk_losses(module, 4, asked=True)
     assert "those of 2 stay whole" in note
     assert len(module.graph.find_nodes(op="call_function", target=FORWARD)) == 1
     torch.testing.assert_close(module(*batch), expected)
@@ -225,7 +225,7 @@ def test_losses_over_several_vocabularies_have_pieces_of_as_many_tokens() -> Non
         return plain(self, x, y) + cross_entropy(linear(x[:, 0], self.table[:30]), y[:, 0] % 30)
 
     module = exported(both)[1]
-    chunk_losses(module, (), 0, asked=False)
+    chunk_losses(module, 0, asked=False)
     nodes = module.graph.find_nodes(op="call_function", target=FORWARD)
     assert {node.args[9] for node in nodes} == {chunk_rows(module.graph)}
     assert len(nodes) == 2
@@ -236,6 +236,6 @@ def test_a_loss_that_needs_its_logits_beside_one_that_does_not_is_said() -> None
         return plain(self, x, y) + scaled(self, x, y)
 
     module = exported(both)[1]
-    note = chunk_losses(module, (), 4, asked=True)
+    note = chunk_losses(module, 4, asked=True)
     assert "exist for 4 tokens" in note
     assert "logits stay whole: mul makes them of the product" in note

@@ -16,6 +16,7 @@ from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
 from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
 from pipecompile.compiler.ir.shards import Item, layer_of, parcels_of, row_range, rows_of
 from pipecompile.passes.schedule.exchange import verify_exchange
+from pipecompile.runtime.transport.doing import HERE
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from support.matrix import quickly
@@ -211,11 +212,12 @@ def departures(zero: int) -> list[str]:
     (share, *_) = plain.cut(models.batches("llama", 8, 1)[0], 2)
     pipe.compile_for(share)
     (loaded,) = pipe._session.loaded.values()
-    replicas, (executor,) = pipe._world.transport.replicas, loaded.executors.values()
+    assert len(loaded.executors) == 1
+    replicas = pipe._world.transport.replicas
     scatter, seen = replicas.scatter, []
 
     def watched(*args: Any) -> Any:
-        seen.append(str(executor.current))
+        seen.append(HERE.place.action)
         return scatter(*args)
 
     replicas.scatter = watched
