@@ -26,7 +26,8 @@ Ends = tuple[int, int]
 
 def resimulated_bubble(planned: Trace, measured: Trace) -> float:
     """The bubble of a planned trace's schedule at the seconds of a measured one; the median over
-    steps and replicas. Messages that nobody has waited for are under way as long as was planned.
+    steps and replicas. Messages that nobody has waited for are under way as long as was planned,
+    or as they were, if that is less.
 
     The simulator knows one duration per stage and kind: to it, the microbatches of a stage are
     stages of their own, as all messages are between computations of one microbatch.
@@ -34,19 +35,20 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
     m, pp = planned.header.microbatches, planned.header.pp
     schedule = tuple(tuple(_apart(a, m) for a in row) for row in _schedule(planned))
     happened = measured.header.origin != Origin.PLANNED  # a plan has no time between actions
-    waited_s = _waited_for(measured) if happened else {}
-    transfer_s: dict[Ends, float] = {}
-    for span in planned.of(Lane.COMMUNICATION):
-        if (sent := span.action) is not None and sent.kind in SEND.values():
-            seconds = waited_s.get(_ends(sent), span.seconds)
-            transfer_s[_ends(_apart(sent, m))] = seconds
+    planned_s = {
+        _ends(_apart(sent, m)): span.seconds
+        for span in planned.of(Lane.COMMUNICATION)
+        if (sent := span.action) is not None and sent.kind in SEND.values()
+    }
+    under_way_s = _under_way(measured, planned_s, m) if happened else {}
     found = []
-    for spans in steps_of(measured, measured.spans).values():
+    for step, spans in steps_of(measured, measured.spans).items():
         replicas: dict[int, _Replayed] = defaultdict(_Replayed)
         for rank in measured.ranks:
             mine = [span for span in spans if span.rank == rank and span.action is not None]
             replicas[rank // pp].add(sorted(mine, key=lambda s: (s.start_s, s.end_s)), m, happened)
-        for each in replicas.values():
+        for replica, each in replicas.items():
+            transfer_s = {**planned_s, **under_way_s.get((step, replica), {})}
             timeline = simulate(schedule, each.computed, transfer_s, send_s=each.sent)
             found.append(1 - each.busy_s / (timeline.makespan_s * len(schedule)))
     return median(found)
@@ -86,17 +88,25 @@ class _Replayed:
             between_s = 0.0
 
 
-def _waited_for(measured: Trace) -> dict[Ends, float]:
-    """Seconds from the begin of a send until its message was there, of messages waited for: the
-    median per pair of stages."""
-    found: dict[Ends, list[float]] = defaultdict(list)
+def _under_way(
+    measured: Trace, planned_s: dict[Ends, float], microbatches: int
+) -> dict[tuple[int, int], dict[Ends, float]]:
+    """By step and replica, seconds from the begin of each send until its message was there.
+
+    A message that was waited for came when its receive ended. One that was not may have come at any
+    time before.
+    """
+    found: dict[tuple[int, int], dict[Ends, float]] = defaultdict(dict)
     for message in messages_of(measured):
-        sent = message.send.action
-        trains = message.send.step in measured.steps
-        if sent is not None and trains and message.receive.seconds > WAITED_S:
-            seconds = message.receive.end_s - message.send.start_s
-            found[_ends(sent)].append(max(seconds, 0.0))
-    return {ends: median(seconds) for ends, seconds in found.items()}
+        sent, receive = message.send, message.receive
+        if sent.action is None:
+            continue
+        ends = _ends(_apart(sent.action, microbatches))
+        seconds = max(receive.end_s - sent.start_s, 0.0)
+        if receive.seconds <= WAITED_S:
+            seconds = min(seconds, planned_s.get(ends, 0.0))
+        found[sent.step, sent.rank // measured.header.pp][ends] = seconds
+    return found
 
 
 def _ends(send: Action) -> Ends:

@@ -112,6 +112,25 @@ def test_who_is_slow_is_named() -> None:
     assert "rank 1, " in stream.getvalue()
 
 
+def test_a_message_that_was_late_once_is_so_once() -> None:
+    """Not all that go the same way."""
+    plan = trace(2, 1, 2)
+    delay, end_s = {"0RECV_B0←1": 20.0}, 0.0
+    moved: dict[str, Span] = {}
+    for span in sorted(
+        (s for s in plan.spans if s.rank == 0 and s.action), key=lambda s: s.start_s
+    ):
+        start_s = max(span.start_s, end_s)
+        took_s = 0.0 if "RECV" in span.name else span.seconds
+        end_s = max(span.end_s + delay.get(span.name, 0.0), start_s + took_s)
+        moved[span.name] = replace(span, start_s=start_s, end_s=end_s)
+
+    found = difference(plan, measured(plan, lambda span: moved.get(span.name, span)))
+    assert found.bubble is not None
+    assert found.bubble.measured > found.bubble.planned + 0.2
+    assert found.simulated_bubble == pytest.approx(found.bubble.measured)
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
