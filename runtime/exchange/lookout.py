@@ -235,7 +235,8 @@ class Lookout:
         if not place.inside or waited < LISTEN_S:
             self._listen_to = ()
             return
-        ranks = waits[0].ranks if waits else tuple(self.peers)
+        others = tuple(rank for rank in waits[0].ranks if rank != self.rank) if waits else ()
+        ranks = others or tuple(self.peers)
         roots = self._roots(ranks)
         self._listen_to = {*ranks, *self._roots(ranks, all_of_them=True)}
         if not waits:  # it may be at work itself: only what is seen of others counts

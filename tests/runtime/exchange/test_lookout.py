@@ -81,6 +81,20 @@ def test_who_is_waited_for_in_the_end_is_named(
     assert "which is alive, in save() (call 3) for" in lines[0]
 
 
+def test_ranks_that_wait_for_all_of_a_group_name_the_others(
+    watching: list[Lookout], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each says that it waits for all, as a rank may be slow inside of what all of them do."""
+    here, middle = (each._doing for each in watching[:2])
+    with here.call("state_dict() (call 2)"), middle.call("state_dict() (call 2)"):
+        with here.waiting((0, 1)), middle.waiting((0, 1)):
+            lines = said(capsys, 1.3)
+    for rank, other in ((0, 1), (1, 0)):
+        of_it = [line for line in lines if f" rank {rank} (" in line.partition("has waited")[0]]
+        assert of_it
+        assert f"for rank {other} (stage {other}, replica 0), which is alive, in" in of_it[-1]
+
+
 def test_who_waits_longer_than_the_limit_ends_the_run(watching: list[Lookout]) -> None:
     here, other, third = watching
     sleeper, far = Sleeper(), Sleeper()
