@@ -92,7 +92,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "interleaved": {"schedule": "interleaved", "virtual_stages": 2},
     "one": {"n_stages": 1},
 }
-QUICK = [("own", "zb_h1"), ("own", "bf16")]
+QUICK = [("own", "zb_h1")]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,7 @@ class Inside(StorageMeter):
             return cast(Any, RAW[func])._init_fn(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -84,6 +84,7 @@ def test_documents_train_as_on_one_device(n_stages: int, dp: int, microbatches: 
     assert_close(found[0][0], found[1][0], whole(Bordered(), batches[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_stages", "dp", "microbatches"), quickly([(2, 1, 2)], [c for c in CASES if c[0] < 4])
 )

@@ -21,6 +21,7 @@ from support.matrix import quickly
 from torch import nn
 
 
+@pytest.mark.slow
 def test_the_scale_falls_until_gradients_are_finite_and_grows_again() -> None:
     """Step by step what torch's GradScaler does, from a scale that is far too large."""
     batch = models.batches("gpt2", 4, 6)

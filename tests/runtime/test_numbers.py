@@ -97,6 +97,7 @@ def _notes(pipe: Any) -> list[str]:
     return [r.note for each in compiled for r in each.records if r.name == "loss"]
 
 
+@pytest.mark.slow
 def test_lengths_vary_too(traces: list[bool]) -> None:
     lengths = [6, 6, 9, 4, 12, 5]
     given = batches(ANNEALED)
@@ -107,6 +108,7 @@ def test_lengths_vary_too(traces: list[bool]) -> None:
     assert (traces.count(False), traces.count(True)) == (3, 1)
 
 
+@pytest.mark.slow
 def test_verified_beside_one_process() -> None:
     pipe = piped(Model(), 2, dp=2, microbatches=1, verify=3)
     for batch in batches(ANNEALED[:4]):

@@ -69,6 +69,7 @@ def evaluated_plainly(dp: int) -> list[torch.Tensor]:
     return [*seen, *averaged, *model.state_dict().values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_stages", "dp", "zero"),
     quickly([(1, 2, 1)], [(2, 1, 0), (1, 2, 0), (2, 2, 0), (1, 2, 1), (2, 2, 1), (1, 3, 1)]),

@@ -76,6 +76,7 @@ def resumed(n_stages: int, dp: int, folder: Path, **options: Any) -> Any:
     return train(pipe, made, 3, 6), pipe.state_dict()
 
 
+@pytest.mark.slow
 def test_two_optimizers_go_on_under_any_division(
     tmp_path: Path, gang: Callable[[int], Gang]
 ) -> None:

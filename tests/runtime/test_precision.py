@@ -59,6 +59,7 @@ def test_processes_train_as_autocast_does(gang: Callable[[int], Gang], precision
         plain.assert_equal(found, oracle("gpt2", NAMED[precision], 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"schedule": "zb_h1"}, {"remat": "full"}], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_schedules_and_recomputation_keep_the_bits(name: str, options: dict[str, Any]) -> None:
@@ -66,6 +67,7 @@ def test_schedules_and_recomputation_keep_the_bits(name: str, options: dict[str,
     plain.assert_equal(found, oracle(name, BF16, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "bert-mlm"]))
 def test_evaluation_is_that_of_autocast(name: str) -> None:
     pipe, model = jobs.pipeline(name, 2, 1, 2, precision="bf16"), models.build(name)

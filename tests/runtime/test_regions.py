@@ -301,6 +301,7 @@ def test_operands_may_share_memory(n_stages: int) -> None:
     assert plain.equal(run.params, model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_runs_eagerly_and_what_it_costs() -> None:
     options: dict[str, Any] = {"example_batch": batches(4)[0], "microbatches": 2}
     said = r"runs eagerly, each call as one node on one stage: layers\.\*; eager_modules=\['layers"

@@ -64,6 +64,7 @@ def test_training_is_exact(
 # -- chosen, planned again, brought along ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_takes_the_shortest_step_of_all() -> None:
     batches, adamw = models.batches("gpt2", 4, STEPS), jobs.OPTIMIZERS["adamw"]
     model = models.gpt2(n_layer=2)
@@ -198,6 +199,7 @@ def test_evaluation_and_outputs_with_several_stages_per_rank() -> None:
     assert torch.equal(ours.forward(inputs).logits, theirs.forward(inputs).logits)
 
 
+@pytest.mark.slow
 def test_uneven_rows_mix_programs_in_one_order() -> None:
     """Seven rows over four microbatches: two shapes, one schedule that was searched."""
     batch = models.batches("llama", 7, 1)[0]

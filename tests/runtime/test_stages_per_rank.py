@@ -244,6 +244,7 @@ def peaks(placement: Placement) -> tuple[int, int]:
     return measured.peak_bytes(pipe, batch), predicted.peak_bytes
 
 
+@pytest.mark.slow
 def test_a_rank_with_all_stages_holds_what_is_predicted() -> None:
     """But for the losses of the microbatches, what they count, and their mean."""
     found, predicted = peaks(ONE)

@@ -349,6 +349,7 @@ def test_dumps_are_readable(tmp_path: Any) -> None:
     assert "0SEND_F0→1" in (folder / "006_communication.txt").read_text()
 
 
+@pytest.mark.slow
 def test_every_parameter_of_a_stage_is_read_there() -> None:
     pipe = jobs.pipeline("t5", 4, 1, 2)
     pipe.step(models.batches("t5", 4, 1)[0])

@@ -177,6 +177,7 @@ def test_a_row_that_counts_nothing_updates_no_buffer() -> None:
         pipe.step(torch.randn(0, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", quickly([4], [4, 7]))  # of 4 a microbatch has none
 def test_the_first_steps_are_compared_too(rows: int) -> None:
     pipe = jobs.pipeline("gpt2", 2, 2, 3, verify=1)

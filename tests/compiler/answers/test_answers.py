@@ -380,6 +380,7 @@ def losses_of_stages() -> list[torch.Tensor]:
     return [*map(pipe.step, batches), pipe.evaluate(batches[0])]
 
 
+@pytest.mark.slow
 def test_stages_in_processes_take_the_same_branch(gang: Callable[[int], Gang]) -> None:
     how, batches = CASES["branch"]
     pipe = compiled(built(how), 1)

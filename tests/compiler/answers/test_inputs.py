@@ -210,6 +210,7 @@ def test_a_number_that_is_counted_by_is_a_literal(told: Callable[[], list[str]])
     assert "microbatches are weighed by it" in told()[0]
 
 
+@pytest.mark.slow
 @mock.patch("pipecompile.runtime.loader.MOST_OUTCOMES", 3)
 def test_more_sides_than_programs(told: Callable[[], list[str]]) -> None:
     def way(x: torch.Tensor, beta: Any) -> torch.Tensor:

@@ -72,6 +72,7 @@ def told(captured: Captured) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wants"),
     [

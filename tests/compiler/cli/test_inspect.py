@@ -196,6 +196,7 @@ def test_model_types(model_type: str, kind: str, shapes: dict[str, tuple[int, ..
     assert all(is_fake(p) for p in subject.model.parameters())
 
 
+@pytest.mark.slow
 def test_encoder_decoder_trains(capsys: pytest.CaptureFixture[str]) -> None:
     """T5's default configuration has no decoder_start_token_id, which training needs."""
     sizes = (

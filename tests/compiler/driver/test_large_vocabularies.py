@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
@@ -28,6 +29,7 @@ def peak_of(chunked_loss: int | str) -> int:
     return int(builder.build(Mode.TRAIN, spec, 4).plan.stages[0].memory.peak)
 
 
+@pytest.mark.slow
 def test_the_peak_falls_by_the_copies_of_the_logits() -> None:
     """One in bf16 and some in fp32, down to what the gradient of the head's weight takes."""
     assert peak_of("off") - peak_of(256) > 4 * LOGITS_BYTES

@@ -54,6 +54,7 @@ def test_equal_layers_are_timed_once(gpt2: list[StageProgram]) -> None:
     assert all(t.forward_s > 0 and t.backward_s > 0 for t in times)
 
 
+@pytest.mark.slow
 def test_a_hash_sees_shapes_types_and_structure_and_not_names() -> None:
     first, again = changed(), changed()
     assert first == again

@@ -57,6 +57,7 @@ def small(schedule: str = "1f1b", microbatches: int = 4) -> tuple[Subject, Compi
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", quickly(["1f1b"], ["1f1b", "zb_h1"]))
 def test_simulating_again_is_compiling_again(schedule: str) -> None:
     """More microbatches of the same size, to the last few bits."""
@@ -127,6 +128,7 @@ def test_a_head_that_is_nearly_a_stage() -> None:
     assert "one unit, number " in found(unnamed, "stage 2")
 
 
+@pytest.mark.slow
 def test_what_pins_cost() -> None:
     about, _ = subject(models.llama(), 8, n_stages=2, microbatches=8, pin={"model.layers": 1})
     free, _ = subject(models.llama(), 8, n_stages=2, microbatches=8)

@@ -107,6 +107,7 @@ def test_dropout_is_drawn_once() -> None:
         assert torch.equal(grad, grads[1][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "llama"]))
 def test_other_shapes_recompute_the_same(name: str) -> None:
     pipe = pipecompile.compile(models.build(name), 2, microbatches=2, remat="full")

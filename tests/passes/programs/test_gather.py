@@ -35,6 +35,7 @@ def _is_part(node: object) -> bool:
     return getattr(node, "target", None).__name__ in ("getitem", "t.default")  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(["llama"], list(LAYERS)))
 def test_a_backward_fetches_a_layer_while_the_one_after_computes(
     name: str, monkeypatch: pytest.MonkeyPatch

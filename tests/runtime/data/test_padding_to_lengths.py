@@ -91,6 +91,7 @@ def packed(documents: list[list[int]]) -> Batch:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", quickly([1], [1, 3]))
 def test_packed_documents_do_not_see_each_other(layers: int) -> None:
     """Two rows of several documents, cut into microbatches, against each document by itself; and

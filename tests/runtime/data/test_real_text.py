@@ -81,6 +81,7 @@ def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch
     return torch.stack([loss.detach().double() * weight for loss, weight in pairs]).sum().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "steps"),
     [

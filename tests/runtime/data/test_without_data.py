@@ -70,6 +70,7 @@ def without_data(other: int) -> tuple[bool, list[Any]]:
     return pipe.needs_data, used(lambda pipe, each: each if pipe.needs_data else None, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", quickly([8], [8, 5]))
 def test_stages_in_the_middle_need_none(gang: Callable[[int], Gang], other: int) -> None:
     losses, _, state = used(lambda _, each: each, other)

@@ -86,9 +86,9 @@ def test_ranks_that_wait_for_all_of_a_group_name_the_others(
 ) -> None:
     """Each says that it waits for all, as a rank may be slow inside of what all of them do."""
     here, middle = (each._doing for each in watching[:2])
-    with here.call("state_dict() (call 2)"), middle.call("state_dict() (call 2)"):
-        with here.waiting((0, 1)), middle.waiting((0, 1)):
-            lines = said(capsys, 1.3)
+    inside, waits = "state_dict() (call 2)", (0, 1)
+    with here.call(inside), middle.call(inside), here.waiting(waits), middle.waiting(waits):
+        lines = said(capsys, 1.3)
     for rank, other in ((0, 1), (1, 0)):
         of_it = [line for line in lines if f" rank {rank} (" in line.partition("has waited")[0]]
         assert of_it

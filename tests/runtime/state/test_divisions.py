@@ -87,6 +87,7 @@ def test_checkpoints_open_under_any_division(
 # -- memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "precision"),
     quickly([(3, "bf16")], [(0, None), (1, "bf16"), (2, None), (3, "bf16")]),

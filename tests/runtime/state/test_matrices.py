@@ -322,6 +322,7 @@ def test_parcels_have_every_row_once(shapes: Any, dp: int, limit: int, seed: int
 # -- options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_how_is_chosen_by_what_the_optimizer_needs() -> None:
     batch = models.batches("gpt2", 8, 1)[0]
 

@@ -93,6 +93,7 @@ def trained(name: str, n_stages: int) -> tuple[State, plain.Trained]:
     return pipe.state_dict(), plain.train_pipeline(pipe, models.batches(name, 4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(["llama"], ["llama", "t5", "bert-mlm"]))
 def test_training_from_them_is_training_from_their_state_dict(
     gang: Callable[[int], Gang], name: str
