@@ -17,6 +17,7 @@ ROOMS = (
     "compiler/tensors",
     "compiler/ir",
     "compiler/losses",
+    "passes/integer",
     "passes/partition",
     "passes/graph",
     "passes/losses",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from ...passes.integer.work import Work
 from ...passes.partition.baselines import apart, solve_dynamic
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
@@ -237,7 +238,7 @@ class Planner:
         if not problem.shares_ranks:
             return solution
         with contextlib.suppress(PartitionError):
-            even = solve_dynamic(apart(problem), time_limit_s=QUICK_S)
+            even = solve_dynamic(apart(problem), work=Work(QUICK_S))
             found = solution_of(problem, even.stage, even.option, solution.solver)
             found = smoothed(problem, found)
             steps_s = [model.searched_s(x.stage, x.option) for x in (found, solution)]

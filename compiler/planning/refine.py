@@ -7,13 +7,13 @@ and what stages that are not alike wait for.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
+from ...passes.integer.work import Work
 from ...passes.partition.baselines import most_even
 from ...passes.schedule.load import linked, timed
 from ...passes.schedule.registry import ScheduleKind
@@ -25,7 +25,8 @@ from ..ir.problem import Problem, Solution, fits, solution_of
 from ..units.pricing import UnitPrices
 from ..units.weights import WeightWork
 
-LIMIT_S = 3.0  # for the search
+LIMIT_S = 3.0  # for the search, counted
+ACTION_S = 1e-5  # work: of an action that is simulated
 LEAST_GAIN = 1e-3  # of the step: less is not worth another division
 LEAST_S = 2e-4  # nor is less than launching some kernels takes, which no price knows
 FEW = 4  # microbatches per stage that are simulated; more repeat them
@@ -58,6 +59,11 @@ class StepModel:
     @cached_property
     def _schedule(self) -> Schedule:
         return linked(self.kind.order(self.few), self.few)
+
+    @property
+    def n_actions(self) -> int:
+        """That are simulated for a step."""
+        return sum(map(len, self._schedule))
 
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
@@ -123,18 +129,19 @@ def refine(
     """A solution as good as this one or better, and the part of the step that it saves.
 
     Each change moves a unit (with its group) over the cut to the next stage, or has it take another
-    option; the first that helps is taken, until none does or the time is over.
+    option; the first that helps is taken, until none does or as much has been simulated as takes an
+    idle core ``limit_s``.
     """
-    deadline = time.perf_counter() + limit_s
-    problem = model.problem
+    work, problem = Work(limit_s), model.problem
     before = best_s = model.step_s(solution.stage, solution.option)
     best = solution
     improved = True
-    while improved and time.perf_counter() < deadline:
+    while improved and not work.over:
         improved = False
         for stage, option in _changes(problem, best):
-            if time.perf_counter() > deadline:
+            if work.over:
                 break
+            work.spend(ACTION_S * model.n_actions)
             step_s = model.step_s(stage, option)
             if step_s >= best_s * (1 - LEAST_GAIN / 10):
                 continue

@@ -21,17 +21,18 @@ import numpy as np
 
 from ...compiler.ir.errors import PartitionError
 from ...compiler.ir.problem import Option, Problem, Solution, solution_of
-from .excess import infeasible
+from ..integer.excess import infeasible
+from ..integer.solvers import PROVEN_GAP
+from ..integer.work import Work
 from .knapsack import Knapsack
 from .segments import Division, Floats, Line, best_division, ends_within, lower_bounds
 
-PROVEN_GAP = 2e-6  # (objective − bound) / objective of a solution that counts as proven
-
+_CELL_S, _PASSES = 3e-9, 4  # work: of a number in a table, each read so often to find a division
 _CAPS = (24, 1024, 16384)  # choices kept per segment, see Knapsack.cap
 
 
 def solve_dynamic(
-    problem: Problem, *, time_limit_s: float = 10.0, positions: Sequence[Sequence[int]] = ()
+    problem: Problem, *, work: Work | None = None, positions: Sequence[Sequence[int]] = ()
 ) -> Solution:
     """The best division of the units' order into runs, with the best options, within memory.
 
@@ -39,20 +40,20 @@ def solve_dynamic(
     says so; ``bound`` then holds for every division, and is −∞ otherwise.
 
     Args:
-        time_limit_s: when to take the best so far.
+        work: after which to take the best so far; 10 s where it is left out.
         positions: the units in another order that the edges allow, groups kept together.
 
     Raises:
         MemoryBudgetError: no division into runs fits into memory, or none was found.
         PartitionError: the order, groups, pins and fewest units allow no division into runs.
     """
-    started = time.perf_counter()
+    started, work = time.perf_counter(), work or Work(10.0)
     line = Line(problem, positions or in_order(problem))
     found, upper, chain = None, math.inf, _is_chain(line)
     for cap in _CAPS:  # a quick solution first: it limits what the next search looks at
-        search = _LazySearch(line, started + time_limit_s, upper, cap)
+        search = _LazySearch(line, work, upper, cap)
         found, upper = search.run() or found, search.upper
-        if upper - search.bound <= PROVEN_GAP * abs(upper) or time.perf_counter() > search.deadline:
+        if upper - search.bound <= PROVEN_GAP * abs(upper) or work.over:
             break
     if found is None:
         nearest = _nearest(line)
@@ -167,13 +168,13 @@ class _LazySearch:
     Attributes:
         lows, costs: per stage, [i, j]: no options are faster; these fit (infinite: not known).
         bound: no division into runs has a smaller objective.
-        finished: not stopped by the deadline.
+        finished: not for want of work.
         upper: an objective that is known to be reached.
     """
 
-    def __init__(self, line: Line, deadline: float, upper: float, cap: int) -> None:
+    def __init__(self, line: Line, work: Work, upper: float, cap: int) -> None:
         problem = line.problem
-        self.line, self.deadline, self.upper = line, deadline, upper
+        self.line, self.work, self.upper = line, work, upper
         self.lows = [lower_bounds(line, s) for s in range(problem.n_stages)]
         self.sacks = [
             Knapsack(line, s, cap) if math.isfinite(budget) else None
@@ -196,7 +197,8 @@ class _LazySearch:
             self.finished = self.bound >= self.upper or not (found and self._learn(found))
             if found:
                 self._offer(found)
-            if time.perf_counter() > self.deadline:
+            self.work.spend(_PASSES * _CELL_S * sum(low.size for low in self.lows))
+            if self.work.over:
                 break
         return self._assignment(self.best) if self.best else None
 
@@ -211,7 +213,7 @@ class _LazySearch:
                 continue
             self.known.add((s, i))
             room_s = limit_s - float(transfer_s[max(i, ends[s]) :].min())
-            seconds, error = sack.seconds(i, ends[s], room_s)
+            seconds, error = sack.seconds(i, ends[s], room_s, self.work)
             allowed = np.isfinite(self.lows[s][i])
             self.costs[s][i] = np.where(allowed, seconds + transfer_s, math.inf)
             self.lows[s][i] = np.maximum(self.lows[s][i], self.costs[s][i] - error)

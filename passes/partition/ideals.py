@@ -10,19 +10,20 @@ stages before or after could not do in less than its objective are left out, and
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ...compiler.ir.problem import Problem
+from ..integer.work import Work
 from . import dominance
 
 MOST_IDEALS = 300_000
 MOST_BYTES = 8e8  # of the tables, five for every ideal and value
 
 _STEPS = (0.15, 0.4, 0.7, 1.0)  # of the way from a simple bound to the known objective
+_IDEAL_S, _EXTEND_S, _CELL_S = 5e-6, 5e-5, 1e-9  # work: of an ideal, as a start, of a table
 _TICKS = 1e12  # seconds as whole numbers, whose sums are exact, for sorting
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -53,17 +54,17 @@ def applies(problem: Problem) -> bool:
     )
 
 
-def minimise_time(problem: Problem, upper: float, *, deadline: float) -> Answer | None:
-    """The best division; None if there are too many ideals, or no time is left for any answer.
+def minimise_time(problem: Problem, upper: float, *, work: Work) -> Answer | None:
+    """The best division; None if there are too many ideals, or no work is left for any answer.
 
     A low limit on the stages' seconds leaves few ideals and stages: if any division keeps it, the
     best one does, and if none does, that is a bound. So limits are raised step by step.
 
     Args:
         upper: an objective that is known to be reached.
-        deadline: on the clock of `time.perf_counter`.
     """
-    found = _ideals(problem, deadline)
+    most = min(MOST_IDEALS, MOST_BYTES / (problem.n_units + 5 * len(problem.values)))
+    found = ideals_of(problem, most, work)
     if found is None:
         return None
     unit_s = [each[0].seconds for each in problem.options]
@@ -75,7 +76,7 @@ def minimise_time(problem: Problem, upper: float, *, deadline: float) -> Answer 
         limit_s = high_s * (1 - 1e-9) if step == 1 else low_s + step * (high_s - low_s)
         if limit_s >= low_s:  # else the tables lack even the empty ideal
             search = _Search(problem, found, limit_s)
-            slowest_s = search.run(deadline)
+            slowest_s = search.run(work)
             if slowest_s is None:
                 break
             if math.isfinite(slowest_s):
@@ -84,14 +85,13 @@ def minimise_time(problem: Problem, upper: float, *, deadline: float) -> Answer 
     return None if bound is None else Answer(None, bound)
 
 
-def _ideals(problem: Problem, deadline: float) -> list[int] | None:
-    """All of them, as bits; None if there are too many."""
+def ideals_of(problem: Problem, most: float, work: Work) -> list[int] | None:
+    """All of them, as bits, the smaller ones first; None if there are too many."""
     needs, after = [0] * problem.n_units, [0] * problem.n_units
     for u, v in problem.edges:
         needs[v] |= 1 << u
         after[u] |= 1 << v
     ready = sum(1 << u for u in range(problem.n_units) if not needs[u])
-    most = min(MOST_IDEALS, MOST_BYTES / (problem.n_units + 5 * len(problem.values)))
     level, found = {0: ready}, [0]
     while level:
         larger: dict[int, int] = {}
@@ -105,7 +105,8 @@ def _ideals(problem: Problem, deadline: float) -> list[int] | None:
                     larger[more] = free ^ bit | _freed(after[bit.bit_length() - 1], needs, more)
         found += larger
         level = larger
-        if len(found) > most or time.perf_counter() > deadline:
+        work.spend(_IDEAL_S * len(larger))
+        if len(found) > most or work.over:
             return None
     return found
 
@@ -187,7 +188,7 @@ class _Search:
         sent, received = self.made & ~every, ~self.made & (self.read > 0)
         self.alone_s = self.seconds + self.send_s @ sent + self.receive_s @ received
 
-    def run(self, deadline: float) -> float | None:
+    def run(self, work: Work) -> float | None:
         """Seconds of the best division's slowest stage; infinite if none is below the limit."""
         low, high = self._windows()
         starts = (self.seconds[:, None] >= low[:-1]) & (self.seconds[:, None] <= high[:-1])
@@ -197,20 +198,23 @@ class _Search:
                     self.best[s + 1, i], self.source[s + 1, i] = self.best[s, i], i
             stages = np.flatnonzero((self.best[:-1, i] < self.limit_s) & starts[i])
             if stages.size:
-                self._extend(i, stages, low, high)
-            if not i % 64 and time.perf_counter() > deadline:
+                work.spend(self._extend(i, stages, low, high))
+            if not i % 64 and work.over:
                 return None
         return float(self.best[-1, -1])
 
-    def _extend(self, i: int, stages: _Ints, low: _Floats, high: _Floats) -> None:
-        """Add a stage after ideal i, which the numbers of stages ``stages`` hold."""
+    def _extend(self, i: int, stages: _Ints, low: _Floats, high: _Floats) -> float:
+        """Add a stage after ideal i, which the numbers of stages ``stages`` hold; its work."""
         end = int(np.searchsorted(self.seconds, self.seconds[i] + self.limit_s, side="right"))
         first = max(i + 1, int(np.searchsorted(self.seconds, low[stages[0] + 1])))
         above = ~np.any(self.words[i] & ~self.words[first:end], axis=1)
         larger = first + np.flatnonzero(above)
+        work_s: float = _EXTEND_S + _CELL_S * max(0, end - first) * self.words.shape[1]
         if not larger.size:
-            return
+            return work_s
         cost = self._cost(i, larger)
+        crossing = int(self.crossing[:, i].sum())
+        work_s += 10 * _CELL_S * larger.size * (crossing + stages.size)
         fits = cost < self.limit_s
         larger, cost = larger[fits], cost[fits]
         static, stash = self.static[larger] - self.static[i], self.stash[larger] - self.stash[i]
@@ -221,6 +225,7 @@ class _Search:
             better = inside & (slowest < self.best[s + 1, larger])
             self.best[s + 1, larger[better]] = slowest[better]
             self.source[s + 1, larger[better]] = i
+        return work_s
 
     def _cost(self, i: int, larger: _Ints) -> _Floats:
         """Seconds of stages that hold what each larger ideal has and ideal i has not."""

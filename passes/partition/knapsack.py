@@ -10,13 +10,14 @@ replaced by the one of them with the fewest bytes, and the time that this can co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from ...compiler.ir.problem import Kept
+from ..integer.work import Work
 from .segments import Floats, Line, exchange_rates, option_table
 
 Ints = npt.NDArray[np.int_]
@@ -28,6 +29,7 @@ Effect = tuple[tuple[int, bool], ...]
 
 
 _RATES = 8
+_FRONT_S, _CHOICE_S = 2e-4, 1e-6  # work: of a front, of a choice in it
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class Knapsack:
         least += [(rate, (times + rate * held).min(axis=1)) for rate in chosen]
         return [(rate, np.concatenate(([0.0], np.cumsum(each[order])))) for rate, each in least]
 
-    def seconds(self, i: int, first_end: int, limit_s: float) -> tuple[Floats, Floats]:
+    def seconds(
+        self, i: int, first_end: int, limit_s: float, work: Work | None = None
+    ) -> tuple[Floats, Floats]:
         """Least option seconds of [i, j) that fit, per end j; and what they may be too high by.
 
         Infinite before ``first_end``, and where they would be above ``limit_s``.
@@ -111,6 +115,8 @@ class Knapsack:
         if first_end <= i:
             least[i] = 0.0
         for j, history, lost in self._grown(i, first_end, limit_s):
+            if work is not None:
+                work.spend(work_of(history[-len(self.line.positions[j - 1]) :]))
             if j >= first_end:
                 fitting = self._fitting(history[-1], i, j)
                 least[j] = min((found[0] for found in fitting), default=math.inf)
@@ -268,6 +274,11 @@ class Knapsack:
             np.concatenate([part.option for part in parts])[fit],
         )
         return best, width
+
+
+def work_of(steps: Sequence[_Fronts]) -> float:
+    """Of making these, in seconds."""
+    return sum(_FRONT_S + _CHOICE_S * len(f.seconds) for each in steps for f in each.values())
 
 
 def _undominated(held: Floats, peak: Floats) -> npt.NDArray[np.bool_]:

@@ -17,16 +17,20 @@ from dataclasses import dataclass, field, replace
 
 from ...compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from ...compiler.ir.problem import Problem, Solution, fits, solution_of
-from . import dominance, ideals, ilp
-from .baselines import PROVEN_GAP, apart, largest_stage_s, numbered, solve_dynamic
-from .excess import excess_bytes, infeasible
+from ..integer import ilp
+from ..integer.excess import excess_bytes, infeasible
+from ..integer.runs import Answer
+from ..integer.solvers import GAP, PROVEN_GAP, SolverError
+from ..integer.windows import Window, windows
+from ..integer.work import Work
+from . import dominance, ideals
+from .baselines import apart, largest_stage_s, numbered, solve_dynamic
 from .presolve import Reduced, reduce
-from .solvers import GAP, SolverError
-from .windows import Window, windows
 
+LATE = "stopped by the clock after {:.0f} s: a machine with less to do may find another plan"
 SOLVERS = ("auto", "highs", "cbc", "dynamic")
 
-DYNAMIC_S = 10.0  # of the time limit, for the first solution
+DYNAMIC_S = 10.0  # of the work, for the first solution
 _NEAREST_S = 5.0  # to find how near a division comes where it is known that none fits
 _ILP = {"auto": ("highs", "cbc"), "highs": ("highs", "cbc"), "cbc": ("cbc",), "dynamic": ()}
 
@@ -35,7 +39,8 @@ def solve(problem: Problem, *, time_limit_s: float = 30.0, solver: str = "auto")
     """The assignment with the smallest objective that fits into memory, or the best one found.
 
     Args:
-        time_limit_s: when to stop searching; building and checking come on top.
+        time_limit_s: how much to search: seconds of an idle core, counted as work, so that the
+            answer does not depend on what else the machine does (`passes.integer.work`).
         solver: auto; highs: the ILP with HiGHS, or with CBC where that is missing; cbc; dynamic:
             contiguous divisions only. A solver that is missing or crashes is named in the note.
 
@@ -47,7 +52,7 @@ def solve(problem: Problem, *, time_limit_s: float = 30.0, solver: str = "auto")
     if solver not in SOLVERS:
         raise OptionError(f"solver={solver!r}: use one of {', '.join(SOLVERS)}")
     reduced = dominance.contract(reduce(numbered(problem)))
-    search = _Search(problem, reduced, solver, time.perf_counter(), time_limit_s)
+    search = _Search(problem, reduced, solver, time.perf_counter(), Work(time_limit_s))
     search.contiguous()
     if solver == "auto":
         search.all_ideals()
@@ -77,7 +82,7 @@ class _Search:
     reduced: Reduced
     solver: str
     started: float
-    time_limit_s: float
+    work: Work
     best: Solution | None = None
     nearest: Solution | None = None
     bound: float = -math.inf
@@ -93,10 +98,6 @@ class _Search:
     @property
     def small(self) -> Problem:
         return self.reduced.problem
-
-    @property
-    def left_s(self) -> float:
-        return self.started + self.time_limit_s - time.perf_counter()
 
     @property
     def proven(self) -> bool:
@@ -125,8 +126,7 @@ class _Search:
     def contiguous(self) -> None:
         """The best divisions of the units' order; the optimum if that is the only order."""
         try:
-            limit_s = min(self.time_limit_s, DYNAMIC_S)
-            found = solve_dynamic(apart(self.small), time_limit_s=limit_s)
+            found = solve_dynamic(apart(self.small), work=self.work.part(DYNAMIC_S))
         except MemoryBudgetError as error:
             if self.small.shares_ranks:  # not what is asked
                 return
@@ -144,8 +144,8 @@ class _Search:
         if self.proven or not ideals.applies(self.small):
             return
         upper = self.best.objective if self.best else math.inf
-        deadline = self.started + self.time_limit_s / 2
-        answer = ideals.minimise_time(self.small, upper, deadline=deadline)
+        half = self.work.part(self.work.limit_s / 2)
+        answer = ideals.minimise_time(self.small, upper, work=half)
         if answer is None:
             return
         if answer.bound == math.inf:
@@ -164,13 +164,14 @@ class _Search:
         limits = windows(replace(self.small, budget_bytes=()), math.inf)
         if limits is None:
             raise PartitionError(_no_division(self.problem))
-        limit_s = min(self.left_s / 2, _NEAREST_S) if self.hopeless else self.left_s / 2
+        limit_s = self.work.left_s / 2
+        limit_s = min(limit_s, _NEAREST_S) if self.hopeless else limit_s
         for name in self._solvers():
             near = self.nearest
             start = (near.stage, near.option) if near and _inside(near.stage, limits) else None
             try:
                 answer = ilp.minimise_excess(
-                    self.small, limits, start, solver=name, time_limit_s=limit_s
+                    self.small, limits, start, solver=name, work=self.work.part(limit_s)
                 )
             except SolverError as error:
                 self._drop(name, error)
@@ -179,6 +180,8 @@ class _Search:
                 raise PartitionError(_no_division(self.problem))
             if answer.stage is not None and answer.option is not None:
                 self.offer(answer.stage, answer.option, name)
+            if answer.doubt:
+                self.notes.append(answer.doubt)
             if self.best is None and answer.bound > GAP * ilp.largest_bytes(self.small):
                 self.hopeless = True
             return
@@ -193,12 +196,12 @@ class _Search:
         best = self.best
         start = (best.stage, best.option) if best and _inside(best.stage, limits) else None
         for name in self._solvers():
-            if self.left_s <= 0:
+            if self.work.over:
                 self.stopped = True
                 return
             try:
                 answer = ilp.minimise_time(
-                    self.small, limits, start, upper, solver=name, time_limit_s=self.left_s
+                    self.small, limits, start, upper, solver=name, work=self.work
                 )
             except SolverError as error:
                 self._drop(name, error)
@@ -206,13 +209,15 @@ class _Search:
             self._take(answer, name)
             return
 
-    def _take(self, answer: ilp.Answer, name: str) -> None:
+    def _take(self, answer: Answer, name: str) -> None:
         self.stopped = not answer.finished
         sound = True
         if answer.stage is not None and answer.option is not None:
             sound = self.offer(answer.stage, answer.option, name)
             if not sound:
                 self.notes.append(f"{name}'s solution does not hold when it is checked")
+        if answer.doubt:
+            self.notes.append(answer.doubt)
         reached = self.best.objective if self.best else math.inf
         if answer.bound == math.inf and self.best is None:
             self.hopeless = True
@@ -238,7 +243,9 @@ class _Search:
         gap = found.objective - bound
         notes = list(self.notes)
         if not self.proven and self.stopped:
-            notes.append(f"time limit of {self.time_limit_s:g} s reached")
+            notes.append(f"time limit of {self.work.limit_s:g} s reached")
+        if self.work.late:
+            notes.append(LATE.format(seconds))
         if not self.proven and not self._solvers():
             notes.append("best contiguous division")
         if not self.proven:

@@ -8,7 +8,6 @@ what the steps that come first have taken and given back.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import networkx as nx
 import pulp  # type: ignore[import-untyped]
 
-from ..partition.solvers import GAP, SolverError, solver_of
+from ..integer.solvers import GAP, SolverError, solver_of
+from ..integer.work import Work
 from .problem import B, F, Order, Problem, Step, W, allowed
 from .timing import times_of
 
@@ -56,19 +56,18 @@ def proven(problem: Problem, order: Order, time_limit_s: float = 60.0) -> Proof:
     assert times is not None, "the order to start from waits for itself"
     best = Proof(order, times.span[0], 0.0, times.span[0])
     unit = max(best.seconds, 1e-30)
-    deadline = time.perf_counter() + time_limit_s
-    for warm in (True, False):  # a start may mislead the solver: `passes.partition.ilp`
-        left = deadline - time.perf_counter()
-        if best.gap > GAP and left > 0:
-            best = _solved(problem, best, unit, warm, left)
+    work = Work(time_limit_s)
+    for warm in (True, False):  # a start may mislead the solver: `passes.integer.runs`
+        if best.gap > GAP and not work.over:
+            best = _solved(problem, best, unit, warm, work)
     return best
 
 
-def _solved(problem: Problem, best: Proof, unit: float, warm: bool, time_limit_s: float) -> Proof:
+def _solved(problem: Problem, best: Proof, unit: float, warm: bool, work: Work) -> Proof:
     model = _Model(_scaled(problem, unit), best.order)
     if not warm:
         model.forget()
-    solver = solver_of("highs", time_limit_s, warm)
+    solver = solver_of("highs", work, warm, 0)
     try:
         model.program.solve(solver)
     except Exception as error:  # whatever a solver's binding raises

@@ -253,6 +253,24 @@ def diamonds(count: int, stages: int, seed: int = 0, sizes: int = 30) -> Problem
     )
 
 
+def wide(branches: int, length: int, sizes: int = 30, seed: int = 0, stages: int = 4) -> Problem:
+    """Chains beside each other, with little room: no order says anything about most units."""
+    random_ = random.Random(seed)
+    n = branches * length
+    edges = [(u, u + branches) for u in range(n - branches)]
+    return Problem(
+        tuple(
+            (Option(t := random_.randint(1, sizes), 0, t, 1.0), Option(1.3 * t, 0, 0.5 * t, 1.0))
+            for _ in range(n)
+        ),
+        tuple(edges),
+        stages,
+        tuple(Value(u, (v,), 2.0, 2.0) for u, v in edges),
+        budget_bytes=(n * sizes / 2 / stages * 0.9,) * stages,
+        sum_weight=0.5,
+    )
+
+
 def misleading() -> Problem:
     """HiGHS 1.16 returned the best contiguous division as optimal, at twice the best seconds."""
     options = (
@@ -270,6 +288,21 @@ def misleading() -> Problem:
         pins={1: 0},
         budget_bytes=(10.0, 10.0, 10.0),
         min_units=1,
+    )
+
+
+def stale() -> Problem:
+    """HiGHS 1.16 returned a start of 1 s as optimal, and told the 0 s of another solution."""
+    return Problem(
+        (
+            (Option(0.0),),
+            (Option(0.0, static_bytes=5.0),),
+            (Option(1.0, transient_bytes=3.0), Option(0.0, static_bytes=1.0)),
+        ),
+        (),
+        2,
+        kept=(Kept(2.0, ((0, None),), per_microbatch=False),),
+        budget_bytes=(10.0, 10.0),
     )
 
 

@@ -15,7 +15,7 @@ from pipecompile.compiler.cli.main import main, make_parser
 from pipecompile.compiler.plan.plan import TRIED, Plan
 from pipecompile.compiler.trace.planned import planned_trace
 from pipecompile.compiler.trace.writing import write_trace
-from pipecompile.passes.partition.solvers import WarmHighs
+from pipecompile.passes.integer.solvers import WarmHighs
 from support.commands import SMALL_GPT2
 from support.matrix import quickly
 from support.timelines import planned

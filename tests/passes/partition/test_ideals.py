@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from pipecompile.compiler.ir.problem import Option, Problem, fits, solution_of
+from pipecompile.passes.integer.work import Work
 from pipecompile.passes.partition import ideals
 from pipecompile.passes.partition.presolve import reduce
 from support.problems import (
@@ -34,7 +35,7 @@ def test_the_ideals_alone_find_the_best_of_all_assignments(problem: Problem) -> 
     some = fitting(problem, every_solution(problem))
     best = some[-1].objective if some else math.inf
     for upper in (math.inf, *(each.objective for each in some)):
-        answer = ideals.minimise_time(reduced.problem, upper, deadline=math.inf)
+        answer = ideals.minimise_time(reduced.problem, upper, work=Work(math.inf))
         assert answer is not None
         assert answer.bound == pytest.approx(best)
         if answer.stage is None:
@@ -54,7 +55,7 @@ def test_the_ideals_apply_to_plain_problems(problem: Problem) -> None:
 
 def test_the_ideals_take_an_upper_that_nothing_beats_for_the_bound() -> None:
     problem = Problem(tuple((Option(seconds),) for seconds in (7.0, 7.0, 7.0, 0.5)), (), 1)
-    answer = ideals.minimise_time(problem, 21.5, deadline=math.inf)
+    answer = ideals.minimise_time(problem, 21.5, work=Work(math.inf))
     assert answer is not None
     assert answer.stage is None
     assert answer.bound == 21.5

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from pipecompile.compiler.ir.errors import MemoryBudgetError, PartitionError
 from pipecompile.compiler.ir.problem import Problem
-from pipecompile.passes.partition import ilp
+from pipecompile.passes.integer import ilp
+from pipecompile.passes.integer.windows import windows
+from pipecompile.passes.integer.work import Work
 from pipecompile.passes.partition.solve import SOLVERS, solve
-from pipecompile.passes.partition.windows import windows
 from pipecompile.passes.sequencing.exact import proven
 from support.problems import chain, diamonds, misleading
 from support.sequences import drawn, one_by_one
@@ -72,7 +73,7 @@ def test_integer_programs_print_nothing(
         assert limits is not None
         best = solve(replace(problem, budget_bytes=(math.inf,) * problem.n_ranks))
         start = (best.stage, best.option) if warm else None
-        told = {"solver": solver, "time_limit_s": 5.0}
+        told = {"solver": solver, "work": Work(5.0)}
         ilp.minimise_time(problem, limits, start, best.objective, **told)
         ilp.minimise_time(tight(problem), limits, None, math.inf, **told)
         ilp.minimise_excess(tight(problem), limits, start, **told)

@@ -1,4 +1,4 @@
-"""The partitioning problem as an integer linear program; the only file that knows PuLP.
+"""The partitioning problem as an integer linear program; `runs` has it solved.
 
     y[u, s] = 1         the stage of unit u is at most s; y[v, s] ≤ y[u, s] for an edge (u, v)
     x[u, s]             y[u, s] − y[u, s − 1]: u is on s
@@ -8,43 +8,27 @@
     transient[r]        ≥ Σ_k transient_k · z of every unit on a stage of rank r
 
 Stages are ordered, so no two solutions differ only in the names of devices; that and windows of
-stages for every unit (`passes.partition.windows`) are what makes it solvable.
+stages for every unit (`passes.integer.windows`) are what makes it solvable.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pulp  # type: ignore[import-untyped]
 
-from ...compiler.ir.problem import Kept, Problem, Users
-from .baselines import PROVEN_GAP
-from .solvers import GAP, SolverError, solver_of
+from ...compiler.ir.problem import Kept, Problem, Solution, Users, solution_of
+from .excess import excess_bytes
+from .runs import SCALE, Answer, Program, run
 from .windows import Window, leaders
+from .work import Work
 
-SCALE = 1000.0  # of objective and budget: solvers' tolerances are absolute
+_SPREAD = 1e-3  # what the excess of all ranks counts, where the largest one is the same
 
 Terms = dict[Any, float]  # variable -> coefficient; None -> the constant
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What an integer solver says.
-
-    Attributes:
-        stage, option: per unit; None where it found nothing.
-        bound: no solution has a smaller objective (infinite: there is no solution).
-        finished: it was not stopped by its time limit.
-    """
-
-    stage: tuple[int, ...] | None
-    option: tuple[int, ...] | None
-    bound: float
-    finished: bool
 
 
 @dataclass
@@ -130,12 +114,12 @@ def minimise_time(
     upper: float,
     *,
     solver: str,
-    time_limit_s: float,
+    work: Work,
 ) -> Answer:
     """The assignment with the smallest objective that fits into memory.
 
     Args:
-        windows: stages that every unit can be on (`passes.partition.windows`).
+        windows: stages that every unit can be on (`passes.integer.windows`).
         start: stages and options to start from; in the windows.
         upper: an objective that is known to be reached, or infinite.
         solver: highs or cbc.
@@ -150,7 +134,11 @@ def minimise_time(
     _order(model)
     _times(model)
     _memory(model)
-    return _run(model, start, solver, time_limit_s)
+
+    def worth(found: Solution) -> float:
+        return found.objective
+
+    return run(_program(model, worth), start, solver, work)
 
 
 def minimise_excess(
@@ -159,7 +147,7 @@ def minimise_excess(
     start: tuple[Sequence[int], Sequence[int]] | None,
     *,
     solver: str,
-    time_limit_s: float,
+    work: Work,
 ) -> Answer:
     """The assignment whose largest excess over a stage's budget is smallest; bound in bytes.
 
@@ -171,7 +159,48 @@ def minimise_excess(
     model.over = model.variable("over")
     total = _memory(model)
     model.program.setObjective(pulp.LpAffineExpression({model.over: 1.0, **total}))
-    return _run(model, start, solver, time_limit_s)
+
+    def worth(found: Solution) -> float:
+        over = excess_bytes(problem, found)
+        return max(over) + _SPREAD * math.fsum(over) / problem.n_ranks
+
+    return run(_program(model, worth, bounded=False), start, solver, work)
+
+
+def _program(model: _Model, worth: Callable[[Solution], float], *, bounded: bool = True) -> Program:
+    problem = model.problem
+
+    def evaluated(stage: Sequence[int], option: Sequence[int]) -> Solution:
+        return solution_of(problem, stage, option, "")
+
+    def placed(value: Callable[[Any], float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rounded: solvers may leave values that are not quite whole."""
+        stages, options = [], []
+        for unit, (first, last) in enumerate(model.windows):
+            lead = model.leader[unit]
+            s = next((s for s in range(first, last) if value(model.y[lead, s]) > 0.5), last)
+            stages.append(s)
+            count = len(problem.options[unit])
+            each = [value(model.z[unit, s, k]) for k in range(count)] if count > 1 else [1.0]
+            options.append(each.index(max(each)))
+        return tuple(stages), tuple(options)
+
+    def started(stage: Sequence[int], option: Sequence[int]) -> dict[Any, int]:
+        values = {y: int(stage[unit] <= s) for (unit, s), y in model.y.items()}
+        for (unit, s, k), z in model.z.items():
+            values[z] = int(stage[unit] == s and option[unit] == k)
+        return values
+
+    return Program(
+        model.program,
+        model.unit_s,
+        model.offset,
+        placed,
+        started,
+        evaluated,
+        worth,
+        problem if bounded else None,
+    )
 
 
 def largest_bytes(problem: Problem) -> float:
@@ -279,7 +308,7 @@ def _memory(model: _Model) -> Terms:
         _shared_once(model, rank, used, unit_bytes)
         if model.over is not None:
             more = model.variable(f"over_{rank}")
-            excess[more] = 1e-3 / problem.n_ranks
+            excess[more] = _SPREAD / problem.n_ranks
             _add(used, {more: -model.unit_s / unit_bytes})
             model.require({model.over: 1.0, more: -1.0})
         for counts in problem.together_in_flight[rank]:
@@ -339,81 +368,3 @@ def _on(model: _Model, users: Users, s: int) -> list[Terms]:
         elif first <= s <= last and which:
             found.append(_dense((1.0, model.chosen(unit, s, k)) for k in sorted(which)))
     return found
-
-
-def _run(
-    model: _Model,
-    start: tuple[Sequence[int], Sequence[int]] | None,
-    name: str,
-    time_limit_s: float,
-) -> Answer:
-    """Solve the program, and again without the start where that has misled the solver.
-
-    HiGHS's presolve keeps some optimum, but not the start: what is left of it may be a better
-    solution of the smaller program. Where nothing beats that one, HiGHS (1.16) calls the start
-    itself optimal. Its bound still holds, so an optimum that is above it gives this away.
-    """
-    deadline = time.perf_counter() + time_limit_s
-    answer, gap = _attempt(model, start, name, time_limit_s)
-    if start is not None and answer.finished and gap > PROVEN_GAP:
-        answer, _ = _attempt(model, None, name, deadline - time.perf_counter())
-    return answer
-
-
-def _attempt(
-    model: _Model,
-    start: tuple[Sequence[int], Sequence[int]] | None,
-    name: str,
-    time_limit_s: float,
-) -> tuple[Answer, float]:
-    """One run of a solver; by how much its solution is above its bound, as a part of it."""
-    solver = solver_of(name, time_limit_s, start is not None)
-    if not solver.available():
-        raise SolverError(f"{name} is not installed")
-    _begin(model, start)
-    try:
-        model.program.solve(solver)
-        found = model.program.sol_status
-    except Exception as error:  # whatever a solver's binding raises
-        raise SolverError(f"{name} failed: {error}") from error
-    if found in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded):
-        return Answer(None, None, math.inf, True), 0.0
-    proven = found == pulp.LpSolutionOptimal
-    value = pulp.value(model.program.objective)
-    bound = getattr(solver, "bound", -math.inf)
-    if proven and name == "cbc":  # which tells no bound
-        bound = value - GAP * abs(value)
-    bound_s = (bound + model.offset) * model.unit_s
-    if found not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return Answer(None, None, bound_s, False), 0.0
-    gap = (value - bound) / max(value + model.offset, SCALE)
-    return Answer(*_assignment(model), bound_s, proven), gap
-
-
-def _begin(model: _Model, start: tuple[Sequence[int], Sequence[int]] | None) -> None:
-    """The variables' values before a run: stages and options of the start, or none."""
-    for variable in model.program.variables():
-        variable.varValue = None
-    if start is None:
-        return
-    for (unit, s), variable in model.y.items():
-        variable.setInitialValue(int(start[0][unit] <= s))
-    for (unit, s, k), variable in model.z.items():
-        variable.setInitialValue(int(start[0][unit] == s and start[1][unit] == k))
-
-
-def _assignment(model: _Model) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rounded: solvers may leave values that are not quite whole."""
-    stages, options = [], []
-    for unit, (first, last) in enumerate(model.windows):
-        lead = model.leader[unit]
-        s = next((s for s in range(first, last) if _value(model.y[lead, s]) > 0.5), last)
-        stages.append(s)
-        count = len(model.problem.options[unit])
-        each = [_value(model.z[unit, s, k]) for k in range(count)] if count > 1 else [1.0]
-        options.append(each.index(max(each)))
-    return tuple(stages), tuple(options)
-
-
-def _value(variable: Any) -> float:
-    return float(variable.varValue or 0.0)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from pipecompile.compiler.ir.problem import Option, Problem
+from pipecompile.passes.integer.windows import Window, windows
 from pipecompile.passes.partition import baselines, dominance
 from pipecompile.passes.partition.solve import _inside, _simple_bound
-from pipecompile.passes.partition.windows import Window, windows
 from support.problems import every_solution, fitting, light_problems, problems, reduced_or_none
 
 

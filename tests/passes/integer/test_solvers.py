@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pipecompile.compiler.ir.problem import Problem, fits
-from pipecompile.passes.partition import solvers
+from pipecompile.passes.integer import solvers
 from pipecompile.passes.partition.solve import solve
 from support.problems import diamonds
 
@@ -50,11 +50,17 @@ def test_a_solver_that_crashes_is_named_and_replaced(
     assert f"highs failed: {why}" in found.note
 
 
+def start_of(lp: Any) -> dict[int, float]:
+    return {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
+
+
 class StuckHighs(solvers.WarmHighs):
     """Calls its start optimal, although its bound is lower."""
 
+    start: dict[int, float]
+
     def callSolver(self, lp: Any) -> None:  # noqa: N802
-        self.start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
+        self.start = start_of(lp)
         for column, value in self.start.items():
             lp.solverModel.changeColBounds(column, value, value)
         lp.solverModel.run()
@@ -65,15 +71,71 @@ class StuckHighs(solvers.WarmHighs):
         return status
 
 
-def test_a_solver_that_calls_its_start_optimal_is_asked_again_without_it(
-    monkeypatch: pytest.MonkeyPatch,
+class LyingHighs(StuckHighs):
+    """Calls its start optimal, and tells the objective and the bound of something better."""
+
+    part = 0.5
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        status = super().findSolutionValues(lp)
+        if self.start and self.objective is not None:
+            self.objective = self.bound = self.part * self.objective
+        return status
+
+
+class GloomyHighs(LyingHighs):
+    """Tells a bound above what its start is worth."""
+
+    part = 1.5
+
+
+class BlindHighs(solvers.WarmHighs):
+    """Finds no solution where it has one to start from."""
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+        status = super().findSolutionValues(lp)
+        hopeless = (solvers.pulp.LpStatusInfeasible, solvers.pulp.LpSolutionInfeasible)
+        return hopeless if self.start else status
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802
+        self.start = start_of(lp)
+        super().callSolver(lp)
+
+
+LIARS = [StuckHighs, LyingHighs, GloomyHighs, BlindHighs]
+
+
+@pytest.mark.parametrize("liar", LIARS)
+def test_a_solver_that_its_start_misleads_is_asked_again_without_it(
+    liar: type[solvers.WarmHighs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = solve(small_diamonds(), solver="highs")
     assert best.solver == "highs"
-    monkeypatch.setattr(solvers, "WarmHighs", StuckHighs)
+    monkeypatch.setattr(solvers, "WarmHighs", liar)
     found = solve(small_diamonds(), solver="highs")
     assert found.proven
+    assert not found.note
     assert found.objective == pytest.approx(best.objective)
+
+
+@pytest.mark.parametrize("part", [0.5, 1.5])
+def test_nothing_is_proven_by_a_solver_that_always_contradicts_itself(
+    part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Liar(solvers.WarmHighs):
+        def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+            status = super().findSolutionValues(lp)
+            self.objective = self.bound = part * (self.objective or 0.0)
+            return status
+
+    best = solve(small_diamonds(), solver="highs")
+    simple = small_diamonds()
+    monkeypatch.setattr(solvers, "WarmHighs", Liar)
+    found = solve(simple, solver="highs")
+    assert not found.proven
+    assert found.bound < best.objective
+    assert "highs contradicts itself: its solution is worth" in found.note
+    assert fits(simple, found)
 
 
 def test_without_any_solver_the_best_contiguous_division_is_left(
