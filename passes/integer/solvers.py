@@ -19,10 +19,11 @@ for _kind in list(vars(pulp).values()):
     if isinstance(_missing := getattr(_kind, "err", None), Exception):
         _missing.__traceback__ = None
 
-# HiGHS tells how far it is at its own checks, but not how many iterations that took. A check at
-# which it has a new node comes after one small linear program, others after more.
-_ROOT_S, _NODE_S = 3e-6, 1.5e-7  # work: of a check, for every number in the program's matrix
-_BUILD_S = 1e-5  # of making the program and presolving it, for each
+# HiGHS does not tell how many iterations it has done, so the checks at which it asks whether to go
+# on are counted. How much lies between two of them differs a lot, but not from run to run.
+_CHECK_S = 3e-6  # work: of a check, for every number in the program's matrix
+_LEAST = 1000  # and for so many more
+_BUILD_S = 2e-5  # of making the program and presolving it, for each
 _CBC_NODE_S = 1e-6
 
 PROVEN_GAP = 2e-6  # (objective − bound) / objective of a solution that counts as proven
@@ -71,13 +72,10 @@ class WarmHighs(pulp.HiGHS):  # type: ignore[misc]
         start = {v.index: v.varValue for v in lp.variables() if v.varValue is not None}
         if start:
             lp.solverModel.setSolution(len(start), list(start), list(start.values()))
-        size, nodes = lp.solverModel.getNumNz(), 0
+        size = lp.solverModel.getNumNz()
 
         def check(event: Any) -> None:
-            nonlocal nodes
-            new = event.data_out.mip_node_count > nodes
-            nodes = event.data_out.mip_node_count
-            self.work.spend((_NODE_S if new else _ROOT_S) * size)
+            self.work.spend(_CHECK_S * (size + _LEAST))
             if self.work.left_s <= 0:
                 event.interrupt()
 

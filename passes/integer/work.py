@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-PATIENCE = 10.0  # times the counted seconds, by the clock
+PATIENCE = 4.0  # times the counted seconds, by the clock
 PATIENCE_S = 20.0  # and that on top: starting a solver alone may take a while
 
 

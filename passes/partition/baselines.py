@@ -20,15 +20,13 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.problem import Option, Problem, Solution, solution_of
+from ...compiler.ir.problem import Problem, Solution, solution_of
 from ..integer.excess import infeasible
 from ..integer.solvers import PROVEN_GAP
 from ..integer.work import Work
 from .knapsack import Knapsack
-from .segments import Division, Floats, Line, best_division, ends_within, lower_bounds
-
-_CELL_S, _PASSES = 3e-9, 4  # work: of a number in a table, each read so often to find a division
-_CAPS = (24, 1024, 16384)  # choices kept per segment, see Knapsack.cap
+from .lazy import CAPS, LineSearch
+from .segments import Division, Floats, Line, best_division, lower_bounds
 
 
 def solve_dynamic(
@@ -50,8 +48,9 @@ def solve_dynamic(
     started, work = time.perf_counter(), work or Work(10.0)
     line = Line(problem, positions or in_order(problem))
     found, upper, chain = None, math.inf, _is_chain(line)
-    for cap in _CAPS:  # a quick solution first: it limits what the next search looks at
-        search = _LazySearch(line, work, upper, cap)
+    lows = [lower_bounds(line, s) for s in range(problem.n_stages)]
+    for cap in CAPS:  # a quick solution first: it limits what the next search looks at
+        search = LineSearch(line, work, upper, cap, lows)
         found, upper = search.run() or found, search.upper
         if upper - search.bound <= PROVEN_GAP * abs(upper) or work.over:
             break
@@ -85,7 +84,7 @@ def solve_sequential(problem: Problem) -> Solution:
     cuts = _division(line, [0] * problem.n_units).cuts
     option = [0] * problem.n_units
     for s, (i, j) in enumerate(pairwise(cuts)):
-        fitting = Knapsack(line, s, _CAPS[-1]).options(i, j)
+        fitting = Knapsack(line, s, CAPS[-1]).options(i, j)
         if fitting is None:  # the fewest bytes that there are
             fitting = {u: _leanest(problem, u, s) for units in line.positions[i:j] for u in units}
         for unit, k in fitting.items():
@@ -157,105 +156,6 @@ def in_order(problem: Problem) -> list[tuple[int, ...]]:
     group_of = {unit: tuple(sorted(group)) for group in problem.together for unit in group}
     groups = dict.fromkeys(group_of.get(unit, (unit,)) for unit in range(problem.n_units))
     return list(groups)
-
-
-class _LazySearch:
-    """The best division, where the time of a segment is found when a division wants it.
-
-    Bounds stand in for segments that are not known; the best division on them is exact once all
-    of its segments are known, and a lower bound until then.
-
-    Attributes:
-        lows, costs: per stage, [i, j]: no options are faster; these fit (infinite: not known).
-        bound: no division into runs has a smaller objective.
-        finished: not for want of work.
-        upper: an objective that is known to be reached.
-    """
-
-    def __init__(self, line: Line, work: Work, upper: float, cap: int) -> None:
-        problem = line.problem
-        self.line, self.work, self.upper = line, work, upper
-        self.lows = [lower_bounds(line, s) for s in range(problem.n_stages)]
-        self.sacks = [
-            Knapsack(line, s, cap) if math.isfinite(budget) else None
-            for s, budget in enumerate(problem.budget_bytes)
-        ]
-        self.costs = [
-            low if sack is None else np.full_like(low, math.inf)
-            for low, sack in zip(self.lows, self.sacks, strict=True)
-        ]
-        self.known: set[tuple[int, int]] = set()  # (stage, i): all j are known
-        self.best: Division | None = None
-        self.bound, self.finished = -math.inf, False
-
-    def run(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Stages and options; None if nothing fits that beats ``upper``."""
-        problem = self.line.problem
-        while not self.finished:
-            found = best_division(self.lows, problem.max_weight, problem.sum_weight)
-            self.bound = min(found.objective if found else math.inf, self.upper)
-            self.finished = self.bound >= self.upper or not (found and self._learn(found))
-            if found:
-                self._offer(found)
-            self.work.spend(_PASSES * _CELL_S * sum(low.size for low in self.lows))
-            if self.work.over:
-                break
-        return self._assignment(self.best) if self.best else None
-
-    def _learn(self, found: Division) -> bool:
-        """Find the times of a division's segments; whether there were any to find."""
-        limit_s = largest_stage_s(self.line.problem, self.upper)
-        ends = ends_within(self.lows, limit_s)
-        news = False
-        for s, i, _ in found.segments():
-            sack, transfer_s = self.sacks[s], self.line.transfer_s[i]
-            if sack is None or (s, i) in self.known:
-                continue
-            self.known.add((s, i))
-            room_s = limit_s - float(transfer_s[max(i, ends[s]) :].min())
-            seconds, error = sack.seconds(i, ends[s], room_s, self.work)
-            allowed = np.isfinite(self.lows[s][i])
-            self.costs[s][i] = np.where(allowed, seconds + transfer_s, math.inf)
-            self.lows[s][i] = np.maximum(self.lows[s][i], self.costs[s][i] - error)
-            news = True
-        return news
-
-    def _offer(self, found: Division) -> None:
-        each = [float(self.costs[s][i, j]) for s, i, j in found.segments()]
-        value = self.line.problem.objective(each)
-        if value < self.upper:
-            self.best, self.upper = Division(value, found.cuts), value
-
-    def _assignment(self, best: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        problem = self.line.problem
-        option = [each.index(min(each, key=_seconds)) for each in problem.options]
-        for s, i, j in best.segments():
-            sack = self.sacks[s]
-            if sack is None:
-                continue
-            seconds = float(self.costs[s][i, j] - self.line.transfer_s[i, j])
-            limits = (seconds * (1 + 1e-9), seconds * 1.01, math.inf)
-            tries = (sack.options(i, j, limit_s) for limit_s in limits)
-            for unit, k in (next((some for some in tries if some is not None), None) or {}).items():
-                option[unit] = k
-        return _stages(self.line, best.cuts), tuple(option)
-
-
-def _seconds(option: Option) -> float:
-    return option.seconds
-
-
-def largest_stage_s(problem: Problem, objective: float) -> float:
-    """No stage takes longer in a solution with at most this objective."""
-    if not math.isfinite(objective):
-        return math.inf
-    fastest = math.fsum(min(o.seconds for o in each) for each in problem.options)
-    limit = math.inf
-    if problem.max_weight:
-        limit = (objective - problem.sum_weight * fastest) / problem.max_weight
-    if problem.sum_weight:
-        limit = min(limit, objective / problem.sum_weight)
-    return limit * (1 + 1e-9) + 1e-9 * abs(objective)
 
 
 def _is_chain(line: Line) -> bool:

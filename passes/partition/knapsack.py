@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...compiler.ir.problem import Kept
 from ..integer.work import Work
-from .segments import Floats, Line, exchange_rates, option_table
+from .segments import Floats, Segments, exchange_rates, option_table
 
 Ints = npt.NDArray[np.int_]
 State = tuple[tuple[int, bool], ...]
@@ -51,7 +51,7 @@ class _Front:
     option: Ints
 
 
-_Fronts = dict[State, _Front]
+Fronts = dict[State, _Front]
 _Limit = tuple[float, float, float]
 """(a, b, c): choices with a · seconds + b · bytes > c are dropped."""
 
@@ -64,7 +64,7 @@ class Knapsack:
         cap: most choices that are kept, roughly; more is more exact and slower.
     """
 
-    line: Line
+    line: Segments
     stage: int
     cap: int
     steps: dict[int, list[tuple[Effect, Ints, Floats, Floats, Floats]]] = field(
@@ -84,7 +84,10 @@ class Knapsack:
         order = [u for units in self.line.positions for u in units]
         self.rank = {u: r for r, u in enumerate(order)}
         self.ends = np.cumsum([0, *(len(units) for units in self.line.positions)])
-        self.relaxed = self._relaxed(order)
+        self.least = self._least()
+        self.relaxed = [
+            (rate, np.concatenate(([0.0], np.cumsum(each[order])))) for rate, each in self.least
+        ]
         self.closes: dict[int, set[int]] = {}  # unit -> items that no later unit touches
         for number, kept in linked.items():
             last = max((u for u, _ in (*kept.users, *kept.unless)), key=self.rank.__getitem__)
@@ -94,14 +97,13 @@ class Knapsack:
             for unit, _ in (*kept.users, *kept.unless):
                 self.touched.setdefault(unit, {})[number] = kept
 
-    def _relaxed(self, order: list[int]) -> list[tuple[float, Floats]]:
-        """(rate, running sum of each unit's least seconds + rate · bytes); ∞: bytes alone."""
+    def _least(self) -> list[tuple[float, Floats]]:
+        """(rate, each unit's least seconds + rate · bytes); ∞: bytes alone."""
         held, times = option_table(self.line.problem, self.stage)
         rates = exchange_rates(held, times)
         chosen = rates[:: max(1, len(rates) // _RATES)]
         least = [(0.0, times.min(axis=1)), (math.inf, held.min(axis=1))]
-        least += [(rate, (times + rate * held).min(axis=1)) for rate in chosen]
-        return [(rate, np.concatenate(([0.0], np.cumsum(each[order])))) for rate, each in least]
+        return least + [(rate, (times + rate * held).min(axis=1)) for rate in chosen]
 
     def seconds(
         self, i: int, first_end: int, limit_s: float, work: Work | None = None
@@ -110,59 +112,99 @@ class Knapsack:
 
         Infinite before ``first_end``, and where they would be above ``limit_s``.
         """
-        least = np.full(self.line.n + 1, math.inf)
-        error = np.zeros(self.line.n + 1)
+        least = np.full(len(self.line.positions) + 1, math.inf)
+        error = np.zeros(len(self.line.positions) + 1)
         if first_end <= i:
             least[i] = 0.0
         for j, history, lost in self._grown(i, first_end, limit_s):
             if work is not None:
                 work.spend(work_of(history[-len(self.line.positions[j - 1]) :]))
             if j >= first_end:
-                fitting = self._fitting(history[-1], i, j)
+                fitting = self._fitting(history[-1], self.fixed[i, j])
                 least[j] = min((found[0] for found in fitting), default=math.inf)
                 error[j] = lost
         return least, error
 
     def options(self, i: int, j: int, limit_s: float = math.inf) -> dict[int, int] | None:
         """The options that take the least seconds on [i, j); None if none fit below a limit."""
-        if i == j:
-            return {}
         grown = self._grown(i, j, limit_s)
         history = next((steps for end, steps, _ in grown if end == j), None)
-        ends = list(self._fitting(history[-1], i, j)) if history else []
-        if not history or not ends:
+        units = [u for units in self.line.positions[i:j] for u in units]
+        return self._chosen(units, history or [], self.fixed[i, j])
+
+    def _chosen(
+        self, units: Sequence[int], history: Sequence[Fronts], fixed: float
+    ) -> dict[int, int] | None:
+        """The options of the fastest choice that fits, from the fronts after every unit."""
+        if not units:
+            return {}
+        ends = list(self._fitting(history[-1], fixed)) if history else []
+        if not ends:
             return None
         _, state, choice = min(ends)
         chosen = {}
-        units = [u for units in self.line.positions[i:j] for u in units]
         for unit, fronts in zip(reversed(units), reversed(history), strict=True):
             front = list(fronts.values())[state]
             chosen[unit] = int(front.option[choice])
             state, choice = int(front.state[choice]), int(front.parent[choice])
         return chosen
 
-    def _fitting(self, fronts: _Fronts, i: int, j: int) -> Iterator[tuple[float, int, int]]:
+    def between(
+        self, units: Sequence[int], fixed: float, limit_s: float, work: Work
+    ) -> tuple[float, float]:
+        """Least option seconds of any units, in the line's order; what they may be too high by.
+
+        Infinite where none fit, or where they would be above ``limit_s``.
+
+        Args:
+            fixed: bytes that no option decides.
+        """
+        history, lost = self._walked(units, fixed, limit_s)
+        work.spend(work_of(history))
+        fitting = self._fitting(history[-1], fixed)
+        return min((found[0] for found in fitting), default=math.inf), lost
+
+    def chosen(self, units: Sequence[int], fixed: float, limit_s: float) -> dict[int, int] | None:
+        """Their options with the least seconds; None if none fit below a limit."""
+        return self._chosen(units, self._walked(units, fixed, limit_s)[0][1:], fixed)
+
+    def _walked(
+        self, units: Sequence[int], fixed: float, limit_s: float
+    ) -> tuple[list[Fronts], float]:
+        """Fronts before and after every unit; lost seconds."""
+        history, lost = [nothing()], 0.0
+        each = [least[list(units)] for _, least in self.least]
+        later = [least.sum() - np.cumsum(least) for least in each]
+        for place, unit in enumerate(units):
+            limits = self._limits([rest[place] for rest in later], self.room - fixed, limit_s)
+            fronts, more = self._extended(history[-1], unit, limits)
+            history.append(fronts)
+            lost += more
+        return history, lost
+
+    def _fitting(self, fronts: Fronts, fixed: float) -> Iterator[tuple[float, int, int]]:
         """(seconds, number of the state, number in its front) of each state's fastest that fits."""
         for number, (state, front) in enumerate(fronts.items()):
             open_bytes = sum(self.sizes[item] for item, recomputed in state if not recomputed)
-            used = front.held + front.peak + open_bytes + self.fixed[i, j]
+            used = front.held + front.peak + open_bytes + fixed
             fit = np.flatnonzero(used <= self.room)
             if fit.size:
                 yield float(front.seconds[fit[0]]), number, int(fit[0])
 
     def _grown(
         self, i: int, first_end: int, limit_s: float
-    ) -> Iterator[tuple[int, list[_Fronts], float]]:
+    ) -> Iterator[tuple[int, list[Fronts], float]]:
         """(j, fronts after every unit of [i, j), lost seconds) while there is a choice left."""
-        none, zero = np.zeros(1, dtype=int), np.zeros(1)
-        fronts: _Fronts = {(): _Front(zero, zero, zero, none, none, none)}
-        history: list[_Fronts] = []
+        fronts = nothing()
+        history: list[Fronts] = []
         lost = 0.0
-        for j in range(i + 1, self.line.n + 1):
+        for j in range(i + 1, len(self.line.positions) + 1):
             end = max(j, first_end)
             room = self.room - self.fixed[i, end]
             for unit in self.line.positions[j - 1]:
-                limits = self._limits(unit, end, room, limit_s)
+                after, last = self.rank[unit] + 1, self.ends[end]
+                rest = [done[last] - done[after] for _, done in self.relaxed]
+                limits = self._limits(rest, room, limit_s)
                 fronts, more = self._extended(fronts, unit, limits)
                 lost += more
                 history.append(fronts)
@@ -170,19 +212,22 @@ class Knapsack:
                 return
             yield j, history, lost
 
-    def _limits(self, unit: int, end: int, room: float, limit_s: float) -> list[_Limit]:
-        """What seconds + rate · bytes may be after a unit, for the rest up to an end to fit."""
-        after, last = self.rank[unit] + 1, self.ends[end]
+    def _limits(self, rest: Sequence[float], room: float, limit_s: float) -> list[_Limit]:
+        """What seconds + rate · bytes may be after a unit, for the rest to fit.
+
+        Args:
+            rest: per rate, what the later units take at least.
+        """
         limits = []
-        for rate, done in self.relaxed:
+        for (rate, _), later in zip(self.least, rest, strict=True):
             if math.isfinite(rate):
                 top = limit_s + rate * room if math.isfinite(limit_s) else math.inf
-                limits.append((1.0, rate, top - (done[last] - done[after])))
+                limits.append((1.0, rate, top - later))
             else:
-                limits.append((0.0, 1.0, room - (done[last] - done[after])))
+                limits.append((0.0, 1.0, room - later))
         return limits
 
-    def _extended(self, fronts: _Fronts, unit: int, limits: list[_Limit]) -> tuple[_Fronts, float]:
+    def _extended(self, fronts: Fronts, unit: int, limits: list[_Limit]) -> tuple[Fronts, float]:
         """Every choice with every option of one more unit; the seconds that merging lost."""
         found: dict[State, list[_Front]] = {}
         for number, (state, front) in enumerate(fronts.items()):
@@ -276,7 +321,13 @@ class Knapsack:
         return best, width
 
 
-def work_of(steps: Sequence[_Fronts]) -> float:
+def nothing() -> Fronts:
+    """The one choice for no unit."""
+    none, zero = np.zeros(1, dtype=int), np.zeros(1)
+    return {(): _Front(zero, zero, zero, none, none, none)}
+
+
+def work_of(steps: Sequence[Fronts]) -> float:
     """Of making these, in seconds."""
     return sum(_FRONT_S + _CHOICE_S * len(f.seconds) for each in steps for f in each.values())
 

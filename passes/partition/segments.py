@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class Line:
 
     def __init__(self, problem: Problem, positions: Sequence[Sequence[int]]) -> None:
         self.problem = problem
-        self.positions = [tuple(units) for units in positions]
+        self.positions: Sequence[Sequence[int]] = [tuple(units) for units in positions]
         self.place = {u: p for p, units in enumerate(self.positions) for u in units}
         self.n = len(self.positions)
         self.transfer_s = self._transfers(problem.values)
@@ -50,6 +51,14 @@ class Line:
         total = np.zeros(self.n + 1)
         total[1:] = np.cumsum([math.fsum(per_unit[u] for u in units) for units in self.positions])
         return total[None, :] - total[:, None]
+
+    def largest(self, per_unit: Floats) -> Floats:
+        """[i, j]: the largest of a quantity over the segment's units."""
+        table = np.zeros((self.n + 1, self.n + 1))
+        each = np.array([max(per_unit[u] for u in units) for units in self.positions])
+        for i in range(self.n):
+            table[i, i + 1 :] = np.maximum.accumulate(each[i:])
+        return table
 
     def allowed(self, stage: int) -> npt.NDArray[np.bool_]:
         """[i, j]: the segment is not reversed, has enough units, and no pin keeps it away."""
@@ -195,7 +204,25 @@ def _smallest_sum(costs: Sequence[Floats], limit: float) -> Division | None:
     return Division(float(reached[-1]), (0, *reversed(cuts)))
 
 
-def lower_bounds(line: Line, stage: int) -> Floats:
+class Segments(Protocol):
+    """Sets of units that a stage may hold, numbered from i to j: runs of a line, or what one ideal
+    has and a smaller one has not."""
+
+    problem: Problem
+    positions: Sequence[Sequence[int]]
+    transfer_s: Floats
+    linked: list[int]
+
+    def sums(self, per_unit: Sequence[float] | Floats) -> Floats: ...
+
+    def largest(self, per_unit: Floats) -> Floats: ...
+
+    def allowed(self, stage: int) -> npt.NDArray[np.bool_]: ...
+
+    def fixed_bytes(self, stage: int) -> Floats: ...
+
+
+def lower_bounds(line: Segments, stage: int) -> Floats:
     """[i, j]: no options of the segment fit in less time (infinite: none fit).
 
     Lagrange: for every multiplier λ ≥ 0, min Σ seconds ≥ min Σ (seconds + λ · bytes) − λ · room.
@@ -208,7 +235,7 @@ def lower_bounds(line: Line, stage: int) -> Floats:
         return bounds + line.transfer_s
     held, times = option_table(problem, stage)
     peak = np.array([min(o.transient_bytes for o in each) for each in problem.options])
-    room = budget - line.fixed_bytes(stage) - _running_max(line, peak)
+    room = budget - line.fixed_bytes(stage) - line.largest(peak)
     fewest = line.sums(held.min(axis=1))
     bounds[fewest > room + 1e-9 * budget] = math.inf
     for rate in exchange_rates(held, times):
@@ -239,12 +266,3 @@ def exchange_rates(held: Floats, times: Floats) -> list[float]:
     if not rates.size:
         return []
     return sorted(set(np.quantile(rates, np.linspace(0, 1, _MULTIPLIERS)).tolist()))
-
-
-def _running_max(line: Line, per_unit: Floats) -> Floats:
-    """[i, j]: the largest of a quantity over the segment's units."""
-    table = np.zeros((line.n + 1, line.n + 1))
-    each = np.array([max(per_unit[u] for u in units) for units in line.positions])
-    for i in range(line.n):
-        table[i, i + 1 :] = np.maximum.accumulate(each[i:])
-    return table

@@ -3,6 +3,7 @@
     presolve    the same problem with fewer units and options       presolve.py, dominance.py
     dynamic     the best contiguous division: a first solution      baselines.py
     ideals      all divisions, where there is nothing but time      ideals.py
+    lattice     all divisions, where few are possible               lattice.py
     ILP         everything, from the best solution so far           ilp.py
 
 Whatever a solver returns is evaluated again, by the problem itself, before it counts.
@@ -23,8 +24,9 @@ from ..integer.runs import Answer
 from ..integer.solvers import GAP, PROVEN_GAP, SolverError
 from ..integer.windows import Window, windows
 from ..integer.work import Work
-from . import dominance, ideals
-from .baselines import apart, largest_stage_s, numbered, solve_dynamic
+from . import dominance, ideals, lattice
+from .baselines import apart, numbered, solve_dynamic
+from .lazy import largest_stage_s
 from .presolve import Reduced, reduce
 
 LATE = "stopped by the clock after {:.0f} s: a machine with less to do may find another plan"
@@ -56,6 +58,7 @@ def solve(problem: Problem, *, time_limit_s: float = 30.0, solver: str = "auto")
     search.contiguous()
     if solver == "auto":
         search.all_ideals()
+        search.few_ideals()
     if search.best is None:
         search.least_excess()
     if not search.proven:
@@ -156,6 +159,25 @@ class _Search:
         )
         if sound and self.best is not None:
             self.bound = max(self.bound, min(answer.bound, self.best.objective))
+
+    def few_ideals(self) -> None:
+        """All divisions with all options, where the order has very few ideals."""
+        if self.proven or not lattice.applies(self.small):
+            return
+        upper = self.best.objective if self.best else math.inf
+        half = self.work.part(self.work.limit_s / 2)
+        answer = lattice.minimise(self.small, upper, work=half)
+        if answer is None:
+            return
+        if answer.bound == math.inf:
+            self.hopeless = self.best is None
+            return
+        sound = answer.stage is None or answer.option is None
+        if answer.stage is not None and answer.option is not None:
+            sound = self.offer(answer.stage, answer.option, "lattice")
+        if sound:
+            reached = self.best.objective if self.best else math.inf
+            self.bound = max(self.bound, min(answer.bound, reached))
 
     def least_excess(self) -> None:
         """Nothing fits so far: a first solution, or the proof that there is none."""

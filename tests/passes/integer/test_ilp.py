@@ -12,8 +12,9 @@ from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
 from pipecompile.passes.integer import ilp
 from pipecompile.passes.integer.windows import windows
 from pipecompile.passes.integer.work import Work
-from pipecompile.passes.partition import baselines, dominance
+from pipecompile.passes.partition import dominance
 from pipecompile.passes.partition.baselines import solve_dynamic
+from pipecompile.passes.partition.lazy import largest_stage_s
 from support.problems import (
     chain,
     check_against_all,
@@ -62,7 +63,7 @@ def check_starts(problem: Problem) -> None:
     some = fitting(problem, every_solution(problem))
     for start in (None, *some[:12]):  # the worst ones first
         upper = start.objective if start else math.inf
-        limits = windows(problem, baselines.largest_stage_s(problem, upper))
+        limits = windows(problem, largest_stage_s(problem, upper))
         if limits is None:
             assert not some
             return

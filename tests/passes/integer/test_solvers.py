@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 from pipecompile.compiler.ir.problem import Problem, fits
 from pipecompile.passes.integer import solvers
+from pipecompile.passes.partition import lattice
 from pipecompile.passes.partition.solve import solve
 from support.problems import diamonds
+
+
+@pytest.fixture(autouse=True)
+def only_integer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lattice, "MOST_CELLS", 0.0)
 
 
 def unavailable(*_: object) -> bool:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from pipecompile.compiler.ir.problem import Option, Problem
 from pipecompile.passes.integer.windows import Window, windows
-from pipecompile.passes.partition import baselines, dominance
+from pipecompile.passes.partition import dominance
+from pipecompile.passes.partition.lazy import largest_stage_s
 from pipecompile.passes.partition.solve import _inside, _simple_bound
 from support.problems import every_solution, fitting, light_problems, problems, reduced_or_none
 
@@ -25,7 +26,7 @@ def test_windows_and_the_simple_bound_leave_every_solution_that_is_as_good(
     problem = dominance.contract(reduced).problem
     some = fitting(problem, every_solution(problem))
     for upper in (math.inf, *(each.objective for each in some)):
-        limit_s = baselines.largest_stage_s(problem, upper)
+        limit_s = largest_stage_s(problem, upper)
         limits = windows(problem, limit_s)
         for each in some:
             if each.objective <= upper:

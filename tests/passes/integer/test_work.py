@@ -23,7 +23,8 @@ def told(found: Solution) -> Solution:
 
 
 def hard(solver: str) -> tuple[Problem, float, str]:
-    return wide(3, 5, sizes=1000), 0.5, solver
+    problem = wide(6, 6, sizes=1000) if solver == "auto" else diamonds(8, 4, sizes=1000)
+    return problem, 0.3, solver
 
 
 CASES = [

@@ -22,6 +22,7 @@ from support.problems import (
     problems,
     shared_problems,
     units,
+    wide,
 )
 
 
@@ -116,7 +117,7 @@ def test_operator_graphs_of_hundreds_of_nodes_are_proven() -> None:
 
 
 def test_a_time_limit_leaves_a_solution_and_a_bound() -> None:
-    problem = diamonds(16, 8, sizes=1000)
+    problem = wide(6, 6, sizes=1000)
     found = solve(problem, time_limit_s=1.0)
     validate(problem, found.stage, found.option)
     assert fits(problem, found)
