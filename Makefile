@@ -6,7 +6,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table \
+.PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table tight-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table clean
 
@@ -20,6 +20,7 @@ help:
 	@echo "make bench             the timings"
 	@echo "make predictions       do predicted step times and memory peaks come true?"
 	@echo "make planner-table     plans of large models against simple strategies"
+	@echo "make tight-table       what plans in tight budgets leave on the table"
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
 	@echo "make schedules-table   what schedules and several stages per rank bring"
@@ -65,6 +66,9 @@ predictions: $(READY)
 
 planner-table: $(READY)
 	$(BIN)/python tests/bench/planner_table.py
+
+tight-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/tight_table.py
 
 precision-table: $(READY)
 	$(BIN)/python tests/bench/precision_table.py

@@ -366,8 +366,8 @@ class Options:
     )  # rank 0 decides, with its own: so with the limit of its time
     time_limit_s: float = option(
         30.0,
-        help="seconds of an idle core after which the solver's best so far is taken; counted as work, so "
-        "that a busy machine plans the same",
+        help="seconds of an idle core after which the solver's best so far is taken; they are "
+        "counted as work, so that a busy machine plans the same",
         check=check_above_zero,
         plan="decides",
         flag=Flag(group=PLANNER, metavar="S", name="--time-limit", parse=parse_seconds),

@@ -33,12 +33,13 @@ from ..units.weights import weight_works
 from . import decide
 from .advice import advice, gib, parts_of
 from .formulation import Terms, formulate
-from .refine import StepModel, refine, smoothed
+from .refine import LEAST_GAIN, StepModel, refine, smoothed
 
 ATTEMPTS = 6
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
 SHARED = 1 / 6  # of the time limit, where ranks hold several stages: the slowest is not all
-CLOSE = 0.02  # of the budget: prices this near to the truth need no further attempt
+CLOSE = 0.02  # of the budget: with prices this near to the truth only a shorter step is worth more
+POLISHES = 3  # local searches, each knowing better what its moves take
 EVEN = "with even stages, as ranks of uneven ones would wait longer"
 CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
@@ -169,28 +170,51 @@ class Planner:
             return self._decision(prices, self._refined(problem, prices, found))
         reserves = Reserves(self.options.n_stages, self.budget_bytes)
         best: Drafted | None = None
+        solution = self._nearest(problem, QUICK_S)
         for _ in range(ATTEMPTS):
-            drafted = self._attempt(problem, prices, draft, QUICK_S)
+            drafted = self._drafted(problem, prices, draft, solution)
             best = self._better(best, drafted)
-            if self._settled(drafted):
-                break
             tried = problem.reserve_bytes
             problem = replace(problem, reserve_bytes=reserves.next(tried, drafted))
             if problem.reserve_bytes == tried:
                 break
+            settled = best is not None and self._settled(drafted)
+            if settled and (problem.shares_ranks or self._roomy(drafted)):
+                break
+            solution = self._nearest(problem, QUICK_S)
+            if best is not None and settled and not _promises(solution, best.solution):
+                break
         if best is None or not best.solution.proven:
             last = problem if best is None else best.problem
-            drafted = self._attempt(last, prices, draft, self.options.time_limit_s)
+            solution = self._nearest(last, self.options.time_limit_s)
+            drafted = self._drafted(last, prices, draft, solution)
             best = self._better(best, drafted)
         if best is None:
             raise self._too_small(drafted)
         self.solved = best.problem
-        refined = self._refined(best.problem, prices, best.solution)
-        if refined is not best.solution:
-            drafted = self._drafted(best.problem, prices, draft, refined)
+        return self._polished(best, prices, draft).decision
+
+    def _polished(self, best: Drafted, prices: Sequence[UnitPrices], draft: Draft) -> Drafted:
+        """The best, or one near it whose simulated step is shorter, in all the memory there is.
+
+        Near it its own programs tell better than prices what is left.
+        """
+        reserves = [
+            r + e for r, e in zip(best.problem.reserve_bytes, best.excess_bytes, strict=True)
+        ]
+        for _ in range(POLISHES):
+            problem = replace(best.problem, reserve_bytes=tuple(reserves))
+            refined = self._refined(problem, prices, best.solution)
+            if refined is best.solution:
+                break
+            refined = replace(refined, bound=min(refined.bound, refined.objective))
+            drafted = self._drafted(problem, prices, draft, refined)
             if drafted.over_bytes(self.budget_bytes) <= 0:
-                return drafted.decision
-        return best.decision
+                return drafted
+            reserves = [
+                r + max(0.0, e) for r, e in zip(reserves, drafted.excess_bytes, strict=True)
+            ]
+        return best
 
     def _refined(
         self, problem: Problem, prices: Sequence[UnitPrices], solution: Solution
@@ -236,7 +260,7 @@ class Planner:
         Ranks that are as slow as each other may hold stages that are not, for which others wait.
         """
         if not problem.shares_ranks:
-            return solution
+            return self._smoother(problem, model, solution)
         with contextlib.suppress(PartitionError):
             even = solve_dynamic(apart(problem), work=Work(QUICK_S))
             found = solution_of(problem, even.stage, even.option, solution.solver)
@@ -247,14 +271,21 @@ class Planner:
                 return replace(found, bound=bound, seconds=solution.seconds, note=EVEN)
         return solution
 
-    def _attempt(
-        self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, limit_s: float
-    ) -> Drafted:
+    def _smoother(self, problem: Problem, model: StepModel, solution: Solution) -> Solution:
+        """The solution, or one as good whose other stages are alike, if its step is shorter."""
+        found = smoothed(problem, solution)
+        if found.stage == solution.stage or found.objective > solution.objective * (1 + LEAST_GAIN):
+            return solution
+        steps_s = [model.searched_s(x.stage, x.option) for x in (found, solution)]
+        return found if steps_s[0] < steps_s[1] * (1 - LEAST_GAIN) else solution
+
+    def _nearest(self, problem: Problem, limit_s: float) -> Solution:
+        """The solution, or where none fits by the prices the nearest: its programs may still."""
         try:
-            solution = self._solution(problem, limit_s)
-        except MemoryBudgetError as error:  # by the prices; the programs may still fit
-            solution = error.nearest
-        return self._drafted(problem, prices, draft, solution)
+            return self._solution(problem, limit_s)
+        except MemoryBudgetError as error:
+            nearest: Solution = error.nearest
+            return nearest
 
     def _drafted(
         self, problem: Problem, prices: Sequence[UnitPrices], draft: Draft, solution: Solution
@@ -287,9 +318,13 @@ class Planner:
         """Whether better prices could not lead to a better decision."""
         if drafted.over_bytes(self.budget_bytes) > 0:
             return False
-        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.ranks_bytes)
         close = all(-b < CLOSE * self.budget_bytes for b in drafted.excess_bytes)
-        return close or (roomy and not drafted.decision.recomputed)
+        return close or self._roomy(drafted)
+
+    def _roomy(self, drafted: Drafted) -> bool:
+        """Whether memory had no part in the decision."""
+        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.ranks_bytes)
+        return roomy and not drafted.decision.recomputed
 
     def _too_small(self, drafted: Drafted) -> MemoryBudgetError:
         over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
@@ -306,3 +341,8 @@ class Planner:
             drafted.solution,
             False,
         )
+
+
+def _promises(solution: Solution, best: Solution) -> bool:
+    """Whether a division is worth being drafted."""
+    return solution.objective < best.objective * (1 - LEAST_GAIN)
