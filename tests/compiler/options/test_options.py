@@ -47,6 +47,13 @@ class Squares(nn.Sequential):
         return made.square().mean()
 
 
+class Classes(Squares):
+    """The second layer is a head, for a loss that can be taken in pieces."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(nn.Sequential.forward(self, x), x.argmax(-1))
+
+
 def flat(text: str) -> str:
     return " ".join(text.split())
 
@@ -248,9 +255,11 @@ def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("name", quickly(["precision", "schedule"], KEEPS))
 def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
+    model = Classes if name == "chunked_loss" else Squares
+
     def compile_(**options: Any) -> Any:
         batch = torch.ones(8, 8)
-        return pipecompile.compile(Squares(), 2, 2, example_batch=batch, **options)
+        return pipecompile.compile(model(), 2, 2, example_batch=batch, **options)
 
     text, value = FLAGS[name]
     beside = {"zero": 1} if name == "zero_by" else {}
