@@ -163,7 +163,7 @@ class BatchLoss:
         return weights
 
     def _tell(self, job: Job, weights: Weights, rank: int, replica: int) -> None:
-        job.weights = weights.tangents[replica]
+        job.weights = () if weights.factors is None else weights.tangents[replica]
         job.shares = [self._arguments(rank, each) for each in weights.shares[replica]]
 
     def _arguments(self, rank: int, shares: Sequence[float]) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from .binding import BoundStage
 from .recording.ranges import in_ranges, named
 from .state.rank_state import RankState
 from .state.reached import reached_by_data
-from .tied import TiedGradients
+from .state.tied import TiedGradients
 from .transport import wire
 from .transport.doing import HERE, NOTHING, told
 from .transport.transport import Pending, Run
@@ -55,6 +55,7 @@ class Job:
             count as much.
         numbers: per microbatch, further arguments: the floats that its graph is given.
         shares: per microbatch, those that follow: what terms of its loss are multiplied by.
+        scale: what the user multiplies the loss by before it is differentiated.
         losses: per microbatch, on the stage that computes it.
         results: per microbatch, what the model returned, on the last stage.
     """
@@ -66,6 +67,7 @@ class Job:
     numbers: Sequence[Sequence[float]]
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
+    scale: float = 1.0
     losses: list[torch.Tensor] = field(default_factory=list)
     results: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
@@ -90,7 +92,7 @@ class Executor:
         fused: the programs to run, where they are not those of the pipeline itself.
 
     Attributes:
-        scale: the loss is multiplied by it before it is differentiated.
+        scale: what loss scaling multiplies the loss by before it is differentiated.
         by_data: the parameters, of all stages, that a step's gradients may not reach.
     """
 
@@ -183,12 +185,24 @@ class Executor:
         HERE.act(NOTHING)
 
     def _tangents(self, job: Job) -> Sequence[torch.Tensor]:
-        """Of the losses of the microbatches."""
+        """Of the losses of the microbatches.
+
+        Rounded after each factor, as autograd does in ``(loss / microbatches * scale).backward()``,
+        or with a weight in the place of the division: other orders have other last bits. Loss
+        scaling comes last, and wide: on its way it may be more than the loss's dtype holds.
+        """
         if self._loss_dtype is None:
             return ()
-        plain = [1 / self.microbatches] * self.microbatches
-        weights = [weight * self.scale for weight in job.weights or plain]
-        return torch.tensor(weights, dtype=self._loss_dtype, device=self.state.device).unbind()
+        tangents = torch.ones(self.microbatches, dtype=self._loss_dtype) * job.scale
+        if job.weights:
+            wide = torch.promote_types(self._loss_dtype, torch.float32)
+            weights = torch.tensor(job.weights, dtype=wide)
+            tangents = (tangents.to(wide) * weights).to(self._loss_dtype)
+        else:
+            tangents = tangents / self.microbatches
+        if self.scale != 1.0:
+            tangents = (tangents.double() * self.scale).to(self._loss_dtype)
+        return tangents.to(self.state.device).unbind()
 
     def _compute(
         self,

@@ -35,8 +35,8 @@ from .executor import Job
 from .loader import Loader, Step
 from .recording.recording import Recording
 from .session import Ready, Session
+from .stepped import Stepped, factor_of
 from .stepping.loss_scaler import LossScaler
-from .stored import Stored
 from .transport.doing import HERE
 from .transport.mesh import Mesh
 from .verify.verifier import Verifier
@@ -44,7 +44,7 @@ from .weights.materialize import Source, source_of
 from .world import World
 
 
-class Pipeline(Stored):
+class Pipeline(Stepped):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:
@@ -204,60 +204,33 @@ class Pipeline(Stored):
         self._loaders.add(made)
         return made
 
-    def forward_backward(self, batch: Any) -> torch.Tensor:
+    def forward_backward(self, batch: Any, *, scale: float = 1.0) -> torch.Tensor:
         """Add the gradients of a batch to ``.grad`` of the parameters; returns the loss.
 
         Both are those of the whole global batch, as ``loss_normalization`` says. With loss scaling
         gradients are unscaled again; where one is not finite, on any rank, all ranks drop theirs
         (``.grad`` is None) and those of further calls, until the optimizer's step, which changes
         nothing, or `zero_grad`.
-        """
-        with self._world.guard("forward_backward()"), self._recording.range(f"step {self._steps}"):
-            return self._accumulate(batch)()
 
-    def _accumulate(self, batch: Any) -> Callable[[], torch.Tensor]:
+        Args:
+            scale: what the loss is multiplied by before it is differentiated, as in
+                ``(loss * scale).backward()``: 1 / k for the mean of k calls. The loss that is
+                returned is not. The same on every rank.
+
+        Raises:
+            OptionError: ``scale`` is no finite number.
+        """
+        factor = factor_of(scale)
+        call = "forward_backward()" if factor == 1.0 else f"forward_backward(scale={factor})"
+        with self._world.guard(call), self._recording.range(f"step {self._steps}"):
+            return self._accumulate(batch, factor)()
+
+    def _accumulate(self, batch: Any, factor: float = 1.0) -> Callable[[], torch.Tensor]:
         """As `forward_backward`; what is returned waits for the loss."""
         session, ready, jobs = self._prepare(Mode.TRAIN, batch)
-        loss = session.accumulate(ready, jobs)
+        loss = session.accumulate(ready, jobs, factor)
         self._steps += 1
         return loss
-
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that their global 2-norm is at most ``max_norm``.
-
-        The norm is over all stages, each tied parameter counted once; it is returned, as it was
-        before scaling, on every rank. The arithmetic is `torch.nn.utils.clip_grad_norm_`'s.
-        """
-        session = self._require()
-        with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
-            return session.clip(max_norm)
-
-    def zero_grad(self) -> None:
-        """Drop all gradients (set ``.grad`` to None)."""
-        for _, param in self.named_parameters():
-            param.grad = None
-        if self.loss_scaler is not None:
-            self.loss_scaler.end_step()
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the parameters that this process holds."""
-        optimizer = self._require().optimizer
-        if optimizer is None:
-            raise OptionError("compile() was given no optimizer")
-        return optimizer
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """What ``lr_scheduler=`` returned.
-
-        Where its ``step`` needs a metric, as `ReduceLROnPlateau`'s does, `Pipeline.step` leaves
-        it to you: call it with the same metric on every rank.
-        """
-        scheduler = self._require().scheduler
-        if scheduler is None:
-            raise OptionError("compile() was given no lr_scheduler")
-        return scheduler
 
     @property
     def verification(self) -> str:

@@ -28,8 +28,9 @@ from .loader import Request, Step
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
+from .stepping.clipping import GlobalNorm
 from .stepping.loss_scaler import LossScaler
-from .stepping.optimizer import clip_gradients, make_optimizer
+from .stepping.optimizer import make_optimizer
 from .stepping.own_optimizers import OwnOptimizers
 from .weights.materialize import Source
 from .world import World
@@ -291,10 +292,18 @@ class Session:
     def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
         return {rank: state.buffers for rank, state in self.state.ranks.items()}
 
-    def accumulate(self, ready: Ready, jobs: Mapping[int, Job]) -> Callable[[], torch.Tensor]:
+    def accumulate(
+        self, ready: Ready, jobs: Mapping[int, Job], factor: float = 1.0
+    ) -> Callable[[], torch.Tensor]:
         """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; what is
-        returned waits for the loss."""
+        returned waits for the loss.
+
+        Args:
+            factor: what the loss is multiplied by before it is differentiated.
+        """
         weights = self.weigh(ready, jobs)
+        for job in jobs.values():
+            job.scale = factor
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale
         for executor in ready.executors():
@@ -330,11 +339,15 @@ class Session:
         scaler.saw(all(self._world.agreement.gather(self._sums.unscale(scaler.scale))))
         return not scaler.overflowed
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients to a global norm of at most this; the norm that they had."""
-        return clip_gradients(
-            self.state, max_norm, self.state.skeleton.params, self._world.agreement.gather
-        )
+    def clip(self, max_norm: float, kind: float = 2.0, finite: bool = False) -> torch.Tensor:
+        """Scale the gradients to a global norm of at most this; the norm that they had.
+
+        Args:
+            kind: of the norm.
+            finite: whether it has to be.
+        """
+        norm = GlobalNorm(self.state, kind, self._world.agreement.gather)
+        return norm.clip(max_norm, finite)
 
     def refresh(self) -> None:
         """Make anew what was computed from parameters and buffers that have changed."""

@@ -36,7 +36,7 @@ from pipecompile.compiler.units import cutter, stash
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
-from pipecompile.runtime.state.accumulation import own_squares, squares
+from pipecompile.runtime.state.accumulation import own_powers, powers
 from pipecompile.runtime.stepping.loss_scaler import LossScaler
 from pipecompile.runtime.transport.mesh import connect, make_mesh
 from pipecompile.runtime.transport.processes import Processes
@@ -174,8 +174,8 @@ def test_norms_of_large_gradients_count_all_elements() -> None:
     """Of more than the 2**20 elements that are squared at once."""
     count = 2**20 + 8
     grad = torch.ones(count // 4, 4)
-    assert own_squares(grad) == count
-    assert squares(grad, 3) == [4 * n for n in (87382, 87382, count // 4 - 2 * 87382)]
+    assert own_powers(grad, 2.0) == count
+    assert powers(grad, 3, 2.0) == [4 * n for n in (87382, 87382, count // 4 - 2 * 87382)]
 
 
 def test_the_loss_scale_stays_between_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:

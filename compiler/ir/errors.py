@@ -115,6 +115,10 @@ class CheckpointError(PipecompileError, RuntimeError):
     """A checkpoint that cannot be written, or one that is damaged or of something else."""
 
 
+class GradientError(PipecompileError, RuntimeError):
+    """Gradients that are infinite or NaN, where that was to be an error."""
+
+
 class NotCompiledError(PipecompileError, RuntimeError):
     """Something was asked for that exists only after compilation."""
 

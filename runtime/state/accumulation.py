@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -111,8 +112,8 @@ def reported(state: ModelState) -> dict[str, torch.Tensor]:
     }
 
 
-def reported_squares(state: ModelState) -> dict[str, dict[int, float]]:
-    """Name -> replica -> the sum of the squares of its rows, of those to be reported here."""
+def reported_powers(state: ModelState, kind: float) -> dict[str, dict[int, float]]:
+    """Name -> replica -> what its rows have of the norm, of those to be reported here."""
     found: dict[str, dict[int, float]] = {}
     for name, (rank, param) in state.primary.items():
         first = state.mesh.replicas_of(state.homes[name][0])
@@ -120,26 +121,36 @@ def reported_squares(state: ModelState) -> dict[str, dict[int, float]]:
             continue
         replica = state.mesh.replica_of(rank)
         if not state.has_rows(name):
-            found[name] = dict(enumerate(squares(param.grad, state.mesh.dp)))
+            found[name] = dict(enumerate(powers(param.grad, state.mesh.dp, kind)))
         elif param.grad.dim() or replica == 0:
-            found[name] = {replica: own_squares(param.grad)}
+            found[name] = {replica: own_powers(param.grad, kind)}
     return found
 
 
-def squares(grad: torch.Tensor, dp: int) -> list[float]:
-    """Per replica the sum of the squares of its rows, in fp64.
+def powers(grad: torch.Tensor, dp: int, kind: float) -> list[float]:
+    """Per replica what its rows have of a norm, in fp64.
 
     They are the same numbers whether one process has all rows or each has its own.
     """
     if not grad.dim():
-        return [own_squares(grad)]
-    return [own_squares(rows_of(grad, dp, replica)) for replica in range(dp)]
+        return [own_powers(grad, kind)]
+    return [own_powers(rows_of(grad, dp, replica), kind) for replica in range(dp)]
 
 
-def own_squares(rows: torch.Tensor) -> float:
-    """The sum of the squares in fp64, without a second copy of all of them."""
-    flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(-1)
+def own_powers(rows: torch.Tensor, kind: float) -> float:
+    """The sum of the ``kind``-th powers of absolute values, or the largest one for infinity, in
+    fp64, without a second copy of all of them."""
+    if kind == 2.0:
+        flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(-1)
+    else:
+        flat = rows.reshape(-1)
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
-        total += piece.double().square_().sum()
+        if kind == 2.0:
+            total += piece.double().square_().sum()
+        elif math.isinf(kind):
+            total = torch.maximum(total, piece.abs().max().double())
+        else:
+            wide = piece.abs().double()
+            total += wide.sum() if kind == 1.0 else wide.pow_(kind).sum()
     return float(total)

@@ -71,7 +71,7 @@ LIMITS = (
         "only the first piece of a gradient in another dtype is added",
     ),
     Mutant(
-        "runtime/state/gradients.py",
+        "runtime/state/accumulation.py",
         "total += piece.double().square_().sum()",
         "total = piece.double().square_().sum()",
         "test_limits.py::test_norms_of_large_gradients_count_all_elements",
@@ -280,9 +280,8 @@ BITS = (
     ),
     Mutant(
         "runtime/executor.py",
-        "plain = [1 / self.microbatches] * self.microbatches\nweights = [weight * self.scale "
-        "for weight in job.weights or plain]",
-        "weights = [1.0] * self.microbatches",
+        "tangents = tangents / self.microbatches",
+        "tangents = tangents / 1",
         "test_evaluation.py::test_kinds_of_batches",
         "gradients are the sum over the microbatches, not their mean",
     ),

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compiler.ir.program import PipelineProgram, TiedGradient, ValueSpec
-from .state.rank_state import RankState
-from .transport.transport import Endpoint, Run
+from ...compiler.ir.program import PipelineProgram, TiedGradient, ValueSpec
+from ..transport.transport import Endpoint, Run
+from .rank_state import RankState
 
 
 @dataclass(frozen=True)

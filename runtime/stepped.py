@@ -1,0 +1,107 @@
+"""What of a pipeline stands between the gradients and the next step."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ..compiler.ir.errors import OptionError
+from .recording.recording import Recording
+from .stored import Stored
+
+
+class Stepped(Stored):
+    """The part of `Pipeline` that clips and drops gradients, and knows what steps parameters."""
+
+    _recording: Recording
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Scale all gradients so that their global norm is at most ``max_norm``.
+
+        The norm is over all stages, each tied parameter counted once; it is returned, as it was
+        before scaling, on every rank. The arithmetic is `torch.nn.utils.clip_grad_norm_`'s.
+
+        Args:
+            norm_type: 2, 1, another number above 0, or ``inf`` for the largest absolute value.
+            error_if_nonfinite: where the norm is infinite or NaN raise, and change nothing;
+                otherwise gradients become NaN or 0, as torch has it.
+
+        Raises:
+            OptionError: the norm is of no such kind.
+            GradientError: the norm is not finite; on every rank.
+        """
+        if isinstance(norm_type, bool) or not isinstance(norm_type, (Real, str)):
+            raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
+        kind = _number("norm_type", norm_type)
+        if not kind > 0:
+            raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
+        session = self._require()
+        with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
+            return session.clip(max_norm, kind, error_if_nonfinite)
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Clamp each element of all gradients to ±``clip_value``, as
+        `torch.nn.utils.clip_grad_value_` does. Nothing is exchanged.
+
+        Raises:
+            OptionError: ``clip_value`` is negative or NaN.
+        """
+        most = _number("clip_value", clip_value)
+        if not most >= 0:
+            raise OptionError(f"clip_value={clip_value!r}: give 0 or more")
+        self._require()
+        with self._world.guard("clip_grad_value_()"), self._recording.closing("clip"):
+            for param in self.parameters():
+                if param.grad is not None:
+                    param.grad.clamp_(min=-most, max=most)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients (set ``.grad`` to None)."""
+        for _, param in self.named_parameters():
+            param.grad = None
+        if self.loss_scaler is not None:
+            self.loss_scaler.end_step()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the parameters that this process holds."""
+        optimizer = self._require().optimizer
+        if optimizer is None:
+            raise OptionError("compile() was given no optimizer")
+        return optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """What ``lr_scheduler=`` returned.
+
+        Where its ``step`` needs a metric, as `ReduceLROnPlateau`'s does, `Pipeline.step` leaves
+        it to you: call it with the same metric on every rank.
+        """
+        scheduler = self._require().scheduler
+        if scheduler is None:
+            raise OptionError("compile() was given no lr_scheduler")
+        return scheduler
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"{name}={value!r} must be a number") from error
+
+
+def factor_of(scale: Any) -> float:
+    """``scale=`` of `forward_backward`.
+
+    Raises:
+        OptionError: it is no finite number.
+    """
+    factor = _number("scale", scale)
+    if isinstance(scale, (bool, str)) or not math.isfinite(factor):
+        raise OptionError(f"scale={scale!r} must be a finite number, such as 1 / 4")
+    return factor

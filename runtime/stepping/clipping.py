@@ -1,0 +1,99 @@
+"""Clipping by the norm of all gradients, on all stages and replicas.
+
+In which order torch takes the dtypes of a model only it knows; `_group_tensors_by_device_and_dtype`
+has no public name, so this file is its home.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from ...compiler.ir.errors import GradientError
+from ..state.accumulation import reported, reported_powers
+from ..state.model_state import ModelState
+
+
+class GlobalNorm:
+    """The norm of all gradients, each tied parameter once, in torch's arithmetic.
+
+    The norm of the norms is taken over all parameters in the model's order, dtype by dtype as torch
+    takes them, so that it has the same bits however the model is divided. Where replicas divide
+    rows it is that of all elements, summed in fp64.
+
+    Args:
+        kind: 2, another number above 0, or infinity.
+        agree: exchanges a value between all processes.
+    """
+
+    def __init__(self, state: ModelState, kind: float, agree: Callable[[Any], list[Any]]):
+        self._state, self._kind, self._agree = state, kind, agree
+
+    def clip(self, max_norm: float, finite: bool) -> torch.Tensor:
+        """Scale the gradients as `torch.nn.utils.clip_grad_norm_` does; the norm that they had.
+
+        Args:
+            finite: whether the norm has to be.
+
+        Raises:
+            GradientError: it is not; no gradient has been changed.
+        """
+        state = self._state
+        by_rows = state.zero.divides_states and not state.zero.matrices
+        total = (self._divided() if by_rows else self._whole()).to(state.device)
+        if finite and not bool(torch.isfinite(total)):
+            raise GradientError(
+                f"the norm of all gradients, of order {self._kind:g}, is {float(total)}, so that "
+                "they cannot be clipped: give error_if_nonfinite=False to scale them by it all the "
+                "same, or drop them with pipe.zero_grad()"
+            )
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for _, param in state.named_parameters():
+            if param.grad is not None:
+                param.grad.mul_(scale.to(param.grad.device))
+        return total
+
+    def _whole(self) -> torch.Tensor:
+        state, kind = self._state, self._kind
+        mine = {
+            name: (grad.dtype, torch.linalg.vector_norm(grad, kind).cpu())
+            for name, grad in reported(state).items()
+        }
+        everywhere: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+        for part in self._agree(mine):
+            everywhere |= part
+        found = [everywhere[name] for name in state.skeleton.params if name in everywhere]
+        if not found:
+            return torch.zeros(())
+        likes: Any = [torch.empty(0, dtype=dtype, device=state.device) for dtype, _ in found]
+        groups = _group_tensors_by_device_and_dtype([likes], with_indices=True).values()
+        norms = [found[i][1] for _, places in groups for i in places]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), kind)
+        return total
+
+    def _divided(self) -> torch.Tensor:
+        """From each replica's own rows: powers in fp64, and a sum that has no order."""
+        everywhere: dict[tuple[str, int], float] = {}
+        for part in self._agree(reported_powers(self._state, self._kind)):
+            everywhere |= {(n, r): value for n, found in part.items() for r, value in found.items()}
+        dtypes = [param.dtype for param in self._state.skeleton.module.parameters()]
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        return torch.tensor(root(list(everywhere.values()), self._kind), dtype=wide)
+
+
+def root(powers: list[float], kind: float) -> float:
+    """The norm, of what parts of the gradients have of it.
+
+    Args:
+        powers: sums of the ``kind``-th powers; of infinity, largest absolute values.
+    """
+    if any(map(math.isnan, powers)):
+        return math.nan
+    if math.isinf(kind):
+        return max(powers, default=0.0)
+    total = math.inf if math.inf in powers else math.fsum(powers)
+    return math.sqrt(total) if kind == 2.0 else math.pow(total, 1 / kind)
