@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,8 +14,12 @@ from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
 from .session import Session
 from .state import state_dict as state_dicts
+from .state.into_model import Filled
+from .state.state_dict import Piece
 from .stepping.loss_scaler import LossScaler
 from .world import World
+
+M = TypeVar("M", bound=nn.Module | None)
 
 
 class Stored:
@@ -46,16 +50,85 @@ class Stored:
         where replicas divide them, its rows, or those that it owns."""
         return self._require().state.named_parameters()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """All parameters and buffers, full, on the CPU, under the names that the model gives them.
 
         Between processes every rank must call it, and every rank gets all of it. It loads into
         the unmodified model with ``strict=True``.
+
+        Args:
+            rank0_only: rank 0 gets all of it, the others an empty dict, and hold nothing besides.
         """
         session = self._require()
-        with self._world.guard("state_dict()"):
+        with self._world.guard(f"state_dict({'rank0_only=True' if rank0_only else ''})"):
             self._check_whole()
-            return state_dicts.gather(session.state, session.buffers.stages)
+            readers = (0,) if rank0_only else None
+            return state_dicts.gather(session.state, session.buffers.stages, readers=readers)
+
+    def iter_state_dict(self, *, rank0_only: bool = False) -> Iterator[tuple[str, Any]]:
+        """What `state_dict` has, as pairs of which one tensor at a time is in memory.
+
+        Every rank must go through all of it. Names that are one tensor follow each other.
+
+        Args:
+            rank0_only: rank 0 gets the pairs; on others the loop is as long and has no pass.
+
+        Raises:
+            StateError: the pipeline was trained in between.
+        """
+        session = self._require()
+        state, stages = session.state, session.buffers.stages
+        return self._iterated(state_dicts.pieces_of(state, stages), (0,) if rank0_only else None)
+
+    def _iterated(
+        self, pieces: Sequence[Piece], readers: Sequence[int] | None
+    ) -> Iterator[tuple[str, Any]]:
+        state, steps = self._require().state, self._steps
+        for piece in pieces:
+            with self._world.guard("iter_state_dict()"):
+                self._check_whole()
+                if self._steps != steps:
+                    raise StateError(
+                        f"iter_state_dict() began after step {steps}, and the pipeline has trained "
+                        f"until {self._steps} since: take the whole of it between two steps"
+                    )
+                value = state_dicts.fetch(state, piece, readers)
+            if state_dicts.reads(state, readers):
+                for name in piece.names:
+                    yield name, value
+            del value
+
+    def load_into(self, model: M) -> M:
+        """Copy the trained parameters and buffers into a plain model, one tensor at a time.
+
+        The model is another one of the kind that was compiled, or that very one: its own dtypes
+        and devices stay, so that a model in bf16 gets the values rounded to it. Between processes
+        every rank must call it; one that needs no model passes None, and holds nothing.
+
+        Returns:
+            The model.
+
+        Raises:
+            StateError: names, shapes, kinds of dtypes or ties differ, on any rank; nothing has been
+                changed then, on none.
+        """
+        session, agreement = self._require(), self._world.agreement
+        with self._world.guard("load_into()"):
+            self._check_whole()
+            state = session.state
+            target = agreement.together(
+                lambda: None if model is None else Filled(state, model), StateError
+            )
+            readers = [r for r, has in enumerate(agreement.gather(target is not None)) if has]
+            if not readers:
+                raise StateError("load_into() was given None on every rank: give one a model")
+            for piece in state_dicts.pieces_of(state, session.buffers.stages):
+                told = readers if len(readers) < self._world.mesh.size else None
+                value = state_dicts.fetch(state, piece, told)
+                if target is not None:
+                    target.take(piece, value)
+                del value  # before the next
+            return model
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or the unmodified model's own, returned; on every rank.

@@ -1,8 +1,9 @@
-"""Full state dicts, under the names of the unmodified model: gathered, and loaded."""
+"""State dicts, under the names of the unmodified model: gathered, whole or by piece; loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,60 +27,143 @@ def wanted_of(state: ModelState, of_loss: bool) -> dict[str, Any]:
     return dict(skeleton.model.state_dict(keep_vars=True))
 
 
-def gather(
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a state dict, or extra state, which is none.
+
+    Attributes:
+        names: that it has; several where tensors are tied.
+        first: its name among the parameters and buffers; "" of extra state.
+        stage: that has its latest value.
+        like: of its shape and dtype; extra state itself.
+    """
+
+    names: tuple[str, ...]
+    first: str
+    stage: int
+    like: Any
+
+
+def pieces_of(
     state: ModelState, buffer_stage: Mapping[str, int], of_loss: bool = False
-) -> dict[str, Any]:
-    """Full tensors on the CPU; a collective between processes.
+) -> list[Piece]:
+    """What the state dict of the model, or of the loss, is made of.
 
     Args:
         buffer_stage: buffers that a forward has updated -> a stage that has the latest value.
     """
-    held: dict[str, torch.Tensor] = {}
-    result: dict[str, Any] = {}
-    for name, value in wanted_of(state, of_loss).items():
-        first = state.skeleton.canonical.get(name)
-        if first is None:  # extra state, which is no tensor
-            result[name] = value
-            continue
-        if first not in held:
-            stage = state.homes[first][0] if first in state.homes else buffer_stage.get(first, 0)
-            held[first] = _fetch(state, first, stage, value)
-        result[name] = held[first]
-    return {name.removeprefix(f"{LOSS}."): v for name, v in result.items()} if of_loss else result
+    wanted = wanted_of(state, of_loss)
+    names: dict[str, list[str]] = {}
+    for name in wanted:
+        names.setdefault(state.skeleton.canonical.get(name, f"extra state {name}"), []).append(name)
+    found = []
+    for first, mine in names.items():
+        is_tensor = mine[0] in state.skeleton.canonical
+        stage = state.homes[first][0] if first in state.homes else buffer_stage.get(first, 0)
+        shown = tuple(name.removeprefix(f"{LOSS}.") if of_loss else name for name in mine)
+        found.append(Piece(shown, first if is_tensor else "", stage, wanted[mine[0]]))
+    return found
 
 
-def _fetch(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
-    if state.mesh.distributed and name in state.divided:
-        return _assemble(state, name, stage, like)
-    owner = state.mesh.rank_of(0, stage)
-    local = state.ranks.get(owner)
-    if local is not None:
-        tensor = (local.params if name in state.homes else local.buffers)[name].detach()
+def gather(
+    state: ModelState,
+    buffer_stage: Mapping[str, int],
+    of_loss: bool = False,
+    readers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Full tensors on the CPU, in the model's order; a collective between processes.
+
+    Args:
+        buffer_stage: as `pieces_of` has it.
+        readers: the ranks that get them, the others nothing; None for all.
+    """
+    pieces = pieces_of(state, buffer_stage, of_loss)
+    held = {name: fetch(state, each, readers) for each in pieces for name in each.names[:1]}
+    if not reads(state, readers):
+        return {}
+    first_of = {name: each.names[0] for each in pieces for name in each.names}
+    prefix = f"{LOSS}." if of_loss else ""
+    order = [name.removeprefix(prefix) for name in wanted_of(state, of_loss)]
+    return {name: held[first_of[name]] for name in order}
+
+
+def reads(state: ModelState, readers: Sequence[int] | None) -> bool:
+    """Whether this process is one of those that get something."""
+    return readers is None or not state.mesh.distributed or state.mesh.rank in readers
+
+
+def fetch(state: ModelState, piece: Piece, readers: Sequence[int] | None = None) -> Any:
+    """A copy on the CPU, on the ranks that read it; None on others."""
+    name, like = piece.first, piece.like
+    if not name:
+        return like
     if not state.mesh.distributed:
-        return tensor.cpu().clone()
-    if local is None:
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=state.device)
-    else:
-        tensor = tensor.contiguous()
-    with HERE.waiting((owner,)):
-        dist.broadcast(tensor, owner)
-    return tensor.cpu().clone()
+        return _held(state, state.mesh.rank_of(0, piece.stage), name).to("cpu", copy=True)
+    if name in state.divided:
+        return _assemble(state, piece, readers)
+    owner = state.mesh.rank_of(0, piece.stage)
+    local = _held(state, owner, name) if owner in state.ranks else None
+    told = _tell(state, local, owner, like, readers)
+    if told is None or told is not local:
+        return None if told is None else told.cpu()
+    return told.to("cpu", copy=True)
 
 
-def _assemble(state: ModelState, name: str, stage: int, like: torch.Tensor) -> torch.Tensor:
+def _held(state: ModelState, rank: int, name: str) -> torch.Tensor:
+    local = state.ranks[rank]
+    return (local.params if name in state.homes else local.buffers)[name].detach()
+
+
+def _assemble(
+    state: ModelState, piece: Piece, readers: Sequence[int] | None
+) -> torch.Tensor | None:
     """A divided parameter from its rows, each told by who owns them."""
-    whole = torch.empty(like.shape, dtype=like.dtype)
-    for replica in range(state.mesh.dp if like.dim() else 1):
-        rows = rows_of(whole, state.mesh.dp, replica, state.owners.get(name))
-        owner = state.mesh.rank_of(replica, stage)
-        told = torch.empty(rows.shape, dtype=like.dtype, device=state.device)
+    name, like, mesh = piece.first, piece.like, state.mesh
+    mine = reads(state, readers)
+    whole = torch.empty(like.shape, dtype=like.dtype, device="cpu" if mine else "meta")
+    for replica in range(mesh.dp if like.dim() else 1):
+        rows = rows_of(whole, mesh.dp, replica, state.owners.get(name))
+        owner = mesh.rank_of(replica, piece.stage)
+        if not rows.numel():
+            continue
+        local = None
         if owner in state.ranks:
-            told.copy_(state.master(owner, name).detach())
-        if told.numel():
-            with HERE.waiting((owner,)):
-                dist.broadcast(told, owner)
-        rows.copy_(told)
-    return whole
+            local = state.master(owner, name).detach().to(like.dtype)
+        told = _tell(state, local, owner, rows, readers)
+        if told is not None:
+            rows.copy_(told)
+    return whole if mine else None
+
+
+def _tell(
+    state: ModelState,
+    local: torch.Tensor | None,
+    owner: int,
+    like: torch.Tensor,
+    readers: Sequence[int] | None,
+) -> torch.Tensor | None:
+    """What one rank has, on the device of those that read it; None on others.
+
+    Args:
+        local: on the owner.
+        readers: None for all, which it is broadcast to; else it is sent to each of them alone.
+    """
+    me = state.mesh.rank
+    if local is not None:
+        told = local.contiguous()
+    else:
+        shape = like.shape if reads(state, readers) else (0,)
+        told = torch.empty(shape, dtype=like.dtype, device=state.device)
+    if readers is None:
+        with HERE.waiting((owner,)):
+            dist.broadcast(told, owner)
+        return told
+    for reader in readers:
+        if reader == owner or me not in (reader, owner):
+            continue
+        with HERE.waiting((reader if me == owner else owner,)):
+            dist.send(told, reader) if me == owner else dist.recv(told, owner)
+    return told if reads(state, readers) else None
 
 
 def checked(
@@ -145,7 +229,7 @@ def _plain(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
         raise StateError(f"{name!r} is a {type(value).__name__} in the state dict, and no tensor")
     if is_fake(value):
         raise StateError(f"{name!r} has no values in the state dict: it is on the meta device")
-    if _kind(value.dtype) != _kind(like.dtype):
+    if kind_of(value.dtype) != kind_of(like.dtype):
         raise StateError(
             f"{name!r} is {short_name(value.dtype)} in the state dict and "
             f"{short_name(like.dtype)} in the model: convert it first"
@@ -162,6 +246,6 @@ def _plain(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
         ) from error
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+def kind_of(dtype: torch.dtype) -> tuple[bool, bool, bool]:
     """Values are converted within one of these alone: numbers with fractions, integers, truths."""
     return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
