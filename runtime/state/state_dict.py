@@ -120,7 +120,7 @@ def _assemble(
     """A divided parameter from its rows, each told by who owns them."""
     name, like, mesh = piece.first, piece.like, state.mesh
     mine = reads(state, readers)
-    whole = torch.empty(like.shape, dtype=like.dtype, device="cpu" if mine else "meta")
+    whole = torch.empty(like.shape, dtype=like.dtype) if mine else like.detach()  # for its shape
     for replica in range(mesh.dp if like.dim() else 1):
         rows = rows_of(whole, mesh.dp, replica, state.owners.get(name))
         owner = mesh.rank_of(replica, piece.stage)
@@ -132,6 +132,7 @@ def _assemble(
         told = _tell(state, local, owner, rows, readers)
         if told is not None:
             rows.copy_(told)
+        del told  # before the next
     return whole if mine else None
 
 
