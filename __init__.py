@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .compiler.costs.hardware import Device
     from .compiler.ir.precision import LossScale, Precision
     from .compiler.plan.plan import Plan
+    from .runtime.exchange.preemption import Preemption
     from .runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Precision",
+    "Preemption",
     "__version__",
     "compile",
     "data",
@@ -37,6 +39,7 @@ _HOMES = {
     "Device": "compiler.costs.hardware",
     "Pipeline": "runtime.pipeline",
     "Plan": "compiler.plan.plan",
+    "Preemption": "runtime.exchange.preemption",
     "LossScale": "compiler.ir.precision",
     "Precision": "compiler.ir.precision",
 }

@@ -381,6 +381,8 @@ class Pipeline(Stepped):
     ) -> tuple[Session, Ready, dict[int, Job]]:
         """What runs on a batch, or one of several, and what each rank gets of it."""
         values, whole = ([], None) if batch is None else self._flat(batch)
+        if mode is Mode.TRAIN and self._session is not None:
+            self._check_weights("a step")
         session, step = self._load(mode, whole, values, several=several)
         self._recording.attach(session.state.ranks, session.optimizer)
         ready = session.ready(step)

@@ -28,7 +28,6 @@ from .loader import Request, Step
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
-from .stepping.clipping import GlobalNorm
 from .stepping.loss_scaler import LossScaler
 from .stepping.optimizer import make_optimizer
 from .stepping.own_optimizers import OwnOptimizers
@@ -338,16 +337,6 @@ class Session:
         """Whether all ranks have finite gradients; these are unscaled then."""
         scaler.saw(all(self._world.agreement.gather(self._sums.unscale(scaler.scale))))
         return not scaler.overflowed
-
-    def clip(self, max_norm: float, kind: float = 2.0, finite: bool = False) -> torch.Tensor:
-        """Scale the gradients to a global norm of at most this; the norm that they had.
-
-        Args:
-            kind: of the norm.
-            finite: whether it has to be.
-        """
-        norm = GlobalNorm(self.state, kind, self._world.agreement.gather)
-        return norm.clip(max_norm, finite)
 
     def refresh(self) -> None:
         """Make anew what was computed from parameters and buffers that have changed."""

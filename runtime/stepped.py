@@ -10,6 +10,9 @@ import torch
 
 from ..compiler.ir.errors import OptionError
 from .recording.recording import Recording
+from .stepping.averaging import AverageAll, AveragedWeights, AverageOne, average_of
+from .stepping.clipping import GlobalNorm
+from .stepping.early_stopping import EarlyStopping
 from .stored import Stored
 
 
@@ -42,7 +45,8 @@ class Stepped(Stored):
             raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
         session = self._require()
         with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
-            return session.clip(max_norm, kind, error_if_nonfinite)
+            norm = GlobalNorm(session.state, kind, self._world.agreement.gather)
+            return norm.clip(max_norm, error_if_nonfinite)
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Clamp each element of all gradients to ±``clip_value``, as
@@ -86,6 +90,82 @@ class Stepped(Stored):
         if scheduler is None:
             raise OptionError("compile() was given no lr_scheduler")
         return scheduler
+
+    # -- beside the steps -------------------------------------------------------------------
+
+    def early_stopping(
+        self,
+        patience: int,
+        *,
+        min_delta: float = 0.0,
+        mode: str = "min",
+        name: str = "early_stopping",
+    ) -> EarlyStopping:
+        """Tells when a value no longer gets better; all ranks get one answer.
+
+        ``if stopping.update(pipe.evaluate(loader)): break``. Its state is saved and loaded with the
+        pipeline.
+
+        Args:
+            patience: how many values in a row may be no better than the best one.
+            min_delta: by how much a better one is better at least.
+            mode: "min" where less is better, "max" where more is.
+            name: among ``checkpoint_extras``.
+
+        Raises:
+            OptionError: one of these is no such value, or the name is taken.
+        """
+
+        def agree(value: Any) -> list[Any]:
+            with self._world.guard("update() of early_stopping()"):
+                return self._world.agreement.gather(value)
+
+        made = EarlyStopping(agree, patience, min_delta, mode)
+        self._add_extra(name, made)
+        return made
+
+    def averaged(
+        self,
+        multi_avg_fn: AverageAll | None = None,
+        *,
+        avg_fn: AverageOne | None = None,
+        name: str = "averaged",
+    ) -> AveragedWeights:
+        """Averages of the parameters over steps, as `torch.optim.swa_utils.AveragedModel` has them.
+
+        ``average.update()`` after a step takes the weights in, on every rank; inside of ``with
+        average.swapped():`` the pipeline evaluates with the averages. Each process averages what it
+        holds, under every level of ZeRO. They are saved and loaded with the pipeline, under any
+        stages and replicas. Buffers are the latest ones.
+
+        Args:
+            multi_avg_fn: such as ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``; by default
+                the plain mean.
+            avg_fn: the same of a single parameter.
+            name: among ``checkpoint_extras``.
+
+        Raises:
+            NotCompiledError: before the first batch, when there are no parameters.
+            OptionError: an average does not treat every element alone, or the name is taken.
+        """
+        session = self._require()
+
+        def placed(there: bool) -> None:
+            session.state.swapped = there
+            session.refresh()
+
+        trained = [param for param in self.parameters() if param.requires_grad]
+        average, guard = average_of(multi_avg_fn, avg_fn), self._world.guard
+        made = AveragedWeights(trained, average, guard, self._check_weights, placed)
+        self._add_extra(name, made)
+        return made
+
+    def _add_extra(self, name: str, made: Any) -> None:
+        if name in self.checkpoint_extras:
+            raise OptionError(
+                f"checkpoint_extras has a {name!r} already: give name= another one, or remove that"
+            )
+        self.checkpoint_extras[name] = made
 
 
 def _number(name: str, value: Any) -> float:

@@ -186,7 +186,7 @@ class Stored:
             NotCompiledError: there is nothing to save before the first batch.
             CheckpointError: it cannot be written; those before it are as they were.
         """
-        self._require()
+        self._check_weights("save()")
         with self._world.guard("save()"):
             training = self._training(data)
             self._check_whole()
@@ -212,6 +212,7 @@ class Stored:
                 and nothing has been changed.
         """
         session = self._require()
+        self._check_weights("load()")
         with self._world.guard("load()"):
             training = self._training(data)
             self._seed, self._steps = self._checkpoints.load(training, Path(directory), verify)
@@ -238,9 +239,18 @@ class Stored:
         """
         self._world.agreement.together(self._world.transport.check)
 
+    def _check_weights(self, what: str) -> None:
+        """Raises StateError where averages are in the place of the weights."""
+        if self._require().state.swapped:
+            raise StateError(
+                f"{what} inside of `with average.swapped():`, where averages are in the place of "
+                "the weights: train, save and load outside"
+            )
+
     def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
         session = self._require()
         call = "load_loss_state_dict()" if of_loss else "load_state_dict()"
+        self._check_weights(call)
         with self._world.guard(call):
             chosen = self._world.agreement.together(
                 lambda: state_dicts.checked(session.state, tensors, of_loss), StateError

@@ -30,6 +30,7 @@ from ..transport.doing import HERE
 from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from ..transport.neighbours import Neighbours
+from . import preemption
 
 T = TypeVar("T")
 Pieces = tuple[BatchSpec | None, ...]
@@ -207,6 +208,7 @@ class Agreement:
             RankMismatchError: batches, or data within a replica, differ.
         """
         if not self._mesh.distributed:
+            preemption.learn([preemption.heard_here()])
             if obstacle is not None:
                 raise obstacle
             if spec is None:
@@ -260,8 +262,10 @@ class Agreement:
 
     def _announced(self, *mine: int) -> list[tuple[int, ...]]:
         """What every rank announces before it runs anything, item by item; the first is a hash of
-        what that is."""
-        return list(zip(*self.gather(mine), strict=True))
+        what that is. Beside it goes whether the run is to stop."""
+        *announced, heard = zip(*self.gather((*mine, preemption.heard_here())), strict=True)
+        preemption.learn(heard)
+        return announced
 
     def _check_calls(self, programs: Sequence[int], text: str) -> None:
         if len({each for each in programs if each != _ABSENT}) == 1:

@@ -49,6 +49,7 @@ class ModelState:
         primary: parameter FQN -> the first rank of this process that holds it, and what the
             optimizer steps; without those that are another replica's.
         digests: name -> a hash of the whole tensor that this process has taken values from.
+        swapped: whether averages are in the place of the weights.
 
     Raises:
         StateError: the source lacks one of them.
@@ -70,6 +71,7 @@ class ModelState:
         self.copies: dict[tuple[str, torch.device], nn.Parameter] = {}
         self.primary: dict[str, tuple[int, nn.Parameter]] = {}
         self.ranks: dict[int, RankState] = {}
+        self.swapped = False
         trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
         self._sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
         names, cuts = self._names(endpoints), self._cuts(endpoints, program)
