@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .compiler.plan.plan import Plan
     from .runtime.exchange.preemption import Preemption
     from .runtime.pipeline import Pipeline
+    from .runtime.stepping.several import Several
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Plan",
     "Precision",
     "Preemption",
+    "Several",
     "__version__",
     "compile",
     "data",
@@ -40,6 +42,7 @@ _HOMES = {
     "Pipeline": "runtime.pipeline",
     "Plan": "compiler.plan.plan",
     "Preemption": "runtime.exchange.preemption",
+    "Several": "runtime.stepping.several",
     "LossScale": "compiler.ir.precision",
     "Precision": "compiler.ir.precision",
 }

@@ -180,14 +180,15 @@ class Pipeline(Stepped):
             self._verify(verifier, batch, norm)
         return found
 
-    def loader(self, dataset: Any, batch_size: int, **options: Any) -> DataSetLoader:
+    def loader(self, dataset: Any, batch_size: int | None = None, **options: Any) -> DataSetLoader:
         """A loader of a data set, with the rows of this process in each batch.
 
         Its position is saved and loaded with the pipeline (make the same loaders in the same order
         to resume): ``for epoch in range(loader.epoch, epochs): for batch in loader: ...``.
 
         Args:
-            dataset: with a length, and items by number.
+            dataset: with a length, and items by number; or what `pipecompile.data.batches` made of
+                one before there was a pipeline, alone.
             batch_size: rows of a global batch; the last one of a pass may have fewer.
             options: ``shuffle=True`` for another order in each pass, ``drop_last=True``,
                 ``whole_batches=True`` to load all rows of a batch in every process and cut it
@@ -197,10 +198,17 @@ class Pipeline(Stepped):
         Raises:
             OptionError: the data set has no length, or an option is not known.
         """
-        options.setdefault("pin_memory", self._world.device.type == "cuda")
-        shards, shard = self.data_shards, self.data_shard
-        cut = self._options.cut
-        made = DataSetLoader(dataset, batch_size, shards, shard, self._seed, cut, **options)
+        if isinstance(dataset, DataSetLoader):
+            if batch_size is not None or options:
+                raise OptionError(
+                    "pipe.loader() was given a loader of pipecompile.data.batches(), which has its "
+                    "batch_size= and options: give them there"
+                )
+            made = dataset
+        else:
+            made = DataSetLoader(dataset, batch_size, **options)
+        pinned = self._world.device.type == "cuda"
+        made.bind(self.data_shards, self.data_shard, self._seed, self._options.cut, pinned)
         self._loaders.add(made)
         return made
 

@@ -104,6 +104,14 @@ def compile_(model: nn.Module | None = None, n_stages: Any = 1, **options: Any) 
         ({"micro_batches": 4}, "unknown option 'micro_batches': did you mean 'microbatches'"),
         ({"flavour": 1}, "unknown option 'flavour': known are"),
         ({"optimizer": "adamw"}, "optimizer='adamw' is not callable.*factory"),
+        (
+            {"optimizer": SGD([nn.Parameter(X)])},
+            r"given an optimizer, SGD, .*functools.partial\(SGD, lr=0.1\)",
+        ),
+        (
+            {"optimizer": SGD, "lr_scheduler": OTHERS},
+            r"given a scheduler, StepLR, .*functools.partial\(StepLR, ...\)",
+        ),
         ({"loss_fn": 3}, "loss_fn=3 is not callable"),
         ({"max_grad_norm": 1.0}, "max_grad_norm has no effect without optimizer="),
         ({"lr_scheduler": SGD}, "lr_scheduler has no effect without optimizer="),

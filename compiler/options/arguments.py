@@ -26,7 +26,9 @@ from .checks import (
     check_level,
     check_names,
     check_natural,
+    check_optimizer,
     check_precision,
+    check_scheduler,
     check_stages,
     one_of,
 )
@@ -101,7 +103,7 @@ class Options:
         help="called with the named parameters of this process",
         more="A factory such as ``functools.partial(torch.optim.AdamW, lr=3e-4)``, or a function "
         "that makes parameter groups of them.",
-        check=callable_or("give a factory such as functools.partial(torch.optim.AdamW, lr=3e-4)"),
+        check=check_optimizer,
         compared=whether_given,
     )
     loss_fn: LossFn | None = option(
@@ -152,7 +154,7 @@ class Options:
         None,
         help="called with the optimizer; `step` steps what it returns",
         more="One whose ``step`` needs a metric is yours to step: ``pipe.lr_scheduler``.",
-        check=callable_or("give a function that takes the optimizer and returns its scheduler"),
+        check=check_scheduler,
         compared=whether_given,
     )
     example_batch: Any = option(

@@ -50,6 +50,30 @@ def callable_or(advice: str) -> Callable[[str, Any], None]:
     return check
 
 
+def check_optimizer(name: str, value: Any) -> None:
+    """A factory, and not what it makes."""
+    if hasattr(value, "param_groups"):
+        kind, rate = type(value).__name__, getattr(value, "defaults", {}).get("lr", 3e-4)
+        raise OptionError(
+            f"{name}= was given an optimizer, {kind}, which has parameters of your model, and the "
+            f"pipeline trains its own copies of them: give what makes one, such as "
+            f"functools.partial({kind}, lr={rate}), or a function of the named parameters"
+        )
+    callable_or("give a factory such as functools.partial(torch.optim.AdamW, lr=3e-4)")(name, value)
+
+
+def check_scheduler(name: str, value: Any) -> None:
+    """A factory, and not what it makes."""
+    if callable(getattr(value, "step", None)) and not isinstance(value, type):
+        kind = type(value).__name__
+        raise OptionError(
+            f"{name}= was given a scheduler, {kind}, which has an optimizer that the pipeline does "
+            f"not step: give what makes one of the pipeline's optimizer, such as "
+            f"functools.partial({kind}, ...) without the optimizer"
+        )
+    callable_or("give a function that takes the optimizer and returns its scheduler")(name, value)
+
+
 def one_of(kinds: tuple[type, ...], advice: str) -> Callable[[str, Any], None]:
     """A check that gives advice where a value is of no such kind."""
 

@@ -9,6 +9,7 @@ import torch
 
 from ...compiler.ir.errors import CheckpointError
 from ..data.dataset_loader import DataSetLoaders
+from ..stepping.several import OptimizersAsOne
 from . import tree
 
 Act = Callable[[], object]
@@ -59,6 +60,8 @@ def as_it_was(what: str, changed: Any) -> Act:
     """What puts an object back to the state of this moment."""
     if isinstance(changed, DataSetLoaders):
         return changed.kept()
+    if isinstance(changed, OptimizersAsOne):
+        return _several(changed)
     if isinstance(changed, torch.optim.Optimizer):
         return _optimizer(changed)
     attributes = dict(getattr(changed, "__dict__", {}))
@@ -73,6 +76,17 @@ def as_it_was(what: str, changed: Any) -> Act:
             vars(changed).update(attributes)
         if state is not None and tree.encode(changed.state_dict(), what) != state:
             changed.load_state_dict(tree.decode(state))
+
+    return undo
+
+
+def _several(one: OptimizersAsOne) -> Act:
+    undone = [_optimizer(each) for each in one.optimizers]
+
+    def undo() -> None:
+        for each in undone:
+            each()
+        one.join()
 
     return undo
 

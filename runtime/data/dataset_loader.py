@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from ...compiler.capture import batch as batches
+from ...compiler.capture.batch import flatten
 from ...compiler.ir.errors import OptionError, StateError
 from ...compiler.ir.ops import mix
 from ...compiler.options.microbatches import cut as parted
@@ -20,16 +20,13 @@ _OURS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_l
 
 
 class DataSetLoader:
-    """Iterates over a data set once; made by `Pipeline.loader`.
+    """Iterates over a data set once; made by `Pipeline.loader`, or for it by `batches`.
 
     A pass over it gives the batches in the same order, and each replica the same rows of them,
     in one process and in many. What is left at the end is a smaller batch; a replica without rows
     in it gets an empty one.
 
     Args:
-        shards, shard: into how many shares a global batch is cut, and which one is loaded.
-        seed: of the order.
-        cut: makes the shares of a whole batch; None for rows.
         options: of `torch.utils.data.DataLoader`.
 
     Attributes:
@@ -43,11 +40,7 @@ class DataSetLoader:
     def __init__(
         self,
         dataset: Any,
-        batch_size: int,
-        shards: int,
-        shard: int,
-        seed: int,
-        cut: Cut | None = None,
+        batch_size: Any,
         /,
         shuffle: bool = False,
         drop_last: bool = False,
@@ -55,12 +48,30 @@ class DataSetLoader:
         **options: Any,
     ):
         _check(dataset, batch_size, options)
-        self._dataset, self._size, self._options = dataset, batch_size, options
-        self._shards, self._shard, self._seed = shards, shard, seed
+        self._dataset, self._options = dataset, options
+        self._size: int = batch_size
         self._shuffle, self._drop_last, self._whole = shuffle, drop_last, whole_batches
-        self._cut = cut
+        self._bound = False
         self.epoch = self.batch = 0
         self._begun = False
+
+    def bind(self, shards: int, shard: int, seed: int, cut: Cut | None, pin_memory: bool) -> None:
+        """Load the rows of one process of a pipeline.
+
+        Args:
+            shards, shard: into how many shares a global batch is cut, and which one is loaded.
+            seed: of the order.
+            cut: makes the shares of a whole batch; None for rows.
+            pin_memory: unless an option says otherwise.
+
+        Raises:
+            OptionError: it belongs to a pipeline already.
+        """
+        if self._bound:
+            raise OptionError("this loader belongs to a pipeline already: make one for each")
+        self._shards, self._shard, self._seed, self._cut = shards, shard, seed, cut
+        self._options = {"pin_memory": pin_memory} | self._options
+        self._bound = True
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -68,6 +79,14 @@ class DataSetLoader:
         return rows // self._size if self._drop_last else -(-rows // self._size)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._bound:
+            raise OptionError(
+                "a loader that pipecompile.data.batches() made knows which rows are its own when "
+                "pipe.loader(...) was given it: go through what that returns"
+            )
+        return self._pass()
+
+    def _pass(self) -> Iterator[Any]:
         if self._begun:  # and left before its end
             self.epoch, self.batch = self.epoch + 1, 0
         self._begun = True
@@ -126,6 +145,21 @@ class DataSetLoader:
             )
         self.epoch, self.batch, self._seed = state["epoch"], state["batch"], state["seed"]
         self._begun = False
+
+
+def batches(dataset: Any, batch_size: int, **options: Any) -> DataSetLoader:
+    """The global batches of a data set, before there is a pipeline to load them for.
+
+    ``len`` of it is the number of steps in a pass, which a learning rate schedule may need when the
+    pipeline is compiled; ``pipe.loader(batches)`` then makes it the loader of that pipeline.
+
+    Args:
+        dataset, batch_size, options: as `Pipeline.loader` has them.
+
+    Raises:
+        OptionError: the data set has no length, or an option is not known.
+    """
+    return DataSetLoader(dataset, batch_size, **options)
 
 
 class DataSetLoaders:
@@ -193,7 +227,7 @@ def _check_position(state: Any) -> None:
 
 def _rows(batch: Any, start: int, size: int) -> Any:
     """So many rows of a batch."""
-    values, spec = batches.flatten(batch)
+    values, spec = flatten(batch)
     mine = [value[start : start + size] if value.dim() else value for value in values]
     return spec.with_rows(size).build(mine)
 

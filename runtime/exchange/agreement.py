@@ -275,7 +275,8 @@ class Agreement:
             if theirs != first:
                 raise RankMismatchError(
                     f"rank 0 was called with ({first}) and rank {rank} with ({theirs}) per row: "
-                    "all ranks must make the same calls with equal shapes"
+                    "all ranks must make the same calls, with equal keys, dtypes and numbers of "
+                    "dimensions; rows and lengths may differ between replicas"
                 )
         raise RankMismatchError("one rank was given a batch and another its shape: give all alike")
 

@@ -174,6 +174,12 @@ class Numbers:
         return torch.tensor([i, 10 * i])
 
 
+def bound(count: int, size: int, shards: int, shard: int, seed: int, **options: Any) -> Any:
+    loader = DataSetLoader(Numbers(count), size, **options)
+    loader.bind(shards, shard, seed, None, False)
+    return loader
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 30),
@@ -188,9 +194,9 @@ def test_shares_make_up_the_batches(
 ) -> None:
     """In rank order, as one process has them; every row once in a pass, in another order then."""
     options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last}
-    one = DataSetLoader(Numbers(count), size, 1, 0, 7, **options)
+    one = bound(count, size, 1, 0, 7, **options)
     shares = [
-        DataSetLoader(Numbers(count), size, shards, r, 7, whole_batches=whole_batches, **options)
+        bound(count, size, shards, r, 7, whole_batches=whole_batches, **options)
         for r in range(shards)
     ]
     for _ in range(2):
@@ -214,9 +220,7 @@ def test_it_goes_on_where_it_was(count: int, size: int, taken: int) -> None:
         while True:
             yield from loader
 
-    first, second = (
-        DataSetLoader(Numbers(count), size, 1, 0, seed, shuffle=True) for seed in (1, 2)
-    )
+    first, second = (bound(count, size, 1, 0, seed, shuffle=True) for seed in (1, 2))
     running = forever(first)
     for _ in range(taken):
         next(running)
@@ -227,7 +231,7 @@ def test_it_goes_on_where_it_was(count: int, size: int, taken: int) -> None:
 
 
 def test_a_pass_that_was_left_is_over() -> None:
-    loader = DataSetLoader(Numbers(6), 2, 1, 0, 0)
+    loader = bound(6, 2, 1, 0, 0)
     assert next(iter(loader)).tolist() == [[0, 0], [1, 10]]
     assert [int(batch[0, 0]) for batch in loader] == [0, 2, 4]
     assert loader.epoch == 2
@@ -236,7 +240,7 @@ def test_a_pass_that_was_left_is_over() -> None:
 def test_positions_wait_for_loaders() -> None:
     loaders = DataSetLoaders()
     loaders.load_state_dict({"loaders": [{"epoch": 1, "batch": 2, "seed": 5}]})
-    loader = DataSetLoader(Numbers(6), 2, 1, 0, 0)
+    loader = bound(6, 2, 1, 0, 0)
     loaders.add(loader)
     assert loaders.state_dict() == {"loaders": [{"epoch": 1, "batch": 2, "seed": 5}]}
     assert [int(batch[0, 0]) for batch in loader] == [4]
