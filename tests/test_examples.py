@@ -20,7 +20,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", pytest.param("docs/guide.md", marks=pytest.mark.slow), "docs/checkpoints.md"],
+    [
+        "README.md",
+        pytest.param("docs/guide.md", marks=pytest.mark.slow),
+        pytest.param("docs/training.md", marks=pytest.mark.slow),
+        "docs/checkpoints.md",
+    ],
 )
 def test_the_blocks_of_a_document_run(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

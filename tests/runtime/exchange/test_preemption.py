@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pipecompile
@@ -16,6 +19,7 @@ from pipecompile.errors import OptionError
 from pipecompile.runtime.exchange import agreement
 from support import jobs, models, plain
 from support.gang import Gang
+from support.scripts import SMALL
 
 BATCH = models.batches("gpt2", 4, 1)[0]
 
@@ -62,6 +66,50 @@ def test_all_ranks_stop_after_the_same_step(
     gang: Callable[[int], Gang], on: int, name: str, call: str
 ) -> None:
     assert gang(2).run(stopped, 3, on, name, call) == [(3, f"{name} on rank {on}")] * 2
+
+
+SCRIPT = (
+    """
+import sys, time
+import pipecompile, torch
+"""
+    + SMALL
+    + """
+stop = pipecompile.Preemption()
+print("trains", flush=True)
+while not stop.requested:
+    pipe.step(batch)
+    time.sleep(0.01)
+pipe.save(sys.argv[1])
+print(f"saved: {stop.reason.partition(' ')[0]}", flush=True)
+"""
+)
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_signal_on(tmp_path: Path) -> None:
+    """Its processes save before it ends them."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [
+        *torchrun,
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "train.py"),
+        str(tmp_path / "run"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        seen: list[str] = []
+        while seen.count("trains") < 2:
+            line = agent.stdout.readline()
+            assert line, seen
+            seen.append(line.strip())
+        agent.send_signal(signal.SIGTERM)
+        rest, _ = agent.communicate(timeout=60)
+    assert rest.split("\n").count("saved: SIGTERM") == 2
+    assert (tmp_path / "run/latest").exists()
 
 
 def exchanges(listens: bool) -> int:
