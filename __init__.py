@@ -12,25 +12,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, errors
+    from . import callbacks, data, errors
     from .compiler.api import compile
     from .compiler.costs.hardware import Device
     from .compiler.ir.precision import LossScale, Precision
     from .compiler.plan.plan import Plan
     from .runtime.exchange.preemption import Preemption
+    from .runtime.monitor.metrics import Metrics
+    from .runtime.outputs.scores import Collected
     from .runtime.pipeline import Pipeline
     from .runtime.stepping.several import Several
 
 __version__ = "0.1.0"
 __all__ = [
+    "Collected",
     "Device",
     "LossScale",
+    "Metrics",
     "Pipeline",
     "Plan",
     "Precision",
     "Preemption",
     "Several",
     "__version__",
+    "callbacks",
     "compile",
     "data",
     "errors",
@@ -39,6 +44,8 @@ __all__ = [
 _HOMES = {
     "compile": "compiler.api",
     "Device": "compiler.costs.hardware",
+    "Collected": "runtime.outputs.scores",
+    "Metrics": "runtime.monitor.metrics",
     "Pipeline": "runtime.pipeline",
     "Plan": "compiler.plan.plan",
     "Preemption": "runtime.exchange.preemption",
@@ -49,7 +56,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "errors"):
+    if name in ("callbacks", "data", "errors"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

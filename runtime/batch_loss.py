@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,18 @@ PADDED = (
     "pipecompile.data.pad_to_multiple"
 )
 LossWeight = Callable[[Any], Any]
+Reports = Callable[[], list[tuple[float, ...]]]
+"""Gives what each rank has reported of a run, on rank 0; nothing on others. It waits for that."""
 Buffers = Mapping[str, torch.Tensor]
+
+
+class Told(NamedTuple):
+    """Attributes:
+    loss: gives the loss of the batch; waits for it.
+    """
+
+    loss: Callable[[], torch.Tensor]
+    reports: Reports
 
 
 class BatchLoss:
@@ -143,12 +154,16 @@ class BatchLoss:
             losses.append(here)
         sums.add(counts, self._step.sizes, losses)
 
-    def weigh_outputs(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Weights:
-        """As `weigh`, of the loss among what the model returns for the rows of this process.
+    def weigh_outputs(
+        self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers], here: Sequence[int]
+    ) -> Weights:
+        """As `weigh`, of the loss among what the model returns for the rows of some replicas.
 
         Where nothing counts it is what one device would return: no number.
+
+        Args:
+            here: these replicas, those of this process among them.
         """
-        here = self._step.here
         sizes = [self._step.sizes[replica] for replica in here]
         counts: Counts = [[[]] * len(replica) for replica in sizes]
         if self._counts:
@@ -239,8 +254,14 @@ class BatchLoss:
             )
         return [number]
 
-    def total(self, jobs: Mapping[int, Job], weights: Weights) -> Callable[[], torch.Tensor]:
-        """Tells the loss of the batch to every rank; what is returned waits for it."""
+    def total(
+        self, jobs: Mapping[int, Job], weights: Weights, report: Sequence[float] = ()
+    ) -> Told:
+        """Tells the loss of the batch to every rank.
+
+        Args:
+            report: further numbers, which rank 0 is told.
+        """
         stage, mesh, dtype = self._program.loss_stage, self._world.mesh, self._program.loss_dtype
         mine = {
             mesh.replica_of(rank): torch.stack(job.losses)
@@ -249,13 +270,13 @@ class BatchLoss:
         }
         parts = {r: loss_of_replica(losses, weights, r) for r, losses in mine.items()}
         assert dtype is not None
-        found = self._told(parts, mesh.replicas_of(stage))
-        return functools.cache(lambda: loss_of_batch(found(), weights, dtype))
+        found, reports = self._told(parts, mesh.replicas_of(stage), report)
+        return Told(functools.cache(lambda: loss_of_batch(found(), weights, dtype)), reports)
 
     def _told(
-        self, parts: Mapping[int, torch.Tensor], speakers: Sequence[int]
-    ) -> Callable[[], torch.Tensor]:
-        """Those of all replicas, (dp,), each told by the rank that has it.
+        self, parts: Mapping[int, torch.Tensor], speakers: Sequence[int], report: Sequence[float]
+    ) -> tuple[Callable[[], torch.Tensor], Reports]:
+        """Those of all replicas, (dp,), each told by the rank that has it; and what ranks report.
 
         Args:
             parts: replica -> what this process has.
@@ -263,19 +284,27 @@ class BatchLoss:
         mesh, device, agreement = self._world.mesh, self._world.device, self._world.agreement
         if not mesh.distributed:
             here = torch.stack([parts[replica].to(device) for replica in sorted(parts)])
-            return lambda: here
+            return lambda: here, lambda: [tuple(report)]
         if agreement.neighbours is not None and device.type == "cpu":
             mine = next((float(part) for part in parts.values()), None)
             told = agreement.tell(mine, speakers)
-            return lambda: torch.tensor(told(), dtype=torch.float64)
-        slots = torch.zeros(mesh.size, dtype=torch.float64, device=device)
+            reports = agreement.report(report) if report else list
+            return lambda: torch.tensor(told(), dtype=torch.float64), reports
+        # (ranks, the loss and what is reported)
+        slots = torch.zeros(mesh.size, 1 + len(report), dtype=torch.float64, device=device)
         for replica, part in parts.items():
-            slots[speakers[replica]] = part
+            slots[speakers[replica], 0] = part
+        for place, number in enumerate(report, 1):  # a kernel each: a copy would wait for a device
+            slots[mesh.rank, place] = number
         work = dist.all_reduce(slots, async_op=True)  # adds zeros: exact
 
         def summed() -> torch.Tensor:
             with HERE.waiting(speakers):
                 work.wait()
-            return slots[list(speakers)]
+            return slots[list(speakers), 0]
 
-        return summed
+        def reported() -> list[tuple[float, ...]]:
+            summed()
+            return [tuple(each) for each in slots[:, 1:].tolist()]
+
+        return summed, list if mesh.rank else reported

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import fx
@@ -58,6 +59,8 @@ class Job:
         scale: what the user multiplies the loss by before it is differentiated.
         losses: per microbatch, on the stage that computes it.
         results: per microbatch, what the model returned, on the last stage.
+        busy_s, begun_s, ended_s: what the calls of its programs took together, when the first one
+            began and when the last one ended, by `time.perf_counter`.
     """
 
     batches: Sequence[Sequence[torch.Tensor]]
@@ -70,6 +73,15 @@ class Job:
     scale: float = 1.0
     losses: list[torch.Tensor] = field(default_factory=list)
     results: list[dict[int, torch.Tensor]] = field(default_factory=list)
+    busy_s: float = 0.0
+    begun_s: float = 0.0
+    ended_s: float = 0.0
+
+    def called(self, begun_s: float, ended_s: float) -> None:
+        """A program was, from then to then."""
+        self.begun_s = self.begun_s or begun_s
+        self.busy_s += ended_s - begun_s
+        self.ended_s = ended_s
 
     def argument(self, index: int, number: int) -> torch.Tensor | float:
         """One of a microbatch."""
@@ -168,7 +180,9 @@ class Executor:
                     last = index == self.microbatches - 1
                     self.state.grads.begin(made[index].leaving[stage], kind, last)
                 with named(action):
+                    begun_s = perf_counter()
                     made[index]._compute(action, index, values, job, tangents)
+                    job.called(begun_s, perf_counter())
                     made[index]._hand_over(stage, kind, index, alive)
             elif kind in SEND.values():
                 assert index is not None

@@ -24,8 +24,8 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
 from .cutter import Cutter, Parts, dealt
+from .data.numbers import Numbers
 from .executor import Job, PieceKind
-from .numbers import Numbers
 from .world import World
 
 Leaves = tuple[torch.Tensor, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,12 +28,16 @@ from ..compiler.plan.plan import Plan
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import config_of
 from .data.dataset_loader import DataSetLoader, DataSetLoaders
-from .data.in_step import in_step, is_loader, shown_progress
+from .evaluated import Evaluated
 from .exchange.ranks import Ranks
 from .executor import Job
 from .loader import Loader, Step
+from .monitor.callbacks import Callbacks
+from .monitor.machine import machine_of
+from .monitor.meter import Meter, planned_of
+from .ready import Ready
 from .recording.recording import Recording
-from .session import Ready, Session
+from .session import Session
 from .stepped import Stepped, factor_of
 from .stepping.loss_scaler import LossScaler
 from .transport.doing import HERE
@@ -44,7 +47,7 @@ from .weights.materialize import Source, source_of
 from .world import World
 
 
-class Pipeline(Stepped):
+class Pipeline(Evaluated, Stepped):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:
@@ -58,6 +61,7 @@ class Pipeline(Stepped):
         checkpoint_extras: name -> an object with ``state_dict`` and ``load_state_dict`` that `save`
             and `load` include, such as an optimizer of yours; where a checkpoint has none by that
             name, the object is left as it is.
+        callbacks: what rank 0 tells of steps, evaluations and saves; a list that may be changed.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Pipeline(Stepped):
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
         world = self._world = World(mesh, device, options)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
+        self.callbacks = Callbacks(options.callbacks, self.is_main)
         with world.compiling():
             dump_dir = options.dump_dir if self.is_main else None
             world.agreement.together(lambda: prepare(dump_dir), OptionError)
@@ -86,7 +91,10 @@ class Pipeline(Stepped):
             self._loaders = DataSetLoaders()
             team = Ranks(mesh, world.agreement, model, options)
             cache = Cache(default_cache_dir())
-            builder = Builder(skeleton, options, world.target(options), team, notes, cache)
+            target = world.target(options)
+            builder = Builder(skeleton, options, target, team, notes, cache)
+            module = skeleton.module
+            self._meter = Meter(machine_of(mesh, world.device, target.spec, options, module))
             devices = {rank: endpoint.device for rank, endpoint in world.endpoints.items()}
             self._recording = Recording(mesh, world.agreement, devices)
             self._loader = Loader(world, builder, options)
@@ -102,6 +110,7 @@ class Pipeline(Stepped):
             )
             if options.example_batch is not None:
                 self.compile_for(options.example_batch)
+            world.agreement.together(lambda: self.callbacks.start(self), OptionError)
 
     @property
     def needs_data(self) -> bool:
@@ -153,7 +162,9 @@ class Pipeline(Stepped):
                 "functools.partial(torch.optim.AdamW, lr=3e-4), or use forward_backward()"
             )
         with self._world.alone("step()"), self._recording.range(f"step {self._steps}"):
-            return self._step(batch)
+            loss = self._step(batch)
+        self.end_step()
+        return loss
 
     def _step(self, batch: Any) -> torch.Tensor:
         verifier = self._verifying(batch)
@@ -235,66 +246,21 @@ class Pipeline(Stepped):
 
     def _accumulate(self, batch: Any, factor: float = 1.0) -> Callable[[], torch.Tensor]:
         """As `forward_backward`; what is returned waits for the loss."""
+        meter = self._meter
+        meter.begin()
         session, ready, jobs = self._prepare(Mode.TRAIN, batch)
-        loss = session.accumulate(ready, jobs, factor)
+        told = session.accumulate(ready, jobs, factor)
         self._steps += 1
-        return loss
+        meter.planned = meter.planned or planned_of(session.first.plan)
+        meter.ran(ready.amounts, told.loss, told.reports, session.optimizer)
+        if (scaler := self.loss_scaler) is not None:
+            meter.scaled(scaler.scale, scaler.overflowed)
+        return told.loss
 
     @property
     def verification(self) -> str:
         """What the first steps were compared with one process in, of ``verify=``; on rank 0."""
         return "" if self._verifier is None else self._verifier.report.summary()
-
-    # -- evaluation -------------------------------------------------------------------------
-
-    def evaluate(self, data: Any, *, progress: bool | None = None) -> torch.Tensor:
-        """The loss in evaluation mode, a 0-dim tensor on every rank; nothing is stashed.
-
-        Args:
-            data: a batch; or what gives batches, such as a `DataLoader`, for the loss of all of
-                them as one batch would have it. Where a process has none left, it takes part with
-                none; one that `needs_data` says needs none may have an empty one, ``iter(())``.
-            progress: show how far a loader is; by default where rank 0 writes to a terminal.
-
-        Raises:
-            BatchError: a batch does not fit, or the loader has none.
-        """
-        world, sums = self._world, None
-        gather = world.agreement.gather
-        with world.guard("evaluate()"), self._recording.range("evaluate"):
-            if not is_loader(data):
-                try:
-                    session, ready, jobs = self._prepare(Mode.EVALUATE, data)
-                except (BatchError, CaptureError) as error:
-                    if isinstance(data, (list, tuple)):
-                        error.add_note("a list is one batch: iter(...) of it gives several")
-                    raise
-                return session.evaluated(ready, jobs)
-            world.agreement.check_call("evaluate a loader")
-            shown = self.is_main and (sys.stderr.isatty() if progress is None else progress)
-            with shown_progress(data, shown) as advance:
-                for batch in in_step(data, gather, lambda: self.needs_data, self._flat):
-                    session, ready, jobs = self._prepare(Mode.EVALUATE, batch, several=True)
-                    sums = session.add_evaluated(ready, jobs, sums)
-                    advance()
-            assert sums is not None  # there was a batch
-            total = sums.total(gather(sums.here))
-            return torch.tensor(total, dtype=self.programs.loss_dtype, device=world.device)
-
-    def forward(self, batch: Any) -> Any:
-        """What the model returns for a batch, in evaluation mode.
-
-        Returns:
-            On the ranks of the last stage the model's own output structure, with tensors of the
-            microbatches joined along their batch dimension, means averaged and sums added, and
-            the loss that of all rows given here; None on other ranks.
-
-        Raises:
-            BatchError: an output of several microbatches cannot be joined: it couples rows.
-        """
-        with self._world.guard("forward()"), self._recording.range("forward"):
-            session, ready, jobs = self._prepare(Mode.FORWARD, batch)
-            return session.output(ready, jobs)
 
     # -- what was decided -------------------------------------------------------------------
 
@@ -421,7 +387,7 @@ class Pipeline(Stepped):
         verifier.stepped(norm, self.state_dict() | loss)
         if verifier.active:
             return
-        verifier.evaluated(self.evaluate(batch))
+        verifier.evaluated(self._evaluated(batch))
         output, why_not = None, ""
         try:
             output = self.forward(batch)

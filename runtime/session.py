@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
-from ..compiler.ir import ops
 from ..compiler.ir.errors import BatchError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.ir.program import Role
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
-from ..compiler.rows.loss import Weights, loss_of_outputs
-from ..compiler.rows.outputs import joined
+from ..compiler.rows.loss import Weights
 from ..compiler.rows.sums import Sums
 from ..compiler.rows.ways import How
-from .batch_loss import BatchLoss
-from .executor import Executor, Job, PieceKind, drive
+from .batch_loss import BatchLoss, Told
+from .executor import Executor, Job, drive
 from .loader import Request, Step
+from .monitor.reports import report_of
+from .outputs.parts import Part
+from .ready import Loaded, Ready, check_together
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
@@ -35,51 +34,6 @@ from .weights.materialize import Source
 from .world import World
 
 MOST_PROGRAMS = 64  # that are kept: another shape or mode is another one
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A compiled graph, and per rank of this process what runs it.
-
-    Attributes:
-        buffers: what it does with buffers.
-        stale: those that other graphs have updated since its constants were made.
-    """
-
-    compiled: Compiled
-    executors: Mapping[int, Executor]
-    buffers: BufferUse
-    stale: set[str]
-
-    def refresh(self) -> None:
-        """Make its constants anew."""
-        self.stale.clear()
-        for executor in self.executors.values():
-            executor.refresh()
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What runs a batch.
-
-    Attributes:
-        graphs: kind of a microbatch -> the graph for it, the one with the most rows first.
-        loss: of the batch.
-        specs: of microbatches of each kind.
-    """
-
-    graphs: Mapping[PieceKind, Loaded]
-    loss: BatchLoss
-    specs: Sequence[BatchSpec]
-
-    @property
-    def first(self) -> Loaded:
-        return next(iter(self.graphs.values()))
-
-    def executors(self) -> Iterator[Executor]:
-        """Of all graphs, on the ranks of this process."""
-        for loaded in self.graphs.values():
-            yield from loaded.executors.values()
 
 
 class Session:
@@ -191,7 +145,7 @@ class Session:
         """
         graphs = {rows: self.loaded[request] for rows, request in step.requests.items()}
         if tuple(step.requests.values()) not in self._compared:
-            _check_together({rows: loaded.compiled for rows, loaded in graphs.items()})
+            check_together({rows: loaded.compiled for rows, loaded in graphs.items()})
             self._compared.add(tuple(step.requests.values()))
         updated = step.stands_in and {n for g in graphs.values() for n in g.buffers.updated}
         if updated:
@@ -210,7 +164,7 @@ class Session:
                     "labels: pipe.needs_data says which processes need one"
                 )
         specs = [request.spec for request in step.requests.values()]
-        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), specs)
+        return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), specs, step)
 
     def _reads(self, request: Request, rank: int) -> bool:
         """Whether a rank needs the batches of a graph: it deals them out, reads or counts them."""
@@ -291,15 +245,13 @@ class Session:
     def _buffers(self) -> dict[int, dict[str, torch.Tensor]]:
         return {rank: state.buffers for rank, state in self.state.ranks.items()}
 
-    def accumulate(
-        self, ready: Ready, jobs: Mapping[int, Job], factor: float = 1.0
-    ) -> Callable[[], torch.Tensor]:
-        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says; what is
-        returned waits for the loss.
+    def accumulate(self, ready: Ready, jobs: Mapping[int, Job], factor: float = 1.0) -> Told:
+        """Train on a batch, and add its gradients to ``.grad``, as `forward_backward` says.
 
         Args:
             factor: what the loss is multiplied by before it is differentiated.
         """
+        sent_bytes = self._world.transport.sent_bytes
         weights = self.weigh(ready, jobs)
         for job in jobs.values():
             job.scale = factor
@@ -314,7 +266,9 @@ class Session:
             self._sums.close(scale)
         else:
             self._sums.drop()
-        return ready.loss.total(jobs, weights)
+        spans_s = [(job.busy_s, job.ended_s - job.begun_s) for job in jobs.values()]
+        sent_bytes = self._world.transport.sent_bytes - sent_bytes
+        return ready.loss.total(jobs, weights, report_of(self._world.device, spans_s, sent_bytes))
 
     @contextlib.contextmanager
     def _left_alone(self, ready: Ready) -> Iterator[None]:
@@ -349,7 +303,7 @@ class Session:
         """Run a batch that has a loss; the loss, on every rank."""
         weights = self.weigh(ready, jobs)
         self.run(ready, jobs)
-        return ready.loss.total(jobs, weights)()
+        return ready.loss.total(jobs, weights).loss()
 
     def add_evaluated(self, ready: Ready, jobs: Mapping[int, Job], before: Sums | None) -> Sums:
         """Run one of the batches of a data set, and add its loss to that of those before.
@@ -368,63 +322,50 @@ class Session:
         ready.loss.add(sums, jobs, self._buffers(), lambda: self.run(ready, jobs))
         return sums
 
-    def output(self, ready: Ready, jobs: Mapping[int, Job]) -> Any:
-        """Run a batch; what the model returns, on the ranks of the last stage; None on others.
+    def returned(self, ready: Ready, jobs: Mapping[int, Job], here: Sequence[int]) -> Part:
+        """Run a batch; what the model returns, on the ranks of the last stage.
 
-        Raises:
-            BatchError: an output of several microbatches cannot be joined.
+        Args:
+            here: the replicas whose results are to be joined.
         """
-        mesh, compiled = self._world.mesh, ready.first.compiled
-        weights = ready.loss.weigh_outputs(jobs, self._buffers())
+        weights = ready.loss.weigh_outputs(jobs, self._buffers(), here)
         self.run(ready, jobs)
-        last = [rank for rank in jobs if mesh.n_stages - 1 in mesh.stages_of(rank)]
-        if not last:
+        return self._part(ready, jobs, here, weights)
+
+    def scored(
+        self, ready: Ready, jobs: Mapping[int, Job], here: Sequence[int], before: Sums | None
+    ) -> tuple[Part, Sums] | None:
+        """As `returned`, where a loss is among what the model returns: it is added to that of the
+        batches before, as `add_evaluated` does. None, and nothing is run, where it is not, or is a
+        sum of terms that count differently.
+        """
+        outputs = ready.first.compiled.outputs
+        place = next((i for i, each in enumerate(outputs) if each.how is How.LOSS), None)
+        if place is None or ready.first.compiled.loss is None:
             return None
-        every = [piece for rank in last for piece in jobs[rank].results]
-        sizes = [size for rank in last for size in jobs[rank].sizes]
-        pieces = [piece for piece, size in zip(every, sizes, strict=True) if size]
-        whole = []
-        for i, output in enumerate(compiled.outputs):
-            if output.why and len(pieces) > 1:
-                raise BatchError(
-                    f"forward() got {output.name!r} from each of {len(pieces)} microbatches and "
-                    f"cannot join them, as it {output.why}: compile with microbatches=1 and dp=1"
-                )
-            if output.how is How.LOSS:
-                losses = torch.stack([piece[i].to(every[0][i].device) for piece in every])
-                whole.append(loss_of_outputs(losses, weights))
-            else:
-                found = [piece[i].to(pieces[0][i].device) for piece in pieces]
-                whole.append(joined(found, output, [size for size in sizes if size]))
-        return compiled.rebuild(whole)
+        if len((sums := ready.loss.sums(before)).runs) > 1:
+            return None
+        weights = ready.loss.weigh_outputs(jobs, self._buffers(), here)
 
+        def run() -> None:
+            self.run(ready, jobs)
+            for job in jobs.values():
+                job.losses = [result[place] for result in job.results]
 
-def _check_together(graphs: Mapping[PieceKind, Compiled]) -> None:
-    """Raises BatchError if the graphs for microbatches of some sizes cannot share a step."""
-    ((first, shape), one), *others = graphs.items()
-    for (rows, another), other in others:
-        if _order(other) != _order(one):
-            sized = another == shape
-            which, theirs = (f"{rows} rows", first) if sized else ("one length", "another")
-            raise BatchError(
-                f"microbatches of {which} run other operators than those of {theirs}, with other "
-                "messages or gradients, and cannot share a step with them: give batches whose rows "
-                "microbatches= × dp= divides, and replicas, or pieces of cut=, the same lengths"
-            )
+        ready.loss.add(sums, jobs, self._buffers(), run)
+        return self._part(ready, jobs, here, weights), sums
 
-
-def _order(compiled: Compiled) -> tuple[Any, ...]:
-    """What ranks do in lockstep while a batch runs: actions, and what is exchanged in programs."""
-    stages = compiled.program.stages
-    within = [
-        (stage.stage, kind, str(node.args[0]), node.target.__name__)
-        for stage in stages
-        for kind, program in stage.parts.items()
-        for node in program.module.graph.nodes
-        if node.target in (ops.accumulate, ops.gather, ops.unshard)
-    ]
-    held = [(stage.params, stage.groups, stage.grads) for stage in stages]
-    return compiled.schedule, compiled.program.tied, within, held
+    def _part(
+        self, ready: Ready, jobs: Mapping[int, Job], here: Sequence[int], weights: Weights
+    ) -> Part:
+        mesh, compiled = self._world.mesh, ready.first.compiled
+        pieces = {
+            mesh.replica_of(rank): job.results
+            for rank, job in jobs.items()
+            if mesh.n_stages - 1 in mesh.stages_of(rank)
+        }
+        sizes = {replica: ready.step.sizes[replica] for replica in here}
+        return Part(compiled.outputs, compiled.rebuild, sizes, weights, pieces)
 
 
 @contextlib.contextmanager

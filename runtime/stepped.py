@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import OptionError
+from .monitor.meter import Meter
 from .recording.recording import Recording
 from .stepping.averaging import AverageAll, AveragedWeights, AverageOne, average_of
 from .stepping.clipping import GlobalNorm
@@ -20,6 +21,7 @@ class Stepped(Stored):
     """The part of `Pipeline` that clips and drops gradients, and knows what steps parameters."""
 
     _recording: Recording
+    _meter: Meter
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -45,8 +47,10 @@ class Stepped(Stored):
             raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
         session = self._require()
         with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
-            norm = GlobalNorm(session.state, kind, self._world.agreement.gather)
-            return norm.clip(max_norm, error_if_nonfinite)
+            whole = GlobalNorm(session.state, kind, self._world.agreement.gather)
+            norm = whole.clip(max_norm, error_if_nonfinite)
+        self._meter.clipped(norm)
+        return norm
 
     def clip_grad_value_(self, clip_value: float) -> None:
         """Clamp each element of all gradients to ±``clip_value``, as
@@ -68,6 +72,7 @@ class Stepped(Stored):
         """Drop all gradients (set ``.grad`` to None)."""
         for _, param in self.named_parameters():
             param.grad = None
+        self._meter.cleared()
         if self.loss_scaler is not None:
             self.loss_scaler.end_step()
 

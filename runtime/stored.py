@@ -12,6 +12,7 @@ from ..compiler.ir.errors import StateError
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
+from .monitor.callbacks import Callbacks
 from .session import Session
 from .state import state_dict as state_dicts
 from .state.into_model import Filled
@@ -25,6 +26,7 @@ M = TypeVar("M", bound=nn.Module | None)
 class Stored:
     """The part of `Pipeline` that reads and writes its state."""
 
+    callbacks: Callbacks
     checkpoint_extras: dict[str, Any]
     loss_scaler: LossScaler | None
     _world: World
@@ -190,7 +192,9 @@ class Stored:
         with self._world.guard("save()"):
             training = self._training(data)
             self._check_whole()
-            return self._checkpoints.save(training, Path(directory), keep, async_save)
+            folder = self._checkpoints.save(training, Path(directory), keep, async_save)
+        self.callbacks.tell("on_save", self, folder)
+        return folder
 
     def load(self, directory: str | Path, *, data: Any = None, verify: bool = True) -> int:
         """Go on from a checkpoint, whatever stages and replicas it was saved under.

@@ -91,7 +91,7 @@ def told() -> Iterator[Callable[[], list[str]]]:
     """What was said of numbers of the batch so far, at the third value instead of the fifth."""
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch("pipecompile.runtime.numbers.VALUES", 2),
+        mock.patch("pipecompile.runtime.data.numbers.VALUES", 2),
     ):
         warnings.simplefilter("always")
         yield lambda: [str(w.message) for w in caught if "number that changes" in str(w.message)]

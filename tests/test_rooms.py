@@ -54,6 +54,8 @@ ROOMS = (
     "runtime/files",
     "runtime/checkpoint",
     "runtime/verify",
+    "runtime/outputs",
+    "runtime/monitor",
     "runtime",
     "compiler",
     "compiler/zoo",

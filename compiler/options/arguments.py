@@ -7,7 +7,6 @@ from here. Nothing here imports torch: ``--help`` reads it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..plan.plan import Plan
 from .checks import (
     callable_or,
     check_above_zero,
+    check_callbacks,
     check_chunks,
     check_count,
     check_dynamic,
@@ -32,7 +32,7 @@ from .checks import (
     check_stages,
     one_of,
 )
-from .declaration import Flag, as_it_is, declare, option, whether_given
+from .declaration import Flag, as_it_is, decision_of_plan, declare, option, whether_given
 from .parsing import (
     AUTO,
     check_memory,
@@ -58,16 +58,6 @@ if TYPE_CHECKING:
 
 _DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
 PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
-
-
-def _decision_of_plan(_: str, options: Any) -> str | None:
-    """A hash of what programs follow from: stages and recomputation."""
-    given: str | Path | Plan | None = options.plan
-    if given is None:
-        return None
-    made = (given if isinstance(given, Plan) else Plan.load(given)).decision
-    parts = (made.fingerprint, made.unit_nodes, made.unit_stage, made.recomputed)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +147,13 @@ class Options:
         check=check_scheduler,
         compared=whether_given,
     )
+    callbacks: Collection[Any] = option(
+        (),
+        help="what rank 0 tells of steps, evaluations and saves: objects of "
+        "`pipecompile.callbacks`, or with methods such as theirs",
+        more="``pipe.callbacks`` is the list of them, to which more can be added.",
+        check=check_callbacks,
+    )  # no part of a plan, and rank 0 alone calls them
     example_batch: Any = option(
         None,
         help="compile now, for batches of this shape",
@@ -386,7 +383,7 @@ class Options:
         help="a saved plan, whose stages and recomputation are used as they are",
         more="A `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote.",
         check=one_of((str, Path, Plan), "give a Plan, or the path of a saved one"),
-        compared=_decision_of_plan,
+        compared=decision_of_plan,
         flag=Flag(
             group=PLANNER,
             metavar="FILE",

@@ -115,6 +115,23 @@ def check_names(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value!r}: give a list of names")
 
 
+HOOKS = ("on_start", "on_step", "on_evaluate", "on_save")
+"""What callbacks may have; `runtime.monitor.callbacks` says when each is called."""
+
+
+def check_callbacks(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise OptionError(f'{name}={value!r}: give a list, such as [callbacks.CSV("run.csv")]')
+    for each in value:
+        if isinstance(each, type):
+            raise OptionError(f"{name}=[{each.__name__}]: give an object, {each.__name__}(...)")
+        if not any(callable(getattr(each, hook, None)) for hook in HOOKS):
+            raise OptionError(
+                f"{name}=[{each!r}]: it has none of {', '.join(HOOKS)}: derive it from "
+                "pipecompile.callbacks.Callback"
+            )
+
+
 def check_precision(_: str, given: Any) -> None:
     from ..ir.precision import parse_precision  # imports torch
 

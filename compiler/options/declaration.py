@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any, Literal
 
 from ..ir.errors import OptionError
+from ..plan.plan import Plan
 
 _KEY = "option"  # of a dataclass field's metadata
 
@@ -115,3 +118,13 @@ def as_it_is(name: str, options: Any) -> object:
 def whether_given(name: str, options: Any) -> str | None:
     """Ranks compare only whether it is None."""
     return None if getattr(options, name) is None else "given"
+
+
+def decision_of_plan(_: str, options: Any) -> str | None:
+    """Ranks compare a hash of what programs follow from: stages and recomputation."""
+    given: str | Path | Plan | None = options.plan
+    if given is None:
+        return None
+    made = (given if isinstance(given, Plan) else Plan.load(given)).decision
+    parts = (made.fingerprint, made.unit_nodes, made.unit_stage, made.recomputed)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...compiler.capture.batch import BatchSpec
-from ...compiler.ir.errors import BatchError
+from ...compiler.ir.errors import BatchError, PipecompileError
 
 _END = object()
 Gather = Callable[[Any], list[Any]]
@@ -31,6 +31,7 @@ def in_step(
     gather: Gather,
     needed: Callable[[], bool],
     flat: Callable[[Any], tuple[Any, BatchSpec]],
+    trouble: Callable[[], PipecompileError | None] = lambda: None,
 ) -> Iterator[Any]:
     """The batches of this process's loader, and empty ones while others have some.
 
@@ -38,18 +39,23 @@ def in_step(
         flat: a batch as tensors, and its spec.
         gather: what every process gives, to all of them.
         needed: whether this process needs batches; where it does not, it gets None for empty ones.
+        trouble: what has gone wrong here with the last batch, if anything has.
 
     Raises:
         BatchError: no process has a batch.
+        PipecompileError: what has gone wrong on the first rank, on every rank.
     """
     found, count = iter(data), 0
     while True:
         batch = next(found, _END)
         ended = batch is _END
-        everyone = gather((ended, ended and needed()))
-        if all(over for over, _ in everyone):
+        failed = trouble()
+        everyone = gather((ended, ended and needed(), failed))
+        if (first := next(filter(None, (each for *_, each in everyone)), None)) is not None:
+            raise failed or first
+        if all(over for over, *_ in everyone):
             break
-        if any(lacks for _, lacks in everyone):
+        if any(lacks for _, lacks, _ in everyone):
             specs = gather(None if ended else flat(batch)[1])
             batch = _empty(next(filter(None, specs))) if ended and needed() else batch
         count += 1

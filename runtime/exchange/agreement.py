@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import pickle
+import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
@@ -117,6 +118,20 @@ class Agreement:
             return [ranks[rank][1] for rank in speakers]
 
         return heard
+
+    def report(self, numbers: Sequence[float]) -> Callable[[], list[tuple[float, ...]]]:
+        """Tell rank 0 some numbers, as many on all ranks; what is returned gives those of all ranks
+        there, and waits for them. No rank waits otherwise.
+
+        Raises:
+            ConnectionError: from what is returned, where a rank has ended.
+        """
+        assert self.neighbours is not None, "other ranks are told what is in a collective anyway"
+        form, mine = struct.Struct(f"<{len(numbers)}d"), tuple(numbers)
+        heard = self.neighbours.report(form.pack(*mine))
+        if not self._mesh.rank:
+            return lambda: [mine, *(form.unpack(each) for each in heard().values())]
+        return list
 
     def _exchanged(self, value: Any) -> list[Any]:
         """Of every process, in one collective where it is small, whatever the ranks are about."""

@@ -28,6 +28,7 @@ SWITCH = "PIPECOMPILE_SHARED_MEMORY"
 
 MOST_BYTES = 16 << 10  # of a packet
 CONTROL = -1  # the channel of what ranks agree on
+REPORTS = -4  # that of what they tell rank 0 of their steps
 _MOST_FILES = 4
 _CHANNEL = struct.Struct("<q")
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
@@ -148,6 +149,19 @@ class Neighbours:
             self._tell_all(pickle.dumps(value))
         tickets = [None if each == self.rank else self.ask(each, CONTROL) for each in speakers]
         return lambda: [value if each is None else self._hear(each) for each in tickets]
+
+    def report(self, content: bytes) -> Callable[[], dict[int, bytes]]:
+        """Tell rank 0 something; what is returned there waits for that of all others, and is empty
+        elsewhere. A collective that waits for nobody.
+
+        Args:
+            content: a packet at most.
+        """
+        if self.rank:
+            self.post(0, REPORTS, content)
+            return dict
+        tickets = [self.ask(each, REPORTS) for each in sorted(self._sockets)]
+        return lambda: {each.rank: self.take(each).content for each in tickets}
 
     def _tell_all(self, content: bytes) -> None:
         fits = len(content) <= MOST_BYTES

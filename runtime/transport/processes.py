@@ -175,6 +175,12 @@ class Processes:
         self.replicas = self._replicas(mesh.rank, mesh.peers_of(mesh.rank))
         self.links: dict[tuple[int, int], dist.ProcessGroup] = {}
         self.abandoned = False
+        self._sent_bytes = 0  # by what is neither memory nor an exchange between replicas
+
+    @property
+    def sent_bytes(self) -> int:
+        through_memory = 0 if self._shared is None else self._shared.sent_bytes
+        return self._sent_bytes + through_memory + self.replicas.sent_bytes
 
     def _replicas(self, rank: int, peers: Sequence[int]) -> Replicas:
         if self._shared is not None and self._beside.issuperset(set(peers) - {rank}):
@@ -222,6 +228,7 @@ class Processes:
         for value, spec in zip(values, specs, strict=True):
             data = wire.to_bytes(value, spec)
             if data.numel():
+                self._sent_bytes += data.numel()
                 work = dist.isend(data, dst, group=group, tag=channel)
                 assert work is not None
                 self.outbox.add(work, data, dst)

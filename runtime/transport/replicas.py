@@ -25,7 +25,14 @@ CHANNEL = -2  # of what goes through memory; those of messages between stages ar
 
 
 class Replicas(Protocol):
-    """The exchange between them."""
+    """The exchange between them.
+
+    Attributes:
+        sent_bytes: what this replica has given the others, but for what went through memory, which
+            `SharedMemory` counts.
+    """
+
+    sent_bytes: int
 
     def mean_(self, bucket: torch.Tensor) -> None:
         """Replace a bucket, of a multiple of their number of elements, by the mean over all."""
@@ -94,8 +101,10 @@ class DistributedReplicas:
     ):
         self._group, self._me, self._count = group, me, count
         self._others = tuple(rank for i, rank in enumerate(ranks) if i != me)
+        self.sent_bytes = 0
 
     def mean_(self, bucket: torch.Tensor) -> None:
+        self.sent_bytes += 2 * bucket.nbytes * (self._count - 1) // self._count
         for piece in pieces(bucket, self._count):
             exchanged = torch.empty_like(piece)  # (elements,): this rank's share, `count` times
             with HERE.waiting(self._others):
@@ -108,6 +117,7 @@ class DistributedReplicas:
         sent = [0 if r == me else size for r, size in enumerate(sizes)]
         received = [0 if r == me else sizes[me] for r in range(len(sizes))]
         room = blocks.new_empty(sizes[me] * others)
+        self.sent_bytes += blocks.nbytes
         work = dist.all_to_all_single(
             room, blocks, received, sent, group=self._group, async_op=True
         )
@@ -115,14 +125,17 @@ class DistributedReplicas:
 
     def gather(self, mine: torch.Tensor) -> Pending:
         room = mine.new_empty(self._count, mine.numel())
+        self.sent_bytes += mine.nbytes * (self._count - 1)
         work = _all_gather(room.view(-1), mine, group=self._group, async_op=True)
         return _Exchange([work], mine, list(room), self._others)
 
     def gather_into(self, mine: torch.Tensor, room: torch.Tensor) -> Pending:
         work = _all_gather(room, mine, group=self._group, async_op=True)
+        self.sent_bytes += mine.nbytes * (self._count - 1)
         return _Exchange([work], mine, [], self._others)
 
     def share(self, room: torch.Tensor, blocks: Sequence[torch.Tensor]) -> Pending:
+        self.sent_bytes += blocks[self._me].nbytes * (self._count - 1)
         works = [
             dist.broadcast(block, group=self._group, group_src=replica, async_op=True)
             for replica, block in enumerate(blocks)
@@ -150,6 +163,7 @@ class SharedReplicas:
 
     def __init__(self, shared: SharedMemory, ranks: Sequence[int], rank: int):
         self._shared, self._ranks, self._me = shared, ranks, ranks.index(rank)
+        self.sent_bytes = 0
 
     def mean_(self, bucket: torch.Tensor) -> None:
         for piece in pieces(bucket, len(self._ranks)):

@@ -107,13 +107,18 @@ class _Pool:
 
 
 class SharedMemory:
-    """Messages to and from the processes of this machine."""
+    """Messages to and from the processes of this machine.
+
+    Attributes:
+        sent_bytes: of all values that were sent.
+    """
 
     def __init__(self, others: Neighbours):
         self._neighbours = others
         self._pools: dict[int, _Pool] = defaultdict(_Pool)
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, number of its segment)
         self._process = os.getpid()
+        self.sent_bytes = 0
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -127,7 +132,8 @@ class SharedMemory:
         Raises:
             ConnectionError: the rank has ended.
         """
-        places, total = _layout(tuple(specs))
+        places, total, inside = _layout(tuple(specs))
+        self.sent_bytes += inside
         if total <= IN_PACKET:
             parts = [wire.to_bytes(v, s) for v, s in zip(values, specs, strict=True)]
             contents = (ctypes.string_at(part.data_ptr(), part.numel()) for part in parts)
@@ -169,7 +175,7 @@ class SharedMemory:
         if number == _NONE:
             return _unpacked(packet.content, specs)
         memory = self._mapped(ticket.rank, number)
-        places, total = _layout(tuple(specs))
+        places, total, _ = _layout(tuple(specs))
         start = place * (len(memory) // BLOCKS)
         owner = _owner_type(total).from_buffer(memory, start)
         owner.memory, owner.start, owner.process = memory, start, self._process
@@ -199,13 +205,13 @@ class Mail:
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(specs: tuple[ValueSpec, ...]) -> tuple[list[int], int]:
-    """Where each value begins in a block, and the bytes of all."""
+def _layout(specs: tuple[ValueSpec, ...]) -> tuple[list[int], int, int]:
+    """Where each value begins in a block, the bytes of the block, and those of the values."""
     places, end = [], ALIGNED
     for spec in specs:
         places.append(-(-end // ALIGNED) * ALIGNED)
         end = places[-1] + wire.size_of(spec)
-    return places, -(-end // ALIGNED) * ALIGNED
+    return places, -(-end // ALIGNED) * ALIGNED, sum(map(wire.size_of, specs))
 
 
 @functools.lru_cache(maxsize=4096)

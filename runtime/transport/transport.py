@@ -42,6 +42,11 @@ class Transport(Protocol):
     what the channels of two ranks carry in one direction is sent and received in the same order.
     """
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of values and gradients that have left this process so far."""
+        ...
+
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """Prepare for messages between these stages (from, to); the same call on every rank."""
         ...
@@ -209,6 +214,7 @@ class Loopback:
         self.posted: dict[tuple[int, int, int], deque[_Mail]] = defaultdict(deque)
         self.meetings: dict[tuple[int, ...], list[_Meeting]] = defaultdict(list)
         self.events = 0
+        self.sent_bytes = 0  # nothing leaves the process
 
     def open(self, routes: Iterable[tuple[int, int]]) -> None:
         """Memory needs no preparation."""

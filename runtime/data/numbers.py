@@ -6,8 +6,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
-from ..compiler.capture.batch import BatchSpec
-from ..compiler.driver.compiled import Mode
+from ...compiler.capture.batch import BatchSpec
+from ...compiler.driver.compiled import Mode
 
 VALUES = 4  # of a number that is no input, before it is said that each is traced
 

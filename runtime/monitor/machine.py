@@ -1,0 +1,60 @@
+"""What the ranks of a run compute on, as far as metrics ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...compiler.costs.hardware import DEVICES, Device
+from ...compiler.options.options import CompileOptions
+from ..exchange.devices import ranks_per_device
+from ..transport.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks compute on.
+
+    Attributes:
+        device: of this process's first rank.
+        pp: ranks of a replica, where each is a process of its own; else 0.
+        devices, peak_flops_per_s: as `Metrics` has them.
+    """
+
+    device: torch.device
+    pp: int
+    devices: int
+    peak_flops_per_s: float | None
+
+
+def machine_of(
+    mesh: Mesh, device: torch.device, spec: Device, options: CompileOptions, module: nn.Module
+) -> Machine:
+    """Of a pipeline.
+
+    Args:
+        device: of this process's first rank.
+        spec: that was planned for.
+        module: whose parameters tell in which dtype is computed, where no ``precision=`` does.
+    """
+    here = torch.device(device.type) if device.index is not None else device
+    shared = device.type == "cuda" or not mesh.distributed
+    devices = -(-mesh.size // ranks_per_device(here, mesh)) if shared else mesh.size
+    # what a data sheet says, or the user: other GPUs, and CPUs, have careful figures
+    known = options.hardware is not None or (device.type == "cuda" and spec.name in DEVICES)
+    peak = spec.peak(_dtype(options, module)) if known else None
+    return Machine(device, mesh.pp if mesh.distributed else 0, devices, peak)
+
+
+def _dtype(options: CompileOptions, module: nn.Module) -> str:
+    """The name of the dtype of most matrix products."""
+    if options.dtypes is not None:
+        return str(options.dtypes.compute).removeprefix("torch.")
+    counts: Counter[torch.dtype] = Counter()
+    for param in module.parameters():
+        counts[param.dtype] += param.numel()
+    most = counts.most_common(1)
+    return str(most[0][0]).removeprefix("torch.") if most else "float32"

@@ -1,0 +1,1 @@
+"""What the model returns, of microbatches, replicas and data sets: joined, and scored."""
