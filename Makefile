@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table tight-table \
 	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench backend-table chunked-table checkpoint-table clean
+	schedules-bench backend-table chunked-table checkpoint-table metrics-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -28,6 +28,7 @@ help:
 	@echo "make schedules-bench   steps of every schedule, measured, beside torch's; bubbles"
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
+	@echo "make metrics-table     what metrics, callbacks and gathered outputs cost per step"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
@@ -90,6 +91,9 @@ lengths-table: $(READY)
 
 checkpoint-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/checkpoint_table.py
+
+metrics-table: $(READY)
+	$(BIN)/python tests/bench/metrics_table.py
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py

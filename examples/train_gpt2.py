@@ -9,12 +9,11 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pydoc_data.topics import topics
-from time import perf_counter
 
 import pipecompile
 import torch
+from pipecompile import callbacks
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,7 +22,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, logging
 SEQ, BATCH = 128, 16  # bytes in a row, rows in a global batch
 WARMUP = 20  # steps
 PROMPT = "The value of the expression "
-STATUS = "loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  lr {task.fields[lr]:.1e}"
 
 
 def read_text() -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,26 +82,19 @@ def main() -> None:
         optimizer=partial(AdamW, lr=1e-3, weight_decay=0.1),
         lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_cosine, steps=args.steps)),
         max_grad_norm=1.0,
+        callbacks=[callbacks.Console(total=args.steps)],  # one live line
     )
     console = Console(quiet=not pipe.is_main)
     console.print(plan_table(pipe.compile_for(share(text[: BATCH * SEQ].view(BATCH, SEQ), pipe))))
 
-    columns = (MofNCompleteColumn(), BarColumn(), TextColumn(STATUS), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("train", total=args.steps, loss=math.nan, rate=0.0, lr=0.0)
-        for step, rows in enumerate(sample(text, args.steps), 1):
-            loss = pipe.step(share(rows, pipe)).item()
-            if step == 1:
-                started = perf_counter()
-            rate = (step - 1) * BATCH * SEQ / (perf_counter() - started)
-            lr = pipe.optimizer.param_groups[0]["lr"]
-            progress.update(bar, advance=1, loss=loss, rate=rate, lr=lr)
-            if step == 1 or step % 50 == 0 or step == args.steps:
-                console.print(f"step {step:3d}  loss {loss:.6f}")
+    for step, rows in enumerate(sample(text, args.steps), 1):
+        loss = pipe.step(share(rows, pipe))
+        if step == 1 or step % 50 == 0 or step == args.steps:
+            console.print(f"step {step:3d}  loss {loss:.6f}")
 
     batches = held_out[: len(held_out) // (BATCH * SEQ) * (BATCH * SEQ)].view(-1, BATCH, SEQ)
-    losses = torch.stack([pipe.evaluate(share(rows, pipe)) for rows in batches])
-    console.print(f"held-out text: loss {losses.mean():.6f}")
+    held_out_loss = pipe.evaluate(share(rows, pipe) for rows in batches)
+    console.print(f"held-out text: loss {held_out_loss:.6f}")
 
     plain = GPT2LMHeadModel(config)  # an ordinary model again
     plain.load_state_dict(pipe.state_dict(), strict=True)
