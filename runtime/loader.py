@@ -23,7 +23,7 @@ from ..compiler.options.microbatches import cut, microbatches_of
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
-from .cutter import Cutter, Parts, dealt
+from .data.cutter import Cutter, Parts, dealt
 from .data.numbers import Numbers
 from .executor import Job, PieceKind
 from .world import World

@@ -47,7 +47,7 @@ from .weights.materialize import Source, source_of
 from .world import World
 
 
-class Pipeline(Evaluated, Stepped):
+class Pipeline(Stepped, Evaluated):
     """A model compiled for n_stages × dp ranks; made by `pipecompile.compile`.
 
     Args:

@@ -8,12 +8,12 @@ from functools import reduce
 
 import torch
 
-from ..compiler.capture.batch import BatchSpec, Scales
-from ..compiler.ir.errors import BatchError
-from ..compiler.options.microbatches import pieces_per_replica
-from ..compiler.options.options import CompileOptions
-from .data.cutting import Piece, merged, pieces_of
-from .exchange.agreement import Agreed, Pieces
+from ...compiler.capture.batch import BatchSpec, Scales
+from ...compiler.ir.errors import BatchError
+from ...compiler.options.microbatches import pieces_per_replica
+from ...compiler.options.options import CompileOptions
+from ..exchange.agreement import Agreed, Pieces
+from .cutting import Piece, merged, pieces_of
 
 Leaves = tuple[torch.Tensor, ...]
 
