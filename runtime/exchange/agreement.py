@@ -170,6 +170,9 @@ class Agreement:
         if not self._mesh.distributed:
             return [value]
         values: list[Any] | None = None if self._mesh.rank else [None] * self._mesh.size
+        if self.neighbours is not None:
+            values = self.neighbours.collect((self.call, value))
+            return None if values is None else self._compared(dict(enumerate(values)))
         with HERE.waiting((0,) if self._mesh.rank else self._others):
             dist.gather_object(value, values, group=self.control)
         return values

@@ -146,7 +146,7 @@ class Neighbours:
             value: what this rank tells, if it is one of them.
         """
         if self.rank in speakers:
-            self._tell_all(pickle.dumps(value))
+            self._tell(pickle.dumps(value), self._sockets)
         tickets = [None if each == self.rank else self.ask(each, CONTROL) for each in speakers]
         return lambda: [value if each is None else self._hear(each) for each in tickets]
 
@@ -163,11 +163,24 @@ class Neighbours:
         tickets = [self.ask(each, REPORTS) for each in sorted(self._sockets)]
         return lambda: {each.rank: self.take(each).content for each in tickets}
 
-    def _tell_all(self, content: bytes) -> None:
+    def collect(self, value: Any) -> list[Any] | None:
+        """This value of every one of these ranks and of this one, in rank order, on rank 0; None on
+        the others, which wait for nobody. A collective.
+
+        Raises:
+            ConnectionError: a rank has ended.
+        """
+        if self.rank:
+            self._tell(pickle.dumps(value), (0,))
+            return None
+        tickets = [self.ask(each, CONTROL) for each in sorted(self._sockets)]
+        return [value, *map(self._hear, tickets)]
+
+    def _tell(self, content: bytes, ranks: Iterable[int]) -> None:
         fits = len(content) <= MOST_BYTES
         file = -1 if fits else _file_of(content)
         try:
-            for rank in self._sockets:
+            for rank in ranks:
                 self.post(rank, CONTROL, content if fits else b"", () if fits else [file])
         finally:
             if file >= 0:

@@ -362,6 +362,7 @@ def test_a_script_that_ends_by_a_callback_ends_on_all_ranks(tmp_path: Path) -> N
         for each in ranks:
             each.kill()
     assert all(each.returncode for each in ranks)
-    assert "ArithmeticError: no numbers\nin Broken.on_step, a callback of rank 0" in first
+    assert "ArithmeticError: no numbers" in first
+    assert "in Broken.on_step, a callback of rank 0" in first
     assert "PeerFailedError: rank 0 (stage 0, replica 0) failed first" in other
     assert "in Broken.on_step, a callback of rank 0" in other
