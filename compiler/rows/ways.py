@@ -41,6 +41,7 @@ LINEAR = (  # each element of the result is a sum of elements, times numbers
     *("to", "_to_copy", "permute", "transpose", "t", "select", "slice", "contiguous", "flatten"),
     *("stack", "cat", "getitem", "unbind"),
 )
+ANYWHERE = 0  # no address of a storage
 _MEAN_REDUCTION, _SUM_REDUCTION = 1, 2  # of torch's losses
 
 
@@ -216,11 +217,11 @@ def _given(graph: fx.GraphModule) -> set[fx.Node]:
             found.add(node)
         elif node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(graph)
-            if not isinstance(value, nn.Parameter) and updated.isdisjoint(_places([node])):
+            if not isinstance(value, nn.Parameter) and _apart(updated, _places([node])):
                 found.add(node)
         elif node.op == "call_function":
             known = found.issuperset(node.all_input_nodes) and _is_plain(node)
-            known = known and changed.isdisjoint(_places(node.all_input_nodes))
+            known = known and _apart(changed, _places(node.all_input_nodes))
             if known:
                 found.add(node)
             else:
@@ -234,6 +235,20 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _places(nodes: Sequence[fx.Node]) -> set[int]:
-    """Where in memory their values are."""
+    """Where in memory their values are; `ANYWHERE` for one that does not tell."""
     values = (value for node in nodes for value in tensors(node.meta.get("val")))
-    return {value.untyped_storage()._cdata for value in values}
+    return set(map(_place, values))
+
+
+def _place(value: torch.Tensor) -> int:
+    try:
+        place: int = value.untyped_storage()._cdata
+    except NotImplementedError:  # inside a transform of torch.func
+        return ANYWHERE
+    return place
+
+
+def _apart(written_to: set[int], places: set[int]) -> bool:
+    if ANYWHERE in written_to | places:
+        return not (written_to and places)
+    return written_to.isdisjoint(places)

@@ -12,6 +12,7 @@ import torch
 from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture.capture import capture_forward
 from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.rows import ways
 from pipecompile.compiler.rows.outputs import How
 from support import jobs
 from torch import nn
@@ -103,3 +104,19 @@ def test_it_is_refused_by_name() -> None:
     message = "'out' from each of 4 microbatches .* compile with microbatches=1"
     with pytest.raises(pipecompile.errors.BatchError, match=message):
         compiled(output, 4).forward(rows())
+
+
+def test_a_value_inside_of_vmap_has_no_place() -> None:
+    """It may be where something else is."""
+    found: list[int] = []
+
+    def inner(row: torch.Tensor) -> torch.Tensor:
+        found.append(ways._place(row))
+        return row
+
+    torch.func.vmap(inner)(torch.ones(2, 3))
+    assert found == [ways.ANYWHERE]
+    assert not ways._apart({7}, {ways.ANYWHERE})
+    assert not ways._apart({ways.ANYWHERE}, {7})
+    assert ways._apart(set(), {ways.ANYWHERE})
+    assert ways._apart({7}, {8})
