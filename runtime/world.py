@@ -146,6 +146,8 @@ class World:
         """What to compile for; measures the link where there is one and prices are measured."""
         mesh = self.mesh
         target = target_of(options, self._device, mesh)
+        if options.costs == "calibrated" and mesh.distributed:  # all by the table of rank 0
+            return replace(target, spec=self.agreement.gather(target.spec)[0])
         if not options.measures:
             return target
         beside = ranks_here(mesh) if mesh.distributed else 1

@@ -15,6 +15,7 @@ ROOT = TESTS.parent
 
 ROOMS = (
     "compiler/tensors",
+    "compiler/calibration",
     "compiler/ir",
     "compiler/losses",
     "passes/integer",

@@ -1,5 +1,5 @@
-"""The command line: `pipecompile inspect`, `diff`, `verify`, `solve`, `export`, `import`
-and `zoo`.
+"""The command line: `pipecompile inspect`, `diff`, `verify`, `solve`, `export`, `import`,
+`zoo` and `calibrate`.
 
 Each command's file adds its arguments and names what runs it. torch and transformers are
 imported when a model is asked for, and not for ``--help``, ``solve`` or
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ... import __version__
 from ..ir.errors import PipecompileError
-from . import convert, diff, inspect, solve, verify, zoo
+from . import calibrate, convert, diff, inspect, solve, verify, zoo
 from .flags import Parser
 
 
@@ -35,6 +35,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"pipecompile {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspect, diff, verify, solve, convert, zoo):
+    for command in (inspect, diff, verify, solve, convert, zoo, calibrate):
         command.add_to(commands)
     return parser

@@ -14,10 +14,12 @@ import torch
 from ..costs.hardware import Device, parse_device
 from ..driver.auto import Open
 from ..ir.errors import OptionError, PlanError
+from ..kept.cache import default_cache_dir
 from ..options.declaration import declarations_of
 from ..options.options import OF_SCHEDULE, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
+from ..profiling.calibration import calibrated
 from ..report.compare import check_names
 from ..trace.writing import check_writable
 from .spec import ModelOptions
@@ -68,6 +70,8 @@ class Request:
         _check_output(args)
         options, model, given = asked(args)
         device = _device(args.hardware, given)
+        if options.costs == "calibrated":
+            device = calibrated(device, default_cache_dir(), options.backend == "inductor")
         limit: float = device.memory_bytes if args.hardware else math.inf
         if given is not None:
             limit = math.inf if given.budget_bytes is None else given.budget_bytes
@@ -174,7 +178,13 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
         found["n_stages"] = 1
     if args.schedule == AUTO:
         found = {name: value for name, value in found.items() if name not in OF_SCHEDULE}
-    return CompileOptions(**found, optimizer=OPTIMIZERS[args.optimizer], costs="roofline")
+    costs = found.pop("costs", None) or "roofline"
+    if costs not in ("roofline", "calibrated"):
+        raise OptionError(
+            f"--costs {costs}: nothing is measured here, use roofline or calibrated (pipecompile "
+            "calibrate measures the device at hand for the latter)"
+        )
+    return CompileOptions(**found, optimizer=OPTIMIZERS[args.optimizer], costs=costs)
 
 
 def _device(wanted: str | None, given: Plan | None) -> Device:

@@ -35,18 +35,24 @@ def exchange_s(
     tied_bytes: float = sum(footprint.size(name)[1] for name in tied)
     if zero.divides_states:
         tied_bytes /= dp if zero.streams else 1
-        last = grad_bytes * (dp if zero.streams else 1)
-        unshard_total = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
-        moving = min(last, shards.PARCEL_BYTES) + unshard_total * dp / (dp + 1)
-        sent = 2 * tied_bytes + moving * (dp - 1) / dp
+        last = min(grad_bytes * (dp if zero.streams else 1), shards.PARCEL_BYTES)
+        unshards = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
+        sizes = [last, *parcels(unshards * dp / (dp + 1))]
     else:
-        sent = 2 * tied_bytes + 2 * grad_bytes * (dp - 1) / dp
+        sizes = [*parcels(grad_bytes), *parcels(grad_bytes)]
+    exchange_s = device.collective_s(sum(sizes), dp, len(sizes))
     moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
-    return sent / device.link_bytes_per_s + moved / device.bytes_per_s
+    return 2 * tied_bytes / device.link_bytes_per_s + exchange_s + device.moved_s(moved)
+
+
+def parcels(nbytes: float) -> list[float]:
+    """In which so much travels."""
+    count = max(1, round(nbytes / shards.PARCEL_BYTES))
+    return [nbytes / count] * count if nbytes else []
 
 
 def optimizer_s(held: Static, footprint: Footprint, device: Device) -> float:
-    """Seconds in which an optimizer reads and writes what it must, at the memory's peak rate."""
+    """Seconds in which an optimizer reads and writes what it must."""
     readers = footprint.dp if footprint.zero.closes else 1  # each reads its share of the gradients
     moved = 2 * held.weights + held.copies + held.grads / readers + 2 * held.states
-    return moved / device.bytes_per_s
+    return device.moved_s(moved)

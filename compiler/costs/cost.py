@@ -1,27 +1,28 @@
-"""FLOPs, bytes and roofline seconds of a node.
+"""FLOPs, bytes and seconds of a node.
 
-FLOPs are those of matrix products (`formulas.py`). Seconds are the roofline of Williams et al.,
-CACM 52(4), 2009: the larger of FLOPs over peak and bytes over bandwidth, where the peak is that of
-the operands' dtype.
+FLOPs are those of matrix products (`formulas.py`); seconds are a device's (`Device.kernel_s`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..calibration.forms import Form
+from ..calibration.operators import form_of
 from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from ..ir.region import Kernel
 from ..tensors.facts import short_name
 from .formulas import flops_of, lacking
+from .fused import fused_bytes, is_fusable
 from .hardware import Device
-from .inside import inside
+from .inside import inside, told_pieces
 
 NOTICEABLE = 0.01
 """Of a step's seconds: what an operator without a formula could take at least to be named."""
@@ -34,12 +35,14 @@ class Cost:
     flops: int = 0
     moved_bytes: int = 0
     seconds: float = 0.0
+    launches: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.flops + other.flops,
             self.moved_bytes + other.moved_bytes,
             self.seconds + other.seconds,
+            self.launches + other.launches,
         )
 
 
@@ -48,7 +51,7 @@ class _Work:
     """What a node does on any device; valid while it has these arguments and this value.
 
     Attributes:
-        lacks, times: as of a `Kernel`.
+        lacks, times, form: as of a `Kernel`.
     """
 
     args: tuple[Any, ...]
@@ -58,6 +61,7 @@ class _Work:
     dtype: str
     lacks: str = ""
     times: int = 1
+    form: Form | None = None
 
 
 def node_cost(node: fx.Node, device: Device) -> Cost:
@@ -66,17 +70,29 @@ def node_cost(node: fx.Node, device: Device) -> Cost:
         return Cost()
     if (work := inside(node)) is not None:
         return sum((_cost(kernel, device) for kernel in work.kernels), Cost())
+    if device.table is not None and device.table.fused and is_fusable(node):
+        return _fused(node, device)
     return _cost(_work(node), device)
+
+
+def _fused(node: fx.Node, device: Device) -> Cost:
+    """As a part of a fusion, which is one launch for each result that leaves it."""
+    read, written = fused_bytes(node)
+    moved = _work(node).moved_bytes
+    if not moved:
+        return Cost()
+    launches = int(written > 0)
+    started_s = device.kernel_s(0, 0, "") * launches
+    return Cost(0, moved, device.moved_s(min(moved, read + written)) + started_s, launches)
 
 
 def _cost(work: _Work | Kernel, device: Device) -> Cost:
     """Of what one launch does, or several that are alike."""
     if not work.moved_bytes and not work.flops:
         return Cost()
-    compute_s = work.flops / device.peak(work.dtype) if work.flops else 0.0
-    seconds = max(compute_s, work.moved_bytes / device.bytes_per_s) + device.launch_s
+    seconds = device.kernel_s(work.flops, work.moved_bytes, work.dtype, work.form)
     times = work.times
-    return Cost(work.flops * times, work.moved_bytes * times, seconds * times)
+    return Cost(work.flops * times, work.moved_bytes * times, seconds * times, times)
 
 
 def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
@@ -89,6 +105,23 @@ def node_flops(node: fx.Node) -> int:
     if (work := inside(node)) is not None:
         return work.flops
     return _work(node).flops if node.op == "call_function" else 0
+
+
+def notes_on_costs(
+    nodes: Sequence[fx.Node], device: Device, measures: bool
+) -> Iterator[tuple[str, str]]:
+    """(name, note) of all that a plan says of where its seconds come from.
+
+    Args:
+        measures: programs are timed, so that no rate of the device counts.
+    """
+    if note := told_pieces(nodes, device):
+        yield "chunked_loss", note
+    if not measures:
+        if note := unpriced(nodes, device):
+            yield "costs", note
+        if device.table is not None:
+            yield "calibration", device.table.told
 
 
 def unpriced(nodes: Iterable[fx.Node], device: Device) -> str:
@@ -137,9 +170,9 @@ def _work(node: fx.Node) -> _Work:
     else:
         sources = [t for n in node.all_input_nodes for t in tensors(n.meta.get("val"))]
         dtype = short_name(sources[0].dtype) if sources else ""
-        work = _Work(
-            node.args, value, _flops(node), _moved_bytes(node), dtype, lacking(_called(node)[0])
-        )
+        flops, form = _products(node)
+        lacks = lacking(_called(node)[0])
+        work = _Work(node.args, value, flops, _moved_bytes(node), dtype, lacks, form=form)
     node.meta["work"] = work
     return work
 
@@ -160,7 +193,9 @@ def _called(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     return node.target, node.args
 
 
-def _flops(node: fx.Node) -> int:
+def _products(node: fx.Node) -> tuple[int, Form | None]:
+    """FLOPs, and the shape of the products that they are of."""
     target, args = _called(node)
     args, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: n.meta.get("val"))
-    return flops_of(target, args, kwargs, node.meta.get("val")) or 0
+    flops = flops_of(target, args, kwargs, node.meta.get("val")) or 0
+    return flops, form_of(target, args, kwargs) if flops else None

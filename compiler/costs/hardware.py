@@ -15,6 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.forms import Form
+from ..calibration.table import Table
 from ..ir.errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Device:
         launch_s: seconds that one operator costs however small it is.
         send_share: of the seconds of a message, those in which its sender computes nothing: 0 where
             the device has engines for it, and where it was not measured.
+        table: what kernels and links reach of all that; None for everything, the roofline.
     """
 
     name: str
@@ -47,10 +50,53 @@ class Device:
     link_latency_s: float
     launch_s: float
     send_share: float = 0.0
+    table: Table | None = None
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of a dtype; a dtype without a figure computes as float32."""
         return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
+
+    def kernel_s(self, flops: int, moved_bytes: int, dtype: str, form: Form | None = None) -> float:
+        """Seconds of one launch: by its table, or the roofline of Williams et al. (CACM 52(4),
+        2009), the larger of FLOPs over peak and bytes over bandwidth.
+
+        Args:
+            dtype: of its operands.
+            form: the shape of its products, where it is known.
+        """
+        peak = self.peak(dtype)
+        if self.table is not None:
+            given = flops, moved_bytes, dtype, form, peak, self.bytes_per_s
+            return self.table.kernel_seconds(*given)
+        return max(flops / peak, moved_bytes / self.bytes_per_s) + self.launch_s
+
+    def program_s(self, kernels_s: float, launches: int) -> float:
+        """Seconds of kernels that one program launches one after another."""
+        return max(kernels_s, launches * self.table.host_s) if self.table else kernels_s
+
+    def collective_s(self, nbytes: float, ranks: int, messages: int = 1) -> float:
+        """Seconds of gathers, or of scatters with sums, between replicas.
+
+        Args:
+            nbytes: of all ranks' parts, of all messages.
+        """
+        if self.table is None:
+            return nbytes * (ranks - 1) / ranks / self.link_bytes_per_s
+        return messages * self.table.network.collective_s(nbytes / max(1, messages), ranks)
+
+    def together_s(self, kernels_s: float, collectives_s: float) -> float:
+        """Seconds of kernels with collectives beside them."""
+        if self.table is None:
+            return max(kernels_s, collectives_s)
+        return self.table.together_s(kernels_s, collectives_s)
+
+    def waiting(self, ranks: int) -> float:
+        """By what a step of so many ranks is multiplied, as they wait for the slowest one."""
+        return 1.0 if self.table is None else self.table.waiting(ranks)
+
+    def moved_s(self, nbytes: float) -> float:
+        """Seconds in which so much memory is read or written."""
+        return nbytes / (self.bytes_per_s * (self.table.memory if self.table else 1))
 
     def with_link(
         self, bytes_per_s: float, latency_s: float, send_share: float | None = None
@@ -122,6 +168,13 @@ A100 = Device(
     launch_s=4e-6,
 )
 
+A100_40GB = replace(
+    A100,
+    name="a100-40gb",
+    bytes_per_s=1555 * GIGA,  # NVIDIA A100 data sheet, column 40GB SXM: HBM2
+    memory_bytes=int(39.39 * 2**30),  # what CUDA reports of it
+)
+
 L4 = Device(
     "l4",
     {  # NVIDIA L4 data sheet
@@ -154,7 +207,7 @@ CPU = Device(
     launch_s=3e-6,
 )
 
-DEVICES = {device.name: device for device in (CPU, H100, H200, A100, L4)}
+DEVICES = {device.name: device for device in (CPU, H100, H200, A100, A100_40GB, L4)}
 
 # Words of the name that CUDA reports. The figures are those of SXM modules: other boards of the
 # same chip, and slices of one, are made from their properties.
@@ -162,6 +215,7 @@ _WORDS = (
     ({"H200"}, H200),
     ({"H100", "HBM3"}, H100),
     ({"A100", "SXM4", "80GB"}, A100),
+    ({"A100", "SXM4", "40GB"}, A100_40GB),
     ({"L4"}, L4),
 )
 _OTHER_BOARDS = {"PCIE", "NVL", "MIG"}
@@ -196,8 +250,9 @@ def _from_json(path: Path) -> Device:
         raise OptionError(f"device file {path}: {error}") from error
     if not isinstance(given, dict):
         raise OptionError(f"device file {path}: not a JSON object")
-    known = [f.name for f in fields(Device)]
-    optional = [f.name for f in fields(Device) if f.default is not MISSING]
+    told = [f for f in fields(Device) if f.name != "table"]
+    known = [f.name for f in told]
+    optional = [f.name for f in told if f.default is not MISSING]
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

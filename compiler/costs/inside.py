@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..calibration.forms import Product
 from ..ir.region import Kernel, Work
 from ..ir.region import work_of as region_work
 from ..losses import logits, pieces
@@ -59,7 +60,8 @@ class _Shape:
         """Of tokens by width by classes, whichever of them is summed over."""
         t, c, w = self.tokens, self.classes, self.width
         moved = (t * c + t * w + c * w) * self.narrow.itemsize
-        return Kernel(2 * t * c * w, moved, short_name(self.narrow))
+        form = Product(1, t, c, w)
+        return Kernel(form.flops, moved, short_name(self.narrow), form=form)
 
     def passes(self, count: int) -> Iterator[Kernel]:
         """Over all logits of the piece, each read or written so often."""
@@ -100,7 +102,7 @@ def _chunked(node: fx.Node) -> Work:
         scratch += piece.elements * piece.wide.itemsize * plain.count("tanh")
         if given[-1][0] and piece.casts:
             scratch += hidden.numel() * piece.wide.itemsize
-    each = (Kernel(k.flops, k.moved_bytes, k.dtype, times=times) for k in kernels)
+    each = (replace(kernel, times=times) for kernel in kernels)
     return Work(tuple(each), scratch)
 
 
@@ -133,9 +135,9 @@ def told_pieces(nodes: Iterable[fx.Node], device: Device) -> str:
         elif node.target is pieces.BACKWARD:
             made = inside(node)
             assert made is not None
-            product = made.kernels[0]
-            moved_s = product.moved_bytes / device.bytes_per_s
-            again_s += product.times * max(product.flops / device.peak(product.dtype), moved_s)
+            first = made.kernels[0]
+            product = first.flops, first.moved_bytes, first.dtype, first.form
+            again_s += first.times * device.kernel_s(*product)
     if not found:
         return ""
     cost = f"; made again in the backward: {again_s * 1e3:.3g} ms per microbatch" if again_s else ""

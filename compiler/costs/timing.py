@@ -37,11 +37,12 @@ class Timing:
     Args:
         stage: of the graph's staged nodes.
         copies: a node of the backward -> the forward node that it computes again.
-        units: nothing where no unit has seconds; the roofline takes their place.
+        units: nothing where no unit has seconds; the device's rates take their place.
         mates: per stage, the stages of its rank.
 
     Attributes:
-        work: per stage, the roofline of F, B and W, and of R, what is recomputed in B and W.
+        work: per stage, what F, B and W take by the device's rates, and R, what is recomputed in B
+            and W.
         seconds: per stage.
     """
 
@@ -76,8 +77,11 @@ class Timing:
             found[stage, Kind.F] = seconds.forward
             found[stage, Kind.B] = whole * (1 - split)
             found[stage, Kind.W] = whole * split
+            self._launch(found, stage)
             self._hide(found, stage)
-        return found
+        ranks = self.footprint.dp * len(set(map(tuple, self.mates)))
+        waiting = self.rates.waiting(ranks)
+        return {key: seconds * waiting for key, seconds in found.items()}
 
     def transfer_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another."""
@@ -91,26 +95,33 @@ class Timing:
         return self.rates.send_s(self.transfer_s())
 
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
-        """What replicas exchange during each program runs beside it: the longer one counts.
+        """What replicas exchange during each program runs beside it.
 
         From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
         parameters.
         """
-        rate, dp = self.rates.link_bytes_per_s, self.footprint.dp
+        dp = self.footprint.dp
         if not self.footprint.zero.streams or dp == 1:
             return
         traffic = self.footprint.traffic(self.program, stage, self.mates[stage])
         for part, program in self.program.stages[stage].parts.items():
-            sent = sum(
-                parcel.scatter_bytes[0] * (dp - 1) / dp
+            parcels = [
+                parcel.scatter_bytes[0]
                 for entries in traffic.departures.parts.get(part, ())
                 for parcel, number in entries
                 if number == 0
-            )
+            ]
             gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
-            sent += sum(n.meta["whole_bytes"] * (dp - 1) / dp for n in gathers)
+            sizes = parcels + [n.meta["whole_bytes"] for n in gathers]
             key = stage, part
-            compute_s[key] = max(compute_s[key], sent / rate)
+            sent_s = self.rates.collective_s(sum(sizes), dp, len(sizes))
+            compute_s[key] = self.rates.together_s(compute_s[key], sent_s)
+
+    def _launch(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
+        """No program takes less than the host does to launch its operators."""
+        for part in self.program.stages[stage].parts:
+            launches = self.work[stage, part.value].launches
+            compute_s[stage, part] = self.rates.program_s(compute_s[stage, part], launches)
 
     def _work(
         self, stages: Mapping[fx.Node, int], copies: Mapping[fx.Node, fx.Node]

@@ -19,9 +19,8 @@ from ..answers.inputs import NumberError
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
-from ..costs.cost import unpriced
+from ..costs.cost import notes_on_costs
 from ..costs.footprint import Footprint
-from ..costs.inside import told_pieces
 from ..general.lookups import check_lookups
 from ..ir.errors import (
     BatchError,
@@ -206,7 +205,7 @@ class Builder:
             assembly,
             decision,
             decided.closing_s or self._closing.seconds(assembly, settings),
-            self.given.costs if self.given else "profile" if self.target.profiler else "roofline",
+            self.given.costs if self.given else self.target.costs,
         )
         timeline = summary.timeline()
         budget = self.target.budget_bytes
@@ -338,11 +337,9 @@ class Builder:
                 self._warn(captured.loss.warning)
         joint = Joint(graph, options.mixed, self.skeleton.held, splits)
         run("joint", passes.JOINT, joint, recorder, options.skip)
-        if note := told_pieces(graph.ops(), self.target.spec):
-            with recorder.record("joint", "chunked_loss") as outcome:
-                outcome.note = note
-        if self.target.profiler is None and (note := unpriced(graph.ops(), self.target.spec)):
-            with recorder.record("joint", "costs") as outcome:
+        measures = self.target.profiler is not None
+        for name, note in notes_on_costs(list(graph.ops()), self.target.spec, measures):
+            with recorder.record("joint", name) as outcome:
                 outcome.note = note
         if self._shared is not None:
             self._shared[known] = captured, tuple(recorder.records[before:])

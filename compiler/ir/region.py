@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..calibration.forms import Form
+
 FORWARD = ("pipecompile.region.default", "pipecompile.random_region.default")
 BACKWARD = "pipecompile.region_backward.default"
 
@@ -24,6 +26,7 @@ class Kernel:
         flops, moved_bytes: of one launch.
         lacks: its name, if it has no formula for its FLOPs and may need one; "" otherwise.
         times: how often it is launched.
+        form: the shape of its products, where it is known.
     """
 
     flops: int
@@ -31,6 +34,7 @@ class Kernel:
     dtype: str
     lacks: str = ""
     times: int = 1
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

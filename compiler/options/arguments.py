@@ -342,11 +342,13 @@ class Options:
     )
     costs: str = option(
         "auto",
-        help='where the planner\'s seconds come from: "profile" measures each distinct unit on '
-        'the device at hand, "roofline" takes peak rates; "auto" measures',
+        help='where seconds come from: "profile" measures each distinct unit on the device here; '
+        '"calibrated" takes what a device reaches by shape, from a table, its own after '
+        '`pipecompile calibrate`; "roofline" takes peak rates, a bound; "auto" measures',
         more='What "profile" measured is remembered on disk.',
-        choices=("auto", "roofline", "profile"),
-        compared=lambda _, options: "profile" if options.measures else "roofline",
+        choices=("auto", "roofline", "calibrated", "profile"),
+        compared=lambda _, options: options.priced,
+        flag=Flag(group=PLANNER, metavar="HOW", default="roofline; nothing is measured here"),
     )
     hardware: str | Path | Device | None = option(
         None,

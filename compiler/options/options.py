@@ -197,5 +197,12 @@ class CompileOptions(Options):
         return self.hardware is None and os.environ.get("PIPECOMPILE_COSTS") != "roofline"
 
     @property
+    def priced(self) -> str:
+        """ "profile", "calibrated" or "roofline"."""
+        if self.costs == "calibrated":
+            return self.costs
+        return "profile" if self.measures else "roofline"
+
+    @property
     def memory_bytes(self) -> int | None:
         return None if self.memory is None else parse_bytes(self.memory, "memory")

@@ -111,7 +111,7 @@ class Plan:
         shape: leaves of one microbatch, as text.
         microbatch_tokens: token ids in it; 0 for other inputs.
         device, costs: what the seconds are of: a device (`compiler.costs.hardware`) and
-            "roofline" or "profile".
+            "roofline", "calibrated" or "profile".
         n_stages: ranks of a replica; ``stages`` are as many times ``virtual_stages``.
         budget_bytes: memory of a rank, None for no limit.
         decision: stages and recomputation; enough to make the same programs again.

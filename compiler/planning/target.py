@@ -19,13 +19,20 @@ class Target:
         device: where graphs are traced and programs run.
         spec: whose rates prices are taken from.
         budget_bytes: memory of a stage; infinity for no limit.
-        profiler: measures instead; None for the roofline.
+        profiler: measures instead; None for what the device's rates say.
     """
 
     device: torch.device
     spec: Device
     budget_bytes: float = math.inf
     profiler: Profiler | None = None
+
+    @property
+    def costs(self) -> str:
+        """Where seconds come from."""
+        if self.profiler is not None:
+            return "profile"
+        return "roofline" if self.spec.table is None else "calibrated"
 
     @property
     def kind(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..calibration.operators import form_of
 from ..costs.formulas import flops_of, lacking
 from ..costs.meter import StorageMeter, storages_of
 from ..ir.errors import RegionError
@@ -192,5 +193,6 @@ class _Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sources = [t for value in given for t in tensors(value)]
         moved = sum(t.numel() * t.element_size() for t in (*sources, *tensors(made)))
         dtype = str(sources[0].dtype).removeprefix("torch.") if sources else ""
-        self.kernels.append(Kernel(flops, moved, dtype, lacking(func)))
+        form = form_of(func, args, named) if flops else None
+        self.kernels.append(Kernel(flops, moved, dtype, lacking(func), form=form))
         return made

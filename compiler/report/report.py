@@ -375,11 +375,10 @@ class _Report:
         took = self.extras.search_s
         when = "read from a file" if took is None else f"in {seconds_text(took)}"
         parts = [f"{sure} at the problem's prices", _TIMES.get(search.solver, search.solver), when]
-        costs = (
-            f"peak rates of {plan.device} (roofline): nothing runs faster than that"
-            if plan.costs == "roofline"
-            else f"measured ({plan.costs})"
-        )
+        costs = {
+            "roofline": f"peak rates of {plan.device} (roofline): nothing runs faster than that",
+            "calibrated": f"what {plan.device} reaches by shape (calibrated)",
+        }.get(plan.costs, f"measured ({plan.costs})")
         return [
             f"division: {', '.join(parts + ([search.note] if search.note else []))}",
             f"seconds: {costs}",

@@ -8,8 +8,10 @@ import torch
 
 from ...compiler.costs.hardware import device_spec, parse_device
 from ...compiler.ir.errors import OptionError
+from ...compiler.kept.cache import default_cache_dir
 from ...compiler.options.options import CompileOptions
 from ...compiler.planning.target import Target
+from ...compiler.profiling.calibration import calibrated
 from ..transport.mesh import Mesh
 from ..transport.transport import Endpoint, Transport
 
@@ -73,4 +75,6 @@ def target_of(options: CompileOptions, device: torch.device, mesh: Mesh) -> Targ
     else:
         spec = parse_device(options.hardware)
         own_bytes = spec.memory_bytes
+    if options.costs == "calibrated":
+        spec = calibrated(spec, default_cache_dir(), options.backend == "inductor")
     return Target(device, spec, options.memory_bytes or own_bytes)
