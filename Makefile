@@ -1,13 +1,14 @@
 # Every target sets up .venv first; that needs Python >= 3.11 and make, nothing else.
 PYTHON ?= python3
+DATA ?= ../shared/data/mpt
 BIN := .venv/bin
 READY := .venv/ready
 
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-torch mutants lint bench predictions planner-table tight-table \
-	precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
+.PHONY: help demo test test-slow test-torch mutants lint bench predictions published planner-table \
+	tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table clean
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make lint              ruff and mypy"
 	@echo "make bench             the timings"
 	@echo "make predictions       do predicted step times and memory peaks come true?"
+	@echo "make published         predicted against published speeds of training runs; DATA=folder"
 	@echo "make planner-table     plans of large models against simple strategies"
 	@echo "make tight-table       what plans in tight budgets leave on the table"
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
@@ -61,6 +63,9 @@ mutants: $(READY)
 
 bench: $(READY)
 	$(BIN)/pytest tests/bench -m bench
+
+published: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/published.py $(DATA)
 
 predictions: $(READY)
 	$(BIN)/python tests/bench/predictions.py

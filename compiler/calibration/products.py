@@ -70,7 +70,7 @@ def _unit_flops(form: Product, units: int, tiles: tuple[Tile, ...], fill: float)
     for tile in tiles:
         count = form.batch * -(-form.m // tile.rows) * -(-form.n // tile.columns)
         for split in SPLITS:
-            if split > 1 and (count * split > 2 * units or form.k < 2 * split * fill):
+            if split > 1 and count * split > 2 * units:
                 break
             waves = -(-count * split // units)
             inner = -(-form.k // split) + fill

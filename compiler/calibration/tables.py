@@ -37,6 +37,7 @@ _NVIDIA = {
     "rounds (ml-engineering, network/benchmarks/results/all-reduce-8xH200)",
     "network.between_bytes_per_s": "one adapter per device: 200 Gb/s on DGX A100 (1,600 Gb/s per "
     "machine, as the runs had), 400 Gb/s on DGX H100; 0.9 of it, as Calculon's a100_80g system has",
+    "network.per_machine": "DGX and HGX machines",
     "network.within_latency_s": "order of NCCL's simple protocol over NVLink per hop",
     "network.between_latency_s": "order of an InfiniBand hop, two switches and two PCIe crossings",
 }

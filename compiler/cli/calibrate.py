@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from ..ir.errors import OptionError
@@ -26,7 +25,6 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--on", metavar="DEVICE", help='"cpu" or "cuda" (default: CUDA if there is one)'
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -45,9 +43,6 @@ def _run(args: argparse.Namespace) -> int:
     device = torch.device(chosen)
     measured, samples = calibrate(device)
     path = measured.keep(default_cache_dir())
-    if args.json:
-        print(json.dumps({"kept": None if path is None else str(path), **vars(measured)}, indent=1))
-        return 0
     for line in calibration_lines(measured, samples, device_spec(device), path):
         print(line)
     return 0

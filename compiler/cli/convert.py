@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import SpecError
 from ..options.parsing import parse_bytes
-from .quiet import quiet
+from ..report.quiet import quiet
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..options.arguments import OUTPUT
 from ..options.parsing import parse_names
+from ..report.quiet import quiet
 from .flags import add_command
-from .quiet import quiet
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

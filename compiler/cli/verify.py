@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..report.quiet import quiet
 from .flags import add_command, count
-from .quiet import quiet
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

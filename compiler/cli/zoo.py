@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..report.quiet import quiet
 from ..zoo.families import FAMILIES, architectures
 from .flags import count, positive
-from .quiet import quiet
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

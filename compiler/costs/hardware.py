@@ -250,6 +250,11 @@ def _from_json(path: Path) -> Device:
         raise OptionError(f"device file {path}: {error}") from error
     if not isinstance(given, dict):
         raise OptionError(f"device file {path}: not a JSON object")
+    if given.pop("table", None) is not None:
+        raise OptionError(
+            f"device file {path}: a table cannot be read from it: give peak rates, and costs= says "
+            "what is reached of them"
+        )
     told = [f for f in fields(Device) if f.name != "table"]
     known = [f.name for f in told]
     optional = [f.name for f in told if f.default is not MISSING]

@@ -14,7 +14,7 @@ from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.graph import Phase, phase_of
 from ..ir.program import PipelineProgram
-from .cost import Cost, node_cost
+from .cost import Cost, node_cost, total_cost
 from .footprint import Footprint
 from .hardware import Device
 
@@ -118,10 +118,16 @@ class Timing:
             compute_s[key] = self.rates.together_s(compute_s[key], sent_s)
 
     def _launch(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
-        """No program takes less than the host does to launch its operators."""
-        for part in self.program.stages[stage].parts:
-            launches = self.work[stage, part.value].launches
-            compute_s[stage, part] = self.rates.program_s(compute_s[stage, part], launches)
+        """By a device's table, what programs do besides their operators counts too: gradients are
+        added to sums or packed; and none takes less than the host does to launch all of it."""
+        if self.rates.table is None:
+            return
+        for part, program in self.program.stages[stage].parts.items():
+            adds = [n for n in program.module.graph.nodes if n.target is ops.accumulate]
+            added = total_cost(adds, self.rates)
+            launches = self.work[stage, part.value].launches + added.launches
+            seconds = compute_s[stage, part] + added.seconds
+            compute_s[stage, part] = self.rates.program_s(seconds, launches)
 
     def _work(
         self, stages: Mapping[fx.Node, int], copies: Mapping[fx.Node, fx.Node]

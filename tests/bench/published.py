@@ -11,8 +11,8 @@ Blocks repeat, so two depths tell all: seconds and bytes of every further block 
 `SHALLOW`'s two. A block more is one more gather, one more scatter and the same operators; blocks at
 the two ends, whose gathers nothing precedes, are in both. `--whole` captures all blocks instead.
 
-A run that would not fit with whole logits is planned with chunked_loss=. That is not what ran: there
-a fused kernel needed neither a second copy of the logits nor another product for them.
+A run that would not fit with whole logits is planned with chunked_loss=. That is not what ran:
+there a fused kernel needed neither a second copy of the logits nor another product for them.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "zero_by": ({"zero_by": "rows"}, {"zero_by": "matrices"}),
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
         "eager_modules": ({}, {"eager_modules": ["first"]}),
-        "costs": ({"costs": "roofline"}, {"costs": "profile"}),
+        "costs": ({"costs": "roofline"}, {"costs": "calibrated"}),
         "plan": ({}, {"plan": hand_made()[0]}),
         "skip": ({}, {"skip": ["inplace"]}),
     }
