@@ -82,14 +82,12 @@ class Prediction:
 
     Attributes:
         step_s: of an optimizer step.
-        bound_s: the same at peak rates.
         peak_bytes: of the fullest device, of ``memory_bytes``.
         pieces: logits are made a piece at a time.
     """
 
     run: Run
     step_s: float
-    bound_s: float
     peak_bytes: float
     memory_bytes: int
     pieces: bool
@@ -118,7 +116,7 @@ def predict(run: Run, whole: bool = False) -> Prediction:
     depths = (run.n_layers,) if whole else SHALLOW
     found = _extended([planned(replace(run, n_layers=d), 0) for d in depths], run.n_layers)
     memory = _device(run).memory_bytes
-    pieces = found[2] > memory
+    pieces = found[1] > memory
     if pieces:
         made = [planned(replace(run, n_layers=d), CHUNK_ROWS) for d in depths]
         found = _extended(made, run.n_layers)
@@ -140,12 +138,12 @@ def _device(run: Run):  # type: ignore[no-untyped-def]
     return KNOWN[DEVICES[run.gpu]]
 
 
-def planned(run: Run, chunk_rows: int) -> tuple[float, float, float]:
-    """(seconds of a step, the same at peak rates, bytes at the peak)."""
+def planned(run: Run, chunk_rows: int) -> tuple[float, float]:
+    """(seconds of a step, bytes at the peak)."""
     import torch
     from pipecompile.compiler.capture.batch import flatten
     from pipecompile.compiler.capture.skeleton import skeleton_of
-    from pipecompile.compiler.driver.builder import Builder, Captures
+    from pipecompile.compiler.driver.builder import Builder
     from pipecompile.compiler.driver.compiled import Mode
     from pipecompile.compiler.options.options import CompileOptions
     from pipecompile.compiler.planning.target import Target
@@ -175,26 +173,20 @@ def planned(run: Run, chunk_rows: int) -> tuple[float, float, float]:
         ids = torch.zeros(run.rows_per_gpu, run.seq, dtype=torch.long)
         _, spec = flatten({"input_ids": ids, "labels": ids})
         skeleton = skeleton_of(model, torch.device("cpu"), options.dtypes)
-    device, captured = _device(run), Captures()
-    plans = [
-        Builder(skeleton, options, Target(torch.device("cpu"), rates), captured=captured)
-        .build(Mode.TRAIN, spec, run.grad_accum)
-        .plan
-        for rates in (calibrated(device, None), device)
-    ]
-    return plans[0].step_s, plans[1].step_s, float(plans[0].stages[0].memory.peak)
+    target = Target(torch.device("cpu"), calibrated(_device(run), None))
+    plan = Builder(skeleton, options, target).build(Mode.TRAIN, spec, run.grad_accum).plan
+    return plan.step_s, float(plan.stages[0].memory.peak)
 
 
 HEAD = (
     "| # | model | tokens | device | rows | recompute | dtype | published | predicted | error "
-    "| bound | peak, GiB | fits |\n| --: | --- | --: | --- | --- | --- | --- | --: | --: | --: "
-    "| --: | --: | --- |"
+    "| peak, GiB | fits |\n"
+    "| --: | --- | --: | --- | --- | --- | --- | --: | --: | --: | --: | --- |"
 )
 
 
 def line_of(found: Prediction) -> str:
     run = found.run
-    bound = found.tokens_per_s * found.step_s / found.bound_s
     cells = (
         run.number,
         run.model,
@@ -206,7 +198,6 @@ def line_of(found: Prediction) -> str:
         f"{run.tokens_per_s_per_gpu:,.0f}",
         f"{found.tokens_per_s:,.0f}",
         f"{found.error:+.1%}",
-        f"{bound:,.0f}",
         f"{found.peak_bytes / GIB:.1f} of {found.memory_bytes / GIB:.1f}",
         ("yes" if found.fits else "NO") + (", in pieces" if found.pieces else ""),
     )

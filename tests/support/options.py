@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "schedule_memory": ("--schedule-memory 2x1f1b", "2x1f1b"),
     "virtual_stages": ("--virtual-stages 3", 3),
     "tied_grads": ("--tied-grads per_step", "per_step"),
+    "costs": ("--costs calibrated", "calibrated"),
     "loss_normalization": ("--loss-normalization microbatch", "microbatch"),
     "memory": ("--memory 20GiB", "20GiB"),
     "remat": ("--remat full", "full"),

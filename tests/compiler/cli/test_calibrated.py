@@ -27,7 +27,7 @@ def test_a_generic_table_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_fused_operators_move_less(capsys: pytest.CaptureFixture[str]) -> None:
     command = f"{STEPS} --device h100 --costs calibrated --seq 32 --backend"
     eager, fused = (plan_of(f"{command} {name}", capsys) for name in ("eager", "inductor"))
-    assert fused["step_s"] < 0.8 * eager["step_s"]
+    assert fused["step_s"] < 0.9 * eager["step_s"]
 
 
 def test_nothing_is_profiled_by_inspect(capsys: pytest.CaptureFixture[str]) -> None:
