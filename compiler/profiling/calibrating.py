@@ -20,8 +20,8 @@ from ..tensors.facts import short_name
 from .calibration import Measured
 
 FILLS = (0.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-ROUNDS = 3
-WINDOW_S = 0.04  # of a round
+ROUNDS = 12  # of which the best counts: what else runs only makes others longer
+WINDOW_S = 0.01  # of a round
 TINY = 8  # elements of an operator that takes no time but its launch
 LAUNCHES = 2000
 
@@ -156,10 +156,10 @@ def _attention(
             found.append(flops / seconds)
         rates.append((found[0], found[1]))
     short, long = shapes
-    ratio = max(1.0, rates[1][0] / rates[0][0])
     most = 0.9 * long.keys / short.keys  # of a ratio that such a curve can have
-    ratio = min(ratio, most)
+    ratio = min(max(1.0, rates[1][0] / rates[0][0]), most)
     half = (ratio - 1) * short.keys * long.keys / (long.keys - ratio * short.keys)
+    half = min(half, long.keys / 2)  # the longer one is long: no noise makes much more of it
     full = (long.keys + half) / long.keys
     return rates[1][0] * full, rates[1][1] * full, half
 
