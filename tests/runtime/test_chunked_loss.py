@@ -316,6 +316,7 @@ def test_auto_keeps_whole_logits_where_they_cost_nothing() -> None:
     assert any("nothing is given up" in note for _, note in pipe.plan.notes)
 
 
+@pytest.mark.slow
 def test_auto_takes_pieces_where_whole_logits_do_not_fit(tmp_path: Path) -> None:
     batch = models.tokens(4, 32)
     pieces = pipe_of("llama", batch, n_stages=2, chunked_loss=4096).plan

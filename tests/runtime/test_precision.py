@@ -113,6 +113,7 @@ def test_modules_and_operators_stay_in_fp32_by_name() -> None:
     }
 
 
+@pytest.mark.slow
 def test_values_cross_in_the_boundary_dtype() -> None:
     batch = models.batches("llama", 8, 1)[0]
 
@@ -315,6 +316,7 @@ def test_the_predicted_peak_is_the_measured_one(gang: Callable[[int], Gang]) -> 
         assert abs(predicted - found) <= message + 0.01 * found
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_is_cast_and_what_that_saves(capsys: pytest.CaptureFixture[str]) -> None:
     from pipecompile.compiler.cli.main import main
 

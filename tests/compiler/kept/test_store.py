@@ -412,6 +412,7 @@ def _piped(path: str) -> tuple[list[torch.Tensor], list[str]]:
     return losses, notes
 
 
+@pytest.mark.slow
 def test_ranks_share_the_folder(tmp_path: Path, gang: Callable[[int], Gang]) -> None:
     expected = run([given()] * 2)[:2]
     for note in ("kept for other runs", "from another run"):

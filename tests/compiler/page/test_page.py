@@ -170,6 +170,7 @@ def test_inspect_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(drawn(text)) == 2 * 2 * 4
 
 
+@pytest.mark.slow
 def test_schedules_are_compared_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.html"
     given = f"{SMALL_GPT2} --stages 2 --microbatches 2 --compare schedules --html {path}"
