@@ -12,6 +12,9 @@ from __future__ import annotations
 import re
 import sys
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
 import torch
 from pipecompile.compiler.capture.batch import flatten
