@@ -113,15 +113,9 @@ class Evaluated(Monitored):
     def _scored(self, data: Any, scores: Scores, progress: bool | None) -> dict[str, Any]:
         """The loss, and metrics."""
         sums, here = None, self._here
-        one = not is_loader(data)
         with self._world.guard("evaluate()"), self._recording.range("evaluate"):
-            batches = self._batches(
-                iter((data,)) if one else data,
-                "evaluate with metrics",
-                False if one else progress,
-                lambda: scores.trouble,
-            )
-            for batch in batches:
+            what = "evaluate with metrics"
+            for batch in self._batches(data, what, progress, lambda: scores.trouble):
                 with _advised(data):
                     session, ready, jobs = self._prepare(Mode.FORWARD, batch, several=True)
                 found = None
@@ -200,16 +194,11 @@ class Evaluated(Monitored):
             OptionError: ``gather`` is neither.
         """
         who = check_gather(gather) or ALL
-        predictions, one = Predictions(fn), not is_loader(data)
+        predictions = Predictions(fn)
         here = self._here if fn is not None else range(self._world.mesh.dp)
         with self._world.guard("predict()"), self._recording.range("predict"):
-            batches = self._batches(
-                iter((data,)) if one else data,
-                "predict a loader",
-                False if one else progress,
-                lambda: predictions.trouble,
-            )
-            for batch in batches:
+            what = "predict a loader"
+            for batch in self._batches(data, what, progress, lambda: predictions.trouble):
                 with _advised(data):
                     session, ready, jobs = self._prepare(Mode.FORWARD, batch)
                 part = session.returned(ready, jobs, here)
@@ -231,13 +220,15 @@ class Evaluated(Monitored):
         progress: bool | None,
         trouble: Callable[[], PipecompileError | None] = lambda: None,
     ) -> Iterator[Any]:
-        """Those of a loader, until no process has any left.
+        """Those of a loader, until no process has any left; a batch alone is a loader of one.
 
         Args:
             what: is done, the same on all ranks.
             trouble: what has gone wrong here with the last one.
         """
         world = self._world
+        if not is_loader(data):
+            data, progress = iter((data,)), False
         world.agreement.check_call(what)
         shown = world.is_main and (sys.stderr.isatty() if progress is None else progress)
         with shown_progress(data, shown) as advance:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..ir.graph import is_getitem, module_of, nbytes, phase_of, storage_root
+from ...passes.programs.fusions import layer_of
+from ..ir.graph import is_getitem, nbytes, phase_of, storage_root
 
 _DECOMPOSED = (
     "native_layer_norm",
@@ -70,11 +71,4 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _together(a: fx.Node, b: fx.Node) -> bool:
-    return _layer(a) == _layer(b) and phase_of(a) is phase_of(b)
-
-
-def _layer(node: fx.Node) -> str:
-    """The numbered module that an operator is of; "" between them."""
-    parts = module_of(node).split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
+    return layer_of(a) == layer_of(b) and phase_of(a) is phase_of(b)

@@ -67,6 +67,12 @@ def called(factory: Factory, named: Sequence[tuple[str, nn.Parameter]]) -> torch
     return optimizer
 
 
+def or_nothing(named: Sequence[tuple[str, nn.Parameter]]) -> Sequence[tuple[str, nn.Parameter]]:
+    """These, or where there are none an empty one: schedulers and loops work on a process that
+    trains nothing (a stage whose parameters are all frozen) too."""
+    return named or [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
+
+
 def stand_ins(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> StandIns:
     """One or two for each kind of parameter that an optimizer has.
 

@@ -80,7 +80,7 @@ class Logger(Callback):
     """
 
     def __init__(self, every: int = 1):
-        check_every(type(self).__name__, every)
+        check_steps(type(self).__name__, "every", every)
         self._every = every
         self._waiting: Metrics | None = None
 
@@ -115,7 +115,7 @@ class Logger(Callback):
             self.write("train", metrics.numbers(), metrics.step)
 
 
-def check_every(name: str, every: object) -> None:
+def check_steps(name: str, option: str, value: object) -> None:
     """Raises OptionError unless it is a number of steps."""
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise OptionError(f"{name}(every={every!r}): give a number of steps, 1 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name}({option}={value!r}): give a number of steps, 1 or more")

@@ -13,9 +13,8 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
-from ...compiler.ir.errors import OptionError
 from ...compiler.report.quantities import bytes_text
-from .callbacks import Callback, check_every
+from .callbacks import Callback, check_steps
 from .metrics import Metrics
 
 LIVE_S = 0.25  # between two pictures of the line on a terminal
@@ -40,10 +39,8 @@ class Console(Callback):
         self, total: int | None = None, every: int | None = None, file: IO[str] | None = None
     ):
         for name, value in (("total", total), ("every", every)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise OptionError(f"Console({name}={value!r}): give a number of steps, 1 or more")
-        if every is not None:
-            check_every("Console", every)
+            if value is not None:
+                check_steps("Console", name, value)
         self._total, self._every, self._file = total, every, file
         self._live: Live | None = None
         self._terminal: Terminal | None = None

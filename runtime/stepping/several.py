@@ -11,7 +11,7 @@ from torch import nn
 
 from ...compiler.ir.errors import OptionError
 from ...compiler.options.checks import check_optimizer
-from ...compiler.profiling.standins import Factory, called
+from ...compiler.profiling.standins import Factory, called, or_nothing
 
 Rule = str | Callable[[str, torch.Tensor], bool]
 """A pattern of names, in which * stands for anything, or a function of (name, parameter)."""
@@ -61,8 +61,7 @@ class Several:
             given[self._part_of(name, param)].append((name, param))
         made = []
         for (_, factory), mine in zip(self._parts, given, strict=True):
-            nothing = [("nothing_to_train_here", nn.Parameter(torch.empty(0)))]
-            made.append(called(factory, mine or nothing))
+            made.append(called(factory, or_nothing(mine)))
         return OptimizersAsOne(made)
 
     def _part_of(self, name: str, param: nn.Parameter) -> int:

@@ -9,13 +9,16 @@ include AdamW's states, and are calibrated to the programs of the planner's own 
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
 import torch
 import transformers as hf
@@ -42,10 +45,11 @@ from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.compiler.units.pricing import roofline
 from pipecompile.passes.graph.casts import settle_casts
 from pipecompile.passes.partition import baselines
+from support.llama3 import llama3
 from torch import nn
 
 HOST = torch.device("cpu")
-ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 BF16 = Precision(compute=torch.bfloat16)
 GIB = 2**30
 
@@ -68,20 +72,6 @@ class Subject:
     tokens: int
 
 
-def _llama() -> nn.Module:
-    config = hf.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        use_cache=False,
-    )
-    return hf.LlamaForCausalLM(config)
-
-
 def _bert() -> nn.Module:
     config = hf.BertConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
@@ -101,7 +91,7 @@ def _gpt2() -> nn.Module:
 
 SUBJECTS = {
     "gpt2": Subject("GPT-2 small", _gpt2, 8, 1024),
-    "llama": Subject("Llama-3-8B", _llama, 1, 4096),
+    "llama": Subject("Llama-3-8B", partial(llama3, 4096, 14336, 32, 32), 1, 4096),
     "bert": Subject("BERT-large", _bert, 8, 512),
     "t5": Subject("T5-large", _t5, 8, 512),
 }

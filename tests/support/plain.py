@@ -111,13 +111,18 @@ def train_pipeline(
     for batch in batches:
         share = cut(batch, pipe.data_shards)[pipe.data_shard]
         run.losses.append(pipe.forward_backward(share).clone())
-        named = pipe.named_parameters()
-        run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-        run.norms.append(pipe.clip_grad_norm_(max_norm))
-        pipe.optimizer.step()
-        pipe.zero_grad()
+        end_step(pipe, run, max_norm)
     run.params = pipe.state_dict()
     return run
+
+
+def end_step(pipe: Any, run: Trained, max_norm: float) -> None:
+    """Clip, step and clear the gradients of a pipeline, and note them and their norm."""
+    named = pipe.named_parameters()
+    run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+    run.norms.append(pipe.clip_grad_norm_(max_norm))
+    pipe.optimizer.step()
+    pipe.zero_grad()
 
 
 def assert_equal(found: Trained, expected: Trained, whole: bool = True) -> None:

@@ -48,11 +48,7 @@ def train(
         for _ in range(k):
             share = plain.cut(next(batches), pipe.data_shards)[pipe.data_shard]
             run.losses.append(pipe.forward_backward(share, scale=1 / k).clone())
-        named = pipe.named_parameters()
-        run.grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-        run.norms.append(pipe.clip_grad_norm_(MAX_NORM))
-        pipe.optimizer.step()
-        pipe.zero_grad()
+        plain.end_step(pipe, run, MAX_NORM)
     run.params = pipe.state_dict()
     return run
 
