@@ -1,6 +1,6 @@
 """Predicted speeds of training runs that somebody has published; `make published`.
 
-    python tests/bench/published.py [FOLDER] [--rows 3,17] [--json FILE]
+    python tests/bench/published.py FOLDER [--rows 3,17] [--json FILE]
 
 FOLDER has throughput.csv: MPT decoders (llm-foundry's benchmarking tables), trained by FSDP on 8 to
 512 devices. Every row is planned as a user would plan it: the model is built without data and
@@ -222,8 +222,7 @@ def summary_of(found: list[Prediction]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parents[3] / "shared/data/mpt"
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", help="numbers of rows, from 1", default="")
     parser.add_argument("--whole", action="store_true", help="capture every block")
     parser.add_argument("--json", type=Path, help="write predictions there")
