@@ -205,6 +205,22 @@ class Evaluated(Monitored):
                 predictions.add(part, given_of(part, batch))
             return predictions.joined(self._world.agreement, who)
 
+    def returned(self, batch: Any) -> list[list[Any]]:
+        """What the model returns for each microbatch, in evaluation mode, on every rank's CPU.
+
+        Nothing is joined, so that microbatches may have any lengths and outputs any dimensions.
+
+        Returns:
+            Per replica and microbatch the model's own output structure; None for one without rows.
+        """
+        agreement = self._world.agreement
+        with self._world.guard("returned()"), self._recording.range("forward"):
+            session, ready, jobs = self._prepare(Mode.FORWARD, batch)
+            part = session.returned(ready, jobs, range(self._world.mesh.dp)).on_cpu()
+            everyone = shared(agreement, part.pieces, ALL)
+            assert everyone is not None, "all get them"
+            return part.of(everyone).apart()
+
     # -- the inside -------------------------------------------------------------------------
 
     @property

@@ -59,6 +59,7 @@ ROOMS = (
     "runtime/monitor",
     "runtime",
     "compiler",
+    "runtime/integrations",
     "compiler/zoo",
     "compiler/cli",
 )
@@ -159,5 +160,5 @@ def test_no_function_is_long() -> None:
 
 def test_the_package_that_is_installed_has_every_room() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    wanted = {"pipecompile", "pipecompile.passes"}
+    wanted = {"pipecompile", "pipecompile.passes", "pipecompile.integrations"}
     assert set(listed) == wanted | {f"pipecompile.{room.replace('/', '.')}" for room in ROOMS}

@@ -74,6 +74,17 @@ class Part:
         """
         return self.rebuild(self.values())
 
+    def apart(self) -> list[list[Any]]:
+        """Per replica and microbatch, in the model's own structure; None for one without rows."""
+        places = range(len(self.outputs))
+        return [
+            [
+                self.rebuild([piece[i] for i in places]) if size else None
+                for piece, size in zip(self.pieces[replica], sizes, strict=True)
+            ]
+            for replica, sizes in self.sizes.items()
+        ]
+
     def _value(
         self,
         i: int,

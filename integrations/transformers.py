@@ -1,0 +1,3 @@
+"""`PipelineTrainer`, a `transformers.Trainer` whose model is a pipeline."""
+
+from ..runtime.integrations.trainer import PipelineTrainer as PipelineTrainer

@@ -1,0 +1,1 @@
+"""Pipelines inside of other libraries' training loops."""
