@@ -24,6 +24,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         "README.md",
         pytest.param("docs/guide.md", marks=pytest.mark.slow),
         pytest.param("docs/training.md", marks=pytest.mark.slow),
+        pytest.param("docs/from_hf.md", marks=pytest.mark.slow),
         pytest.param("docs/metrics.md", marks=pytest.mark.slow),
         "docs/checkpoints.md",
     ],
@@ -70,3 +71,20 @@ def test_the_example_prints_the_same_losses_in_one_process_and_in_many(dp: int) 
     losses = _losses(dp)
     assert len(losses) == 3
     assert _losses(dp, *TORCHRUN, str(2 * dp)) == losses
+
+
+@pytest.mark.slow
+def test_three_changed_lines_print_what_trainer_prints(tmp_path: Path) -> None:
+    printed = []
+    small = ["--rows", "40", "--width", "32", "--epochs", "1", "--output", str(tmp_path / "run")]
+    example = str(ROOT / "examples/finetune_trainer.py")
+    for start, options in (((), ["--plain"]), ((), []), (TORCHRUN, [])):
+        count = ["2"] if start else []
+        command = [sys.executable, *start, *count, example, *small, *options]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        printed += re.findall(r"^held-out loss (\S+) accuracy (\S+)$", run.stdout, re.MULTILINE)
+    assert len(printed) == 3
+    for loss, accuracy in printed[1:]:
+        assert abs(float(loss) - float(printed[0][0])) < 1e-5
+        assert accuracy == printed[0][1]

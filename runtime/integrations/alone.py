@@ -10,6 +10,7 @@ changed in place. They are made anew with each `TrainingArguments`, hence `alone
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,19 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
 
-def alone(args: Any) -> None:
-    """From here on accelerate knows of one process alone; rank 0 stays the one that writes."""
+def alone(args: Any, rank: int) -> None:
+    """From here on accelerate knows of one process alone; rank 0 stays the one that writes.
+
+    Without a GPU, and without ``use_cpu=True``, accelerate has not seen the other processes, and
+    would let each of them write.
+    """
     args._n_gpu = min(1, args.n_gpu)  # else a Trainer puts a DataParallel around the model
     for state in (PartialState, AcceleratorState):
         shared = state._shared_state
         if shared:
             shared |= {"num_processes": 1, "distributed_type": DistributedType.NO}
+            local = int(os.environ.get("LOCAL_RANK", rank))
+            shared |= {"process_index": rank, "local_process_index": local}
 
 
 class Skipped:

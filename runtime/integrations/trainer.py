@@ -136,7 +136,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
-        alone(self.args)
+        alone(self.args, self._rank)
         super().create_accelerator_and_postprocess()
         hand_over(
             self.accelerator, self._loader, self._clip, lambda data: first_rows(data, self._rows)
@@ -157,7 +157,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; afterwards ``model`` has the trained weights."""
-        alone(self.args)
+        alone(self.args, self._rank)
         result = super().train(*args, **kwargs)
         assert self.pipe is not None
         self.pipe.load_into(self.model)
@@ -255,7 +255,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.evaluation_loop`; several batches run at once."""
-        alone(self.args)
+        alone(self.args, self._rank)
         self._outputs = []
         return super().evaluation_loop(_Ahead(dataloader, self), *args, **kwargs)
 

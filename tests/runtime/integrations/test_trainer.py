@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,11 +206,12 @@ import torch
 from support import tasks
 from pipecompile.integrations.transformers import PipelineTrainer
 folder, task, resumes = sys.argv[1:]
-args = tasks.arguments(folder + "/run", save_steps=2, eval_steps=2)
+args = tasks.arguments(folder + "/run", save_steps=2, eval_steps=2, use_cpu=task != "causal")
 made = tasks.trainer(PipelineTrainer, task, args, pipeline={"n_stages": 2, "dp": 2})
 made.train(resume_from_checkpoint=folder + "/run/checkpoint-2" if resumes == "yes" else None)
 found = made.predict(tasks.rows_of(task, 7))
 if made.is_world_process_zero():
+    print("writes")
     history, weights = tasks.logged(made), made.model.state_dict()
     torch.save((history, weights, found.predictions), folder + "/found.pt")
 """
@@ -222,12 +224,14 @@ def test_processes_train_as_one(task: str, tmp_path: Path) -> None:
     """2 stages × 2 replicas under torchrun: as plain python does, and as one device of Trainer."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
+    found_by = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     found = []
     for resumes in ("no", "yes"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "4", str(script), str(tmp_path), task, resumes]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=found_by, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines().count("writes") == 1
         found.append(torch.load(tmp_path / "found.pt", weights_only=False))
     (history, weights, predictions), resumed = found
     assert resumed[0][:-1] == history[:-1]  # the last one has the mean loss of its own steps
