@@ -31,6 +31,7 @@ from .data.dataset_loader import DataSetLoader, DataSetLoaders
 from .evaluated import Evaluated
 from .exchange.ranks import Ranks
 from .executor import Job
+from .interchange.adapters import adapters_of
 from .loader import Loader, Step
 from .monitor.callbacks import Callbacks
 from .monitor.machine import machine_of
@@ -86,7 +87,7 @@ class Pipeline(Stepped, Evaluated):
             dump_dir = options.dump_dir if self.is_main else None
             world.agreement.together(lambda: prepare(dump_dir), OptionError)
             self._checkpoints = Checkpoints(mesh, world.agreement)
-            self._config = config_of(model)
+            self._config, self._adapters = config_of(model), adapters_of(model)
             self.checkpoint_extras: dict[str, Any] = {}
             self._loaders = DataSetLoaders()
             team = Ranks(mesh, world.agreement, model, options)

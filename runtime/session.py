@@ -107,6 +107,11 @@ class Session:
             "in the middle of a training save, compile the model anew and load"
         )
 
+    @property
+    def updated(self) -> set[str]:
+        """Buffers that a forward of any graph updates."""
+        return {name for loaded in self.loaded.values() for name in loaded.buffers.updated}
+
     def add(self, request: Request, compiled: Compiled) -> None:
         """Make a graph ready to run."""
         program, position = compiled.program, self._world.mesh.position_of

@@ -16,7 +16,7 @@ from .monitor.callbacks import Callbacks
 from .session import Session
 from .state import state_dict as state_dicts
 from .state.into_model import Filled
-from .state.state_dict import Piece
+from .state.state_dict import IncompatibleKeys, Piece
 from .stepping.loss_scaler import LossScaler
 from .world import World
 
@@ -33,6 +33,7 @@ class Stored:
     _checkpoints: Checkpoints
     _loaders: DataSetLoaders
     _config: dict[str, Any] | None
+    _adapters: dict[str, Any] | None
     _seed: int
     _steps: int
 
@@ -132,14 +133,20 @@ class Stored:
                 del value  # before the next
             return model
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load what `state_dict`, or the unmodified model's own, returned; on every rank.
 
+        Args:
+            strict: False loads what there is, such as adapters alone, and leaves the rest as it is.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``, as torch does; with ``strict`` none.
+
         Raises:
-            StateError: names, shapes or kinds of dtypes differ, on any rank; nothing has been
-                changed then, on none.
+            StateError: names (with ``strict``), shapes or kinds of dtypes differ, on any rank, or
+                ranks have other names; nothing has been changed then, on none.
         """
-        self._load_state(state_dict, of_loss=False)
+        return self._load_state(state_dict, of_loss=False, strict=strict)
 
     def loss_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, of a ``loss_fn`` that is a module, by its own names; else empty."""
@@ -165,6 +172,7 @@ class Stored:
         data: Any = None,
         keep: int | None = None,
         async_save: bool = False,
+        trainable_only: bool = False,
     ) -> Path:
         """Write a checkpoint, which `load` opens under any number of stages and replicas.
 
@@ -180,6 +188,9 @@ class Stored:
             async_save: copy to host memory now and write while training goes on. An error is
                 raised by the next save, load or `wait_for_save`. Python does not exit before it
                 is written.
+            trainable_only: leave out frozen parameters and buffers that no forward updates, which
+                are as the model had them; of each the checkpoint has a checksum, by which `load`
+                tells another base.
 
         Returns:
             The checkpoint's own folder.
@@ -187,12 +198,15 @@ class Stored:
         Raises:
             NotCompiledError: there is nothing to save before the first batch.
             CheckpointError: it cannot be written; those before it are as they were.
+            OptionError: ``trainable_only=True`` where nothing is frozen.
         """
         self._check_weights("save()")
         with self._world.guard("save()"):
             training = self._training(data)
             self._check_whole()
-            folder = self._checkpoints.save(training, Path(directory), keep, async_save)
+            folder = self._checkpoints.save(
+                training, Path(directory), keep, async_save, trainable_only
+            )
         self.callbacks.tell("on_save", self, folder)
         return folder
 
@@ -205,7 +219,8 @@ class Stored:
             directory: as `save` was given it, for its ``latest`` (or its newest, if that is
                 missing); or the folder of one checkpoint.
             data: an object whose ``load_state_dict`` takes the position in the data.
-            verify: compare the checksums of all that is read with those of what was written.
+            verify: compare the checksums of all that is read with those of what was written, and
+                of a checkpoint that was saved with ``trainable_only=True`` those of the base too.
 
         Returns:
             After how many calls of `step` or `forward_backward` it was saved.
@@ -251,16 +266,30 @@ class Stored:
                 "the weights: train, save and load outside"
             )
 
-    def _load_state(self, tensors: dict[str, Any], of_loss: bool) -> None:
+    def _load_state(
+        self, tensors: dict[str, Any], of_loss: bool, strict: bool = True
+    ) -> IncompatibleKeys:
         session = self._require()
         call = "load_loss_state_dict()" if of_loss else "load_state_dict()"
         self._check_weights(call)
         with self._world.guard(call):
-            chosen = self._world.agreement.together(
-                lambda: state_dicts.checked(session.state, tensors, of_loss), StateError
+            chosen, keys = self._world.agreement.together(
+                lambda: state_dicts.checked(session.state, tensors, of_loss, strict), StateError
             )
+            if not strict:
+                self._check_names(sorted(chosen))
             state_dicts.put(session.state, chosen)
             session.refresh()
+            return keys
+
+    def _check_names(self, mine: list[str]) -> None:
+        """Raises StateError where other ranks load other tensors: copies of them would differ."""
+        for rank, names in enumerate(self._world.agreement.gather(mine)):
+            if odd := sorted({*names} ^ {*mine}):
+                raise StateError(
+                    f"load_state_dict(strict=False) was given {odd[0]!r} on some ranks alone (rank "
+                    f"{rank} differs from this one): give all ranks the same state dict"
+                )
 
     def _training(self, data: Any) -> Training:
         """What a checkpoint is made of; the position in the data is that of the loaders made here,
@@ -278,4 +307,6 @@ class Stored:
             seed=self._seed,
             steps=self._steps,
             config=self._config,
+            adapters=self._adapters,
+            updated=session.updated,
         )

@@ -54,6 +54,7 @@ ROOMS = (
     "runtime/data",
     "runtime/files",
     "runtime/checkpoint",
+    "runtime/interchange",
     "runtime/verify",
     "runtime/outputs",
     "runtime/monitor",

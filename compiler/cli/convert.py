@@ -26,7 +26,8 @@ def _add_export(commands: _SubParsersAction[Parser]) -> None:
         "export",
         help="write a checkpoint's weights for from_pretrained",
         description="Write the weights of a checkpoint as Hugging Face safetensors files, and the "
-        "model's config.json, for from_pretrained. One tensor at a time is in memory.",
+        "model's config.json, for from_pretrained; of a model with peft's adapters these alone, "
+        "for PeftModel.from_pretrained. One tensor at a time is in memory.",
     )
     parser.set_defaults(run=_export)
     parser.add_argument("directory", metavar="DIR", help="what pipe.save() wrote to")
@@ -39,26 +40,47 @@ def _add_export(commands: _SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        default="5GB",
         metavar="BYTES",
         help="the most that one file holds, if no tensor is larger (default: 5GB)",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="one of several adapters, into OUT itself (default: all; those that are not named "
+        "'default' into folders with their names)",
+    )
+    which.add_argument(
+        "--whole",
+        action="store_true",
+        help="all weights of a model with adapters, under their names in it",
     )
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ...runtime.checkpoint.huggingface import export
+    from ...runtime.interchange.adapter_files import export_adapters, has_adapters
+    from ...runtime.interchange.huggingface import export
 
-    shard_bytes = parse_bytes(args.shard_size, "--shard-size")
-    config = None if args.config is None else _config(args.config)
-    for path in export(Path(args.directory), Path(args.out), config, shard_bytes):
+    directory, out = Path(args.directory), Path(args.out)
+    shard_bytes = parse_bytes(args.shard_size or "5GB", "--shard-size")
+    adapters = args.adapter is not None or (not args.whole and has_adapters(directory))
+    for option, given in (("--config", args.config), ("--shard-size", args.shard_size)):
+        if adapters and given is not None:
+            raise SpecError(f"{option} is of all weights, and adapters are written: add --whole")
+    if adapters:
+        files = export_adapters(directory, out, args.adapter)
+    else:
+        config = None if args.config is None else _config(args.config)
+        files = export(directory, out, config, shard_bytes)
+    for path in files:
         print(path)
     return 0
 
 
 def _config(source: str) -> dict[str, Any]:
     """The configuration in a JSON file, or of the model that a SPEC names."""
-    from ...runtime.checkpoint.huggingface import read_object
     from ...runtime.checkpoint.snapshot import config_of
+    from ...runtime.interchange.writing import read_object
     from .spec import ModelOptions, load
 
     if source.endswith(".json") and not source.startswith("hf:"):
@@ -83,7 +105,7 @@ def _add_import(commands: _SubParsersAction[Parser]) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from ...runtime.checkpoint.huggingface import import_
+    from ...runtime.interchange.huggingface import import_
 
     print(import_(Path(args.source), Path(args.directory)))
     return 0

@@ -1,1 +1,1 @@
-"""A training run on disk, opened under any division; weights to and from Hugging Face."""
+"""A training run on disk, opened under any division."""

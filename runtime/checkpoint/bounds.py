@@ -67,7 +67,7 @@ def check_tables(name: str, facts: Any, index: Index) -> None:
     for fqn, number in group_of.items():
         if type(number) is not int or number not in range(len(groups)):
             raise damaged(f"{fqn!r} is in group {number!r} of {name!r}, which has {len(groups)}")
-    unknown = [fqn for fqn in (*group_of, *tensors, *values) if fqn not in index.trained]
+    unknown = [fqn for fqn in (*group_of, *tensors, *values) if fqn not in index.known]
     having = [fqn for table in (tensors, values) for fqn, states in table.items() if states]
     strays = [fqn for fqn in having if fqn not in group_of]
     if unknown or strays:

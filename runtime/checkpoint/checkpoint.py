@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
-from ..files.index import Entry, Index, read_index
+from ..files.index import Entry, Index, LeftOut, read_index
 from ..files.owner import Owner
 from ..files.step_folder import Draft, find, step_name
 from ..files.tensor_file import FileFacts
 from ..transport.joining import new_group
 from ..transport.mesh import Mesh
-from . import snapshot
+from . import left_out, snapshot
 from .background import Background
 from .restore import Restore
 from .snapshot import Training
@@ -65,16 +65,26 @@ class Checkpoints:
         self._background = Background()
         self._group: dist.ProcessGroup | None = None
         self._owners: dict[Path, Owner] = {}  # of the folders that were saved to
+        self._sums = left_out.Sums(agreement)
+        self._moved: set[str] = set()  # buffers that a checkpoint without its base has had
 
     def save(
-        self, training: Training, directory: Path, keep: int | None, in_background: bool
+        self,
+        training: Training,
+        directory: Path,
+        keep: int | None,
+        in_background: bool,
+        trainable_only: bool = False,
     ) -> Path:
         """Write a checkpoint of this moment; the folder that it is, or will be, in.
+
+        Args:
+            trainable_only: leave out what training does not change, but for its checksums.
 
         Raises:
             CheckpointError: it cannot be written, or the one before, in the background, could
                 not; on every rank.
-            OptionError: ``keep`` is not at least 1.
+            OptionError: ``keep`` is not at least 1, or there is nothing to leave out.
         """
         if keep is not None and (isinstance(keep, bool) or keep < 1):
             raise OptionError(f"keep={keep} must be at least 1, or None to keep all")
@@ -82,7 +92,8 @@ class Checkpoints:
         directory = Path(self._agreement.gather(str(directory.absolute()))[0])
         facts = self._agreement.together(lambda: snapshot.facts_of(training))
         merged = snapshot.merge(self._agreement.gather(facts), training)
-        tensors = snapshot.tensors_of(training)
+        absent = self._left_out(training) if trainable_only else {}
+        tensors = snapshot.tensors_of(training, absent)
         if in_background:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         draft = self._begin(directory, training.steps)
@@ -93,6 +104,8 @@ class Checkpoints:
             config=training.config,
             training=merged,
             producer={"pipecompile": __version__, "torch": torch.__version__},
+            left_out=absent,
+            adapters=training.adapters,
         )
 
         def finish(entries: dict[str, Entry], files: dict[str, FileFacts]) -> None:
@@ -143,6 +156,10 @@ class Checkpoints:
             return index, restore
 
         index, restore = self._agreement.together(prepare)
+        if verify and index.left_out:
+            sources = restore.sources
+            found = self._sums.of(training, left_out.dtypes_of(index, sources))
+            self._agreement.together(lambda: left_out.check_base(index, sources, found))
         _translated(
             lambda: dcp_load(
                 restore.tensors,
@@ -158,7 +175,18 @@ class Checkpoints:
             restore.take_back(failure)
             raise
         restore.finish()
+        self._moved = restore.buffers if index.left_out else set()
         return restore.seed, restore.steps
+
+    def _left_out(self, training: Training) -> dict[str, LeftOut]:
+        """Checkpoint name -> what is known of it, the same on all ranks."""
+        found = left_out.sums_of(self._sums, training, self._moved)
+        if not found:
+            raise OptionError(
+                "save(trainable_only=True), and training changes every tensor of the model: leave "
+                "it out, or freeze the base with requires_grad_(False) before compile()"
+            )
+        return found
 
     def _find(self, directory: Path) -> Path:
         """The folder that rank 0 finds, seen by every rank."""

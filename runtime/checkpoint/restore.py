@@ -39,6 +39,7 @@ class Restore:
     Attributes:
         tensors: checkpoint name -> the tensor to read it to; empty before `make_room`.
         wanted: their names.
+        sources: first name of each tensor of model and loss -> its name in the checkpoint.
         seed, steps: what the pipeline goes on from.
 
     Raises:
@@ -48,11 +49,11 @@ class Restore:
     def __init__(self, training: Training, index: Index, rank: int):
         self._training, self._rank = training, rank
         self._facts = index.training
-        self._sources = _check_model(training.state, index)
+        self._index = index
+        self.sources = _check_model(training.state, index)
         self._targets = self._model_tensors()
         self.tensors: dict[str, torch.Tensor] = {}
         self._loads: list[OptimizerLoad] = []
-        self._index = index
         self._changes = Changes()
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
         self.seed, self.steps = training.seed, 0
@@ -73,6 +74,12 @@ class Restore:
     @property
     def wanted(self) -> set[str]:
         return set(self._targets).union(*(load.wanted for load in self._loads))
+
+    @property
+    def buffers(self) -> set[str]:
+        """First names of those that the checkpoint has."""
+        tensors, homes = self._index.tensors, self._training.state.homes
+        return {n for n, source in self.sources.items() if source in tensors and n not in homes}
 
     def make_room(self) -> None:
         """For what is read, once the files are known to have it: nothing is read in place."""
@@ -117,8 +124,8 @@ class Restore:
         held |= next(iter(state.ranks.values())).buffers
         return {
             source: state.as_stored(name, held[name].detach())
-            for name, source in self._sources.items()
-            if name in held
+            for name, source in self.sources.items()
+            if name in held and source in self._index.tensors
         }
 
     def _prepare_optimizers(self) -> None:
@@ -145,7 +152,7 @@ class Restore:
     def _spread_buffers(self) -> None:
         first, *others = self._training.state.ranks.values()
         for rank in others:
-            for name in self._sources:
+            for name in self.sources:
                 if name in rank.buffers:
                     rank.buffers[name].copy_(first.buffers[name])
 
@@ -253,8 +260,8 @@ def _check_model(state: ModelState, index: Index) -> dict[str, str]:
     Raises:
         CheckpointError: with the first names and shapes that differ.
     """
-    wanted, trained = names_of(state), index.trained
-    saved = {name: index.tensors[stored].spec for name, stored in trained.items()}
+    wanted, known, specs = names_of(state), index.known, index.specs
+    saved = {name: specs[stored] for name, stored in known.items()}
     if index.training is None:  # weights alone are the model's: the loss stays as it is
         wanted = {
             name: fake for name, fake in wanted.items() if not state.skeleton.is_of_loss(name)
@@ -266,9 +273,9 @@ def _check_model(state: ModelState, index: Index) -> dict[str, str]:
     sources = {
         first: next((n for n in names if n in saved), None) for first, names in aliases.items()
     }
-    known = {name for names in aliases.values() for name in names}
+    expected = {name for names in aliases.values() for name in names}
     differing = [f"{name!r} is missing" for name, source in sources.items() if source is None]
-    differing += [f"{name!r} is not in the model" for name in saved if name not in known]
+    differing += [f"{name!r} is not in the model" for name in saved if name not in expected]
     differing += [
         f"{source!r} is {list(saved[source].shape)} and {list(wanted[name].shape)} in the model"
         for name, source in sources.items()
@@ -286,7 +293,7 @@ def _check_model(state: ModelState, index: Index) -> dict[str, str]:
             f"the checkpoint is of another model: {', '.join(differing[:_SHOWN])}{more}: build "
             "the model that was saved"
         )
-    return {name: trained[source] for name, source in sources.items() if source is not None}
+    return {name: known[source] for name, source in sources.items() if source is not None}
 
 
 def _check_ties(state: ModelState, index: Index) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Training:
         buffer_stages: buffers that a forward has updated -> a stage that has the latest value.
         seed, steps: what dropout is drawn from.
         config: the model's configuration as JSON data, if it had one.
+        adapters: what peft has made of it, as JSON data; None for a model without adapters.
+        updated: buffers that forward updates, in any graph that is there.
     """
 
     state: ModelState
@@ -41,6 +43,14 @@ class Training:
     steps: int
     config: dict[str, Any] | None
     own: Sequence[torch.optim.Optimizer] = ()
+    adapters: dict[str, Any] | None = None
+    updated: Collection[str] = ()
+
+    @property
+    def adapted(self) -> set[str]:
+        """Names of the tensors that are in peft's files of the adapters."""
+        found = (self.adapters or {}).values()
+        return {name for each in found for name in each["tensors"].values()}
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -91,16 +101,21 @@ def tied_names(state: ModelState) -> dict[str, str]:
     return {name: first for name, first in canonical.items() if name != first and first in wanted}
 
 
-def tensors_of(training: Training) -> dict[str, torch.Tensor]:
+def tensors_of(training: Training, left_out: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Checkpoint name -> tensor, of those that this process writes.
 
     Of what several ranks hold, replica 0 of the first stage that does writes it; of a DTensor
     every rank gives its own part, and DCP drops copies.
+
+    Args:
+        left_out: names in the checkpoint of those that nobody writes.
     """
     state = training.state
     held = dict(state.named_parameters())
     tensors: dict[str, torch.Tensor] = {}
     for name in names_of(state):
+        if stored_name(state, name) in left_out:
+            continue
         if name in state.homes:
             if name in held:
                 tensor = state.as_stored(name, held[name].detach())

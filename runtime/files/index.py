@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .tensor_file import DTYPES, FileFacts, TensorSpec
 FORMAT = "pipecompile checkpoint"
 VERSION = 2
 WITHOUT_CHECKSUMS = 1  # a version that is still read
+WITHOUT_BASE = 3  # as 2, and tensors that were not trained are left out
 _FILE = re.compile(r"part-\d{5,9}\.safetensors")
 
 
@@ -58,6 +59,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A tensor that training does not change, of which a checkpoint has the checksum alone."""
+
+    spec: TensorSpec
+    checksum: str
+
+
+@dataclass(frozen=True)
 class Index:
     """A checkpoint but for the tensors' data.
 
@@ -70,6 +79,8 @@ class Index:
         producer: name -> version of what wrote it; for people.
         files: name of each file of tensors -> what is known of it; nothing where it was written
             without checksums.
+        left_out: what is not in it, by the name that it would have.
+        adapters: name of each of peft's -> its configuration, and which tensors it has.
     """
 
     step: int
@@ -79,6 +90,8 @@ class Index:
     training: dict[str, Any] | None
     producer: dict[str, str]
     files: dict[str, FileFacts] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    adapters: dict[str, Any] | None = None
 
     @property
     def has_checksums(self) -> bool:
@@ -97,8 +110,18 @@ class Index:
     @property
     def trained(self) -> dict[str, str]:
         """First name of each tensor of the model, and of the loss -> its name here."""
-        names = {name: f"model.{name}" for name in self.model}
-        return names | {name: name for name in self.tensors if name.startswith(f"{LOSS}.")}
+        return _of_the_model(self.tensors)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the model and of the loss by its name here, left out or not."""
+        held = {name: self.tensors[name].spec for name in self.trained.values()}
+        return held | {name: each.spec for name, each in self.left_out.items()}
+
+    @property
+    def known(self) -> dict[str, str]:
+        """As `trained`, and those that are left out."""
+        return self.trained | _of_the_model(self.left_out)
 
     def write(self, folder: Path) -> None:
         """Write it and wait until it is on the disk."""
@@ -111,12 +134,21 @@ class Index:
             for name, entry in self.tensors.items()
         }
         files = {name: vars(facts) for name, facts in self.files.items()}
-        fields = {"format": FORMAT, "version": VERSION} | vars(self)
+        left_out = {
+            name: {**vars(e.spec), "checksum": e.checksum} for name, e in self.left_out.items()
+        }
+        version = WITHOUT_BASE if left_out else VERSION
+        fields = {"format": FORMAT, "version": version} | vars(self)
+        fields |= {"tensors": tensors, "files": files, "left_out": left_out}
         path = folder / INDEX
-        path.write_bytes(
-            checksums.sealed(json.dumps(fields | {"tensors": tensors, "files": files}))
-        )
+        path.write_bytes(checksums.sealed(json.dumps(fields)))
         sync(path)
+
+
+def _of_the_model(names: Iterable[str]) -> dict[str, str]:
+    """First name -> name in a checkpoint, of those that are the model's or the loss's."""
+    model = {name.removeprefix("model."): name for name in names if name.startswith("model.")}
+    return model | {name: name for name in names if name.startswith(f"{LOSS}.")}
 
 
 def read_index(folder: Path, verify: bool = True) -> Index:
@@ -142,15 +174,15 @@ def read_index(folder: Path, verify: bool = True) -> Index:
         version = fields["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
-    if type(version) is not int or version not in (VERSION, WITHOUT_CHECKSUMS):
+    if type(version) is not int or version not in (VERSION, WITHOUT_CHECKSUMS, WITHOUT_BASE):
         raise CheckpointError(
-            f"{path} has format version {version!r} and this pipecompile reads {VERSION}: "
+            f"{path} has format version {version!r} and this pipecompile reads {WITHOUT_BASE}: "
             "use the version of pipecompile that wrote it"
         )
     try:
-        if verify and version == VERSION and seal is None:
+        if verify and version != WITHOUT_CHECKSUMS and seal is None:
             raise ValueError("the checksum at its end is missing")
-        return _parse(fields, version == VERSION)
+        return _parse(fields, version != WITHOUT_CHECKSUMS)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from error
 
@@ -164,6 +196,10 @@ def _parse(fields: Mapping[str, Any], summed: bool) -> Index:
     for chunk in (chunk for entry in tensors.values() for chunk in entry.chunks if summed):
         if chunk.file not in files or not checksums.is_sum(chunk.checksum):
             raise ValueError(f"{chunk.key!r} in {chunk.file} has no checksum")
+    left_out = {name: _left_out(name, found) for name, found in fields.get("left_out", {}).items()}
+    odd = {*left_out} & {*tensors} or {*left_out} - {*_of_the_model(left_out).values()}
+    if odd:
+        raise ValueError(f"{min(odd)!r} is left out, and is there or no tensor of the model")
     return Index(
         step=steps_of(fields["step"]),
         tensors=tensors,
@@ -172,6 +208,8 @@ def _parse(fields: Mapping[str, Any], summed: bool) -> Index:
         training=_object(fields["training"]),
         producer={str(name): str(version) for name, version in fields["producer"].items()},
         files=files,
+        left_out=left_out,
+        adapters=_object(fields.get("adapters")),
     )
 
 
@@ -190,6 +228,12 @@ def _file(name: str, found: Mapping[str, Any]) -> FileFacts:
     if not _FILE.fullmatch(name) or not checksums.is_sum(found["header"]):
         raise ValueError(f"{name!r} is no file of a checkpoint, or has no checksum")
     return FileFacts(_natural(found["size_bytes"]), found["header"])
+
+
+def _left_out(name: str, found: Mapping[str, Any]) -> LeftOut:
+    if found["dtype"] not in DTYPES or not checksums.is_sum(found["checksum"]):
+        raise ValueError(f"{name!r} is left out, and has dtype {found['dtype']!r} or no checksum")
+    return LeftOut(TensorSpec(found["dtype"], _naturals(found["shape"])), found["checksum"])
 
 
 def _entry(name: str, found: Mapping[str, Any]) -> Entry:

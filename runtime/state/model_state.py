@@ -8,7 +8,7 @@ what replicas in processes divide among themselves (`Shards`), they hold once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -173,6 +173,11 @@ class ModelState:
         """The parameters that this process trains, in the model's order, each once."""
         for name, (_, param) in self.primary.items():
             yield name, param
+
+    @property
+    def trained(self) -> Collection[str]:
+        """FQNs of the parameters that programs have gradients of."""
+        return self._sums.keys()
 
     @property
     def switched(self) -> list[tuple[str, bool]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -167,17 +167,45 @@ def _tell(
     return told if reads(state, readers) else None
 
 
+class IncompatibleKeys(NamedTuple):
+    """As `torch.nn.Module.load_state_dict` returns it.
+
+    Attributes:
+        missing_keys: names of the model that the state dict lacks.
+        unexpected_keys: names of the state dict that the model lacks.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 def checked(
-    state: ModelState, tensors: Mapping[str, Any], of_loss: bool = False
-) -> dict[str, torch.Tensor]:
+    state: ModelState, tensors: Mapping[str, Any], of_loss: bool = False, strict: bool = True
+) -> tuple[dict[str, torch.Tensor], IncompatibleKeys]:
     """What `put` takes, of a state dict of the unmodified model, or of the loss.
+
+    Args:
+        strict: names that are missing or unexpected are an error.
 
     Raises:
         StateError: names, shapes or dtypes that do not fit, or no tensors.
     """
     if of_loss:
         tensors = {f"{LOSS}.{name}": value for name, value in tensors.items()}
-    return _checked(state, tensors, wanted_of(state, of_loss))
+    wanted = wanted_of(state, of_loss)
+    chosen = _chosen(state, tensors, wanted)
+    canonical = state.skeleton.canonical
+    unexpected = [name for name in tensors if name not in wanted]
+    if not strict:
+        missing = [name for name in wanted if name not in tensors]
+        return chosen, IncompatibleKeys(missing, unexpected)
+    missing = [n for n in wanted if n in canonical and canonical[n] not in chosen]
+    if unexpected or missing:
+        raise StateError(
+            f"the state dict does not fit the model: missing {missing[:5]}, "
+            f"unexpected {unexpected[:5]}"
+        )
+    return chosen, IncompatibleKeys([], [])
 
 
 @torch.no_grad()
@@ -194,12 +222,11 @@ def put(state: ModelState, chosen: Mapping[str, torch.Tensor]) -> None:
                 buffer.copy_(chosen[name])
 
 
-def _checked(
+def _chosen(
     state: ModelState, tensors: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """First name -> its tensor."""
     canonical = state.skeleton.canonical
-    unexpected = [name for name in tensors if name not in wanted]
     chosen: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         first = canonical.get(name)
@@ -214,12 +241,6 @@ def _checked(
         if first in chosen and not torch.equal(chosen[first], value):
             raise StateError(f"{name!r} and {first!r} are one tied tensor, with two values")
         chosen[first] = value
-    missing = [n for n in wanted if n in canonical and canonical[n] not in chosen]
-    if unexpected or missing:
-        raise StateError(
-            f"the state dict does not fit the model: missing {missing[:5]}, "
-            f"unexpected {unexpected[:5]}"
-        )
     return chosen
 
 

@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda step: (step / INDEX).unlink(), "no complete checkpoint"),
     "version": (
         lambda step: edit(step, lambda f: f.update(version=9)),
-        "has format version 9 and this pipecompile reads 2",
+        "has format version 9 and this pipecompile reads 3",
     ),
     "escape": (
         lambda step: edit(step, lambda f: chunk(f).update(file="../part-00000.safetensors")),

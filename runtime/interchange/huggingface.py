@@ -6,11 +6,7 @@ as `save_pretrained` does; `from_pretrained` ties it again.
 
 from __future__ import annotations
 
-import json
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,12 @@ import torch
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError
 from ...compiler.options.weight_path import INDEX, SINGLE
+from ..checkpoint.storage import check_files, reading, say_without_checksums
 from ..files import tensor_file
 from ..files.index import Chunk, Entry, Index, file_name, read_index
 from ..files.step_folder import Draft, find, published
 from ..files.tensor_file import DTYPES, FileFacts, TensorSpec
-from .storage import check_files, reading, say_without_checksums
+from .writing import new_folder, read_object, write_object
 
 _CONFIG = "config.json"
 
@@ -41,21 +38,28 @@ def export(
         The files.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or ``out`` is not a new folder or full.
+        CheckpointError: the checkpoint is damaged or without its base, or ``out`` is not a new
+            folder or full.
     """
     folder = find(directory)
     index = read_index(folder)
+    if index.left_out:
+        raise CheckpointError(
+            f"{folder} was saved with trainable_only=True and lacks {len(index.left_out)} tensors, "
+            f"such as {min(index.left_out)!r}: load it into a pipeline of its base, save() that "
+            "whole, and export it"
+        )
     check_files(folder, index, {f"model.{name}" for name in index.model})
     config = config or index.config
     say_without_checksums(folder, index)
-    with _new_folder(out) as temporary, reading(folder, index) as read:
+    with new_folder(out) as temporary, reading(folder, index) as read:
         files = _split(index.model, shard_bytes)
         for file, tensors in files.items():
             tensor_file.write(temporary / file, tensors, lambda name: read(f"model.{name}"))
         if len(files) > 1:
-            _write_json(temporary / INDEX, _weight_map(files))
+            write_object(temporary / INDEX, _weight_map(files))
         if config is not None:
-            _write_json(temporary / _CONFIG, config | _dtype(index.model))
+            write_object(temporary / _CONFIG, config | _dtype(index.model))
     return sorted(out.iterdir())
 
 
@@ -161,39 +165,3 @@ def _files_of(source: Path) -> list[Path]:
         f"{source} has neither {SINGLE} nor {INDEX}: give a folder that save_pretrained "
         "wrote, or a .safetensors file"
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file such as config.json.
-
-    Raises:
-        CheckpointError: it is missing, or something else.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return fields
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` when all is well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty folder: give another OUT")
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
