@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions published planner-table \
 	tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench backend-table chunked-table checkpoint-table metrics-table clean
+	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -31,6 +31,7 @@ help:
 	@echo "make lengths-table     what a batch of a new length costs"
 	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
 	@echo "make metrics-table     what metrics, callbacks and gathered outputs cost per step"
+	@echo "make finetune-table    what LoRA and freezing save, measured and planned"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
@@ -99,6 +100,9 @@ checkpoint-table: $(READY)
 
 metrics-table: $(READY)
 	$(BIN)/python tests/bench/metrics_table.py
+
+finetune-table: $(READY)
+	$(BIN)/python tests/bench/finetuning_table.py
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py

@@ -102,7 +102,10 @@ def _of_tensor(tensor: torch.Tensor) -> str:
         return _QUANTISED
     own = () if isinstance(tensor, FakeTensor) else set(kind.__mro__) - set(nn.Parameter.__mro__)
     if any({"__torch_function__", "__torch_dispatch__"} & set(vars(each)) for each in own):
-        return f"a {kind.__name__}, which computes in its own way: give a plain tensor"
+        way = "which computes in its own way: give a plain tensor"
+        if kind.__module__.startswith("torchao."):
+            way += ", after torchao.utils.unwrap_tensor_subclass(model)"
+        return f"a {kind.__name__}, {way}"
     if tensor.layout is not torch.strided:
         return f"of layout {tensor.layout}: give a dense one, .to_dense()"
     return ""

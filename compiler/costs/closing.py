@@ -51,8 +51,12 @@ def parcels(nbytes: float) -> list[float]:
     return [nbytes / count] * count if nbytes else []
 
 
-def optimizer_s(held: Static, footprint: Footprint, device: Device) -> float:
-    """Seconds in which an optimizer reads and writes what it must."""
+def optimizer_s(held: Static, frozen_bytes: int, footprint: Footprint, device: Device) -> float:
+    """Seconds in which an optimizer reads and writes what it must.
+
+    Args:
+        frozen_bytes: of the weights that are held and not stepped.
+    """
     readers = footprint.dp if footprint.zero.closes else 1  # each reads its share of the gradients
-    moved = 2 * held.weights + held.copies + held.grads / readers + 2 * held.states
+    moved = 2 * (held.weights - frozen_bytes) + held.copies + held.grads / readers + 2 * held.states
     return device.moved_s(moved)

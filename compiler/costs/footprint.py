@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,22 @@ from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 
 Measure = Callable[[Callable[..., Any], Mapping[str, torch.Tensor]], OptimizerMemory]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a model's frozen parameters would take if they were trained.
+
+    Attributes:
+        trained, frozen: elements.
+        grad_bytes: of their gradients.
+        state_bytes: of the optimizer, at as many per element as the trained ones have.
+    """
+
+    trained: int
+    frozen: int
+    grad_bytes: int
+    state_bytes: int
 
 
 class Footprint:
@@ -212,6 +229,28 @@ class Footprint:
         has most."""
         found = ({n: self._stepped(n) for n in names} for names in self._steppers(program, stages))
         return max(found, key=lambda params: sum(p.nbytes for p in params.values()))
+
+    def frozen_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
+        """What a rank holds of the weights that nobody steps."""
+        names = _union(program.stages[s].params for s in stages)
+        frozen = [param for n in names if not (param := self._params[n]).requires_grad]
+        dp = self.dp if self.zero.divides_params else 1
+        return sum(shard_numel(tuple(p.shape), dp) * p.element_size() for p in frozen)
+
+    def saved_by_freezing(self) -> Frozen:
+        """What parameters that are not trained do not need, of the whole model."""
+        trained = [name for name, param in self._params.items() if param.requires_grad]
+        frozen = [param for param in self._params.values() if not param.requires_grad]
+        states = self._memory(tuple(trained)).state_bytes
+        of_trained = sum(self._stepped(name).numel() for name in trained)
+        each = sum(states.values()) / of_trained if of_trained else 0.0
+        count = sum(param.numel() for param in frozen)
+        return Frozen(
+            sum(self._params[name].numel() for name in trained),
+            count,
+            sum(param.numel() * self._grad_dtype(param).itemsize for param in frozen),
+            int(each * count),
+        )
 
     def _grad_dtype(self, param: torch.Tensor) -> torch.dtype:
         return self._precision.grads_of(param.dtype) if self._precision else param.dtype

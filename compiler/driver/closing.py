@@ -43,8 +43,17 @@ class Closing:
         if factory is None:
             return [0.0] * len(assembly.schedule)
         if self._target.profiler is None:
-            held = [memory.static for memory in assembly.memory]
-            return [optimizer_s(each, settings.footprint, self._target.spec) for each in held]
+            footprint, program = settings.footprint, assembly.program
+            pairs = zip(assembly.memory, _stages(assembly), strict=True)
+            return [
+                optimizer_s(
+                    memory.static,
+                    footprint.frozen_bytes(program, mine),
+                    footprint,
+                    self._target.spec,
+                )
+                for memory, mine in pairs
+            ]
         if self._measured is None:
             footprint, program = settings.footprint, assembly.program
             params = [footprint.trainable(program, mine) for mine in _stages(assembly)]

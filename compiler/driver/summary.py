@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import Locality, is_gradient_sum
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
+from ..planning.advice import freezing_note
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
@@ -94,8 +96,24 @@ class Summary:
             schedule=tuple(" ".join(map(str, actions)) for actions in self.schedule),
             step_s=timeline.step_s,
             bubble=timeline.bubble,
-            notes=tuple((each.name, each.note) for each in records if each.told),
+            notes=(
+                *((each.name, each.note) for each in records if each.told),
+                *self._freezing(),
+            ),
         )
+
+    def _freezing(self) -> Iterator[tuple[str, str]]:
+        """What frozen parameters save, where there are some."""
+        found = self.footprint.saved_by_freezing()
+        if self.program.trains and found.frozen:
+            forward = math.fsum(s.forward for s in self.seconds)
+            backward = math.fsum(s.backward for s in self.seconds)
+            idle = [
+                s.stage
+                for s in self.program.stages
+                if not any(self.work[s.stage, kind].seconds for kind in ("B", "W"))
+            ]
+            yield "freezing", freezing_note(found, forward, backward, idle)
 
     def _stage(self, s: int, modules: Sequence[Sequence[str]], memory: RankMemory) -> StagePlan:
         part, seconds = self.program.stages[s], self.seconds[s]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
+from ..costs.footprint import Frozen
 from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
@@ -17,6 +19,33 @@ MAX_STAGES = 64
 
 
 _UNITS = (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1))
+
+
+def freezing_note(found: Frozen, forward_s: float, backward_s: float, idle: Sequence[int]) -> str:
+    """What frozen parameters save, in one line.
+
+    Args:
+        forward_s, backward_s: of one microbatch on all stages.
+        idle: the stages below the first trained layer.
+    """
+    every = found.trained + found.frozen
+    parts = [
+        f"{found.trained:,} of {every:,} parameters are trained ({found.trained / every:.2%}): "
+        f"{gib(found.grad_bytes)} of gradients and about {gib(found.state_bytes)} of optimizer "
+        "states are not held"
+    ]
+    usual_s = 2 * forward_s  # of the products that a forward has, a backward has two each
+    if forward_s and backward_s < usual_s:
+        parts.append(
+            f"a microbatch's backward takes {backward_s / usual_s:.0%} of what it would take about "
+            f"(twice the forward), {(usual_s - backward_s) * 1e3:.3g} ms less"
+        )
+    if idle:
+        several = "stages" if len(idle) > 1 else "stage"
+        parts.append(
+            f"no backward on {several} {', '.join(map(str, idle))}, below the first trained layer"
+        )
+    return "; ".join(parts)
 
 
 def gib(number: float) -> str:

@@ -112,6 +112,8 @@ class _Report:
             yield self._lines("recomputed in the backward", again)
         if said := [note for name, note in plan.notes if name in ("chunks", "chunked_loss")]:
             yield self._lines("logits of the loss", said)
+        if said := [note for name, note in plan.notes if name == "freezing"]:
+            yield self._lines("frozen parameters", said)
         if extras.fp32:
             yield self._precision(extras.fp32)
         if plan.tied:
