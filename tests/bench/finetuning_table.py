@@ -1,8 +1,8 @@
 """What freezing saves: all parameters, LoRA on all layers, LoRA on the upper half.
 
 `make finetune-table`. A small Qwen2 in two stages, each a process; seconds are the median of steps
-taken in turns, peaks the larger of the two ranks', counted storage by storage. Planned are the
-simulated step, from measured seconds of its operators, and the plan's peak.
+taken in turns, peaks the larger of the two ranks', counted storage by storage. Planned
+are the simulated step, from seconds of its operators measured in one process, and the plan's peak.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
@@ -46,58 +47,62 @@ def build(way: str) -> Any:
     return get_peft_model(model, adapter)
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """As this process's rank: of each way, seconds and bytes, measured and planned."""
+def pipeline(way: str, plan: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Compiled for the batch beside it, the same on every rank."""
     import pipecompile
     import torch
-    from support import measured
 
+    torch.manual_seed(0)
     ids = torch.randint(0, 2000, (2 * MICROBATCHES, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
-    pipes = {
-        way: pipecompile.compile(
-            build(way),
-            2,
-            microbatches=MICROBATCHES,
-            optimizer=torch.optim.AdamW,
-            example_batch=batch,
-        )
-        for way in WAYS
-    }
+    options = {"microbatches": MICROBATCHES, "optimizer": torch.optim.AdamW, "plan": plan}
+    return pipecompile.compile(build(way), 2, example_batch=batch, **options), batch
+
+
+def measure(plans: dict[str, str]) -> dict[str, dict[str, float]]:
+    """As this process's rank: of each way, seconds of a step and bytes at its peak."""
+    from support import measured
+
+    pipes = {way: pipeline(way, plan) for way, plan in plans.items()}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(STEPS + 1):
-        for way, pipe in pipes.items():
+        for way, (pipe, batch) in pipes.items():
             begin = time.perf_counter()
             pipe.step(batch)
             seconds[way].append(time.perf_counter() - begin)
     return {
-        way: {
-            "step": statistics.median(seconds[way][1:]),
-            "planned step": pipe.plan.step_s,
-            "peak": measured.peak_bytes(pipe, batch),
-            "planned peak": max(stage.memory.peak for stage in pipe.plan.stages),
-        }
-        for way, pipe in pipes.items()
+        way: {"step": statistics.median(seconds[way][1:]), "peak": measured.peak_bytes(*pipes[way])}
+        for way in WAYS
     }
+
+
+def planned(way: str, path: Path) -> dict[str, float]:
+    """What the plan says, which is kept for the processes."""
+    plan = pipeline(way)[0].plan
+    plan.save(path)
+    peak = max(stage.memory.peak for stage in plan.stages)
+    return {"planned step": plan.step_s, "planned peak": peak}
 
 
 def main() -> None:
     from bench.finetuning_table import measure as share  # by a name that its processes can import
     from support.gang import Gang
 
-    gang = Gang(2)
-    ranks = gang.run(share)
-    gang.close()
-    found = {
-        way: {kind: max(rank[way][kind] for rank in ranks) for kind in ranks[0][way]}
-        for way in WAYS
-    }
+    with TemporaryDirectory() as folder:
+        plans = {way: Path(folder, f"{number}.json") for number, way in enumerate(WAYS)}
+        found = {way: planned(way, path) for way, path in plans.items()}
+        gang = Gang(2)
+        ranks = gang.run(share, {way: str(path) for way, path in plans.items()})
+        gang.close()
+    for way, each in found.items():
+        each |= {kind: max(rank[way][kind] for rank in ranks) for kind in ("step", "peak")}
     first = found[WAYS[0]]
-    print("| trained | step | ratio | planned | peak of a rank | ratio | planned |")
-    print("| --- |" + " --: |" * 6)
+    print("| trained | step | planned | ratio | planned | peak of a rank | ratio | planned |")
+    print("| --- |" + " --: |" * 7)
     for way, each in found.items():
         cells = [
             f"{each['step'] * 1e3:.0f} ms",
+            f"{each['planned step'] * 1e3:.0f} ms",
             f"{each['step'] / first['step']:.2f}",
             f"{each['planned step'] / first['planned step']:.2f}",
             f"{each['peak'] / 2**20:.0f} MiB",
