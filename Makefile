@@ -4,12 +4,21 @@ DATA ?= ../shared/data/mpt
 BIN := .venv/bin
 READY := .venv/ready
 
+# `make gpu`: the Python that has torch, and a folder with what else is needed
+GPU_PYTHON ?= $(PYTHON)
+GPU_WHEELS ?= wheels
+GPU_WHEELS_PYTHON ?=
+GPU_DEVICE ?= cuda
+GPU_SECONDS := 510
+GPU := .venv-gpu/bin/python
+
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions published planner-table \
 	tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
-	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table clean
+	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
+	gpu gpu-tests gpu-figures gpu-wheels clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -35,6 +44,8 @@ help:
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
+	@echo "make gpu               on a machine with CUDA, without network: the tests on it, and figures"
+	@echo "make gpu-wheels        fills the folder of wheels that make gpu installs from"
 	@echo "make clean             remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -111,6 +122,27 @@ backend-table: $(READY)
 	$(BIN)/python tests/bench/backend_table.py
 	$(BIN)/python tests/bench/backend_table.py --compiling 4,24
 
+# Two calls of at most nine minutes each; what does not fit is skipped, and said.
+gpu:
+	$(MAKE) --no-print-directory gpu-tests
+	$(MAKE) --no-print-directory gpu-figures
+
+gpu-tests: .venv-gpu/ready
+	PIPECOMPILE_TEST_DEVICE=$(GPU_DEVICE) PIPECOMPILE_TEST_SECONDS=$(GPU_SECONDS) \
+		timeout -k 5 540 $(GPU) -m pytest -p no:cacheprovider --durations=10 tests/gpu -m "not bench"
+
+gpu-figures: .venv-gpu/ready
+	timeout -k 5 540 $(GPU) tests/gpu/figures.py --device $(GPU_DEVICE) --seconds $(GPU_SECONDS) \
+		--write docs/gpu.md
+
+# On a machine with network; for another Python: make gpu-wheels GPU_WHEELS_PYTHON=3.12
+gpu-wheels:
+	$(PYTHON) tests/gpu/environment.py download $(GPU_WHEELS) --python "$(GPU_WHEELS_PYTHON)"
+
+.venv-gpu/ready: pyproject.toml constraints.txt
+	$(GPU_PYTHON) tests/gpu/environment.py make .venv-gpu $(GPU_WHEELS)
+	touch $@
+
 # DeepSpeed is only measured against: without it the others are. Its operators are not built.
 zero-bench: $(READY)
 	-DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq -c constraints.txt -e '.[rivals]'
@@ -132,5 +164,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-torch .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

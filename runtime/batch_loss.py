@@ -26,6 +26,7 @@ from ..compiler.rows.sums import Sums
 from ..compiler.rows.terms import Way
 from .executor import Job, PieceKind
 from .loader import Step
+from .state.filled import numbers_on
 from .transport.doing import HERE
 from .world import World
 
@@ -186,7 +187,7 @@ class BatchLoss:
         loss_dtype = self._program.loss_dtype
         dtype = torch.promote_types(loss_dtype or torch.float32, torch.float32)
         device = self._world.endpoints[rank].device
-        return [torch.tensor(share, dtype=dtype, device=device) for share in shares]
+        return numbers_on(device, shares, dtype)
 
     def _gathered(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
         """Per replica and microbatch; the ranks of the loss's stage count."""
@@ -195,10 +196,8 @@ class BatchLoss:
         for rank, job in jobs.items():
             if self._program.loss_stage in mesh.stages_of(rank):
                 try:
-                    pieces = zip(job.batches, job.numbers, job.kinds, strict=True)
                     mine[mesh.replica_of(rank)] = [
-                        self._count(leaves, numbers, kind, buffers[rank])
-                        for leaves, numbers, kind in pieces
+                        self._count(job, i, buffers[rank]) for i in range(len(job.kinds))
                     ]
                 except BatchError as error:
                     obstacle = str(error)
@@ -226,12 +225,12 @@ class BatchLoss:
                     "of the global batch, or leave it out"
                 )
 
-    def _count(
-        self, leaves: Any, numbers: Sequence[float], kind: PieceKind, buffers: Buffers
-    ) -> list[float]:
+    def _count(self, job: Job, index: int, buffers: Buffers) -> list[float]:
+        kind, leaves = job.kinds[index], job.batches[index]
         form = self._forms[kind]
         if form.counting is not None:
-            return [*form.sizes, *form.counting((*leaves, *numbers), buffers)]
+            given = (*job.given[index], *job.numbers[index])
+            return [*form.sizes, *form.counting(given, buffers)]
         if form.sizes:
             return list(form.sizes)
         assert self._weight is not None
@@ -301,7 +300,7 @@ class BatchLoss:
         def summed() -> torch.Tensor:
             with HERE.waiting(speakers):
                 work.wait()
-            return slots[list(speakers), 0]
+            return torch.stack([slots[rank] for rank in speakers])  # no indices to bring there
 
         def reported() -> list[tuple[float, ...]]:
             summed()

@@ -24,6 +24,7 @@ from ..compiler.ir.shards import late_gradients
 from ..compiler.losses import pieces
 from .binding import BoundStage
 from .recording.ranges import in_ranges, named
+from .state.filled import numbers_on
 from .state.rank_state import RankState
 from .state.reached import reached_by_data
 from .state.tied import TiedGradients
@@ -55,6 +56,7 @@ class Job:
         weights: per microbatch, what the gradient of its loss is multiplied by; empty where all
             count as much.
         numbers: per microbatch, further arguments: the floats that its graph is given.
+        given: per microbatch, the batch leaves where the user had them.
         shares: per microbatch, those that follow: what terms of its loss are multiplied by.
         scale: what the user multiplies the loss by before it is differentiated.
         losses: per microbatch, on the stage that computes it.
@@ -68,6 +70,7 @@ class Job:
     sizes: Sequence[int]
     kinds: Sequence[PieceKind]
     numbers: Sequence[Sequence[float]]
+    given: Sequence[Sequence[torch.Tensor]]
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
     scale: float = 1.0
@@ -216,7 +219,7 @@ class Executor:
             tangents = tangents / self.microbatches
         if self.scale != 1.0:
             tangents = (tangents.double() * self.scale).to(self._loss_dtype)
-        return tangents.to(self.state.device).unbind()
+        return numbers_on(self.state.device, tangents.tolist(), self._loss_dtype)
 
     def _compute(
         self,

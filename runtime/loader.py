@@ -363,7 +363,7 @@ class Loader:
             kinds = step.kinds[end.replica]
             pairs = zip(pieces[end.replica], kinds, strict=True)
             numbers = [self._scalars[step.requests[kind]].of(piece) for piece, kind in pairs]
-            jobs[rank] = Job(moved, seeds, sizes, kinds, numbers)
+            jobs[rank] = Job(moved, seeds, sizes, kinds, numbers, pieces[end.replica])
         return jobs
 
     def by_replica(self, jobs: Mapping[int, Job]) -> dict[int, list[list[torch.Tensor]]]:

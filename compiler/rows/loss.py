@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..ir.graph import JointGraph, behind
 from ..ir.program import Port, Role
@@ -36,16 +37,36 @@ class Counting:
     def __call__(
         self, leaves: Sequence[torch.Tensor | float], buffers: Mapping[str, torch.Tensor]
     ) -> list[float]:
-        """The counts of a microbatch.
+        """The counts of a microbatch, made on the host, where they are needed: a batch that is
+        there must not wait for a device.
 
         Args:
             leaves: followed by the floats that its graph is given.
         """
         arguments = [
-            buffers[str(port.key)].to(dtype) if port.role is Role.BUFFER else leaves[int(port.key)]
+            buffers[str(port.key)].to("cpu", dtype)
+            if port.role is Role.BUFFER
+            else _on_host(leaves[int(port.key)])
             for port, dtype in zip(self.inputs, self._dtypes, strict=True)
         ]
-        return [float(value) for value in self.module(*arguments)]
+        return [float(value) for value in self._here(*arguments)]
+
+    @cached_property
+    def _here(self) -> fx.GraphModule:
+        """The operators on the host, wherever they were traced."""
+        graph, constants = fx.Graph(), nn.Module()
+        twin: dict[fx.Node, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            made = twin[node] = graph.node_copy(node, twin.__getitem__)
+            if "device" in made.kwargs:
+                made.kwargs = {**made.kwargs, "device": torch.device("cpu")}
+            if node.op == "get_attr":
+                constants.register_buffer(str(node.target), getattr(self.module, node.target).cpu())
+        return fx.GraphModule(constants, graph)
+
+
+def _on_host(leaf: torch.Tensor | float) -> torch.Tensor | float:
+    return leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def counting_of(graph: JointGraph, counts: Sequence[fx.Node]) -> Counting:

@@ -19,6 +19,9 @@ from ..transport.transport import Endpoint, Transport
 def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device:
     """The type of device to run on, with an index only where all ranks share it.
 
+    A process of its own computes on the device of its rank from here on: what is made for "cuda"
+    lies on the current one, also while models are traced.
+
     Raises:
         OptionError: a device that this machine does not have, or that has no runtime here.
     """
@@ -31,6 +34,8 @@ def choose_device(wanted: str | torch.device | None, mesh: Mesh) -> torch.device
         raise OptionError(f"device={wanted!r}: pipecompile runs on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device={wanted!r}, but this torch sees no CUDA device: use 'cpu'")
+    if device.type == "cuda" and mesh.distributed:
+        torch.cuda.set_device(device_of(mesh.local_ranks[0], device, mesh))
     return device
 
 

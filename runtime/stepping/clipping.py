@@ -7,7 +7,7 @@ has no public name, so this file is its home.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ class GlobalNorm:
     """The norm of all gradients, each tied parameter once, in torch's arithmetic.
 
     The norm of the norms is taken over all parameters in the model's order, dtype by dtype as torch
-    takes them, so that it has the same bits however the model is divided. Where replicas divide
-    rows it is that of all elements, summed in fp64.
+    takes them, so that it has the same bits however the model is divided: on the device, by kernels
+    for one tensor at a time (``foreach=False`` in torch). Where replicas divide rows it is that of
+    all elements, summed in fp64.
 
     Args:
         kind: 2, another number above 0, or infinity.
@@ -59,10 +60,11 @@ class GlobalNorm:
 
     def _whole(self) -> torch.Tensor:
         state, kind = self._state, self._kind
-        mine = {
-            name: (grad.dtype, torch.linalg.vector_norm(grad, kind).cpu())
-            for name, grad in reported(state).items()
-        }
+        grads = reported(state)
+        norms = {name: torch.linalg.vector_norm(grad, kind) for name, grad in grads.items()}
+        if state.mesh.distributed:
+            norms = _on_host(norms)
+        mine = {name: (grads[name].dtype, norm) for name, norm in norms.items()}
         everywhere: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
         for part in self._agree(mine):
             everywhere |= part
@@ -71,8 +73,10 @@ class GlobalNorm:
             return torch.zeros(())
         likes: Any = [torch.empty(0, dtype=dtype, device=state.device) for dtype, _ in found]
         groups = _group_tensors_by_device_and_dtype([likes], with_indices=True).values()
-        norms = [found[i][1] for _, places in groups for i in places]
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), kind)
+        parts = [found[i][1] for _, places in groups for i in places]
+        if len({part.device for part in parts}) > 1:
+            parts = [part.to(state.device) for part in parts]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts).to(state.device), kind)
         return total
 
     def _divided(self) -> torch.Tensor:
@@ -83,6 +87,15 @@ class GlobalNorm:
         dtypes = [param.dtype for param in self._state.skeleton.module.parameters()]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return torch.tensor(root(list(everywhere.values()), self._kind), dtype=wide)
+
+
+def _on_host(norms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, where processes exchange them; a device is waited for once per dtype."""
+    found = {}
+    for dtype in {norm.dtype for norm in norms.values()}:
+        names = [name for name, norm in norms.items() if norm.dtype is dtype]
+        found |= zip(names, torch.stack([norms[name] for name in names]).cpu(), strict=True)
+    return found
 
 
 def root(powers: list[float], kind: float) -> float:

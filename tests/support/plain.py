@@ -27,9 +27,9 @@ def cut(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tens
     return [{key: piece[i] for key, piece in pieces.items()} for i in range(parts)]
 
 
-def autocast(dtype: torch.dtype | None) -> Any:
+def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
     """torch's own mixed precision; nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+    return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
 def accumulate(
@@ -51,7 +51,7 @@ def accumulate(
         model.zero_grad()
         found = []
         for piece in cut(shard, microbatches):
-            with autocast(dtype):
+            with autocast(dtype, next(model.parameters()).device.type):
                 loss = model(**piece).loss
             scale(loss / microbatches).backward()
             found.append(loss.detach())
@@ -85,7 +85,8 @@ def train(
     fp16. A step that the scaler skips has no gradients, norm 0."""
     made = optimizer(model.parameters())
     fp16 = dtype is torch.float16
-    scaler = torch.amp.GradScaler("cpu", init_scale, growth_interval=interval, enabled=fp16)
+    kind = next(model.parameters()).device.type
+    scaler = torch.amp.GradScaler(kind, init_scale, growth_interval=interval, enabled=fp16)
     run = Trained([], [], [], {})
     for batch in batches:
         run.losses.append(accumulate(model, batch, dp, microbatches, dtype, scaler.scale))
