@@ -229,7 +229,7 @@ class BatchLoss:
         kind, leaves = job.kinds[index], job.batches[index]
         form = self._forms[kind]
         if form.counting is not None:
-            given = (*job.given[index], *job.numbers[index])
+            given: list[Any] = [*job.given[index], *job.numbers[index]]
             return [*form.sizes, *form.counting(given, buffers)]
         if form.sizes:
             return list(form.sizes)

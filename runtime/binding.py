@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class Bound:
     seed: int | None
     tangent: int | None
     drops: tuple[str, ...]
+
+    @cached_property
+    def inputs(self) -> list[tuple[int, Hashable]]:
+        """Positions of the tensors that differ between microbatches, each with a name for it."""
+        tangents = [] if self.tangent is None else [(self.tangent, Role.TANGENT)]
+        leaves = [(position, (Role.BATCH, leaf)) for position, leaf in self.batch]
+        return [*self.values, *leaves, *tangents]
 
 
 class BoundStage:

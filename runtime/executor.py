@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +23,9 @@ from ..compiler.ir.graph import module_of
 from ..compiler.ir.program import Message, PipelineProgram, Program, Role
 from ..compiler.ir.shards import late_gradients
 from ..compiler.losses import pieces
-from .binding import BoundStage
+from .binding import Bound, BoundStage
+from .graphs.graphs import Graphs, addresses, copied
+from .graphs.recorder import Recorder
 from .recording.ranges import in_ranges, named
 from .state.filled import numbers_on
 from .state.rank_state import RankState
@@ -105,6 +108,7 @@ class Executor:
     Args:
         actions: of the rank.
         fused: the programs to run, where they are not those of the pipeline itself.
+        recorder: of programs that are replayed; None where they run as they are.
 
     Attributes:
         scale: what loss scaling multiplies the loss by before it is differentiated.
@@ -118,6 +122,7 @@ class Executor:
         state: RankState,
         microbatches: int,
         fused: PipelineProgram | None = None,
+        recorder: Recorder | None = None,
     ):
         self.actions, self.state, self.microbatches = actions, state, microbatches
         self.scale = 1.0
@@ -138,6 +143,7 @@ class Executor:
         }
         self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
         self.tied = TiedGradients(pipeline, state)
+        self._graphs = Graphs(recorder, actions) if recorder is not None else None
         self._last = {action.kind: action for action in actions}
         self._told = [told(action) for action in actions]
 
@@ -161,6 +167,8 @@ class Executor:
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         self.tied.restart()
+        for executor in dict.fromkeys(made):
+            executor.begin_graphs()
         tangents = self._tangents(job)
         log, start = self.state.log, None
         for action, text in zip(self.actions, self._told, strict=True):
@@ -242,20 +250,49 @@ class Executor:
         for name in bound.drops:
             del values[name]
         try:
-            made = bound.program.module.forward(arguments)
+            made = self._made(action, bound, arguments, values, job)
         except (IndexError, RuntimeError) as error:
             raise self._explained(error, action, bound.program) from error
         for port, value in zip(bound.program.outputs, made, strict=True):
             if port.role is Role.VALUE:
                 values[str(port.key)] = value
             elif port.role is Role.LOSS:
-                job.losses.append(value)
+                job.losses.append(value.clone() if self._graphs else value)
             elif port.role is Role.RESULT:
                 while len(job.results) <= index:
                     job.results.append({})
                 job.results[index][int(port.key)] = value
             elif port.role is Role.BUFFER:
                 self.state.buffers[str(port.key)].copy_(value)
+
+    def _made(
+        self, action: Action, bound: Bound, arguments: list[Any], values: Values, job: Job
+    ) -> Sequence[torch.Tensor]:
+        """What a program makes: it runs, or is replayed."""
+        graphs, index = self._graphs, action.microbatch
+        assert index is not None
+        leave = action.kind is not Kind.F and index == self.microbatches - 1
+        if graphs is None or not graphs.recording or (leave and self.state.grads.closes):
+            made: Sequence[torch.Tensor] = bound.program.module.forward(arguments)
+            return made
+        seed = 0 if bound.seed is None else job.seeds[index]
+        made = graphs.compute(action, bound.program, arguments, bound.inputs, seed)
+        for position, name in bound.values:
+            if name in values:
+                values[name] = arguments[position]  # what has arrived can go
+        return made
+
+    def begin_graphs(self) -> None:
+        """Before a run: recorded programs read and add where they did."""
+        if self._graphs is None:
+            return
+        bounds = [bound for stage in self.stages.values() for bound in stage.parts.values()]
+        fixed = (each for bound in bounds for each in bound.fixed)
+        self._graphs.begin(addresses(t for t in fixed if isinstance(t, torch.Tensor)))
+        for bound in bounds:
+            for port in bound.program.inputs if self._graphs.recording else ():
+                if port.role is Role.SLOT:
+                    self.state.grads.slots[str(port.key)].clear()
 
     def _explained(self, error: Exception, action: Action, program: Program) -> Exception:
         """An operator's error with its place; where a batch is to blame, as an error of its."""
@@ -296,7 +333,7 @@ class Executor:
         taken = [values[spec.name] for spec in message.values]
         for name in self._drops[message.src].get((send.value, message.dst), ()):
             del values[name]
-        return taken
+        return [copied(value) for value in taken] if self._graphs else taken
 
     def _send(self, action: Action, values: Values) -> None:
         assert action.peer is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..compiler.rows.sums import Sums
 from ..compiler.rows.ways import How
 from .batch_loss import BatchLoss, Told
 from .executor import Executor, Job, drive
+from .graphs.choice import recorder_for
 from .loader import Request, Step
 from .monitor.reports import report_of
 from .outputs.parts import Part
@@ -65,7 +67,7 @@ class Session:
         scaler: LossScaler | None,
     ):
         self._world, self._scaler, self.layout = world, scaler, first.layout
-        self._loss_weight = options.loss_weight
+        self._loss_weight, self._cudagraphs = options.loss_weight, options.cudagraphs
         self.state = world.agreement.together(
             lambda: ModelState(
                 source, skeleton, first.layout, first.program, options.dtypes, world.endpoints
@@ -116,10 +118,21 @@ class Session:
         """Make a graph ready to run."""
         program, position = compiled.program, self._world.mesh.position_of
         count = request.microbatches
+        before = [each.spec for each in self.loaded if each.mode is Mode.TRAIN]
+        recorder = partial(
+            recorder_for, compiled.graphed and self._cudagraphs, request.spec, before
+        )
         self.state.provide(program)
         self._world.transport.open(program.routes)
         executors = {
-            rank: Executor(program, compiled.schedule[position(rank)], state, count, compiled.fused)
+            rank: Executor(
+                program,
+                compiled.schedule[position(rank)],
+                state,
+                count,
+                compiled.fused,
+                recorder(state.device),
+            )
             for rank, state in self.state.ranks.items()
         }
         use, stale = BufferUse.of(program), set(self.buffers.stages)

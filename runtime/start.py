@@ -19,6 +19,7 @@ from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, target_of
 from .exchange.ranks import Ranks
+from .graphs import choice
 from .kernels.choice import settled
 from .pipeline import Pipeline
 from .transport.mesh import Mesh, make_mesh, world_size
@@ -31,7 +32,7 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     options.check_zero()
     mesh = make_mesh(options.n_stages, options.dp, options.shape(1).placement)
     device = choose_device(options.device, mesh)
-    options, why = settled(options, device)
+    options, why = settled(choice.settled(options, device), device)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
         skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
@@ -50,7 +51,7 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
         options.check_zero()
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
-    options, why = settled(options, device)
+    options, why = settled(choice.settled(options, device), device)
     planning = Planning(mesh, device, options)
     with plain_torch(device), planning.guard():
         model = with_loss(model, options.loss_fn)

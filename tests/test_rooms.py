@@ -45,6 +45,7 @@ ROOMS = (
     "compiler/report",
     "compiler/page",
     "runtime/kernels",
+    "runtime/graphs",
     "runtime/transport",
     "runtime/exchange",
     "runtime/recording",

@@ -10,8 +10,8 @@ from dataclasses import MISSING
 from typing import Any, NoReturn, TypeVar
 
 from ..ir.errors import OptionError
-from ..options.arguments import PLANNER, Arguments
-from ..options.declaration import Declaration, declarations_of
+from ..options.arguments import Arguments
+from ..options.declaration import PLANNER, Declaration, declarations_of
 from ..options.parsing import parse_count, parse_seconds
 
 T = TypeVar("T")

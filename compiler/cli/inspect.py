@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..options.arguments import OUTPUT
+from ..options.declaration import OUTPUT
 from ..options.parsing import parse_names
 from ..report.quiet import quiet
 from .flags import add_command

@@ -166,7 +166,7 @@ class _Effect:
     flying_bytes: int = 0
 
 
-def _effect_of(
+def effect_of(
     program: Program,
     dropped: Iterable[str],
     inputs: Mapping[str, Block | None],
@@ -419,7 +419,7 @@ class _Walk:
             leaving = traffic.departures.parts.get(kind, ()) if leaves else ()
             streams = bool(leaving) and not traffic.at_the_end
             program = self.stages[stage].parts[kind]
-            self.effects[key] = _effect_of(
+            self.effects[key] = effect_of(
                 program, dropped, inputs, sizes, leaving, self.flying, streams
             )
         return self.effects[key]

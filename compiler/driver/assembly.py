@@ -13,6 +13,7 @@ from ..capture.capture import ForwardPass
 from ..costs.memory import RankMemory
 from ..costs.timing import Timing
 from ..ir.actions import Pace, Schedule, compute_only
+from ..ir.errors import OptionError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
@@ -87,6 +88,7 @@ class Assembly:
         fused: the programs that run, where fusions of operators are compiled.
         memory: per rank.
         timing: of the programs.
+        graphed: programs are recorded and replayed.
     """
 
     graph: JointGraph
@@ -99,6 +101,7 @@ class Assembly:
     memory: tuple[RankMemory, ...]
     timing: Timing
     pace: Pace
+    graphed: bool = False
 
 
 def assemble(
@@ -133,6 +136,7 @@ def assemble(
     run("placed", passes.PLACED, work, recorder, skip)
     run("programs", passes.PROGRAMS, work, recorder, skip)
     run("schedule", passes.SCHEDULE, work, recorder, skip)
+    _tell_of_graphs(work, recorder)
     assert work.whole is not None
     return Assembly(
         own,
@@ -145,4 +149,20 @@ def assemble(
         work.memory,
         work.timing,
         pace or Pace(compute_only(work.schedule), *work.seconds()),
+        work.graphed,
     )
+
+
+def _tell_of_graphs(work: Work, recorder: Recorder) -> None:
+    """Raises OptionError where programs are to be recorded that cannot be."""
+    wanted, why = work.settings.options.cudagraphs, work.unrecordable
+    if not wanted or not work.made.trains:
+        return
+    if why and wanted is True:
+        raise OptionError(
+            f'cudagraphs=True: {why}: leave it out, or give cudagraphs="auto", which records '
+            "where it can"
+        )
+    with recorder.record("schedule", "cudagraphs") as outcome:
+        shape = "programs for microbatches of this shape, the first, are recorded; others run as is"
+        outcome.note = f"not recorded: {why}" if why else shape

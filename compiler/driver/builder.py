@@ -208,8 +208,7 @@ class Builder:
             self.given.costs if self.given else self.target.costs,
         )
         timeline = summary.timeline()
-        budget = self.target.budget_bytes
-        limit = None if math.isinf(budget) else int(budget)
+        limit = None if math.isinf(self.target.budget_bytes) else int(self.target.budget_bytes)
         plan = summary.plan(spec, limit, timeline, recorder.records)
         if recorder.folder is not None:
             plan.save(recorder.folder / "plan.json")
@@ -233,6 +232,7 @@ class Builder:
             captured.loss,
             captured.scalars,
             assembly.fused,
+            assembly.graphed,
         )
 
     def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:

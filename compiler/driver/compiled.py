@@ -36,6 +36,7 @@ class Compiled:
     """One graph, lowered and scheduled.
 
     Attributes:
+        graphed: its programs are recorded and replayed.
         fused: the program that runs, where operators are fused; ``program`` says all else.
         rebuild: puts the results back into the structure that the model returns (FORWARD).
         outputs: per result, how those of microbatches are joined (FORWARD).
@@ -63,3 +64,4 @@ class Compiled:
     loss: LossForm | None = None
     scalars: Scalars = field(default_factory=Scalars)
     fused: PipelineProgram | None = None
+    graphed: bool = False

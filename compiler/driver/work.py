@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..costs.footprint import Footprint
+from ..costs.graphed import graphed_bytes, obstacle
 from ..costs.hardware import Device
 from ..costs.memory import RankMemory, rank_memory
 from ..costs.timing import Timing
@@ -150,20 +151,34 @@ class Work:
         """Of every rank, if its actions are these."""
         settings, program = self.settings, self.made
         footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
-        found = []
+        found, graphed = [], self.graphed
         for actions in schedule:
             mine = list(dict.fromkeys(action.stage for action in actions))
-            found.append(
-                rank_memory(
-                    program,
-                    actions,
-                    footprint.static(program, mine, share),
-                    settings.options.dp,
-                    footprint.optimizer_bytes(program, mine) if program.trains else 0,
-                    {stage: footprint.traffic(program, stage, mine) for stage in mine},
-                )
+            memory = rank_memory(
+                program,
+                actions,
+                footprint.static(program, mine, share),
+                settings.options.dp,
+                footprint.optimizer_bytes(program, mine) if program.trains else 0,
+                {stage: footprint.traffic(program, stage, mine) for stage in mine},
             )
+            most = memory.static.total + graphed_bytes(program, actions) if graphed else 0
+            if most > memory.peak_bytes:
+                memory = replace(memory, peak_bytes=most, peak_at="GRAPHS")
+            found.append(memory)
         return tuple(found)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether programs are recorded and replayed."""
+        return bool(self.settings.options.cudagraphs) and not self.unrecordable
+
+    @property
+    def unrecordable(self) -> str:
+        """Why they cannot be; "" if they can."""
+        if not self.made.trains:
+            return "only training is"
+        return obstacle(self.running, self.settings.zero.level)
 
     @property
     def made(self) -> PipelineProgram:

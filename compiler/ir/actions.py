@@ -151,3 +151,24 @@ def max_in_flight(actions: Iterable[Action], stage: int) -> int:
         now += {Kind.F: 1, last: -1}.get(action.kind, 0)
         most = max(most, now)
     return most
+
+
+def slots_of(actions: Iterable[Action], stage: int) -> dict[int, int]:
+    """Microbatch -> the lowest number that no other one has at the time, which is from the first
+    action of the stage for a microbatch to the last. Receives are posted early and do not count.
+    """
+    posted = RECV.values()
+    mine = [a for a in actions if a.stage == stage and a.microbatch is not None]
+    mine = [action for action in mine if action.kind not in posted]
+    last = {action.microbatch: i for i, action in enumerate(mine)}
+    numbers: dict[int, int] = {}
+    busy: set[int] = set()
+    for i, action in enumerate(mine):
+        index = action.microbatch
+        assert index is not None
+        if index not in numbers:
+            numbers[index] = next(n for n in range(len(busy) + 1) if n not in busy)
+            busy.add(numbers[index])
+        if last[index] == i:
+            busy.discard(numbers[index])
+    return numbers

@@ -60,12 +60,20 @@ def unshard(group: Group, ticket: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     return group.finish(ticket)
 
 
-def seeded(seed: int, site: int, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class Draw(Protocol):
+    """Stands for the seed of a program that is recorded, whose seeds come with every replay."""
+
+    def draw(self, site: int, op: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
+
+
+def seeded(seed: int | Draw, site: int, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a random op from a seed of its own.
 
     The draw depends on ``seed`` (run, step, replica, microbatch) and ``site`` (which random op
     of the model), so it is the same for every number of stages and every schedule.
     """
+    if not isinstance(seed, int):
+        return seed.draw(site, op, args, kwargs)
     given = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
     device = next((a.device for a in given if isinstance(a, torch.Tensor)), None)
     generator_of(device or kwargs.get("device") or torch.device("cpu")).manual_seed(mix(seed, site))

@@ -7,32 +7,35 @@ from here. Nothing here imports torch: ``--help`` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
 from ..plan.plan import Plan
 from .checks import (
-    callable_or,
     check_above_zero,
-    check_callbacks,
     check_chunks,
     check_count,
-    check_dynamic,
-    check_int,
+    check_graphs,
     check_level,
     check_names,
-    check_natural,
-    check_optimizer,
     check_precision,
-    check_scheduler,
     check_stages,
     one_of,
 )
-from .declaration import Flag, as_it_is, decision_of_plan, declare, option, whether_given
+from .declaration import (
+    OUTPUT,
+    PIPELINE,
+    PLANNER,
+    Flag,
+    as_it_is,
+    decision_of_plan,
+    declare,
+    option,
+)
 from .parsing import (
     AUTO,
     check_memory,
@@ -47,147 +50,20 @@ from .parsing import (
     precision_in_plan,
 )
 from .schedule import check_schedule, order_of_schedule
-from .weight_path import locate_weights
+from .training import TrainingOptions
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from ..capture.calling import LossFn
     from ..ir.precision import Precision
 
 _DEVICES = ", ".join(f'"{name}"' for name in DEVICES)
-PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TrainingOptions):
     """Those that mean the same before and after the number of stages is known."""
 
-    microbatches: int | None = option(
-        None,
-        help="into how many a replica's batch is cut",
-        more="They differ by at most a row. None takes the divisor of its rows nearest to "
-        "4 × n_stages (1 for one stage); 4 × n_stages with ``cut``.",
-        check=check_count,
-        flag=Flag(
-            group=PIPELINE,
-            metavar="M",
-            parse=parse_count,
-            default="the divisor of its rows nearest to 4 per stage",
-        ),
-        compared=as_it_is,
-    )
-    cut: Callable[[Any, int], Sequence[Any]] | None = option(
-        None,
-        help="(batch, pieces) -> a list of so many batches, or None for some, which together have "
-        "all of it",
-        more="For batches that are not cut along dim 0, such as flattened ones, many documents in "
-        "one row: `pipecompile.data.cut_documents`. It cuts a batch over replicas, where one "
-        "process plays them, and each of these into microbatches, which may have any sizes.",
-        check=callable_or("give a function of (batch, pieces), such as data.cut_documents"),
-        compared=whether_given,
-    )
-    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
-        None,
-        help="called with the named parameters of this process",
-        more="A factory such as ``functools.partial(torch.optim.AdamW, lr=3e-4)``, or a function "
-        "that makes parameter groups of them.",
-        check=check_optimizer,
-        compared=whether_given,
-    )
-    loss_fn: LossFn | None = option(
-        None,
-        help="(output, batch) -> scalar",
-        more='None takes ``output.loss``, ``output["loss"]`` or a scalar output. The parameters of '
-        "an ``nn.Module`` are trained too.",
-        check=callable_or("give a function of (output, batch)"),
-    )  # ranks compare the graph that it is part of
-    loss_normalization: str = option(
-        "auto",
-        help='what microbatches count in the loss and its gradients: "batch": what makes it the '
-        'loss of the whole batch on one device, whatever microbatches and replicas; "microbatch": '
-        'all as much; "auto": "batch" where the graph tells how, else a warning',
-        more="Means over the labels that are kept, over rows, and sums are told apart, and several "
-        "terms weighed each by its own.",
-        choices=("auto", "batch", "microbatch"),
-        compared=as_it_is,
-        flag=Flag(group=PIPELINE, metavar="HOW"),
-    )
-    dynamic: str | Mapping[str, Mapping[int, tuple[int, int]]] = option(
-        "auto",
-        help='batches of other sizes: "auto": once sizes vary, the model is traced with symbols '
-        'for them, and further sizes need no tracing; "off": each shape is traced, and each value '
-        "of a number",
-        more='Ranges of sizes, ``{"input_ids": {1: (8, 2048)}}``, are "auto" too: the largest is '
-        "compiled at once, to see that it fits into memory, and others are refused. Programs are "
-        "the same in all ways. Where forward does something else with other sizes, each shape is "
-        "traced.",
-        check=check_dynamic,
-        compared=as_it_is,
-    )
-    loss_weight: Callable[[Any], float | torch.Tensor] | None = option(
-        None,
-        help="(microbatch) -> what it counts, for a loss that is a mean over something else",
-        more="It gets the microbatch as the model does, and may return the number of tokens that "
-        "the loss is a mean over. The loss of the batch is the mean weighed by it.",
-        check=callable_or("give a function of a microbatch that returns a number"),
-        compared=whether_given,
-    )
-    max_grad_norm: float | None = option(
-        None,
-        help="`step` clips the global gradient norm to it",
-        check=check_above_zero,
-        compared=as_it_is,
-    )
-    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = option(
-        None,
-        help="called with the optimizer; `step` steps what it returns",
-        more="One whose ``step`` needs a metric is yours to step: ``pipe.lr_scheduler``.",
-        check=check_scheduler,
-        compared=whether_given,
-    )
-    callbacks: Collection[Any] = option(
-        (),
-        help="what rank 0 tells of steps, evaluations and saves: objects of "
-        "`pipecompile.callbacks`, or with methods such as theirs",
-        more="``pipe.callbacks`` is the list of them, to which more can be added.",
-        check=check_callbacks,
-    )  # no part of a plan, and rank 0 alone calls them
-    example_batch: Any = option(
-        None,
-        help="compile now, for batches of this shape",
-        more="What `step` will be given, under torchrun this process's share. None waits for the "
-        "first batch or `compile_for`.",
-        compared=whether_given,
-    )
-    device: str | torch.device | None = option(
-        None, help='"cpu" or "cuda"', more="None takes CUDA if there is one."
-    )
-    seed: int | None = option(
-        None,
-        help="of dropout and other random ops, and of weights that are initialised here",
-        more="None takes torch's initial seed. All ranks take that of rank 0.",
-        check=check_int,
-    )
-    verify: int = option(
-        0,
-        help="so many first steps are compared with a copy of the model in one process",
-        more="Losses, gradients, norms, parameters and buffers, then evaluation and outputs; what "
-        "differs is an error that names it. It takes another forward and backward per step, on "
-        "rank 0, and memory for the copy. Then ``pipe.verification`` says what was compared.",
-        check=check_natural,
-        compared=as_it_is,
-    )
-    weights: str | Path | None = option(
-        None,
-        help="a ``.safetensors`` file, or a folder with one, or with several and "
-        "``model.safetensors.index.json``",
-        more="Each rank reads what its own stages need, cast to the model's dtype. The model's own "
-        "weights are then ignored.",
-        check=lambda _, path: locate_weights(path),
-        compared=whether_given,
-    )
     schedule: str = option(
         DEFAULT,
         help="; ".join(f'"{kind.name}": {kind.help}' for kind in SCHEDULES.values())
@@ -290,6 +166,15 @@ class Options:
         choices=("auto", "eager", "inductor"),
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="NAME"),
+    )
+    cudagraphs: bool | str = option(
+        False,
+        help="record programs of stages as CUDA graphs, whose replay takes no time per operator: "
+        'True, or "auto" for where that can be; a note in the plan says where not',
+        more="For batches of one shape. What programs read and leave stays in its place, for every "
+        "microbatch in flight; plans count that. The bits are the same.",
+        check=check_graphs,
+        compared=as_it_is,
     )
     zero: int | str = option(
         0,

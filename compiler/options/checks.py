@@ -90,6 +90,11 @@ def check_level(name: str, value: Any) -> None:
         raise OptionError(f'{name}={value!r}: use 0, 1, 2, 3 or "auto"')
 
 
+def check_graphs(name: str, value: Any) -> None:
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+        raise OptionError(f'{name}={value!r}: use True, False or "auto"')
+
+
 def check_chunks(name: str, value: Any) -> None:
     """Of how many tokens logits exist at once."""
     known = value in ("auto", "off") if isinstance(value, str) else type(value) is int and value > 0

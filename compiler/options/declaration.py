@@ -13,6 +13,7 @@ from ..ir.errors import OptionError
 from ..plan.plan import Plan
 
 _KEY = "option"  # of a dataclass field's metadata
+PIPELINE, PLANNER, OUTPUT = "the pipeline", "the planner", "the output"  # groups of flags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ class CompileOptions(Options):
                 f'zero_by="{self.zero_by}" has no effect with zero=0, which divides nothing: give '
                 'zero=1, 2, 3 or "auto", or leave it out'
             )
+        self._check_graphs()
         if self.loss_weight is not None and self.loss_normalization == "microbatch":
             raise OptionError(
                 'loss_weight= has no effect with loss_normalization="microbatch", which lets all '
@@ -100,6 +101,20 @@ class CompileOptions(Options):
             f'virtual_stages={self.virtual_stages}: schedule="{self.schedule}" deals '
             f"{' or '.join(map(str, allowed))} to each rank{instead}"
         )
+
+    def _check_graphs(self) -> None:
+        if self.cudagraphs is not True:
+            return
+        if not isinstance(self.dynamic, str):
+            raise OptionError(
+                "cudagraphs=True records programs for one shape, and dynamic= announces ranges of "
+                'sizes: leave one of them out, or give cudagraphs="auto"'
+            )
+        if self.zero in (2, 3):
+            raise OptionError(
+                f"cudagraphs=True cannot record what replicas exchange while programs run, as they "
+                f'do with zero={self.zero}: give zero=0 or 1, or cudagraphs="auto"'
+            )
 
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():

@@ -27,6 +27,12 @@ class GradSlot:
         self.tensor = self.owned = tensor
         self.fresh = True
 
+    def clear(self) -> None:
+        """Begin with zeros, so that every gradient is added: recorded programs cannot choose."""
+        if self.fresh:
+            self.tensor.zero_()
+            self.fresh = False
+
     def add(self, grad: torch.Tensor) -> None:
         if self.fresh:
             self.tensor.copy_(grad)

@@ -46,9 +46,10 @@ class WholeGradients(Bucket):
         slots: FQN -> where the gradient is once it is complete.
         inlets: FQN -> what programs add to.
         leads: whether ``slots`` are this rank's own.
+        closes: gradients leave while the last microbatch's are made.
     """
 
-    leads = True
+    leads, closes = True, False
 
     def __init__(
         self,
@@ -161,6 +162,8 @@ class SentGradients(WholeGradients, ABC):
 
 class ClosingGradients(SentGradients):
     """zero=1: the mean of a replica's rows is written over these, and the others are left."""
+
+    closes = True
 
     def __init__(
         self,

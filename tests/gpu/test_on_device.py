@@ -12,6 +12,7 @@ import pipecompile
 import pytest
 import torch
 from support import jobs, models, plain
+from support.graphs import recording
 from support.matrix import quickly
 from support.on_device import train, train_plainly, worst
 from torch import nn
@@ -158,6 +159,43 @@ def test_evaluation_and_outputs_are_the_models(device: str) -> None:
 def test_inductor_differs_by_rounding_alone(device: str, precision: str | None) -> None:
     run = functools.partial(train, device, "gpt2", 2, 1, 2, precision=precision, steps=1)
     assert worst(run(backend="inductor"), run()) < CLOSE[precision]
+
+
+@contextmanager
+def graphs_on(device: str) -> Iterator[None]:
+    """A CPU has a stand-in for CUDA graphs."""
+    if device == "cuda":
+        yield
+        return
+    with recording():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    quickly(
+        [],
+        [
+            ("gpt2", {}),
+            ("gpt2", {"precision": "bf16"}),
+            ("llama", {"schedule": "zb_h1"}),
+            ("bart", {"remat": "full"}),
+            ("gpt2", {"backend": "inductor"}),
+        ],
+    ),
+)
+def test_recorded_programs_have_the_bits_of_those_that_run(
+    device: str, name: str, options: dict[str, Any]
+) -> None:
+    run = functools.partial(train, device, name, 2, 1, 4, steps=4, **options)
+    with graphs_on(device):
+        plain.assert_equal(run(cudagraphs=True), run())
+
+
+@pytest.mark.slow
+def test_recorded_programs_draw_the_masks_of_those_that_run(device: str) -> None:
+    with graphs_on(device):
+        assert dropped(device, 2, cudagraphs=True) == dropped(device, 2)
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "remat": ({"remat": "none"}, {"remat": "full"}),
         "precision": ({"precision": "bf16"}, {"precision": Precision(compute=torch.float16)}),
         "backend": ({}, {"backend": "inductor"}),
+        "cudagraphs": ({}, {"cudagraphs": "auto"}),
         "chunked_loss": ({"chunked_loss": "auto"}, {"chunked_loss": 512}),
         "zero": ({"zero": 1}, {"zero": "auto"}),
         "timeout_s": ({"timeout_s": 60.0}, {"timeout_s": 90.0}),
