@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipecompile.compiler.costs import memory
 from pipecompile.compiler.costs.hardware import H100
 from pipecompile.compiler.driver.auto import Open, Way, choose
 from pipecompile.compiler.ir import ops, precision, shards
@@ -28,6 +27,7 @@ from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.precision import LossScale
 from pipecompile.compiler.ir.problem import Option, Problem, solution_of
 from pipecompile.compiler.ir.program import PipelineProgram, Program, StageProgram
+from pipecompile.compiler.memory import rank_memory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning import advice
 from pipecompile.compiler.profiling import profile, synthetic
@@ -98,7 +98,7 @@ def means(counts: Sequence[int], segment_bytes: int) -> list[torch.Tensor]:
     assert mesh.rank is not None
     here = Endpoint(mesh.rank, mesh, CPU, transport)
     buckets = [bucket(count, here.replica) for count in counts]
-    with mock.patch.object(memory, "SEGMENT_BYTES", segment_bytes):
+    with mock.patch.object(rank_memory, "SEGMENT_BYTES", segment_bytes):
         for each in buckets:
             here.mean(each).wait()
     return buckets
@@ -121,10 +121,10 @@ def test_the_plan_counts_a_segment_and_its_share(monkeypatch: pytest.MonkeyPatch
     stage = StageProgram(0, nothing, nothing, nothing, None, (), (), ())
     program = PipelineProgram((stage,), (), (), 0, None)
     actions = from_text("0F0 0B0 0REDUCE_GRAD")[0]
-    static = memory.Static(5000, 0, 1000, 0, 0, 0, 0)
+    static = rank_memory.Static(5000, 0, 1000, 0, 0, 0, 0)
     for segment, extra in ((400, 400 + 100), (4000, 1000 + 250)):
-        monkeypatch.setattr(memory, "SEGMENT_BYTES", segment)
-        found = memory.rank_memory(program, actions, static, dp=4)
+        monkeypatch.setattr(rank_memory, "SEGMENT_BYTES", segment)
+        found = rank_memory.rank_memory(program, actions, static, dp=4)
         assert (found.peak_bytes, found.peak_at) == (6000 + extra, "0REDUCE_GRAD")
 
 

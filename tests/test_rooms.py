@@ -30,6 +30,7 @@ ROOMS = (
     "compiler/rows",
     "compiler/answers",
     "compiler/tracing",
+    "compiler/memory",
     "compiler/costs",
     "compiler/regions",
     "compiler/capture",

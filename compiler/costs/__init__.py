@@ -1,1 +1,1 @@
-"""Seconds and bytes of nodes, programs and schedules, worked out and not measured."""
+"""Seconds of nodes, programs and schedules, worked out and not measured."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ..ir import shards
 from ..ir.program import PipelineProgram
-from .footprint import Footprint
+from ..memory.footprint import Footprint
+from ..memory.rank_memory import Static
 from .hardware import Device
-from .memory import Static
 
 
 def exchange_s(

@@ -18,11 +18,12 @@ from ..calibration.operators import form_of
 from ..ir import ops
 from ..ir.graph import is_getitem, nbytes, storage_root, tensors
 from ..ir.region import Kernel
+from ..memory.inside import inside
 from ..tensors.facts import short_name
 from .formulas import flops_of, lacking
 from .fused import fused_bytes, is_fusable
 from .hardware import Device
-from .inside import inside, told_pieces
+from .told_pieces import told_pieces
 
 NOTICEABLE = 0.01
 """Of a step's seconds: what an operator without a formula could take at least to be named."""

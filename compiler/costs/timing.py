@@ -14,8 +14,8 @@ from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.graph import Phase, phase_of
 from ..ir.program import PipelineProgram
+from ..memory.footprint import Footprint
 from .cost import Cost, node_cost, total_cost
-from .footprint import Footprint
 from .hardware import Device
 
 UnitSeconds = Sequence[tuple[int, tuple[float, float, float]]]

@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from ..capture.capture import ForwardPass
-from ..costs.memory import RankMemory
 from ..costs.timing import Timing
 from ..ir.actions import Pace, Schedule, compute_only
 from ..ir.errors import OptionError
@@ -19,6 +18,7 @@ from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..losses.logits import Chunks
+from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from . import passes
 from .passes import Pass

@@ -20,7 +20,6 @@ from ..capture.batch import BatchSpec
 from ..capture.capture import Captured
 from ..capture.skeleton import Skeleton
 from ..costs.cost import notes_on_costs
-from ..costs.footprint import Footprint
 from ..general.lookups import check_lookups
 from ..ir.errors import (
     BatchError,
@@ -37,6 +36,7 @@ from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..kept.cache import Cache, default_cache_dir
 from ..losses.logits import Chunks
+from ..memory.footprint import Footprint
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched

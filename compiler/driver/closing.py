@@ -7,8 +7,8 @@ import contextlib
 import torch
 
 from ..costs.closing import exchange_s, optimizer_s
-from ..costs.optimizer_cost import Factory, optimizer_seconds
 from ..ir.actions import homes_of, placement_of
+from ..memory.optimizer_cost import Factory, optimizer_seconds
 from ..planning.target import Target
 from ..planning.team import Team
 from .assembly import Assembly

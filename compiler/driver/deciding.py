@@ -12,7 +12,6 @@ from torch import fx
 from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
-from ..costs.memory import RankMemory
 from ..ir.actions import Pace, Schedule, compute_only, from_text
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
@@ -21,6 +20,7 @@ from ..ir.problem import Problem
 from ..ir.zero import LEVELS, Zero
 from ..kept.identity import UntoldError, identity_of
 from ..kept.plans import Plans
+from ..memory.rank_memory import RankMemory
 from ..options.declaration import declarations_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision

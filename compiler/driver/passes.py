@@ -39,10 +39,10 @@ from ...passes.schedule.exchange import add_exchange, verify_exchange
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.limits import verify_in_flight
 from ...passes.schedule.verify import verify_compute, verify_schedule
-from ..costs.memory import RankMemory
 from ..ir.actions import Schedule, to_text
 from ..ir.errors import OptionError
 from ..ir.program import Message, PipelineProgram
+from ..memory.rank_memory import RankMemory
 from ..planning.advice import gib
 from ..planning.ordering import Ordering, has_order
 from .record import Texts, texts_of

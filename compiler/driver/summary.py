@@ -12,10 +12,10 @@ from ...passes.graph.placement import Placement
 from ...passes.schedule.simulate import Timeline, simulate
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
-from ..costs.memory import RankMemory
 from ..ir.actions import homes_of, max_in_flight
 from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import Locality, is_gradient_sum
+from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
 from ..planning.advice import freezing_note

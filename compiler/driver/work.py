@@ -12,10 +12,7 @@ from torch import fx
 
 from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
-from ..costs.footprint import Footprint
-from ..costs.graphed import graphed_bytes, obstacle
 from ..costs.hardware import Device
-from ..costs.memory import RankMemory, rank_memory
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
@@ -24,6 +21,9 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..losses.logits import Chunks
+from ..memory.footprint import Footprint
+from ..memory.graphed import graphed_bytes, obstacle
+from ..memory.rank_memory import RankMemory, rank_memory
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 

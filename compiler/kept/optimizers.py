@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..costs.optimizer_cost import Factory, OptimizerMemory, optimizer_memory
+from ..memory.optimizer_cost import Factory, OptimizerMemory, optimizer_memory
 from .folder import drop_oldest, write
 from .identity import UntoldError, identity_of
 from .surroundings import versions

@@ -30,7 +30,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted bytes of one rank (`compiler.costs.memory`).
+    """Predicted bytes of one rank (`compiler.memory.rank_memory`).
 
     Attributes:
         copies: of weights, in the compute dtype.

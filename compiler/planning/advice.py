@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
-from ..costs.footprint import Frozen
-from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
+from ..memory.footprint import Frozen
+from ..memory.rank_memory import RankMemory
 from ..options.options import CompileOptions
 from .formulation import elsewhere, microbatches_of
 

@@ -20,11 +20,11 @@ from ...passes.schedule.limits import verify_held
 from ...passes.schedule.load import timed
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.sequencing.problem import allowed
-from ..costs.memory import RankMemory, stage_holds
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Schedule
 from ..ir.errors import OptionError
 from ..ir.program import PipelineProgram
+from ..memory.rank_memory import RankMemory, stage_holds
 
 ATTEMPTS = 4  # to use what a budget leaves
 CLOSE = 0.02  # of the budget: not worth another attempt

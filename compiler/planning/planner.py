@@ -1,8 +1,9 @@
 """Chooses stages and recomputation for the first graph of a model.
 
 The solver works on units and their prices (`compiler.ir.problem`); the programs that follow from
-its answer are then walked operator by operator (`compiler.costs.memory`). Where the two differ, the
-difference is given to the solver as a reserve, and it is asked again: at most `ATTEMPTS` times.
+its answer are then walked operator by operator (`compiler.memory.rank_memory`). Where the two
+differ, the difference is given to the solver as a reserve, and it is asked again: at most
+`ATTEMPTS` times.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from ...passes.integer.work import Work
 from ...passes.partition.baselines import apart, solve_dynamic
 from ...passes.partition.solve import solve
 from ..costs.hardware import Device
-from ..costs.memory import RankMemory
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.graph import JointGraph, is_latest
 from ..ir.locality import Locality
 from ..ir.problem import Problem, Solution, fits, solution_of
+from ..memory.rank_memory import RankMemory
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..units.menus import options_of

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..costs.meter import StorageMeter
-from ..costs.optimizer_cost import answering
 from ..ir.errors import OptionError
+from ..memory.meter import StorageMeter
+from ..memory.optimizer_cost import answering
 from ..tensors.fakes import weightless
 from .standins import Factory, Shape, StandIns, Tensors, called, gradients, stand_ins, values
 

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..calibration.operators import form_of
 from ..costs.formulas import flops_of, lacking
-from ..costs.meter import StorageMeter, storages_of
 from ..ir.errors import RegionError
 from ..ir.graph import tensors
 from ..ir.ops import generator_of
 from ..ir.region import Kernel, Work
+from ..memory.meter import StorageMeter, storages_of
 from ..tensors.facts import extent
 from ..tensors.fakes import meta_like
 from .site import Facts, Run, Site

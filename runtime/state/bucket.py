@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ...compiler.costs.memory import ALIGNMENT_BYTES
 from ...compiler.ir.ops import add_gradient
+from ...compiler.memory.rank_memory import ALIGNMENT_BYTES
 from ..transport.wire import is_dense
 
 

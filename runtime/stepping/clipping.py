@@ -91,7 +91,7 @@ class GlobalNorm:
 
 def _on_host(norms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """On the CPU, where processes exchange them; a device is waited for once per dtype."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for dtype in {norm.dtype for norm in norms.values()}:
         names = [name for name, norm in norms.items() if norm.dtype is dtype]
         found |= zip(names, torch.stack([norms[name] for name in names]).cpu(), strict=True)

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from ...compiler.costs import memory
 from ...compiler.ir.program import ValueSpec
+from ...compiler.memory import rank_memory
 from .doing import HERE
 from .shared_memory import SharedMemory
 from .transport import Pending, Values, ordered_mean
@@ -60,7 +60,7 @@ class Replicas(Protocol):
 
 def pieces(bucket: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
     """Parts of a bucket that are exchanged one after the other, for ``count`` replicas."""
-    segment = memory.SEGMENT_BYTES // bucket.element_size() // count * count
+    segment = rank_memory.SEGMENT_BYTES // bucket.element_size() // count * count
     return torch.split(bucket, segment)
 
 

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...compiler.costs.meter import storages_of
 from ...compiler.ir.ops import mix, seeded
+from ...compiler.memory.meter import storages_of
 
 _RANDOM = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random")
 _OVERWRITING = frozenset(f"{name}_" for name in (*_RANDOM, "uniform", "copy", "fill", "zero"))

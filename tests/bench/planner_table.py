@@ -25,9 +25,7 @@ import transformers as hf
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
-from pipecompile.compiler.costs.footprint import Footprint
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import RankMemory
 from pipecompile.compiler.driver.assembly import assemble, forward_passes
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
@@ -36,6 +34,8 @@ from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.precision import Precision
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
 from pipecompile.compiler.ir.zero import WHOLE
+from pipecompile.compiler.memory.footprint import Footprint
+from pipecompile.compiler.memory.rank_memory import RankMemory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide

@@ -24,8 +24,8 @@ from typing import Any
 
 import pipecompile
 import torch
-from pipecompile.compiler.costs.meter import StorageMeter
 from pipecompile.compiler.ir import ops
+from pipecompile.compiler.memory.meter import StorageMeter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 

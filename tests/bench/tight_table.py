@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 import transformers as hf
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import RankMemory
 from pipecompile.compiler.driver.assembly import assemble
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.problem import Solution
 from pipecompile.compiler.ir.zero import WHOLE
+from pipecompile.compiler.memory.rank_memory import RankMemory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide

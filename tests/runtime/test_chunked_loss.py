@@ -8,7 +8,6 @@ from typing import Any, cast
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.costs.meter import StorageMeter
 from pipecompile.compiler.ir.errors import (
     BatchError,
     MemoryBudgetError,
@@ -16,6 +15,7 @@ from pipecompile.compiler.ir.errors import (
     PlanError,
 )
 from pipecompile.compiler.losses import pieces as ops
+from pipecompile.compiler.memory.meter import StorageMeter
 from support import jobs, measured, models
 from support.matrix import quickly
 from torch import nn

@@ -12,11 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
-from pipecompile.compiler.costs.footprint import Footprint
-from pipecompile.compiler.costs.memory import rank_memory
 from pipecompile.compiler.driver.compiled import Compiled
 from pipecompile.compiler.ir.actions import Action, Kind, Schedule
 from pipecompile.compiler.ir.program import PipelineProgram
+from pipecompile.compiler.memory.footprint import Footprint
+from pipecompile.compiler.memory.rank_memory import rank_memory
 from pipecompile.compiler.trace import figures
 from pipecompile.compiler.trace.reading import read_trace
 from pipecompile.compiler.trace.trace import Lane

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.compiler.memory.meter import StorageMeter
 from pipecompile.runtime.state import model_state as state
 from pipecompile.runtime.transport.neighbours import SWITCH
 

@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 from pipecompile.compiler.capture.capture import Captured
-from pipecompile.compiler.costs.optimizer_cost import OptimizerMemory, optimizer_memory
 from pipecompile.compiler.driver import passes
 from pipecompile.compiler.driver.capturing import Capturing, Wanted
 from pipecompile.compiler.driver.record import PassRecord
@@ -30,6 +29,7 @@ from pipecompile.compiler.ir.graph import describe
 from pipecompile.compiler.kept import optimizers
 from pipecompile.compiler.kept.asking import UntoldError
 from pipecompile.compiler.kept.folder import Entry, Folder, write
+from pipecompile.compiler.memory.optimizer_cost import OptimizerMemory, optimizer_memory
 from pipecompile.compiler.planning import planner
 from pipecompile.compiler.tensors.fakes import is_fake
 from pipecompile.compiler.units import cutter

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipecompile.compiler.costs.inside import inside
-from pipecompile.compiler.costs.meter import StorageMeter
 from pipecompile.compiler.losses import logits, pieces
+from pipecompile.compiler.memory.inside import inside
+from pipecompile.compiler.memory.meter import StorageMeter
 from torch import fx
 from torch.nn.functional import cross_entropy, linear
 

@@ -10,8 +10,8 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.costs.memory import RankMemory, Static
 from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError
+from pipecompile.compiler.memory.rank_memory import RankMemory, Static
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.advice import gib, parts_of
 from support import models

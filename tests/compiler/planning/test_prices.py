@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import RankMemory, Static, rank_memory
 from pipecompile.compiler.ir.actions import from_text
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.graph import JointGraph, Phase
 from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.ir.problem import Problem
+from pipecompile.compiler.memory.rank_memory import RankMemory, Static, rank_memory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide, planner

@@ -13,11 +13,11 @@ from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.cost import node_cost
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.costs.memory import stage_holds
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.errors import PartitionError
 from pipecompile.compiler.ir.locality import locality_of
 from pipecompile.compiler.ir.problem import Option, Problem, Value, fits, solution_of, validate
+from pipecompile.compiler.memory.rank_memory import stage_holds
 from pipecompile.compiler.planning.refine import LEAST_GAIN, StepModel, refine, smoothed
 from pipecompile.compiler.units.pricing import UnitPrices
 from pipecompile.compiler.units.stash import bodies_of

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.costs.optimizer_cost import optimizer_memory, optimizer_seconds
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.program import StageProgram
 from pipecompile.compiler.kept.cache import default_cache_dir
+from pipecompile.compiler.memory.optimizer_cost import optimizer_memory, optimizer_seconds
 from pipecompile.compiler.profiling import timing_cache
 from pipecompile.compiler.profiling.profile import Profiler, program_hash
 from pipecompile.compiler.profiling.timing_cache import TimingCache

@@ -10,9 +10,9 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.costs.graphed import graphed_bytes
 from pipecompile.compiler.ir import ops
 from pipecompile.compiler.ir.actions import from_text, slots_of
+from pipecompile.compiler.memory.graphed import graphed_bytes
 from pipecompile.errors import BatchError, OptionError
 from pipecompile.passes.schedule.registry import SCHEDULES
 from pipecompile.runtime.graphs import recorder

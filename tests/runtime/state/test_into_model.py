@@ -12,7 +12,7 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.compiler.memory.meter import StorageMeter
 from pipecompile.errors import RankMismatchError, StateError
 from support import jobs, models, plain
 from support.gang import Gang

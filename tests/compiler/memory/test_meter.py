@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.compiler.costs.meter import StorageMeter
+from pipecompile.compiler.memory.meter import StorageMeter
 from pipecompile.compiler.profiling.synthetic import Synthesizer
 from pipecompile.compiler.tensors.fakes import weightless
 from support import models, units

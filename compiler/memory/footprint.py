@@ -26,8 +26,8 @@ from ..ir.shards import (
     stream_departures,
 )
 from ..ir.zero import WHOLE, Zero
-from .memory import Static, Traffic, bucket_bytes
 from .optimizer_cost import OptimizerMemory, optimizer_memory
+from .rank_memory import Static, Traffic, bucket_bytes
 
 Measure = Callable[[Callable[..., Any], Mapping[str, torch.Tensor]], OptimizerMemory]
 

@@ -1,0 +1,1 @@
+"""Bytes of values, programs and ranks, worked out and not measured."""
