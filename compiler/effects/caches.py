@@ -62,9 +62,13 @@ def _look(name: str, module: types.ModuleType) -> _Seen:
     held = tuple(vars(module).values())
     kinds = [v for v in held if isinstance(v, type) and v.__module__ == name]
     classes = tuple(map(vars, kinds))
-    found = [value for value in held if isinstance(value, functools._lru_cache_wrapper)]
-    for inner in classes:
-        found += [v for v in inner.values() if isinstance(v, functools._lru_cache_wrapper)]
+    every = (*held, *(value for inner in classes for value in inner.values()))
+    found = (
+        value
+        for value in every
+        if isinstance(value, functools._lru_cache_wrapper)
+        and not is_foreign_module(getattr(value, "__module__", None))  # imported from there
+    )
     return _Seen(module, held, classes, sum(map(len, classes)), tuple(found))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+import types
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,13 @@ def user_line(node: fx.Node) -> str:
     return found
 
 
-def is_foreign_module(name: str) -> bool:
-    """Whether a module is torch's, NumPy's, Python's own, or pipecompile's."""
-    return name.split(".")[0] in _MODULES
+def is_foreign_module(name: object) -> bool:
+    """Whether a module is torch's, NumPy's, Python's own, or pipecompile's.
+
+    Args:
+        name: or what a class has in its place: a descriptor, if Cython made it, and then there is
+            no code in Python to look into.
+    """
+    if isinstance(name, types.GetSetDescriptorType):
+        return True
+    return str(name).split(".")[0] in _MODULES

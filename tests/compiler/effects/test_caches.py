@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import importlib.util
 import sys
@@ -72,6 +73,13 @@ def test_a_module_that_is_imported_again_is_another(module: ModuleType) -> None:
     again = _imported(Path(module.__file__))
     assert found(again.kept)
     assert not found(module.kept)
+
+
+def test_what_is_imported_from_torch_or_python_is_theirs(module: ModuleType) -> None:
+    module.translate = fnmatch._compile_pattern
+    assert isinstance(module.translate, functools._lru_cache_wrapper)
+    assert not found(module.translate)
+    assert found(module.kept)
 
 
 def test_those_of_torch_and_python_are_theirs() -> None:

@@ -229,6 +229,14 @@ def importing(x: Any) -> Any:
     return units.anything(x)
 
 
+def test_compiled_code_is_told_by_its_version() -> None:
+    """Cython's classes have a descriptor where others have the name of their module."""
+    kind = type(np.random.mtrand.seed)
+    assert not isinstance(type(kind).__module__, str)
+    assert identity_of(kind, np.random.mtrand.seed) == identity_of(kind, np.random.mtrand.seed)
+    assert identity_of(type(kind)) == identity_of(type(kind))
+
+
 def test_the_environment_counts_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     first = identity_of(reading)
     monkeypatch.setenv("PIPECOMPILE_TEST_RATE", "2")
