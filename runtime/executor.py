@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -43,8 +43,18 @@ _OUT_OF_RANGE = re.compile("out of (bounds|range)|^Class values must be")
 """How operators say that of an index."""
 
 
-PieceKind = tuple[int, int]
-"""Of a microbatch: its rows, at least one, and which of the batch's shapes it has besides."""
+class PieceKind(NamedTuple):
+    """Of a microbatch.
+
+    Attributes:
+        rows: at least one.
+        shape: which of the batch's shapes it has besides.
+        outcome: which of the graphs for such microbatches, where their values decide.
+    """
+
+    rows: int
+    shape: int = 0
+    outcome: int = 0
 
 
 @dataclass

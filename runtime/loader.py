@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..compiler.answers.guards import Choice, Difference, Guards, between
+from ..compiler.answers.guards import Guards
 from ..compiler.answers.inputs import NumberError, Scalars
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
@@ -21,7 +20,6 @@ from ..compiler.ir.errors import BatchError, PipecompileError
 from ..compiler.ir.ops import mix
 from ..compiler.options.microbatches import cut, microbatches_of
 from ..compiler.options.options import CompileOptions
-from ..compiler.options.ranges import stretched
 from ..compiler.tensors.fakes import is_fake
 from .data.cutter import Cutter, Parts, dealt
 from .data.numbers import Numbers
@@ -117,8 +115,7 @@ class Loader:
         Raises:
             PipecompileError: a rank has an obstacle.
             NumberError: a number of the batch cannot be an input; `close` it, and ask again.
-            BatchError: there are no rows, or microbatches do not agree in what forward asks them,
-                or a rank without a batch needs it for that, or ``cut`` has failed.
+            BatchError: there are no rows, or ``cut`` has failed.
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
@@ -139,26 +136,22 @@ class Loader:
         sizes, count = tuple(map(tuple, parts.sizes)), len(parts.sizes[0])
         shapes = parts.shapes
         kinds = tuple(
-            tuple((max(1, n), shapes.index(like)) for n, like in zip(*each, strict=True))
+            tuple(PieceKind(max(1, n), shapes.index(like)) for n, like in zip(*each, strict=True))
             for each in zip(sizes, parts.likes, strict=True)
         )
         here = tuple(dict.fromkeys(map(mesh.replica_of, mesh.local_ranks)))
         weighs = several or (count * mesh.dp > 1 and shapes[0].varies)
         requests = {
-            (n, shape): Request(mode, shapes[shape].with_rows(n), count, weighs=weighs)
-            for n, shape in sorted({kind for each in kinds for kind in each}, key=_most_rows)
+            kind: Request(mode, shapes[kind.shape].with_rows(kind.rows), count, weighs=weighs)
+            for kind in sorted({kind for each in kinds for kind in each}, key=_most_rows)
         }
-        if agreed.absent:
-            shown = self._brought(agreed.absent, requests.values(), shown)
         given = shown if runs or self._cutter is None else values
         spare = self._spare(sizes, given, here)
         if agreed.absent and shapes[0].plain_leaves:
             given = self._told(shapes[0], tuple(given))
         unlike = self._cutter is None and len(shapes) > 1
         step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(given), unlike)
-        if runs and any(self._guards.get(request) for request in requests.values()):
-            step = self._answered(step, shown)
-        return step
+        return self.answered(step) if runs else step
 
     def close(self, mode: Mode, error: NumberError) -> None:
         """Some numbers of batches are literals of their graphs again."""
@@ -174,28 +167,6 @@ class Loader:
         first = next((spec for spec in specs if spec.rows), specs[0])
         likes = [[(spec if spec.rows else first).with_rows(1)] * count for spec in specs]
         return Parts([cut(each, count) for each in rows], likes)
-
-    def _brought(
-        self, absent: Sequence[int], requests: Iterable[Request], values: Sequence[torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
-        """The leaves of this rank's share, which absent ranks are given if they are to compile."""
-        known = [self._guards.get(request) for request in requests]
-        if any(known):
-            raise BatchError(
-                "forward decides by the values of this batch, so that all ranks have to see it, "
-                f"and rank {absent[0]} was given none: pipe.needs_data says which processes need "
-                "one"
-            )
-        if None not in known:
-            return values
-        mesh, mine = self._world.mesh, self._world.mesh.rank
-        assert mine is not None
-        leaders = {mesh.rank_of(mesh.replica_of(rank), 0) for rank in absent}
-        everyone = self._world.agreement.gather(list(values) if mine in leaders else None)
-        if mine not in absent:
-            return values
-        given: list[torch.Tensor] = everyone[mesh.rank_of(mesh.replica_of(mine), 0)]
-        return given
 
     def _told(self, spec: BatchSpec, mine: Leaves) -> Leaves:
         """The leaves of this rank's share; on a rank that has none the numbers, which are those of
@@ -237,69 +208,80 @@ class Loader:
             for replica in step.here
         }
 
-    def _of_kind(self, step: Step, values: Sequence[torch.Tensor], kind: PieceKind) -> list[Leaves]:
-        """The microbatches of this process that are of a kind."""
-        return [
-            piece
-            for replica, pieces in self.pieces(step, values).items()
-            for piece, each in zip(pieces, step.kinds[replica], strict=True)
-            if each == kind
-        ]
+    def _like(self, step: Step, kind: PieceKind, values: Sequence[torch.Tensor]) -> Leaves:
+        """The first microbatch of a kind, the same on all ranks: what forward asks it decides."""
+        mesh = self._world.mesh
+        replica = next(r for r, kinds in enumerate(step.kinds) if kind in kinds)
+        found: Leaves = ()
+        if replica in step.here and mesh.rank not in step.absent and values:
+            found = tuple(self.pieces(step, values)[replica][step.kinds[replica].index(kind)])
+        if mesh.distributed and (mesh.dp > 1 or step.absent):
+            leads = mesh.rank == mesh.rank_of(replica, 0)
+            everyone = self._world.agreement.gather(found if leads else ())
+            found = found or everyone[mesh.rank_of(replica, 0)]
+        return () if any(map(is_fake, found)) else found
 
     # -- what forward asks ------------------------------------------------------------------
 
-    def _answered(self, step: Step, values: Sequence[torch.Tensor]) -> Step:
-        """With the graphs that are made for what the microbatches answer."""
-        requests = {}
-        for kind, first in step.requests.items():
-            pieces = self._of_kind(step, values, kind)
-            choice = self._chosen(first, pieces)
-            agreed = self._world.agreement.check_choice(
-                choice, partial(self._refusal, first, pieces)
-            )
-            if agreed.outcome == MOST_OUTCOMES and (places := first.spec.plain_leaves):
-                why = f"forward decides by it in more than {MOST_OUTCOMES} ways"
-                raise NumberError({first.spec.leaves[i].name: why for i in places})
-            if agreed.outcome == MOST_OUTCOMES:
-                raise BatchError(
-                    f"forward decides by the values of the batch {agreed.others[-1][0]}, and this "
-                    f"one would need a program of its own, after {MOST_OUTCOMES} for other batches "
-                    "of this shape: keep it a tensor and choose with torch.where, or give batches "
-                    "that agree there (padded to a few lengths)"
-                )
-            requests[kind] = replace(first, outcome=agreed.outcome)
-        return replace(step, requests=requests)
+    def answered(self, step: Step) -> Step:
+        """With the graphs that are made for what each microbatch answers.
 
-    def _chosen(self, first: Request, pieces: Sequence[Leaves]) -> Choice | None:
-        """Of the graphs for such microbatches the one that is made for what these answer; None
-        where there are none of these."""
-        others: list[tuple[str, str, str]] = []
-        request = first
-        while pieces and request in self._guards:
-            differences = self._differences(request, pieces)
-            obstacle = self._obstacle(request, pieces, differences)
-            if obstacle or differences[0] is None:
-                return Choice(request.outcome, tuple(others), obstacle)
-            others.append(differences[0].texts)
+        A microbatch that answers as none before it gets the number of the next graph; where several
+        do, that one is made for the first of them, and the others have to be asked again.
+
+        Raises:
+            BatchError: one would need a graph more than are made.
+            RankMismatchError: ranks of a replica answer otherwise.
+        """
+        if not any(map(self._asks, step.requests.values())):
+            return step
+        mine: dict[int, list[int]] = {}
+        if self._world.mesh.rank not in step.absent:
+            for replica, pieces in self.pieces(step, step.given).items():
+                pairs = zip(pieces, step.kinds[replica], strict=True)
+                mine[replica] = [self._outcome(step.requests[kind], each) for each, kind in pairs]
+        outcomes = self._world.agreement.check_outcomes(mine)
+        kinds = tuple(
+            tuple(kind._replace(outcome=each) for kind, each in zip(*pair, strict=True))
+            for pair in zip(step.kinds, outcomes, strict=True)
+        )
+        made = {
+            kind: replace(first, outcome=kind.outcome)
+            for before, after in zip(step.kinds, kinds, strict=True)
+            for kind, first in zip(after, map(step.requests.__getitem__, before), strict=True)
+        }
+        requests = {kind: made[kind] for kind in sorted(made, key=_most_rows)}
+        for request in requests.values():
+            self._check_number(request)
+        return replace(step, requests=requests, kinds=kinds)
+
+    def _asks(self, request: Request) -> bool:
+        return bool(self._guards.get(replace(request, outcome=0)))
+
+    def _outcome(self, request: Request, piece: Leaves) -> int:
+        """The number of the graph that is made for what a microbatch answers; of the next, if
+        there is none."""
+        request = replace(request, outcome=0)
+        while (guards := self._guards.get(request)) is not None:
+            if not guards or guards.difference(piece) is None:
+                break
             request = replace(request, outcome=request.outcome + 1)
-        return Choice(request.outcome, tuple(others)) if pieces else None
+        return request.outcome
 
-    def _differences(self, request: Request, pieces: Sequence[Leaves]) -> list[Difference | None]:
-        """Per microbatch, what it answers otherwise than a graph's."""
-        guards = self._guards[request]
-        return [guards.difference(piece) for piece in pieces] if guards else [None]
-
-    def _obstacle(
-        self, request: Request, pieces: Sequence[Leaves], found: list[Difference | None]
-    ) -> str:
-        """Why the microbatches cannot run one program; "" where they can."""
-        text = between(found)
-        odd = next((i for i, difference in enumerate(found) if difference is not None), 0)
-        return text and (self._refusal(request, pieces[odd:]) or text)
-
-    def _refusal(self, request: Request, pieces: Sequence[Leaves]) -> str:
-        """What forward raises on the first microbatch; "" if it takes it."""
-        return self._builder.refusal(request.mode, request.spec, pieces[0]) if pieces else ""
+    def _check_number(self, request: Request) -> None:
+        """Raises NumberError, or BatchError, if there would be too many graphs."""
+        if request.outcome < MOST_OUTCOMES:
+            return
+        if places := request.spec.plain_leaves:
+            why = f"forward decides by it in more than {MOST_OUTCOMES} ways"
+            raise NumberError({request.spec.leaves[i].name: why for i in places})
+        question = self._guards[replace(request, outcome=0)].questions[0]
+        raise BatchError(
+            f"forward decides by the values of the batch {question.where}, and this one would need "
+            f"a program of its own, after {MOST_OUTCOMES} for other batches of this shape: keep it "
+            "a tensor and choose with torch.where, or give batches that agree there (padded to a "
+            "few lengths)"
+        )
 
     # -- compiling, and dealing out -----------------------------------------------------------
 
@@ -313,21 +295,15 @@ class Loader:
             values: the leaves of the batch, which forward may ask, and to measure with; empty
                 where there is its shape only.
 
-        Raises:
-            BatchError: its microbatches, or ranks, do not agree in what forward asks them.
         """
         request = step.requests[kind]
-        pieces: list[Leaves] = []
-        if values and not any(map(is_fake, values)):
-            pieces = self._of_kind(step, values, kind)
-        like = pieces[:1] or ([stretched(step.spare, request.spec)] if values else [])
         compiled = self._builder.build(
             request.mode,
             request.spec,
             request.microbatches,
             layout,
             self._world.is_main,
-            like[0] if like and not any(map(is_fake, like[0])) else (),
+            self._like(step, kind, values),
             request.weighs,
         )
         if step.absent and compiled.guards.of_batch and request.spec.plain_leaves:
@@ -335,10 +311,6 @@ class Loader:
             raise NumberError({request.spec.leaves[i].name: why for i in request.spec.plain_leaves})
         self._guards[request] = compiled.guards
         self._scalars[request] = compiled.scalars
-        if compiled.guards:
-            mine = self._obstacle(request, pieces, self._differences(request, pieces))
-            for obstacle in filter(None, self._world.agreement.gather(mine)):
-                raise BatchError(obstacle)
         return compiled
 
     def forget(self, requests: Iterable[Request]) -> None:
@@ -381,6 +353,5 @@ class Loader:
         }
 
 
-def _most_rows(kind: PieceKind) -> tuple[int, int]:
-    rows, shape = kind
-    return -rows, shape
+def _most_rows(kind: PieceKind) -> tuple[int, int, int]:
+    return -kind.rows, kind.shape, kind.outcome

@@ -325,7 +325,8 @@ class Pipeline(Stepped, Evaluated):
             try:
                 step = self._loader.step(mode, whole, values, obstacle, several, runs)
                 with HERE.phase("its compilation"):
-                    self._compile(step, values)
+                    while self._compile(step, values) and runs:
+                        step = self._loader.answered(step)
                 break
             except NumberError as error:  # on every rank; numbers are fewer each time
                 self._loader.close(mode, error)
@@ -333,8 +334,9 @@ class Pipeline(Stepped, Evaluated):
         self._loader.forget(session.drop_oldest(step))
         return session, step
 
-    def _compile(self, step: Step, values: list[torch.Tensor]) -> None:
-        """What a step needs and is not there yet."""
+    def _compile(self, step: Step, values: list[torch.Tensor]) -> bool:
+        """What a step needs and is not there yet; whether any of that asks the batch."""
+        asks = False
         for kind, request in step.requests.items():
             if (session := self._session) is not None and request in session.loaded:
                 continue
@@ -347,6 +349,8 @@ class Pipeline(Stepped, Evaluated):
                 )
                 self._source = None
             session.add(request, made)
+            asks |= bool(made.guards)
+        return asks
 
     def _flat(self, batch: Any) -> tuple[list[torch.Tensor], BatchSpec]:
         return batches.flatten(batch, by_rows=self._options.cut is None)

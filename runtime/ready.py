@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..compiler.answers.guards import unlike
 from ..compiler.capture.batch import BatchSpec
 from ..compiler.driver.compiled import Compiled
 from ..compiler.ir import ops
@@ -75,17 +76,23 @@ class Ready:
 
 
 def check_together(graphs: Mapping[PieceKind, Compiled]) -> None:
-    """Raises BatchError if the graphs for microbatches of some sizes cannot share a step."""
-    ((first, shape), one), *others = graphs.items()
-    for (rows, another), other in others:
-        if _order(other) != _order(one):
-            sized = another == shape
-            which, theirs = (f"{rows} rows", first) if sized else ("one length", "another")
-            raise BatchError(
-                f"microbatches of {which} run other operators than those of {theirs}, with other "
-                "messages or gradients, and cannot share a step with them: give batches whose rows "
-                "microbatches= × dp= divides, and replicas, or pieces of cut=, the same lengths"
-            )
+    """Raises BatchError if the graphs for microbatches of some kinds cannot share a step."""
+    (first, one), *others = graphs.items()
+    for kind, other in others:
+        if _order(other) == _order(one):
+            continue
+        if kind[:2] == first[:2]:
+            heard = zip(one.guards.heard, other.guards.heard, strict=False)
+            where, mine, theirs = next((w, a, b) for (w, a), (_, b) in heard if a != b)
+            raise BatchError(unlike(where, ("one microbatch", mine), ("another", theirs)))
+        sized = kind.shape == first.shape
+        which = f"{kind.rows} rows" if sized else "one length"
+        raise BatchError(
+            f"microbatches of {which} run other operators than those of "
+            f"{first.rows if sized else 'another'}, with other "
+            "messages or gradients, and cannot share a step with them: give batches whose rows "
+            "microbatches= × dp= divides, and replicas, or pieces of cut=, the same lengths"
+        )
 
 
 def _order(compiled: Compiled) -> tuple[Any, ...]:

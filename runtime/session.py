@@ -185,14 +185,13 @@ class Session:
         return Ready(graphs, BatchLoss(self._world, program, forms, weight, step), specs, step)
 
     def _reads(self, request: Request, rank: int) -> bool:
-        """Whether a rank needs the batches of a graph: it deals them out, reads or counts them."""
+        """Whether a rank needs the batches of a graph: it answers for them, reads or counts."""
         compiled, mesh = self.loaded[request].compiled, self._world.mesh
         program, form = compiled.program, compiled.loss
         leaves, stages = len(request.spec.leaves), mesh.stages_of(rank)
         counts = self._loss_weight is not None or (form is not None and form.counting is not None)
         return (
             0 in stages
-            or bool(compiled.guards)
             or (counts and program.loss_stage in stages)
             or any(
                 port.role is Role.BATCH and int(port.key) < leaves

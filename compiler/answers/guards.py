@@ -61,21 +61,6 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Of the graphs that were made for microbatches of one shape, the one for a batch.
-
-    Attributes:
-        outcome: its number; that of the next, if there is none.
-        others: of those before it, the first question that the batch answers otherwise.
-        obstacle: why the microbatches cannot have one graph; "" where they can.
-    """
-
-    outcome: int
-    others: tuple[tuple[str, str, str], ...] = ()
-    obstacle: str = ""
-
-
-@dataclass(frozen=True)
 class Guards:
     """All that a forward has asked, in order.
 
@@ -201,15 +186,3 @@ def unlike(where: str, first: tuple[str, str], second: tuple[str, str]) -> str:
 
 def _shown(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
-
-
-def between(differences: Sequence[Difference | None]) -> str:
-    """Why microbatches do not have one graph; "" if all of them are as it asks, or none is."""
-    odd = [i for i, difference in enumerate(differences) if difference is not None]
-    if not odd or len(odd) == len(differences):
-        return ""
-    difference = differences[odd[0]]
-    assert difference is not None
-    where, expected, answer = difference.texts
-    even = next(i for i, each in enumerate(differences) if each is None)
-    return unlike(where, (f"microbatch {even}", expected), (f"microbatch {odd[0]}", answer))

@@ -152,7 +152,9 @@ class Traced(nn.Module):
             replaced_tensors(self.whole, self.attributes, memories) as replaced,
             untraced_branches(self.denied),
             copied_tensors(),
-            told_constants(self.sizes) if self.denied == UNTRACED[0] else contextlib.nullcontext(),
+            told_constants(self.sizes, answering.knows)
+            if self.denied == UNTRACED[0]
+            else contextlib.nullcontext(),
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,

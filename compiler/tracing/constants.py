@@ -68,15 +68,25 @@ class Constants(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def told_constants(sizes: Sizes | None = None) -> Iterator[None]:
-    """`Constants`, and transformers does not take them for tensors that are traced."""
+def told_constants(
+    sizes: Sizes | None = None, answered: Callable[[torch.Tensor], bool] = lambda _: False
+) -> Iterator[None]:
+    """`Constants`, and transformers does not take them for tensors that are traced.
+
+    Args:
+        answered: whether the batch tells what a tensor holds, so that it may be asked as well.
+    """
     utils: Any = sys.modules.get("transformers.utils.import_utils")
     asked = getattr(utils, "is_fake_tensor", None)
     with Constants(sizes):
         if asked is None:
             yield
             return
-        utils.is_fake_tensor = lambda x: asked(x) and _operators(x, sizes is not None) is None
+
+        def unknown(x: Any) -> bool:
+            return asked(x) and _operators(x, sizes is not None) is None and not answered(x)
+
+        utils.is_fake_tensor = unknown
         try:
             yield
         finally:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...compiler.answers.guards import Choice, unlike
 from ...compiler.capture.batch import BatchSpec
 from ...compiler.capture.skeleton import named_state
 from ...compiler.driver.compiled import Mode
@@ -321,37 +320,26 @@ class Agreement:
                 if rank not in absent:
                     self._told[shapes[rank]] = each
 
-    def check_choice(self, choice: Choice | None, refusal: Callable[[], str]) -> Choice:
-        """The graph that all ranks run on microbatches of one size.
+    def check_outcomes(self, mine: Mapping[int, Sequence[int]]) -> list[Sequence[int]]:
+        """Per replica, which graph each of its microbatches runs.
 
         Args:
-            choice: of this rank; None if it has no such microbatches.
-            refusal: what forward raises on them; "" if it takes them.
+            mine: those of the replicas that this process has the batches of.
 
         Raises:
-            BatchError: the values of microbatches, or of replicas, ask for different programs.
+            RankMismatchError: stages of a replica have found other ones.
         """
-        choices: list[Choice | None] = self.gather(choice)
-        given = [each for each in choices if each is not None]
-        if any(each.obstacle for each in given) or len({each.outcome for each in given}) > 1:
-            self._refuse(choices, choice, refusal)
-        return given[0]
-
-    def _refuse(
-        self, choices: Sequence[Choice | None], mine: Choice | None, refusal: Callable[[], str]
-    ) -> None:
-        """Ranks, or the microbatches of one, would run different programs."""
-        given = {rank: each for rank, each in enumerate(choices) if each is not None}
-        for each in given.values():
-            if each.obstacle:
-                raise BatchError(each.obstacle)
-        least = min(given, key=lambda rank: given[rank].outcome)
-        odd = mine is not None and mine.outcome != given[least].outcome
-        for raised in filter(None, self.gather(refusal() if odd else "")):
-            raise BatchError(raised)
-        other = next(rank for rank in given if given[rank].outcome != given[least].outcome)
-        where, expected, answer = given[other].others[given[least].outcome]
-        raise BatchError(unlike(where, (f"rank {least}", expected), (f"rank {other}", answer)))
+        found: dict[int, tuple[int, Sequence[int]]] = {}
+        for rank, theirs in enumerate(self.gather(mine)):
+            for replica, outcomes in theirs.items():
+                first, known = found.setdefault(replica, (rank, outcomes))
+                if known != outcomes:
+                    raise RankMismatchError(
+                        f"ranks {first} and {rank} are stages of one replica, and forward, which "
+                        "decides by values of the batch, does so otherwise for the batch of one "
+                        "than for that of the other: give them the same batch"
+                    )
+        return [found[replica][1] for replica in sorted(found)]
 
     def check_options(self, options: CompileOptions) -> None:
         """Equal options on all ranks, as far as they are declared to be compared."""
