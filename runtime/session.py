@@ -192,6 +192,7 @@ class Session:
         counts = self._loss_weight is not None or (form is not None and form.counting is not None)
         return (
             0 in stages
+            or bool(compiled.guards)  # the graph for another answer may read it on any stage
             or (counts and program.loss_stage in stages)
             or any(
                 port.role is Role.BATCH and int(port.key) < leaves

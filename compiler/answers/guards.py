@@ -177,10 +177,10 @@ def unlike(where: str, first: tuple[str, str], second: tuple[str, str]) -> str:
     """
     heard = " and ".join(f"{who} gives {_shown(answer)}" for who, answer in (first, second))
     return (
-        f"forward decides by the values of the batch {where}, where {heard}; all microbatches "
-        "of a step run one program: put rows into a batch that agree here (sorted by length, or "
-        "padded alike), use fewer microbatches= or replicas, or keep it a tensor and choose with "
-        "torch.where (a mean over chosen elements is (x * mask).sum() / mask.sum())"
+        f"forward decides by the values of the batch {where}, where {heard}, and what follows has "
+        "other messages or gradients: no step can run both. Put rows into a batch that agree here "
+        "(sorted by length, or padded alike), or keep it a tensor and choose with torch.where (a "
+        "mean over chosen elements is (x * mask).sum() / mask.sum())"
     )
 
 
