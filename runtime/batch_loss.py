@@ -300,7 +300,7 @@ class BatchLoss:
         def summed() -> torch.Tensor:
             with HERE.waiting(speakers):
                 work.wait()
-            return torch.stack([slots[rank] for rank in speakers])  # no indices to bring there
+            return torch.stack([slots[rank, 0] for rank in speakers])  # no indices to bring there
 
         def reported() -> list[tuple[float, ...]]:
             summed()

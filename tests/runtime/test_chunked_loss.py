@@ -75,9 +75,14 @@ def results(pipe: Any, batch: models.Batch) -> dict[str, torch.Tensor]:
 def assert_close(found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], by: float) -> None:
     assert set(found) == set(whole)
     assert torch.equal(found["logits"], whole["logits"])
+    largest = max(value.double().abs().max() for value in whole.values())
     for name, value in whole.items():
         difference = (found[name].double() - value.double()).abs().max()
-        assert difference <= by * value.double().abs().max(), name
+        size = value.double().abs().max()
+        if name.endswith(("key.bias", "k_proj.bias")):  # a softmax does not see it: rounding alone
+            assert size < 1e-6 * largest
+            size = 1e-6 * largest
+        assert difference <= by * size, name
 
 
 NAMES = ("gpt2", "llama", "bert-mlm", "t5", "bart", "own")
