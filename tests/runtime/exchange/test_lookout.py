@@ -236,6 +236,7 @@ def left_behind() -> set[str]:
         ),
     ],
 )
+@pytest.mark.usefixtures("gang")  # for the worker that has what gangs are forked from
 def test_a_killed_rank_is_named(tmp_path: Path, place: str, shared: str) -> None:
     check_named(tmp_path, place, "killed", shared)
 
@@ -261,6 +262,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path: Path, shared: str) 
         ),
     ],
 )
+@pytest.mark.usefixtures("gang")
 def test_a_stalled_rank_is_named_and_ends_the_run(
     tmp_path: Path, place: str, how: str, shared: str
 ) -> None:
