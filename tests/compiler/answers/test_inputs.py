@@ -226,6 +226,7 @@ def overflowing(x: torch.Tensor, beta: Any) -> torch.Tensor:
     return x * beta**2
 
 
+@pytest.mark.slow
 def test_a_number_that_is_too_large() -> None:
     pipe, given = piped(Model(overflowing), 2), batches([0.1, 0.2, 1e200, 0.3])
     losses = [pipe.step(given[0]), pipe.step(given[1])]
@@ -297,6 +298,7 @@ class Failing(Model):
         return super().forward(x, beta) if x.shape[1] < 9 else self.head(x.float())
 
 
+@pytest.mark.slow
 def test_a_batch_that_fails_says_nothing_of_numbers(told: Callable[[], list[str]]) -> None:
     pipe, given = piped(Failing()), batches([0.1 * i for i in range(VALUES + 2)])
     for batch in given[:2]:

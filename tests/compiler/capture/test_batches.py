@@ -17,6 +17,7 @@ import torch
 from pipecompile import errors
 from pipecompile.compiler.capture.batch import flatten
 from support import models
+from support.matrix import quickly
 from torch import nn
 
 X = torch.randn(4, 8)
@@ -181,9 +182,18 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "in shared memory": ({"x": X.clone().share_memory_(), "weight": WEIGHT}, PLAIN),
     "not contiguous": (PLAIN | {"x": ACROSS}, PLAIN | {"x": ACROSS}),
 }
+QUICK = (
+    "backwards",
+    "lists of lists",
+    "a tuple for all rows",
+    "texts",
+    "a dataclass inside",
+    "a list of both",
+    "in shared memory",
+)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quickly(QUICK, FORMS))
 def test_forms_of_batches(form: str) -> None:
     """In two microbatches; the batch stays what it was."""
     batch, same = FORMS[form]

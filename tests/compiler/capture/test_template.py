@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pipecompile
@@ -140,37 +141,28 @@ def attended(states: torch.Tensor) -> torch.Tensor:
 WAYS = (masked, averaged, attended)
 
 
-@pytest.fixture(scope="module")
-def templates() -> dict[Any, tuple[Skeleton, Template]]:
-    found = {}
-    for way in WAYS:
-        skeleton = skeleton_of(Model(way), CPU)
-        spec = flatten(batch(4, 6))[1]
-        found[way] = skeleton, generalised(skeleton, spec, True, "training")
-    return found
+@cache
+def template_of(way: Any) -> tuple[Skeleton, Template]:
+    skeleton = skeleton_of(Model(way), CPU)
+    spec = flatten(batch(4, 6))[1]
+    return skeleton, generalised(skeleton, spec, True, "training")
 
 
 @settings(max_examples=4, deadline=None)
-@given(st.sampled_from(WAYS), st.integers(2, 9), st.integers(2, 20))
-def test_for_any_size(
-    templates: dict[Any, tuple[Skeleton, Template]], way: Any, rows: int, length: int
-) -> None:
-    check_at(templates, way, rows, length)
+@given(st.integers(2, 9), st.integers(2, 20))
+def test_for_any_size(rows: int, length: int) -> None:
+    check_at(attended, rows, length)
 
 
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(WAYS), st.integers(2, 9), st.integers(2, 20))
-def test_for_many_sizes(
-    templates: dict[Any, tuple[Skeleton, Template]], way: Any, rows: int, length: int
-) -> None:
-    check_at(templates, way, rows, length)
+def test_for_many_sizes(way: Any, rows: int, length: int) -> None:
+    check_at(way, rows, length)
 
 
-def check_at(
-    templates: dict[Any, tuple[Skeleton, Template]], way: Any, rows: int, length: int
-) -> None:
-    skeleton, made = templates[way]
+def check_at(way: Any, rows: int, length: int) -> None:
+    skeleton, made = template_of(way)
     spec = flatten(batch(rows, length))[1]
     try:
         found = made.at(spec)
@@ -211,6 +203,7 @@ def test_one_row_of_any_length(traces: list[bool]) -> None:
     assert (traces.count(False), traces.count(True)) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", quickly([4], [3, 4]))
 def test_how_one_row_is_weighed(traces: list[bool], microbatches: int) -> None:
     """Told by more rows, also where the length is a symbol; 5 rows are cut into unequal ones."""
@@ -284,10 +277,10 @@ class Cubed(torch.autograd.Function):
     ("way", "message"),
     [
         (branching, ""),  # one graph for each side
-        (counting, ""),
+        pytest.param(counting, "", marks=pytest.mark.slow),
         (once_more, "is made for"),
         (kept, None),  # in some versions of torch a Function of its own
-        (cubed, "autograd.Function"),
+        pytest.param(cubed, "autograd.Function", marks=pytest.mark.slow),
     ],
 )
 def test_what_depends_on_a_size_is_traced_for_it(way: Any, message: str | None) -> None:

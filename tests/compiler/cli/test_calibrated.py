@@ -12,6 +12,7 @@ from torch import nn
 STEPS = f"{SMALL_GPT2} --stages 1 --microbatches 1 --batch 4"
 
 
+@pytest.mark.slow
 def test_the_table_is_told_and_its_seconds_are_longer(capsys: pytest.CaptureFixture[str]) -> None:
     bound = plan_of(f"{STEPS} --device h100", capsys)
     real = plan_of(f"{STEPS} --device h100 --costs calibrated", capsys)

@@ -108,6 +108,7 @@ def test_report_of_a_hand_made_plan() -> None:
     check_golden("hand_made.txt", stream.getvalue())
 
 
+@pytest.mark.slow
 def test_logits_in_pieces_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(inspect(f"{SMALL_GPT2} --stages 2 --chunked-loss 16", capsys).split())
     assert "logits of the loss" in said
@@ -159,6 +160,7 @@ def test_function_in_a_file(model_file: Path, capsys: pytest.CaptureFixture[str]
     assert output.err == "building\n"  # stdout is the report's
 
 
+@pytest.mark.slow
 def test_configuration_file(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its architecture decides the task."""
     spec = f"hf:{model_file.with_name('config.json')}"
@@ -205,6 +207,7 @@ def test_encoder_decoder_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert "T5ForCond" in inspect(f"hf:t5 {sizes} --seq 16 --stages 2 --microbatches 2", capsys)
 
 
+@pytest.mark.slow
 def test_task_chooses_the_head(capsys: pytest.CaptureFixture[str]) -> None:
     small = SMALL_GPT2.replace("n_layer=2", "n_layer=1")
     command = f"{small} --task sequence-classification --set num_labels=7 --stages 2"

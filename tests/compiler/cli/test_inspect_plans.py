@@ -26,6 +26,7 @@ def test_memory_is_a_bar_and_makes_recomputation(capsys: pytest.CaptureFixture[s
     assert "no limit was given" in full
 
 
+@pytest.mark.slow
 def test_a_budget_that_fp32_would_break(capsys: pytest.CaptureFixture[str]) -> None:
     """Beside a plan in mixed precision stands what fp32 would take, which need not fit."""
     command = f"{SMALL_GPT2} --stages 1 --batch 32 --microbatches 1 --precision bf16_params"
@@ -58,6 +59,7 @@ def test_infeasible_memory_is_one_line_with_numbers(capsys: pytest.CaptureFixtur
     assert float(found[1]) == pytest.approx(1 + float(found[2]), abs=0.11)
 
 
+@pytest.mark.slow
 def test_device_gives_rates_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = plan_of(f"{SMALL_GPT2} --stages 2", capsys)
     fast = plan_of(f"{SMALL_GPT2} --stages 2 --device h100", capsys)
@@ -70,6 +72,7 @@ def test_device_gives_rates_and_memory(tmp_path: Path, capsys: pytest.CaptureFix
     assert (mine["device"], mine["budget_bytes"]) == ("mine", 2**30)
 
 
+@pytest.mark.slow
 def test_optimizer_states_are_memory(capsys: pytest.CaptureFixture[str]) -> None:
     states = {
         name: plan_of(f"{SMALL_GPT2} --stages 1 --optimizer {name}", capsys)["stages"][0]["memory"]
@@ -92,6 +95,7 @@ def test_solver_and_time_limit_reach_the_planner() -> None:
     assert (options.solver, options.time_limit_s, options.remat) == ("cbc", 2.5, "none")
 
 
+@pytest.mark.slow
 def test_automatic_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Every division of the same batch; what memory rules out says why."""
     command = f"{SMALL_GPT2} --stages auto --devices"
@@ -160,11 +164,19 @@ def test_what_a_plan_keeps_need_not_be_given_again(
             "the plan was made for microbatches of",
             marks=pytest.mark.slow,
         ),
-        ("{small} --set n_layer=3 --plan {plan}", "the plan was made for another model"),
+        pytest.param(
+            "{small} --set n_layer=3 --plan {plan}",
+            "the plan was made for another model",
+            marks=pytest.mark.slow,
+        ),
         ("{small} --plan {plan} --stages 3", "the plan has n_stages=2, this run .*3"),
         ("{small} --plan {plan} --stages auto --devices 2", "--plan cannot be given with --stages"),
         ("{small} --plan {plan} --schedule zb_h1", "the plan has schedule=1f1b, this run .*zb_h1"),
-        ("{small} --plan {plan} --precision bf16", "the plan has precision=as it is, this .*=bf16"),
+        pytest.param(
+            "{small} --plan {plan} --precision bf16",
+            "the plan has precision=as it is, this .*=bf16",
+            marks=pytest.mark.slow,
+        ),
         ("{small} --plan {plan} --remat none", "remat= has no effect beside plan="),
         ("{small} --plan {plan} --memory 1GiB", "memory= has no effect beside plan="),
         ("{small} --plan {plan} --compare uniform", "--compare has no effect beside --plan"),

@@ -62,6 +62,7 @@ def test_stages_may_be_chosen(spec: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("identical to the last bit") >= 8
 
 
+@pytest.mark.slow
 def test_a_plan_has_its_stages(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec.write_text(FILE.replace("{0}", ""))
     plan = str(spec.with_name("plan.json"))

@@ -60,6 +60,7 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
     assert list(levels) == ["forward", "joint", "placed", "programs", "schedule"]
 
 
+@pytest.mark.slow
 def test_what_there_is_nothing_to_do_for_is_not_in_the_records() -> None:
     names = {name for _, name in records()}
     assert not names & {"autocast", "precision", "boundary", "gather", "latest", "carry"}
@@ -149,6 +150,7 @@ def test_a_skip_without_effect_is_refused() -> None:
         jobs.pipeline("gpt2", 2, 1, 2, example_batch=batch, skip=["boundary"])
 
 
+@pytest.mark.slow
 def test_inspect_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     report = inspect(f"{SMALL_GPT2} --stages 2 --precision bf16 --passes --skip inplace", capsys)
     rows = re.findall(
@@ -169,6 +171,7 @@ def test_passes_go_with_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--passes has no effect on --json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_builders_that_share_a_graph_tell_alike_what_was_done() -> None:
     """And a pass of the shared part that is skipped is not said to have had nothing to do."""
     skeleton = skeleton_of(models.gpt2(n_layer=1), torch.device("cpu"), parse_precision("bf16"))

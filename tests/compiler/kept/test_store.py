@@ -124,29 +124,30 @@ def same(found: list[Any], others: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "masked"),
+    ("dynamic", "masked", "evaluates"),
     [
-        ("auto", True),
-        pytest.param("auto", False, marks=pytest.mark.slow),
-        pytest.param("off", True, marks=pytest.mark.slow),
-        pytest.param("off", False, marks=pytest.mark.slow),
+        ("auto", True, False),
+        pytest.param("auto", True, True, marks=pytest.mark.slow),
+        pytest.param("auto", False, True, marks=pytest.mark.slow),
+        pytest.param("off", True, True, marks=pytest.mark.slow),
+        pytest.param("off", False, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_second_run_traces_nothing(
-    cache: Path, traced: list[str], dynamic: str, masked: bool
+    cache: Path, traced: list[str], dynamic: str, masked: bool, evaluates: bool
 ) -> None:
     """For no mode, length and number of rows that the first had; the bits are those of no cache."""
     batches = [given(masked=masked), given(4, 9, masked), given(5, 7, masked), given(4, 8, masked)]
     with mock.patch.dict(os.environ, {"PIPECOMPILE_CACHE": "off"}):
-        alone = run(batches, dynamic=dynamic)
-    first = run(batches, dynamic=dynamic)
+        alone = run(batches, evaluates=evaluates, dynamic=dynamic)
+    first = run(batches, evaluates=evaluates, dynamic=dynamic)
     traced.clear()
     with mock.patch.object(Planner, "decide", side_effect=AssertionError("planned again")):
-        second = run(batches, dynamic=dynamic)
+        second = run(batches, evaluates=evaluates, dynamic=dynamic)
     assert not traced
     assert same(first, alone)
     assert same(second, alone)
-    run([given(4, 11, masked)], dynamic=dynamic)
+    run([given(4, 11, masked)], evaluates=evaluates, dynamic=dynamic)
     assert traced
 
 
@@ -154,15 +155,25 @@ SLOW = pytest.mark.slow
 EVALUATES = pytest.mark.parametrize("evaluates", [False, pytest.param(True, marks=SLOW)])
 
 
+def of_one_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return models.gpt2(n_layer=1)
+
+
 @pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(n, marks=SLOW) for n in ("llama", "gpt2", "t5", "bert-mlm"))]
+    "name",
+    [
+        "one layer",
+        *(pytest.param(n, marks=SLOW) for n in ("vit", "llama", "gpt2", "t5", "bert-mlm")),
+    ],
 )
 def test_models_of_transformers(cache: Path, traced: list[str], name: str) -> None:
-    batches, build = models.batches(name, 4, 1), functools.partial(models.build, name)
-    evaluates = name != "vit"  # which is quick
-    first = run(batches, build, evaluates)
+    small = name == "one layer"
+    batches = [models.tokens(4)] if small else models.batches(name, 4, 1)
+    build = of_one_layer if small else functools.partial(models.build, name)
+    first = run(batches, build, evaluates=not small)
     traced.clear()
-    assert same(run(batches, build, evaluates), first)
+    assert same(run(batches, build, evaluates=not small), first)
     assert not traced
 
 
@@ -201,7 +212,7 @@ def test_another_value_of_a_buffer_that_decides_is_another_graph(
 @pytest.mark.parametrize(
     "options",
     [
-        {"precision": "bf16"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"precision": "bf16_params"},
         {"eager_modules": ["norm"]},
         {"microbatches": 1},

@@ -253,7 +253,7 @@ def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> No
     assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
 
 
-@pytest.mark.parametrize("name", quickly(["precision", "schedule"], KEEPS))
+@pytest.mark.parametrize("name", quickly(["schedule"], KEEPS))
 def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
     model = Classes if name == "chunked_loss" else Squares
 

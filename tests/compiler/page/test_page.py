@@ -192,7 +192,8 @@ def written(folder: Path, made: tuple[Plan, Timeline]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3), pytest.param((16, 2, 200), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 3), (16, 2, 200)])
 def test_a_browser_runs_it(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     path = written(tmp_path, planned(*shape, model="<b>Net</b>"))
     document, console = opened(path, tmp_path / "profile")
@@ -205,7 +206,7 @@ def test_a_browser_runs_it(tmp_path: Path, shape: tuple[int, int, int]) -> None:
 
 def test_arrow_keys_and_pointers_find_actions(tmp_path: Path) -> None:
     """By a script at the end of the page that does what a person does."""
-    path = written(tmp_path, planned(2, 2, 3))
+    path = written(tmp_path, planned(2, 2, 3, model="<b>Net</b>"))
     act = """
     const press = (key) => document.getElementById("gantt")
       .dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
@@ -224,6 +225,10 @@ def test_arrow_keys_and_pointers_find_actions(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("</body>", f"<script>{act}</script></body>"))
     document, console = opened(path, tmp_path / "profile")
     assert not console
+    assert 'data-ready="true"' in document
+    assert "data-error" not in document
+    assert 'data-actions="24"' in document
+    assert "<h1>&lt;b&gt;Net&lt;/b&gt;</h1>" in document
     found = re.search('data-told="([^"]*)"', document)
     assert found is not None
     first, second, below, gone, pointed, zoom = found[1].split(" | ")
@@ -233,6 +238,7 @@ def test_arrow_keys_and_pointers_find_actions(tmp_path: Path) -> None:
     assert (gone, zoom) == ("-", "4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", quickly([400], [400, 1600]))
 def test_no_width_breaks_it(tmp_path: Path, width: int) -> None:
     path = written(tmp_path, planned(4, 2, 8))
@@ -244,6 +250,7 @@ def test_no_width_breaks_it(tmp_path: Path, width: int) -> None:
     assert int(found[1]) <= 0
 
 
+@pytest.mark.slow
 def test_it_prints(tmp_path: Path) -> None:
     path = written(tmp_path, planned(4, 2, 8))
     paper = tmp_path / "report.pdf"

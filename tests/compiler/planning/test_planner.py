@@ -207,6 +207,7 @@ def test_a_plan_is_for_all_that_programs_depend_on() -> None:
             made(plan, **PLANNED | {name: value})
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_shape_names_both() -> None:
     plan = plan_of_two_stages()
     pipe = jobs.pipeline("llama", 2, 1, 4, plan=plan)

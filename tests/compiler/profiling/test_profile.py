@@ -69,12 +69,12 @@ def test_a_hash_sees_shapes_types_and_structure_and_not_names() -> None:
 
 
 def test_layers_with_dropout_are_equal_though_each_draws_its_own() -> None:
-    model = models.gpt2(dropout=0.1)
+    model = models.gpt2(dropout=0.1, n_layer=2)
     found = hashes(units.programs(units.captured(model.train(), models.tokens(2))))
     assert len(set(found[Kind.F])) < len(found[Kind.F])
 
 
-@pytest.mark.parametrize("name", quickly(["llama"], ["llama", "t5", "mixtral", "vit", "bart"]))
+@pytest.mark.parametrize("name", quickly([], ["llama", "t5", "mixtral", "vit", "bart"]))
 def test_every_kind_of_model_can_be_timed(name: str) -> None:
     graph = units.captured(models.build(name), models.batches(name, 2, 1)[0])
     programs = units.programs(graph)
@@ -86,6 +86,7 @@ def test_every_kind_of_model_can_be_timed(name: str) -> None:
     assert len(times) == len(programs)
 
 
+@pytest.mark.slow
 def test_units_add_up_to_the_whole() -> None:
     """Large enough for operators to outweigh calls; the factor is for a noisy machine."""
     model = models.gpt2(n_embd=128, n_positions=128, n_layer=2)

@@ -115,6 +115,7 @@ def test_transfers_that_nothing_hides() -> None:
     assert not found(free, "transfers")
 
 
+@pytest.mark.slow
 def test_a_head_that_is_nearly_a_stage() -> None:
     about, compiled = subject(
         models.gpt2(vocab_size=20_000), 12, n_stages=3, microbatches=12, tied_grads="per_step"
@@ -137,6 +138,7 @@ def test_what_pins_cost() -> None:
     assert not found(free, "without --pin")
 
 
+@pytest.mark.slow
 def test_recomputation_that_is_not_needed() -> None:
     full, compiled = subject(models.llama(), 4, n_stages=2, microbatches=4, remat="full")
     assert "--remat auto recomputes nothing" in found(full, "recomputation is ")
@@ -162,6 +164,7 @@ def test_how_much_memory_would_spare_recomputation() -> None:
     assert f"would take {1 - then / now:.0%} less" in line
 
 
+@pytest.mark.slow
 def test_room_for_fewer_stages() -> None:
     about, _ = subject(models.llama(), 8, budget=2**30, n_stages=4, microbatches=8)
     line = found(about, "the fullest stage uses ")

@@ -245,6 +245,7 @@ def by_default():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quickly(["cast"], ["cast", "tied_and_resized", "by_default"]))
 def test_inspect_takes_them(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a model of ten gigabytes, whose build with data would take its time."""

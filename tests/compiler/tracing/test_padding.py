@@ -83,6 +83,7 @@ def test_a_frozen_encoder_in_training() -> None:
     assert torch.allclose(pipe.step(RIGHT), model(**RIGHT)["loss"].detach(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_verify_allows_what_fused_kernels_round() -> None:
     pipe = pipecompile.compile(Encoding(), 2, microbatches=2, optimizer=jobs.SGD, verify=1)
     pipe.step(RIGHT)

@@ -19,6 +19,7 @@ def wanted(*names: str) -> list[Architecture]:
     return [Architecture("causal-lm", name) for name in names]
 
 
+@pytest.mark.slow
 def test_each_has_an_outcome_in_the_file(tmp_path: Path) -> None:
     names = ("a", "slow", "dies", "b")
     found = list(runner.run(wanted(*names), tmp_path, 3, limit_s=2, jobs=4, trial=quick))
