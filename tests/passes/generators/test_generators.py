@@ -13,6 +13,7 @@ from pipecompile.passes.generators.zb_h1 import zb_h2
 from pipecompile.passes.schedule.communication import add_communication
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
 from pipecompile.passes.schedule.verify import verify_schedule
+from support.matrix import quickly
 from support.shapes import alike, peaks, routes, timeline, unequal
 
 ALL = (*SCHEDULES.values(), ScheduleKind("zb_h2", "", zb_h2, splits_backward=True))
@@ -23,7 +24,9 @@ def test_the_kinds_stand_in_the_order_of_the_menu() -> None:
     assert list(SCHEDULES) == menu
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", quickly([k for k in ALL if k.name != "v_half"], ALL), ids=lambda kind: kind.name
+)
 @settings(max_examples=5)
 @given(data=st.data(), ranks=st.integers(1, 5), microbatches=st.integers(1, 11))
 def test_a_generated_schedule_is_legal(

@@ -97,7 +97,7 @@ def test_the_rates_of_zb_h1_and_zb_h2(
 
 
 @searched
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", quickly([1], [1, 2]))
 def test_the_search_reaches_the_published_rates(row: Row, times: int) -> None:
     shape = profiled(row.p, row.m, row.us, times * row.p, row.carry)
     schedule = zb(shape)
@@ -105,12 +105,14 @@ def test_the_search_reaches_the_published_rates(row: Row, times: int) -> None:
     assert max(peaks(schedule, shape)) <= times * row.p
 
 
+@pytest.mark.slow
 @searched
 def test_zb_1p_needs_no_count_of_what_b_frees(row: Row) -> None:
     shape = profiled(row.p, row.m, row.us, row.p, carry=1.0)
     assert row.rate(zb(shape), shape) <= row.rates["zb_1p"] + 5e-5
 
 
+@pytest.mark.slow
 @searched
 def test_zb_2p_can_not_be_reached_where_stashes_stay_whole(row: Row) -> None:
     """The last rank runs W of all but 2 p before its last F, and what it ends is on its way after.
@@ -159,6 +161,7 @@ def check_search(data: st.DataObject, ranks: int, virtual: int, microbatches: in
             assert found <= timeline(other, shape).makespan_s * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", quickly([1.0], [1.0, 1.3]))
 def test_uneven_stages_in_the_memory_of_1f1b(size: float) -> None:
     """GPT-2 on 4 ranks with 3 stages each. Where interleaved does not fit, what younger ones take
@@ -216,7 +219,7 @@ def v_bubble(name: str, ranks: int, microbatches: int) -> tuple[float, float]:
     return timeline(schedule, shape).makespan_s - 6 * microbatches, max(peaks(schedule, shape)) / 2
 
 
-@pytest.mark.parametrize("ranks", quickly(range(1, 6), range(1, 9)))
+@pytest.mark.parametrize("ranks", quickly(range(1, 4), range(1, 9)))
 def test_zb_v_has_no_bubble_with_the_memory_of_1f1b(ranks: int) -> None:
     for microbatches in (2 * ranks - 1, 2 * ranks, 3 * ranks + 1):
         waits, held = v_bubble("zb_v", ranks, microbatches)
@@ -228,7 +231,7 @@ def test_zb_v_with_4_ranks_and_8_microbatches() -> None:
     assert v_bubble("zb_v", 4, 8) == (0, 4)
 
 
-@pytest.mark.parametrize("ranks", quickly([2, 3, 4], [2, 3, 4, 5, 8, 16]))
+@pytest.mark.parametrize("ranks", quickly([2, 3], [2, 3, 4, 5, 8, 16]))
 @pytest.mark.parametrize(("name", "per_rank", "share"), [("v_half", 3, 2), ("v_min", 4, 3)])
 def test_v_half_and_v_min_are_below_the_published(
     name: str, per_rank: int, share: int, ranks: int

@@ -137,7 +137,7 @@ def divided(name: str) -> tuple[JointGraph, Locality, list[Body], dict[fx.Node, 
     return graph, locality, *bodies_of(graph, locality, units_of(graph, locality, H100))
 
 
-@pytest.mark.parametrize("name", quickly(["llama"], sorted(models.MODELS)))
+@pytest.mark.parametrize("name", quickly(["gpt2"], sorted(models.MODELS)))
 def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -> None:
     _, _, bodies, places = divided(name)
     for menu in options_of(bodies, places, H100):
@@ -149,8 +149,8 @@ def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -
             assert not stash.recomputed & stash.exclusive
 
 
-@pytest.mark.parametrize("name", quickly(["llama"], ["gpt2", "llama", "bart", "t5", "mixtral"]))
-@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "llama", "bart", "t5", "mixtral"]))
+@pytest.mark.parametrize("which", quickly([-1], [0, -1]))
 def test_a_choice_stashes_what_it_says(name: str, which: int) -> None:
     """Every unit as a stage of its own: what its program keeps is what the choice announced."""
     graph, locality, bodies, places = divided(name)

@@ -54,6 +54,7 @@ def test_the_split_changes_no_bit(
     plain.assert_equal(found, trained(name, *shape, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", quickly(["zb_h1"], ["1f1b", "zb_h1"]))
 def test_dropout_keeps_its_masks(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, "gpt2", (lambda: models.gpt2(0.2), models.tokens))
@@ -63,6 +64,7 @@ def test_dropout_keeps_its_masks(schedule: str, monkeypatch: pytest.MonkeyPatch)
     plain.assert_equal(found, trained("gpt2", 2, 1, 2, **options))
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(STEPS)
 def test_random_programs_keep_their_bits(steps: list[tuple[int, int, int]]) -> None:
@@ -89,7 +91,7 @@ LAYERS = {"gpt2": "n_layer", "llama": "num_hidden_layers"}
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), quickly([("gpt2", 4)], [("gpt2", 4), ("gpt2", 12), ("llama", 12)])
+    ("name", "layers"), quickly([("gpt2", 3)], [("gpt2", 3), ("gpt2", 12), ("llama", 12)])
 )
 def test_layers_that_are_alike_are_one_fusion(
     name: str, layers: int, monkeypatch: pytest.MonkeyPatch

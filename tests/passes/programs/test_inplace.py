@@ -47,7 +47,7 @@ def check(model: nn.Module, x: torch.Tensor, n_stages: int = 1) -> Any:
     return pipe
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(STEPS)
 def test_random_programs_keep_their_bits(steps: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(1)
