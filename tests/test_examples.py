@@ -21,7 +21,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 @pytest.mark.parametrize(
     "document",
     [
-        "README.md",
+        pytest.param("README.md", marks=pytest.mark.slow),
         pytest.param("docs/guide.md", marks=pytest.mark.slow),
         pytest.param("docs/training.md", marks=pytest.mark.slow),
         pytest.param("docs/from_hf.md", marks=pytest.mark.slow),

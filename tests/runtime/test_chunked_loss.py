@@ -184,6 +184,7 @@ def test_verifying_allows_what_pieces_round() -> None:
     assert "chunked_loss=5" in pipe.verification
 
 
+@pytest.mark.slow
 def test_verifying_allows_nothing_where_auto_keeps_logits() -> None:
     batch = models.tokens(4)
     pipe = pipeline("gpt2", batch, n_stages=1, chunked_loss="auto", verify=1)
@@ -230,6 +231,7 @@ def test_a_loss_goes_where_its_head_is_pinned() -> None:
         made({"loss": 1})
 
 
+@pytest.mark.slow
 def test_a_label_that_is_no_class_is_one_clear_error() -> None:
     batch = models.tokens(4)
     pipe = pipeline("llama", batch, chunked_loss=ROWS)
@@ -252,6 +254,7 @@ def test_a_number_for_a_loss_that_needs_its_logits_is_refused() -> None:
         pipecompile.compile(models.Residual(2), 1, example_batch=torch.ones(4, 8), chunked_loss=8)
 
 
+@pytest.mark.slow
 def test_a_plan_decides_and_keeps_it(tmp_path: Path) -> None:
     batch = models.tokens(4)
     plan = pipeline("llama", batch, chunked_loss=ROWS).plan
@@ -314,6 +317,7 @@ def test_the_predicted_peak_is_the_measured_one(name: str, options: dict[str, An
     assert peaks["off"] - peaks[8] > 1.2 * 2 * 32 * 8192 * 4
 
 
+@pytest.mark.slow
 def test_auto_keeps_whole_logits_where_they_cost_nothing() -> None:
     batch = models.tokens(4, 32)
     pipe = pipe_of("llama", batch, n_stages=2, chunked_loss="auto")

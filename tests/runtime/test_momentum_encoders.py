@@ -146,6 +146,7 @@ def test_averages_are_those_of_one_device(update: Update) -> None:
     assert_same(trained(piped(update)), plainly(update))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", quickly([{"n_stages": 3}], [{"n_stages": 1, "schedule": "1f1b"}, {"n_stages": 3}])
 )
@@ -215,6 +216,7 @@ def test_processes_resume(gang: Callable[[int], Gang], tmp_path: Path, zero: int
             assert_same(([loss], state), expected)
 
 
+@pytest.mark.slow
 def test_verify_follows_them() -> None:
     pipe = piped(dp=2, microbatches=1, verify=2)
     for batch in data():

@@ -280,6 +280,7 @@ def test_a_model_in_bf16_has_fp32_masters() -> None:
     model.load_state_dict(pipe.state_dict(), strict=True)
 
 
+@pytest.mark.slow
 def test_an_overflow_of_fp16_is_skipped() -> None:
     batches = models.batches("gpt2", 8, 3)
     optimizer = jobs.OPTIMIZERS["adamw"]
@@ -317,6 +318,7 @@ def test_checkpoints_open_under_any_precision(precision: str, tmp_path: Path) ->
             assert plain.equal(other.state_dict(), pipe.state_dict())
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_compared_with_a_narrow_model() -> None:
     precision = Precision(compute=BF16, params=BF16, fp32_modules=["norm"])
     torch.manual_seed(0)
@@ -372,6 +374,7 @@ def test_what_replicas_fetch_is_narrow(name: str) -> None:
     assert roles == {Role.COPY}
 
 
+@pytest.mark.slow
 def test_parts_that_run_eagerly_are_given_what_is_narrow() -> None:
     torch.manual_seed(0)
     options = {"eager_modules": ["layers.*"], "n_stages": 2}

@@ -72,6 +72,7 @@ def test_a_number_that_stays_is_a_literal(traces: list[bool]) -> None:
     assert len(traces) == before
 
 
+@pytest.mark.slow
 def test_off_is_off(traces: list[bool], told: Callable[[], list[str]]) -> None:
     """Each value is traced, and that is what was asked for."""
     given = batches(ANNEALED[:4])
@@ -80,6 +81,7 @@ def test_off_is_off(traces: list[bool], told: Callable[[], list[str]]) -> None:
     assert not told()
 
 
+@pytest.mark.slow
 def test_labels_are_counted_as_without(traces: list[bool]) -> None:
     """Means over what is kept, with a term that is weighed by a number beside them."""
     given = batches(ANNEALED[:4], ignored=True)
@@ -136,6 +138,7 @@ class Nested(Model):
         return (super().forward(x, options.beta) * options.mask[..., None]).square().mean()
 
 
+@pytest.mark.slow
 def test_a_number_in_a_dataclass(traces: list[bool]) -> None:
     model, pipe = Nested(), pipecompile.compile(Nested(), 2, microbatches=2)
     x, mask = torch.randint(WORDS, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH)
@@ -160,7 +163,7 @@ def test_a_number_in_a_tuple(traces: list[bool]) -> None:
     assert len(traces) == 4  # training has decided the stages
 
 
-@pytest.mark.parametrize("kind", quickly([int, np.float32], [int, bool, np.float64, np.float32]))
+@pytest.mark.parametrize("kind", quickly([int], [int, bool, np.float64, np.float32]))
 def test_other_numbers_are_literals(traces: list[bool], kind: Any) -> None:
     pipe, model = piped(Model()), Model()
     before = []

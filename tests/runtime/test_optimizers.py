@@ -122,6 +122,7 @@ def test_one_state_for_all_parameters_cannot_be_divided(
         pipecompile.compile(models.build("gpt2"), n_stages, dp, zero=zero, optimizer=kind)
 
 
+@pytest.mark.slow
 def test_one_state_for_all_parameters_on_one_stage() -> None:
     """Replicas that hold everything step alike; "auto" divides nothing, and takes one stage."""
     batch = models.batches("gpt2", 8, 1)[0]

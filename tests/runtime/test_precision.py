@@ -225,6 +225,7 @@ def test_a_model_in_bf16_can_train_in_fp32() -> None:
     plain.assert_equal(plain.train_pipeline(pipe, batch), expected)
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_as_small_as_they_came() -> None:
     model = models.llama(num_hidden_layers=1).to(BF16)
     model.requires_grad_(False)

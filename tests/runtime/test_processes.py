@@ -349,6 +349,7 @@ def test_a_torn_step_is_not_saved(gang: Callable[[int], Gang], tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_parameter_free_rank_still_has_an_optimizer(gang: Callable[[int], Gang]) -> None:
     assert gang(2).run(frozen_first_stage) == [0, 1]
 

@@ -219,7 +219,7 @@ def test_the_model_is_left_alone() -> None:
     model = models.build("llama")
     before = copy.deepcopy(model.state_dict())
     config = model.config.to_dict()
-    pipe = pipecompile.compile(model, 2, optimizer=jobs.SGD)
+    pipe = pipecompile.compile(model, 2, microbatches=4, optimizer=jobs.SGD)
     pipe.step(models.batches("llama", 8, 1)[0])
     assert plain.equal(model.state_dict(), before)
     assert model.config.to_dict() == config
@@ -243,7 +243,7 @@ def test_a_state_dict_loads_back() -> None:
 
 def test_loading_buffers_makes_constants_anew() -> None:
     """What was computed from a buffer at compile time follows the buffer."""
-    pipe = jobs.pipeline("llama", 2, 1, 2)
+    pipe = pipecompile.compile(models.llama(num_hidden_layers=1), 2, microbatches=2)
     batch = models.batches("llama", 4, 1)[0]
     first = pipe.evaluate(batch)
 

@@ -142,7 +142,7 @@ def test_balancing_losses_keep_their_own_mean() -> None:
 
 
 def test_outputs_have_the_loss_of_the_whole_batch() -> None:
-    model, batch = models.build("llama"), uneven("llama", 8)
+    model, batch = models.llama(num_hidden_layers=1), uneven("llama", 8)
     pipe = pipecompile.compile(model, 2, 2, microbatches=2, optimizer=jobs.SGD)
     model.eval()
     with torch.no_grad():

@@ -107,6 +107,7 @@ def test_replicas_are_ranks_of_one_trace(gang: Callable[[int], Gang], tmp_path: 
     assert difference(read_trace(tmp_path / "plan.json"), run).waiting[3].stages == (1,)
 
 
+@pytest.mark.slow
 def test_one_process_records_all_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planned = traced(tmp_path, "1f1b", 2)
     checked(tmp_path / "run.json")

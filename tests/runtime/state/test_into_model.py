@@ -159,6 +159,7 @@ def test_a_model_that_differs(build: Any, message: str) -> None:
         pipe.load_into(model)
 
 
+@pytest.mark.slow
 def test_a_model_that_ties_what_the_pipeline_does_not() -> None:
     pipe = pipecompile.compile(untied(), 2, microbatches=2, optimizer=jobs.SGD)
     pipe.step(models.tokens(4))

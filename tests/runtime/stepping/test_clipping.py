@@ -138,15 +138,19 @@ def test_without_that_it_is_torchs() -> None:
         assert torch.equal(param.grad.nan_to_num(7), named[name].grad.nan_to_num(7))
 
 
+@pytest.fixture(scope="module")
+def refusing() -> Any:
+    """A pipeline that is asked for nothing that there is."""
+    return jobs.pipeline("gpt2", 2, 1, 2, example_batch=models.batches("gpt2", 4, 1)[0])
+
+
 @pytest.mark.parametrize("kind", [0, -1, -INF, math.nan, True, "many", None])
-def test_norms_that_there_are_not(kind: Any) -> None:
-    pipe = jobs.pipeline("gpt2", 2, 1, 2, example_batch=models.batches("gpt2", 4, 1)[0])
+def test_norms_that_there_are_not(refusing: Any, kind: Any) -> None:
     with pytest.raises(OptionError, match="norm_type="):
-        pipe.clip_grad_norm_(1.0, norm_type=kind)
+        refusing.clip_grad_norm_(1.0, norm_type=kind)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, "much"])
-def test_values_that_clip_nothing(value: Any) -> None:
-    pipe = jobs.pipeline("gpt2", 2, 1, 2, example_batch=models.batches("gpt2", 4, 1)[0])
+def test_values_that_clip_nothing(refusing: Any, value: Any) -> None:
     with pytest.raises(OptionError, match="clip_value="):
-        pipe.clip_grad_value_(value)
+        refusing.clip_grad_value_(value)

@@ -119,6 +119,7 @@ def test_labels_are_counted_over_each_whole_call(k: int) -> None:
     plain.assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_loss_scaling_is_beside_it() -> None:
     """The scale of fp16 is a power of two: it rounds nothing."""
     found = train(2, 1, 3, 3, precision="fp16")
