@@ -95,7 +95,7 @@ def main() -> None:
             num_training_steps=steps,
         ),
         "max_grad_norm": 1.0,
-        "precision": None if args.precision == "fp32" else args.precision,
+        "precision": args.precision,
     }
     pipe = pipecompile.compile(model, args.stages, **training)
     loader = pipe.loader(batches)

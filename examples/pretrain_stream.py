@@ -109,8 +109,7 @@ def main() -> None:
 
     *train, held_out = shards(args.out / "tokens", args.vocabulary)
     train = train[: args.shards]
-    rate = 0.0 if args.compare else 0.1
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), rate)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     shape = {"n_embd": args.width, "n_layer": args.layers, "n_head": 4, "n_positions": SEQ}
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=args.vocabulary, **shape, **rates, bos_token_id=0, eos_token_id=0)
@@ -142,9 +141,7 @@ def main() -> None:
             if stop.requested:
                 break
             if pipe.steps % args.validate_every == 0:
-                loss = pipe.evaluate(validation)
-                if pipe.is_main:
-                    print(f"step {pipe.steps}: validation loss {loss:.4f}")
+                pipe.evaluate(validation)  # which the callback prints
     pipe.save(args.out, data=stream, keep=2)
     if pipe.is_main:
         why = f"stopped by {stop.reason}" if stop.requested else "done"

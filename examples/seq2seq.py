@@ -107,7 +107,7 @@ def main() -> None:
         return [{"input_ids": i, "labels": t[1:]} for i, t in zip(inputs, targets, strict=True)]
 
     model = build(args.model, tokenizer, args.width, args.layers, 0.0 if args.compare else 0.1)
-    collate = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)  # labels with -100
     batches = pipecompile.data.batches(
         encoded(train), args.batch, shuffle=True, collate_fn=collate
     )

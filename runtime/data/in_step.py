@@ -56,7 +56,7 @@ def in_step(
         if all(over for over, *_ in everyone):
             break
         if any(lacks for _, lacks, _ in everyone):
-            specs = gather(None if ended else flat(batch)[1])
+            specs = gather(None if ended or batch is None else flat(batch)[1])
             batch = _empty(next(filter(None, specs))) if ended and needed() else batch
         count += 1
         yield None if batch is _END else batch
