@@ -110,12 +110,13 @@ class Profiler:
             k: total_cost(p.module.graph.nodes, self._spec).seconds for k, p in every.items()
         }
         known = {key: s for key, s in self._cache.seconds.items() if key in every}
-        chosen = _chosen(units, set(every) - set(known), roofline)
+        nothing = {key: 0.0 for key, p in every.items() if not _computes(p)}
+        chosen = _chosen(units, set(every) - set(known) - set(nothing), roofline)
         samples, failures = self._measure(chosen, roofline, batch, deadline)
         measured = {key: _typical(times) for key, times in samples.items() if key not in known}
         if measured:
             self._cache.add(measured)
-        seconds = known | measured
+        seconds = known | measured | nothing
         ratio = _ratio(seconds, roofline)
         estimated = {key: roofline[key] * ratio for key in every if key not in seconds}
         seconds |= estimated
@@ -169,7 +170,7 @@ class Profiler:
                 first_line = str(error).partition("\n")[0]
                 failures.append(f"{type(error).__name__}: {first_line}")
                 unit.fixed.clear()
-        keys = {key for unit in running for key in unit.keys.values()}
+        keys = {key for unit in running for key in unit.keys.values() if key in samples}
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
                 break
@@ -188,7 +189,8 @@ class Profiler:
             for name in unit.program.drops.get((part.value, -1), ()):
                 values.pop(Port(Role.VALUE, name), None)
             seconds, made = self._time(program, arguments)
-            samples[unit.keys[part]].append(seconds)
+            if _computes(program):  # what does nothing, as a backward of frozen layers, has no price
+                samples[unit.keys[part]].append(seconds)
             values |= {
                 port: value
                 for port, value in zip(program.outputs, made, strict=True)
@@ -226,6 +228,10 @@ class Profiler:
         else:
             with torch.random.fork_rng([]):
                 yield
+
+
+def _computes(program: Program) -> bool:
+    return any(node.op not in ("placeholder", "output") for node in program.module.graph.nodes)
 
 
 def program_hash(program: Program) -> str:
