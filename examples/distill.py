@@ -87,7 +87,8 @@ def print_stages(plan: pipecompile.Plan, pair: Distilled) -> None:
     print("stage    frozen   trained     forward  backward     KiB       KiB")
     for stage in plan.stages:
         params = [pair.get_parameter(name) for name in stage.params]
-        frozen, trained = (sum(p.numel() for p in params if p.requires_grad is on) for on in (False, True))
+        frozen = sum(p.numel() for p in params if not p.requires_grad)
+        trained = sum(p.numel() for p in params if p.requires_grad)
         memory = stage.memory
         print(
             f"{stage.stage:5} {frozen:9,} {trained:9,} {stage.forward_s * 1e6:11.1f}"

@@ -66,9 +66,7 @@ def main() -> None:
         ]
 
     collate = DataCollatorWithPadding(tokenizer)  # each batch to its own longest
-    batches = pipecompile.data.batches(
-        encoded(train), args.batch, shuffle=True, collate_fn=collate
-    )
+    batches = pipecompile.data.batches(encoded(train), args.batch, shuffle=True, collate_fn=collate)
     steps = args.epochs * len(batches)
     dropout = 0.0 if args.compare else 0.1
     model = BertForSequenceClassification(

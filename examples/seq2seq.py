@@ -28,7 +28,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest")
 
 
 def names() -> list[str]:
@@ -72,6 +72,7 @@ def build(kind: str, tokenizer, width: int, layers: int, dropout: float):
         dropout=dropout,
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
+        init_std=width**-0.5,  # 0.02 is that of wide models
         forced_eos_token_id=None,
         **ids,
     )
@@ -87,11 +88,11 @@ def right(output, batch):
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=("bart", "t5"), default="bart")
-    arguments.add_argument("--epochs", type=int, default=4)
+    arguments.add_argument("--epochs", type=int, default=6)
     arguments.add_argument("--train", type=int, default=2000)
     arguments.add_argument("--validation", type=int, default=200)
     arguments.add_argument("--batch", type=int, default=32)
-    arguments.add_argument("--lr", type=float, default=3e-3)
+    arguments.add_argument("--lr", type=float, default=1e-3)
     arguments.add_argument("--layers", type=int, default=2, help="of encoder and decoder each")
     arguments.add_argument("--width", type=int, default=64)
     args = arguments.parse_args()
@@ -108,9 +109,7 @@ def main() -> None:
 
     model = build(args.model, tokenizer, args.width, args.layers, 0.0 if args.compare else 0.1)
     collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)  # labels with -100
-    batches = pipecompile.data.batches(
-        encoded(train), args.batch, shuffle=True, collate_fn=collate
-    )
+    batches = pipecompile.data.batches(encoded(train), args.batch, shuffle=True, collate_fn=collate)
     steps = args.epochs * len(batches)
     training = {
         "dp": args.dp,

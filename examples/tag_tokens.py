@@ -89,10 +89,10 @@ def kept(output, batch):
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--epochs", type=int, default=2)
-    arguments.add_argument("--train", type=int, default=1000, help="rows of 24 words")
+    arguments.add_argument("--train", type=int, default=2000, help="rows of 24 words")
     arguments.add_argument("--validation", type=int, default=200)
     arguments.add_argument("--batch", type=int, default=16)
-    arguments.add_argument("--lr", type=float, default=1e-3)
+    arguments.add_argument("--lr", type=float, default=2e-3)
     arguments.add_argument("--layers", type=int, default=2)
     arguments.add_argument("--width", type=int, default=64)
     args = arguments.parse_args()
@@ -109,6 +109,7 @@ def main() -> None:
             num_hidden_layers=args.layers,
             num_attention_heads=4,
             intermediate_size=4 * args.width,
+            initializer_range=args.width**-0.5,  # 0.02 is that of wide models
             max_position_embeddings=LONGEST,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
@@ -123,7 +124,9 @@ def main() -> None:
     }
     pipe = pipecompile.compile(model, args.stages, **training)
     collate = DataCollatorForTokenClassification(tokenizer)  # pads labels with -100
-    loader = pipe.loader(with_labels(tokenizer, train), args.batch, shuffle=True, collate_fn=collate)
+    loader = pipe.loader(
+        with_labels(tokenizer, train), args.batch, shuffle=True, collate_fn=collate
+    )
     held_out = pipe.loader(with_labels(tokenizer, validation), 50, collate_fn=collate)
     losses, seen = [], []
     for epoch in range(1, args.epochs + 1):

@@ -1,8 +1,8 @@
 """Train a ViT on images that the script draws: circles, squares, triangles and crosses in noise.
 
-    python examples/vit_images.py
-    torchrun --nproc-per-node 2 examples/vit_images.py
-    python examples/vit_images.py --compare --train 128 --epochs 1
+python examples/vit_images.py
+torchrun --nproc-per-node 2 examples/vit_images.py
+python examples/vit_images.py --compare --train 128 --epochs 1
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ def draw(shape: str, chance: torch.Generator) -> torch.Tensor:
         "cross": (torch.minimum(x.abs(), y.abs()) < 0.3) & (torch.maximum(x.abs(), y.abs()) < 1),
     }[shape]
     colour = torch.rand(3, 1, 1, generator=chance) + 0.5
-    return inside * colour + 0.3 * torch.randn(3, SIDE, SIDE, generator=chance)
+    return inside * colour + 0.1 * torch.randn(3, SIDE, SIDE, generator=chance)
 
 
 class Drawings(torch.utils.data.Dataset):
@@ -54,7 +54,7 @@ class Drawings(torch.utils.data.Dataset):
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--epochs", type=int, default=5)
+    arguments.add_argument("--epochs", type=int, default=10)
     arguments.add_argument("--train", type=int, default=1024)
     arguments.add_argument("--validation", type=int, default=256)
     arguments.add_argument("--batch", type=int, default=32)

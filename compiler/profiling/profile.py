@@ -189,7 +189,7 @@ class Profiler:
             for name in unit.program.drops.get((part.value, -1), ()):
                 values.pop(Port(Role.VALUE, name), None)
             seconds, made = self._time(program, arguments)
-            if _computes(program):  # what does nothing, as a backward of frozen layers, has no price
+            if _computes(program):
                 samples[unit.keys[part]].append(seconds)
             values |= {
                 port: value
@@ -231,6 +231,7 @@ class Profiler:
 
 
 def _computes(program: Program) -> bool:
+    """Whether it has operators; without any, as a backward of frozen layers is, it has no time."""
     return any(node.op not in ("placeholder", "output") for node in program.module.graph.nodes)
 
 

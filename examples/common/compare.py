@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 Batch = Mapping[str, torch.Tensor]
+Values = Mapping[Any, torch.Tensor]
 
 
 def kept_labels(batch: Batch) -> int:
@@ -54,7 +55,7 @@ def compare(
     _say("parameters", trained, {name: state[name] for name in trained})
 
 
-def _say(what: str, found: Mapping[Any, torch.Tensor], expected: Mapping[Any, torch.Tensor]) -> None:
+def _say(what: str, found: Values, expected: Values) -> None:
     """How many are equal to the last bit, and how far the others are apart."""
     equal = [torch.equal(found[key], expected[key]) for key in expected]
     line = f"{what} equal: {sum(equal)} of {len(equal)}"

@@ -33,7 +33,7 @@ def snippets(package: str, count: int, lines: int = 6) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of so many tokens, with ``[CLS] ... [SEP]`` around a text as BERT has them."""
+    """A byte-level BPE of so many tokens, with ``[CLS] ... [SEP]`` around a text, as BERT's."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
