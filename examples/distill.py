@@ -11,6 +11,7 @@ planner knows: the table says what each stage is given.
 """
 
 from functools import partial
+from itertools import chain, islice, repeat
 
 import pipecompile
 import torch
@@ -111,11 +112,11 @@ def main() -> None:
     training = {"dp": args.dp, "microbatches": 4, "optimizer": optimizer, "max_grad_norm": 1.0}
 
     def train(pipe, steps, what):
-        """A pass over random rows of the text; losses, and the batches that gave them."""
-        rows = text[: steps * args.batch]
+        """The loss of each step, and the batches that gave them."""
         losses, seen = [], []
-        loader = pipe.loader(rows, args.batch, shuffle=True, drop_last=True)
-        for batch in tqdm(loader, desc=what, disable=not pipe.is_main):
+        passes = repeat(pipe.loader(text, args.batch, shuffle=True, drop_last=True))
+        batches = islice(chain.from_iterable(passes), steps)
+        for batch in tqdm(batches, what, steps, disable=not pipe.is_main):
             losses.append(pipe.step(batch))
             seen.append(batch)
         return losses, seen

@@ -1,7 +1,7 @@
 """Pre-train a GPT-2 on a stream of text in shards, with validation, and resume in mid-epoch.
 
 Tokens lie in files of two bytes each, which every process maps and none copies; a process whose
-stages read nothing of a batch opens no file. SIGTERM, SIGUSR1 or --stop-after ends a run after a
+stages read nothing of a batch maps none. SIGTERM, SIGUSR1 or --stop-after ends a run after a
 step, whose position is saved with the weights; the same command goes on from there.
 
     python examples/pretrain_stream.py --out /tmp/run --stop-after 15
@@ -105,6 +105,8 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=2)
     arguments.add_argument("--width", type=int, default=64)
     args = arguments.parse_args()
+    if args.batch % args.dp:
+        arguments.error(f"--batch {args.batch} cannot be shared by --dp {args.dp} replicas")
     settle(args.seed)
 
     *train, held_out = shards(args.out / "tokens", args.vocabulary)
@@ -142,7 +144,8 @@ def main() -> None:
                 break
             if pipe.steps % args.validate_every == 0:
                 pipe.evaluate(validation)  # which the callback prints
-    pipe.save(args.out, data=stream, keep=2)
+    if losses:
+        pipe.save(args.out, data=stream, keep=2)
     if pipe.is_main:
         why = f"stopped by {stop.reason}" if stop.requested else "done"
         print(f"{why} after step {pipe.steps} of {args.epochs * len(stream)}")

@@ -135,10 +135,10 @@ def main() -> None:
             print(f"epoch {epoch}: validation loss {result['loss']:.4f}", end=", ")
             print(f"{result['letters']:.1%} of the letters right")
 
-    trained = pipe.load_into(build(args.model, tokenizer, args.width, args.layers, 0.0)).eval()
-    inputs = tokenizer(validation[:4], return_tensors="pt", padding=True)
-    made = trained.generate(**inputs, max_new_tokens=40, num_beams=1, do_sample=False)
-    if pipe.is_main:
+    plain = build(args.model, tokenizer, args.width, args.layers, 0.0) if pipe.is_main else None
+    if pipe.load_into(plain):
+        inputs = tokenizer(validation[:4], return_tensors="pt", padding=True)
+        made = plain.eval().generate(**inputs, max_new_tokens=40, num_beams=1, do_sample=False)
         for name, line in zip(validation, tokenizer.batch_decode(made, True), strict=False):
             print(f"  {name} -> {line}")
     if args.compare:

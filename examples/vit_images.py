@@ -23,7 +23,7 @@ SIDE, PATCH = 32, 8  # pixels
 def draw(shape: str, chance: torch.Generator) -> torch.Tensor:
     """An image of (3, SIDE, SIDE): a shape of some colour, size and place, in noise."""
     size, at_x, at_y = torch.rand(3, generator=chance).tolist()
-    radius = 5 + 5 * size
+    radius = 9 + 4 * size
     grid = torch.arange(SIDE).float()
     x = (grid - radius - at_x * (SIDE - 2 * radius)).view(1, SIDE) / radius  # -1 to 1 within it
     y = (grid - radius - at_y * (SIDE - 2 * radius)).view(SIDE, 1) / radius
