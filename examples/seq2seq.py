@@ -89,7 +89,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=("bart", "t5"), default="bart")
     arguments.add_argument("--epochs", type=int, default=6)
-    arguments.add_argument("--train", type=int, default=2000)
+    arguments.add_argument("--train", type=int, default=2000, help="names, at most")
     arguments.add_argument("--validation", type=int, default=200)
     arguments.add_argument("--batch", type=int, default=32)
     arguments.add_argument("--lr", type=float, default=1e-3)
@@ -99,7 +99,7 @@ def main() -> None:
     settle(args.seed)
 
     found = [name for name in names() if len(name) < 32]
-    train, validation = found[: args.train], found[args.train :][: args.validation]
+    validation, train = found[: args.validation], found[args.validation :][: args.train]
     tokenizer = train_tokenizer(train, size=0)  # bytes, and nothing that is merged of them
 
     def encoded(some):
