@@ -116,7 +116,7 @@ def test_every_folder_is_a_room() -> None:
 def test_tests_stand_where_the_rooms_do() -> None:
     """But for those of the whole house, and what tests share."""
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
-    assert folders <= {*ROOMS, "passes", ".", "bench", "gpu"}
+    assert folders <= {*ROOMS, "passes", ".", "bench", "gpu", "examples"}
     names = [path.name for path in TESTS.rglob("test_*.py")]
     assert len(set(names)) == len(names)
 
