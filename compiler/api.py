@@ -8,7 +8,7 @@ from .capture.refusals import check_model
 from .ir.errors import OptionError
 from .options.arguments import Arguments
 from .options.declaration import declarations_of
-from .options.options import CompileOptions
+from .options.options import OF_TRAINING, CompileOptions
 from .options.parsing import AUTO
 from .options.signature import takes
 
@@ -45,6 +45,8 @@ def compile(arguments: Arguments) -> Pipeline:
     divides, orders = arguments.n_stages == AUTO, arguments.schedule == AUTO
     if not divides and arguments.devices is not None:
         raise OptionError('devices= has no effect without n_stages="auto"')
+    if orders and not arguments.training:
+        raise OptionError(f"schedule= has no effect with training=False: {OF_TRAINING['schedule']}")
     if not divides and not orders:
         return start(arguments.model, options)
     _check_auto(arguments, 'n_stages="auto"' if divides else 'schedule="auto"')

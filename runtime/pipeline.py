@@ -17,7 +17,7 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.capture.whole import LOSS
 from ..compiler.driver.builder import Builder
-from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.driver.compiled import Compiled, Mode, main_mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import BatchError, CaptureError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
@@ -78,7 +78,7 @@ class Pipeline(Stepped, Evaluated):
         self._session: Session | None = None
         self._steps = 0
         precision = options.dtypes
-        scaling = precision.loss_scale if precision is not None else None
+        scaling = precision.loss_scale if precision is not None and options.training else None
         self.loss_scaler = None if scaling is None else LossScaler(scaling)
         world = self._world = World(mesh, device, options)
         self.data_shards, self.data_shard = world.data_shards, world.data_shard
@@ -125,7 +125,8 @@ class Pipeline(Stepped, Evaluated):
         return self._world.is_main
 
     def compile_for(self, batch: Any) -> Plan:
-        """Compile the training step for batches of this shape now, without running it.
+        """Compile the training step for batches of this shape now, without running it; with
+        training=False the forward.
 
         Args:
             batch: what `step` will be given, or its `BatchSpec`. Values matter only where forward
@@ -133,7 +134,8 @@ class Pipeline(Stepped, Evaluated):
         """
         with self._world.guard("compile_for()"):
             values, whole = ([], batch) if isinstance(batch, BatchSpec) else self._flat(batch)
-            session, step = self._load(Mode.TRAIN, whole, values, runs=False)
+            mode = main_mode(self._options)
+            session, step = self._load(mode, whole, values, runs=False)
             return session.loaded[step.first].compiled.plan
 
     # -- training ---------------------------------------------------------------------------
@@ -153,10 +155,11 @@ class Pipeline(Stepped, Evaluated):
             and scheduler stay as they were, and the next step has a smaller scale.
 
         Raises:
-            OptionError: compiled without ``optimizer=``.
+            OptionError: compiled without ``optimizer=``, or with ``training=False``.
             BatchError: the batch does not fit the model.
             StateError: another thread is in a call of the pipeline.
         """
+        self._check_training("step()")
         if self._options.optimizer is None:
             raise OptionError(
                 "step() needs an optimizer: give compile() one, for example optimizer="
@@ -238,8 +241,9 @@ class Pipeline(Stepped, Evaluated):
                 returned is not. The same on every rank.
 
         Raises:
-            OptionError: ``scale`` is no finite number.
+            OptionError: ``scale`` is no finite number; or compiled with ``training=False``.
         """
+        self._check_training("forward_backward()")
         factor = factor_of(scale)
         call = "forward_backward()" if factor == 1.0 else f"forward_backward(scale={factor})"
         with self._world.guard(call), self._recording.range(f"step {self._steps}"):

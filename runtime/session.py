@@ -70,7 +70,13 @@ class Session:
         self._loss_weight, self._cudagraphs = options.loss_weight, options.cudagraphs
         self.state = world.agreement.together(
             lambda: ModelState(
-                source, skeleton, first.layout, first.program, options.dtypes, world.endpoints
+                source,
+                skeleton,
+                first.layout,
+                first.program,
+                options.dtypes,
+                world.endpoints,
+                options.training,
             ),
             StateError,
         )

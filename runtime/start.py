@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from ..compiler.capture import batch as batches
-from ..compiler.capture.skeleton import skeleton_of
+from ..compiler.capture.skeleton import Skeleton, skeleton_of
 from ..compiler.capture.whole import with_loss
 from ..compiler.driver.auto import Open, Way, choose, listed
 from ..compiler.driver.builder import Builder, Captures
-from ..compiler.driver.compiled import Compiled, Mode
+from ..compiler.driver.compiled import Compiled, main_mode
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.options.microbatches import cut, divide
@@ -35,8 +35,13 @@ def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     options, why = settled(choice.settled(options, device), device)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
-        skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
+        skeleton = _skeleton(model, device, options)
         return Pipeline(model, options, skeleton, mesh, device, {"backend": why})
+
+
+def _skeleton(model: nn.Module, device: torch.device, options: CompileOptions) -> Skeleton:
+    given = options.dtypes, options.eager_modules, options.training
+    return skeleton_of(model, device, *given)
 
 
 def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeline:
@@ -66,7 +71,7 @@ def _best(
     device: torch.device,
     notes: dict[str, str],
 ) -> Pipeline:
-    skeleton = skeleton_of(model, device, options.dtypes, options.eager_modules)
+    skeleton = _skeleton(model, device, options)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)
     dump_dir = None if mesh.rank else options.dump_dir
@@ -86,7 +91,7 @@ def _best(
         piece, microbatches = divide(whole, tried, way.dp, finer=finer)
         asked = batches.cut(values, (piece.rows, given.rows - piece.rows))[0] if values else ()
         builder = Builder(skeleton, tried, target, captured=captured)
-        return builder.build(Mode.TRAIN, piece, microbatches, batch=asked)
+        return builder.build(main_mode(tried), piece, microbatches, batch=asked)
 
     team = Ranks(mesh, agreement, model, options)
     ways = open_.ways(options, mesh.size)

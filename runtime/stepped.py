@@ -45,6 +45,7 @@ class Stepped(Stored):
         kind = _number("norm_type", norm_type)
         if not kind > 0:
             raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
+        self._check_training("clip_grad_norm_()")
         session = self._require()
         with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
             whole = GlobalNorm(session.state, kind, self._world.agreement.gather)
@@ -62,6 +63,7 @@ class Stepped(Stored):
         most = _number("clip_value", clip_value)
         if not most >= 0:
             raise OptionError(f"clip_value={clip_value!r}: give 0 or more")
+        self._check_training("clip_grad_value_()")
         self._require()
         with self._world.guard("clip_grad_value_()"), self._recording.closing("clip"):
             for param in self.parameters():
@@ -79,6 +81,7 @@ class Stepped(Stored):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the parameters that this process holds."""
+        self._check_training("pipe.optimizer")
         optimizer = self._require().optimizer
         if optimizer is None:
             raise OptionError("compile() was given no optimizer")
@@ -91,6 +94,7 @@ class Stepped(Stored):
         Where its ``step`` needs a metric, as `ReduceLROnPlateau`'s does, `Pipeline.step` leaves
         it to you: call it with the same metric on every rank.
         """
+        self._check_training("pipe.lr_scheduler")
         scheduler = self._require().scheduler
         if scheduler is None:
             raise OptionError("compile() was given no lr_scheduler")
@@ -153,6 +157,7 @@ class Stepped(Stored):
             NotCompiledError: before the first batch, when there are no parameters.
             OptionError: an average does not treat every element alone, or the name is taken.
         """
+        self._check_training("averaged()")
         session = self._require()
 
         def placed(there: bool) -> None:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..compiler.ir.errors import StateError
+from ..compiler.ir.errors import OptionError, StateError
+from ..compiler.options.options import CompileOptions
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
@@ -29,6 +30,7 @@ class Stored:
     callbacks: Callbacks
     checkpoint_extras: dict[str, Any]
     loss_scaler: LossScaler | None
+    _options: CompileOptions
     _world: World
     _checkpoints: Checkpoints
     _loaders: DataSetLoaders
@@ -197,9 +199,11 @@ class Stored:
 
         Raises:
             NotCompiledError: there is nothing to save before the first batch.
+            OptionError: compiled with ``training=False``.
             CheckpointError: it cannot be written; those before it are as they were.
             OptionError: ``trainable_only=True`` where nothing is frozen.
         """
+        self._check_training("save()", "; state_dict() has the weights")
         self._check_weights("save()")
         with self._world.guard("save()"):
             training = self._training(data)
@@ -257,6 +261,15 @@ class Stored:
             PeerFailedError: one has.
         """
         self._world.agreement.together(self._world.transport.check)
+
+    def _check_training(self, what: str, instead: str = "") -> None:
+        """Raises OptionError where the pipeline was compiled for inference alone."""
+        if not self._options.training:
+            raise OptionError(
+                f"{what} needs a pipeline that trains, and compile() was given training=False, "
+                "which has no gradients and no optimizer: compile another one without that"
+                f"{instead}"
+            )
 
     def _check_weights(self, what: str) -> None:
         """Raises StateError where averages are in the place of the weights."""

@@ -120,12 +120,14 @@ def skeleton_of(
     device: torch.device,
     precision: Precision | None = None,
     eager_modules: Iterable[str] = (),
+    training: bool = True,
 ) -> Skeleton:
     """Copy a model without its weights; parameters may be real, meta or already fake.
 
     Args:
         precision: what is trained in it has fp32 masters, whatever dtype the model has.
         eager_modules: names of submodules that run eagerly, as the option says.
+        training: whether anything is; otherwise all of the copy is frozen.
 
     Raises:
         SharedStorageError: two different parameters overlap in memory.
@@ -133,13 +135,14 @@ def skeleton_of(
         OptionError: the precision names a module that there is not.
     """
     _check_storage(model)
-    _check_hooks(model)
+    if training:
+        _check_hooks(model)
     state = dict(named_state(model))
     fakes = [t for t in state.values() if isinstance(t, FakeTensor)]
     mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
     wide = _widened(model, precision)
     memo: dict[int, Any] = {
-        id(t): _fake_like(t, mode, device, torch.float32 if id(t) in wide else t.dtype)
+        id(t): _fake_like(t, mode, device, torch.float32 if id(t) in wide else t.dtype, training)
         for t in state.values()
     }
     try:
@@ -220,16 +223,22 @@ def _widened(model: nn.Module, precision: Precision | None) -> set[int]:
 
 
 def _fake_like(
-    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
+    tensor: torch.Tensor,
+    mode: FakeTensorMode,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
 ) -> torch.Tensor:
-    if isinstance(tensor, FakeTensor) and tensor.device == device and tensor.dtype is dtype:
+    trained = tensor.requires_grad and training
+    as_it_is = (tensor.device, tensor.dtype, tensor.requires_grad) == (device, dtype, trained)
+    if isinstance(tensor, FakeTensor) and as_it_is:
         return tensor
     with mode:
         fake: torch.Tensor = torch.empty_strided(
             tensor.size(), tensor.stride(), dtype=dtype, device=device
         )
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return nn.Parameter(fake, requires_grad=trained)
     return fake
 
 

@@ -66,7 +66,6 @@ def add_command(
     groups = add_flags(parser, Arguments)
     groups[PLANNER].add_argument(
         "--optimizer",
-        default=optimizers[0],
         choices=optimizers,
         help="its states are part of the memory; sgd is without momentum "
         f"(default: {optimizers[0]})",

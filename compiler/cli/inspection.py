@@ -18,7 +18,7 @@ from ..capture.skeleton import Skeleton, skeleton_of
 from ..capture.whole import with_loss
 from ..driver.auto import Open, Trial, Way, choose
 from ..driver.builder import Builder, Captures
-from ..driver.compiled import Compiled, Mode
+from ..driver.compiled import Compiled, main_mode
 from ..driver.record import prepare
 from ..ir.errors import OptionError
 from ..options.microbatches import divide
@@ -58,7 +58,7 @@ def inspect(request: Request) -> Inspection:
     check_model(subject.model, subject.loss_fn)
     model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
-    skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
+    skeleton = _skeleton(model, options)
     trials: tuple[Trial, ...] = ()
     if request.open is None:
         compiled = _built(request, options, skeleton, whole)
@@ -87,6 +87,10 @@ def inspect(request: Request) -> Inspection:
     return Inspection(plan, compiled.timeline, extras)
 
 
+def _skeleton(model: nn.Module, options: CompileOptions) -> Skeleton:
+    return skeleton_of(model, HOST, options.dtypes, options.eager_modules, options.training)
+
+
 def _in_fp32(
     request: Request,
     options: CompileOptions,
@@ -108,10 +112,10 @@ def _in_fp32(
         dump_dir=None,
     )
     target = Target(HOST, request.device, math.inf)  # whether that fits is not asked
-    skeleton = skeleton_of(model, HOST, options.dtypes, options.eager_modules)
+    skeleton = _skeleton(model, options)
     builder = Builder(skeleton, options, target)
     spec, microbatches = divide(whole, options, options.dp)
-    return builder.build(Mode.TRAIN, spec, microbatches, compiled.layout).plan
+    return builder.build(main_mode(options), spec, microbatches, compiled.layout).plan
 
 
 def _built(
@@ -125,7 +129,7 @@ def _built(
     spec, microbatches = divide(whole, options, options.dp, finer=finer)
     target = Target(HOST, request.device, request.limit_bytes)
     builder = Builder(skeleton, options, target, captured=captured)
-    return builder.build(Mode.TRAIN, spec, microbatches)
+    return builder.build(main_mode(options), spec, microbatches)
 
 
 def _chosen(

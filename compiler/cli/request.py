@@ -20,7 +20,7 @@ from ..options.options import OF_SCHEDULE, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..profiling.calibration import calibrated
-from ..report.compare import check_names
+from ..report.compare import ORDERS, check_names
 from ..trace.writing import check_writable
 from .spec import ModelOptions
 
@@ -69,6 +69,10 @@ class Request:
         """Raises OptionError or PlanError for what does not go together."""
         _check_output(args)
         options, model, given = asked(args)
+        if ORDERS in args.compare and not options.training:
+            raise OptionError(
+                "--compare schedules has no effect with --training false: forwards run in order"
+            )
         device = _device(args.hardware, given)
         if options.costs == "calibrated":
             device = calibrated(device, default_cache_dir(), options.backend == "inductor")
@@ -184,7 +188,9 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
             f"--costs {costs}: nothing is measured here, use roofline or calibrated (pipecompile "
             "calibrate measures the device at hand for the latter)"
         )
-    return CompileOptions(**found, optimizer=OPTIMIZERS[args.optimizer], costs=costs)
+    usual = "adamw" if found.get("training", True) else "none"
+    optimizer = OPTIMIZERS[args.optimizer or usual]
+    return CompileOptions(**found, optimizer=optimizer, costs=costs)
 
 
 def _device(wanted: str | None, given: Plan | None) -> Device:

@@ -78,7 +78,7 @@ def _verified(args: argparse.Namespace) -> str:
     factories = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     chosen = replace(
         options,
-        optimizer=partial(factories[args.optimizer], lr=1e-3),
+        optimizer=partial(factories[args.optimizer or "adamw"], lr=1e-3),
         loss_fn=subject.loss_fn,
         max_grad_norm=args.clip,
         verify=args.steps,

@@ -51,7 +51,7 @@ from .assembly import assemble, run
 from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Wanted
 from .closing import Closing
-from .compiled import Compiled, Mode
+from .compiled import Compiled, Mode, main_mode
 from .deciding import Decided, Deciding, divisions
 from .layout import Layout, layout_of
 from .record import PassRecord, Recorder
@@ -124,7 +124,7 @@ class Builder:
         """Compile one mode for one microbatch shape.
 
         Where no layout is given it is decided by training on such a batch, or, for a model that
-        cannot be trained on it, by the graph itself.
+        is not or cannot be trained on it, by the graph itself.
 
         Args:
             spec: of one microbatch.
@@ -141,7 +141,7 @@ class Builder:
         """
         check_sizes(spec, ranges_of(self.options.dynamic))
         follows = layout is not None
-        if layout is None and mode is not Mode.TRAIN:
+        if layout is None and mode is not Mode.TRAIN and self.options.training:
             with contextlib.suppress(LossError, CaptureError):
                 first = self.build(Mode.TRAIN, spec, microbatches, dump=False, batch=batch)
                 layout = first.layout
@@ -260,9 +260,9 @@ class Builder:
         weighs: bool,
         batch: Sequence[torch.Tensor],
     ) -> None:
-        """Whether the largest batch that was announced can be trained on, too."""
+        """Whether the largest batch that was announced can be run, too."""
         most = largest(spec, ranges_of(self.options.dynamic))
-        if mode is Mode.TRAIN and most != spec:
+        if mode is main_mode(self.options) and most != spec:
             try:
                 values = stretched(batch, most) if batch else ()
                 self.build(mode, most, microbatches, layout, False, values, weighs)
@@ -270,7 +270,8 @@ class Builder:
                 raise
             except PipecompileError as error:
                 raise BatchError(
-                    f"dynamic= announces batches of ({most}), which cannot be trained on: {error}"
+                    f"dynamic= announces batches of ({most}), which cannot be "
+                    f"{'trained on' if self.options.training else 'run'}: {error}"
                 ) from error
 
     @contextlib.contextmanager
@@ -379,6 +380,7 @@ class Builder:
                 options.dp,
                 zero,
                 self.skeleton.updated,
+                options.training,
                 self._cache.optimizers.memory,
             )
         footprint = self._footprints[zero]

@@ -16,6 +16,7 @@ from ..effects.outside import Read
 from ..ir.actions import Schedule
 from ..ir.problem import Problem
 from ..ir.program import PipelineProgram
+from ..options.options import CompileOptions
 from ..plan.plan import Plan
 from ..rows.loss import LossForm
 from ..rows.outputs import Output
@@ -29,6 +30,11 @@ class Mode(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     FORWARD = "forward"
+
+
+def main_mode(options: CompileOptions) -> Mode:
+    """What is planned for: training, or a forward that returns all that the model does."""
+    return Mode.TRAIN if options.training else Mode.FORWARD
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Deciding:
             locality,
             settings.options,
             self.target.spec,
-            settings.footprint.held_bytes(graph.copies),
+            settings.footprint.held_bytes(graph.copies, graph.copied_alone),
             settings.microbatches,
             self.spec.rows,
             self.target.budget_bytes,

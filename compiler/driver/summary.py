@@ -117,7 +117,7 @@ class Summary:
 
     def _stage(self, s: int, modules: Sequence[Sequence[str]], memory: RankMemory) -> StagePlan:
         part, seconds = self.program.stages[s], self.seconds[s]
-        sizes = [self.footprint.size(name) for name in part.params]
+        sizes = [self._size(name) for name in part.params]
         backward = self.work[s, "B"] + self.work[s, "W"]
         mine = [i for i, stage in enumerate(self.decision.unit_stage) if stage == s]
         labels = Counter(self.decision.unit_recomputes[i] for i in mine)
@@ -149,6 +149,12 @@ class Summary:
                 if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
         )
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """(elements, bytes) of a parameter as it is held."""
+        count, size = self.footprint.size(name)
+        alone = {} if self.options.training else self.program.copied_alone
+        return count, count * alone[name].itemsize if name in alone else size
 
     def _modules(self) -> list[list[str]]:
         modules: list[list[str]] = [[] for _ in range(self.options.stage_count)]

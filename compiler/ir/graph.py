@@ -75,6 +75,11 @@ class JointGraph:
         return {node: name for name, node in pairs}
 
     @property
+    def copied_alone(self) -> set[str]:
+        """Parameters of which the copy alone is read."""
+        return {name for name in self.copies if not self.params[name].users}
+
+    @property
     def used_constants(self) -> list[torch.Tensor]:
         """The constants of which not only the shape is read."""
         nodes = self.graph.find_nodes(op="get_attr")

@@ -220,6 +220,13 @@ class PipelineProgram:
     def trains(self) -> bool:
         return self.stages[0].backward is not None
 
+    @property
+    def copied_alone(self) -> dict[str, torch.dtype]:
+        """Parameters of which every stage reads the copy alone -> its dtype."""
+        copies = {name: dtype for stage in self.stages for name, dtype in stage.copies.items()}
+        direct = {name for stage in self.stages for name in stage.direct}
+        return {name: dtype for name, dtype in copies.items() if name not in direct}
+
     def drops(self, stage: int, mates: Collection[int]) -> dict[Step, tuple[str, ...]]:
         """What a stage drops after each step, on a rank that holds others too.
 

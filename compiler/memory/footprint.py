@@ -57,6 +57,7 @@ class Footprint:
         precision: in which dtypes gradients add up.
         dp, zero: how many replicas divide what among themselves.
         updated: parameters that are handled as buffers.
+        training: whether weights are stepped; else one that is only read as a copy is one.
         measure: tells what the optimizer takes.
     """
 
@@ -68,10 +69,11 @@ class Footprint:
         dp: int = 1,
         zero: Zero = WHOLE,
         updated: Collection[str] = (),
+        training: bool = True,
         measure: Measure = optimizer_memory,
     ):
         self.dp, self.zero = dp, zero
-        self._precision = precision
+        self._precision, self._copied = precision, not training
         self._optimizer, self._measure = optimizer, measure
         named = dict(module.named_parameters())
         self._params = {name: param for name, param in named.items() if name not in updated}
@@ -90,8 +92,14 @@ class Footprint:
             return {}
         return owners_of(self._params, homes_in(program, self._params), self.dp)
 
-    def held_bytes(self, copies: Collection[str] = ()) -> dict[str, int]:
+    def held_bytes(
+        self, copies: Collection[str] = (), copied_alone: Collection[str] = ()
+    ) -> dict[str, int]:
         """Parameter -> weight, its copy if it has one, gradient and optimizer states together.
+
+        Args:
+            copies: the parameters that have one.
+            copied_alone: those of which nothing else is read.
 
         Of a parameter that has an owner every replica is taken to hold a share: none holds more
         than others, as all own as much.
@@ -104,7 +112,7 @@ class Footprint:
             shard = shard_numel(tuple(param.shape), self.dp)
             own, grad = param.dtype.itemsize, self._grad_dtype(param).itemsize
             count = shard if self._is_shard(name, name not in copies) else param.numel()
-            held = count * own
+            held = 0 if self._copied and name in copied_alone else count * own
             if name in copies and not self.zero.divides_params:
                 held += param.numel() * copy
             if param.requires_grad:
@@ -120,11 +128,17 @@ class Footprint:
             batch_bytes: of a replica's share of the batch, all microbatches.
         """
         owners, mine = self.owners(program), [program.stages[s] for s in stages]
-        found = [self._static(mine, batch_bytes, owners, r) for r in self._replicas]
+        alone = program.copied_alone if self._copied else {}
+        found = [self._static(mine, batch_bytes, owners, r, alone) for r in self._replicas]
         return max(found, key=lambda static: static.total)
 
     def _static(
-        self, stages: Sequence[StageProgram], batch_bytes: int, owners: Owners, replica: int
+        self,
+        stages: Sequence[StageProgram],
+        batch_bytes: int,
+        owners: Owners,
+        replica: int,
+        copied_alone: Collection[str],
     ) -> Static:
         params = _union(stage.params for stage in stages)
         names = self._trainable(params)
@@ -135,6 +149,8 @@ class Footprint:
             return shard_numel(shape, self.dp, replica, owners.get(name))
 
         def weight_bytes(name: str) -> int:
+            if name in copied_alone:
+                return 0
             shard = self._is_shard(name, name in direct)
             count = owned(name) if shard else self._params[name].numel()
             return count * self._params[name].element_size()

@@ -15,17 +15,7 @@ from typing import TYPE_CHECKING
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
 from ..plan.plan import Plan
-from .checks import (
-    check_above_zero,
-    check_chunks,
-    check_count,
-    check_graphs,
-    check_level,
-    check_names,
-    check_precision,
-    check_stages,
-    one_of,
-)
+from . import checks
 from .declaration import (
     OUTPUT,
     PIPELINE,
@@ -81,7 +71,7 @@ class Options(TrainingOptions):
         more="The model is then divided into ``n_stages`` × ``virtual_stages`` stages, and "
         "``n_stages`` is the number of ranks of a replica. None takes what is usual for the "
         "schedule.",
-        check=check_count,
+        check=checks.check_count,
         compared=lambda _, options: options.virtual,
         flag=Flag(
             group=PIPELINE, metavar="V", parse=parse_count, default="what the schedule needs"
@@ -137,7 +127,7 @@ class Options(TrainingOptions):
         help='logits of a loss over many classes: "off": all exist; a number: at once only as many '
         'as so many tokens have; "auto": all, unless a step without is shorter, or alone fits',
         more="They are made again in the backward, and all is equal up to rounding.",
-        check=check_chunks,
+        check=checks.check_chunks,
         plan="keeps",
         compared=as_it_is,
         flag=Flag(group=PLANNER, metavar="ROWS", parse=parse_chunks),
@@ -150,7 +140,7 @@ class Options(TrainingOptions):
         more="Weights, sums of gradients and optimizer states stay in fp32, also those of a model "
         "that comes in a reduced dtype. fp16 comes with dynamic loss scaling. None leaves the "
         "model's dtypes as they are. A `pipecompile.Precision` says more.",
-        check=check_precision,
+        check=checks.check_precision,
         plan="keeps",
         in_plan=precision_in_plan,
         compared=lambda _, options: options.dtypes,
@@ -173,7 +163,7 @@ class Options(TrainingOptions):
         'True, or "auto" for where that can be; a note in the plan says where not',
         more="For batches of one shape. What programs read and leave stays in its place, for every "
         "microbatch in flight; plans count that. The bits are the same.",
-        check=check_graphs,
+        check=checks.check_graphs,
         compared=as_it_is,
     )
     zero: int | str = option(
@@ -183,7 +173,7 @@ class Options(TrainingOptions):
         more="1 also divides fp32 weights of which only a copy in another dtype is computed with; "
         "at 3 parameters are fetched layer by layer while the layer before computes. From 1 on "
         "the optimizer holds this rank's share, as ``zero_by`` says.",
-        check=check_level,
+        check=checks.check_level,
         plan="keeps",
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="LEVEL", parse=parse_level),
@@ -204,7 +194,7 @@ class Options(TrainingOptions):
         None,
         help="the stages of modules or parameters, by their dotted names",
         more="Dotted name -> the stage that its operators go to.",
-        check=check_stages,
+        check=checks.check_stages,
         plan="decides",
         compared=lambda _, options: None if options.pin is None else dict(options.pin),
         flag=Flag(
@@ -221,7 +211,7 @@ class Options(TrainingOptions):
         "names; ``*`` stands for the number of any layer",
         more="For what Python decides anew in every call. What cannot be traced runs so anyway, if "
         "it can; a node is on one stage, and recomputed as a whole or not.",
-        check=check_names,
+        check=checks.check_names,
         compared=lambda _, options: sorted(options.eager_modules),
         flag=Flag(group=PIPELINE, metavar="NAMES", parse=parse_names, default="none"),
     )
@@ -240,7 +230,9 @@ class Options(TrainingOptions):
         help=f"plan for this device, by its peak rates: {_DEVICES}, or a JSON file that describes "
         "one",
         more="Or a `Device`.",
-        check=one_of((str, Path, Device), "give a name, the path of a JSON file, or a Device"),
+        check=checks.one_of(
+            (str, Path, Device), "give a name, the path of a JSON file, or a Device"
+        ),
         flag=Flag(group=PLANNER, metavar="NAME", name="--device", default='"cpu", a generic core'),
     )
     solver: str = option(
@@ -254,7 +246,7 @@ class Options(TrainingOptions):
         30.0,
         help="seconds of an idle core after which the solver's best so far is taken; they are "
         "counted as work, so that a busy machine plans the same",
-        check=check_above_zero,
+        check=checks.check_above_zero,
         plan="decides",
         flag=Flag(group=PLANNER, metavar="S", name="--time-limit", parse=parse_seconds),
     )
@@ -262,14 +254,14 @@ class Options(TrainingOptions):
         1800.0,
         help="seconds that a rank may wait for another one; then the run ends, on every rank, with "
         "a message that names it",
-        check=check_above_zero,
+        check=checks.check_above_zero,
         compared=as_it_is,
     )
     plan: str | Path | Plan | None = option(
         None,
         help="a saved plan, whose stages and recomputation are used as they are",
         more="A `Plan`, or the path of one that ``pipe.plan.save`` or ``inspect --json`` wrote.",
-        check=one_of((str, Path, Plan), "give a Plan, or the path of a saved one"),
+        check=checks.one_of((str, Path, Plan), "give a Plan, or the path of a saved one"),
         compared=decision_of_plan,
         flag=Flag(
             group=PLANNER,
@@ -280,14 +272,14 @@ class Options(TrainingOptions):
     dump_dir: str | Path | None = option(
         None,
         help="write what every pass made, as text, below this folder",
-        check=one_of((str, Path), "give the path of a folder"),
+        check=checks.one_of((str, Path), "give the path of a folder"),
         flag=Flag(group=OUTPUT, metavar="DIR", name="--dump"),
     )
     skip: Collection[str] = option(
         (),
         help="for debugging: passes to leave out, which nothing later needs",
         more="``inspect --passes`` lists them all.",
-        check=check_names,
+        check=checks.check_names,
         compared=lambda _, options: sorted(options.skip),
         flag=Flag(group=OUTPUT, metavar="PASSES", parse=parse_names, default="none"),
     )
@@ -298,14 +290,14 @@ STAGES = declare(
     "the shortest predicted step",
     more="Every division between ranks and replicas is then planned for ``example_batch``, which "
     "is the batch of all replicas.",
-    check=check_count,
+    check=checks.check_count,
     compared=as_it_is,
     flag=Flag(group=PIPELINE, metavar="S", name="--stages", parse=parse_stages),
 )
 REPLICAS = declare(
     help="data-parallel replicas of the pipeline",
     more='None for 1, or with n_stages="auto" for what is best.',
-    check=check_count,
+    check=checks.check_count,
     compared=as_it_is,
     flag=Flag(group=PIPELINE, metavar="N", parse=parse_count, default="1"),
 )
@@ -330,6 +322,6 @@ class Arguments(Options):
         None,
         help='how many to divide between stages and replicas, where ``n_stages`` is "auto"',
         more="None takes the number of processes, or of GPUs.",
-        check=check_count,
+        check=checks.check_count,
         flag=Flag(group=PIPELINE, metavar="N", parse=parse_count),
     )

@@ -33,6 +33,11 @@ def check_int(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value!r} must be an int")
 
 
+def check_truth(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} must be True or False")
+
+
 def check_above_zero(name: str, value: Any) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise OptionError(f"{name}={value!r} must be a number")

@@ -23,6 +23,22 @@ from .parsing import AUTO, parse_bytes
 OF_SCHEDULE = ("schedule", "virtual_stages", "schedule_memory")
 """Options that say how microbatches are ordered."""
 
+OF_TRAINING = {
+    "optimizer": "nothing is trained",
+    "lr_scheduler": "nothing is trained",
+    "max_grad_norm": "there are no gradients",
+    "tied_grads": "there are no gradients",
+    "verify": "there are no steps to compare",
+    "schedule": "every rank runs its forwards in order",
+    "virtual_stages": "every rank has one stage",
+    "schedule_memory": "every rank runs its forwards in order",
+    "remat": "there is no backward that computes anything again",
+    "chunked_loss": "outputs are whole",
+    "zero": "there are no gradients and optimizer states to divide, and each stage has its weights",
+    "zero_by": "there is nothing to divide",
+}
+"""Options that inference has no use for -> why."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(Options):
@@ -50,6 +66,8 @@ class CompileOptions(Options):
     def __post_init__(self) -> None:
         for option in declarations_of(type(self)).values():
             option.check_value(getattr(self, option.name))
+        if not self.training:
+            self._check_inference()
         self._check_virtual()
         self._check_pin()
         if self.n_stages * self.dp > checks.MOST:
@@ -81,6 +99,18 @@ class CompileOptions(Options):
                         f"{name} has no effect without optimizer=: give one, or call "
                         "clip_grad_norm_ and your scheduler in your own loop"
                     )
+
+    def _check_inference(self) -> None:
+        declared = declarations_of(type(self))
+        for name, why in OF_TRAINING.items():
+            idle = [declared[name].default, *([1] if name == "virtual_stages" else ())]
+            if getattr(self, name) not in idle:
+                raise OptionError(f"{name}= has no effect with training=False: {why}")
+        dtypes = self.dtypes
+        if dtypes is not None and dtypes.grads is not torch.float32:
+            raise OptionError(
+                "Precision(grads=) has no effect with training=False: there are no gradients"
+            )
 
     def _check_virtual(self) -> None:
         if self.schedule_memory != AUTO and not self.kind.takes_limit:

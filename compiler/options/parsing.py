@@ -67,6 +67,11 @@ def parse_count(text: str) -> int:
     return number
 
 
+def parse_truth(text: str) -> bool | str:
+    """True or False; what is neither is left as it is."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def parse_stages(text: str) -> int | str:
     """A whole number above 0 or "auto"; OptionError for neither."""
     return text if text == AUTO else parse_count(text)

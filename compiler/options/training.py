@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import (
-    callable_or,
-    check_above_zero,
-    check_callbacks,
-    check_count,
-    check_dynamic,
-    check_int,
-    check_natural,
-    check_optimizer,
-    check_scheduler,
-)
+from . import checks
 from .declaration import PIPELINE, Flag, as_it_is, option, whether_given
-from .parsing import parse_count
+from .parsing import parse_count, parse_truth
 from .weight_path import locate_weights
 
 if TYPE_CHECKING:
@@ -38,7 +28,7 @@ class TrainingOptions:
         help="into how many a replica's batch is cut",
         more="They differ by at most a row. None takes the divisor of its rows nearest to "
         "4 × n_stages (1 for one stage); 4 × n_stages with ``cut``.",
-        check=check_count,
+        check=checks.check_count,
         flag=Flag(
             group=PIPELINE,
             metavar="M",
@@ -54,15 +44,26 @@ class TrainingOptions:
         more="For batches that are not cut along dim 0, such as flattened ones, many documents in "
         "one row: `pipecompile.data.cut_documents`. It cuts a batch over replicas, where one "
         "process plays them, and each of these into microbatches, which may have any sizes.",
-        check=callable_or("give a function of (batch, pieces), such as data.cut_documents"),
+        check=checks.callable_or("give a function of (batch, pieces), such as data.cut_documents"),
         compared=whether_given,
+    )
+    training: bool = option(
+        True,
+        help="whether it trains; False for inference alone: no gradients, no optimizer, stages for "
+        "the forward, and weights in the dtype that they are computed in",
+        more="``forward``, ``predict`` and ``evaluate`` give the bits of the pipeline that trains. "
+        "Options of training are then refused.",
+        check=checks.check_truth,
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="BOOL", parse=parse_truth),
     )
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = option(
         None,
         help="called with the named parameters of this process",
         more="A factory such as ``functools.partial(torch.optim.AdamW, lr=3e-4)``, or a function "
         "that makes parameter groups of them.",
-        check=check_optimizer,
+        check=checks.check_optimizer,
         compared=whether_given,
     )
     loss_fn: LossFn | None = option(
@@ -70,7 +71,7 @@ class TrainingOptions:
         help="(output, batch) -> scalar",
         more='None takes ``output.loss``, ``output["loss"]`` or a scalar output. The parameters of '
         "an ``nn.Module`` are trained too.",
-        check=callable_or("give a function of (output, batch)"),
+        check=checks.callable_or("give a function of (output, batch)"),
     )  # ranks compare the graph that it is part of
     loss_normalization: str = option(
         "auto",
@@ -92,7 +93,7 @@ class TrainingOptions:
         "compiled at once, to see that it fits into memory, and others are refused. Programs are "
         "the same in all ways. Where forward does something else with other sizes, each shape is "
         "traced.",
-        check=check_dynamic,
+        check=checks.check_dynamic,
         compared=as_it_is,
     )
     loss_weight: Callable[[Any], float | torch.Tensor] | None = option(
@@ -100,20 +101,20 @@ class TrainingOptions:
         help="(microbatch) -> what it counts, for a loss that is a mean over something else",
         more="It gets the microbatch as the model does, and may return the number of tokens that "
         "the loss is a mean over. The loss of the batch is the mean weighed by it.",
-        check=callable_or("give a function of a microbatch that returns a number"),
+        check=checks.callable_or("give a function of a microbatch that returns a number"),
         compared=whether_given,
     )
     max_grad_norm: float | None = option(
         None,
         help="`step` clips the global gradient norm to it",
-        check=check_above_zero,
+        check=checks.check_above_zero,
         compared=as_it_is,
     )
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = option(
         None,
         help="called with the optimizer; `step` steps what it returns",
         more="One whose ``step`` needs a metric is yours to step: ``pipe.lr_scheduler``.",
-        check=check_scheduler,
+        check=checks.check_scheduler,
         compared=whether_given,
     )
     callbacks: Collection[Any] = option(
@@ -121,7 +122,7 @@ class TrainingOptions:
         help="what rank 0 tells of steps, evaluations and saves: objects of "
         "`pipecompile.callbacks`, or with methods such as theirs",
         more="``pipe.callbacks`` is the list of them, to which more can be added.",
-        check=check_callbacks,
+        check=checks.check_callbacks,
     )  # no part of a plan, and rank 0 alone calls them
     example_batch: Any = option(
         None,
@@ -137,7 +138,7 @@ class TrainingOptions:
         None,
         help="of dropout and other random ops, and of weights that are initialised here",
         more="None takes torch's initial seed. All ranks take that of rank 0.",
-        check=check_int,
+        check=checks.check_int,
     )
     verify: int = option(
         0,
@@ -145,7 +146,7 @@ class TrainingOptions:
         more="Losses, gradients, norms, parameters and buffers, then evaluation and outputs; what "
         "differs is an error that names it. It takes another forward and backward per step, on "
         "rank 0, and memory for the copy. Then ``pipe.verification`` says what was compared.",
-        check=check_natural,
+        check=checks.check_natural,
         compared=as_it_is,
     )
     weights: str | Path | None = option(

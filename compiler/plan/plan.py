@@ -13,7 +13,7 @@ from ..ir.errors import PlanError
 from .decision import Decision
 from .writing import write_whole
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 TRIED = "tried"
 """What `inspect --json` may have beside a plan's fields; plans are read without it."""
 
@@ -143,6 +143,11 @@ class Plan:
     bubble: float
     notes: tuple[tuple[str, str], ...]
     version: int = PLAN_VERSION
+
+    @property
+    def training(self) -> bool:
+        """Whether it is of a pipeline that trains."""
+        return self.options.get("training") != str(False)
 
     @property
     def ranks(self) -> tuple[tuple[StagePlan, ...], ...]:

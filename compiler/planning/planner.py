@@ -139,7 +139,8 @@ class Planner:
         pinned: Mapping[fx.Node, int],
     ):
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
-        self.budget_bytes = budget_bytes if graph.trains else math.inf
+        counts = graph.trains or not options.training
+        self.budget_bytes = budget_bytes if counts else math.inf
         self.fingerprint = graph.fingerprint()
         self.rows = rows
         self.solved: Problem | None = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
+from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.registry import DEFAULT, ScheduleKind
 from ...passes.schedule.simulate import Timeline, simulate
@@ -119,7 +120,8 @@ def resimulated(
 
 def _schedule(subject: Subject, microbatches: int) -> Schedule:
     """The plan's kind of schedule."""
-    compute = subject.schedule.order(subject.shape(microbatches))
+    shape = subject.shape(microbatches)
+    compute = subject.schedule.order(shape) if subject.plan.training else forward_only(shape)
     sends = ((stage.stage, t) for stage in subject.plan.stages for t in stage.sends)
     messages = [Message(src, t.dst, Phase(t.phase), ()) for src, t in sends]
     return add_communication(compute, messages)
@@ -339,11 +341,12 @@ def _room(subject: Subject) -> str | None:
         if found is None or found.objective >= own.objective * (1 - NOTABLE):
             continue
         ranks = plan.n_stages * plan.dp
+        before = ", before the exchange of gradients" if plan.training else ""
         return (
             f"the fullest stage uses {used:.0%} of the budget: {n} × dp {ranks // n} on the same "
             f"{ranks} ranks would fit ({bytes_text(max(found.ranks_bytes))}) and take "
             f"{seconds_text(found.objective)} instead of {seconds_text(own.objective)} by the "
-            f"problem's prices, before the exchange of gradients; --stages auto --devices {ranks} "
+            f"problem's prices{before}; --stages auto --devices {ranks} "
             "weighs it"
         )
     return None

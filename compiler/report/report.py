@@ -193,6 +193,8 @@ class _Report:
                 max(s.memory.peak for s in p.stages) for p in plans
             ],
         }
+        if not self.plan.training:
+            del sizes["stash of a microbatch"]
         shown = [[bytes_text(size) for size in pair] for pair in sizes.values()]
         shown.append([seconds_text(p.step_s) for p in plans])
         numbers: list[list[float]] = [[*pair] for pair in sizes.values()]
@@ -223,6 +225,13 @@ class _Report:
         stash = bytes_scale([s.stash_bytes for s in stages])
         sent = bytes_scale([sent_bytes(s) for s in stages])
         weights = bytes_scale([s.param_bytes for s in stages])
+        backward = {
+            f"backward\n{time.unit}": [time.text(s.backward_s) for s in stages],
+            f"recompute\n{time.unit}": [time.text(s.recompute_s) for s in stages],
+            f"stash × in flight\n{stash.unit}": [
+                f"{stash.text(s.stash_bytes)} × {s.in_flight}" for s in stages
+            ],
+        }
         return self._table(
             {
                 "stage": [s.stage for s in stages],
@@ -231,11 +240,7 @@ class _Report:
                 f"params\n{count.unit}": [count.text(s.param_count) for s in stages],
                 f"weights\n{weights.unit}": [weights.text(s.param_bytes) for s in stages],
                 f"forward\n{time.unit}": [time.text(s.forward_s) for s in stages],
-                f"backward\n{time.unit}": [time.text(s.backward_s) for s in stages],
-                f"recompute\n{time.unit}": [time.text(s.recompute_s) for s in stages],
-                f"stash × in flight\n{stash.unit}": [
-                    f"{stash.text(s.stash_bytes)} × {s.in_flight}" for s in stages
-                ],
+                **(backward if self.plan.training else {}),
                 f"sends\n{sent.unit}": [sent.text(sent_bytes(s)) for s in stages],
             }
         )
@@ -253,6 +258,8 @@ class _Report:
             "other": [m.buffers + m.constants + m.batch for m in held],
             "activations": [working_bytes(m) for m in held],
         }
+        if not self.plan.training:
+            del columns["gradients"], columns["optimizer"]
         shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
         shown["peak in"] = [m.peak_at for m in held]
@@ -331,7 +338,9 @@ class _Report:
         ranks = [sum(map(stage_seconds, stages)) for stages in plan.ranks]
         slowest = max(range(len(ranks)), key=ranks.__getitem__)
         mean = sum(ranks) / len(ranks)
-        closing = max(self.timeline.closing_s, default=0.0)
+        last_s = max(self.timeline.closing_s, default=0.0)
+        what = "optimizer and gradient exchange" if plan.dp > 1 else "optimizer"
+        closing = f", {seconds_text(last_s)} of it {what}" if plan.training else ""
         ideal = (plan.n_stages - 1) / (plan.microbatches + plan.n_stages - 1)
         made = plan.microbatches * plan.dp
         who = "rank" if self._shares else "stage"
@@ -339,9 +348,8 @@ class _Report:
         rows = f"{rate_text(made * plan.microbatch_rows / plan.step_s)} rows/s"
         tokens = f"{rate_text(made * plan.microbatch_tokens / plan.step_s)} tokens/s, "
         return [
-            f"step: {seconds_text(plan.step_s)} predicted, {seconds_text(closing)} of it "
-            f"{'optimizer and gradient exchange' if plan.dp > 1 else 'optimizer'}; "
-            f"{tokens if plan.microbatch_tokens else ''}{rows}",
+            f"{'step' if plan.training else 'forward of a batch'}: {seconds_text(plan.step_s)} "
+            f"predicted{closing}; {tokens if plan.microbatch_tokens else ''}{rows}",
             f"bottleneck: {who} {slowest}, {seconds_text(ranks[slowest])} per microbatch, "
             f"{ranks[slowest] / mean if mean else 1:.2f} × the mean",
             f"bubble: {plan.bubble:.1%}; {usual}with equal stages and free transfers "
@@ -351,6 +359,7 @@ class _Report:
     def _amounts(self) -> list[str]:
         plan = self.plan
         stages, m = plan.stages, plan.microbatches
+        run = "step" if plan.training else "batch"
         forward, backward, again = (
             m * plan.dp * sum(getattr(stage, f"{phase}_flops") for stage in stages)
             for phase in ("forward", "backward", "recompute")
@@ -360,10 +369,11 @@ class _Report:
         share = f", {fullest.memory.peak / budget:.0%} of the budget" if budget else ""
         where = f"rank {fullest.rank}" if self._shares else f"stage {fullest.stage}"
         return [
-            f"compute: {flops_text(forward)} forward, {flops_text(backward)} backward"
+            f"compute: {flops_text(forward)} forward"
+            + (f", {flops_text(backward)} backward" if plan.training else "")
             + (f", {flops_text(again)} recomputed" if again else "")
-            + " per step of all replicas",
-            f"transfers: {bytes_text(m * sum(map(sent_bytes, stages)))} per step of one replica",
+            + f" per {run} of all replicas",
+            f"transfers: {bytes_text(m * sum(map(sent_bytes, stages)))} per {run} of one replica",
             f"memory: at most {bytes_text(fullest.memory.peak)}, on {where} in "
             f"{fullest.memory.peak_at}{share or '; no limit was given'}",
         ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton
 from ...compiler.driver.layout import Layout
+from ...compiler.ir.errors import StateError
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import owners_of, rows_of
@@ -41,6 +42,8 @@ class ModelState:
         program: the first one; it tells which parameters it reads whole.
         precision: in which dtypes gradients add up.
         endpoints: of the ranks that this process plays.
+        training: whether weights are stepped; else those of which a program reads the copy alone
+            are held as that.
 
     Attributes:
         homes: parameter FQN -> the stages that hold it.
@@ -63,6 +66,7 @@ class ModelState:
         program: PipelineProgram,
         precision: Precision | None,
         endpoints: Mapping[int, Endpoint],
+        training: bool = True,
     ):
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
         self.mesh = next(iter(endpoints.values())).mesh
@@ -75,7 +79,9 @@ class ModelState:
         trained = {n: p.dtype for n, p in skeleton.module.named_parameters() if p.requires_grad}
         self._sums = {n: precision.grads_of(d) if precision else d for n, d in trained.items()}
         names, cuts = self._names(endpoints), self._cuts(endpoints, program)
-        made = materialize(source, skeleton, names, cuts)
+        alone = {} if training else program.copied_alone
+        self._narrow = frozenset(alone)
+        made = materialize(source, skeleton, names, cuts, alone)
         self.digests = {name: each.digest for name, each in made.items()}
         for rank, end in endpoints.items():
             held = {n: e.held[end.device] for n, e in made.items() if end.device in e.held}
@@ -230,8 +236,14 @@ class ModelState:
     # -- what programs read -----------------------------------------------------------------
 
     def provide(self, program: PipelineProgram) -> None:
-        """Make room for the copies in the compute dtype that a program reads."""
+        """Make room for the copies in the compute dtype that a program reads.
+
+        Raises:
+            StateError: it reads a weight itself of which the copy alone is held.
+        """
+        self._check_held(program)
         for state in self.ranks.values():
+            state.copies |= {name: state.params[name] for name in self._narrow & set(state.params)}
             stages = [program.stages[stage] for stage in state.stages]
             if state.shards is not None and self.zero.unshards:
                 state.shards.provide(stages)
@@ -246,6 +258,15 @@ class ModelState:
             params = {name: state.params[name] for name in wanted}
             state.copies |= Bucket(params, wanted, state.device, self.mesh.dp).views
 
+    def _check_held(self, program: PipelineProgram) -> None:
+        direct = {name for stage in program.stages for name in stage.direct}
+        for name in sorted(self._narrow & direct):
+            raise StateError(
+                f"this graph reads {name!r} in the model's dtype; the first one did not, so that "
+                "with training=False it is held in the compute dtype alone: run this one first, or "
+                "leave precision= out"
+            )
+
     @torch.no_grad()
     def spread(self) -> None:
         """Give what is made of the parameters what the optimizer, or the user, did to them: the
@@ -256,5 +277,5 @@ class ModelState:
                 copy.copy_(param)
         for state in self.ranks.values():
             for name, narrow in state.copies.items():
-                if state.shards is None or name not in state.shards.masters:
+                if name not in self._narrow and not (state.shards and name in state.shards.masters):
                     narrow.copy_(state.params[name])

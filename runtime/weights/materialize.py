@@ -100,12 +100,14 @@ def materialize(
     skeleton: Skeleton,
     names: Mapping[torch.device, Collection[str]],
     cuts: Mapping[str, Cut] = MappingProxyType({}),
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> dict[str, Allocation]:
     """Allocations with the source's values, in the model's layouts.
 
     Args:
         names: device -> first names of the tensors that are wanted there.
         cuts: name -> what is kept of it, of those that are not kept whole.
+        dtypes: name -> in what it is held, of those that are held in another than the model's.
 
     Raises:
         StateError: the source has none for one of them.
@@ -116,7 +118,7 @@ def materialize(
         for name in wanted:
             devices[name].append(device)
     allocations = {
-        name: Allocation(meta_like(like[name]), where, cuts.get(name))
+        name: Allocation(meta_like(like[name]).to(dtypes.get(name)), where, cuts.get(name))
         for name, where in devices.items()
     }
     source.fill(allocations)

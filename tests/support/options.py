@@ -17,6 +17,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 FLAGS: dict[str, tuple[str, Any]] = {
     "n_stages": ("--stages 3", 3),
     "dp": ("--dp 2", 2),
+    "training": ("--training false", False),
     "devices": ("--devices 6", 6),
     "microbatches": ("--microbatches 5", 5),
     "schedule": ("--schedule zb_h1", "zb_h1"),
@@ -57,6 +58,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     pairs = {
         "n_stages": (two, replicas),
         "dp": ({"n_stages": 1, "dp": 2}, {"n_stages": 1, "dp": 1}),
+        "training": ({}, {"training": False}),
         "optimizer": ({"optimizer": SGD}, {}),
         "microbatches": ({"microbatches": 2}, {}),
         "cut": ({"cut": max}, {}),

@@ -250,7 +250,8 @@ def test_those_that_a_plan_has_decided() -> None:
 )
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
     names = ("schedule", "tied_grads", "chunked_loss", "precision", "zero", "zero_by")
-    assert CompileOptions(n_stages=2, **options).in_plan() == dict(zip(names, kept, strict=True))
+    expected = dict(zip(names, kept, strict=True)) | {"training": "True"}
+    assert CompileOptions(n_stages=2, **options).in_plan() == expected
 
 
 @pytest.mark.parametrize("name", quickly(["schedule"], KEEPS))
