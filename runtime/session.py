@@ -11,7 +11,7 @@ import torch
 
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
-from ..compiler.ir.errors import BatchError, StateError
+from ..compiler.ir.errors import BatchError, OptionError, StateError
 from ..compiler.ir.ops import generator_of
 from ..compiler.ir.program import Role
 from ..compiler.options.options import CompileOptions
@@ -34,6 +34,9 @@ from .stepping.optimizer import make_optimizer
 from .stepping.own_optimizers import OwnOptimizers
 from .weights.materialize import Source
 from .world import World
+
+Stepping = tuple[torch.optim.Optimizer | None, Any]
+"""An optimizer and its scheduler, where there are such."""
 
 MOST_PROGRAMS = 64  # that are kept: another shape or mode is another one
 
@@ -87,20 +90,34 @@ class Session:
         self.first = first
         self._compared: set[tuple[Request, ...]] = set()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: Any = None
-        if options.optimizer is not None:
-            self._make_optimizer(options)
-        params = dict(self.state.named_parameters())
-        self.own = OwnOptimizers(skeleton.originals, params, self.optimizer)
+        self.begin(self.stepping(options))
 
-    def _make_optimizer(self, options: CompileOptions) -> None:
-        assert options.optimizer is not None
+    def stepping(self, options: CompileOptions) -> Stepping:
+        """The optimizer that options ask for, which has not stepped, and its scheduler.
+
+        Raises:
+            OptionError: it is none, or of another class than the one that there is.
+        """
+        if options.optimizer is None:
+            return None, None
+        made, before = make_optimizer(options.optimizer, self.state), self.optimizer
+        if before is not None and type(made) is not type(before):
+            raise OptionError(
+                f"the pipeline was planned for {type(before).__name__}, and optimizer= makes "
+                f"{type(made).__name__}, whose states are others: compile another pipeline for it"
+            )
         scaler = self._scaler
-        self.optimizer = make_optimizer(options.optimizer, self.state)
         if scaler is not None:
-            self.optimizer.register_step_post_hook(lambda *_: scaler.end_step())
-        if options.lr_scheduler is not None:
-            self.scheduler = make_scheduler(options.lr_scheduler, self.optimizer)
+            made.register_step_post_hook(lambda *_: scaler.end_step())
+        if options.lr_scheduler is None:
+            return made, None
+        return made, make_scheduler(options.lr_scheduler, made)
+
+    def begin(self, stepping: Stepping) -> None:
+        """Nothing has been trained yet, by what steps the parameters from now on."""
+        self.optimizer, self.scheduler = stepping
+        params = dict(self.state.named_parameters())
+        self.own = OwnOptimizers(self.state.skeleton.originals, params, self.optimizer)
 
     def obstacle(self, mode: Mode) -> str:
         """What was done to the parameters that no program follows; "" if nothing was."""

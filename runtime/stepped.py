@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import torch
 
-from ..compiler.ir.errors import OptionError
+from ..compiler.ir.errors import OptionError, StateError
 from .monitor.meter import Meter
 from .recording.recording import Recording
+from .state import state_dict as state_dicts
 from .stepping.averaging import AverageAll, AveragedWeights, AverageOne, average_of
 from .stepping.clipping import GlobalNorm
 from .stepping.early_stopping import EarlyStopping
@@ -99,6 +102,49 @@ class Stepped(Stored):
         if scheduler is None:
             raise OptionError("compile() was given no lr_scheduler")
         return scheduler
+
+    def restart(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    ) -> None:
+        """Begin another training with what is compiled: as a pipeline of a model with these weights
+        that has taken no step. Every rank must call it.
+
+        Graphs, plan and programs stay, and so does what is yours: averages, positions of loaders,
+        all ``checkpoint_extras``; and buffers that no state dict has.
+
+        Args:
+            state_dict: as `load_state_dict` takes it, such as `state_dict` before the first step.
+            optimizer, lr_scheduler: as `compile` takes them; by default those that it was given.
+                The optimizer is of the same class: stages and memory were planned for its states.
+
+        Raises:
+            OptionError: compiled with ``training=False``, or the optimizer is of another class.
+            StateError: the state dict does not fit, or the pipeline is being traced. In any case
+                nothing has been changed, on no rank.
+        """
+        self._check_training("restart()")
+        session, agreement = self._require(), self._world.agreement
+        self._check_weights("restart()")
+        if self._recording.log is not None:
+            raise StateError("restart() inside of `with pipe.trace(...):`: leave that before")
+        given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        options = replace(self._options, **{k: v for k, v in given.items() if v is not None})
+        with self._world.guard("restart()"):
+            chosen = agreement.together(
+                lambda: state_dicts.checked(session.state, state_dict), StateError
+            )
+            stepping = agreement.together(lambda: session.stepping(options), OptionError)
+            state_dicts.put(session.state, chosen)
+            session.begin(stepping)
+            self._steps, self._meter.latest = 0, None
+            self.zero_grad()
+            if self.loss_scaler is not None:
+                self.loss_scaler.restart()
+            session.refresh()
 
     # -- beside the steps -------------------------------------------------------------------
 

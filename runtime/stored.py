@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,11 +135,14 @@ class Stored:
                 del value  # before the next
             return model
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> IncompatibleKeys:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> IncompatibleKeys:
         """Load what `state_dict`, or the unmodified model's own, returned; on every rank.
 
         Args:
-            strict: False loads what there is, such as adapters alone, and leaves the rest as it is.
+            strict: False loads what there is, such as adapters or masks alone, and leaves the rest as
+                it is.
 
         Returns:
             ``missing_keys`` and ``unexpected_keys``, as torch does; with ``strict`` none.
@@ -280,7 +283,7 @@ class Stored:
             )
 
     def _load_state(
-        self, tensors: dict[str, Any], of_loss: bool, strict: bool = True
+        self, tensors: Mapping[str, Any], of_loss: bool, strict: bool = True
     ) -> IncompatibleKeys:
         session = self._require()
         call = "load_loss_state_dict()" if of_loss else "load_state_dict()"

@@ -82,6 +82,7 @@ class Gathering:
         masters: name -> this rank's rows.
         like: name -> a tensor of the whole parameter's shape, strides and dtype.
         owners: of those that one replica has all rows of.
+        device: of the rank, which may have no parameters.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class Gathering:
         masters: Mapping[str, torch.Tensor],
         like: Mapping[str, torch.Tensor],
         owners: Owners,
+        device: torch.device,
     ):
         self._transport, self._replica, self.dp = transport, transport.replica, transport.dp
         self._masters, self.like, self.owners = masters, like, owners
-        self.device = next(iter(masters.values())).device
+        self.device = device
 
     def start(self, parcel: Parcel) -> Pending:
         """Send this rank's rows, cast to the parcel's dtype."""

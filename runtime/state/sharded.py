@@ -63,7 +63,7 @@ class Shards:
             rows = self._rows(name, held[name]) if name in self.whole else held[name]
             self.masters[name] = nn.Parameter(rows, requires_grad=param.requires_grad)
         self.copies: dict[str, torch.Tensor] = {}
-        self.gathering = Gathering(transport, self.masters, self.like, owners)
+        self.gathering = Gathering(transport, self.masters, self.like, owners, self._device)
         self._parcels: dict[int, list[tuple[Parcel, Mapping[str, torch.Tensor]]]] = {}
         # stage -> what its programs are the first to read, of ``whole`` and of ``copies``
         self._read: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))

@@ -24,7 +24,11 @@ class LossScaler:
 
     def __init__(self, config: LossScale):
         self.config = config
-        self.scale = config.init
+        self.restart()
+
+    def restart(self) -> None:
+        """Nothing has been seen."""
+        self.scale = self.config.init
         self.skipped = 0
         self.overflowed = False
         self._good = 0
