@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between two prunings")
     parser.add_argument("--sparsity", type=float, default=0.8, help="at the end")
     parser.add_argument("--heads", type=int, default=3, help="of 4 that are left at the end")
-    parser.add_argument("--zero", type=int, default=0, help="with 1 to 3, two replicas")
     args = parser.parse_args()
     torch.set_num_threads(1)  # equal numbers need equal threads
 
@@ -98,9 +97,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = with_masks(llama())
-    dp = 2 if args.zero else 1
     adamw = partial(AdamW, lr=2e-3, weight_decay=0.01)
-    options = {"n_stages": 2, "dp": dp, "microbatches": MICROBATCHES // dp, "zero": args.zero}
+    options = {"n_stages": 2, "microbatches": MICROBATCHES}
     pipe = pipecompile.compile(model, optimizer=adamw, **options)
     say = print if pipe.is_main else lambda *_: None
     text, held_out = read_text()

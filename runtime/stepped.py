@@ -135,7 +135,7 @@ class Stepped(Stored):
         options = replace(self._options, **{k: v for k, v in given.items() if v is not None})
         with self._world.guard("restart()"):
             chosen = agreement.together(
-                lambda: state_dicts.checked(session.state, state_dict), StateError
+                lambda: state_dicts.checked(session.state, state_dict)[0], StateError
             )
             stepping = agreement.together(lambda: session.stepping(options), OptionError)
             state_dicts.put(session.state, chosen)

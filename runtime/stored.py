@@ -141,8 +141,8 @@ class Stored:
         """Load what `state_dict`, or the unmodified model's own, returned; on every rank.
 
         Args:
-            strict: False loads what there is, such as adapters or masks alone, and leaves the rest as
-                it is.
+            strict: False loads what there is, such as adapters or masks alone, and leaves the rest
+                as it is.
 
         Returns:
             ``missing_keys`` and ``unexpected_keys``, as torch does; with ``strict`` none.
