@@ -98,6 +98,16 @@ def milliseconds(model: nn.Module, batch: Batch, runs: int = 5) -> float:
     return 1e3 * min(seconds[1:])
 
 
+def rows_per_s(pipe: pipecompile.Pipeline, batch: Batch, runs: int = 5) -> float:
+    """Of `predict`, the fastest of some."""
+    seconds = []
+    for _ in range(runs + 1):
+        begun = perf_counter()
+        pipe.predict(batch, lambda output, _: output.logits.argmax(-1))
+        seconds.append(perf_counter() - begun)
+    return len(batch["input_ids"]) / min(seconds[1:])
+
+
 @torch.no_grad()
 def right(model: nn.Module, batch: Batch) -> float:
     """The share of next bytes that are foretold."""
@@ -159,6 +169,8 @@ def main() -> None:
         same = "the bits of one device" if torch.equal(logits, mine) else "DIFFERS from one device"
         off = (logits - rounded).abs().max() / logits.abs().max()
         lines.append(f"int{bits} inference: {same}; stored weights are off by {off:.1e} at most")
+        rates = [rows_per_s(each, judged) for each in (server, tuner)]
+        lines.append(f"int{bits} predict: {rates[0]:.0f} rows/s, {rates[1]:.0f} of what trains")
     for line in lines:
         say(line)
 
