@@ -131,8 +131,11 @@ class Stepped(Stored):
         self._check_weights("restart()")
         if self._recording.log is not None:
             raise StateError("restart() inside of `with pipe.trace(...):`: leave that before")
-        given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        options = replace(self._options, **{k: v for k, v in given.items() if v is not None})
+        options = replace(
+            self._options,
+            optimizer=optimizer or self._options.optimizer,
+            lr_scheduler=lr_scheduler or self._options.lr_scheduler,
+        )
         with self._world.guard("restart()"):
             chosen = agreement.together(
                 lambda: state_dicts.checked(session.state, state_dict)[0], StateError
