@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import callbacks, data, errors
+    from . import callbacks, data, elastic, errors
     from .compiler.api import compile
     from .compiler.costs.hardware import Device
     from .compiler.ir.precision import LossScale, Precision
@@ -38,6 +38,7 @@ __all__ = [
     "callbacks",
     "compile",
     "data",
+    "elastic",
     "errors",
 ]
 
@@ -56,7 +57,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("callbacks", "data", "errors"):
+    if name in ("callbacks", "data", "elastic", "errors"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,6 +14,7 @@ from .options.signature import takes
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
+    from .driver.auto import Open
 
 
 @takes(Arguments)
@@ -37,9 +38,6 @@ def compile(arguments: Arguments) -> Pipeline:
         SharedStorageError, CaptureError, LossError, BatchError, PartitionError: from compiling,
             at the first batch or with ``example_batch``.
     """
-    options = CompileOptions.of(arguments)
-    check_model(arguments.model, arguments.loss_fn)
-    from ..runtime.start import start, start_best
     from .driver.auto import Open
 
     divides, orders = arguments.n_stages == AUTO, arguments.schedule == AUTO
@@ -47,9 +45,6 @@ def compile(arguments: Arguments) -> Pipeline:
         raise OptionError('devices= has no effect without n_stages="auto"')
     if orders and not arguments.training:
         raise OptionError(f"schedule= has no effect with training=False: {OF_TRAINING['schedule']}")
-    if not divides and not orders:
-        return start(arguments.model, options)
-    _check_auto(arguments, 'n_stages="auto"' if divides else 'schedule="auto"')
     open_ = Open(
         divides,
         orders,
@@ -57,6 +52,18 @@ def compile(arguments: Arguments) -> Pipeline:
         arguments.virtual_stages,
         arguments.schedule_memory,
     )
+    return compile_among(arguments, open_)
+
+
+def compile_among(arguments: Arguments, open_: Open) -> Pipeline:
+    """`compile` the best of what is left open; the arguments say what is not."""
+    options = CompileOptions.of(arguments)
+    check_model(arguments.model, arguments.loss_fn)
+    from ..runtime.start import start, start_best
+
+    if not open_.divides and not open_.orders:
+        return start(arguments.model, options)
+    _check_auto(arguments, 'n_stages="auto"' if open_.divides else 'schedule="auto"')
     return start_best(arguments.model, options, open_)
 
 

@@ -95,10 +95,14 @@ def _best(
 
     team = Ranks(mesh, agreement, model, options)
     ways = open_.ways(options, mesh.size)
-    best, trials = team.share(lambda: choose(ways, build, finer=open_.orders))
-    chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
+    if open_.stages is not None and len(ways) == 1 and not open_.orders:
+        chosen = ways[0].of(options, example_batch=None)
+        why = f"{ways[0]} is the only division of {mesh.size} that is allowed"
+    else:
+        best, trials = team.share(lambda: choose(ways, build, finer=open_.orders))
+        chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
+        why = f"{best.told(open_.orders)} is the shortest predicted step of {listed(trials)}"
     mesh = make_mesh(chosen.n_stages, chosen.dp, chosen.shape(1).placement)
-    why = f"{best.told(open_.orders)} is the shortest predicted step of {listed(trials)}"
     pipe = Pipeline(model, chosen, skeleton, mesh, device, {"stages": why} | notes)
     rows = cut(whole.rows, pipe.data_shards)
     if open_.divides and values:

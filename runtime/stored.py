@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -237,11 +237,17 @@ class Stored:
             CheckpointError: there is none, it is damaged or of something else; on every rank,
                 and nothing has been changed.
         """
+        checkpoints = self._checkpoints
+        return self._loaded(
+            data, lambda training: checkpoints.load(training, Path(directory), verify)
+        )
+
+    def _loaded(self, data: Any, load: Callable[[Training], tuple[int, int]]) -> int:
+        """`load`, by a function that gives the seed and the number of steps of what it has read."""
         session = self._require()
         self._check_weights("load()")
         with self._world.guard("load()"):
-            training = self._training(data)
-            self._seed, self._steps = self._checkpoints.load(training, Path(directory), verify)
+            self._seed, self._steps = load(self._training(data))
             self.zero_grad()
             session.refresh()
         return self._steps

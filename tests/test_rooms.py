@@ -64,6 +64,7 @@ ROOMS = (
     "runtime",
     "compiler",
     "runtime/integrations",
+    "runtime/elastic",
     "compiler/zoo",
     "compiler/cli",
 )

@@ -40,6 +40,7 @@ class Way:
     Attributes:
         n_stages, dp: ranks of a replica, and replicas.
         virtual_stages: on a rank; None for what is usual for the schedule.
+        microbatches: per replica; None for what suits the batch.
     """
 
     n_stages: int
@@ -47,6 +48,7 @@ class Way:
     schedule: str
     virtual_stages: int | None = None
     schedule_memory: str = AUTO
+    microbatches: int | None = None
 
     def __str__(self) -> str:
         return f"{self.n_stages} × dp {self.dp}"
@@ -59,7 +61,7 @@ class Way:
 
     def of(self, options: CompileOptions, **more: Any) -> CompileOptions:
         """Options that use them so."""
-        return replace(options, **vars(self), **more)
+        return replace(options, **(vars(self) | more))
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ class Open:
         orders: whether the schedule is.
         devices: to be divided; None for all that there are.
         virtual_stages, schedule_memory: what every schedule is held to that can be; as options.
+        stages: the fewest and the most ranks that a replica may have; None for any number.
+        global_microbatches: into how many the global batch is cut, whatever the replicas; None for
+            a number of each replica's own.
     """
 
     divides: bool
@@ -107,12 +112,24 @@ class Open:
     devices: int | None = None
     virtual_stages: int | None = None
     schedule_memory: str = AUTO
+    stages: tuple[int, int] | None = None
+    global_microbatches: int | None = None
+
+    def divisions(self, devices: int) -> list[tuple[int, int]]:
+        """(ranks of a replica, replicas) of so many devices, of those that are allowed."""
+        least, most = self.stages or (1, devices)
+        counts = [n for n in range(least, min(most, devices) + 1) if devices % n == 0]
+        whole = self.global_microbatches
+        return [(n, devices // n) for n in counts if not whole or whole % (devices // n) == 0]
 
     def ways(self, options: CompileOptions, devices: int) -> list[Way]:
         """All of them."""
         own = Way(**{each.name: getattr(options, each.name) for each in fields(Way)})
-        counts = [n for n in range(1, devices + 1) if devices % n == 0]
-        ways = [replace(own, n_stages=n, dp=devices // n) for n in counts]
+        whole = self.global_microbatches
+        ways = [
+            replace(own, n_stages=n, dp=dp, microbatches=whole // dp if whole else own.microbatches)
+            for n, dp in self.divisions(devices)
+        ]
         ways = ways if self.divides else [own]
         return [order for way in ways for order in self._orders(way)] if self.orders else ways
 
@@ -126,7 +143,9 @@ class Open:
                 if asked and waits and tried:
                     several = virtual if virtual > 1 else None
                     memory = self.schedule_memory if kind.takes_limit else AUTO
-                    yield Way(way.n_stages, way.dp, kind.name, several, memory)
+                    yield replace(
+                        way, schedule=kind.name, virtual_stages=several, schedule_memory=memory
+                    )
 
 
 Build = Callable[[Way, int], Compiled]

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ... import __version__
 from ...compiler.ir.errors import CheckpointError, OptionError
 from ..exchange.agreement import Agreement
-from ..files.index import Entry, Index, LeftOut, read_index
+from ..files.index import Entry, Index, LeftOut
 from ..files.owner import Owner
 from ..files.step_folder import Draft, find, step_name
 from ..files.tensor_file import FileFacts
@@ -39,7 +39,7 @@ from . import left_out, snapshot
 from .background import Background
 from .restore import Restore
 from .snapshot import Training
-from .storage import Reader, Writer, check_files, say_without_checksums
+from .storage import Folder, Source, Writer
 
 # One process that plays all ranks is meant to save alone.
 warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled, unavailable or uninit")
@@ -91,7 +91,9 @@ class Checkpoints:
         self.wait()
         directory = Path(self._agreement.gather(str(directory.absolute()))[0])
         facts = self._agreement.together(lambda: snapshot.facts_of(training))
-        merged = snapshot.merge(self._agreement.gather(facts), training)
+        division = (self._mesh.pp, self._mesh.dp)
+        parts = self._agreement.gather(facts)
+        merged = snapshot.merge(parts, training.seed, training.steps, division)
         absent = self._left_out(training) if trainable_only else {}
         tensors = snapshot.tensors_of(training, absent)
         if in_background:
@@ -141,29 +143,31 @@ class Checkpoints:
                 been changed.
         """
         self.wait()
-        folder = self._find(directory)
+        return self.take(training, Folder(self._find(directory), verify, self._rank == 0))
+
+    def take(self, training: Training, source: Source) -> tuple[int, int]:
+        """Read what a source has into a pipeline, as `load` does; its seed and number of steps.
+        Nothing may be saved in the background meanwhile."""
 
         def prepare() -> tuple[Index, Restore]:
-            index = read_index(folder, verify)
-            if verify and self._rank == 0:
-                say_without_checksums(folder, index)
+            index = source.index()
             try:
                 restore = Restore(training, index, self._rank)
             except _NOT_AS_WRITTEN as error:
-                raise CheckpointError(f"{folder} is damaged: {error!r}") from error
-            check_files(folder, index, restore.wanted, verify)
+                raise CheckpointError(f"{source} is damaged: {error!r}") from error
+            source.check(index, restore.wanted)
             restore.make_room()
             return index, restore
 
         index, restore = self._agreement.together(prepare)
-        if verify and index.left_out:
+        if source.verify and index.left_out:
             sources = restore.sources
             found = self._sums.of(training, left_out.dtypes_of(index, sources))
             self._agreement.together(lambda: left_out.check_base(index, sources, found))
         _translated(
             lambda: dcp_load(
                 restore.tensors,
-                storage_reader=Reader(folder, index, verify),
+                storage_reader=source.reader(index),
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 **self._meeting(),
             )

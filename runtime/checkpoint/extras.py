@@ -73,7 +73,7 @@ def _inside(extra: object) -> list[Any]:
     return [] if isinstance(extra, LRScheduler) else list(getattr(extra, "__dict__", {}).values())
 
 
-def merge(parts: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
+def merge(parts: Sequence[Mapping[str, Any]], division: tuple[int, int]) -> dict[str, Any]:
     """The states of all processes, in rank order: one where all that have one are alike."""
     keys = dict.fromkeys(key for part in parts for key in part)
     alike, differing = {}, {}
@@ -84,7 +84,7 @@ def merge(parts: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
             alike[key] = present[0] if present else None
         else:
             differing[key] = states
-    return {"extras": alike, "extras_of_ranks": differing, "division": [mesh.pp, mesh.dp]}
+    return {"extras": alike, "extras_of_ranks": differing, "division": list(division)}
 
 
 def state_of(key: str, facts: Mapping[str, Any], mesh: Mesh, rank: int) -> Any:

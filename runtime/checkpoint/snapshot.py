@@ -165,16 +165,21 @@ def facts_of(training: Training) -> dict[str, Any]:
     return facts
 
 
-def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]:
+def merge(
+    parts: Sequence[dict[str, Any]], seed: int, steps: int, division: tuple[int, int]
+) -> dict[str, Any]:
     """The parts of all processes, in rank order, as a checkpoint keeps them.
 
     Schedulers are kept per rank of a replica (their groups may differ), data per share, random
     states per process, extras once where all have the same.
+
+    Args:
+        division: ranks of a replica, and replicas.
     """
     first_replica = [part for part in parts if part["first_replica"]]
     return {
-        "seed": training.seed,
-        "steps": training.steps,
+        "seed": seed,
+        "steps": steps,
         "optimizer": _merged(part["optimizer"] for part in parts),
         "schedulers": _present(part["scheduler"] for part in first_replica),
         "data": _present(part["data"] for part in parts),
@@ -183,7 +188,7 @@ def merge(parts: Sequence[dict[str, Any]], training: Training) -> dict[str, Any]
             name: _merged(part["optimizers"].get(name) for part in parts)
             for name in dict.fromkeys(name for part in parts for name in part["optimizers"])
         },
-        **extras.merge([part["extras"] for part in parts], training.state.mesh),
+        **extras.merge([part["extras"] for part in parts], division),
     }
 
 

@@ -15,8 +15,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -39,7 +40,7 @@ from torch.futures import Future
 
 from ...compiler.ir.errors import CheckpointError
 from ..files import checksums, tensor_file
-from ..files.index import Chunk, Entry, Index, file_name
+from ..files.index import Chunk, Entry, Index, file_name, read_index
 from ..files.tensor_file import DTYPES, FileFacts, TensorSpec, dtype_name
 
 Finish = Callable[[dict[str, Entry], dict[str, FileFacts]], None]
@@ -68,9 +69,9 @@ class Writer(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        items = {_key(item): item for item in plan.items}
+        items = {key_of(item): item for item in plan.items}
         path = self._folder / file_name(self._rank)
-        specs = {key: _spec(item) for key, item in items.items()}
+        specs = {key: spec_of(item) for key, item in items.items()}
         if not items:
             return _done([])
         try:
@@ -111,6 +112,64 @@ class Writer(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return False
+
+
+class Source(Protocol):
+    """What a training is loaded from; all ranks ask it the same, in this order."""
+
+    @property
+    def verify(self) -> bool:
+        """Whether checksums of all that is read are compared."""
+        ...
+
+    def index(self) -> Index:
+        """What there is.
+
+        Raises:
+            CheckpointError: nothing of this kind.
+        """
+        ...
+
+    def check(self, index: Index, names: set[str]) -> None:
+        """That the tensors of these names can be read.
+
+        Raises:
+            CheckpointError: they cannot.
+        """
+        ...
+
+    def reader(self, index: Index) -> StorageReader:
+        """What DCP reads them with."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint on disk, as a source.
+
+    Attributes:
+        verify: compare the checksums of all that is read.
+        tells: whether this rank warns of what has none.
+    """
+
+    path: Path
+    verify: bool
+    tells: bool
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def index(self) -> Index:
+        found = read_index(self.path, self.verify)
+        if self.verify and self.tells:
+            say_without_checksums(self.path, found)
+        return found
+
+    def check(self, index: Index, names: set[str]) -> None:
+        check_files(self.path, index, names, self.verify)
+
+    def reader(self, index: Index) -> StorageReader:
+        return Reader(self.path, index, self.verify)
 
 
 class Reader(StorageReader):
@@ -258,7 +317,7 @@ def reading(folder: Path, index: Index) -> Iterator[Callable[[str], torch.Tensor
         yield read
 
 
-def _key(item: WriteItem) -> str:
+def key_of(item: WriteItem) -> str:
     """The name of a box in its file: its tensor's, if it is all of it."""
     assert item.tensor_data is not None
     if item.tensor_data.chunk.sizes == item.tensor_data.size:
@@ -266,7 +325,8 @@ def _key(item: WriteItem) -> str:
     return f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"
 
 
-def _spec(item: WriteItem) -> TensorSpec:
+def spec_of(item: WriteItem) -> TensorSpec:
+    """Of a box."""
     assert item.tensor_data is not None
     data = item.tensor_data
     return TensorSpec(dtype_name(data.properties.dtype), tuple(data.chunk.sizes))

@@ -182,12 +182,21 @@ def read_index(folder: Path, verify: bool = True) -> Index:
     try:
         if verify and version != WITHOUT_CHECKSUMS and seal is None:
             raise ValueError("the checksum at its end is missing")
-        return _parse(fields, version != WITHOUT_CHECKSUMS)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return parsed(fields, version != WITHOUT_CHECKSUMS)
+    except NOT_AS_WRITTEN as error:
         raise _damaged(path, error) from error
 
 
-def _parse(fields: Mapping[str, Any], summed: bool) -> Index:
+NOT_AS_WRITTEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""What `parsed` raises."""
+
+
+def parsed(fields: Mapping[str, Any], summed: bool = True) -> Index:
+    """An index from its JSON data, once all of that is found in order.
+
+    Args:
+        summed: whether there are checksums.
+    """
     files = {name: _file(name, found) for name, found in fields["files"].items()} if summed else {}
     tensors = {name: _entry(name, found) for name, found in fields["tensors"].items()}
     places = [(chunk.file, chunk.key) for entry in tensors.values() for chunk in entry.chunks]

@@ -75,10 +75,10 @@ def _about_me() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "began": _began(os.getpid()),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "began": began(os.getpid()),
+        "boot": boot_id(),
         "machine": _text("/etc/machine-id"),
-        "space": _space(),
+        "space": space(),
         "run": os.environ.get("TORCHELASTIC_RUN_ID", ""),
         "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", ""),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -90,7 +90,7 @@ def _is_over(found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
     """Whether an owner is known to live no more."""
     if _is_seen(found, mine):
         pid = found.get("pid")
-        return type(pid) is not int or pid < 1 or _began(pid) != found.get("began")
+        return type(pid) is not int or pid < 1 or began(pid) != found.get("began")
     same_machine = mine["machine"] and all(found.get(k) == mine[k] for k in ("machine", "host"))
     if same_machine and mine["boot"] and found.get("boot") != mine["boot"]:
         return True
@@ -173,14 +173,19 @@ def _release(path: Path, token: str, pid: int) -> None:
             path.unlink()
 
 
-def _began(pid: int) -> str:
+def boot_id() -> str:
+    """Of this kernel, since it has started; "" where there is none."""
+    return _text("/proc/sys/kernel/random/boot_id")
+
+
+def began(pid: int) -> str:
     """When a process began, in ticks since the machine did; "" where there is none."""
     state, _, rest = _text(f"/proc/{pid}/stat").rpartition(")")
     fields = rest.split()
     return "" if not state or len(fields) < 20 or fields[0] in "ZX" else fields[19]
 
 
-def _space() -> str:
+def space() -> str:
     """In which numbers of processes are told apart."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())

@@ -109,13 +109,11 @@ def write(
     Raises:
         OSError: for example no space left.
     """
-    # Wide dtypes first, so that all data is aligned, as the format recommends.
-    order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
-    header = _header({name: specs[name] for name in order})
+    header, starts = layout(specs)
     sums = {}
     with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         file.write(header)
-        for name in order:
+        for name in starts:
             data = checksums.bytes_of(read(name))
             if specs[name].nbytes < _BESIDE_BYTES:
                 sums[name] = sum_of(data)
@@ -129,20 +127,26 @@ def write(
         return FileFacts(file.tell(), sum_of(header)), sums
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """What a file of these tensors begins with, and tensor name -> the byte that it begins at.
+
+    Wide dtypes come first, so that all data is aligned, as the format recommends.
+    """
+    order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, spec in specs.items():
-        end = start + spec.nbytes
+    end, starts = 0, {}
+    for name in order:
+        starts[name], spec = end, specs[name]
+        end += spec.nbytes
         header[name] = {
             "dtype": DTYPES[spec.dtype][1],
             "shape": list(spec.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [starts[name], end],
         }
-        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    content = len(text).to_bytes(8, "little") + text
+    return content, {name: len(content) + start for name, start in starts.items()}
 
 
 class TensorFile:

@@ -196,13 +196,14 @@ class _Gloo:
         for group in list(_groups):
             with suppress(Exception):
                 if "gloo" in dist.get_backend(group) and group.size() > 1:
-                    _close(group)
+                    close(group)
 
 
 _GLOO = _Gloo()
 
 
-def _close(group: dist.ProcessGroup) -> None:
+def close(group: dist.ProcessGroup) -> None:
+    """Make all that waits in a group of gloo fail, now and later."""
     room = torch.empty(1)
     for other in range(group.size()):
         if other != group.rank():

@@ -17,7 +17,7 @@ import pipecompile
 import torch
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.runtime import executor, stored
-from pipecompile.runtime.checkpoint import checkpoint
+from pipecompile.runtime.checkpoint import checkpoint, storage
 from pipecompile.runtime.exchange import lookout, peers
 from pipecompile.runtime.transport import joining
 from pipecompile.runtime.transport.neighbours import SWITCH
@@ -65,7 +65,7 @@ def planted(place: str, how: str) -> Iterator[None]:
         "B": (executor.Executor, "_compute", lambda args: str(args[1]) == "1B1"),
         "optimizer": (torch.optim.SGD, "step", None),
         "save": (checkpoint.snapshot, "facts_of", None),
-        "load": (checkpoint, "read_index", None),
+        "load": (storage, "read_index", None),
         "state_dict": (stored.state_dicts, "gather", None),
         "compile": (Builder, "build", None),
         "loader": (models_batch, "fault", None),

@@ -73,7 +73,7 @@ def claim(folder: Path, **changes: Any) -> None:
 
 
 def test_who_is_known_to_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = {"pid": os.getppid(), "began": owner._began(os.getppid())}
+    alive = {"pid": os.getppid(), "began": owner.began(os.getppid())}
     far = {"host": "node7", "boot": "another", "machine": "another", "run": "r1", "attempt": "0"}
     own = owner.own
     claim(tmp_path, **alive)
@@ -136,7 +136,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "link", never)
     mine = owner.own(tmp_path)
     assert owner.own(tmp_path) is mine
-    claim(tmp_path, pid=os.getppid(), began=owner._began(os.getppid()))
+    claim(tmp_path, pid=os.getppid(), began=owner.began(os.getppid()))
     assert "belongs to" in refused(lambda: owner.own(tmp_path))
 
 
