@@ -32,6 +32,7 @@ from .holdings import Held, neighbours
 from .memory import Memory, sealed
 from .piece import Form, Room
 
+_SIZES, _ANSWER, _TENSORS, _FACTS = 1, 2, 3, 4  # tags: two ranks may be each other's neighbours
 _ENDS_S = 5.0  # what the thread has for ending once its connections are closed
 
 
@@ -168,13 +169,13 @@ class Keeper:
         if self._to is None and not self._sources:
             return ""
         sizes = torch.tensor([content.numel(), len(facts)])
-        sent: list[dist.Work | None] = [self._send(sizes)]
+        sent: list[dist.Work | None] = [self._send(sizes, _SIZES)]
         lack = ""
         kept: list[tuple[Held, torch.Tensor]] = []
-        taken = []
+        taken: list[dist.Work | None] = []
         for source in self._sources:
             theirs = torch.empty(2, dtype=torch.int64)
-            dist.recv(theirs, source, self._group)
+            dist.recv(theirs, source, self._group, _SIZES)
             size_bytes, facts_bytes = map(int, theirs)
             other = self._held(held.steps, source)
             room = None
@@ -182,17 +183,19 @@ class Keeper:
                 room = self._room(other, size_bytes) if facts_bytes else None
             except OSError as error:
                 lack = f"rank {self._rank} has no room for a copy: {error.strerror or error}"
-            sent.append(dist.isend(torch.tensor([int(room is not None)]), source, self._group))
+            answer = torch.tensor([int(room is not None)])
+            sent.append(dist.isend(answer, source, self._group, _ANSWER))
             if room is not None:
                 told = torch.empty(facts_bytes, dtype=torch.uint8)
-                taken += [dist.irecv(each, source, self._group) for each in (room.content, told)]
+                taken.append(dist.irecv(room.content, source, self._group, _TENSORS))
+                taken.append(dist.irecv(told, source, self._group, _FACTS))
                 kept.append((other, told))
         if self._to is not None:
             wanted = torch.empty(1, dtype=torch.int64)
-            dist.recv(wanted, self._to, self._group)
+            dist.recv(wanted, self._to, self._group, _ANSWER)
             if wanted.item():
                 told = torch.frombuffer(bytearray(facts), dtype=torch.uint8)
-                sent += [self._send(content), self._send(told)]
+                sent += [self._send(content, _TENSORS), self._send(told, _FACTS)]
         for work in (*taken, *sent):
             if work is not None:
                 work.wait()
@@ -200,5 +203,5 @@ class Keeper:
             self._memory.publish(other, told.numpy().tobytes())
         return lack
 
-    def _send(self, tensor: torch.Tensor) -> dist.Work | None:
-        return None if self._to is None else dist.isend(tensor, self._to, self._group)
+    def _send(self, tensor: torch.Tensor, tag: int) -> dist.Work | None:
+        return None if self._to is None else dist.isend(tensor, self._to, self._group, tag)

@@ -1,0 +1,242 @@
+"""Real runs of torchrun's elastic agents, whose processes are killed and come back.
+
+What stands for a machine is an agent with its workers, and a folder in memory of its own. The store
+through which agents meet is this process's, so that any of them may go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from pipecompile.runtime.elastic.memory import PREFIX, WHERE
+
+from support.gang import free_port
+
+TRAIN = """
+import sys, time
+from functools import partial
+import torch
+from pipecompile import elastic
+
+total, stages, options = int(sys.argv[1]), eval(sys.argv[2]), eval(sys.argv[3])
+torch.manual_seed(0)
+torch.set_num_threads(1)
+rows = [{"x": x, "label": x.sum().long() % 4} for x in torch.randn(64, 8)]
+
+def loss_fn(out, batch):
+    return torch.nn.functional.cross_entropy(out, batch["label"])
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+        self.body = torch.nn.Sequential(*(layer() for _ in range(3)), torch.nn.Dropout(0.1))
+        self.head = torch.nn.Linear(8, 4)
+    def forward(self, x, label):
+        return self.head(self.body(x))
+
+with elastic.Session(**options.pop("session", {})) as session:
+    pipe = session.compile(
+        Model(), stages, global_microbatches=4, seed=3, loss_fn=loss_fn,
+        example_batch={"x": torch.zeros(16, 8), "label": torch.zeros(16, dtype=torch.long)},
+        optimizer=partial(torch.optim.AdamW, lr=0.01), max_grad_norm=1.0,
+        lr_scheduler=partial(torch.optim.lr_scheduler.LinearLR, total_iters=total), **options,
+    )
+    loader = pipe.loader(rows, batch_size=16, shuffle=True)
+    average = pipe.averaged()
+    for number, batch in enumerate(session.batches(loader, epochs=total // 4)):
+        loss = pipe.step(batch)
+        average.update()
+        if not number and pipe.is_main:
+            again = session.resumed
+            print(f"from {again.source or 'nothing'} after {again.passes} "
+                  f"as {pipe.plan.n_stages} x {pipe.plan.dp}", flush=True)
+        if pipe.is_main:
+            drawn = torch.rand(()).item()
+            print(f"step {pipe.steps - 1} loss {loss.item().hex()} {drawn}", flush=True)
+        time.sleep(0.05)
+"""
+"""Prints of each step its loss in full, and a number that the script draws itself."""
+
+LINE = re.compile(r"step +(\d+) +loss (.*)")
+
+
+@dataclass
+class Step:
+    """What rank 0 has printed of a step."""
+
+    number: int
+    text: str
+    at_s: float
+
+
+@dataclass
+class Machine:
+    """An agent, and the folder in which its workers keep their memory."""
+
+    number: int
+    memory: Path
+    agent: subprocess.Popen[str] | None = None
+
+    @property
+    def workers(self) -> dict[int, int]:
+        """Rank -> process."""
+        return {} if self.agent is None else workers_of(self.agent.pid)
+
+
+def workers_of(agent: int) -> dict[int, int]:
+    found = {}
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    with contextlib.suppress(OSError):
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError, ValueError):
+                content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+                pairs = dict(each.split("=", 1) for each in content.split("\0") if "=" in each)
+                if "TORCHELASTIC_RUN_ID" in pairs:
+                    found[int(pairs["RANK"])] = int(pid)
+    return found
+
+
+@dataclass
+class Run:
+    """A script under several agents.
+
+    Attributes:
+        fewest: machines without which the agents do not begin.
+        steps: all that rank 0 has printed of steps, repeated ones too.
+        said: all other lines.
+    """
+
+    command: Sequence[str]
+    folder: Path
+    count: int
+    fewest: int = 1
+    per_machine: int = 1
+    restarts: int = 20
+    environment: dict[str, str] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Run:
+        self.port = free_port()
+        wait = timedelta(seconds=60)
+        self._store = dist.TCPStore(
+            "localhost", self.port, is_master=True, wait_for_workers=False, timeout=wait
+        )
+        self._shm = Path(tempfile.mkdtemp(prefix="elastic-test-", dir="/dev/shm"))
+        self._threads: list[threading.Thread] = []
+        self.machines = [Machine(n, self._shm / f"m{n}") for n in range(self.count)]
+        for machine in self.machines:
+            self.start(machine)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for machine in self.machines:
+            self.stop(machine)
+        shutil.rmtree(self._shm, ignore_errors=True)
+
+    def start(self, machine: Machine) -> None:
+        """An agent on a machine that has none."""
+        machine.memory.mkdir(exist_ok=True)
+        conf = "is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+        machine.agent = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"),
+                *(f"--nnodes={self.fewest}:{self.count}", f"--nproc-per-node={self.per_machine}"),
+                *(f"--max-restarts={self.restarts}", f"--rdzv-endpoint=localhost:{self.port}"),
+                *("--rdzv-id=elastic", f"--rdzv-conf={conf}", *self.command),
+            ],
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", WHERE: str(machine.memory)}
+            | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            | self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        thread = threading.Thread(target=self._read, args=(machine.agent.stdout,), daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _read(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            found = LINE.match(line)
+            if found:
+                self.steps.append(Step(int(found[1]), found[2].strip(), time.monotonic()))
+            else:
+                self.said.append(line.rstrip())
+
+    def stop(self, machine: Machine) -> None:
+        """A machine is gone at once, but for its memory."""
+        if machine.agent is not None:
+            for pid in (*machine.workers.values(), machine.agent.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            machine.agent.wait()
+            machine.agent = None
+
+    def lose(self, machine: Machine) -> None:
+        """A machine is gone, with its memory."""
+        self.stop(machine)
+        shutil.rmtree(machine.memory, ignore_errors=True)
+
+    @property
+    def workers(self) -> dict[int, int]:
+        """Rank -> process, of all machines."""
+        return {r: pid for machine in self.machines for r, pid in machine.workers.items()}
+
+    def machine_of(self, rank: int) -> Machine:
+        return next(machine for machine in self.machines if rank in machine.workers)
+
+    def wait_for(self, true: Callable[[], bool], limit_s: float, what: str) -> None:
+        """Raises AssertionError, with what was said, where it does not come true."""
+        deadline = time.monotonic() + limit_s
+        while not true():
+            if time.monotonic() > deadline:
+                raise AssertionError("\n".join([f"{what} took too long", *self.said[-80:]]))
+            time.sleep(0.02)
+
+    def reached(self, step: int, limit_s: float = 120) -> None:
+        """Wait for a step that has not been before."""
+        self.wait_for(lambda: any(s.number >= step for s in self.steps), limit_s, f"step {step}")
+
+    def finished(self, limit_s: float = 120) -> list[int]:
+        """Wait for the end; the exit statuses of the agents that were there."""
+        agents = [machine.agent for machine in self.machines if machine.agent is not None]
+        self.wait_for(lambda: all(a.poll() is not None for a in agents), limit_s, "the end")
+        for thread in self._threads:
+            thread.join(5)
+        return [agent.returncode for agent in agents]
+
+    @property
+    def curve(self) -> dict[int, str]:
+        """Step -> what was printed of it last."""
+        return {step.number: step.text for step in self.steps}
+
+    @property
+    def left(self) -> list[str]:
+        """What is in the memory of machines."""
+        return sorted(str(path) for path in self._shm.glob(f"*/{PREFIX}*"))
+
+
+def script_of(folder: Path) -> str:
+    """`TRAIN` as a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train.py"
+    path.write_text(TRAIN)
+    return str(path)
