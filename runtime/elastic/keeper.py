@@ -49,7 +49,7 @@ class Keeper:
     """Of one process, in one attempt.
 
     Args:
-        group: over gloo, for nothing else.
+        group: over gloo, for nothing else; None where there is one rank.
         places: the machine of each rank.
         first: what a machine does once the first snapshot is complete.
 
@@ -64,7 +64,7 @@ class Keeper:
         attempt: str,
         rank: int,
         places: Sequence[str],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         first: Callable[[], None],
     ):
         self._memory, self._attempt, self._rank, self._group = memory, attempt, rank, group
@@ -115,7 +115,7 @@ class Keeper:
 
     def abandon(self) -> None:
         """This process ends by an error: its thread must not be inside of gloo then."""
-        if self._thread is not None:
+        if self._thread is not None and self._group is not None:
             with suppress(Exception):
                 joining.close(self._group)
             self._thread.join(_ENDS_S)
@@ -154,7 +154,8 @@ class Keeper:
             content = torch.empty(0, dtype=torch.uint8) if copied is None else copied.room.content
             lack = self._swap(held, content, facts) or lack
             whole = torch.tensor([0 if lack else 1])
-            dist.all_reduce(whole, dist.ReduceOp.MIN, group=self._group)
+            if self._group is not None:
+                dist.all_reduce(whole, dist.ReduceOp.MIN, group=self._group)
             self.lack = "" if whole.item() else lack or "another rank has no room for a snapshot"
             if not self.lack:
                 self.complete += 1
