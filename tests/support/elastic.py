@@ -27,7 +27,7 @@ from pipecompile.runtime.elastic.memory import PREFIX, WHERE
 from support.gang import free_port
 
 TRAIN = """
-import sys, time
+import os, sys, time
 from functools import partial
 import torch
 from pipecompile import elastic
@@ -69,8 +69,12 @@ with elastic.Session(**options.pop("session", {})) as session:
             drawn = torch.rand(()).item()
             print(f"step {pipe.steps - 1} loss {loss.item().hex()} {drawn}", flush=True)
         time.sleep(0.05)
+        gate = os.environ.get("GATE", "/")
+        while pipe.steps > total // 2 and not os.path.exists(gate):
+            time.sleep(0.05)
 """
-"""Prints of each step its loss in full, and a number that the script draws itself."""
+"""Prints of each step its loss in full, and a number that the script draws itself. Half way it waits
+for the file ``GATE``, where that is given."""
 
 LINE = re.compile(r"step +(\d+) +loss (.*)")
 
@@ -214,6 +218,14 @@ class Run:
     def reached(self, step: int, limit_s: float = 120) -> None:
         """Wait for a step that has not been before."""
         self.wait_for(lambda: any(s.number >= step for s in self.steps), limit_s, f"step {step}")
+
+    def restarted(self, times: int, limit_s: float = 120) -> None:
+        """Wait until `TRAIN` has begun so often after the first time, and has taken a step."""
+
+        def begun() -> bool:
+            return sum(line.startswith("from ") for line in list(self.said)) > times
+
+        self.wait_for(begun, limit_s, f"restart {times}")
 
     def finished(self, limit_s: float = 120) -> list[int]:
         """Wait for the end; the exit statuses of the agents that were there."""

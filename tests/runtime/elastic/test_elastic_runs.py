@@ -1,0 +1,106 @@
+"""Whole runs under torchrun's elastic agents whose processes and machines are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.elastic import Run, script_of
+
+STEPS = 24
+SAME, ANY = "(2, 2)", "(1, 4)"
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, count: int, stages: str = SAME, options: str = "{}", **more: Any) -> Run:
+    return Run([script_of(folder), str(STEPS), stages, options], folder, count, **more)
+
+
+def curve_of(folder: Path, count: int, stages: str = SAME) -> dict[int, str]:
+    """Of a run that nothing happens to."""
+    with run(folder, count, stages) as undisturbed:
+        assert set(undisturbed.finished()) == {0}
+        assert undisturbed.left == []
+        return undisturbed.curve
+
+
+def losses(curve: dict[int, str]) -> list[float]:
+    return [float.fromhex(text.split()[0]) for _, text in sorted(curve.items())]
+
+
+def sources(went: Run) -> list[str]:
+    return [line for line in went.said if line.startswith("from ")]
+
+
+def repeated(went: Run) -> int:
+    """Steps that were done twice."""
+    return len(went.steps) - len(went.curve)
+
+
+def test_killed_workers_cost_a_step_at_most_and_no_bit(tmp_path: Path) -> None:
+    """One after the other, of one machine's two; the script's own random numbers go on too."""
+    expected = curve_of(tmp_path, 2)
+    with run(tmp_path, 2) as went:
+        for rank, step, restarts in ((1, 5, 1), (0, 12, 2)):
+            went.reached(step)
+            os.kill(went.workers[rank], signal.SIGKILL)
+            went.restarted(restarts)
+        assert set(went.finished()) == {0}
+        assert went.curve == expected
+        assert [line.split()[1] for line in sources(went)] == ["nothing", "memory", "memory"]
+        assert repeated(went) <= 2
+        assert went.left == []
+
+
+def test_a_machine_is_lost_with_its_memory_and_comes_back(tmp_path: Path) -> None:
+    """Three, then two of other stages, then three again: the curve goes on as one."""
+    expected = losses(curve_of(tmp_path, 3, "(3, 3)"))
+    gate = tmp_path / "gate"
+    with run(tmp_path, 3, ANY, environment={"GATE": str(gate)}) as went:
+        went.reached(4)
+        machine = went.machine_of(2)
+        went.lose(machine)
+        went.restarted(1)
+        went.start(machine)
+        went.restarted(2)
+        gate.touch()
+        assert set(went.finished()) == {0}
+        first, second, third = sources(went)
+        assert second.startswith("from memory")
+        assert third.startswith("from memory")
+        assert len({each.split(" as ")[1] for each in (first, second)}) == 2
+        assert sorted(went.curve) == list(range(STEPS))
+        assert repeated(went) <= 2
+        assert went.left == []
+        assert losses(went.curve) == pytest.approx(expected, rel=0.05)
+
+
+def test_what_is_too_many_waits_and_takes_a_lost_ones_place(tmp_path: Path) -> None:
+    expected = curve_of(tmp_path, 2)
+    with run(tmp_path, 3) as went:
+        went.reached(5)
+        went.lose(went.machine_of(1))
+        assert set(went.finished()) == {0}
+        assert went.curve == expected
+        assert [line.split()[1] for line in sources(went)] == ["nothing", "memory"]
+        assert any("rank 2 waits" in line for line in went.said)
+
+
+def test_everything_is_lost_but_the_disk(tmp_path: Path) -> None:
+    expected = curve_of(tmp_path, 2)
+    disk = repr({"session": {"directory": str(tmp_path / "run"), "save_every": 3}})
+    with run(tmp_path, 2, SAME, disk) as went:
+        went.reached(8)
+        for machine in went.machines:
+            went.stop(machine)  # the memory stays, and belongs to agents that are no more
+        assert len(went.left) == 2
+        for machine in went.machines:
+            went.start(machine)
+        assert set(went.finished()) == {0}
+        assert went.curve == expected
+        assert sources(went)[-1].startswith("from disk after 6")
+        assert went.left == []
