@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-slow test-torch mutants lint bench predictions published planner-table \
 	tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
-	gpu gpu-tests gpu-figures gpu-wheels clean
+	elastic-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -41,6 +41,8 @@ help:
 	@echo "make checkpoint-table  what checksums cost in saving and loading 1 GiB"
 	@echo "make metrics-table     what metrics, callbacks and gathered outputs cost per step"
 	@echo "make finetune-table    what LoRA and freezing save, measured and planned"
+	@echo "make elastic-table     what copies of the state in memory cost per step"
+	@echo "make chaos             faults at random moments of a training: MINUTES=5 SEED=0 FAULTS=200"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
@@ -114,6 +116,15 @@ metrics-table: $(READY)
 
 finetune-table: $(READY)
 	$(BIN)/python tests/bench/finetuning_table.py
+
+elastic-table: $(READY)
+	$(BIN)/python tests/bench/elastic_table.py
+
+MINUTES ?= 5
+SEED ?= 0
+FAULTS ?= 10000
+chaos: $(READY)
+	$(BIN)/python tests/bench/chaos.py --minutes $(MINUTES) --seed $(SEED) --faults $(FAULTS)
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py

@@ -28,6 +28,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         pytest.param("docs/metrics.md", marks=pytest.mark.slow),
         "docs/checkpoints.md",
         pytest.param("docs/inference.md", marks=pytest.mark.slow),
+        "docs/elastic.md",
     ],
 )
 def test_the_blocks_of_a_document_run(

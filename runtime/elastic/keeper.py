@@ -147,10 +147,7 @@ class Keeper:
             if copied is not None:
                 told = piece.described(copied.form, copied.room)
                 facts = sealed(held, told | copied.rest)
-                try:
-                    self._memory.publish(held, facts)
-                except OSError as error:
-                    lack = f"rank {self._rank} has no room for a snapshot: {error.strerror}"
+                lack = self._published(held, facts)
             content = torch.empty(0, dtype=torch.uint8) if copied is None else copied.room.content
             lack = self._swap(held, content, facts) or lack
             whole = torch.tensor([0 if lack else 1])
@@ -163,6 +160,14 @@ class Keeper:
                     self._first()
         except Exception as error:
             self._error = error
+
+    def _published(self, held: Held, facts: bytes) -> str:
+        """Why a piece could not be, or ""."""
+        try:
+            self._memory.publish(held, facts)
+        except OSError as error:
+            return f"rank {self._rank} has no room for a snapshot: {error.strerror or error}"
+        return ""
 
     def _swap(self, held: Held, content: torch.Tensor, facts: bytes) -> str:
         """Give a copy to the neighbour, and keep those of whom this rank is the neighbour; why not
@@ -201,7 +206,7 @@ class Keeper:
             if work is not None:
                 work.wait()
         for other, told in kept:
-            self._memory.publish(other, told.numpy().tobytes())
+            lack = self._published(other, told.numpy().tobytes()) or lack
         return lack
 
     def _send(self, tensor: torch.Tensor, tag: int) -> dist.Work | None:

@@ -27,7 +27,7 @@ from pipecompile.runtime.elastic.memory import PREFIX, WHERE
 from support.gang import free_port
 
 TRAIN = """
-import os, sys, time
+import os, signal, sys, time
 from functools import partial
 import torch
 from pipecompile import elastic
@@ -39,6 +39,14 @@ rows = [{"x": x, "label": x.sum().long() % 4} for x in torch.randn(64, 8)]
 
 def loss_fn(out, batch):
     return torch.nn.functional.cross_entropy(out, batch["label"])
+
+def fail(*_):
+    raise ArithmeticError("out of numbers")
+signal.signal(signal.SIGUSR2, fail)
+
+def last():
+    path = os.environ.get("END", "")
+    return int(open(path).read()) if os.path.exists(path) else -1
 
 class Model(torch.nn.Module):
     def __init__(self):
@@ -59,6 +67,8 @@ with elastic.Session(**options.pop("session", {})) as session:
     loader = pipe.loader(rows, batch_size=16, shuffle=True)
     average = pipe.averaged()
     for number, batch in enumerate(session.batches(loader, epochs=total // 4)):
+        if pipe.steps == last():
+            break
         loss = pipe.step(batch)
         average.update()
         if not number and pipe.is_main:
@@ -73,8 +83,9 @@ with elastic.Session(**options.pop("session", {})) as session:
         while pipe.steps > total // 2 and not os.path.exists(gate):
             time.sleep(0.05)
 """
-"""Prints of each step its loss in full, and a number that the script draws itself. Half way it waits
-for the file ``GATE``, where that is given."""
+"""Prints of each step its loss in full, and a number that the script draws itself. Half way it
+waits for the file ``GATE``, and it ends before the step that the file ``END`` says, where these are
+given. SIGUSR2 is an error wherever the script is."""
 
 LINE = re.compile(r"step +(\d+) +loss (.*)")
 

@@ -1,0 +1,61 @@
+"""Faults at random moments of a training under torchrun, and what they cost.
+
+python tests/bench/chaos.py --minutes 5 --seed 0     # or --faults 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.chaos import TIMEOUT_S, compared, drawn, endured, summary
+from support.elastic import Run, script_of
+
+RANKS = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Random faults of a real run.")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--faults", type=int, default=10_000, help="at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="all that the processes say")
+    args = parser.parse_args()
+    os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")
+    with tempfile.TemporaryDirectory() as name:
+        return endure(Path(name), args.minutes, args.faults, args.seed, args.verbose)
+
+
+def endure(folder: Path, minutes: float, count: int, seed: int, verbose: bool = False) -> int:
+    """A run with faults, and then one without; 0 if their curves are one."""
+    end, directory = folder / "end", folder / "checkpoints"
+    session = {"directory": str(directory), "save_every": 7, "keep": 3}
+    options = repr({"session": session, "timeout_s": TIMEOUT_S})
+    command = [script_of(folder), str(10**6), f"({RANKS}, {RANKS})", options]
+    environment = {"END": str(end), "PIPECOMPILE_CACHE": str(folder / "cache")}
+    more = {"fewest": RANKS, "restarts": 10**6, "environment": environment}
+    faults = list(itertools.islice(drawn(seed, RANKS), count))
+    with Run(command, folder, RANKS, **more) as run:  # type: ignore[arg-type]
+        try:
+            chaos = endured(run, directory, end, faults, minutes)
+        finally:
+            if verbose:
+                print("\n".join(run.said), file=sys.stderr)
+        curve = run.curve
+    command[-1] = repr({"timeout_s": TIMEOUT_S})
+    with Run(command, folder, RANKS, **more) as undisturbed:  # type: ignore[arg-type]
+        undisturbed.finished(60 + len(curve))
+        chaos.wrong += compared(curve, undisturbed.curve)
+    print(json.dumps(summary(chaos) | {"seed": seed}, indent=2))
+    return 1 if chaos.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
