@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ...compiler.driver.auto import Open
 from ...compiler.ir.errors import OptionError
@@ -120,12 +121,13 @@ def _wait_for_the_end() -> NoReturn:
     raise SystemExit(0)
 
 
-def _store() -> dist.TCPStore:
+def _store() -> Store:
     """Of this attempt; it may be kept by rank 0."""
-    return dist.TCPStore(
+    made: Store = dist.TCPStore(  # type: ignore[attr-defined]  # public, and not told to checkers
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=300),
     )
+    return made

@@ -1,6 +1,7 @@
 """Faults at random moments of a training under torchrun, and what they cost.
 
 python tests/bench/chaos.py --minutes 5 --seed 0     # or --faults 200
+python tests/bench/chaos.py --plain                  # the same faults of DDP with torch.save
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support import chaos_rival
 from support.chaos import TIMEOUT_S, compared, drawn, endured, summary
 from support.elastic import Run, script_of
 
@@ -26,31 +28,60 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--faults", type=int, default=10_000, help="at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="DDP and torch.save")
     parser.add_argument("--verbose", action="store_true", help="all that the processes say")
     args = parser.parse_args()
     os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")
     with tempfile.TemporaryDirectory() as name:
-        return endure(Path(name), args.minutes, args.faults, args.seed, args.verbose)
+        folder = Path(name)
+        commands = plain(folder) if args.plain else ours(folder)
+        return endure(folder, commands, args.minutes, args.faults, args.seed, args.verbose)
 
 
-def endure(folder: Path, minutes: float, count: int, seed: int, verbose: bool = False) -> int:
-    """A run with faults, and then one without; 0 if their curves are one."""
+def ours(folder: Path) -> tuple[list[str], list[str]]:
+    """The command of a run that saves, and of one that does not."""
+    session = {"directory": str(folder / "checkpoints"), "save_every": 7, "keep": 3}
+    commands = [script_of(folder), str(10**6), f"({RANKS}, {RANKS})"]
+    options = {"timeout_s": TIMEOUT_S}
+    return [*commands, repr({"session": session, **options})], [*commands, repr(options)]
+
+
+def plain(folder: Path) -> tuple[list[str], list[str]]:
+    """As `ours`, without this library."""
+    script = chaos_rival.script_of(folder)
+    for name in ("checkpoints", "others"):
+        (folder / name).mkdir()
+    return (
+        [script, str(10**6), str(folder / "checkpoints"), str(TIMEOUT_S)],
+        [script, str(10**6), str(folder / "others"), str(TIMEOUT_S)],
+    )
+
+
+def endure(
+    folder: Path,
+    commands: tuple[list[str], list[str]],
+    minutes: float,
+    count: int,
+    seed: int,
+    verbose: bool = False,
+) -> int:
+    """A run with faults, and then one without; 0 if their curves are one.
+
+    Args:
+        commands: of the one, and of the other.
+    """
     end, directory = folder / "end", folder / "checkpoints"
-    session = {"directory": str(directory), "save_every": 7, "keep": 3}
-    options = repr({"session": session, "timeout_s": TIMEOUT_S})
-    command = [script_of(folder), str(10**6), f"({RANKS}, {RANKS})", options]
     environment = {"END": str(end), "PIPECOMPILE_CACHE": str(folder / "cache")}
     more = {"fewest": RANKS, "restarts": 10**6, "environment": environment}
     faults = list(itertools.islice(drawn(seed, RANKS), count))
-    with Run(command, folder, RANKS, **more) as run:  # type: ignore[arg-type]
+    with Run(commands[0], folder, RANKS, **more) as run:  # type: ignore[arg-type]
         try:
             chaos = endured(run, directory, end, faults, minutes)
         finally:
             if verbose:
                 print("\n".join(run.said), file=sys.stderr)
         curve = run.curve
-    command[-1] = repr({"timeout_s": TIMEOUT_S})
-    with Run(command, folder, RANKS, **more) as undisturbed:  # type: ignore[arg-type]
+    with Run(commands[1], folder, RANKS, **more) as undisturbed:  # type: ignore[arg-type]
         undisturbed.finished(60 + len(curve))
         chaos.wrong += compared(curve, undisturbed.curve)
     print(json.dumps(summary(chaos) | {"seed": seed}, indent=2))

@@ -228,6 +228,8 @@ def endured(run: Run, directory: Path, end: Path, faults: list[Fault], minutes: 
 
 def _check_newest(chaos: Chaos) -> None:
     """The newest checkpoint can be read, every byte of it."""
+    if not list(chaos.directory.glob("step-*")):
+        return  # not of this library
     folder = find(chaos.directory)
     index = read_index(folder)
     with reading(folder, index) as read:

@@ -29,6 +29,7 @@ def test_curves_that_differ_are_told() -> None:
 @pytest.mark.slow
 def test_a_run_endures_random_faults(tmp_path: Path) -> None:
     """And ends with the curve of one that nothing happened to."""
-    from bench.chaos import endure
+    from bench.chaos import endure, ours
 
-    assert endure(tmp_path, 1.0, 6, 1) == 0
+    assert endure(tmp_path, ours(tmp_path), 1.0, 6, 1) == 0
+    assert list((tmp_path / "checkpoints").glob("step-*"))
