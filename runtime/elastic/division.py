@@ -20,6 +20,7 @@ Stages = int | tuple[int, int] | str
 
 _OVER = "pipecompile/elastic/over"
 _SEEN = "pipecompile/elastic/seen"
+MISSING_S = 120.0  # that a run which has begun waits for processes that are missing
 _POLL_S = 0.5
 _LINGER_S = 10.0  # for those that wait to hear that the run is over
 _ALONE_S = 60.0  # for the agent to end a process whose run is gone
@@ -66,6 +67,20 @@ def used_of(processes: int, open_: Open) -> int:
         f"there are {processes} processes, and n_stages= needs {least} for a replica: let it begin "
         f"at {processes} or less, or start at least {least} (torchrun --nnodes={least}:...)"
     )
+
+
+def wait_for_more(error: OptionError) -> NoReturn:
+    """There are too few processes in a run that has trained before: others may be on their way.
+
+    An agent that sees them come starts its processes anew, and that does not count as a restart;
+    an error at once would.
+
+    Raises:
+        OptionError: the error, if nobody comes in time.
+    """
+    print(f"pipecompile: waits {MISSING_S:.0f} s for others: {error}", file=sys.stderr, flush=True)
+    time.sleep(MISSING_S)
+    raise error
 
 
 def leave_out(processes: int, used: int, what: str) -> None:

@@ -160,9 +160,15 @@ class Session:
         processes, alone = world_size(), arguments.devices or (stages or (1,))[0]
         orders = arguments.schedule == AUTO
         shape = (arguments.virtual_stages, arguments.schedule_memory, stages, global_microbatches)
-        used = division.used_of(processes or alone, Open(True, orders, None, *shape))
         if processes:
             _end_with_the_agent()
+        try:
+            used = division.used_of(processes or alone, Open(True, orders, None, *shape))
+        except OptionError as error:
+            if not (processes and memory.look().mine):
+                raise
+            division.wait_for_more(error)
+        if processes:
             what = f"n_stages={n_stages!r}, global_microbatches={global_microbatches}"
             division.leave_out(processes, used, what)
             self._left_out = processes - used

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="all that the processes say")
     args = parser.parse_args()
     os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no process behind
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         commands = plain(folder) if args.plain else ours(folder)
@@ -57,6 +59,10 @@ def plain(folder: Path) -> tuple[list[str], list[str]]:
     )
 
 
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def endure(
     folder: Path,
     commands: tuple[list[str], list[str]],
@@ -76,7 +82,7 @@ def endure(
     faults = list(itertools.islice(drawn(seed, RANKS), count))
     with Run(commands[0], folder, RANKS, **more) as run:  # type: ignore[arg-type]
         try:
-            chaos = endured(run, directory, end, faults, minutes)
+            chaos = endured(run, directory, end, faults, minutes, tell)
         finally:
             if verbose:
                 print("\n".join(run.said), file=sys.stderr)

@@ -19,7 +19,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,25 @@ def _full(pid: int, seconds: float) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
-def endured(run: Run, directory: Path, end: Path, faults: list[Fault], minutes: float) -> Chaos:
-    """Let faults happen to a run until they or the minutes are over, and let it end."""
+def endured(
+    run: Run,
+    directory: Path,
+    end: Path,
+    faults: list[Fault],
+    minutes: float,
+    tell: Callable[[str], None],
+) -> Chaos:
+    """Let faults happen to a run until they or the minutes are over, and let it end.
+
+    Args:
+        tell: is told of each fault, and of what came of it.
+    """
     chaos, deadline = Chaos(run, directory), time.monotonic() + 60 * minutes
     run.reached(1)
     for fault, following in zip(faults, [*faults[1:], None], strict=True):
         if time.monotonic() > deadline:
             break
+        tell(f"{len(chaos.outcomes):3d} at step {chaos._top()}: {fault}")
         if following is not None and following.soon:
             # the next one meets a run that is still going on from this
             outcome = Outcome(fault)
@@ -213,6 +225,7 @@ def endured(run: Run, directory: Path, end: Path, faults: list[Fault], minutes: 
             chaos._happen(fault, outcome)
         else:
             chaos.one(fault)
+            tell(f"    {chaos.outcomes[-1]}")
     draft = end.with_suffix(".draft")
     draft.write_text(str(chaos._top() + AHEAD))
     draft.replace(end)

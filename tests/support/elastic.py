@@ -167,7 +167,7 @@ class Run:
     def start(self, machine: Machine) -> None:
         """An agent on a machine that has none."""
         machine.memory.mkdir(exist_ok=True)
-        conf = "is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+        conf = "is_host=false,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
         machine.agent = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"),

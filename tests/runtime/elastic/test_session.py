@@ -210,6 +210,21 @@ def test_too_few_processes_are_one_error() -> None:
         division.used_of(2, open_)
 
 
+def test_a_run_that_has_begun_waits_for_those_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that has not is told at once."""
+    monkeypatch.setenv(WHERE, str(tmp_path))
+    for name, value in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(division, "MISSING_S", 0.01)
+    for waits in (False, True):
+        with pytest.raises(errors.OptionError, match="n_stages= needs 3"):
+            compiled(elastic.Session(), (3, 3))
+        assert ("waits 0 s for others" in capsys.readouterr().err) == waits
+        Memory.of("run")
+
+
 def test_the_global_batch_is_kept_by_more_microbatches() -> None:
     from pipecompile.compiler.options.options import CompileOptions
 
