@@ -62,6 +62,23 @@ def _losses(dp: int, *start: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_the_elastic_example_runs_in_one_process(tmp_path: Path) -> None:
+    """And goes on from its checkpoint."""
+    example = [sys.executable, str(ROOT / "examples/elastic.py"), "--dir", str(tmp_path / "run")]
+    for steps, first in ((2, 0), (4, 2)):
+        run = subprocess.run(
+            [*example, "--steps", str(steps), "--save-every", "1"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr
+        found = re.findall(r"^step +(\d+)  loss \d", run.stdout, re.MULTILINE)
+        assert [int(number) for number in found] == list(range(first, steps))
+
+
+@pytest.mark.slow
 def test_the_example_prints_its_losses() -> None:
     # the first and the last step, and the held-out text, once by the callback
     assert len(_losses(1)) == 4
