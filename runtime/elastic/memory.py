@@ -1,6 +1,6 @@
 """The memory of a machine that outlives the processes of a run.
 
-    /dev/shm/pipecompile-elastic-1a2b…/               of one run, on one machine
+    /dev/shm/pipecompile-elastic-1a2b…/               of one session of a run, on one machine
         agents/4711-123456                            whose workers use it: one of torchrun's
         00000002-5e6f…/a/part-00003.safetensors       what rank 3 had, in the second attempt
         00000002-5e6f…/a/part-00003.json              what that is; it is there, or it is not
@@ -40,6 +40,11 @@ _SLOTS = "ab"
 
 def folder_of_machine() -> Path:
     return Path(os.environ.get(WHERE, "/dev/shm"))
+
+
+def key_of(directory: str) -> str:
+    """What the names of runs with this folder of checkpoints begin with."""
+    return checksums.of_bytes(directory.encode())[:8] + "-"
 
 
 def machine() -> str:

@@ -81,7 +81,8 @@ class Session:
     calls.
 
     Args:
-        directory: of checkpoints, as `Pipeline.save` has it; None for none.
+        directory: of checkpoints, as `Pipeline.save` has it; None for none. Where a script has
+            several sessions, each needs one of its own: it tells their memory apart, too.
         save_every: passes from one checkpoint to the next, and after the last pass. None leaves
             saving to you.
         keep: checkpoints that stay, as `Pipeline.save` has it.
@@ -285,9 +286,10 @@ class Session:
         with world.guard("resume()"):
             gather, rank = world.agreement.gather, world.mesh.rank or 0
             told = gather((memory.machine(), memory.look()))
-            runs = {run for _, found in told for run in found.mine}
             fresh = gather(secrets.token_hex(8))
-            run = max(runs) if runs else fresh[0]
+            whose = memory.key_of(gather(str(self.directory and self.directory.absolute()))[0])
+            runs = {r for _, found in told for r in found.mine if r.startswith(whose)}
+            run = max(runs) if runs else whose + fresh[0]
             self._memory = world.agreement.together(lambda: Memory.of(run))
             places = [place for place, _ in told]
             order = list(dict.fromkeys(places))

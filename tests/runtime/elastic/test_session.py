@@ -130,6 +130,18 @@ def test_damaged_memory_is_told_and_the_disk_takes_its_place(
     assert "damaged" in said
 
 
+def test_another_session_of_the_script_has_other_memory(
+    gang: Callable[[int], Gang], machine: str, tmp_path: Path
+) -> None:
+    """That of a first phase does not go on from the second one's, when the script begins anew."""
+    phases = [{"directory": str(tmp_path / name)} for name in ("first", "second")]
+    gang(2).run(attempt, 2, 2, 4, True, machine, **phases[0])
+    gang(2).run(attempt, 2, 2, 4, False, machine, **phases[1])
+    for number, passes in ((0, 0), (1, 2)):
+        resumed, _, _ = gang(2).run(attempt, 2, 3, 4, True, machine, **phases[number])[0]
+        assert resumed.passes == passes
+
+
 def test_a_lost_machine_without_a_copy_is_no_snapshot(
     gang: Callable[[int], Gang], machine: str
 ) -> None:
