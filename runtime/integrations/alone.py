@@ -66,6 +66,7 @@ def hand_over(
     def gathered(data: Any, use_gather_object: bool = False) -> Any:
         return keep(data)
 
+    accelerator.dataloader_config.dispatch_batches = False  # nobody to deal out to
     accelerator.prepare = prepared
     accelerator.clip_grad_norm_ = clipped
     accelerator.gather_for_metrics = gathered
