@@ -3,6 +3,7 @@
 from .runtime.monitor.callbacks import Callback as Callback
 from .runtime.monitor.callbacks import Logger as Logger
 from .runtime.monitor.console import Console as Console
+from .runtime.monitor.curve import Curve as Curve
 from .runtime.monitor.files import CSV as CSV
 from .runtime.monitor.files import JSONL as JSONL
 from .runtime.monitor.trackers import MLflow as MLflow

@@ -74,6 +74,7 @@ def main() -> None:
     text, held_out = read_text()
     shape = {"n_embd": args.width, "n_layer": args.layers, "n_head": 4, "n_positions": SEQ}
     config = GPT2Config(vocab_size=256, **shape, bos_token_id=None, eos_token_id=None)
+    curve = callbacks.Curve()
     pipe = pipecompile.compile(
         GPT2LMHeadModel(config),
         n_stages=args.stages,
@@ -82,7 +83,7 @@ def main() -> None:
         optimizer=partial(AdamW, lr=1e-3, weight_decay=0.1),
         lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_cosine, steps=args.steps)),
         max_grad_norm=1.0,
-        callbacks=[callbacks.Console(total=args.steps)],  # one live line
+        callbacks=[callbacks.Console(total=args.steps), curve],  # one live line; a picture
     )
     console = Console(quiet=not pipe.is_main)
     console.print(plan_table(pipe.compile_for(share(text[: BATCH * SEQ].view(BATCH, SEQ), pipe))))
@@ -92,6 +93,7 @@ def main() -> None:
         if step == 1 or step % 50 == 0 or step == args.steps:
             console.print(f"step {step:3d}  loss {loss:.6f}")
 
+    console.print(f"\n{curve}\n", highlight=False)
     batches = held_out[: len(held_out) // (BATCH * SEQ) * (BATCH * SEQ)].view(-1, BATCH, SEQ)
     held_out_loss = pipe.evaluate(share(rows, pipe) for rows in batches)
     console.print(f"held-out text: loss {held_out_loss:.6f}")
