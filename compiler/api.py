@@ -58,6 +58,9 @@ def compile(arguments: Arguments) -> Pipeline:
 def compile_among(arguments: Arguments, open_: Open) -> Pipeline:
     """`compile` the best of what is left open; the arguments say what is not."""
     options = CompileOptions.of(arguments)
+    from ..runtime.monitor.watching import compiles
+
+    compiles(arguments, open_)
     check_model(arguments.model, arguments.loss_fn)
     from ..runtime.start import start, start_best
 

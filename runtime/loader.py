@@ -24,6 +24,7 @@ from ..compiler.tensors.fakes import is_fake
 from .data.cutter import Cutter, Parts, dealt
 from .data.numbers import Numbers
 from .executor import Job, PieceKind
+from .monitor.watching import reaches
 from .world import World
 
 Leaves = tuple[torch.Tensor, ...]
@@ -119,6 +120,8 @@ class Loader:
             RankMismatchError: another rank asks for something else, or a stage of the same replica
                 has other data.
         """
+        if mode is Mode.TRAIN or not self._options.training:
+            reaches(whole, values)
         agreement, mesh = self._world.agreement, self._world.mesh
         if whole is not None and runs and (inputs := self._numbers.inputs(mode)):
             whole, values = whole.opened(inputs, values)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..compiler.capture import batch as batches
+from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.skeleton import Skeleton, skeleton_of
 from ..compiler.capture.whole import with_loss
-from ..compiler.driver.auto import Open, Way, choose, listed
-from ..compiler.driver.builder import Builder, Captures
-from ..compiler.driver.compiled import Compiled, main_mode
+from ..compiler.driver.auto import Open, listed
+from ..compiler.driver.builder import Builder
+from ..compiler.driver.capturing import Shared
 from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.options.microbatches import cut, divide
 from ..compiler.options.options import CompileOptions
+from ..compiler.search.search import search
+from ..compiler.search.space import ways_of
+from ..compiler.search.subject import Subject
 from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
 from .exchange.devices import choose_device, target_of
@@ -84,24 +90,29 @@ def _best(
     brought = mesh.dp if mesh.distributed and not open_.divides else 1  # each replica its share
     whole = given.with_rows(given.rows * brought)
     target = target_of(options, device, mesh)
-    captured: Captures = {}
+    captured = Shared()
 
-    def build(way: Way, finer: int) -> Compiled:
-        tried = way.of(options, dump_dir=None)
-        piece, microbatches = divide(whole, tried, way.dp, finer=finer)
+    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
+        piece, microbatches = divide(whole, tried, tried.dp)
         asked = batches.cut(values, (piece.rows, given.rows - piece.rows))[0] if values else ()
-        builder = Builder(skeleton, tried, target, captured=captured)
-        return builder.build(main_mode(tried), piece, microbatches, batch=asked)
+        return piece, microbatches, asked
 
+    def builder(tried: CompileOptions) -> Builder:
+        return Builder(skeleton, tried, target, captured=captured)
+
+    devices = mesh.size
+    asked = Subject(options, target, devices, builder, divided)
+    ways = ways_of(open_, options, devices, whole.rows)
     team = Ranks(mesh, agreement, model, options)
-    ways = open_.ways(options, mesh.size)
-    if open_.stages is not None and len(ways) == 1 and not open_.orders:
+    if open_.stages is not None and len(ways) == 1:
         chosen = ways[0].of(options, example_batch=None)
         why = f"{ways[0]} is the only division of {mesh.size} that is allowed"
     else:
-        best, trials = team.share(lambda: choose(ways, build, finer=open_.orders))
+        found = team.share(lambda: search(ways, asked.model))
+        best = found.best
         chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
-        why = f"{best.told(open_.orders)} is the shortest predicted step of {listed(trials)}"
+        of = f"{found.told}; {listed(found.trials)}"
+        why = f"{best.told(open_.orders)} is the shortest predicted step of {of}"
     mesh = make_mesh(chosen.n_stages, chosen.dp, chosen.shape(1).placement)
     pipe = Pipeline(model, chosen, skeleton, mesh, device, {"stages": why} | notes)
     rows = cut(whole.rows, pipe.data_shards)

@@ -44,7 +44,9 @@ ROOMS = (
     "compiler/units",
     "compiler/planning",
     "compiler/driver",
+    "compiler/search",
     "compiler/report",
+    "compiler/verdict",
     "compiler/page",
     "runtime/kernels",
     "runtime/graphs",
@@ -66,6 +68,7 @@ ROOMS = (
     "runtime/integrations",
     "runtime/elastic",
     "compiler/zoo",
+    "compiler/subjects",
     "compiler/cli",
 )
 """In the order of the data: a room imports from itself and from those above it."""

@@ -67,6 +67,12 @@ class Table:
             products_s = self.products.seconds(known, dtype, peak) * flops / known.flops
         return max(products_s, moving_s) + self.kernel_s
 
+    def best(self, dtype: str, form: Form | None) -> float:
+        """Of a dtype's peak, the most that products of any size reach."""
+        if isinstance(form, Attention):
+            return max(self.attention.forward, self.attention.backward)
+        return self.products.share_of(dtype)
+
     def together_s(self, kernels_s: float, collectives_s: float) -> float:
         """Of kernels, with collectives beside them."""
         least, most = sorted((kernels_s, collectives_s))

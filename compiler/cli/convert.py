@@ -81,7 +81,7 @@ def _config(source: str) -> dict[str, Any]:
     """The configuration in a JSON file, or of the model that a SPEC names."""
     from ...runtime.checkpoint.snapshot import config_of
     from ...runtime.interchange.writing import read_object
-    from .spec import ModelOptions, load
+    from ..subjects.spec import ModelOptions, load
 
     if source.endswith(".json") and not source.startswith("hf:"):
         return read_object(Path(source))

@@ -21,6 +21,8 @@ SPEC is one of
   path/to/file.py:function   the function takes nothing and returns (model, example batch) or
                              (model, example batch, loss_fn); tensors that it makes have no
                              data, so the model may be of any size
+  path/to/train.py           inspect only: a script, run with the arguments after -- until it would
+                             train; its compile() says the options, and flags change them
   hf:MODEL_TYPE              a transformers model, for example hf:gpt2, hf:llama, hf:t5, hf:vit
   hf:path/to/config.json     the model of a transformers configuration
 """
@@ -70,7 +72,7 @@ def add_command(
         help="its states are part of the memory; sgd is without momentum "
         f"(default: {optimizers[0]})",
     )
-    _add_model(parser.add_argument_group("the model, for hf: only"))
+    _add_model(parser.add_argument_group("the model, for hf: only, and figures of the device"))
     return parser, groups
 
 
@@ -80,7 +82,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change the configuration; repeatable; text_config.KEY=VALUE for one inside it",
+        help="change the configuration; repeatable; text_config.KEY=VALUE for one inside it; of "
+        "any model, device.memory_bytes, device.bytes_per_s, device.flops_per_s.bfloat16, "
+        "device.launch_s, link.bytes_per_s and link.latency_s change the device",
     )
     group.add_argument(
         "--task",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..ir.errors import OptionError
 from ..options.declaration import OUTPUT
 from ..options.parsing import parse_names
 from ..report.quiet import quiet
@@ -24,6 +26,8 @@ examples
   pipecompile inspect hf:gpt2 --stages auto --devices 8 --memory 4GiB
   pipecompile inspect hf:gpt2 --stages 4 --memory 4GiB --compare uniform,sequential
   pipecompile inspect hf:gpt2 --plan plan.json
+  pipecompile inspect train.py -- --layers 2     what the script's own compile() asks for
+  pipecompile inspect hf:llama --stages 8 --device h100 --set link.bytes_per_s=12.5e9
   pipecompile inspect hf:gpt2 --stages 4 --html report.html --trace planned.json
 """
 
@@ -73,10 +77,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     with quiet():
+        from ..subjects.script import is_script, run_script
         from .inspection import inspect
         from .request import Request
 
-        found = inspect(Request.of(args))
+        script = None
+        if is_script(args.spec):
+            script = run_script(Path(args.spec), args.script)
+        elif args.script:
+            raise OptionError(f"what follows -- is for a script, and {args.spec} is none")
+        found = inspect(Request.of(args, script))
     if args.json:
         sys.stdout.write(found.plan.to_json([t.to_dict() for t in found.extras.trials]))
         return 0

@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...passes.schedule.registry import DEFAULT
 from ...passes.schedule.simulate import Timeline
 from ..capture.batch import BatchSpec, flatten
 from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
 from ..capture.whole import with_loss
-from ..driver.auto import Open, Trial, Way, choose
-from ..driver.builder import Builder, Captures
+from ..costs.hardware import Device
+from ..driver.auto import OWN, Open, Trial, Way, choose
+from ..driver.builder import Builder
+from ..driver.capturing import Shared
 from ..driver.compiled import Compiled, main_mode
 from ..driver.record import prepare
-from ..ir.errors import OptionError
+from ..ir.errors import OptionError, PipecompileError
+from ..ir.precision import computed_in
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from ..page.page import Page, write_page
 from ..plan.plan import Plan
 from ..planning.target import Target
-from ..report.compare import ORDERS, QUICK, calibrated, compare, unit_names
+from ..report.compare import ORDERS, QUICK, compare, unit_names
+from ..report.compare import calibrated as as_programs
 from ..report.hints import Subject, hints
 from ..report.report import Extras
+from ..search.neighbours import HELPS, better_than
+from ..search.search import Found, rated, search
+from ..search.space import ways_of
+from ..search.subject import Subject as Searched
+from ..subjects.spec import load
 from ..trace.planned import planned_trace
 from ..trace.writing import write_trace
+from ..verdict.verdict import Change, Judged, verdict_of
 from .request import Request
-from .spec import load
 
 HOST = torch.device("cpu")  # where graphs are traced, whatever they are priced for
+
+
+FEW = 6_000  # operators of graphs that are traced to see whether other microbatches help
+PLANNED = 2  # changes that seem to help most: they are planned, and the first that does is named
 
 
 @dataclass(frozen=True)
@@ -53,21 +70,28 @@ def inspect(request: Request) -> Inspection:
         PipecompileError: a mistake of the user's, of any kind.
     """
     prepare(request.options.dump_dir)
-    subject = load(request.spec, request.model)
+    subject = request.subject or load(request.spec, request.model)
     options = replace(request.options, loss_fn=subject.loss_fn)
     check_model(subject.model, subject.loss_fn)
     model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
     skeleton = _skeleton(model, options)
     trials: tuple[Trial, ...] = ()
+    captured, told = Shared(), ""
     if request.open is None:
-        compiled = _built(request, options, skeleton, whole)
+        compiled = _built(request, options, skeleton, whole, captured=captured)
     else:
-        compiled, trials = _chosen(request, options, skeleton, whole, request.open)
+        compiled, found = _chosen(request, options, skeleton, whole, request.open, captured)
+        trials, told = found.trials, found.told
     plan = compiled.plan
     if request.save is not None:
         _written("--save", request.save, plan.save)
-    problem = None if compiled.problem is None else calibrated(compiled.problem, plan)
+    if request.trace is not None:
+        trace = planned_trace(plan, compiled.timeline)
+        _written("--trace", request.trace, partial(write_trace, trace))
+    if request.bare:
+        return Inspection(plan, compiled.timeline, Extras(trials=trials, searched=told))
+    problem = None if compiled.problem is None else as_programs(compiled.problem, plan)
     names = [name for name in request.compare if name != ORDERS]
     rows = compare(problem, plan.decision, names) if problem and names else ()
     if ORDERS in request.compare and not (request.open and request.open.orders):
@@ -76,10 +100,8 @@ def inspect(request: Request) -> Inspection:
     seconds = plan.decision.search.seconds if request.given is None else None
     fp32 = _in_fp32(request, options, compiled, model, whole) if options.mixed else None
     passes = compiled.records if request.passes else ()
-    extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes)
-    if request.trace is not None:
-        trace = planned_trace(plan, compiled.timeline)
-        _written("--trace", request.trace, partial(write_trace, trace))
+    said = verdict_of(_judged(request, options, compiled, skeleton, whole, captured))
+    extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes, said, told)
     if request.page is not None:
         shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
         page = Page(plan, compiled.timeline, replace(extras, comparison=shown), unit_names(problem))
@@ -91,6 +113,101 @@ def _skeleton(model: nn.Module, options: CompileOptions) -> Skeleton:
     return skeleton_of(model, HOST, options.dtypes, options.eager_modules, options.training)
 
 
+def _judged(
+    request: Request,
+    options: CompileOptions,
+    compiled: Compiled,
+    skeleton: Skeleton,
+    whole: BatchSpec,
+    captured: Shared,
+) -> Judged:
+    """The plan, with its stages and actions in both kinds of seconds."""
+    plan = compiled.plan
+    bare = replace(request.device, table=None)
+
+    def priced(device: Device) -> Compiled:
+        """As the plan, on a device with these prices, whatever memory it has."""
+        own = _as_planned(compiled, options, memory=None)
+        target = Target(HOST, device, math.inf)
+        spec, microbatches = divide(whole, own, own.dp)
+        builder = Builder(skeleton, own, target, captured=captured)
+        return builder.build(main_mode(own), spec, microbatches, compiled.layout)
+
+    bound = compiled if plan.costs == "roofline" else priced(bare)
+    real = priced(request.real) if plan.costs == "roofline" else compiled
+    peak = request.device.peak(computed_in(options.dtypes, skeleton.module))
+    tried = plan.decision.unit_seconds and request.given is None
+    change = _change(request, options, compiled, skeleton, whole, captured) if tried else None
+    seconds = real.plan, real.timeline, bound.plan.step_s
+    return Judged(plan, *seconds, peak, change, bool(tried))
+
+
+def _change(
+    request: Request,
+    options: CompileOptions,
+    compiled: Compiled,
+    skeleton: Skeleton,
+    whole: BatchSpec,
+    captured: Shared,
+) -> Change | None:
+    """What a single other choice would bring, for the same batch and devices."""
+    plan = compiled.plan
+    asked = _as_planned(compiled, options)
+    if asked.kind.fixed:
+        return None
+    own = {name: getattr(asked, name) for name in OWN}
+    way = Way(**own, zero=compiled.layout.zero.level, microbatches=plan.microbatches)
+    searched = _searched(request, asked, skeleton, whole, captured, FEW)
+    model = searched.model
+    near = better_than(way, plan, not options.pin, model.bound, model.sketch)
+    for each in near[:PLANNED]:
+        with suppress(PipecompileError):
+            step_s = model.plan(each.way).step_s
+            if step_s < (1 - HELPS) * plan.step_s:
+                return Change(each.flags, step_s, plan.step_s)
+    return None
+
+
+def _searched(
+    request: Request,
+    options: CompileOptions,
+    skeleton: Skeleton,
+    whole: BatchSpec,
+    captured: Shared,
+    most_traced: int | None = None,
+) -> Searched:
+    target = Target(HOST, request.device, request.limit_bytes)
+
+    def builder(tried: CompileOptions) -> Builder:
+        return Builder(skeleton, tried, target, captured=captured)
+
+    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
+        return *divide(whole, tried, tried.dp), ()
+
+    devices = options.n_stages * options.dp
+    if request.open is not None and request.open.devices:
+        devices = request.open.devices
+    return Searched(options, target, devices, builder, divided, most_traced)
+
+
+def _as_planned(compiled: Compiled, options: CompileOptions, **more: Any) -> CompileOptions:
+    """Options that ask for what was planned, and decide nothing."""
+    plan, zero = compiled.plan, compiled.layout.zero
+    given: dict[str, Any] = {
+        "n_stages": plan.n_stages,
+        "dp": plan.dp,
+        "schedule": plan.options.get("schedule", DEFAULT),
+        "virtual_stages": plan.virtual_stages,
+        "microbatches": plan.microbatches,
+        "zero": zero.level,
+        "zero_by": zero.by if zero.level else AUTO,
+        "plan": None,
+        "dump_dir": None,
+        "skip": options.skip,
+    }
+    return replace(options, **given | more)
+
+
 def _in_fp32(
     request: Request,
     options: CompileOptions,
@@ -99,18 +216,7 @@ def _in_fp32(
     whole: BatchSpec,
 ) -> Plan:
     """The plan of the same stages with all of the model in fp32, whatever memory it would need."""
-    plan = compiled.plan
-    options = replace(
-        options,
-        n_stages=plan.n_stages,
-        dp=plan.dp,
-        zero=compiled.layout.zero.level,
-        zero_by=compiled.layout.zero.by,
-        precision="fp32",
-        memory=None,
-        plan=None,
-        dump_dir=None,
-    )
+    options = _as_planned(compiled, options, precision="fp32", memory=None)
     target = Target(HOST, request.device, math.inf)  # whether that fits is not asked
     skeleton = _skeleton(model, options)
     builder = Builder(skeleton, options, target)
@@ -124,7 +230,7 @@ def _built(
     skeleton: Skeleton,
     whole: BatchSpec,
     finer: int = 1,
-    captured: Captures | None = None,
+    captured: Shared | None = None,
 ) -> Compiled:
     spec, microbatches = divide(whole, options, options.dp, finer=finer)
     target = Target(HOST, request.device, request.limit_bytes)
@@ -138,29 +244,24 @@ def _chosen(
     skeleton: Skeleton,
     whole: BatchSpec,
     open_: Open,
-) -> tuple[Compiled, tuple[Trial, ...]]:
-    """The best way to use the devices, and all that were tried."""
-    captured: Captures = {}
-    built: dict[tuple[Way, int | None], Compiled] = {}
-
-    def build(way: Way, finer: int) -> Compiled:
-        tried = way.of(options, dump_dir=None)
-        made = _built(request, tried, skeleton, whole, finer, captured)
-        built[way, made.plan.microbatches] = made
-        return made
-
-    chosen, trials = choose(open_.ways(options, open_.devices or 1), build, open_.orders)
+    captured: Shared,
+) -> tuple[Compiled, Found]:
+    """The best way to use the devices, and what was tried."""
+    asked = _searched(request, options, skeleton, whole, captured)
+    ways = ways_of(open_, options, asked.devices, whole.rows)
+    found = search(ways, asked.model)
+    made = asked.built[found.best.way]
     if options.dump_dir is not None:  # of the chosen one only
-        final = chosen.way.of(options, microbatches=chosen.microbatches)
-        return _built(request, final, skeleton, whole), trials
-    return built[chosen.way, chosen.microbatches], trials
+        made = _built(request, found.best.way.of(options), skeleton, whole)
+    peak = request.device.peak(computed_in(options.dtypes, skeleton.module))
+    return made, rated(found, made.plan, peak)
 
 
 def _in_every_order(
     request: Request, options: CompileOptions, skeleton: Skeleton, whole: BatchSpec, plan: Plan
 ) -> tuple[Trial, ...]:
     """The same batch and ranks in every schedule, with as many microbatches."""
-    captured: Captures = {}
+    captured = Shared()
     shape = {name: getattr(plan, name) for name in ("n_stages", "dp", "microbatches")}
     own = replace(options, **shape, dump_dir=None)
 

@@ -12,15 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from ... import __version__
-from ..ir.errors import PipecompileError
+from ..ir.errors import OptionError, PipecompileError
 from . import calibrate, convert, diff, inspect, solve, verify, zoo
 from .flags import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 and one line on stderr for a mistake of the user's."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    own = given.index("--") if "--" in given else len(given)
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_args(given[:own])
+        args.script = tuple(given[own + 1 :])
+        if args.script and args.command != "inspect":
+            raise OptionError(f"what follows -- is for scripts that inspect runs: {args.script[0]}")
         code: int = args.run(args)
         return code
     except PipecompileError as error:

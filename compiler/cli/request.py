@@ -5,24 +5,27 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..costs.hardware import Device, parse_device
+from ..costs.hardware import CHANGED, CPU, Device, parse_device
 from ..driver.auto import Open
 from ..ir.errors import OptionError, PlanError
 from ..kept.cache import default_cache_dir
+from ..options.arguments import Arguments
 from ..options.declaration import declarations_of
-from ..options.options import OF_SCHEDULE, CompileOptions
+from ..options.options import OF_SCHEDULE, OF_TRAINING, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..profiling.calibration import calibrated
 from ..report.compare import ORDERS, check_names
+from ..subjects.script import Script
+from ..subjects.spec import ModelOptions, Subject
 from ..trace.writing import check_writable
-from .spec import ModelOptions
+from .rates import of_device, with_settings
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -49,6 +52,9 @@ class Request:
         given: the plan to show.
         passes: list them with their times.
         trace, page: files for the simulated step, and for the report as a web page.
+        bare: the plan alone is asked for, and nothing that is said of it.
+        subject: what a script has made; None for what ``spec`` names.
+        real: the device with its table, whatever prices are asked for.
     """
 
     spec: str
@@ -63,20 +69,37 @@ class Request:
     passes: bool = False
     trace: Path | None = None
     page: Path | None = None
+    bare: bool = False
+    subject: Subject | None = None
+    real: Device = CPU
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Request:
+    def of(args: argparse.Namespace, script: Script | None = None) -> Request:
         """Raises OptionError or PlanError for what does not go together."""
+        if script is not None:
+            fill_in(args, script)
         _check_output(args)
         options, model, given = asked(args)
+        if script is not None:
+            if model.given:
+                raise OptionError(
+                    f"{model.given[0]} has no effect on {args.spec}: the script decides"
+                )
+            options = with_script(options, script, args)
         if ORDERS in args.compare and not options.training:
             raise OptionError(
                 "--compare schedules has no effect with --training false: forwards run in order"
             )
-        device = _device(args.hardware, given)
-        if options.costs == "calibrated":
-            device = calibrated(device, default_cache_dir(), options.backend == "inductor")
-        limit: float = device.memory_bytes if args.hardware else math.inf
+        rates = tuple(filter(of_device, args.set))
+        base = _base(args.hardware, given)
+        fused = options.backend == "inductor"
+        real = with_settings(calibrated(base, default_cache_dir(), fused), rates)
+        device = real if options.costs == "calibrated" else with_settings(base, rates)
+        if device.base == CPU.name:  # which records nothing
+            options = replace(options, cudagraphs=False)
+        _check_device(device, given)
+        sized = args.hardware or any(each.startswith("device.memory_bytes") for each in rates)
+        limit: float = device.memory_bytes if sized else math.inf
         if given is not None:
             limit = math.inf if given.budget_bytes is None else given.budget_bytes
         return Request(
@@ -85,13 +108,16 @@ class Request:
             options,
             device,
             options.memory_bytes or limit,
-            open_of(args),
+            open_of(args, script),
             args.compare,
             None if args.save is None else Path(args.save),
             given,
             args.passes,
             None if args.trace is None else Path(args.trace),
             None if args.html is None else Path(args.html),
+            args.json and args.html is None,
+            None if script is None else script.subject,
+            real,
         )
 
 
@@ -102,6 +128,9 @@ def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan 
         OptionError, PlanError: what does not go together.
     """
     _check_stages(args)
+    rates = [each for each in args.set if of_device(each)]
+    if rates and args.command != "inspect":
+        raise OptionError(f"--set {rates[0]} has no effect on {args.command}, which runs here")
     given = None if args.plan is None else Plan.load(args.plan)
     options = _options_of(args, given)
     if args.n_stages != AUTO:
@@ -109,15 +138,75 @@ def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan 
     rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
     if given is not None and not args.microbatches and not args.dp:
         rows *= given.microbatch_rows
-    return options, ModelOptions(tuple(args.set), args.task, args.batch, args.seq, rows), given
+    settings = tuple(each for each in args.set if not of_device(each))
+    return options, ModelOptions(settings, args.task, args.batch, args.seq, rows), given
 
 
-def open_of(args: argparse.Namespace) -> Open | None:
-    """What the flags leave open; None for nothing."""
+FROM_SCRIPT = (
+    "optimizer",
+    "max_grad_norm",
+    "loss_normalization",
+    "loss_weight",
+    "dynamic",
+    "cudagraphs",
+)
+"""Options without flags of their own values that plans depend on."""
+
+
+def fill_in(args: argparse.Namespace, script: Script) -> None:
+    """Give flags that are not there the values of a script's call of `compile`.
+
+    Raises:
+        OptionError: the replicas of the flags do not divide the microbatches that a session keeps.
+    """
+    asked, whole = script.arguments, script.open.global_microbatches
+    if whole and args.n_stages not in (None, AUTO) and args.microbatches is None:
+        replicas = args.dp or 1
+        if whole % replicas:
+            raise OptionError(
+                f"--dp {replicas} does not divide global_microbatches={whole} of {args.spec}: use "
+                "another number, or --microbatches"
+            )
+        args.microbatches = whole // replicas
+    idle = OF_TRAINING if args.training is False else ()
+    for name, option in declarations_of(Arguments).items():
+        if option.flag is None or getattr(args, name, None) is not None or name in idle:
+            continue
+        value = getattr(asked, name)
+        if name == "costs":
+            value = value if value in ("roofline", "calibrated") else None
+        if value is not None and value != option.default:
+            setattr(args, name, value)
+
+
+def with_script(
+    options: CompileOptions, script: Script, args: argparse.Namespace
+) -> CompileOptions:
+    """Options of flags, with what else the script says of what they ask for."""
+    trains = script.arguments.training
+    given = {name for name in ("optimizer",) if args.optimizer or not trains}
+    given |= set() if options.training else set(OF_TRAINING)
+    found = {n: getattr(script.arguments, n) for n in FROM_SCRIPT if n not in given}
+    if args.optimizer == "none":
+        found["max_grad_norm"] = None
+    return replace(options, **found)
+
+
+def open_of(args: argparse.Namespace, script: Script | None = None) -> Open | None:
+    """What the flags leave open; None for nothing.
+
+    Args:
+        script: whose sessions hold divisions to limits, and keep microbatches.
+    """
     divides, orders = args.n_stages == AUTO, args.schedule == AUTO
     if not divides and not orders:
         return None
-    return Open(divides, orders, args.devices, args.virtual_stages, args.schedule_memory or AUTO)
+    memory = args.schedule_memory or AUTO
+    found = Open(divides, orders, args.devices, args.virtual_stages, memory)
+    if script is None or not divides:
+        return found
+    kept = None if args.microbatches else script.open.global_microbatches
+    return replace(found, stages=script.open.stages, global_microbatches=kept)
 
 
 def _check_stages(args: argparse.Namespace) -> None:
@@ -193,16 +282,20 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
     return CompileOptions(**found, optimizer=optimizer, costs=costs)
 
 
-def _device(wanted: str | None, given: Plan | None) -> Device:
-    if given is None:
-        return parse_device(wanted or "cpu")
+def _base(wanted: str | Path | Device | None, given: Plan | None) -> Device:
+    """The device that is planned for, without what ``--set`` changes of it."""
+    named = "" if given is None else given.device.partition(CHANGED)[0]
     try:
-        device = parse_device(wanted or given.device)
+        return parse_device(wanted or named or "cpu")
     except OptionError as error:
+        if given is None:
+            raise
         raise OptionError(f"{error} (the plan's; --device FILE describes it)") from error
-    if device.name != given.device:
+
+
+def _check_device(device: Device, given: Plan | None) -> None:
+    if given is not None and device.name != given.device:
         raise PlanError(
             f"the plan has device={given.device}, this run device={device.name}: its seconds and "
             "stages are those of another device; make a new plan"
         )
-    return device

@@ -70,8 +70,8 @@ def _verified(args: argparse.Namespace) -> str:
         from ...runtime.start import start, start_best
         from ..capture import batch as batches
         from ..options.microbatches import cut
+        from ..subjects.spec import load
         from .request import asked, open_of
-        from .spec import load
 
     options, wanted, _ = asked(args)
     subject = load(args.spec, wanted, real=True)

@@ -96,6 +96,19 @@ def _cost(work: _Work | Kernel, device: Device) -> Cost:
     return Cost(work.flops * times, work.moved_bytes * times, seconds * times, times)
 
 
+def least_seconds(node: fx.Node, device: Device) -> float:
+    """Of one call, if its products ran at the best rate of the device, its bytes at the full
+    bandwidth, and launching took no time: in proportion to what is computed and moved."""
+    if node.op != "call_function":
+        return 0.0
+    found = inside(node)
+    works = [_work(node)] if found is None else found.kernels
+    return sum(
+        each.times * device.least_s(each.flops, each.moved_bytes, each.dtype, each.form)
+        for each in works
+    )
+
+
 def total_cost(nodes: Iterable[fx.Node], device: Device) -> Cost:
     """The cost of running nodes one after another."""
     return sum((node_cost(node, device) for node in nodes), Cost())

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 TERA, GIGA = 1e12, 1e9
+CHANGED = " with "
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Device:
     send_share: float = 0.0
     table: Table | None = None
 
+    @property
+    def base(self) -> str:
+        """The name without what was changed of the device (`changed`)."""
+        return self.name.partition(CHANGED)[0]
+
+    def changed(self, settings: Sequence[str]) -> Device:
+        """Under a name that tells so."""
+        return replace(self, name=self.base + CHANGED + " ".join(settings))
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of a dtype; a dtype without a figure computes as float32."""
         return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
@@ -69,6 +79,14 @@ class Device:
             given = flops, moved_bytes, dtype, form, peak, self.bytes_per_s
             return self.table.kernel_seconds(*given)
         return max(flops / peak, moved_bytes / self.bytes_per_s) + self.launch_s
+
+    def least_s(self, flops: int, moved_bytes: int, dtype: str, form: Form | None = None) -> float:
+        """What `kernel_s` is never below, however much there is of a kernel of this kind: the best
+        rate for its products, or the bandwidth for what has none."""
+        if not flops:
+            return moved_bytes / self.bytes_per_s
+        rate = self.peak(dtype)
+        return flops / (rate if self.table is None else rate * self.table.best(dtype, form))
 
     def program_s(self, kernels_s: float, launches: int) -> float:
         """Seconds of kernels that one program launches one after another."""

@@ -16,7 +16,7 @@ from ..ir.errors import (
     PipecompileError,
 )
 from ..losses.logits import Chunks
-from ..options.options import CompileOptions
+from ..options.options import OF_SCHEDULE, CompileOptions
 from ..options.parsing import AUTO
 from ..plan.plan import Plan
 from ..planning.advice import gib
@@ -28,6 +28,8 @@ from .record import PassRecord
 FINER = (1, 2, 4, 8)
 MOST_VIRTUAL = 3
 """Stages per rank that are tried; more send more, and the bubble is small already."""
+OWN = ("n_stages", "dp", *OF_SCHEDULE)
+"""Options that every way has of its own."""
 LEFT_OUT = ("gpipe", 2), ("gpipe", 3), ("interleaved", 1)
 """(schedule, stages per rank) that are not tried: ones that hold all microbatches and wait as often
 as interleaved does, and one that is another by its name."""
@@ -40,7 +42,7 @@ class Way:
     Attributes:
         n_stages, dp: ranks of a replica, and replicas.
         virtual_stages: on a rank; None for what is usual for the schedule.
-        microbatches: per replica; None for what suits the batch.
+        zero, microbatches: a level, and their number per replica; None for what options say.
     """
 
     n_stages: int
@@ -48,6 +50,7 @@ class Way:
     schedule: str
     virtual_stages: int | None = None
     schedule_memory: str = AUTO
+    zero: int | None = None
     microbatches: int | None = None
 
     def __str__(self) -> str:
@@ -61,7 +64,13 @@ class Way:
 
     def of(self, options: CompileOptions, **more: Any) -> CompileOptions:
         """Options that use them so."""
-        return replace(options, **(vars(self) | more))
+        given = dict(vars(self))
+        for name in ("zero", "microbatches"):
+            if given[name] is None:
+                del given[name]
+        if self.zero == 0:
+            given["zero_by"] = AUTO
+        return replace(options, **given | more)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,10 @@ class Trial:
         step_s: predicted; None where it cannot be.
         reason: why it cannot be, in one line.
         bubble, peak_bytes: of its plan; the peak of the fullest rank.
+        zero: the level of its plan.
+        about: its numbers are a sketch's: no programs were made for it.
+        mfu, device_hours: model FLOPs utilization, and hours of all devices for 10⁹ tokens; 0 where
+            that was not asked.
     """
 
     way: Way
@@ -81,11 +94,15 @@ class Trial:
     reason: str = ""
     bubble: float = 0.0
     peak_bytes: int = 0
+    zero: int = 0
+    about: bool = False
+    mfu: float = 0.0
+    device_hours: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "way"}
-        return {f.name: getattr(self.way, f.name) for f in fields(self.way)} | figures
+        return vars(self.way) | figures
 
     def told(self, orders: bool) -> str:
         """In one line; ``orders``: with its schedule."""
@@ -124,10 +141,11 @@ class Open:
 
     def ways(self, options: CompileOptions, devices: int) -> list[Way]:
         """All of them."""
-        own = Way(**{each.name: getattr(options, each.name) for each in fields(Way)})
-        whole = self.global_microbatches
+        own = Way(**{name: getattr(options, name) for name in OWN})
+        whole, count = self.global_microbatches, options.microbatches
+        own = replace(own, microbatches=count)
         ways = [
-            replace(own, n_stages=n, dp=dp, microbatches=whole // dp if whole else own.microbatches)
+            replace(own, n_stages=n, dp=dp, microbatches=whole // dp if whole else count)
             for n, dp in self.divisions(devices)
         ]
         ways = ways if self.divides else [own]
@@ -195,7 +213,8 @@ def _tried(way: Way, build: Build, finer: bool) -> Trial:
             if plan.step_s >= (best.step_s or math.inf):
                 break
             peak = max(stage.memory.peak for stage in plan.stages)
-            best = Trial(way, plan.microbatches, plan.step_s, "", plan.bubble, peak)
+            zero = int(plan.options["zero"])
+            best = Trial(way, plan.microbatches, plan.step_s, "", plan.bubble, peak, zero)
             if not finer:
                 break
     return best

@@ -42,24 +42,20 @@ from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
 from ..plan.plan import Plan
-from ..planning.advice import gib
 from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
 from . import passes
 from .assembly import assemble, run
 from .auto import check_pieces, chosen, chunks_of
-from .capturing import Capturing, Wanted
+from .capturing import Capturing, Shared, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode, main_mode
 from .deciding import Decided, Deciding, divisions
-from .layout import Layout, layout_of
+from .layout import Layout, check_memory, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary, placement_note, placement_text
-from .work import Joint, Settings
-
-Captures = dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]]
-"""By what was traced for: the joint graph, after the passes over it, and what these did."""
+from .work import Joint, Outline, Settings
 
 
 class Builder:
@@ -68,7 +64,7 @@ class Builder:
     Args:
         notes: name -> what was chosen before, and why: notes in the plan; "" for none.
         cache: what other runs have left; by default that of this machine, without plans.
-        captured: graphs that builders of the same model with other divisions share.
+        captured: what builders of the same model with other divisions share.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class Builder:
         team: Team | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
         cache: Cache | None = None,
-        captured: Captures | None = None,
+        captured: Shared | None = None,
     ):
         passes.check_skip(options.skip)
         self.skeleton, self.options, self.target = skeleton, options, target
@@ -90,8 +86,8 @@ class Builder:
             Plan.load(options.plan) if isinstance(options.plan, str | Path) else options.plan
         )
         self._closing = Closing(self.target, self.team)
-        self._verdict = self._tried()
         self._shared = captured
+        self._verdict = self._tried()
         self._divisions = divisions(options, self._verdict)
         self._footprints: dict[Zero, Footprint] = {}
         self._warned: set[str] = set()
@@ -108,8 +104,11 @@ class Builder:
         trained = {name: param for name, param in named if param.requires_grad}
         if not trained:
             return None
-        found = try_optimizer(factory, trained, self.target.device, divides)
-        return self.team.share(lambda: found)
+        known = {} if self._shared is None else self._shared.verdicts
+        if divides not in known:
+            found = try_optimizer(factory, trained, self.target.device, divides)
+            known[divides] = self.team.share(lambda: found)
+        return known[divides]
 
     def build(
         self,
@@ -154,6 +153,24 @@ class Builder:
         if layout is None and self.given is None and self.options.chunked_loss == AUTO:
             return chosen(build, self.options, self.team, dump)
         return build(chunks_of(self.options, self.given, layout), dump)
+
+    def outline(
+        self, spec: BatchSpec, microbatches: int, batch: Sequence[torch.Tensor] = ()
+    ) -> Outline:
+        """What plans are made from, at the lowest level of ZeRO that options allow.
+
+        Raises:
+            PipecompileError: it cannot be trained on, or run.
+        """
+        weighs = microbatches * self.options.dp > 1 and spec.varies
+        given = main_mode(self.options), spec, batch, Recorder(None), weighs
+        graph = self._captured(*given, chunks_of(self.options, self.given, None)).graph
+        settings = self._settings(self._divisions[0], spec, microbatches)
+        shared = self._shared or Shared()
+        locality = shared.locality(graph)
+        known = graph, locality, self.target.spec, self.options.remat
+        with self._explained():
+            return Outline(settings, graph, locality, shared.parts(*known), spec.rows)
 
     def _built(
         self,
@@ -213,7 +230,7 @@ class Builder:
         if recorder.folder is not None:
             plan.save(recorder.folder / "plan.json")
         if follows:
-            self._check_memory(plan, spec)
+            check_memory(plan, spec, self.target.budget_bytes)
         else:
             self.team.share(lambda: self._cache.plans.add(plan, *decided.told))
             self._check_largest(mode, spec, microbatches, layout, weighs, batch)
@@ -233,22 +250,6 @@ class Builder:
             captured.scalars,
             assembly.fused,
             assembly.graphed,
-        )
-
-    def _check_memory(self, plan: Plan, spec: BatchSpec) -> None:
-        """Raises MemoryBudgetError where the stages of another graph do not fit with this one."""
-        over = tuple(each.memory.peak - self.target.budget_bytes for each in plan.stages)
-        worst = max(plan.stages, key=lambda each: each.memory.peak)
-        if over[worst.stage] <= 0:
-            return
-        raise MemoryBudgetError(
-            f"a microbatch of ({spec}) would need {gib(worst.memory.peak)} on stage {worst.stage}, "
-            f"in {worst.memory.peak_at}, which is {gib(over[worst.stage])} more than there is "
-            f"(memory={gib(self.target.budget_bytes)}): stages and what they recompute were chosen "
-            "for the first batch. Give the largest one as example_batch=, or smaller batches",
-            tuple(max(0.0, each) for each in over),
-            None,
-            proven=False,
         )
 
     def _check_largest(
@@ -308,8 +309,8 @@ class Builder:
         options = self.options
         splits = chunks is not None and options.kind.splits_backward and options.stage_count > 1
         known = mode, spec, weighs, chunks, splits
-        if self._shared is not None and known in self._shared:
-            captured, records = self._shared[known]
+        if self._shared is not None and known in self._shared.graphs:
+            captured, records = self._shared.graphs[known]
             recorder.records += records
             return captured
         before = len(recorder.records)
@@ -343,7 +344,7 @@ class Builder:
             with recorder.record("joint", name) as outcome:
                 outcome.note = note
         if self._shared is not None:
-            self._shared[known] = captured, tuple(recorder.records[before:])
+            self._shared.graphs[known] = captured, tuple(recorder.records[before:])
         return captured
 
     def _warn(self, text: str) -> None:
@@ -412,7 +413,7 @@ class Builder:
                 decided = Decided(settings(layout.zero), *followed, pace=layout.pace)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
-                deciding = Deciding(*known, graph, locality, spec, batch)
+                deciding = Deciding(*known, graph, locality, spec, batch, self._shared)
                 decided = deciding.decide(self._divisions, settings)
             verify_placement(graph, decided.placement.stage)
             outcome.note = placement_note(decided.decision)

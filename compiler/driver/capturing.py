@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
 from ..capture.skeleton import Skeleton
+from ..costs.hardware import Device
 from ..general.numbers import check_numbers
 from ..general.shapes import Shapes, Varying
 from ..general.template import Template, capture_template
+from ..ir.graph import JointGraph
+from ..ir.locality import Locality, locality_of
 from ..kept.folder import Folder
 from ..kept.store import Store
 from ..losses.logits import Chunks
 from ..options.options import CompileOptions
+from ..planning.parts import Parts
+from ..profiling.optimizer_trial import Verdict
 from .assembly import forward_passes
 from .compiled import Mode
 from .record import PassRecord
@@ -145,3 +150,34 @@ class Capturing:
             wanted.weighs,
             wanted.batch,
         )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What builders of the same model with other divisions share; filled as it is asked.
+
+    Attributes:
+        graphs: by what was traced for: the joint graph, after the passes over it, and what these
+            did.
+        verdicts: whether replicas divide anything -> how the optimizer steps.
+    """
+
+    graphs: dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]] = field(
+        default_factory=dict
+    )
+    verdicts: dict[bool, Verdict] = field(default_factory=dict)
+    _localities: dict[int, tuple[JointGraph, Locality]] = field(default_factory=dict)
+    _parts: dict[tuple[object, ...], tuple[JointGraph, Parts]] = field(default_factory=dict)
+
+    def locality(self, graph: JointGraph) -> Locality:
+        """Of a graph that is kept as it is."""
+        if id(graph) not in self._localities:
+            self._localities[id(graph)] = graph, locality_of(graph)
+        return self._localities[id(graph)][1]
+
+    def parts(self, graph: JointGraph, locality: Locality, device: Device, remat: str) -> Parts:
+        """Of a graph in which nothing is pinned."""
+        known = id(graph), device.name, device.table is None, remat
+        if known not in self._parts:  # the graph is kept, so that its id stays its own
+            self._parts[known] = graph, Parts.of(graph, locality, device, remat, {})
+        return self._parts[known][1]

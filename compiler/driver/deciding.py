@@ -26,12 +26,14 @@ from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning import decide
+from ..planning.parts import Parts
 from ..planning.planner import Planner
 from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict
 from ..units.pricing import UnitPrices, measured_prices, roofline
 from .assembly import assemble
+from .capturing import Shared
 from .record import Recorder
 from .work import Settings
 
@@ -108,6 +110,7 @@ class Deciding:
         plans: of other runs.
         spec: of one microbatch.
         batch: its leaves, to measure with.
+        shared: parts of graphs that others with the same graph know, too.
     """
 
     skeleton: Skeleton
@@ -119,6 +122,7 @@ class Deciding:
     locality: Locality
     spec: BatchSpec
     batch: Sequence[torch.Tensor]
+    shared: Shared | None = None
 
     def decide(self, levels: Sequence[Zero], settings_of: Callable[[Zero], Settings]) -> Decided:
         """The decision at the lowest level of ZeRO at which there is one.
@@ -165,7 +169,8 @@ class Deciding:
             settings.microbatches,
             self.spec.rows,
             self.target.budget_bytes,
-            self._pinned(settings.options),
+            pinned := self._pinned(settings.options),
+            None if pinned or self.shared is None else self._parts(settings.options.remat),
         )
         prices = self._prices(planner)
 
@@ -188,6 +193,10 @@ class Deciding:
 
         decision = self.team.share(lambda: planner.decide(draft, prices))
         return decision, planner.solved
+
+    def _parts(self, remat: str) -> Parts:
+        assert self.shared is not None
+        return self.shared.parts(self.graph, self.locality, self.target.spec, remat)
 
     def _prices(self, planner: Planner) -> Sequence[UnitPrices]:
         bodies, menus, profiler = planner.bodies, planner.menus, self.target.profiler

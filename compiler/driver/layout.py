@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...passes.graph.placement import Placement, Site, follow, sites_of
+from ..capture.batch import BatchSpec
 from ..ir.actions import Pace
-from ..ir.errors import CaptureError
+from ..ir.errors import CaptureError, MemoryBudgetError
 from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
 from ..ir.program import PipelineProgram
 from ..ir.shards import homes_in
 from ..ir.zero import Zero
 from ..plan.decision import Decision, Search
+from ..plan.plan import Plan
+from ..planning.advice import gib
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,25 @@ def layout_of(
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
     return Layout(placement.sites, sites, homes_in(program, params), zero, pace, chunk_rows)
+
+
+def check_memory(plan: Plan, spec: BatchSpec, budget_bytes: float) -> None:
+    """Raises MemoryBudgetError where the stages of another graph do not fit with this one.
+
+    Args:
+        plan: of a graph that follows another one.
+        spec: of its microbatch.
+    """
+    over = tuple(each.memory.peak - budget_bytes for each in plan.stages)
+    worst = max(plan.stages, key=lambda each: each.memory.peak)
+    if over[worst.stage] <= 0:
+        return
+    raise MemoryBudgetError(
+        f"a microbatch of ({spec}) would need {gib(worst.memory.peak)} on stage {worst.stage}, "
+        f"in {worst.memory.peak_at}, which is {gib(over[worst.stage])} more than there is "
+        f"(memory={gib(budget_bytes)}): stages and what they recompute were chosen "
+        "for the first batch. Give the largest one as example_batch=, or smaller batches",
+        tuple(max(0.0, each) for each in over),
+        None,
+        proven=False,
+    )

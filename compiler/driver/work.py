@@ -26,6 +26,7 @@ from ..memory.graphed import graphed_bytes, obstacle
 from ..memory.rank_memory import RankMemory, rank_memory
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
+from ..planning.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,27 @@ class Settings:
     def in_flight(self) -> tuple[int, ...]:
         """Per stage, the most microbatches that it holds at once."""
         return self.options.load(self.microbatches).in_flight
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What plans of a graph are made from, before anything is decided.
+
+    Attributes:
+        rows: of a microbatch.
+    """
+
+    settings: Settings
+    graph: JointGraph
+    locality: Locality
+    parts: Parts
+    rows: int
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Of each parameter, its gradient and its states."""
+        graph = self.graph
+        return self.settings.footprint.held_bytes(graph.copies, graph.copied_alone)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import OptionError
 
@@ -181,6 +183,21 @@ def parse_precision(given: object) -> Precision | None:
         return Precision(compute=OF_PARAMS[given], params=OF_PARAMS[given])
     names = ", ".join(map(repr, (*NAMED, *OF_PARAMS)))
     raise OptionError(f"precision={given!r}: use {names}, or a pipecompile.Precision")
+
+
+def computed_in(dtypes: Precision | None, module: nn.Module) -> str:
+    """The name of the dtype of most matrix products.
+
+    Args:
+        dtypes: None for those of the module's parameters.
+    """
+    if dtypes is not None:
+        return str(dtypes.compute).removeprefix("torch.")
+    counts: Counter[torch.dtype] = Counter()
+    for param in module.parameters():
+        counts[param.dtype] += param.numel()
+    most = counts.most_common(1)
+    return str(most[0][0]).removeprefix("torch.") if most else "float32"
 
 
 def autocast(compute: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

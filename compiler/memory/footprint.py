@@ -120,6 +120,16 @@ class Footprint:
             found[name] = held + states.get(name, 0) // sharers
         return found
 
+    def exchanged_bytes(self, copies: Collection[str] = ()) -> tuple[int, int]:
+        """Of what is trained, all together: (as programs read it, gradients)."""
+        copy = self._precision.compute.itemsize if self._precision else 0
+        trained = {name: self._params[name] for name in self._trainable(self._params)}
+        read = sum(
+            p.numel() * (copy if name in copies else p.dtype.itemsize)
+            for name, p in trained.items()
+        )
+        return read, sum(p.numel() * self._grad_dtype(p).itemsize for p in trained.values())
+
     def static(self, program: PipelineProgram, stages: Sequence[int], batch_bytes: int) -> Static:
         """What a rank holds all the time; where replicas divide it, that which holds most.
 

@@ -169,7 +169,7 @@ class Options(TrainingOptions):
     zero: int | str = option(
         0,
         help="what the replicas of a stage divide among themselves: 0 nothing, 1 optimizer states, "
-        '2 gradients too, 3 parameters too; "auto": the smallest that fits into ``memory``',
+        '2 gradients too, 3 parameters too; "auto": the least that fits, with auto stages the best',
         more="1 also divides fp32 weights of which only a copy in another dtype is computed with; "
         "at 3 parameters are fetched layer by layer while the layer before computes. From 1 on "
         "the optimizer holds this rank's share, as ``zero_by`` says.",
@@ -288,8 +288,8 @@ class Options(TrainingOptions):
 STAGES = declare(
     help='ranks of the pipeline, each with a stage, or "auto": the division of ``devices`` with '
     "the shortest predicted step",
-    more="Every division between ranks and replicas is then planned for ``example_batch``, which "
-    "is the batch of all replicas.",
+    more='Divisions, numbers of ``microbatches`` and what else is "auto" (``schedule``, ``zero``) '
+    "are then searched for ``example_batch``, which is the batch of all replicas.",
     check=checks.check_count,
     compared=as_it_is,
     flag=Flag(group=PIPELINE, metavar="S", name="--stages", parse=parse_stages),

@@ -26,14 +26,12 @@ from ..ir.problem import Problem, Solution, fits, solution_of
 from ..memory.rank_memory import RankMemory
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
-from ..units.menus import options_of
 from ..units.pricing import UnitPrices
-from ..units.stash import bodies_of
-from ..units.units import Unit, units_of
 from ..units.weights import weight_works
 from . import decide
 from .advice import advice, gib, parts_of
 from .formulation import Terms, formulate
+from .parts import Parts
 from .refine import LEAST_GAIN, StepModel, refine, smoothed
 
 ATTEMPTS = 6
@@ -124,6 +122,7 @@ class Planner:
         rows: of a microbatch.
         budget_bytes: memory of a rank; infinity for no limit.
         pinned: forward nodes whose stage is given.
+        parts: of the graph, where they are known.
     """
 
     def __init__(
@@ -137,6 +136,7 @@ class Planner:
         rows: int,
         budget_bytes: float,
         pinned: Mapping[fx.Node, int],
+        parts: Parts | None = None,
     ):
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
@@ -144,9 +144,9 @@ class Planner:
         self.fingerprint = graph.fingerprint()
         self.rows = rows
         self.solved: Problem | None = None
-        self.units: list[Unit] = units_of(graph, locality, device, pinned)
-        self.bodies, self.places = bodies_of(graph, locality, self.units)
-        self.menus = options_of(self.bodies, self.places, device, options.remat)
+        parts = parts or Parts.of(graph, locality, device, options.remat, pinned)
+        self.units, self.bodies = parts.units, parts.bodies
+        self.places, self.menus = parts.places, parts.menus
         self.terms = Terms(
             options.shape(microbatches).homes,
             microbatches,

@@ -37,4 +37,4 @@ class Target:
     @property
     def kind(self) -> str:
         """ "cpu" or "cuda": what is planned for, if it is not what is at hand."""
-        return "cpu" if self.device.type == "cpu" and self.spec.name == CPU.name else "cuda"
+        return "cpu" if self.device.type == "cpu" and self.spec.base == CPU.name else "cuda"

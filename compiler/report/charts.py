@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -52,7 +53,8 @@ def schedule_chart(timeline: Timeline, microbatches: int, width: int) -> Text:
             text.append("".join(mark for *_, mark in marks), style=style)
         text.append(f" {timeline.busy_s(rank) / timeline.makespan_s:4.0%} busy\n")
     kinds = {str(interval.action.kind) for row in timeline.ranks for interval in row}
-    text.append(_legend(microbatches, span_s, "W" in kinds))
+    legend = _legend(microbatches, span_s, "W" in kinds)
+    text.append(textwrap.fill(legend, width, break_on_hyphens=False))
     return text
 
 

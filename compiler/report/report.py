@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ...passes.schedule.registry import DEFAULT
 from ..plan.plan import Plan
+from . import tables
 from .charts import bar, schedule_chart
 from .quantities import (
     bytes_scale,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from ..driver.record import PassRecord
     from .compare import Comparison
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 80
+LEAST_BAR = 5  # characters: a shorter one says nothing
 _TIMES = {"highs": "HiGHS", "cbc": "CBC", "dynamic": "dynamic program"}
 
 
@@ -58,6 +59,8 @@ class Extras:
         fp32: the same stages computed in fp32, beside a plan in mixed precision.
         passes: what each pass did, in order, to be shown with its time instead of the plan's
             notes.
+        verdict: the whole report in a sentence, and warnings after it.
+        searched: how the trials were come by; "" where nothing was searched.
     """
 
     search_s: float | None = None
@@ -66,6 +69,8 @@ class Extras:
     hints: tuple[str, ...] = ()
     fp32: Plan | None = None
     passes: tuple[PassRecord, ...] = ()
+    verdict: tuple[str, ...] = ()
+    searched: str = ""
 
 
 def write_report(
@@ -100,9 +105,11 @@ class _Report:
 
     def sections(self) -> Iterator[RenderableType]:
         plan, extras = self.plan, self.extras
+        if extras.verdict:
+            yield self._verdict(extras.verdict)
         yield self._lines(f"{plan.model}: {plan.param_count:,} parameters", self._header())
         if extras.trials:
-            yield self._trials(extras.trials)
+            yield self._trials(extras.trials, extras.searched)
         yield self._stages()
         covered = [f"stage {s.stage}: {', '.join(s.modules)}" for s in plan.stages]
         yield self._lines("modules", covered)
@@ -134,34 +141,17 @@ class _Report:
     # -- layout -------------------------------------------------------------------------------
 
     def _lines(self, title: str, lines: Sequence[str] = (), mark: str = "") -> Text:
-        text = Text(title, style="bold")
-        for line in lines:
-            wrapped = textwrap.wrap(
-                line,
-                self.width,
-                initial_indent=f"  {mark}",
-                subsequent_indent="    ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            text.append("\n" + "\n".join(wrapped), style="not bold")
-        return text
+        return tables.lines(title, lines, self.width, mark)
 
-    def _table(self, columns: dict[str, Sequence[object]], left: Sequence[str] = ()) -> Table:
-        """One column per header; the last one may wrap, the others do not."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in columns:
-            table.add_column(
-                name,
-                justify="left" if name in left else "right",
-                no_wrap=name != list(columns)[-1],
-                overflow="fold",
-            )
-        for row in zip(*columns.values(), strict=True):
-            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-        return table
+    def _table(self, columns: tables.Columns, left: Sequence[str] = ()) -> RenderableType:
+        return tables.table(columns, self.width, left)
 
     # -- sections -----------------------------------------------------------------------------
+
+    def _verdict(self, said: Sequence[str]) -> Text:
+        """The sentence from the edge on, so that nothing is read before it."""
+        wrapped = [textwrap.fill(each, self.width, break_on_hyphens=False) for each in said]
+        return Text("\n".join(wrapped), style="bold")
 
     def _header(self) -> list[str]:
         plan = self.plan
@@ -212,12 +202,14 @@ class _Report:
         said = [note for name, note in self.plan.notes if name == "precision"]
         return Group(self._lines("mixed precision", said), table)
 
-    def _trials(self, trials: Sequence[Trial]) -> Group:
+    def _trials(self, trials: Sequence[Trial], searched: str) -> Group:
         """Ways to use the devices; which one was taken, and why."""
         ways = ways_of(self.plan, trials)
-        return Group(self._lines(ways.title), self._table(ways.columns, left=ways.left))
+        parts = [self._lines(ways.title), self._table(ways.columns, left=ways.left)]
+        said = [*([searched] if searched else []), *ways.refused]
+        return Group(*parts, *([self._lines("tried", said)] if said else []))
 
-    def _stages(self) -> Table:
+    def _stages(self) -> RenderableType:
         """One row per stage; seconds, stash and sends are of one microbatch."""
         stages = self.plan.stages
         count = count_scale([s.param_count for s in stages])
@@ -227,8 +219,8 @@ class _Report:
         weights = bytes_scale([s.param_bytes for s in stages])
         backward = {
             f"backward\n{time.unit}": [time.text(s.backward_s) for s in stages],
-            f"recompute\n{time.unit}": [time.text(s.recompute_s) for s in stages],
-            f"stash × in flight\n{stash.unit}": [
+            f"recom-\npute\n{time.unit}": [time.text(s.recompute_s) for s in stages],
+            f"stash ×\nin flight\n{stash.unit}": [
                 f"{stash.text(s.stash_bytes)} × {s.in_flight}" for s in stages
             ],
         }
@@ -253,13 +245,13 @@ class _Report:
         scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
         columns: dict[str, list[int]] = {
             "weights": [m.weights + m.copies for m in held],
-            "gradients": [m.grads for m in held],
-            "optimizer": [m.states for m in held],
+            "gradi-\nents": [m.grads for m in held],
+            "opti-\nmizer": [m.states for m in held],
             "other": [m.buffers + m.constants + m.batch for m in held],
-            "activations": [working_bytes(m) for m in held],
+            "activa-\ntions": [working_bytes(m) for m in held],
         }
         if not self.plan.training:
-            del columns["gradients"], columns["optimizer"]
+            del columns["gradi-\nents"], columns["opti-\nmizer"]
         shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
         shown["peak in"] = [m.peak_at for m in held]
@@ -268,14 +260,14 @@ class _Report:
             shown["peak"] = [scale.text(m.peak) for m in held]
         else:
             of = f"of {scale.text(budget)}"
-            room = self.width - 88 - len(of)
+            room = tables.rest(shown, self.width) - len(f"[] {scale.text(budget)} {of}")
             shown["peak"] = [
-                Text.assemble(bar(m.peak, budget, room), f" {scale.text(m.peak)} {of}")
+                Text.assemble(*_bar(m.peak, budget, room), f"{scale.text(m.peak)} {of}")
                 for m in held
             ]
         return Group(self._lines(title), self._table(shown, left=("peak in",)))
 
-    def _transfers(self) -> Table:
+    def _transfers(self) -> RenderableType:
         sends = [(stage.stage, t) for stage in self.plan.stages for t in stage.sends]
         return self._table(
             {
@@ -305,10 +297,10 @@ class _Report:
                 f"on\n{'rank' if self._shares else 'stage'}": [
                     "–" if r.reason else r.peak_rank for r in rows
                 ],
-                "fits": [fit_text(r, limited) for r in rows],
+                "fits, or\nis over": [fit_text(r, limited) for r in rows],
                 "units per stage": [r.reason or " ".join(map(str, r.units)) for r in rows],
             },
-            left=("strategy", "fits", "units per stage"),
+            left=("strategy", "fits, or\nis over", "units per stage"),
         )
         return Group(title, table)
 
@@ -395,3 +387,8 @@ class _Report:
             f"division: {', '.join(parts + ([search.note] if search.note else []))}",
             f"seconds: {costs}",
         ]
+
+
+def _bar(part: float, whole: float, room: int) -> tuple[Text | str, ...]:
+    """With a space behind it; nothing where there is no room."""
+    return (bar(part, whole, room), " ") if room >= LEAST_BAR else ()

@@ -8,7 +8,6 @@ from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer
 from .quantities import bytes_text, counted, seconds_text
 
 if TYPE_CHECKING:
-    from ..driver.auto import Trial
     from .compare import Comparison
 
 SHOWN_VALUES = 4  # of a message
@@ -42,12 +41,12 @@ def recomputed_text(stage: StagePlan) -> str:
     )
 
 
-def verdict_text(trial: Trial, chosen: bool, best_s: float) -> str:
-    if trial.step_s is None:
-        return trial.reason
-    if chosen and trial.step_s <= best_s:
-        return "the shortest step: chosen"
-    return f"{'this plan: ' if chosen else ''}{trial.step_s / best_s:.2f} × as long"
+def verdict_text(step_s: float, chosen: bool, best_s: float) -> str:
+    """Of a way whose step is known; ``chosen``: the plan is it."""
+    if chosen and step_s <= best_s:
+        return "chosen"
+    ratio = f"{step_s / best_s:.2f} ×" if best_s else "–"
+    return f"this: {ratio}" if chosen else ratio
 
 
 def tied_text(tied: TiedPlan, plan: Plan) -> str:
@@ -75,4 +74,4 @@ def values_text(message: Transfer) -> str:
 def fit_text(row: Comparison, limited: bool) -> str:
     if row.reason or not limited:
         return "–"
-    return "yes" if row.fits else f"no, {bytes_text(row.over_bytes)} over"
+    return "yes" if row.fits else bytes_text(row.over_bytes)

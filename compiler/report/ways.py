@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.registry import DEFAULT
 from ..plan.plan import Plan
 from .quantities import bytes_scale, rate_text, seconds_text
@@ -22,11 +23,13 @@ class Ways:
     Attributes:
         columns: head -> cells.
         left: heads of the columns that are texts.
+        refused: ways that are not possible, with the reasons.
     """
 
     title: str
     columns: dict[str, Sequence[object]]
-    left: tuple[str, ...] = ("", "schedule")
+    left: tuple[str, ...] = ("schedule",)
+    refused: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[tuple[object, ...]]:
@@ -39,34 +42,66 @@ class Ways:
 
 
 def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
-    """Ways to use the devices; which one the plan has taken, and why.
+    """Ways to use the devices; which one the plan has taken.
 
     Args:
-        trials: at least one.
+        trials: at least one that is possible.
     """
-    best_s = min(t.step_s for t in trials if t.step_s is not None)
-    taken = plan.n_stages, plan.options.get("schedule", DEFAULT), plan.virtual_stages
+    shown = [t for t in trials if t.step_s is not None]
+    steps_s = [t.step_s or 0.0 for t in shown]
+    best_s = min(steps_s)
+    taken = _shape_of(plan)
     rows = plan.microbatches * plan.microbatch_rows * plan.dp
-    ways = [(t.way.n_stages, t.way.schedule, t.way.virtual_stages or 1) for t in trials]
-    said = [verdict_text(t, way == taken, best_s) for t, way in zip(trials, ways, strict=True)]
-    scale = bytes_scale([t.peak_bytes for t in trials])
-    orders = len({t.way.order for t in trials}) > 1
-    divides = len({t.way.n_stages for t in trials}) > 1 or not orders
+    amount = plan.microbatches * plan.microbatch_tokens * plan.dp or rows
+    about = ["≈ " if t.about else "" for t in shown]
+    scale = bytes_scale([t.peak_bytes for t in shown])
+    several = {name: len({getattr(t.way, name) for t in shown}) > 1 for name in ("order", "dp")}
     columns: dict[str, Sequence[object]] = {}
-    if divides:
-        columns["stages"] = [t.way.n_stages for t in trials]
-        columns["dp"] = [t.way.dp for t in trials]
-    if orders:
-        columns["schedule"] = [t.way.schedule for t in trials]
-        columns["stages\nper rank"] = [t.way.virtual_stages or 1 for t in trials]
-        columns["micro-\nbatches"] = [t.microbatches or "–" for t in trials]
-    columns["step"] = ["–" if t.step_s is None else seconds_text(t.step_s) for t in trials]
-    columns["rows/s"] = ["–" if not t.step_s else rate_text(rows / t.step_s) for t in trials]
-    if orders:
-        columns["bubble"] = [f"{t.bubble:.1%}" if t.step_s else "–" for t in trials]
-        columns[f"peak\n{scale.unit}"] = [
-            scale.text(t.peak_bytes) if t.step_s else "–" for t in trials
-        ]
+    if several["dp"] or not several["order"]:
+        columns["ranks\n× dp"] = [f"{t.way.n_stages} × {t.way.dp}" for t in shown]
+    if several["order"]:
+        columns["schedule"] = [_order(t) for t in shown]
+    if len({t.zero for t in shown}) > 1:
+        columns["zero"] = [t.zero for t in shown]
+    columns["micro-\nbatches"] = [t.microbatches or "–" for t in shown]
+    columns["step" if plan.training else "forward"] = [
+        f"{a}{seconds_text(s)}" for a, s in zip(about, steps_s, strict=True)
+    ]
+    unit = "tokens/s" if plan.microbatch_tokens else "rows/s"
+    columns[unit] = [rate_text(amount / s) if s else "–" for s in steps_s]
+    columns["bubble"] = [f"{t.bubble:.1%}" for t in shown]
+    if any(t.mfu for t in shown):
+        columns["MFU"] = [f"{t.mfu:.1%}" for t in shown]
+    columns[f"peak\n{scale.unit}"] = [scale.text(t.peak_bytes) for t in shown]
+    if any(t.device_hours for t in shown):
+        columns["hours\nfor 10⁹"] = [rate_text(t.device_hours) for t in shown]
+    columns["to the\nbest"] = [
+        verdict_text(s, _shape(t, plan) == taken, best_s)
+        for t, s in zip(shown, steps_s, strict=True)
+    ]
     devices = trials[0].way.n_stages * trials[0].way.dp
-    title = f"divisions of {devices} devices" if divides else "schedules"
-    return Ways(title, columns | {"": said})
+    title = f"ways to use {devices} devices" if several["dp"] else "schedules"
+    refused = tuple(
+        f"not possible: {t.told(orders=several['order'])}" for t in trials if t.step_s is None
+    )
+    return Ways(title, columns, refused=refused)
+
+
+def _order(trial: Trial) -> str:
+    virtual = trial.way.virtual_stages or 1
+    return f"{trial.way.schedule} ×{virtual}" if virtual > 1 else trial.way.schedule
+
+
+Shape = tuple[int, int, str, int, int | None, int]
+
+
+def _shape_of(plan: Plan) -> Shape:
+    schedule, zero = plan.options.get("schedule", DEFAULT), int(plan.options.get("zero", 0))
+    return plan.n_stages, plan.dp, schedule, plan.virtual_stages, plan.microbatches, zero
+
+
+def _shape(trial: Trial, plan: Plan) -> Shape:
+    way = trial.way
+    virtual = way.virtual_stages or kind_of(way.schedule).usual_virtual
+    count = plan.microbatches if trial.microbatches is None else trial.microbatches
+    return way.n_stages, way.dp, way.schedule, virtual, count, trial.zero

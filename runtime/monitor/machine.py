@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...compiler.costs.hardware import DEVICES, Device
+from ...compiler.ir.precision import computed_in
 from ...compiler.options.options import CompileOptions
 from ..exchange.devices import ranks_per_device
 from ..transport.mesh import Mesh
@@ -45,16 +45,5 @@ def machine_of(
     devices = -(-mesh.size // ranks_per_device(here, mesh)) if shared else mesh.size
     # what a data sheet says, or the user: other GPUs, and CPUs, have careful figures
     known = options.hardware is not None or (device.type == "cuda" and spec.name in DEVICES)
-    peak = spec.peak(_dtype(options, module)) if known else None
+    peak = spec.peak(computed_in(options.dtypes, module)) if known else None
     return Machine(device, mesh.pp if mesh.distributed else 0, devices, peak)
-
-
-def _dtype(options: CompileOptions, module: nn.Module) -> str:
-    """The name of the dtype of most matrix products."""
-    if options.dtypes is not None:
-        return str(options.dtypes.compute).removeprefix("torch.")
-    counts: Counter[torch.dtype] = Counter()
-    for param in module.parameters():
-        counts[param.dtype] += param.numel()
-    most = counts.most_common(1)
-    return str(most[0][0]).removeprefix("torch.") if most else "float32"

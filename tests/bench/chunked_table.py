@@ -20,7 +20,8 @@ import torch
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import H100
-from pipecompile.compiler.driver.builder import Builder, Captures
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.capturing import Shared
 from pipecompile.compiler.driver.compiled import Mode
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.options.options import CompileOptions
@@ -54,7 +55,7 @@ class Planned:
             ids = torch.zeros(1, tokens, dtype=torch.long)
             _, self.spec = flatten({"input_ids": ids, "labels": ids})
             self.skeleton = skeleton_of(model, HOST, options.dtypes)
-        self.captured: Captures = {}
+        self.captured = Shared()
 
     def plan(self, stages: int, budget: float = float("inf"), **more: object) -> Plan:
         m = PER_STAGE * stages

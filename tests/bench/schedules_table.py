@@ -20,7 +20,8 @@ from pipecompile.compiler.capture.batch import BatchSpec, flatten
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
 from pipecompile.compiler.costs.hardware import H100
 from pipecompile.compiler.driver.auto import Open, Trial, Way, choose
-from pipecompile.compiler.driver.builder import Builder, Captures
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.capturing import Shared
 from pipecompile.compiler.driver.compiled import Compiled, Mode
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
@@ -57,7 +58,7 @@ SUBJECTS = {
 
 
 def trials_of(
-    subject: Subject, skeleton: Skeleton, spec: BatchSpec, captured: Captures, ranks: int, m: int
+    subject: Subject, skeleton: Skeleton, spec: BatchSpec, captured: Shared, ranks: int, m: int
 ) -> tuple[Trial, ...]:
     """Every schedule on so many ranks, with so many microbatches."""
     options = CompileOptions(
@@ -79,7 +80,7 @@ def lines_of(subject: Subject) -> Iterator[str]:
         _, spec = flatten({"input_ids": ids, "labels": ids})
     options = CompileOptions(n_stages=1, precision="bf16")
     skeleton = skeleton_of(model, HOST, options.dtypes)
-    captured: Captures = {}
+    captured = Shared()
     settings = [(ranks, rounds * ranks) for ranks in subject.ranks for rounds in subject.rounds]
     for number, (ranks, m) in enumerate(settings):
         trials = trials_of(subject, skeleton, replace(spec), captured, ranks, m)

@@ -30,7 +30,7 @@ from pipecompile.compiler.kept import optimizers
 from pipecompile.compiler.kept.asking import UntoldError
 from pipecompile.compiler.kept.folder import Entry, Folder, write
 from pipecompile.compiler.memory.optimizer_cost import OptimizerMemory, optimizer_memory
-from pipecompile.compiler.planning import planner
+from pipecompile.compiler.planning import parts
 from pipecompile.compiler.tensors.fakes import is_fake
 from pipecompile.compiler.units import cutter
 from pipecompile.compiler.units import menus as menus_
@@ -59,10 +59,10 @@ def remembering() -> Iterator[None]:
     if FOLDER not in os.environ:
         yield
         return
-    trace, options_of = Capturing.trace, planner.options_of
+    trace, options_of = Capturing.trace, parts.options_of
     with (
         mock.patch.object(Capturing, "trace", _capturing(trace)),
-        mock.patch.object(planner, "options_of", _choosing(options_of)),
+        mock.patch.object(parts, "options_of", _choosing(options_of)),
         mock.patch.object(optimizers, "optimizer_memory", _measuring(optimizer_memory)),
     ):
         yield

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.cli.main import main
-from pipecompile.compiler.cli.spec import ModelOptions, Subject, load
 from pipecompile.compiler.ir.errors import PipecompileError
 from pipecompile.compiler.plan.plan import PLAN_VERSION
 from pipecompile.compiler.report.report import write_report
+from pipecompile.compiler.subjects.spec import ModelOptions, Subject, load
 from pipecompile.compiler.tensors.fakes import is_fake
 from support.commands import SMALL_GPT2, inspect
 from support.plans import EXTRAS, hand_made
@@ -104,7 +104,7 @@ def test_report_of_a_small_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_report_of_a_hand_made_plan() -> None:
     stream = io.StringIO()
     write_report(*hand_made(), stream, EXTRAS)
-    assert max(map(len, stream.getvalue().splitlines())) <= 120
+    assert max(map(len, stream.getvalue().splitlines())) <= 80
     check_golden("hand_made.txt", stream.getvalue())
 
 
@@ -129,7 +129,7 @@ def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     text = stream.getvalue()
     assert "\x1b[" in text
     bare = re.sub(r"\x1b\[[\d;]*m", "", text)
-    assert max(map(len, bare.splitlines())) == 90
+    assert 80 < max(map(len, bare.splitlines())) <= 90
 
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +155,9 @@ def test_function_in_a_file(model_file: Path, capsys: pytest.CaptureFixture[str]
     code = main(f"inspect {model_file}:build --stages 2 --dp 2 --microbatches 3".split())
     output = capsys.readouterr()
     assert code == 0, output.err
-    assert output.out.startswith("Residual: 1,104 parameters\n  microbatch: batch: float32[4, 16]")
-    assert "2 stages × dp 2 = 4 ranks; 3 microbatches of 4 rows per replica, 24 rows" in output.out
+    said = " ".join(output.out.split())
+    assert "Residual: 1,104 parameters microbatch: batch: float32[4, 16]" in said
+    assert "2 stages × dp 2 = 4 ranks; 3 microbatches of 4 rows per replica, 24 rows" in said
     assert output.err == "building\n"  # stdout is the report's
 
 
@@ -165,8 +166,8 @@ def test_configuration_file(model_file: Path, capsys: pytest.CaptureFixture[str]
     """Its architecture decides the task."""
     spec = f"hf:{model_file.with_name('config.json')}"
     report = inspect(f"{spec} --stages 2 --microbatches 2", capsys)
-    assert report.startswith("BertLMHeadModel: ")
-    assert "2 microbatches of 1 row per replica, 2 rows per step" in report
+    assert "\nBertLMHeadModel: " in report
+    assert "2 microbatches of 1 row per replica, 2 rows per step" in " ".join(report.split())
     assert "int64[1, 64]" in report  # as long as the model can
     report = inspect(f"{spec} --stages 2 --seq 80 --set max_position_embeddings=80", capsys)
     assert "int64[1, 80]" in report

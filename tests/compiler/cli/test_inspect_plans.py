@@ -22,7 +22,7 @@ def test_memory_is_a_bar_and_makes_recomputation(capsys: pytest.CaptureFixture[s
     full = inspect(f"{SMALL_GPT2} --stages 2 --microbatches 4 --remat full", capsys)
     again = " ".join(full.split("recomputed in the backward")[1].split("tied weights")[0].split())
     assert re.search(r"stage 0: .*attention.* of \d units? \(of \d\): .*% of its time", again)
-    assert "--remat auto recomputes nothing" in full
+    assert "--remat auto recomputes nothing" in " ".join(full.split())
     assert "no limit was given" in full
 
 
@@ -100,14 +100,15 @@ def test_automatic_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     """Every division of the same batch; what memory rules out says why."""
     command = f"{SMALL_GPT2} --stages auto --devices"
     report = inspect(f"{command} 4 --memory 2.9MiB --dump {tmp_path}", capsys)
-    table = report.split("divisions of 4 devices\n")[1].split("\n\n")[0]
-    assert re.search(r"^ +1 +4 +– +– +stage 0 needs .* of 2\.9 MiB", table, re.MULTILINE)
-    assert "the shortest step: chosen" in table
-    assert "16 rows per step" in report
+    table = report.split("ways to use 4 devices\n")[1].split("\n\n")[0]
+    assert re.search(r"^[24] × [12] +\d.* chosen$", table, re.MULTILINE)
+    said = " ".join(table.split())
+    assert re.search(r"not possible: 1 × dp 4: .* needs .* of 2\.9 MiB", said)
+    assert re.search(r"\d+ ways: \d+ cannot be better by their bounds, \d+ sketched, \d+ pl", said)
+    assert "16 rows per step" in " ".join(report.split())
     assert len(list(tmp_path.iterdir())) == 1  # of the chosen division only
     unlimited = inspect(f"{command} 2", capsys)
     assert "1 stage × dp 2 = 2 ranks" in unlimited
-    assert re.search(r"^ +2 +1 +.* × as long$", unlimited, re.MULTILINE)
 
 
 def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +116,7 @@ def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     report = inspect(f"{command} --compare uniform,all-or-nothing", capsys)
     table = report.split("compared at the problem's prices")[1].split("\n\n")[0]
     assert re.search(r"^this plan .* 1\.000 × .* yes ", table, re.MULTILINE)
-    assert re.search(r"^uniform .* no, [\d.]+ [KM]iB over +3 3$", table, re.MULTILINE)
+    assert re.search(r"^uniform .* [\d.]+ [KM]iB +3 3$", table, re.MULTILINE)
     assert re.search(r"^all-or-nothing ", table, re.MULTILINE)
 
 
@@ -141,7 +142,7 @@ def test_a_saved_plan_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert inspect(f"{SMALL_GPT2} {shape} --json", capsys) == made
     assert inspect(f"{SMALL_GPT2} --plan {file} --json", capsys) == made
     report = inspect(f"{SMALL_GPT2} --plan {file}", capsys)
-    assert "dynamic program, read from a file" in report
+    assert "dynamic program, read from a file" in " ".join(report.split())
     assert "of 4.0" in report
 
 

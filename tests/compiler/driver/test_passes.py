@@ -18,7 +18,8 @@ from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.cli.main import main
 from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.driver import assembly, deciding
-from pipecompile.compiler.driver.builder import Builder, Captures
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.capturing import Shared
 from pipecompile.compiler.driver.compiled import Mode
 from pipecompile.compiler.driver.passes import ALL, Pass
 from pipecompile.compiler.driver.record import Recorder
@@ -177,7 +178,7 @@ def test_builders_that_share_a_graph_tell_alike_what_was_done() -> None:
     skeleton = skeleton_of(models.gpt2(n_layer=1), torch.device("cpu"), parse_precision("bf16"))
     spec = flatten(models.batches("gpt2", 1, 1)[0])[1]
     options = CompileOptions(n_stages=2, precision="bf16", skip=("precision",))
-    captured: Captures = {}
+    captured = Shared()
     told = [
         Builder(skeleton, given, Target(torch.device("cpu"), CPU), captured=captured)
         .build(Mode.TRAIN, spec, 2)

@@ -198,7 +198,7 @@ def test_what_memory_is_made_of(plan: Plan) -> None:
     text = shown(plan)
     unit = re.search(r"memory of a stage at its peak, (\w+)", text)
     assert unit is not None
-    _, rows = table(plan, "gradients")
+    _, rows = table(plan, "mizer")
     for stage, row in zip(plan.stages, rows, strict=True):
         m = stage.memory
         expected = (m.weights + m.copies, m.grads, m.states, m.buffers + m.constants + m.batch)
@@ -280,14 +280,15 @@ def test_divisions(plan: Plan, one_s: float, two_s: float) -> None:
     """The shares of the same rows per second; the one that was taken is the plan's."""
     trials = (Trial(Way(1, 2, "1f1b"), 3, one_s), Trial(Way(2, 1, "1f1b"), 3, two_s))
     text = shown(plan, Extras(trials=trials))
-    rows = plan.microbatches * plan.microbatch_rows * plan.dp
+    amount = plan.microbatches * plan.dp * (plan.microbatch_tokens or plan.microbatch_rows)
     for n, dp, step_s in ((1, 2, one_s), (2, 1, two_s)):
         line = re.search(
-            rf" {n} {dp} ({NUMBER} \w+) ({NUMBER}(?:e-\d+)?) (the|this|{NUMBER})", text
+            rf" {n} × {dp} 3 ({NUMBER} \w+) ({NUMBER}(?:e-\d+)?) 0.0% 0 (chosen|this|{NUMBER})",
+            text,
         )
         assert line is not None, text
         assert close(line[1], step_s)
-        assert rate(line[2]) == pytest.approx(rows / step_s, rel=5e-3)
+        assert rate(line[2]) == pytest.approx(amount / step_s, rel=5e-3)
         if n == 1:
             assert close(line[3], one_s / min(one_s, two_s))
 

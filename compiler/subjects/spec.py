@@ -106,14 +106,14 @@ def load(spec: str, options: ModelOptions, real: bool = False) -> Subject:
 def _from_file(path: Path, name: str, real: bool) -> Subject:
     if not path.is_file():
         raise SpecError(f"there is no file {str(path)!r}")
-    with _explained(path, "importing it"):
+    with explained(path, "importing it"):
         module = _import(path)
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise SpecError(f"{path} has no function {name!r}: {_close(name, known)}")
     with ExitStack() as stack:
-        stack.enter_context(_explained(path, f"{name}()"))
+        stack.enter_context(explained(path, f"{name}()"))
         if real:
             torch.manual_seed(SEED)
         else:
@@ -141,10 +141,16 @@ def _import(path: Path) -> Any:
 
 
 @contextmanager
-def _explained(path: Path, what: str) -> Iterator[None]:
-    """An error in the user's file becomes one line that names the place in it."""
+def explained(path: Path, what: str, passed: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """An error in the user's file becomes one line that names the place in it.
+
+    Args:
+        passed: the kind of error that says all by itself.
+    """
     try:
         yield
+    except passed:
+        raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]

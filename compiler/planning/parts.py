@@ -1,0 +1,46 @@
+"""What planning knows of a graph, whatever it is divided into: units, and what each may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..costs.hardware import Device
+from ..ir.graph import JointGraph
+from ..ir.locality import Locality
+from ..units.menus import options_of
+from ..units.stash import Body, Stash, bodies_of
+from ..units.units import Unit, units_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of one graph and device.
+
+    Attributes:
+        places: the unit of every staged node.
+        menus: per unit, its ways to run.
+    """
+
+    units: Sequence[Unit]
+    bodies: Sequence[Body]
+    places: dict[fx.Node, int]
+    menus: Sequence[Sequence[Stash]]
+
+    @staticmethod
+    def of(
+        graph: JointGraph,
+        locality: Locality,
+        device: Device,
+        remat: str,
+        pinned: Mapping[fx.Node, int],
+    ) -> Parts:
+        """Args:
+        remat: the option.
+        pinned: forward nodes whose stage is given; units end where these begin and end.
+        """
+        units = units_of(graph, locality, device, pinned)
+        bodies, places = bodies_of(graph, locality, units)
+        return Parts(units, bodies, places, options_of(bodies, places, device, remat))

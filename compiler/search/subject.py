@@ -1,0 +1,134 @@
+"""A model, a batch and devices, as a search asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..capture.batch import BatchSpec
+from ..driver.auto import Way, chunks_of
+from ..driver.builder import Builder
+from ..driver.compiled import Compiled, main_mode
+from ..driver.work import Outline
+from ..ir.errors import MemoryBudgetError
+from ..options.options import CompileOptions
+from ..plan.plan import Plan
+from ..planning.advice import gib
+from ..planning.target import Target
+from .bounds import Microbatch, least_compute_s
+from .scaling import least_row_s
+from .search import Model, UntracedError
+from .sketch import Prices, Sketch, sketch_of
+
+MOST_TRACED = 40_000
+"""Operators of the graphs that are traced, one for each number of rows that is worth it."""
+
+MakeBuilder = Callable[[CompileOptions], Builder]
+Divide = Callable[[CompileOptions], tuple[BatchSpec, int, Sequence[torch.Tensor]]]
+"""(options) -> the spec of a microbatch, their number, and the leaves of one, if there are any."""
+
+
+class Subject:
+    """Builders and graphs of ways, each made once.
+
+    Args:
+        builder: made for options; those of one subject share their graphs.
+        most_traced: operators, for graphs of more numbers of rows than one; None for `MOST_TRACED`.
+    """
+
+    def __init__(
+        self,
+        options: CompileOptions,
+        target: Target,
+        devices: int,
+        builder: MakeBuilder,
+        divide: Divide,
+        most_traced: int | None = None,
+    ):
+        self._most_traced = MOST_TRACED if most_traced is None else most_traced
+        self.options, self.target, self.devices = options, target, devices
+        self._builder, self._divide = builder, divide
+        self._prices: dict[tuple[object, ...], Prices] = {}
+        self._rows: dict[tuple[object, ...], tuple[int, float]] = {}
+        self._outlines: dict[Way, Outline] = {}
+        self.built: dict[Way, Compiled] = {}
+
+    @property
+    def model(self) -> Model:
+        return Model(self.bound, self.sketch, self._plan, self._nodes)
+
+    def _of(self, way: Way) -> CompileOptions:
+        return way.of(self.options, dump_dir=None)
+
+    def _key(self, way: Way) -> tuple[object, ...]:
+        """What the graph of a way depends on."""
+        options = self._of(way)
+        spec, m, _ = self._divide(options)
+        pieces = chunks_of(options, None, None) is not None and options.kind.splits_backward
+        return spec.rows, m * way.dp > 1 and spec.varies, pieces
+
+    def bound(self, way: Way) -> float:
+        """Seconds of a step, at least."""
+        options, key = self._of(way), self._key(way)
+        spec, m, _ = self._divide(options)
+        virtual, splits = options.virtual, options.kind.splits_backward
+        prices = self._prices.get(key)
+        if prices is None and not self._rows:
+            return 0.0  # the first is looked at to know the others
+        if prices is not None:
+            one = prices.microbatch
+        else:
+            one = Microbatch(spec.rows * max(s for _, s in self._rows.values()))
+        compute_s = least_compute_s(one, m, way.n_stages, virtual, splits)
+        return compute_s * self.target.spec.waiting(self.devices)
+
+    def _outline(self, way: Way) -> Outline:
+        if way not in self._outlines:
+            options, key = self._of(way), self._key(way)
+            spec, m, values = self._divide(options)
+            if key not in self._prices and self._prices and self._traced() > self._most_traced:
+                raise UntracedError(
+                    f"not traced for {spec.rows} rows: {len(self._rows)} others are"
+                )
+            outline = self._builder(options).outline(spec, m, values)
+            if key not in self._prices:
+                self._prices[key] = Prices(outline)
+                self._rows[key] = spec.rows, least_row_s(outline.graph, spec.rows, self.target.spec)
+            self._outlines[way] = outline
+        return self._outlines[way]
+
+    def _traced(self) -> int:
+        """Operators of all graphs, and of one more like them."""
+        sizes = [prices.nodes for prices in self._prices.values()]
+        return sum(sizes) + max(sizes, default=0)
+
+    def sketch(self, way: Way) -> Sketch:
+        """What is expected of its plan.
+
+        Raises:
+            PipecompileError: it is not possible, or does not fit by the prices.
+        """
+        outline = self._outline(way)
+        least = sum(outline.held_bytes.values()) / way.n_stages
+        if (over := least - self.target.budget_bytes) > 0:
+            raise MemoryBudgetError(
+                f"a rank needs {gib(least)} of {gib(self.target.budget_bytes)} for weights"
+                f"{', gradients and optimizer states' if outline.graph.trains else ''} alone, "
+                f"{gib(over)} too much",
+                (),
+                None,
+                proven=True,
+            )
+        prices = self._prices[self._key(way)]
+        return sketch_of(outline, prices, self.target.budget_bytes, self.devices)
+
+    def _nodes(self, way: Way) -> int:
+        prices = self._prices.get(self._key(way))
+        return 0 if prices is None else prices.nodes
+
+    def _plan(self, way: Way) -> Plan:
+        options = self._of(way)
+        spec, m, values = self._divide(options)
+        self.built[way] = self._builder(options).build(main_mode(options), spec, m, batch=values)
+        return self.built[way].plan

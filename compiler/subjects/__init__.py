@@ -1,0 +1,1 @@
+"""What commands are about: models by name, functions in files, training scripts."""

@@ -1,0 +1,324 @@
+"""What bounds exclude is not better, and the search finds what brute force finds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipecompile.compiler.capture.batch import BatchSpec, flatten
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.hardware import CPU, H100, Device
+from pipecompile.compiler.driver.auto import Open, Trial, Way
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.capturing import Shared
+from pipecompile.compiler.ir.actions import Kind
+from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError, PipecompileError
+from pipecompile.compiler.options.microbatches import divide
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.search.bounds import Microbatch, least_compute_s
+from pipecompile.compiler.search.search import SHOWN, TIE, Model, search
+from pipecompile.compiler.search.sketch import Sketch
+from pipecompile.compiler.search.space import ways_of
+from pipecompile.compiler.search.subject import Subject
+from pipecompile.passes.schedule.load import timed
+from pipecompile.passes.schedule.registry import SCHEDULES
+from support import models
+from torch import nn
+
+HOST = torch.device("cpu")
+
+
+# -- bounds -------------------------------------------------------------------------------------
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[str, int, int, list[tuple[float, float, float]]]:
+    """A schedule, ranks, microbatches, and per stage seconds of F, of B and of W."""
+    kind = SCHEDULES[draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zb_h1", "zb"]))]
+    ranks = draw(st.integers(1, 4))
+    virtual = 2 if kind.name == "interleaved" else 1
+    m = ranks * draw(st.integers(1, 3))
+    second = st.floats(0.1, 3.0)
+    stages = [(draw(second), draw(second), draw(second)) for _ in range(ranks * virtual)]
+    return kind.name, ranks, m, stages
+
+
+@settings(max_examples=60)
+@given(divided())
+def test_no_division_is_faster_than_the_bound(
+    case: tuple[str, int, int, list[tuple[float, float, float]]],
+) -> None:
+    """However uneven the stages are, with free transfers."""
+    name, ranks, m, stages = case
+    kind = SCHEDULES[name]
+    splits = kind.splits_backward
+    shape = kind.shape(ranks, m, len(stages) // ranks)
+    compute_s = {}
+    for s, (f, b, w) in enumerate(stages):
+        compute_s |= {(s, Kind.F): f, (s, Kind.B): b if splits else b + w, (s, Kind.W): w}
+    real = timed(kind.order(shape), shape, compute_s, {}).step_s
+    sums = [sum(each) for each in stages]
+    part = min(f / (f + b + w) for f, b, w in stages)
+    one = Microbatch(sum(sums), 0.0, part)
+    bound = least_compute_s(one, m, ranks, len(stages) // ranks, splits)
+    assert bound <= real * (1 + 1e-9)
+
+
+def test_the_bound_is_near_what_even_stages_take() -> None:
+    """It has most of the bubble of 1F1B in it."""
+    kind, ranks, m = SCHEDULES["1f1b"], 8, 16
+    shape = kind.shape(ranks, m)
+    compute_s = {(s, k): 1.0 for s in range(ranks) for k in (Kind.F, Kind.B)}
+    real = timed(kind.order(shape), shape, compute_s, {}).step_s
+    bound = least_compute_s(Microbatch(2.0 * ranks), m, ranks, 1, splits=False)
+    assert m * 2.0 < 0.85 * bound < real
+
+
+# -- the search, with numbers that are made up ----------------------------------------------------
+
+
+@dataclass
+class Made:
+    """A model whose ways take what was drawn."""
+
+    steps_s: dict[Way, float]
+    bounds: dict[Way, float]
+    errors: dict[Way, float]
+    nodes: int = 1
+
+    @property
+    def model(self) -> Model:
+        def planned(way: Way) -> Any:
+            memory = SimpleNamespace(peak=1)
+            step_s = self.steps_s[way]
+            if math.isinf(step_s):
+                raise MemoryBudgetError("too much", (), None, proven=True)
+            stages = [SimpleNamespace(memory=memory)]
+            return SimpleNamespace(
+                stages=stages, options={"zero": "0"}, step_s=step_s, bubble=0.0, microbatches=4
+            )
+
+        def sketch(way: Way) -> Sketch:
+            return Sketch(planned(way).step_s * self.errors[way], 0.0, 1.0)
+
+        return Model(self.bounds.__getitem__, sketch, planned, lambda _: self.nodes)
+
+
+@st.composite
+def made(draw: st.DrawFn, error: float) -> Made:
+    ways = [Way(n + 1, 1, "1f1b") for n in range(draw(st.integers(1, 40)))]
+    step = st.one_of(st.floats(1.0, 3.0), st.just(math.inf))
+    steps_s = {way: draw(step) for way in ways}
+    errors = {way: draw(st.floats(1 - error, 1 + error)) for way in ways}
+    bounds = {}
+    for way in ways:
+        known = steps_s[way] if math.isfinite(steps_s[way]) else 1.0
+        bounds[way] = draw(st.floats(0.2, 1.0)) * known * min(1.0, errors[way])
+    return Made(steps_s, bounds, errors)
+
+
+@settings(max_examples=100)
+@given(made(error=0.0))
+def test_exact_sketches_lead_to_the_best(case: Made) -> None:
+    best_s = min(case.steps_s.values())
+    if math.isinf(best_s):
+        with pytest.raises(OptionError, match="too much"):
+            search(list(case.steps_s), case.model)
+        return
+    found = search(list(case.steps_s), case.model)
+    assert found.best.step_s == best_s
+    assert found.pruned + found.sketched <= found.ways == len(case.steps_s)
+
+
+@settings(max_examples=100)
+@given(made(error=TIE / 2))
+def test_sketches_that_are_off_cost_no_more_than_they_are_off(case: Made) -> None:
+    best_s = min(case.steps_s.values())
+    if math.isfinite(best_s):
+        found = search(list(case.steps_s), case.model)
+        assert found.best.step_s is not None
+        assert found.best.step_s <= best_s * (1 + 1.1 * TIE)
+        assert sum(not t.about for t in found.trials if t.step_s) <= SHOWN
+
+
+def test_what_a_bound_excludes_is_not_looked_at() -> None:
+    ways = [Way(n + 1, 1, "1f1b") for n in range(10)]
+    steps_s = {way: 1.0 + i for i, way in enumerate(ways)}
+    found = search(ways, Made(steps_s, dict(steps_s), dict.fromkeys(ways, 1.0)).model)
+    assert (found.sketched, found.pruned) == (1, 9)
+    assert "10 ways: 9 cannot be better by their bounds, 1 sketched, 1 planned" in found.told
+
+
+def test_large_graphs_are_planned_less_often_and_that_is_said() -> None:
+    ways = [Way(n + 1, 1, "1f1b") for n in range(10)]
+    equal = dict.fromkeys(ways, 1.0)
+    found = search(ways, Made(equal, equal, equal, nodes=15_000).model)
+    assert found.planned == 2
+    assert "not all that are as good by their sketches were planned" in found.told
+
+
+# -- the space ------------------------------------------------------------------------------------
+
+
+def test_the_space_has_what_is_open() -> None:
+    options = CompileOptions(n_stages=1, zero="auto")
+    open_ = Open(divides=True, orders=True)
+    ways = ways_of(open_, options, 4, 16)
+    assert len(set(ways)) == len(ways)
+    assert {(w.n_stages, w.dp) for w in ways} == {(1, 4), (2, 2), (4, 1)}
+    assert {w.zero for w in ways if w.dp > 1} == {0, 1, 2, 3}
+    assert {w.zero for w in ways if w.dp == 1} == {0}
+    assert {w.microbatches for w in ways if w.dp == 1} == {1, 2, 4, 8, 16}
+    given = replace(options, zero=0, microbatches=4)
+    assert {(w.zero, w.microbatches) for w in ways_of(open_, given, 4, 16)} == {(None, 4)}
+
+
+def test_the_space_keeps_to_limits_of_sessions() -> None:
+    """The global batch is cut into as many microbatches, whatever the replicas."""
+    options = CompileOptions(n_stages=1, microbatches=None)
+    held = Open(True, False, None, stages=(2, 4), global_microbatches=8)
+    ways = ways_of(held, options, 4, 16)
+    assert [(w.n_stages, w.dp, w.microbatches) for w in ways] == [(2, 2, 4), (4, 1, 8)]
+    free = ways_of(replace(held, global_microbatches=None), options, 4, 16)
+    assert {(w.n_stages, w.microbatches) for w in free} > {(2, 1), (2, 8), (4, 1), (4, 16)}
+    settled = replace(held, stages=(2, 2), global_microbatches=None)
+    assert ways_of(settled, replace(options, zero="auto"), 4, 16) == [Way(2, 2, "1f1b")]
+
+
+# -- against brute force --------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Small, quickly traced, and uneven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 32, 32, 96, 32)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.square().mean()
+
+
+def subject_of(
+    options: CompileOptions,
+    devices: int,
+    rows: int,
+    device: Device,
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+) -> Subject:
+    _, whole = flatten(batch)
+    skeleton = skeleton_of(model, HOST, options.dtypes, training=options.training)
+    shared = Shared()
+    target = Target(HOST, device, options.memory_bytes or math.inf)
+
+    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, tuple[()]]:
+        return *divide(whole, tried, tried.dp), ()
+
+    def builder(tried: CompileOptions) -> Builder:
+        return Builder(skeleton, tried, target, captured=shared)
+
+    return Subject(options, target, devices, builder, divided)
+
+
+def of_net(options: CompileOptions, devices: int, rows: int, device: Device) -> Subject:
+    return subject_of(options, devices, rows, device, Net(), {"x": torch.zeros(rows, 32)})
+
+
+def of_gpt2(options: CompileOptions, devices: int, rows: int, device: Device) -> Subject:
+    ids = torch.zeros(rows, 16, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    return subject_of(options, devices, rows, device, models.build("gpt2"), batch)
+
+
+def check(asked: Subject, ways: Sequence[Way]) -> tuple[Trial, int]:
+    """The search's step is at most `TIE` above the best of all plans; no bound is above a plan.
+
+    Returns:
+        Its choice, and the least bytes that any plan takes.
+    """
+    found = search(ways, asked.model)
+    steps_s: dict[Way, float] = {}
+    for way in ways:
+        try:
+            steps_s[way] = asked.model.plan(way).step_s
+        except PipecompileError:
+            continue
+        assert asked.bound(way) <= steps_s[way] * (1 + 1e-9), way
+    assert found.best.step_s is not None
+    assert found.best.step_s <= min(steps_s.values()) * (1 + TIE)
+    assert found.planned < len(ways)
+    peaks = (max(s.memory.peak for s in each.plan.stages) for each in asked.built.values())
+    return found.best, min(peaks)
+
+
+SLOW_LINK = H100.with_link(1e9, 1e-5)
+
+
+def test_brute_force_over_microbatches() -> None:
+    options = CompileOptions(n_stages=1, optimizer=torch.optim.SGD)
+    ways = ways_of(Open(divides=True, orders=False), options, 2, 8)
+    assert len(ways) == 7
+    check(of_net(options, 2, 8, CPU), ways)
+
+
+def test_brute_force_over_inference() -> None:
+    """The same of forwards alone, which have no order and nothing to divide."""
+    options = CompileOptions(n_stages=1, training=False)
+    ways = ways_of(Open(divides=True, orders=False), options, 2, 8)
+    assert {way.zero for way in ways} <= {None, 0}
+    check(of_net(options, 2, 8, CPU), ways)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
+@pytest.mark.parametrize("device", [CPU, SLOW_LINK], ids=["cpu", "slow links"])
+def test_sketches_of_inference_are_near_plans(precision: str, device: Device) -> None:
+    options = CompileOptions(n_stages=1, training=False, precision=precision)
+    asked = of_net(options, 2, 8, device)
+    way = Way(2, 1, "1f1b", zero=0, microbatches=4)
+    sketch, plan = asked.sketch(way), asked.model.plan(way)
+    assert not plan.training
+    assert sketch.step_s == pytest.approx(plan.step_s, rel=TIE)
+    assert sketch.bubble == pytest.approx(plan.bubble, abs=TIE)
+    peak = max(stage.memory.peak for stage in plan.stages)
+    assert sketch.peak_bytes == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [CPU, SLOW_LINK], ids=["cpu", "slow links"])
+@pytest.mark.parametrize("make", [of_net, of_gpt2])
+def test_brute_force_over_everything(make: Any, device: Device) -> None:
+    """Without a limit, and with less memory than the best took, where that is enough for any."""
+    open_ = Open(divides=True, orders=True)
+    options = CompileOptions(
+        n_stages=1, zero="auto", optimizer=torch.optim.AdamW, max_grad_norm=1.0
+    )
+    best, least = check(make(options, 2, 8, device), ways_of(open_, options, 2, 8))
+    memory = max(int(0.9 * best.peak_bytes), int(1.05 * least))
+    tight = replace(options, memory=f"{memory}B")
+    found, _ = check(make(tight, 2, 8, device), ways_of(open_, tight, 2, 8))
+    assert found.peak_bytes <= memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1"])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_sketches_are_near_plans(schedule: str, zero: int) -> None:
+    options = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW)
+    asked = of_gpt2(options, 4, 16, CPU)
+    virtual = 2 if schedule == "interleaved" else None
+    way = Way(2, 2, schedule, virtual, zero=zero, microbatches=4)
+    sketch = asked.sketch(way)
+    assert sketch.step_s == pytest.approx(asked.model.plan(way).step_s, rel=TIE)
