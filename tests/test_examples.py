@@ -58,7 +58,7 @@ def _losses(dp: int, *start: str) -> list[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    return re.findall(r"^(?:step|held-out text).*loss \d+\.\d+$", run.stdout, re.MULTILINE)
+    return re.findall(r"^(?:step|held-out text).*loss \d+\.\d{6}$", run.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow
