@@ -15,14 +15,15 @@ GPU := .venv-gpu/bin/python
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-torch mutants lint bench predictions published planner-table \
-	tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
+.PHONY: help demo test test-examples test-slow test-torch mutants lint bench predictions published \
+	planner-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
 	elastic-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
 	@echo "make test              the tests that take minutes"
+	@echo "make test-examples     the scripts of examples/ in short form, beside one device"
 	@echo "make test-slow         all tests but the timings"
 	@echo "make test-torch        the same as make test, with another torch: TORCH=2.11.0"
 	@echo "make mutants           do the tests find faults that are planted? 15 minutes"
@@ -55,6 +56,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadgroup --durations=20
+
+test-examples: $(READY)
+	$(BIN)/pytest tests/examples -m "not bench" -n 2
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"

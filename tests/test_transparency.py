@@ -31,7 +31,7 @@ COVERING = [
     ("bert-mlm", 2, 2, 2, "adamw"),
     ("bart", 3, 2, 5, "sgd"),
     ("bart", 4, 1, 2, "adamw"),
-    ("t5", 2, 2, 8, "adamw"),
+    pytest.param("t5", 2, 2, 8, "adamw", marks=pytest.mark.slow),
     ("t5", 4, 1, 5, "sgd"),
     ("mixtral", 3, 1, 2, "sgd"),
     ("mixtral", 1, 2, 5, "adamw"),

@@ -50,10 +50,10 @@ def assert_equal(printed: str, losses: int) -> None:
 
 
 STEPS = {"vit_images": 2, "finetune_bert": 6, "tag_tokens": 3, "distill": 3, "seq2seq": 2}
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in SHORT if script != "vit_images"]
 
 
-@pytest.mark.parametrize("script", ["vit_images", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SHORT)
 def test_one_process_comes_to_what_one_device_does(script: str) -> None:
     printed = ran(script, *SHORT[script], "--compare")
     assert re.search(SAYS[script], printed, re.M), printed

@@ -265,6 +265,7 @@ def test_optimizers_that_need_whole_parameters_are_refused(optimizer: Any) -> No
         jobs.pipeline("gpt2", 1, 2, 2, zero=1, zero_by="rows", optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_smallest_level_that_fits() -> None:
     batch = models.batches("llama", 8, 1)[0]
 
