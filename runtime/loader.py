@@ -240,20 +240,21 @@ class Loader:
             return step
         mine: dict[int, list[int]] = {}
         if self._world.mesh.rank not in step.absent:
+            made = {kind: self._made_for(request) for kind, request in step.requests.items()}
             for replica, pieces in self.pieces(step, step.given).items():
                 pairs = zip(pieces, step.kinds[replica], strict=True)
-                mine[replica] = [self._outcome(step.requests[kind], each) for each, kind in pairs]
+                mine[replica] = [_outcome(made[kind], each) for each, kind in pairs]
         outcomes = self._world.agreement.check_outcomes(mine)
         kinds = tuple(
             tuple(kind._replace(outcome=each) for kind, each in zip(*pair, strict=True))
             for pair in zip(step.kinds, outcomes, strict=True)
         )
-        made = {
+        asked = {
             kind: replace(first, outcome=kind.outcome)
             for before, after in zip(step.kinds, kinds, strict=True)
             for kind, first in zip(after, map(step.requests.__getitem__, before), strict=True)
         }
-        requests = {kind: made[kind] for kind in sorted(made, key=_most_rows)}
+        requests = {kind: asked[kind] for kind in sorted(asked, key=_most_rows)}
         for request in requests.values():
             self._check_number(request)
         return replace(step, requests=requests, kinds=kinds)
@@ -261,15 +262,12 @@ class Loader:
     def _asks(self, request: Request) -> bool:
         return bool(self._guards.get(replace(request, outcome=0)))
 
-    def _outcome(self, request: Request, piece: Leaves) -> int:
-        """The number of the graph that is made for what a microbatch answers; of the next, if
-        there is none."""
-        request = replace(request, outcome=0)
-        while (guards := self._guards.get(request)) is not None:
-            if not guards or guards.difference(piece) is None:
-                break
-            request = replace(request, outcome=request.outcome + 1)
-        return request.outcome
+    def _made_for(self, request: Request) -> list[Guards]:
+        """What the graphs that there are for such microbatches ask, by their outcomes."""
+        found: list[Guards] = []
+        while (guards := self._guards.get(replace(request, outcome=len(found)))) is not None:
+            found.append(guards)
+        return found
 
     def _check_number(self, request: Request) -> None:
         """Raises NumberError, or BatchError, if there would be too many graphs."""
@@ -354,6 +352,15 @@ class Loader:
             ]
             for rank in firsts
         }
+
+
+def _outcome(made: Sequence[Guards], piece: Leaves) -> int:
+    """The number of the graph that is made for what a microbatch answers; of the next, if there is
+    none."""
+    for outcome, guards in enumerate(made):
+        if not guards or guards.difference(piece) is None:
+            return outcome
+    return len(made)
 
 
 def _most_rows(kind: PieceKind) -> tuple[int, int, int]:

@@ -359,16 +359,6 @@ class Builder:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
 
-    def refusal(self, mode: Mode, spec: BatchSpec, batch: Sequence[torch.Tensor]) -> str:
-        """What forward raises on a microbatch, by its values; "" if it takes it."""
-        try:
-            self._capturing.trace(Wanted(mode, spec, tuple(batch), False), [])
-        except BatchError as error:
-            return str(error)
-        except PipecompileError:
-            pass
-        return ""
-
     # -- deciding, and following --------------------------------------------------------------
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
