@@ -36,6 +36,14 @@ def examples(train: int, validation: int) -> tuple[list[tuple[str, int]], list[t
     return pairs[:train], pairs[train : train + validation]
 
 
+def encoded(tokenizer, pairs):
+    inputs = tokenizer([text for text, _ in pairs], truncation=True, max_length=LONGEST)
+    return [
+        {"input_ids": ids, "labels": label}
+        for ids, (_, label) in zip(inputs["input_ids"], pairs, strict=True)
+    ]
+
+
 def report(labels, predicted):
     return classification_report(
         labels, predicted, labels=[0, 1], target_names=PACKAGES, digits=3, zero_division=0
@@ -58,15 +66,10 @@ def main() -> None:
     train, validation = examples(args.train, args.validation)
     tokenizer = train_tokenizer((text for text, _ in train), size=2000)
 
-    def encoded(pairs):
-        inputs = tokenizer([text for text, _ in pairs], truncation=True, max_length=LONGEST)
-        return [
-            {"input_ids": ids, "labels": label}
-            for ids, (_, label) in zip(inputs["input_ids"], pairs, strict=True)
-        ]
-
     collate = DataCollatorWithPadding(tokenizer)  # each batch to its own longest
-    batches = pipecompile.data.batches(encoded(train), args.batch, shuffle=True, collate_fn=collate)
+    batches = pipecompile.data.batches(
+        encoded(tokenizer, train), args.batch, shuffle=True, collate_fn=collate
+    )
     steps = args.epochs * len(batches)
     dropout = 0.0 if args.compare else 0.1
     model = BertForSequenceClassification(
@@ -97,7 +100,7 @@ def main() -> None:
     }
     pipe = pipecompile.compile(model, args.stages, **training)
     loader = pipe.loader(batches)
-    held_out = pipe.loader(encoded(validation), 50, collate_fn=collate)
+    held_out = pipe.loader(encoded(tokenizer, validation), 50, collate_fn=collate)
     metrics = {
         "accuracy": lambda out, batch: out.logits.argmax(-1) == batch["labels"],
         "report": pipecompile.Collected(

@@ -9,6 +9,7 @@ from functools import partial
 
 import pipecompile
 import torch
+from common.compare import train_plain
 from common.compression import (
     MICROBATCHES,
     compared,
@@ -16,7 +17,6 @@ from common.compression import (
     llama,
     read_text,
     sample,
-    train_plainly,
 )
 from torch import nn
 from torch.nn.utils import prune
@@ -124,7 +124,8 @@ def main() -> None:
         if step and step % args.every == 0:
             prune_to(model, target(step))
 
-    losses = train_plainly(model, adamw(model.parameters()), batches, before)
+    plainly = {"optimizer": adamw, "microbatches": MICROBATCHES}
+    losses = train_plain(model, [[batch] for batch in batches], **plainly, before=before)
     say(f"last loss on one device {losses[-1]:.6f}")
     say(compared("weights and masks", pipe.state_dict(), model.state_dict()))
 
@@ -144,7 +145,7 @@ def main() -> None:
     losses = [tuned.step(mine(batch)) for batch in few]
     say(f"{args.heads} of 4 heads: {sizes[0]:,} to {sizes[1]:,} parameters")
     say(f"fewer heads: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(few)} steps")
-    train_plainly(smaller, adamw(smaller.parameters()), few)
+    train_plain(smaller, [[batch] for batch in few], **plainly)
     say(compared("fewer heads", tuned.state_dict(), smaller.state_dict()))
 
 

@@ -12,6 +12,7 @@ from time import perf_counter
 
 import pipecompile
 import torch
+from common.compare import train_plain
 from common.compression import (
     MICROBATCHES,
     Batch,
@@ -21,7 +22,6 @@ from common.compression import (
     quiet,
     read_text,
     sample,
-    train_plainly,
 )
 from torch import nn
 from torch.optim import AdamW
@@ -126,7 +126,7 @@ def main() -> None:
     text, held_out = read_text()
     judged = next(sample(held_out, 1))
     batches = list(sample(text, args.before + args.steps))
-    adamw = partial(AdamW, lr=2e-3)
+    adamw, careful = partial(AdamW, lr=2e-3), partial(AdamW, lr=5e-4)
     options = {"n_stages": 2, "microbatches": MICROBATCHES}
 
     torch.manual_seed(0)
@@ -148,10 +148,12 @@ def main() -> None:
     for bits in args.bits:
         show(f"int{bits}, rounded afterwards", quantized(base, bits), bits)
         model = prepared(copy.deepcopy(base), bits).train()
-        tuner = pipecompile.compile(model, optimizer=partial(AdamW, lr=5e-4), **options)
+        tuner = pipecompile.compile(model, optimizer=careful, **options)
         for batch in tail:
             tuner.step(batch)
-        train_plainly(model, AdamW(model.parameters(), lr=5e-4), tail)
+        train_plain(
+            model, [[batch] for batch in tail], optimizer=careful, microbatches=MICROBATCHES
+        )
         lines.append(compared(f"int{bits} fine-tuning", tuner.state_dict(), model.state_dict()))
 
         # the pipeline alone, for inference: it computes with what int weights would stand for

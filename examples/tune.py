@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 import pipecompile
 import torch
-from common.compression import MICROBATCHES, compared, llama, read_text, sample, train_plainly
+from common.compare import train_plain
+from common.compression import MICROBATCHES, compared, llama, read_text, sample
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -88,12 +89,8 @@ def main() -> None:
     best = study.best_trial
     again = objective(optuna.trial.FixedTrial(best.params))
     print(f"again: {'the same' if again == best.value else 'ANOTHER'} loss, {again:.6f}")
-    parts = stepping(best.params)
-    optimizer = parts["optimizer"](model.parameters())
-    scheduler = parts["lr_scheduler"](optimizer)
-    for batch in batches:
-        train_plainly(model, optimizer, [batch])
-        scheduler.step()
+    steps = [[batch] for batch in batches]
+    train_plain(model, steps, microbatches=MICROBATCHES, **stepping(best.params))
     print(compared("the best trial", pipe.state_dict(), model.state_dict()))
 
 

@@ -43,7 +43,8 @@ def compare(
     trained = pipe.state_dict()
     if not pipe.is_main:
         return
-    plain, expected = train_plain(model, shares, count=count, **training)
+    plain = copy.deepcopy(model)
+    expected = train_plain(plain, shares, count=count, **training)
     expected = expected[-len(losses) :]
     print(f"{'':24}first loss   last loss")
     name = f"{pipe.plan.n_stages} stages, {pipe.plan.dp} replicas"
@@ -76,18 +77,21 @@ def train_plain(
     max_grad_norm: float | None = None,
     precision: str | None = None,
     dp: int = 1,
-) -> tuple[nn.Module, list[torch.Tensor]]:
-    """A copy of the model, trained as a loop over microbatches does, and the loss of each step.
+    before: Callable[[int], None] = lambda step: None,
+) -> list[torch.Tensor]:
+    """Train a model as a loop over microbatches does; the loss of each step.
 
     Args:
         steps: the shares of the replicas, per step.
+        before: is called with the number of the step that follows.
         precision: None or "bf16".
     """
-    model = copy.deepcopy(model).train()
+    model.train()
     made = optimizer(model.parameters())
     scheduler = lr_scheduler(made) if lr_scheduler else None
     losses = []
-    for shares in steps:
+    for step, shares in enumerate(steps):
+        before(step)
         pieces = [[p for p in cut(share, microbatches) if _rows(p)] for share in shares]
         total = sum(count(piece) for replica in pieces for piece in replica)
         weights = [[count(piece) / total for piece in replica] for replica in pieces]
@@ -98,7 +102,7 @@ def train_plain(
         if scheduler is not None:
             scheduler.step()
         made.zero_grad()
-    return model, losses
+    return losses
 
 
 def _backward(

@@ -1,4 +1,4 @@
-"""What prune.py, quantize.py and tune.py share: text, a small Llama, and one device to compare."""
+"""What prune.py, quantize.py and tune.py share: text, a small Llama, and words of a comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pydoc_data.topics import topics
 
 import torch
@@ -67,32 +67,6 @@ def llama(heads: int = 4, layers: int = 2) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return LlamaForCausalLM(config)
-
-
-def train_plainly(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
-    before: Callable[[int], None] = lambda step: None,
-) -> list[torch.Tensor]:
-    """Gradient accumulation on one device, the pieces of the pipeline's microbatches; the losses.
-
-    Args:
-        before: is called with the number of the step that follows.
-    """
-    losses = []
-    for step, batch in enumerate(batches):
-        before(step)
-        total = torch.zeros(())
-        for i in range(MICROBATCHES):
-            piece = {name: rows.chunk(MICROBATCHES)[i] for name, rows in batch.items()}
-            loss = model(**piece).loss / MICROBATCHES  # a power of two: nothing is rounded
-            loss.backward()
-            total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from support import jobs
+from support import jobs, token_steps
 from support.gang import Gang
+from support.token_steps import IGNORED, Batch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-LENGTH, VOCABULARY, IGNORED = 12, 64, -100
-Batch = dict[str, torch.Tensor]
+LENGTH, VOCABULARY = 12, 64
 
 
 def llama() -> nn.Module:
@@ -59,19 +59,8 @@ def rows(whole: Batch, start: int, end: int) -> Batch:
     return {key: value[start:end] for key, value in whole.items()}
 
 
-def plainly(model: Any, optimizer: torch.optim.Optimizer, whole: Batch, pieces: int) -> None:
-    """A step of one device, whose loss is the mean over all tokens that count."""
-    shift = 1 if isinstance(model, LlamaForCausalLM) else 0
-
-    def kept(piece: Batch) -> int:
-        return int((piece["labels"][:, shift:] != IGNORED).sum())
-
-    size = len(whole["labels"]) // pieces
-    for i in range(pieces):
-        piece = rows(whole, i * size, (i + 1) * size)
-        (model(**piece).loss * (kept(piece) / kept(whole))).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def plainly(model: nn.Module, optimizer: torch.optim.Optimizer, whole: Batch, pieces: int) -> None:
+    token_steps.step(model, optimizer, whole, pieces, int(isinstance(model, LlamaForCausalLM)))
 
 
 def unequal(pipe: Any, model: nn.Module) -> list[str]:

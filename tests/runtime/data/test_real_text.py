@@ -11,12 +11,12 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
-from support import jobs
+from support import jobs, token_steps
+from support.token_steps import IGNORED, Batch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-WORDS, ROWS, MICROBATCHES, IGNORED = 96, 4, 2, -100
-Batch = dict[str, torch.Tensor]
+WORDS, ROWS, MICROBATCHES = 96, 4, 2
 
 
 def documents() -> list[torch.Tensor]:
@@ -63,24 +63,6 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def plainly(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
-    """A step over the same microbatches, each weighed by the labels that it keeps."""
-
-    def kept(piece: Batch) -> int:
-        return int((piece["labels"][:, 1:] != IGNORED).sum())
-
-    losses, weights = [], []
-    for i in range(MICROBATCHES):
-        piece = {key: value.chunk(MICROBATCHES)[i] for key, value in batch.items()}
-        losses.append(model(**piece).loss)
-        weights.append(kept(piece) / kept(batch))
-        (losses[-1] * weights[-1]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    pairs = zip(losses, weights, strict=True)
-    return torch.stack([loss.detach().double() * weight for loss, weight in pairs]).sum().float()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "steps"),
@@ -102,7 +84,7 @@ def test_documents_of_all_lengths(traces: list[bool], make: Any, steps: int) -> 
     lengths = set()
     for batch in islice(pipe.loader(documents(), ROWS, collate_fn=padded), steps):
         lengths.add(batch["input_ids"].shape[1])
-        loss, expected = pipe.step(batch), plainly(model, optimizer, batch)
+        loss, expected = pipe.step(batch), token_steps.step(model, optimizer, batch, MICROBATCHES)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # sums of two round
     state = pipe.state_dict()
     assert not [n for n, each in model.state_dict().items() if not torch.equal(state[n], each)]
