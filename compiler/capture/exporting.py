@@ -33,7 +33,7 @@ from ..ir.precision import autocast
 from ..regions.regions import Regions
 from ..tensors.fakes import is_symbol
 from ..tensors.pytree import tree_leaves
-from ..tracing.constants import told_constants
+from ..tracing.constants import asked_masks, told_constants
 from ..tracing.kept import (
     UNTRACED,
     copied_tensors,
@@ -154,7 +154,7 @@ class Traced(nn.Module):
             copied_tensors(),
             told_constants(self.sizes, answering.knows)
             if self.denied == UNTRACED[0]
-            else contextlib.nullcontext(),
+            else asked_masks(answering.knows),
             Checks() as checks,
             checks.of_tensors(),
             Reading() as outside,

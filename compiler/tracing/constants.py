@@ -93,6 +93,28 @@ def told_constants(
             utils.is_fake_tensor = asked
 
 
+@contextlib.contextmanager
+def asked_masks(answered: Callable[[torch.Tensor], bool]) -> Iterator[None]:
+    """A model that is told that it is traced, inside: transformers asks masks of the batch, which
+    answers, whether they mask anything; nothing else of it hears that it may.
+
+    Args:
+        answered: as `told_constants` has it.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    names = ("is_tracing", "is_torchdynamo_exporting")
+    if masks is None or not all(hasattr(masks, name) for name in names):
+        yield
+        return
+    traced, exporting = (getattr(masks, name) for name in names)
+    masks.is_tracing = lambda x=None: traced(x) and not (x is not None and answered(x))
+    masks.is_torchdynamo_exporting = lambda: False  # is_tracing is asked as well
+    try:
+        yield
+    finally:
+        masks.is_tracing, masks.is_torchdynamo_exporting = traced, exporting
+
+
 class Computation:
     """The operators that made a tensor which depends on nothing, or on sizes alone.
 

@@ -88,6 +88,8 @@ class LateAndEarly(Layers):
     """Training updates after the last layer what evaluation reads before the first one, also in a
     value that it makes of buffers alone."""
 
+    traced_once = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             x = x - (2 * self.mean).tanh() + self.n

@@ -24,6 +24,8 @@ BATCH = {"x": torch.linspace(-1, 1, 64).view(8, 8)}
 class Tower(nn.Module):
     """Layers, a norm that autocast leaves in fp32, and a loss."""
 
+    traced_once = True
+
     def __init__(self, width: int = 8, depth: int = 4) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))

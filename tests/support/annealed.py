@@ -24,6 +24,8 @@ def mixed(x: torch.Tensor, beta: Any) -> torch.Tensor:
 class Model(nn.Module):
     """Does something with a number in each of its layers."""
 
+    traced_once = True
+
     def __init__(self, way: Way = mixed) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -45,6 +47,9 @@ def penalised(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     weight = batch["weights"]["penalty"]
     total: torch.Tensor = entropy + weight * logits.square().mean() - weight**2 * 0.1
     return total
+
+
+penalised.traced_once = True  # type: ignore[attr-defined]
 
 
 def batches(betas: list[float], ignored: bool = False) -> list[Batch]:

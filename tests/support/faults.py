@@ -107,6 +107,9 @@ def loss_of(out: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(out, batch["label"])
 
 
+loss_of.traced_once = True  # type: ignore[attr-defined]
+
+
 def train(place: str, folder: Path, how: str | None, **options: Any) -> None:
     """A step, and what the fault happens in.
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from functools import partial
+from itertools import count
+from types import FunctionType
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -44,10 +46,13 @@ Menus = list[tuple[Stash, ...]]
 _LIBRARIES = (
     "torch.nn.",
     "transformers.",
+    "peft.",
     "support.models",
     "support.packed",
     "support.checkpoints",
 )
+_INNER = vars(nn.Module()).keys() - {"training"}
+_times = count()
 _FORWARD = {each.name for each in passes.FORWARD}
 _NODES = ("recomputed", "exclusive", "shared", "forgets")  # of a stash
 
@@ -72,37 +77,56 @@ def remembering() -> Iterator[None]:
 
 
 def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
-    known: dict[Hashable, tuple[Captured, list[Any]]] = {}
+    known: dict[Hashable, list[tuple[Captured, list[Any]]]] = {}  # an entry for each answer
 
     def captured(capturing: Capturing, wanted: Wanted, records: list[Any]) -> Captured:
         model = capturing.skeleton.module
-        if capturing.options.loss_fn or not all(map(_is_known, map(type, model.modules()))):
+        loss_fn = capturing.options.loss_fn
+        kinds = [*map(type, model.modules()), *([] if loss_fn is None else [loss_fn])]
+        if not all(map(_is_known, kinds)):
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, wanted.chunks, shape_of(model))
         key = (*key, *_told(capturing))
         folder, name = Folder(shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
-        with _alone(name, key in known or not shares):
-            looks = shares and key not in known
-            if looks and (entry := folder.find(name, (), capturing.skeleton.mode)):
-                known[key] = entry.captured, [PassRecord(*each) for each in entry.records]
-            if key not in known:
+        kept = known.setdefault(key, [])
+
+        def found() -> tuple[Captured, list[Any]] | None:
+            return next((each for each in kept if _is_for(each[0], capturing, wanted)), None)
+
+        with _alone(name, found() is not None or not shares):
+            looks = shares and found() is None
+            if looks and (entry := folder.find(name, wanted.batch, capturing.skeleton.mode)):
+                kept.append((entry.captured, [PassRecord(*each) for each in entry.records]))
+            if found() is None:
                 made = trace(capturing, wanted, records)
-                if made.guards:  # for this batch
-                    return made
-                known[key] = _copied(made), list(records)
+                kept.append((_copied(made), list(records)))
                 if shares:
                     with suppress(UntoldError):
                         folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
                 return made
-        found, kept = known[key]
-        records[:] = kept
-        return _copied(found)
+        one = found()
+        assert one is not None
+        records[:] = one[1]
+        capturing.skeleton.met(one[0].graph, one[0].lost, one[0].guards)
+        return _copied(one[0])
 
     return captured
 
 
-def _is_known(kind: type) -> bool:
+def _is_for(captured: Captured, capturing: Capturing, wanted: Wanted) -> bool:
+    """Whether forward, which has asked the batch or buffers, would be told the same now."""
+    guards, held = captured.guards, capturing.skeleton.values_of_buffers()
+    for name in guards.buffers:
+        if name not in held or not torch.equal(guards.constants[name].to(held[name]), held[name]):
+            return False
+    return not guards or (bool(wanted.batch) and guards.difference(wanted.batch) is None)
+
+
+def _is_known(kind: Any) -> bool:
+    """Of a class of modules, or a loss; one that is a module is traced with the model."""
+    if isinstance(kind, nn.Module):
+        return True
     return kind.__module__.startswith(_LIBRARIES) or getattr(kind, "traced_once", False)
 
 
@@ -111,6 +135,7 @@ def _told(capturing: Capturing) -> Iterator[Hashable]:
     dtypes = capturing.options.dtypes
     later: Any = {"grads": torch.float32, "boundary": None, "loss_scale": None}
     yield repr(dtypes and replace(dtypes, **later))
+    yield _said(capturing.options.loss_fn)
     yield tuple(name for name in capturing.options.skip if name in _FORWARD)
     yield capturing.device
     yield capturing.kind
@@ -141,7 +166,7 @@ def shape_of(model: nn.Module) -> str:
     lines = []
     for name, part in model.named_modules(remove_duplicate=False):
         own = vars(part)
-        plain = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str))}
+        plain = {k: said for k, v in own.items() if k not in _INNER and (said := _said(v))}
         held = {k: _layout(v) for k, v in own.items() if isinstance(v, torch.Tensor)}
         hooks = [k for k, v in own.items() if k.endswith("hooks") and v]
         lines.append(f"{name} {type(part)} {plain} {held} {hooks}")
@@ -151,6 +176,21 @@ def shape_of(model: nn.Module) -> str:
             lines.append(f"{name} {_layout(tensor)} {first.setdefault(id(tensor), name)}")
     config: Any = getattr(model, "config", None)
     return "\n".join([*lines, str(vars(config) if config is not None else "")])
+
+
+def _said(value: Any) -> str:
+    """A setting, told by what it is; "" for what is told elsewhere, or does not concern a graph."""
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, FunctionType):
+        line = value.__code__.co_firstlineno
+        once = f"{os.getpid()} {next(_times)}" if value.__closure__ else ""  # never the same
+        return f"{value.__module__}.{value.__qualname__}:{line}{once}"
+    if isinstance(value, dict):
+        return repr({k: said for k, v in value.items() if (said := _said(v))})
+    if isinstance(value, (list, tuple, set)):
+        return repr([said for v in value if (said := _said(v))])
+    return ""
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -32,6 +32,20 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+class Looking(LlamaForCausalLM):
+    """Looks at what it has computed, but where it is told that it is traced."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            assert found.loss.item() > 0
+        return found
+
+
+def looking() -> nn.Module:
+    return Looking(llama().config)  # type: ignore[arg-type]
+
+
 def bert() -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
@@ -76,7 +90,9 @@ BATCHES = (
 )
 
 
-@pytest.mark.parametrize("make", [llama, pytest.param(bert, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [llama, *(pytest.param(each, marks=pytest.mark.slow) for each in (looking, bert))]
+)
 def test_microbatches_with_and_without_padding_share_a_step(make: Callable[[], nn.Module]) -> None:
     model = make()
     optimize = jobs.OPTIMIZERS["adamw"]

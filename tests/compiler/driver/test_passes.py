@@ -187,6 +187,6 @@ def test_builders_that_share_a_graph_tell_alike_what_was_done() -> None:
     ]
     first, second = ([note for note in notes if note[0] != "schedule"] for notes in told)
     assert [name for name, _ in first] == [name for name, _ in second]
-    assert len(captured) == 1
+    assert len(captured.graphs) == 1
     assert dict(first)["capture"] == dict(second)["capture"]
     assert dict(second)["precision"] == "skipped"

@@ -29,6 +29,8 @@ WIDTH = 64
 class Part(nn.Module):
     """A large frozen matrix beside a small trained one."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         self.base = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
@@ -41,6 +43,8 @@ class Part(nn.Module):
 
 class Adapted(nn.Module):
     """Also a norm whose statistics forward updates, a frozen parameter that it does, a constant."""
+
+    traced_once = True
 
     def __init__(self, n_parts: int = 3) -> None:
         super().__init__()

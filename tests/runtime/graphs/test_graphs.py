@@ -88,6 +88,8 @@ def test_divided_states_have_the_bits_of_eager_programs() -> None:
 class Dropped(nn.Module):
     """Dropout twice, and a buffer that forward updates."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
