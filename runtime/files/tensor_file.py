@@ -74,6 +74,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 _BESIDE_BYTES = 1 << 18  # from which on a checksum is worth a second thread
+_SUMS = "pipecompile.xxh3"
+"""Of a file's metadata, which `save_pretrained` and others do not carry on: JSON of tensor name ->
+checksum."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def write(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], torch.Tensor],
     sum_of: Callable[[Any], str] = checksums.of_bytes,
+    tells_sums: bool = False,
 ) -> tuple[FileFacts, dict[str, str]]:
     """Write a new file and wait until it is on the disk.
 
@@ -102,6 +106,7 @@ def write(
         specs: tensor name -> what it is, in any order.
         read: name -> the tensor, on any device; called once for each.
         sum_of: makes checksums of bytes.
+        tells_sums: the file has its tensors' checksums itself, as no index beside it does.
 
     Returns:
         What to remember of the file, and tensor name -> checksum of what was written of it.
@@ -109,7 +114,8 @@ def write(
     Raises:
         OSError: for example no space left.
     """
-    header, starts = layout(specs)
+    unknown = dict.fromkeys(specs, checksums.of_bytes(b""))  # as long as those to come
+    header, starts = layout(specs, unknown if tells_sums else None)
     sums = {}
     with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         file.write(header)
@@ -122,18 +128,29 @@ def write(
                 pending = beside.submit(sum_of, data)
                 file.write(data)
                 sums[name] = pending.result()
+        size_bytes = file.tell()
+        if tells_sums:
+            header, _ = layout(specs, {name: sums[name] for name in unknown})
+            file.seek(0)
+            file.write(header)
         file.flush()
         os.fsync(file.fileno())
-        return FileFacts(file.tell(), sum_of(header)), sums
+        return FileFacts(size_bytes, sum_of(header)), sums
 
 
-def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def layout(
+    specs: Mapping[str, TensorSpec], sums: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """What a file of these tensors begins with, and tensor name -> the byte that it begins at.
 
     Wide dtypes come first, so that all data is aligned, as the format recommends.
+
+    Args:
+        sums: checksums that it has, by tensor.
     """
     order = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype][0].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    told = {} if sums is None else {_SUMS: json.dumps(sums)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | told}
     end, starts = 0, {}
     for name in order:
         starts[name], spec = end, specs[name]
@@ -149,12 +166,46 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return content, {name: len(content) + start for name, start in starts.items()}
 
 
+def sums_in(opened: Any) -> dict[str, str]:
+    """The checksums of tensors that a file of ours has, by name; none in one of others.
+
+    Args:
+        opened: by safetensors.
+    """
+    try:
+        told = json.loads((opened.metadata() or {}).get(_SUMS, "{}"))
+    except ValueError:  # damaged, as its data may be
+        return dict.fromkeys(opened.keys(), "unreadable")
+    return {str(name): str(found) for name, found in told.items()} if told else {}
+
+
+def check_sum(path: Path, name: str, tensor: torch.Tensor, sums: Mapping[str, str]) -> str:
+    """Why a tensor is not what was written, or "".
+
+    Args:
+        tensor: all of it, as it is in the file.
+        sums: what the file has.
+    """
+    if name not in sums or checksums.of_tensor(tensor) == sums[name]:
+        return ""
+    return (
+        f"{path} is damaged: {name!r} is not what was written (its checksum differs): copy or "
+        f"export it again; a program that has changed it on purpose has to drop {_SUMS!r} from its "
+        "metadata"
+    )
+
+
 class TensorFile:
-    """An open file; tensors are read when asked for."""
+    """An open file; tensors are read when asked for.
+
+    Attributes:
+        sums: checksums of its tensors that the file has itself, by name.
+    """
 
     def __init__(self, path: Path, opened: Any):
         self._path, self._opened = path, opened
         self.names: frozenset[str] = frozenset(opened.keys())
+        self.sums = sums_in(opened)
 
     def spec(self, name: str) -> TensorSpec:
         """Of one tensor.
@@ -173,9 +224,16 @@ class TensorFile:
     def read(
         self, name: str, start: tuple[int, ...] = (), lengths: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """A tensor, or the box of it that begins at ``start``."""
+        """A tensor, or the box of it that begins at ``start``.
+
+        Raises:
+            CheckpointError: the file has a checksum of its own for it, which differs.
+        """
         if lengths is None or not lengths:
-            return cast(torch.Tensor, self._opened.get_tensor(name))
+            whole = cast(torch.Tensor, self._opened.get_tensor(name))
+            if why := check_sum(self._path, name, whole, self.sums):
+                raise CheckpointError(why)
+            return whole
         box = tuple(slice(a, a + n) for a, n in zip(start, lengths, strict=True))
         return cast(torch.Tensor, self._opened.get_slice(name)[box])
 

@@ -57,7 +57,9 @@ def export_adapters(directory: Path, out: Path, only: str | None = None) -> list
             target = temporary if name in (_DEFAULT, only) else temporary / name
             target.mkdir(exist_ok=True)
             specs = {each: index.tensors[source].spec for each, source in sources.items()}
-            tensor_file.write(target / WEIGHTS, specs, partial(_read, read, sources))
+            tensor_file.write(
+                target / WEIGHTS, specs, partial(_read, read, sources), tells_sums=True
+            )
             write_object(target / CONFIG, chosen[name].config)
     return sorted(path for path in out.rglob("*") if path.is_file())
 

@@ -6,7 +6,8 @@ as `save_pretrained` does; `from_pretrained` ties it again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def export(
     with new_folder(out) as temporary, reading(folder, index) as read:
         files = _split(index.model, shard_bytes)
         for file, tensors in files.items():
-            tensor_file.write(temporary / file, tensors, lambda name: read(f"model.{name}"))
+            whole = partial(_of_model, read)
+            tensor_file.write(temporary / file, tensors, whole, tells_sums=True)
         if len(files) > 1:
             write_object(temporary / INDEX, _weight_map(files))
         if config is not None:
@@ -105,6 +107,10 @@ def import_(source: Path, directory: Path) -> Path:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror}") from error
     finally:
         draft.discard()
+
+
+def _of_model(read: Callable[[str], torch.Tensor], name: str) -> torch.Tensor:
+    return read(f"model.{name}")
 
 
 def _split(model: Mapping[str, TensorSpec], most_bytes: int) -> dict[str, dict[str, TensorSpec]]:

@@ -16,6 +16,7 @@ from ...compiler.capture.skeleton import Skeleton
 from ...compiler.ir.errors import StateError
 from ...compiler.options.weight_path import locate_weights
 from ...compiler.tensors.facts import short_name
+from ..files.tensor_file import check_sum, sums_in
 from .allocation import Allocation
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -73,18 +74,24 @@ class WeightFiles:
         """Read tensors one after the other, and of those that are divided the rows alone.
 
         Raises:
-            StateError: a file cannot be read, or tied names have two values.
+            StateError: a file cannot be read or is damaged, or tied names have two values.
         """
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
+            sums: dict[Path, dict[str, str]] = {}
 
             def read(name: str) -> torch.Tensor:
                 file = self._entries[name].file
                 with _readable(file, f"{name!r} in "):
                     if file not in files:
                         files[file] = stack.enter_context(_open(file))
-                    # A view into the mapped file, of which is read what is used.
+                        sums[file] = sums_in(files[file])
+                    # A view into the mapped file, of which is read what is used; all of it where
+                    # there is a checksum.
                     tensor: torch.Tensor = files[file].get_tensor(name)
+                    why = check_sum(file, name, tensor, sums[file])
+                if why:
+                    raise StateError(why)
                 return tensor
 
             for first, allocation in allocations.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 from pipecompile import errors
 from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.runtime.files import tensor_file
+from pipecompile.runtime.interchange.huggingface import import_
 from pipecompile.runtime.weights.materialize import materialize, source_of
 from pipecompile.runtime.weights.weight_files import WeightFiles
 from safetensors import safe_open
@@ -66,6 +69,9 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
         def __exit__(self, *_: object) -> None:
             pass
 
+        def metadata(self) -> Any:
+            return self.file.metadata()
+
         def get_tensor(self, name: str) -> torch.Tensor:
             read.append(name)
             return self.file.get_tensor(name)
@@ -91,6 +97,48 @@ def read(model: nn.Module, path: Path) -> State:
     files = WeightFiles(path, skeleton)
     names = [name for name in dict.fromkeys(skeleton.canonical.values()) if files.has(name)]
     return {n: p.held[CPU] for n, p in materialize(files, skeleton, {CPU: names}).items()}
+
+
+def write_with_sums(file: Path, state: State) -> None:
+    specs = {
+        n: tensor_file.TensorSpec(tensor_file.dtype_name(t.dtype), tuple(t.shape))
+        for n, t in state.items()
+    }
+    tensor_file.write(file, specs, state.__getitem__, tells_sums=True)
+
+
+def test_any_flipped_bit_of_an_export_is_told_or_does_no_harm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {name: tensor.detach() for name, tensor in Tiny().state_dict().items()}
+    whole = tmp_path / "whole.safetensors"
+    write_with_sums(whole, state)
+    assert_same({name: load_file(whole)[name] for name in state}, state)  # as others read it
+    content, told = whole.read_bytes(), 0
+    bits = random.Random(0).sample(range(8 * len(content)), 300)
+    data_begins = 8 + int.from_bytes(content[:8], "little")
+    for bit in bits:
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (damaged := tmp_path / "damaged.safetensors").write_bytes(flipped)
+        try:
+            found = read(Tiny(), damaged)
+        except errors.StateError as error:
+            told += "is not what was written" in str(error)
+            continue
+        assert_same(found, state)
+    assert told >= sum(bit // 8 >= data_begins for bit in bits) > 100
+
+
+def test_a_checkpoint_is_made_of_no_damaged_export(tmp_path: Path) -> None:
+    write_with_sums(tmp_path / "model.safetensors", Tiny().state_dict())
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 4]))
+    with pytest.raises(errors.CheckpointError, match="is not what was written"):
+        import_(tmp_path, tmp_path / "run")
+    assert not list(tmp_path.glob("run/step-*"))
 
 
 def test_more_than_the_model_has_is_left_out_aloud(tmp_path: Path) -> None:
