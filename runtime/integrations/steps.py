@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils.operations import convert_to_fp32
 
 from ...compiler.ir.errors import BatchError
@@ -118,15 +117,6 @@ class Steps:
     def ahead(self) -> int:
         """How many batches of an evaluation run at once."""
         return 1 if self._windows is None else self._count * self._dp
-
-
-def told_by_all(mine: Any, n_stages: int) -> list[Any]:
-    """What each replica has, one where one process plays them all. A collective."""
-    if not dist.is_initialized() or dist.get_world_size() == n_stages:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone[::n_stages]
 
 
 def first_rows(data: Any, rows: int) -> Any:

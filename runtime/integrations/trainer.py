@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate.utils import send_to_device
 from torch import nn
@@ -28,12 +27,13 @@ from ..pipeline import Pipeline
 from ..transport.mesh import make_mesh
 from .alone import Skipped, alone, hand_over
 from .arguments import settings_of
-from .draws import agree, undrawn
+from .draws import undrawn
 from .loading import Group, Share, grouped, peeked
 from .losses import Loss, Smoothed, is_causal
+from .meeting import Meeting
 from .optimizers import check_optimizer, factory_of
 from .standin import StandIn
-from .steps import Amounts, Steps, first_rows, told_by_all
+from .steps import Amounts, Steps, first_rows
 from .unread import told_unread
 from .windows import Windows, rows_of
 
@@ -79,7 +79,8 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
         replica = None if mesh.rank is None else mesh.replica_of(mesh.rank)
         self._rank, self._grouping = mesh.rank or 0, False
         together = settings.accumulation == 1
-        self._share = Share(settings.dp, replica, together, agree)
+        self._meeting = Meeting()
+        self._share = Share(settings.dp, replica, together, self._meeting.draw_alike)
         self._skipped = Skipped()
         self._left: list[Group] = []
         self._window: tuple[Any, Amounts] | None = None
@@ -117,6 +118,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
         if steps._loss is not None:
             given["loss_fn"] = steps._loss
         pipe = compile(self.model, **given, optimizer=factory_of(self))
+        self._meeting.pipe = pipe
         if self.train_dataset is not None:
             with undrawn():
                 groups = peeked(self.get_train_dataloader(), self._settings.accumulation)
@@ -196,11 +198,16 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
         items = self._get_num_items_in_batch(batches, torch.device("cpu"))
         flos = sum(int(super(PipelineTrainer, self).floating_point_ops(b)) for b in batches)
         mine = None if items is None else float(items), len(batches), flos
-        everyone = told_by_all(mine, self._settings.n_stages)
+        everyone = self._told_by_replicas(mine, "the items of a Trainer's step")
         told = [found for found, _, _ in everyone if found is not None]
         self._flos = sum(each for _, _, each in everyone)
         count = torch.tensor(math.fsum(told)) if told else None
         return Amounts(count, sum(number for _, number, _ in everyone))
+
+    def _told_by_replicas(self, mine: Any, what: str) -> list[Any]:
+        """What each replica has, one where one process plays them all. A collective."""
+        told = dict(self._meeting.gather((self._share.replica, mine), what))
+        return [told[replica] for replica in sorted(told)]
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -248,7 +255,7 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
         for batch in inputs.batches:
             super()._track_num_input_tokens(batch)
         mine = self.state.num_input_tokens_seen - before
-        told = told_by_all(mine, self._settings.n_stages)
+        told = self._told_by_replicas(mine, "the tokens of a Trainer's step")
         self.state.num_input_tokens_seen = before + sum(told)
 
     # -- evaluation -------------------------------------------------------------------------
@@ -278,20 +285,16 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _meet(self) -> None:
-        if self._share.replica is not None:
-            dist.barrier()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A folder that ``from_pretrained`` opens; every rank calls it, and one writes."""
         if self.pipe is not None:
             self.pipe.load_into(self.model if self.args.should_save else None)
         super().save_model(output_dir, _internal_call)
-        self._meet()
+        self._meeting.gather(None, "a Trainer's save_model()")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        self._meet()
+        self._meeting.gather(None, "a Trainer's checkpoint")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._compiled().save(Path(output_dir) / FOLDER)
