@@ -22,6 +22,7 @@ ROOMS = (
     "passes/integer",
     "passes/partition",
     "passes/graph",
+    "passes/attention",
     "passes/losses",
     "passes/programs",
     "passes/sequencing",

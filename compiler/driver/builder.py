@@ -372,7 +372,7 @@ class Builder:
                 zero,
                 self.skeleton.updated,
                 options.training,
-                self._cache.optimizers.memory,
+                partial(self._cache.optimizers.memory, kind=self.target.kind),
             )
         footprint = self._footprints[zero]
         return Settings(

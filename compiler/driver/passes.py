@@ -19,8 +19,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from ...passes.attention.kernels import choose_kernels
+from ...passes.attention.restore import restore_attention
 from ...passes.graph import autocast, boundary, operators
-from ...passes.graph.attention import restore_attention
 from ...passes.graph.carry import carry_sums, has_regions
 from ...passes.graph.casts import is_widening, read_copies, settle_casts
 from ...passes.graph.joins import copy_where_nothing_is_joined
@@ -80,14 +81,6 @@ def _narrows_params(work: Exported | Joint) -> bool:
 # -- forward graph --------------------------------------------------------------------------------
 
 
-def _attention(work: Exported) -> str:
-    return restore_attention(work.module, work.leaves)
-
-
-def _joins(work: Exported) -> str:
-    return copy_where_nothing_is_joined(work.module, work.leaves)
-
-
 def _autocast(work: Exported) -> str:
     assert work.mixed is not None
     return autocast.insert_casts(work.module, work.leaves, work.mixed, work.device)
@@ -104,8 +97,8 @@ def _chunks(work: Exported) -> str:
 
 
 FORWARD: tuple[Pass[Exported], ...] = (
-    Pass("attention", _attention, told=False),
-    Pass("joins", _joins, told=False),
+    Pass("attention", lambda work: restore_attention(work.module, work.leaves), told=False),
+    Pass("joins", lambda w: copy_where_nothing_is_joined(w.module, w.leaves), told=False),
     Pass(
         "autocast",
         _autocast,
@@ -125,6 +118,12 @@ FORWARD: tuple[Pass[Exported], ...] = (
         _chunks,
         when=lambda work: work.chunks is not None,
         needed="chunked_loss= asks for it",
+    ),
+    Pass(
+        "kernels",
+        lambda work: choose_kernels(work.module),
+        when=lambda work: work.device == "cuda" and work.leaves[0].device.type == "cpu",
+        told=False,
     ),
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory.optimizer_cost import Factory, OptimizerMemory, optimizer_memory
+from ..memory.optimizer_cost import Factory, OptimizerMemory, on_cuda, optimizer_memory
 from .folder import drop_oldest, write
 from .identity import UntoldError, identity_of
 from .surroundings import versions
@@ -27,8 +27,16 @@ class Optimizers:
     def __init__(self, path: Path | None):
         self._path = path
 
-    def memory(self, factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
-        """See `optimizer_memory`."""
+    def memory(
+        self, factory: Factory, params: Mapping[str, torch.Tensor], kind: str = "cpu"
+    ) -> OptimizerMemory:
+        """See `optimizer_memory`.
+
+        Args:
+            kind: the type of device that is planned for.
+        """
+        if kind == "cuda":
+            params = on_cuda(params)
         path = self._place(factory, params)
         if path is None:
             return optimizer_memory(factory, params)

@@ -70,6 +70,18 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
         return OptimizerMemory(states, *rest, exact=False)
 
 
+def on_cuda(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same layouts on a GPU, which need not be there: torch's optimizers step all parameters at
+    once there, with temporaries as large as these."""
+    with weightless():
+        return {
+            name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
+            if p.device.type == "cpu"
+            else p
+            for name, p in params.items()
+        }
+
+
 def answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator; one that asks for the value of a fake tensor gets a number."""
     if func is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):

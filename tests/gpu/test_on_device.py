@@ -11,11 +11,13 @@ from typing import Any
 import pipecompile
 import pytest
 import torch
+from pipecompile.passes.attention.kernels import attention
 from support import jobs, models, plain
 from support.graphs import recording
 from support.matrix import quickly
 from support.on_device import train, train_plainly, worst
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CLOSE = {None: 1e-4, "bf16": 3e-2}  # of Inductor's kernels to eager ones, relative
@@ -242,3 +244,32 @@ def test_processes_have_the_bits_of_one(device: str, request: pytest.FixtureRequ
     for losses, params in request.getfixturevalue("gang")(2).run(trained_by_rank, device):
         assert plain.equal(losses, expected.losses)
         assert plain.equal(params, expected.params)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    ("width", "of_values"), [(64, 64), (80, 80), (30, 30), (64, 32), (288, 288)]
+)
+def test_attention_is_planned_by_the_kernel_that_runs(
+    device: str, width: int, of_values: int, masks: bool, dtype: torch.dtype, grouped: bool
+) -> None:
+    if device == "cpu":
+        pytest.skip("its kernels are not those that are planned by")
+    heads = 2 if grouped else 4
+    shapes = [(2, 4, 32, width), (2, heads, 32, width), (2, heads, 32, of_values)]
+    given = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool, device=device).tril() if masks else None
+
+    def called(run: Any) -> set[str]:
+        def both(*args: Any) -> Any:
+            found = run(*args, mask, 0.1, not masks, enable_gqa=grouped)
+            return torch.autograd.grad(found.float().sum(), args)
+
+        nodes = make_fx(both)(*given).graph.nodes
+        names = {str(node.target).split(".")[1] for node in nodes if node.op == "call_function"}
+        return {name for name in names if "attention" in name}
+
+    run = called(nn.functional.scaled_dot_product_attention)
+    assert called(attention) == {name.replace("cudnn", "flash") for name in run}

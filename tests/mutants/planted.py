@@ -314,7 +314,7 @@ BITS = (
         "operators write over what is read later",
     ),
     Mutant(
-        "passes/graph/attention.py",
+        "passes/attention/restore.py",
         "return _Mask.CAUSAL if rows == columns and torch.equal(seen, causal) else _Mask.OTHER",
         "return _Mask.CAUSAL",
         "test_graph.py::test_only_exact_masks_are_dropped",

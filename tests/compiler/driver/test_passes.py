@@ -55,6 +55,7 @@ def test_every_pass_runs_once_and_in_the_order_of_the_list() -> None:
         "fusions",
         "chunks",
         "chunk_gradients",
+        "kernels",
     }  # models and options
     assert set(order) - set(names) == {*of_some, *of_params}
     levels = dict.fromkeys(level for level, _ in found)

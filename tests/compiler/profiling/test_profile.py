@@ -12,6 +12,7 @@ import torch
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.program import StageProgram
 from pipecompile.compiler.kept.cache import default_cache_dir
+from pipecompile.compiler.kept.optimizers import Optimizers
 from pipecompile.compiler.memory.optimizer_cost import optimizer_memory, optimizer_seconds
 from pipecompile.compiler.profiling import timing_cache
 from pipecompile.compiler.profiling.profile import Profiler, program_hash
@@ -223,6 +224,16 @@ def test_optimizer_bytes_are_exact(factory: Any, states: int, transient: int) ->
         each = states - (COUNTERS if states > TOTAL else 0)
         share = {name: n - (4 if states > TOTAL else 0) for name, n in memory.state_bytes.items()}
         assert share == {name: each // TOTAL * n for name, n in BYTES.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_a_gpu_that_is_planned_for_steps_all_at_once(options: dict[str, Any]) -> None:
+    factory, params = partial(torch.optim.AdamW, **options), parameters("cpu")
+    here, there = (Optimizers(None).memory(factory, params, kind) for kind in ("cpu", "cuda"))
+    assert here.state_bytes == there.state_bytes
+    assert here.transient_bytes == (0 if options else 2 * BYTES["weight"])
+    assert there.transient_bytes == (0 if options else TOTAL)
+    assert there.exact
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Adagrad", "NAdam", "RAdam", "RMSprop", "Rprop"])

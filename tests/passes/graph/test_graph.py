@@ -22,8 +22,8 @@ from pipecompile.compiler.tensors.fakes import weightless
 from pipecompile.compiler.tracing.kept import UNTRACED
 from pipecompile.compiler.units import units
 from pipecompile.compiler.units.units import crossing_bytes, units_of
-from pipecompile.passes.graph import attention
-from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.attention import restore as attention
+from pipecompile.passes.attention.restore import restore_attention
 from pipecompile.passes.graph.joins import copy_where_nothing_is_joined
 from pipecompile.passes.graph.verify import verify_graph, verify_placement
 from support import jobs, models, plain

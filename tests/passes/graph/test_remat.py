@@ -19,7 +19,7 @@ from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.units.menus import options_of
 from pipecompile.compiler.units.stash import Body, Stash, bodies_of
 from pipecompile.compiler.units.units import units_of
-from pipecompile.passes.graph.attention import restore_attention
+from pipecompile.passes.attention.restore import restore_attention
 from pipecompile.passes.graph.placement import place
 from pipecompile.passes.graph.remat import rematerialise
 from pipecompile.passes.programs.lower import lower
