@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from ..tensors.fakes import is_fake, weightless
 from ..tensors.pytree import tree_leaves
 from .meter import StorageMeter
+from .repeats import repeats_in
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -50,6 +52,8 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
 
     Runs two steps on fake tensors: the first makes the states, the second is measured. An optimizer
     that cannot run without data runs on small parameters instead, and their bytes are scaled.
+    torch's own optimizers go by layouts alone: what is known of some is taken for all that are
+    alike, and layers that repeat are stepped twice and three times, which has to tell the same.
 
     Args:
         factory: called with named parameters, as `pipecompile.compile` does.
@@ -58,7 +62,7 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
     """
     try:
         with weightless():
-            return _memory(factory, params)
+            return _of_repeats(factory, params)
     except Exception:
         share = _share(params)
         small = _shrunk(params, share)
@@ -80,6 +84,73 @@ def on_cuda(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             else p
             for name, p in params.items()
         }
+
+
+_known: dict[Any, tuple[tuple[int, ...], int, int]] = {}
+"""(optimizer of torch, default dtype, layouts) -> bytes: states of each, shared, transient."""
+_MOST_KNOWN = 1_000
+
+
+def _of_repeats(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+    """As `_memory`, for fake tensors."""
+    settings = _settings(factory)
+    if settings is None:
+        return _memory(factory, params)
+    layouts = tuple(map(_layout, params.values()))
+    key = settings, torch.get_default_dtype(), layouts
+    if key not in _known:
+        found = _extended(factory, params, layouts) or _memory(factory, params)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        states = tuple(found.state_bytes[name] for name in params)
+        _known[key] = states, found.shared_bytes, found.transient_bytes
+    states, shared, transient = _known[key]
+    return OptimizerMemory(dict(zip(params, states, strict=True)), shared, transient)
+
+
+def _settings(factory: Factory) -> Any:
+    """What an optimizer of torch's is made with, as data; None for others and where that is more
+    than plain values."""
+    made = factory if isinstance(factory, partial) else partial(factory)
+    given = made.args, tuple(sorted(made.keywords.items()))
+    torchs = isinstance(made.func, type) and made.func.__module__.startswith("torch.optim.")
+    return (made.func, given, _typed(given)) if torchs and _is_plain(given) else None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _typed(value: Any) -> Any:
+    """The types of plain values: 1 is no True."""
+    return tuple(map(_typed, value)) if isinstance(value, tuple) else type(value)
+
+
+def _layout(param: torch.Tensor) -> tuple[object, ...]:
+    return tuple(param.shape), param.stride(), param.dtype, param.device
+
+
+def _extended(
+    factory: Factory, params: Mapping[str, torch.Tensor], layouts: tuple[object, ...]
+) -> OptimizerMemory | None:
+    """From two and from three pieces of those that repeat; None where they do not tell the same,
+    or nothing repeats."""
+    repeats, names = repeats_in(layouts), list(params)
+    if repeats is None:
+        return None
+    told = []
+    for count in (2, 3):
+        kept = [names[i] for i in repeats.kept(count, len(names))]
+        found = _memory(factory, {name: params[name] for name in kept})
+        states = [found.state_bytes[name] for name in kept]
+        own = [states[repeats.twin(i, count)] for i in range(len(names))]
+        told.append((own, found.shared_bytes, found.transient_bytes))
+    if told[0] != told[1]:
+        return None
+    own, shared, transient = told[0]
+    return OptimizerMemory(dict(zip(names, own, strict=True)), shared, transient)
 
 
 def answering(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
