@@ -51,6 +51,7 @@ HOST = torch.device("cpu")  # where graphs are traced, whatever they are priced 
 
 
 FEW = 6_000  # operators of graphs that are traced to see whether other microbatches help
+BRIEFLY_S = 2.0  # of the solver, for each of them: a little less may be said to be gained
 PLANNED = 2  # changes that seem to help most: they are planned, and the first that does is named
 
 
@@ -152,7 +153,7 @@ def _change(
 ) -> Change | None:
     """What a single other choice would bring, for the same batch and devices."""
     plan = compiled.plan
-    asked = _as_planned(compiled, options)
+    asked = _as_planned(compiled, options, time_limit_s=min(BRIEFLY_S, options.time_limit_s))
     if asked.kind.fixed:
         return None
     own = {name: getattr(asked, name) for name in OWN}
