@@ -138,6 +138,11 @@ class Answering(TorchFunctionMode):
     def asked(self) -> bool:
         return bool(self.inputs.steps()) or any(r.questions for r, _ in self._readings)
 
+    @property
+    def noted(self) -> tuple[int, int]:
+        """How much has been noted so far."""
+        return len(self._readings), len(self.inputs.steps())
+
     def guards(self, device: torch.device, compute: torch.dtype | None) -> Guards:
         """All questions, and the operators that lead to them."""
         known = self._known

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
@@ -33,7 +34,9 @@ from ..ir.precision import autocast
 from ..regions.regions import Regions
 from ..tensors.fakes import is_symbol
 from ..tensors.pytree import tree_leaves
+from ..tracing.collecting import uncollected
 from ..tracing.constants import asked_masks, told_constants
+from ..tracing.copies import Copies
 from ..tracing.kept import (
     UNTRACED,
     copied_tensors,
@@ -102,6 +105,8 @@ class Traced(nn.Module):
         lazily: comparing a number of the batch asks for no more than what comes of that.
         answering: what forward had asked the batch when it could not be traced.
         sizes: the symbols that sizes of leaves are, if some are.
+        copies: of layers that do what others did, where that may be.
+        calls: of `torch.autograd.Function`s so far.
     """
 
     whole: nn.Module
@@ -133,6 +138,8 @@ class Traced(nn.Module):
         self.began: Callable[[Answering], None] = lambda _: None
         self.answering: Answering | None = None
         self.sizes: Sizes | None = None
+        self.copies: Copies | None = None
+        self.calls: Sequence[object] = ()
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         others = () if self.loss_fn is None else (self.loss_fn,)  # a module is watched as one
@@ -160,6 +167,7 @@ class Traced(nn.Module):
             Reading() as outside,
             answering,
             memories,
+            self._copying(answering, lambda: (len(checks.found), len(outside.found), len(drawn))),
         ):
             if self.floats is not None:
                 args, kwargs = cast_floats((args, kwargs), self.floats)
@@ -194,6 +202,20 @@ class Traced(nn.Module):
             )
         return (checks.demanded({"loss": loss})["loss"], *replaced.values.values())
 
+    def _copying(
+        self, answering: Answering, noted: Callable[[], tuple[int, ...]]
+    ) -> AbstractContextManager[None]:
+        """A forward inside, in which layers are copied, if any may be.
+
+        Args:
+            noted: how much others have noted so far.
+        """
+        if self.copies is None:
+            return contextlib.nullcontext()
+        return self.copies.entered(
+            answering.knows, lambda: (answering.noted, noted(), len(self.calls))
+        )
+
     def _given(
         self, leaves: Sequence[torch.Tensor]
     ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -214,7 +236,7 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
     """
     with tracking_modules(function.whole) as where:
         function.where = where
-        traced, results = _exported(function, leaves, where)
+        traced, results = _briefly(function, leaves, where)
         evaluates = not function.whole.training and not torch.is_grad_enabled()
         check_next_calls(
             traced,
@@ -223,6 +245,22 @@ def exported(function: Traced, leaves: tuple[torch.Tensor, ...]) -> tuple[fx.Gra
             partial(_switched, function.whole) if evaluates else None,
         )
     return traced, results
+
+
+def _briefly(
+    function: Traced, leaves: tuple[torch.Tensor, ...], where: Callable[[], str]
+) -> tuple[fx.GraphModule, Results]:
+    """As `_exported`, with copies of layers where they do what others did."""
+    if function.sizes is None and not function.spec.plain_leaves and not function.regions.why:
+        function.copies = copies = Copies(function)
+        try:
+            return _exported(function, leaves, where)
+        except Exception:
+            if not copies.count:
+                raise
+        finally:
+            function.copies = None
+    return _exported(function, leaves, where)  # and what is wrong is told of all layers
 
 
 def _exported(
@@ -241,6 +279,7 @@ def _exported(
         function.regions.entered(),
         autocast(function.compute, leaves[0].device),
     ):
+        function.calls = calls
         try:
             dynamic = None if function.sizes is None else {"leaves": function.sizes.dynamic}
             program = torch.export.export(function, leaves, strict=False, dynamic_shapes=dynamic)
@@ -307,7 +346,7 @@ class _Unheard(io.TextIOBase):
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Around all that traces: kernels stay whole, and torch says nothing, and writes no Python code
-    for graphs that are never run.
+    for graphs that are never run; nobody looks for garbage.
 
     torch.export prints the graph when it gives up; the error says what there is to say.
     """
@@ -319,6 +358,7 @@ def tracing() -> Iterator[None]:
         contextlib.redirect_stderr(_Unheard(sys.stderr)),
         native_kernels(),
         _use_lazy_graph_module(True),  # code takes a tenth of the time
+        uncollected(),  # takes an eighth
     ):
         warnings.simplefilter("ignore")
         for logger in loggers:

@@ -24,6 +24,7 @@ from ..ir.precision import REDUCED, Precision
 from ..regions.regions import Regions
 from ..tensors.facts import extent, memory_of
 from ..tensors.fakes import FakeTensor, FakeTensorMode
+from ..tracing.likeness import Mark
 from .narrowing import Narrowing, islands_of
 from .whole import LOSS, loss_of, model_of
 
@@ -182,6 +183,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+@dataclass(frozen=True)
+class _Entering(Mark):
+    stack: list[str]
+    name: str
+
+    def __call__(self, *_: Any) -> None:
+        self.stack.append(self.name)
+
+
+@dataclass(frozen=True)
+class _Leaving(Mark):
+    stack: list[str]
+
+    def __call__(self, *_: Any) -> None:
+        self.stack.pop()
+
+
 @contextmanager
 def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
     """Yields a function that names the submodule whose forward was entered last and not left."""
@@ -189,8 +207,8 @@ def tracking_modules(module: nn.Module) -> Iterator[Callable[[], str]]:
     stack: list[str] = []
     hooks = []
     for part, name in names.items():
-        hooks.append(part.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(part.register_forward_hook(lambda *_: (stack.pop(), None)[1]))
+        hooks.append(part.register_forward_pre_hook(_Entering(stack, name)))
+        hooks.append(part.register_forward_hook(_Leaving(stack)))
     try:
         yield lambda: stack[-1] if stack else ""
     finally:

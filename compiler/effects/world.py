@@ -125,7 +125,7 @@ class Watched:
         return [
             Change(f"{path}{where}", old, new)
             for path, _, before, after in self.contents
-            for where, old, new in _changes(before, after)
+            for where, old, new in changes_in(before, after)
         ]
 
     @property
@@ -137,7 +137,7 @@ class Watched:
     def keep(self) -> None:
         """Leave the model's modules as forward has left them, where that is without tensors."""
         for path, container, before, after in self.contents:
-            left = [new for _, _, new in _changes(before, after)]
+            left = [new for _, _, new in changes_in(before, after)]
             if path.startswith("self") and not any(map(_may_hold_tensors, left)):
                 _put(container, after)
 
@@ -168,15 +168,15 @@ def watching(model: nn.Module, others: Sequence[Any] = ()) -> Iterator[Watched]:
     Args:
         others: what forward may change beside the model, such as a loss function.
     """
-    before = [(path, each, _content(each)) for path, each in _containers(model, others)]
+    before = [(path, each, content_of(each)) for path, each in containers(model, others)]
     cached = {id(function): function.cache_info().misses for function in caches()}
     found = Watched()
     try:
         yield found
     finally:
         for path, container, kept in before:
-            content = _content(container)
-            if any(_changes(kept, content)):
+            content = content_of(container)
+            if any(changes_in(kept, content)):
                 found.contents.append((path, container, kept, content))
                 _put(container, kept)
         for function in caches():
@@ -213,7 +213,7 @@ def _values(content: Any) -> list[Any]:
     return list(content.values() if isinstance(content, dict) else content)
 
 
-def _content(container: Container) -> Any:
+def content_of(container: Container) -> Any:
     if isinstance(container, type):
         return {key: value for key, value in vars(container).items() if not key.startswith("__")}
     if isinstance(container, Names):
@@ -226,7 +226,7 @@ def _content(container: Container) -> Any:
     return container.copy()
 
 
-def _changes(kept: Any, content: Any) -> Iterator[tuple[str, Any, Any]]:
+def changes_in(kept: Any, content: Any) -> Iterator[tuple[str, Any, Any]]:
     """Of what a container held: where, before and after."""
     if isinstance(content, dict):
         for key in kept.keys() | content.keys():
@@ -258,7 +258,7 @@ def _put(container: Container, content: Any) -> None:
         place: Any = container.space if isinstance(container, Names) else container
         remove = delattr if isinstance(place, type) else operator.delitem
         replace = setattr if isinstance(place, type) else operator.setitem
-        now = _content(container)
+        now = content_of(container)
         for key in now.keys() | content.keys():
             if key not in content:
                 remove(place, key)
@@ -276,7 +276,7 @@ def _shown(value: Any) -> str:
 # -- what there is --------------------------------------------------------------------------------
 
 
-def _containers(model: nn.Module, others: Sequence[Any]) -> Iterator[tuple[str, Container]]:
+def containers(model: nn.Module, others: Sequence[Any]) -> Iterator[tuple[str, Container]]:
     """What forward can reach: attributes of modules first, then containers and helper objects in
     them, classes, and the globals that their code names."""
     parts = dict(model.named_modules())
@@ -292,7 +292,7 @@ def _containers(model: nn.Module, others: Sequence[Any]) -> Iterator[tuple[str, 
             continue
         seen.add(id(value))
         yield path, container
-        content = _content(container)
+        content = content_of(container)
         if len(content) < LONG and not isinstance(content, set):
             pairs = content.items() if isinstance(content, dict) else enumerate(content)
             pending += [(f"{path}{_at(key)}", item) for key, item in pairs]

@@ -115,6 +115,11 @@ def asked_masks(answered: Callable[[torch.Tensor], bool]) -> Iterator[None]:
         masks.is_tracing, masks.is_torchdynamo_exporting = traced, exporting
 
 
+def is_told(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that is being traced is a constant, of which Python may get the values."""
+    return _operators(tensor, False) is not None
+
+
 class Computation:
     """The operators that made a tensor which depends on nothing, or on sizes alone.
 

@@ -1,0 +1,196 @@
+"""Layers that do what one before them did: their operators are copied, their Python is not run.
+
+A call of a layer gives the same operators as an earlier call of another one if everything that its
+code can see is the same: the state of the layer (`likeness`), its arguments, the modes of torch,
+and what else forward can reach. All that is compared when the call comes; where anything differs,
+or cannot be compared, the call is traced as ever. So is one of a layer that changes anything
+besides its results, draws numbers in Python, asks a tensor for its values, or has operators on
+tensors that it was not given.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from ..answers.known import node_of, proxy_mode
+from ..effects.contents import Contents
+from ..tensors.fakes import FakeTensor
+from ..tensors.pytree import tree_flatten
+from .constants import is_told
+from .likeness import ALL, PLAIN, Calls, differences, layers_of, noting_reads
+from .templates import Call, Template, copied, template_of
+
+MOST = 4  # calls of layers of one shape that are looked at to copy them
+
+
+@dataclass
+class Copies:
+    """Of one forward that is being traced.
+
+    Args:
+        root: what is traced, and has the model in it.
+
+    Attributes:
+        count: calls that were copied.
+    """
+
+    root: nn.Module
+    known: Callable[[torch.Tensor], bool] = lambda _: False
+    noted: Callable[[], object] = lambda: None
+    count: int = 0
+    _templates: dict[object, list[Template]] = field(default_factory=dict)
+    _inside: bool = False
+    _outside: Contents | None = None
+
+    @contextmanager
+    def entered(
+        self, known: Callable[[torch.Tensor], bool], noted: Callable[[], object]
+    ) -> Iterator[None]:
+        """A forward inside.
+
+        Args:
+            known: whether the batch tells the values of a tensor.
+            noted: what others have noted of the forward so far: a layer of which they note
+                something is not copied.
+        """
+        self.known, self.noted = known, noted
+        layers = layers_of(self.root)
+        layers = {p: found for p, found in layers.items() if "forward" not in vars(found[0])}
+        self._outside = Contents(self.root, tuple(layers))
+        for path, (part, key) in layers.items():
+            vars(part)["forward"] = _Call(self, path, part, key)
+        try:
+            yield
+        finally:
+            for part, _ in layers.values():
+                vars(part).pop("forward", None)
+
+    def called(
+        self,
+        path: str,
+        part: nn.Module,
+        key: object,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A layer is."""
+        call = None if self._inside else self._call(path, part, args, kwargs)
+        if call is None:
+            return forward(*args, **kwargs)
+        templates = self._templates.setdefault(key, [])
+        for template in templates:
+            if self._repeats(template, call):
+                self.count += 1
+                return copied(template, call)
+        if len(templates) >= MOST:
+            return forward(*args, **kwargs)
+        return self._traced(call, templates, forward, args, kwargs)
+
+    def _call(self, path: str, part: nn.Module, args: Any, kwargs: Any) -> Call | None:
+        mode = proxy_mode()
+        leaves, tree = tree_flatten((args, kwargs))
+        known = all(type(x) in PLAIN or type(x) is FakeTensor for x in leaves)
+        if mode is None or not known:
+            return None
+        told = [isinstance(x, torch.Tensor) and self._is_told(x) for x in leaves]
+        state = [*part.parameters(), *part.buffers()]
+        given = [*(x for x in leaves if isinstance(x, torch.Tensor)), *state]
+        nodes = [node for node in map(node_of, given) if node is not None]
+        if len(nodes) < len(given):
+            return None
+        return Call(part, path, leaves, tree, state, told, _modes(state), nodes)
+
+    def _is_told(self, tensor: torch.Tensor) -> bool:
+        return not tensor.requires_grad and (is_told(tensor) or self.known(tensor))
+
+    def _repeats(self, template: Template, call: Call) -> bool:
+        """Whether a call does what another one did."""
+        first = template.call
+        if first.tree != call.tree or template.described != call.describe():
+            return False
+        try:
+            different = differences(first.part, call.part)
+        except RecursionError:
+            return False
+        if different is None or different & template.reads:
+            return False
+        if different and any(name == ALL for _, name in template.reads):
+            return False
+        return template.outside.holds()
+
+    def _traced(
+        self,
+        call: Call,
+        templates: list[Template],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call as ever; what is seen of it becomes a template, if that is enough."""
+        graph: fx.Graph = proxy_mode().tracer.graph
+        assert self._outside is not None
+        outside, own = self._outside.now(), Contents(call.part, ())
+        described = call.describe()
+        noted, last = self.noted(), next(reversed(graph.nodes), None)
+        self._inside = True
+        try:
+            with noting_reads(call.part) as reads:
+                output = forward(*args, **kwargs)
+        finally:
+            self._inside = False
+        nodes = _after(graph, last)
+        if self.noted() == noted and own.holds() and outside.holds():
+            template = template_of(call, described, reads, outside, nodes, output)
+            if template is not None:
+                templates.append(template)
+        return output
+
+
+class _Call(Calls):
+    """Stands for a layer's forward."""
+
+    def __init__(self, copies: Copies, path: str, part: nn.Module, key: object):
+        self._copies, self._path, self._part, self._key = copies, path, part, key
+        self._forward = part.forward
+        self._thread = threading.get_ident()
+        functools.update_wrapper(self, part.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._forward(*args, **kwargs)
+        what = self._path, self._part, self._key, self._forward
+        return self._copies.called(*what, args, kwargs)
+
+
+def _modes(state: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    """What torch's functions go by besides their arguments."""
+    kinds = sorted({tensor.device.type for tensor in state})
+    casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+    kernels: Any = torch.backends.cuda
+    functions: Any = _get_current_function_mode_stack
+    return (
+        *(torch.is_grad_enabled(), torch.get_default_dtype(), casts),
+        *(torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
+        *(kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled()),
+        *(kernels.math_sdp_enabled(), kernels.cudnn_sdp_enabled()),
+        [id(mode) for mode in functions()],
+    )
+
+
+def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for node in reversed(graph.nodes):
+        if node is last:
+            break
+        found.append(node)
+    return found[::-1]
