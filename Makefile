@@ -16,7 +16,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-examples test-slow test-torch mutants lint bench predictions published \
-	planner-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
+	planner-table planning-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
 	elastic-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
 
@@ -32,6 +32,7 @@ help:
 	@echo "make predictions       do predicted step times and memory peaks come true?"
 	@echo "make published         predicted against published speeds of training runs; DATA=folder"
 	@echo "make planner-table     plans of large models against simple strategies"
+	@echo "make planning-table    what planning large models costs: CPU seconds and memory"
 	@echo "make tight-table       what plans in tight budgets leave on the table"
 	@echo "make precision-table   casts, bytes and step times of bf16 against fp32 and autocast"
 	@echo "make precision-curves  losses of fp32, bf16 and fp16 on real text"
@@ -90,6 +91,9 @@ predictions: $(READY)
 
 planner-table: $(READY)
 	$(BIN)/python tests/bench/planner_table.py
+
+planning-table: $(READY)
+	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/planning_table.py
 
 tight-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/tight_table.py
