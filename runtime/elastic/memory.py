@@ -48,8 +48,14 @@ def key_of(directory: str) -> str:
 
 
 def machine() -> str:
-    """Where this process keeps its memory; processes that see each other's have the same."""
-    return f"{boot_id()} {folder_of_machine().resolve()}"
+    """Where this process keeps its memory; processes that see each other's have the same.
+
+    Containers of one machine may each have a ``/dev/shm`` of their own: their devices differ.
+    """
+    folder = folder_of_machine().resolve()
+    with contextlib.suppress(OSError):
+        return f"{boot_id()} {folder} {folder.stat().st_dev}"
+    return f"{boot_id()} {folder}"
 
 
 def agent() -> str:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +29,8 @@ from torch.distributed.distributed_c10d import Store
 from ..transport import joining
 from ..transport.doing import AT_WORK, ENDED, FAILED, HERE, Doing
 from ..transport.mesh import Mesh
-from .peers import SILENT_S, Peer, beat_of, identity, label
+from ..transport.quick_store import QuickStore, StoreSilentError
+from .peers import SILENT_S, Peer, beat_of, host_name, identity, label
 
 POLL_S = 0.5  # between two looks
 BEAT_S = 1.0  # between two beats
@@ -85,7 +86,8 @@ class Lookout:
         self.mesh: Mesh | None = None
         self.group = group
         self.peers: dict[int, Peer] = {}
-        self._store: Store | None = store
+        self._hosts = {rank: host_name()}
+        self._store: QuickStore | None = QuickStore(store)
         self._loss: Loss | None = None
         self._beats = 0
         self._due = self._told = 0.0
@@ -95,7 +97,8 @@ class Lookout:
         self._poll = select.poll()
         self._poll.register(self._bell.fileno(), select.POLLIN)
         self._over = False
-        self._listen_to: Iterable[int] = ()
+        self._listen_to: Collection[int] = ()
+        self._answered = time.monotonic()
         store.set(f"who/{rank}", identity(doing))
         self._meet(store)
         self._thread = threading.Thread(target=self._run, daemon=True, name="pipecompile-lookout")
@@ -108,6 +111,7 @@ class Lookout:
         told = store.multi_get(keys) if store.has_extended_api() else map(store.get, keys)
         for rank, each in zip(others, told, strict=True):
             peer = self.peers[rank] = Peer.of(rank, each.decode())
+            self._hosts[rank] = peer.host
             if peer.watch >= 0:
                 self._poll.register(peer.watch, select.POLLIN)
 
@@ -118,7 +122,9 @@ class Lookout:
         self._thread.join(2.0)
 
     def name(self, rank: int) -> str:
-        return label(rank, self.mesh)
+        """With its machine, where there are several."""
+        hosts = self._hosts
+        return label(rank, self.mesh, hosts[rank] if len(set(hosts.values())) > 1 else "")
 
     def failure(self) -> str | None:
         """Why this process's call cannot succeed any more; None where nothing is known."""
@@ -187,6 +193,12 @@ class Lookout:
                     self.peers[rank].listen(store)
             if self._loss is None and store.check(["loss"]):
                 self._take(Loss(**json.loads(store.get("loss"))))
+            self._answered = now
+            for rank, peer in self.peers.items():
+                if rank not in self._listen_to:
+                    peer.heard = now  # it may speak: nobody listens
+        except StoreSilentError:  # the network to it may be interrupted
+            pass
         except Exception:  # whoever kept it is gone
             self._store = None
 
@@ -258,8 +270,16 @@ class Lookout:
         if outside and now - self._lost_at > GRACE_S:
             end(self._doing, self.rank, loss.text)
 
+    @property
+    def _cut_off(self) -> bool:
+        """Whether the store does not answer, so that nothing is heard of anybody."""
+        return self._store is not None and time.monotonic() - self._answered > SILENT_S
+
     def _roots(self, ranks: Sequence[int], all_of_them: bool = False) -> list[int]:
         """Those that do not wait for others themselves, of these and all that they wait for."""
+        far = [rank for rank, peer in self.peers.items() if not peer.pid]
+        if self._cut_off and far:  # those of this machine wait for them too, or will
+            return [rank for rank in ranks if rank in far] or far
         seen: dict[int, bool] = {}
         queue = deque(ranks)
         while queue:

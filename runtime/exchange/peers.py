@@ -10,29 +10,30 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store
-
 from ..transport.doing import AT_WORK, ENDED, Doing, Place, place_of
 from ..transport.mesh import Mesh
+from ..transport.quick_store import QuickStore
 
 SILENT_S = 4.0  # who says nothing for so long is stopped, or gone
 _SPACE = Path("/proc/self/ns/pid")
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 
 
-def label(rank: int, mesh: Mesh | None) -> str:
-    """``rank 3 (stage 1, replica 1)``."""
-    if mesh is None or not 0 <= rank < mesh.size:
-        return f"rank {rank}"
-    stages = mesh.stages_of(rank)
-    several = f"stage{'s'[: len(stages) > 1]} {' and '.join(map(str, stages))}"
-    return f"rank {rank} ({several}, replica {mesh.replica_of(rank)})"
+def label(rank: int, mesh: Mesh | None, host: str = "") -> str:
+    """``rank 3 (stage 1, replica 1)``, or ``rank 3 (stage 1, replica 1, on node7)``."""
+    told = [f"on {host}"] if host else []
+    if mesh is not None and 0 <= rank < mesh.size:
+        stages = mesh.stages_of(rank)
+        several = f"stage{'s'[: len(stages) > 1]} {' and '.join(map(str, stages))}"
+        told = [several, f"replica {mesh.replica_of(rank)}", *told]
+    return f"rank {rank} ({', '.join(told)})" if told else f"rank {rank}"
 
 
 def machine() -> str:
@@ -42,9 +43,15 @@ def machine() -> str:
     return ""
 
 
+def host_name() -> str:
+    """By which people know this machine."""
+    return socket.gethostname()
+
+
 def identity(doing: Doing) -> str:
     """How others find this process."""
-    return json.dumps([machine(), os.getpid(), _state(os.getpid())[1], doing.share()])
+    mine = [machine(), os.getpid(), _state(os.getpid())[1], doing.share(), host_name()]
+    return json.dumps(mine)
 
 
 def _state(pid: int) -> tuple[str, str]:
@@ -61,6 +68,7 @@ class Peer:
     """Another rank.
 
     Attributes:
+        host: the name of its machine.
         watch: a file that can be read once it has ended; -1 where there is none.
         beat: what it told the store last.
         heard: when that was, by this process's clock.
@@ -68,6 +76,7 @@ class Peer:
     """
 
     rank: int
+    host: str = ""
     pid: int = 0
     born: str = ""
     watch: int = -1
@@ -79,8 +88,8 @@ class Peer:
     @classmethod
     def of(cls, rank: int, told: str) -> Peer:
         """From its identity; what is on this machine is opened."""
-        where, pid, born, file = json.loads(told)
-        peer = cls(rank)
+        where, pid, born, file, host = json.loads(told)
+        peer = cls(rank, host)
         if not where or where != machine():
             return peer
         with suppress(OSError):
@@ -114,7 +123,7 @@ class Peer:
         """By a signal or a debugger, as far as that can be seen from here."""
         return bool(self.pid) and not self.ended and _state(self.pid)[0] in ("T", "t")
 
-    def listen(self, store: Store) -> None:
+    def listen(self, store: QuickStore) -> None:
         """Take in what it told the store last."""
         key = f"beat/{self.rank}"
         if store.check([key]):
@@ -149,7 +158,8 @@ class Peer:
             runs = "its process runs, but its Python does not" if self.pid else "it, its machine or"
             runs += "" if self.pid else " the network between is stopped or gone"
             said = f"has not been heard of for {self.silent_s():.0f} s ({runs})"
-            return f"{said}, and was {place} when it was"
+            heard = self.page is not None or self.beat
+            return f"{said}, and was {place} when it was" if heard else said
         since = self.beat.get("for_s", 0.0) + self.silent_s()
         return f"is alive, {place} for {since:.0f} s"
 

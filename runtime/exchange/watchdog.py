@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ...compiler.ir.errors import PeerFailedError, PipecompileError
 from ..transport.doing import HERE, Doing
+from ..transport.quick_store import QuickStore, StoreSilentError
 from .endings import watch_endings
 from .lookout import Lookout, end
 
@@ -53,7 +54,7 @@ class Watchdog:
         doing: Doing = HERE,
     ):
         self.rank, self._lookout, self._doing = rank, lookout, doing
-        self._store: Store | None = PrefixStore(name, store)
+        self._store: QuickStore | None = QuickStore(PrefixStore(name, store))
         self.call = 0
         self.working = False
         self.over = threading.Event()
@@ -105,6 +106,8 @@ class Watchdog:
         try:
             if self._store is not None and self._store.add(f"{key}/count", 1) == 1:
                 self._store.set(key, message)
+        except StoreSilentError:  # nobody can be told
+            pass
         except Exception:
             self._store = None  # its process is gone, and with it whoever could read this
 
@@ -121,6 +124,8 @@ class Watchdog:
                     if (store := self._store) is not None and store.check([key]):
                         rank, _, message = store.get(key).decode().partition("\n")
                         return None if int(rank) == self.rank else message
+            except StoreSilentError:  # what is known without it stands
+                pass
             except Exception:
                 self._store = None  # its process is gone; what is known without it stands
             failure = self._lookout.failure() if self._lookout is not None else None

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from ...compiler.ir.errors import PeerFailedError
+from . import interfaces
 from .doing import HERE
 
 TIMEOUT_S = 1800.0  # for those that have to meet before there are options
@@ -59,13 +60,14 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
         with _Told(f"rank {os.environ['RANK']} cannot reach {_keeper()}"):
             store, rank, size = next(rendezvous("env://", timeout=_timeout))
         scope = scope_of(store, rank, size, timeout_s)
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(f"pipecompile/{scope}", store),
-            rank=rank,
-            world_size=size,
-            timeout=_timeout,
-        )
+        store = PrefixStore(f"pipecompile/{scope}", store)
+        interfaces.choose(store, rank, size)
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=_timeout
+            )
+        except RuntimeError as error:
+            raise _unconnected(rank, error) from error
         atexit.register(_disconnect)
     world = dist.group.WORLD
     if world is not None and world not in _groups:
@@ -75,6 +77,18 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
         _stores[""] = PrefixStore(f"pipecompile/{scope}", store)
         _groups.add(world)
         HERE.wakes(_GLOO)
+
+
+def _unconnected(rank: int, error: RuntimeError) -> Exception:
+    """What is said where ranks have met and cannot reach each other."""
+    if "connectFullMesh" not in str(error):
+        return error
+    through = os.environ.get(interfaces.CHOICE)
+    return PeerFailedError(
+        f"rank {rank} has met the others at {_keeper()}, and cannot connect to them"
+        f"{f' through {through}' if through else ''}: set {interfaces.CHOICE} to the network "
+        "interface by which machines reach each other, and let no firewall keep them apart"
+    )
 
 
 def run_store() -> Store:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from pipecompile.runtime.elastic.memory import PREFIX, WHERE
 
 from support.gang import free_port
+from support.hosts import Host, Network
 
 TRAIN = """
 import os, signal, sys, time
@@ -101,16 +102,24 @@ class Step:
 
 @dataclass
 class Machine:
-    """An agent, and the folder in which its workers keep their memory."""
+    """An agent, and the folder in which its workers keep their memory.
+
+    Attributes:
+        inside: the agent is a child of what was started.
+    """
 
     number: int
     memory: Path
     agent: subprocess.Popen[str] | None = None
+    inside: bool = False
 
     @property
     def workers(self) -> dict[int, int]:
         """Rank -> process."""
-        return {} if self.agent is None else workers_of(self.agent.pid)
+        if self.agent is None:
+            return {}
+        agents = _children(self.agent.pid) if self.inside else [self.agent.pid]
+        return {rank: pid for agent in agents for rank, pid in workers_of(agent).items()}
 
 
 def workers_of(agent: int) -> dict[int, int]:
@@ -167,18 +176,25 @@ class Run:
     def start(self, machine: Machine) -> None:
         """An agent on a machine that has none."""
         machine.memory.mkdir(exist_ok=True)
-        conf = "is_host=false,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
+        command = self._agent(f"localhost:{self.port}", "is_host=false,")
+        self._begin(machine, command, {WHERE: str(machine.memory)})
+
+    def _agent(self, endpoint: str, conf: str = "") -> list[str]:
+        conf += "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"),
+            *(f"--nnodes={self.fewest}:{self.count}", f"--nproc-per-node={self.per_machine}"),
+            *(f"--max-restarts={self.restarts}", f"--rdzv-endpoint={endpoint}"),
+            *("--rdzv-id=elastic", f"--rdzv-conf={conf}", *self.command),
+        ]
+
+    def _begin(self, machine: Machine, command: list[str], more: dict[str, str]) -> None:
         machine.agent = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"),
-                *(f"--nnodes={self.fewest}:{self.count}", f"--nproc-per-node={self.per_machine}"),
-                *(f"--max-restarts={self.restarts}", f"--rdzv-endpoint=localhost:{self.port}"),
-                *("--rdzv-id=elastic", f"--rdzv-conf={conf}", *self.command),
-            ],
+            command,
             env=os.environ
-            | {"OMP_NUM_THREADS": "1", WHERE: str(machine.memory)}
-            | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            | self.environment,
+            | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            | self.environment
+            | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -255,6 +271,59 @@ class Run:
     def left(self) -> list[str]:
         """What is in the memory of machines."""
         return sorted(str(path) for path in self._shm.glob(f"*/{PREFIX}*"))
+
+
+@dataclass
+class NetworkRun(Run):
+    """The same on machines of a network, whose cables can be cut; the first keeps the agents'
+    store. Their memory is that of the machines themselves."""
+
+    network: Network | None = None
+
+    def __enter__(self) -> NetworkRun:
+        assert self.network is not None
+        self._threads = []
+        hosts = self.network.hosts
+        self.machines = [Machine(host.number, memory_of(host), inside=True) for host in hosts]
+        for machine in self.machines:
+            self.start(machine)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for machine in self.machines:
+            self.stop(machine)
+
+    def start(self, machine: Machine) -> None:
+        assert self.network is not None
+        host = self.network.hosts[machine.number]
+        self._begin(machine, host.command(self._agent("host0:29400")), {})
+
+    def stop(self, machine: Machine) -> None:
+        """Its agent is gone, with its workers; the machine stays."""
+        if machine.agent is not None:
+            for pid in (*_children(machine.agent.pid), machine.agent.pid):
+                for each in (*_children(pid), pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(each, signal.SIGKILL)
+            machine.agent.wait()
+            machine.agent = None
+
+    @property
+    def left(self) -> list[str]:
+        return sorted(
+            str(path) for machine in self.machines for path in machine.memory.glob(f"{PREFIX}*")
+        )
+
+
+def memory_of(host: Host) -> Path:
+    """Of a machine, as it is seen from here."""
+    return Path(f"/proc/{host.init}/root/dev/shm")
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
 
 
 def script_of(folder: Path) -> str:

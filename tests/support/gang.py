@@ -13,13 +13,15 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 from unittest import mock
+
+from support.hosts import Host, enter
 
 T = TypeVar("T")
 
@@ -55,16 +57,20 @@ class Gang:
     They are forked from two processes that have imported everything: rank 0 from one, the others
     from the other, which hashes text in its own way. What depends on the order of a set differs
     between ranks.
+
+    Args:
+        hosts: machines that share the processes evenly, in order; this one, where it is left out.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, hosts: Sequence[Host] = ()):
         port = free_port()
         context = multiprocessing.get_context("forkserver")
         self.pipes: list[Connection] = []
         self.workers = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            told = (theirs, rank, size, port, hosts)
+            worker = context.Process(target=_serve, args=told, daemon=True)
             forks = _server(first=rank == 0).connect_to_new_process
             with mock.patch.object(forkserver, "connect_to_new_process", forks):
                 worker.start()
@@ -125,15 +131,19 @@ def _server(first: bool) -> forkserver.ForkServer:
     return server
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, hosts: Sequence[Host]) -> None:
+    beside = size // max(1, len(hosts))
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
+        LOCAL_RANK=str(rank % beside),
+        MASTER_ADDR=hosts[0].name if hosts else "127.0.0.1",
         MASTER_PORT=str(port),
     )
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    if hosts:
+        os.environ["LOCAL_WORLD_SIZE"] = str(beside)
+        enter(hosts[rank // beside].init)
     from support.process import settle
     from support.remembered import remembering
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.elastic import Run, script_of
+from support import hosts
+from support.elastic import LINE, NetworkRun, Run, script_of
 
 STEPS = 24
 SAME, OTHER = "(2, 2)", "(2, 3)"
@@ -96,4 +99,32 @@ def test_everything_is_lost_but_the_disk(tmp_path: Path) -> None:
         assert set(went.finished()) == {0}
         assert went.curve == expected
         assert sources(went)[-1].startswith("from disk after 6")
+        assert went.left == []
+
+
+def test_a_machine_whose_cable_is_cut_is_lost_and_comes_back(tmp_path: Path) -> None:
+    """Its processes live on, and train no step alone; the others go on without them."""
+    if reason := hosts.lacking():
+        pytest.skip(reason)
+    command = [script_of(tmp_path), str(STEPS), OTHER, repr({"timeout_s": 8.0})]
+    alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    found = map(LINE.match, alone.stdout.splitlines())
+    expected = {int(each[1]): each[2].strip() for each in found if each}
+    gate = tmp_path / "gate"
+    more: Any = {"environment": {"GATE": str(gate)}, "fewest": 2}
+    with hosts.network(3) as made, NetworkRun(command, tmp_path, 3, network=made, **more) as went:
+        went.reached(4)
+        made.cut(made.hosts[2])
+        went.restarted(1, 180)
+        went.stop(went.machines[2])
+        made.mend(made.hosts[2])
+        went.start(went.machines[2])
+        went.restarted(2, 180)
+        gate.touch()
+        assert set(went.finished()) == {0}
+        assert [line.split()[1] for line in sources(went)] == ["nothing", "memory", "memory"]
+        assert [line.split(" as ")[1] for line in sources(went)] == ["3 x 1", "2 x 1", "3 x 1"]
+        assert went.curve == expected
+        assert any("on host2), which has not been heard of for" in line for line in went.said)
+        assert repeated(went) <= 2
         assert went.left == []

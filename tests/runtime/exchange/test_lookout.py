@@ -169,7 +169,7 @@ def test_a_page_says_where_a_process_is() -> None:
 def test_a_process_that_has_another_ones_number_is_not_taken_for_it() -> None:
     assert peers.Peer.of(1, peers.identity(Doing())).pid == os.getpid()
     machine = peers.machine()
-    stale = f'["{machine}", {os.getpid()}, "12345", -1]'
+    stale = f'["{machine}", {os.getpid()}, "12345", -1, "host"]'
     assert peers.Peer.of(1, stale).ended
 
 
