@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .capture.refusals import check_model
@@ -62,9 +63,11 @@ def compile_among(arguments: Arguments, open_: Open) -> Pipeline:
 
     compiles(arguments, open_)
     check_model(arguments.model, arguments.loss_fn)
-    from ..runtime.start import start, start_best
+    from ..runtime.start import chooses_places, start, start_best
 
     if not open_.divides and not open_.orders:
+        if chooses_places(options):
+            return start_best(arguments.model, options, replace(open_, places=True))
         return start(arguments.model, options)
     _check_auto(arguments, 'n_stages="auto"' if open_.divides else 'schedule="auto"')
     return start_best(arguments.model, options, open_)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,12 +20,14 @@ from ..compiler.driver.record import prepare
 from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.options.microbatches import cut, divide
 from ..compiler.options.options import CompileOptions
+from ..compiler.options.parsing import AUTO
+from ..compiler.plan.plan import Plan
 from ..compiler.search.search import search
 from ..compiler.search.space import ways_of
 from ..compiler.search.subject import Subject
 from ..compiler.tensors.fakes import is_fake
 from .exchange.agreement import Agreement
-from .exchange.devices import choose_device, target_of
+from .exchange.devices import choose_device
 from .exchange.ranks import Ranks
 from .graphs import choice
 from .kernels.choice import settled
@@ -36,13 +40,38 @@ from .world import Planning, plain_torch
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
     options.check_zero()
-    mesh = make_mesh(options.n_stages, options.dp, options.shape(1).placement)
+    mesh = _mesh(_as_planned(options))
+    if mesh.dp > 1 and mesh.pp > 1:
+        options = replace(options, placement=mesh.order)
     device = choose_device(options.device, mesh)
     options, why = settled(choice.settled(options, device), device)
     model = with_loss(model, options.loss_fn)
     with plain_torch(device):
         skeleton = _skeleton(model, device, options)
         return Pipeline(model, options, skeleton, mesh, device, {"backend": why})
+
+
+def _mesh(options: CompileOptions) -> Mesh:
+    placement, order = options.shape(1).placement, options.numbering.order
+    return make_mesh(options.n_stages, options.dp, placement, order)
+
+
+def _as_planned(options: CompileOptions) -> CompileOptions:
+    """With the places of ranks that a plan has, unless the user has said others."""
+    if options.plan is None or options.placement != AUTO or options.dp == 1:
+        return options
+    plan = options.plan if isinstance(options.plan, Plan) else Plan.load(options.plan)
+    return replace(options, placement=plan.options.get("placement", AUTO))
+
+
+def chooses_places(options: CompileOptions) -> bool:
+    """Whether this run may number its ranks in one order or the other: several machines have
+    both several stages and several replicas, and there is a batch to plan for."""
+    free = options.placement == AUTO and options.plan is None and options.cut is None
+    batch = options.example_batch is not None and options.pin is None
+    if not (free and batch and options.n_stages > 1 and options.dp > 1 and world_size()):
+        return False
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) < world_size()
 
 
 def _skeleton(model: nn.Module, device: torch.device, options: CompileOptions) -> Skeleton:
@@ -66,13 +95,14 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
     planning = Planning(mesh, device, options)
     with plain_torch(device), planning.guard():
         model = with_loss(model, options.loss_fn)
-        return _best(model, options, open_, mesh, device, {"backend": why})
+        return _best(model, options, open_, planning, mesh, device, {"backend": why})
 
 
 def _best(
     model: nn.Module,
     options: CompileOptions,
     open_: Open,
+    planning: Planning,
     mesh: Mesh,
     device: torch.device,
     notes: dict[str, str],
@@ -80,6 +110,8 @@ def _best(
     skeleton = _skeleton(model, device, options)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)
+    if not open_.divides:
+        options.check_placement()
     dump_dir = None if mesh.rank else options.dump_dir
     agreement.together(lambda: prepare(dump_dir), OptionError)
     weights = options.weights
@@ -89,7 +121,9 @@ def _best(
     values = [] if any(map(is_fake, values)) else values
     brought = mesh.dp if mesh.distributed and not open_.divides else 1  # each replica its share
     whole = given.with_rows(given.rows * brought)
-    target = target_of(options, device, mesh)
+    target = planning.target(options, agreement)
+    several = target.spec.topology is not None and options.placement == AUTO
+    open_ = replace(open_, places=several)
     captured = Shared()
 
     def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
@@ -104,7 +138,8 @@ def _best(
     asked = Subject(options, target, devices, builder, divided)
     ways = ways_of(open_, options, devices, whole.rows)
     team = Ranks(mesh, agreement, model, options)
-    if open_.stages is not None and len(ways) == 1:
+    only_places = not open_.divides and not open_.orders
+    if len(ways) == 1 and (open_.stages is not None or only_places):
         chosen = ways[0].of(options, example_batch=None)
         why = f"{ways[0]} is the only division of {mesh.size} that is allowed"
     else:
@@ -113,8 +148,8 @@ def _best(
         chosen = best.way.of(options, microbatches=best.microbatches, example_batch=None)
         of = f"{found.told}; {listed(found.trials)}"
         why = f"{best.told(open_.orders)} is the shortest predicted step of {of}"
-    mesh = make_mesh(chosen.n_stages, chosen.dp, chosen.shape(1).placement)
-    pipe = Pipeline(model, chosen, skeleton, mesh, device, {"stages": why} | notes)
+    what = "placement" if only_places else "stages"
+    pipe = Pipeline(model, chosen, skeleton, _mesh(chosen), device, {what: why} | notes)
     rows = cut(whole.rows, pipe.data_shards)
     if open_.divides and values:
         values = batches.cut(values, rows)[pipe.data_shard]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..compiler.profiling.profile import Profiler
 from .exchange.agreement import Agreement, Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
-from .exchange.link import measure_link
+from .exchange.link import hosts_of, measured
 from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
 from .transport.doing import HERE
@@ -75,12 +76,41 @@ class Planning:
     """What ranks do together before there is a pipeline, to find out which it will be."""
 
     def __init__(self, mesh: Mesh, device: torch.device, options: CompileOptions):
+        self._mesh, self._device = mesh, device
         connect(mesh, device_of(mesh.local_ranks[0], device, mesh), options.timeout_s)
         self._watchdog = _watchdog_of(mesh, options)
 
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """Compiling, on all ranks."""
         return _guarded_by(self._watchdog, "compile()")
+
+    def target(self, options: CompileOptions, agreement: Agreement) -> Target:
+        """What to plan for, by peak rates; links between machines are measured, where there are
+        several and seconds are."""
+        mesh, gather = self._mesh, agreement.gather
+        target = target_of(options, self._device, mesh)
+        if not mesh.distributed:
+            return target
+        if not options.measures or len(set(hosts_of(gather))) == 1:
+            return on_machines(target, mesh, gather)
+        here = device_of(mesh.local_ranks[0], self._device, mesh)
+        flat = replace(mesh, n_stages=mesh.size, dp=1, placement=())
+        links = Processes(flat, here)
+        return replace(target, spec=measured(target.spec, flat, here, links, gather))
+
+
+def on_machines(target: Target, mesh: Mesh, gather: Callable[[Any], list[Any]]) -> Target:
+    """The same, with each rank on the machine that it is on, where there are several; what their
+    network carries is as ``hardware=`` says. A collective of processes."""
+    topology = target.spec.topology
+    if not mesh.distributed or topology is None:
+        return target
+    hosts = hosts_of(gather)
+    if len(set(hosts)) == 1:  # that of what is planned for, and not of this run
+        return target
+    devices = max(map(hosts.count, hosts))
+    own = replace(topology, devices=devices, hosts=hosts)
+    return replace(target, spec=replace(target.spec, topology=own))
 
 
 class World:
@@ -117,6 +147,7 @@ class World:
         with self.compiling():
             self.agreement = Agreement(mesh, device)
             self.agreement.check_options(options)
+            options.check_placement()
             self.transport = self._reached()
         self.endpoints = endpoints(mesh, device, self.transport)
         self.data_shards = mesh.dp if mesh.distributed else 1
@@ -147,15 +178,13 @@ class World:
         mesh = self.mesh
         target = target_of(options, self._device, mesh)
         if options.costs == "calibrated" and mesh.distributed:  # all by the table of rank 0
-            return replace(target, spec=self.agreement.gather(target.spec)[0])
+            target = replace(target, spec=self.agreement.gather(target.spec)[0])
         if not options.measures:
-            return target
+            return on_machines(target, mesh, self.agreement.gather)
         beside = ranks_here(mesh) if mesh.distributed else 1
         spec = target.spec
-        if mesh.distributed and mesh.size > 1:
-            spec = spec.with_link(
-                *measure_link(mesh, self._here, self.transport, self.agreement.gather)
-            )
+        if mesh.distributed:
+            spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
         profiler = Profiler(self._here, default_cache_dir(), beside=beside)
         return replace(target, spec=spec, profiler=profiler)
 

@@ -84,7 +84,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="change the configuration; repeatable; text_config.KEY=VALUE for one inside it; of "
         "any model, device.memory_bytes, device.bytes_per_s, device.flops_per_s.bfloat16, "
-        "device.launch_s, link.bytes_per_s and link.latency_s change the device",
+        "device.launch_s, link.bytes_per_s and link.latency_s change the device, and "
+        "machine.devices, .bytes_per_s, .latency_s and .oversubscription the machines it is in",
     )
     group.add_argument(
         "--task",

@@ -1,4 +1,5 @@
-"""``--set device.FIELD=VALUE`` and ``--set link.FIELD=VALUE``: a device with other figures."""
+"""``--set device.FIELD=VALUE``, ``link.FIELD=VALUE`` and ``machine.FIELD=VALUE``: a device with
+other figures."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..costs.hardware import Device
+from ..costs.topology import Topology, check_figure
 from ..ir.errors import OptionError
 from ..options.parsing import parse_bytes
 
-PREFIXES = ("device.", "link.")
+PREFIXES = ("device.", "link.", "machine.")
 DTYPES = "device.flops_per_s."
 Set = Callable[[Device, float], Device]
 
@@ -38,6 +40,18 @@ def _network(*names: str) -> Set:
     return change
 
 
+def _machine(name: str) -> Set:
+    """Of the machines, which are one as long as nobody says how many devices each has."""
+
+    def change(device: Device, value: float) -> Device:
+        before = device.topology or Topology(0, device.link_bytes_per_s, device.link_latency_s)
+        given: Any = int(value) if name == "devices" and value == int(value) else value
+        check_figure(f"--set machine.{name}", name, given)
+        return replace(device, topology=replace(before, **{name: given}))
+
+    return change
+
+
 FIELDS: dict[str, Set] = {
     "device.memory_bytes": lambda device, value: replace(device, memory_bytes=int(value)),
     "device.bytes_per_s": _field("bytes_per_s"),
@@ -45,8 +59,12 @@ FIELDS: dict[str, Set] = {
     "link.bytes_per_s": _network("link_bytes_per_s", "within_bytes_per_s", "between_bytes_per_s"),
     "link.latency_s": _network("link_latency_s", "within_latency_s", "between_latency_s"),
     "link.send_share": _field("send_share"),
+    **{
+        f"machine.{name}": _machine(name)
+        for name in ("devices", "bytes_per_s", "latency_s", "oversubscription")
+    },
 }
-MAY_BE_ZERO = ("device.launch_s", "link.latency_s", "link.send_share")
+MAY_BE_ZERO = ("device.launch_s", "link.latency_s", "link.send_share", "machine.latency_s")
 
 
 def of_device(setting: str) -> bool:
@@ -64,6 +82,10 @@ def with_settings(device: Device, settings: Sequence[str]) -> Device:
     for setting in settings:
         name, _, text = setting.partition("=")
         changed = _of(setting, name)(changed, _number(setting, name, text))
+    if changed.topology is not None and not changed.topology.devices:
+        raise OptionError(
+            "--set machine.…: say how many devices a machine has: --set machine.devices=8"
+        )
     return changed.changed(settings) if settings else device
 
 

@@ -108,7 +108,7 @@ class Request:
             options,
             device,
             options.memory_bytes or limit,
-            open_of(args, script),
+            open_of(args, script, device.topology is not None),
             args.compare,
             None if args.save is None else Path(args.save),
             given,
@@ -135,6 +135,7 @@ def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan 
     options = _options_of(args, given)
     if args.n_stages != AUTO:
         options.check_zero()
+        options.check_placement()
     rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
     if given is not None and not args.microbatches and not args.dp:
         rows *= given.microbatch_rows
@@ -192,17 +193,22 @@ def with_script(
     return replace(options, **found)
 
 
-def open_of(args: argparse.Namespace, script: Script | None = None) -> Open | None:
+def open_of(
+    args: argparse.Namespace, script: Script | None = None, several: bool = False
+) -> Open | None:
     """What the flags leave open; None for nothing.
 
     Args:
+        several: whether the devices are of several machines.
         script: whose sessions hold divisions to limits, and keep microbatches.
     """
     divides, orders = args.n_stages == AUTO, args.schedule == AUTO
-    if not divides and not orders:
+    places = several and args.plan is None and args.placement in (None, AUTO)
+    placed = places and (divides or (args.n_stages > 1 and (args.dp or 1) > 1))
+    if not divides and not orders and not placed:
         return None
     memory = args.schedule_memory or AUTO
-    found = Open(divides, orders, args.devices, args.virtual_stages, memory)
+    found = Open(divides, orders, args.devices, args.virtual_stages, memory, places=places)
     if script is None or not divides:
         return found
     kept = None if args.microbatches else script.open.global_microbatches

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.forms import Form
 from ..calibration.table import Table
 from ..ir.errors import OptionError
+from .topology import Numbering, Placed, Topology, topology_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,9 @@ class Device:
         send_share: of the seconds of a message, those in which its sender computes nothing: 0 where
             the device has engines for it, and where it was not measured.
         table: what kernels and links reach of all that; None for everything, the roofline.
+        topology: of the machines that have such devices; None where all are on one, or on a network
+            as fast as the link.
+        placed: the ranks on these (`with_ranks`); None where they are not known yet.
     """
 
     name: str
@@ -52,6 +56,25 @@ class Device:
     launch_s: float
     send_share: float = 0.0
     table: Table | None = None
+    topology: Topology | None = None
+    placed: Placed | None = None
+
+    def with_ranks(self, numbering: Numbering) -> Device:
+        """The same device, as one of so many ranks."""
+        if self.topology is None:
+            return self
+        return replace(self, placed=Placed(self.topology, numbering))
+
+    def link(self, src: int, dst: int) -> tuple[float, float]:
+        """Bytes per second and latency from one rank of a replica to another, by their places in
+        it; of the replica that has the least."""
+        between = self.placed.message(src, dst) if self.placed is not None else None
+        return between or (self.link_bytes_per_s, self.link_latency_s)
+
+    def message_s(self, src: int, dst: int, nbytes: float) -> float:
+        """Seconds of a message from one rank of a replica to another."""
+        bytes_per_s, latency_s = self.link(src, dst)
+        return latency_s + nbytes / bytes_per_s
 
     @property
     def base(self) -> str:
@@ -98,9 +121,15 @@ class Device:
         Args:
             nbytes: of all ranks' parts, of all messages.
         """
+        if self.placed is not None and (between := self.placed.exchange()) is not None:
+            bytes_per_s, latency_s = between
+            return messages * latency_s + nbytes * (ranks - 1) / ranks / bytes_per_s
         if self.table is None:
             return nbytes * (ranks - 1) / ranks / self.link_bytes_per_s
-        return messages * self.table.network.collective_s(nbytes / max(1, messages), ranks)
+        network = self.table.network
+        if self.placed is not None:  # they share a machine
+            network = replace(network, per_machine=max(ranks, network.per_machine))
+        return messages * network.collective_s(nbytes / max(1, messages), ranks)
 
     def together_s(self, kernels_s: float, collectives_s: float) -> float:
         """Seconds of kernels with collectives beside them."""
@@ -273,11 +302,14 @@ def _from_json(path: Path) -> Device:
             f"device file {path}: a table cannot be read from it: give peak rates, and costs= says "
             "what is reached of them"
         )
-    told = [f for f in fields(Device) if f.name != "table"]
+    told = [f for f in fields(Device) if f.name not in ("table", "topology", "placed")]
+    topology = given.pop("topology", None)
+    given.pop("placed", None)  # of one that was written down: ranks are placed when they are known
     known = [f.name for f in told]
     optional = [f.name for f in told if f.default is not MISSING]
     for name in given:
         if name not in known:
+            known = [*known, "topology"]
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"device file {path}: unknown field {name!r}: {hint}")
@@ -295,9 +327,12 @@ def _from_json(path: Path) -> Device:
         if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
             least = "of 0 or more" if may_be_zero else "above 0"
             raise OptionError(f"device file {path}: {name}={value!r} must be a number {least}")
-    return Device(
+    made = Device(
         **given | {"name": str(given["name"]), "memory_bytes": int(given["memory_bytes"])}
     )
+    if topology is None:
+        return made
+    return replace(made, topology=topology_of(topology, f"device file {path}"))
 
 
 def _is_number(value: object) -> bool:

@@ -85,8 +85,10 @@ class Timing:
 
     def transfer_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another."""
+        ranks = list(dict.fromkeys(map(tuple, self.mates)))  # of a replica, in order
+        home = [ranks.index(tuple(mates)) for mates in self.mates]
         return {
-            (m.src, m.dst): self.rates.link_latency_s + m.nbytes / self.rates.link_bytes_per_s
+            (m.src, m.dst): self.rates.message_s(home[m.src], home[m.dst], m.nbytes)
             for m in self.program.messages
         }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
+from ..costs.topology import ORDERS
 from ..ir.errors import (
     BatchError,
     MemoryBudgetError,
@@ -42,7 +43,8 @@ class Way:
     Attributes:
         n_stages, dp: ranks of a replica, and replicas.
         virtual_stages: on a rank; None for what is usual for the schedule.
-        zero, microbatches: a level, and their number per replica; None for what options say.
+        zero, microbatches, placement: a level, their number per replica, and what ranks that are
+            neighbours have in common; None for what options say.
     """
 
     n_stages: int
@@ -52,9 +54,11 @@ class Way:
     schedule_memory: str = AUTO
     zero: int | None = None
     microbatches: int | None = None
+    placement: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.n_stages} × dp {self.dp}"
+        together = f", {self.placement} together" if self.placement else ""
+        return f"{self.n_stages} × dp {self.dp}{together}"
 
     @property
     def order(self) -> str:
@@ -65,7 +69,7 @@ class Way:
     def of(self, options: CompileOptions, **more: Any) -> CompileOptions:
         """Options that use them so."""
         given = dict(vars(self))
-        for name in ("zero", "microbatches"):
+        for name in ("zero", "microbatches", "placement"):
             if given[name] is None:
                 del given[name]
         if self.zero == 0:
@@ -122,6 +126,7 @@ class Open:
         stages: the fewest and the most ranks that a replica may have; None for any number.
         global_microbatches: into how many the global batch is cut, whatever the replicas; None for
             a number of each replica's own.
+        places: whether the ranks may be put on machines in either order.
     """
 
     divides: bool
@@ -131,6 +136,7 @@ class Open:
     schedule_memory: str = AUTO
     stages: tuple[int, int] | None = None
     global_microbatches: int | None = None
+    places: bool = False
 
     def divisions(self, devices: int) -> list[tuple[int, int]]:
         """(ranks of a replica, replicas) of so many devices, of those that are allowed."""
@@ -149,7 +155,14 @@ class Open:
             for n, dp in self.divisions(devices)
         ]
         ways = ways if self.divides else [own]
+        ways = [placed for way in ways for placed in self._places(way)]
         return [order for way in ways for order in self._orders(way)] if self.orders else ways
+
+    def _places(self, way: Way) -> list[Way]:
+        """Where there is one replica, or one stage, all neighbours have the same in common."""
+        if not self.places or way.n_stages == 1 or way.dp == 1:
+            return [way]
+        return [replace(way, placement=order) for order in ORDERS]
 
     def _orders(self, way: Way) -> Iterator[Way]:
         """A way in every schedule, with so many stages per rank as it may have."""

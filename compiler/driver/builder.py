@@ -78,6 +78,7 @@ class Builder:
         captured: Shared | None = None,
     ):
         passes.check_skip(options.skip)
+        target = replace(target, spec=target.spec.with_ranks(options.numbering))
         self.skeleton, self.options, self.target = skeleton, options, target
         self.team: Team = team or Alone()
         self.notes = notes

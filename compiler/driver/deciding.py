@@ -229,6 +229,7 @@ class Deciding:
             *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
             self.target.budget_bytes,
             repr(self.target.spec) if profiler is None else profiler.told,
+            None if self.target.spec.placed is None else self.target.spec.placed.numbering,
         )
 
     def _from_plan(self, plan: Plan, settings: Settings) -> Decided:

@@ -12,6 +12,7 @@ from ...passes.graph.placement import Placement
 from ...passes.schedule.simulate import Timeline, simulate
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
+from ..costs.topology import ORDERS
 from ..ir.actions import homes_of, max_in_flight
 from ..ir.graph import Phase, module_of, nbytes, phase_of
 from ..ir.locality import Locality, is_gradient_sum
@@ -86,7 +87,7 @@ class Summary:
             costs=self.costs,
             budget_bytes=budget_bytes,
             param_count=sum(self.footprint.size(name)[0] for name in self.skeleton.params),
-            options=options.in_plan(),
+            options=options.in_plan() | self._numbered(),
             decision=self.decision,
             stages=tuple(
                 self._stage(stage.stage, modules, self.assembly.memory[self.homes[stage.stage]])
@@ -149,6 +150,11 @@ class Summary:
                 if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
         )
+
+    def _numbered(self) -> dict[str, str]:
+        """Which ranks share a machine, where there are several or one has said so."""
+        order = self.settings.options.numbering.order
+        return {"placement": order} if self.device.placed or order != ORDERS[0] else {}
 
     def _size(self, name: str) -> tuple[int, int]:
         """(elements, bytes) of a parameter as it is held."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..costs.hardware import DEVICES, Device
+from ..costs.topology import ORDERS
 from ..plan.plan import Plan
 from . import checks
 from .declaration import (
@@ -187,6 +188,17 @@ class Options(TrainingOptions):
         '"auto" tries the optimizer on small parameters.',
         choices=(AUTO, "rows", "matrices"),
         plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="HOW"),
+    )
+    placement: str = option(
+        AUTO,
+        help='which ranks are neighbours in number, and so share a machine: "pipeline" those of a '
+        'replica, "replicas" those of a stage; "auto": where machines are several, what makes the '
+        "shorter predicted step",
+        more='"auto" needs ``example_batch`` to plan for, and is "pipeline" without. All give the '
+        "same bits.",
+        choices=(AUTO, *ORDERS),
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="HOW"),
     )

@@ -12,6 +12,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
+from ..costs.topology import ORDERS, Numbering
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
 from . import checks
@@ -167,6 +168,21 @@ class CompileOptions(Options):
                 f"zero={self.zero} has no effect with dp=1, as there are no replicas to divide "
                 "anything among: give dp=2 or more, or leave it out"
             )
+
+    def check_placement(self) -> None:
+        """Raises OptionError where all ranks that are neighbours have the same in common."""
+        if self.placement != AUTO and (self.n_stages == 1 or self.dp == 1):
+            one = "n_stages" if self.n_stages == 1 else "dp"
+            raise OptionError(
+                f'placement="{self.placement}" has no effect with {one}=1: it says whether ranks '
+                "of a replica or replicas of a stage share a machine: leave it out"
+            )
+
+    @property
+    def numbering(self) -> Numbering:
+        """Of the ranks; where nothing was chosen those of a replica are neighbours."""
+        order = ORDERS[0] if self.placement == AUTO else self.placement
+        return Numbering(self.n_stages, self.dp, order)
 
     def in_plan(self) -> dict[str, str]:
         """What `Plan.options` holds: a plan is used again only where these are equal."""

@@ -109,12 +109,16 @@ class StepModel:
         return found
 
     def _transfer_s(self, stage: Sequence[int]) -> dict[tuple[int, int], float]:
-        found: dict[tuple[int, int], float] = defaultdict(lambda: self.device.link_latency_s)
+        device, homes = self.device, self.problem.homes
+        found: dict[tuple[int, int], float] = {}
         for value in self.problem.values:
             source = stage[value.source]
             for s in {stage[reader] for reader in value.readers} - {source}:
-                found[source, s] += value.receive_s
-        return dict(found)
+                bytes_per_s, latency_s = device.link(homes[source], homes[s])
+                slower = device.link_bytes_per_s / bytes_per_s  # than in the problem
+                found.setdefault((source, s), latency_s)
+                found[source, s] += value.receive_s * slower
+        return found
 
     def _closing_s(self, stage: Sequence[int]) -> float:
         held = [0.0] * self.problem.n_ranks

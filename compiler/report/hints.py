@@ -100,10 +100,10 @@ def resimulated(
     plan, device = subject.plan, subject.device
     spared = spared_bytes or {}
     m = microbatches or plan.microbatches
+    home = [stage.rank for stage in plan.stages]
     transfer_s = {
-        (stage.stage, t.dst): (
-            device.link_latency_s
-            + (t.bytes - spared.get((stage.stage, t.dst), 0)) / device.link_bytes_per_s
+        (stage.stage, t.dst): device.message_s(
+            home[stage.stage], home[t.dst], t.bytes - spared.get((stage.stage, t.dst), 0)
         )
         / link_speed
         for stage in plan.stages

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.registry import DEFAULT
+from ..costs.topology import ORDERS
 from ..plan.plan import Plan
 from .quantities import bytes_scale, rate_text, seconds_text
 from .texts import verdict_text
@@ -28,7 +29,7 @@ class Ways:
 
     title: str
     columns: dict[str, Sequence[object]]
-    left: tuple[str, ...] = ("schedule",)
+    left: tuple[str, ...] = ("schedule", "machines\nshared by")
     refused: tuple[str, ...] = ()
 
     @property
@@ -61,6 +62,8 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
         columns["ranks\n× dp"] = [f"{t.way.n_stages} × {t.way.dp}" for t in shown]
     if several["order"]:
         columns["schedule"] = [_order(t) for t in shown]
+    if len({t.way.placement for t in shown}) > 1:
+        columns["machines\nshared by"] = [t.way.placement or "–" for t in shown]
     if len({t.zero for t in shown}) > 1:
         columns["zero"] = [t.zero for t in shown]
     columns["micro-\nbatches"] = [t.microbatches or "–" for t in shown]
@@ -92,16 +95,18 @@ def _order(trial: Trial) -> str:
     return f"{trial.way.schedule} ×{virtual}" if virtual > 1 else trial.way.schedule
 
 
-Shape = tuple[int, int, str, int, int | None, int]
+Shape = tuple[int, int, str, int, int | None, int, str]
 
 
 def _shape_of(plan: Plan) -> Shape:
     schedule, zero = plan.options.get("schedule", DEFAULT), int(plan.options.get("zero", 0))
-    return plan.n_stages, plan.dp, schedule, plan.virtual_stages, plan.microbatches, zero
+    order = plan.options.get("placement", ORDERS[0])
+    return plan.n_stages, plan.dp, schedule, plan.virtual_stages, plan.microbatches, zero, order
 
 
 def _shape(trial: Trial, plan: Plan) -> Shape:
     way = trial.way
     virtual = way.virtual_stages or kind_of(way.schedule).usual_virtual
     count = plan.microbatches if trial.microbatches is None else trial.microbatches
-    return way.n_stages, way.dp, way.schedule, virtual, count, trial.zero
+    order = way.placement or plan.options.get("placement", ORDERS[0])
+    return way.n_stages, way.dp, way.schedule, virtual, count, trial.zero, order

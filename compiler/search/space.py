@@ -27,6 +27,8 @@ def ways_of(open_: Open, options: CompileOptions, devices: int, rows: int) -> li
     ways = open_.ways(options, devices)
     if open_.stages is not None and len(ways) == 1:
         return ways
+    if not open_.divides and not open_.orders:  # the places of ranks alone
+        return ways
     return [
         replace(way, zero=zero, microbatches=count)
         for way in ways

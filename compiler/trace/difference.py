@@ -177,16 +177,16 @@ def _placed(header: Header) -> str:
 
 def _waiting(planned: Trace, measured: Trace) -> tuple[Waiting, ...]:
     before, after = waiting(planned), waiting(measured)
-    pp, sent = planned.header.pp, sending(measured)
+    position_of, sent = measured.header.numbering.position_of, sending(measured)
     rows = []
     for rank in measured.ranks:
         mine = {other: seconds for (r, other), seconds in after.items() if r == rank}
         most = max(mine, key=mine.__getitem__, default=None)
-        expected = sum(s for (r, _), s in before.items() if r == rank % pp)
+        expected = sum(s for (r, _), s in before.items() if r == position_of(rank))
         rows.append(
             Waiting(
                 rank,
-                planned.header.placement[rank % pp],
+                planned.header.placement[position_of(rank)],
                 Pair(expected, sum(mine.values())),
                 most,
                 0.0 if most is None else mine[most],

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...passes.schedule.simulate import Timeline
+from ..costs.topology import ORDERS
 from ..ir.actions import COMPUTE_OF, RECV, Action, Schedule, from_text, homes_of, placement_of
 from ..plan.plan import Plan
 from .trace import (
@@ -69,6 +70,7 @@ def header_of(plan: Plan, schedule: Schedule, origin: Origin, memory: str, clock
         budget_bytes=plan.budget_bytes,
         memory=memory,
         clocks=clocks,
+        order=plan.options.get("placement", ORDERS[0]),
     )
 
 

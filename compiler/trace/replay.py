@@ -32,7 +32,7 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
     The simulator knows one duration per stage and kind: to it, the microbatches of a stage are
     stages of their own, as all messages are between computations of one microbatch.
     """
-    m, pp = planned.header.microbatches, planned.header.pp
+    m, numbering = planned.header.microbatches, measured.header.numbering
     schedule = tuple(tuple(_apart(a, m) for a in row) for row in _schedule(planned))
     happened = measured.header.origin != Origin.PLANNED  # a plan has no time between actions
     planned_s = {
@@ -46,7 +46,8 @@ def resimulated_bubble(planned: Trace, measured: Trace) -> float:
         replicas: dict[int, _Replayed] = defaultdict(_Replayed)
         for rank in measured.ranks:
             mine = [span for span in spans if span.rank == rank and span.action is not None]
-            replicas[rank // pp].add(sorted(mine, key=lambda s: (s.start_s, s.end_s)), m, happened)
+            mine_of = replicas[numbering.replica_of(rank)]
+            mine_of.add(sorted(mine, key=lambda s: (s.start_s, s.end_s)), m, happened)
         for replica, each in replicas.items():
             transfer_s = {**planned_s, **under_way_s.get((step, replica), {})}
             timeline = simulate(schedule, each.computed, transfer_s, send_s=each.sent)
@@ -105,7 +106,8 @@ def _under_way(
         seconds = max(receive.end_s - sent.start_s, 0.0)
         if receive.seconds <= WAITED_S:
             seconds = min(seconds, planned_s.get(ends, 0.0))
-        found[sent.step, sent.rank // measured.header.pp][ends] = seconds
+        replica = measured.header.numbering.replica_of(sent.rank)
+        found[sent.step, replica][ends] = seconds
     return found
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
+from ..costs.topology import ORDERS, Numbering
 from ..ir.actions import RECV, SEND, Action
 
 TRACE_VERSION = 1
@@ -98,6 +99,7 @@ class Header:
             waiting say nothing.
         complete: False where a step has failed, or a rank's part is missing.
         started_ns: when the trace starts, in nanoseconds since 1970; 0 of a planned one.
+        order: of the ranks of several replicas (`Numbering`).
     """
 
     origin: str
@@ -118,6 +120,11 @@ class Header:
     complete: bool = True
     started_ns: int = 0
     version: int = TRACE_VERSION
+    order: str = ORDERS[0]
+
+    @property
+    def numbering(self) -> Numbering:
+        return Numbering(self.pp, self.dp, self.order)
 
     @property
     def pp(self) -> int:
@@ -130,7 +137,7 @@ class Header:
 
     def label(self, rank: int) -> str:
         """A rank's name: ``rank 3: stages 1, 4``."""
-        stages = self.placement[rank % self.pp]
+        stages = self.placement[self.numbering.position_of(rank)]
         noun = "stage" if len(stages) == 1 else "stages"
         return f"rank {rank}: {noun} {', '.join(map(str, stages))}"
 

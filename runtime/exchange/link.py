@@ -4,22 +4,82 @@ some of that is the sender's own time."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 
+from ...compiler.costs.hardware import Device
+from ...compiler.costs.topology import Topology
 from ...compiler.ir.program import ValueSpec
 from ..transport.mesh import Mesh
 from ..transport.transport import Transport
+from .peers import host_name, machine
 
 SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)  # bytes
 REPEATS = 7
 
 
+def measured(
+    spec: Device,
+    mesh: Mesh,
+    device: torch.device,
+    transport: Transport,
+    gather: Callable[[Any], list[Any]],
+) -> Device:
+    """The device on the links that there are: within a machine, and between machines if there are
+    several; all ranks of a machine send to others at once, as far as these have as many.
+
+    Args: as of `measure_link`.
+    """
+    if mesh.size == 1:
+        return spec
+    links = mesh, device, transport, gather
+    hosts = hosts_of(gather)
+    if len(set(hosts)) == 1:
+        return spec.with_link(*measure_link(*links))
+    between = measure_link(*links, between_hosts(hosts))
+    near = within_hosts(hosts)
+    spec = spec.with_link(*(measure_link(*links, near) if near else between))
+    devices = max(map(hosts.count, hosts))
+    return replace(spec, topology=Topology(devices, *between[:2], hosts=hosts))
+
+
+def hosts_of(gather: Callable[[Any], list[Any]]) -> tuple[int, ...]:
+    """Per rank, the number of its machine. A collective."""
+    told = gather((machine(), host_name()))
+    order = list(dict.fromkeys(told))
+    return tuple(map(order.index, told))
+
+
+def within_hosts(hosts: Sequence[int]) -> dict[int, int]:
+    """Rank -> another one of its machine, in pairs; some have none."""
+    found: dict[int, int] = {}
+    for host in sorted(set(hosts)):
+        mine = [rank for rank, where in enumerate(hosts) if where == host]
+        for a, b in zip(mine[::2], mine[1::2], strict=False):
+            found |= {a: b, b: a}
+    return found
+
+
+def between_hosts(hosts: Sequence[int]) -> dict[int, int]:
+    """Rank -> one of another machine, in pairs, as many at once as there are; some have none."""
+    groups = [[r for r, where in enumerate(hosts) if where == h] for h in sorted(set(hosts))]
+    found: dict[int, int] = {}
+    for first, second in zip(groups[::2], groups[1::2], strict=False):
+        for a, b in zip(first, second, strict=False):
+            found |= {a: b, b: a}
+    return found
+
+
 def measure_link(
-    mesh: Mesh, device: torch.device, transport: Transport, gather: Callable[[Any], list[Any]]
+    mesh: Mesh,
+    device: torch.device,
+    transport: Transport,
+    gather: Callable[[Any], list[Any]],
+    peers: Mapping[int, int] | None = None,
 ) -> tuple[float, float, float]:
     """Bytes per second of one direction, seconds of latency, and the part of a message's seconds in
     which its sender does nothing else; the same on every rank.
@@ -32,10 +92,11 @@ def measure_link(
         device: where this rank's tensors are.
         transport: between processes, and not in use.
         gather: exchanges a value between all processes (`Agreement.gather`).
+        peers: rank -> the other one of its pair, in another order of the ranks.
     """
     assert mesh.rank is not None
     assert mesh.size > 1, "one rank has no link"
-    peer = mesh.rank ^ 1
+    peer = mesh.rank ^ 1 if peers is None else peers.get(mesh.rank, mesh.size)
     gather(None)  # all start together
     mine: list[tuple[float, float]] = []
     if peer < mesh.size:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...compiler.costs.hardware import DEVICES, Device
+from ...compiler.costs.topology import Numbering
 from ...compiler.ir.precision import computed_in
 from ...compiler.options.options import CompileOptions
 from ..exchange.devices import ranks_per_device
@@ -20,12 +21,12 @@ class Machine:
 
     Attributes:
         device: of this process's first rank.
-        pp: ranks of a replica, where each is a process of its own; else 0.
+        ranks: of the replicas, where each is a process of its own; else None.
         devices, peak_flops_per_s: as `Metrics` has them.
     """
 
     device: torch.device
-    pp: int
+    ranks: Numbering | None
     devices: int
     peak_flops_per_s: float | None
 
@@ -46,4 +47,4 @@ def machine_of(
     # what a data sheet says, or the user: other GPUs, and CPUs, have careful figures
     known = options.hardware is not None or (device.type == "cuda" and spec.name in DEVICES)
     peak = spec.peak(computed_in(options.dtypes, module)) if known else None
-    return Machine(device, mesh.pp if mesh.distributed else 0, devices, peak)
+    return Machine(device, mesh.numbering if mesh.distributed else None, devices, peak)

@@ -141,7 +141,7 @@ class Meter:
             step.norm,
             step.lrs,
             step.reports,
-            machine.pp,
+            machine.ranks,
         )
         rows, tokens, flops = (sum(each) for each in zip(*step.runs, strict=True))
         self.latest = Metrics(

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ...compiler.costs.topology import Numbering
 from .moments import Moment, Stopwatch
 from .reports import Report, bubble_of
 
@@ -36,7 +37,7 @@ class Sources:
         norm: None where gradients were not clipped.
         lrs: of the optimizer's groups, as the step began.
         reports: per run, gives those of all ranks, on rank 0.
-        pp: ranks of a replica; 0 where one process plays all ranks.
+        ranks: of the replicas; None where one process plays all ranks.
     """
 
     watch: Stopwatch
@@ -46,7 +47,7 @@ class Sources:
     norm: torch.Tensor | None
     lrs: Sequence[float | torch.Tensor]
     reports: Sequence[Callable[[], Sequence[Report]]]
-    pp: int
+    ranks: Numbering | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Metrics:
         computed nothing. On rank 0 alone, and where ranks are processes that compute on CPUs: a
         trace measures it on CUDA."""
         runs = self._reports
-        return bubble_of(runs, self.sources.pp) if self.sources.pp and runs else None
+        ranks = self.sources.ranks
+        return bubble_of(runs, ranks) if ranks is not None and runs else None
 
     @cached_property
     def peak_bytes(self) -> int | None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...compiler.costs.topology import Numbering
+
 
 class Report(NamedTuple):
     """Of one rank and one run; NaN where a number is not known.
@@ -49,17 +51,19 @@ def peak_of(device: torch.device) -> float:
     return math.nan
 
 
-def bubble_of(runs: Iterable[Sequence[Report]], pp: int) -> float | None:
+def bubble_of(runs: Iterable[Sequence[Report]], ranks_of: Numbering) -> float | None:
     """The share of the ranks' time in which nothing was computed, as `Timeline.bubble` has it; over
     all replicas, which begin together. None where that was not measured.
 
     Args:
         runs: of each, the reports of all ranks, in order.
-        pp: ranks of a replica.
+        ranks_of: the replicas.
     """
     busy = whole = 0.0
     for ranks in runs:
-        replicas = [ranks[at : at + pp] for at in range(0, len(ranks), pp)]
-        whole += sum(max(each.span_s for each in replica) * pp for replica in replicas)
+        spans: list[list[float]] = [[] for _ in range(ranks_of.dp)]
+        for rank, each in enumerate(ranks):
+            spans[ranks_of.replica_of(rank)].append(each.span_s)
+        whole += sum(max(replica) * len(replica) for replica in spans)
         busy += sum(each.busy_s for each in ranks)
     return 1 - busy / whole if whole > 0 else None

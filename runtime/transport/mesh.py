@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
+from ...compiler.costs.topology import ORDERS, Numbering
 from ...compiler.ir.errors import WorldSizeError
 from .joining import TIMEOUT_S, join
 
@@ -17,19 +19,25 @@ Placement = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run. Those of one replica are neighbours in rank order.
+    """The ranks of a run.
 
     Attributes:
         dp: how many replicas there are.
         rank: this process's rank; None where one process plays all ranks.
         n_stages: into which the model is divided.
         placement: where it is left out, each rank holds one stage, in order.
+        order: what ranks that are neighbours in number have in common (`Numbering`).
     """
 
     n_stages: int
     dp: int
     rank: int | None
     placement: Placement = ()
+    order: str = ORDERS[0]
+
+    @cached_property
+    def numbering(self) -> Numbering:
+        return Numbering(self.pp, self.dp, self.order)
 
     @property
     def pp(self) -> int:
@@ -50,11 +58,11 @@ class Mesh:
         return tuple(range(self.size)) if self.rank is None else (self.rank,)
 
     def replica_of(self, rank: int) -> int:
-        return rank // self.pp
+        return self.numbering.replica_of(rank)
 
     def position_of(self, rank: int) -> int:
         """Which of the ranks of its replica it is."""
-        return rank % self.pp
+        return self.numbering.position_of(rank)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         position = self.position_of(rank)
@@ -63,7 +71,7 @@ class Mesh:
     def rank_of(self, replica: int, stage: int) -> int:
         """The rank that holds a stage in a replica."""
         held = (i for i, stages in enumerate(self.placement) if stage in stages)
-        return replica * self.pp + (next(held) if self.placement else stage)
+        return self.numbering.rank_of(replica, next(held) if self.placement else stage)
 
     def replicas_of(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold a stage, one per replica."""
@@ -75,7 +83,7 @@ class Mesh:
 
     def peers_of(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the same stages as this one, one per replica."""
-        return tuple(range(self.position_of(rank), self.size, self.pp))
+        return self.numbering.peers_of(self.position_of(rank))
 
 
 def world_size() -> int:
@@ -87,12 +95,13 @@ def world_size() -> int:
     return 0
 
 
-def make_mesh(pp: int, dp: int, placement: Placement = ()) -> Mesh:
+def make_mesh(pp: int, dp: int, placement: Placement = (), order: str = ORDERS[0]) -> Mesh:
     """The mesh that fits how this process was started: torchrun, or plain python.
 
     Args:
         pp: ranks of a replica.
         placement: of stages on them.
+        order: of the ranks.
 
     Raises:
         WorldSizeError: started as a number of processes that is not pp × dp.
@@ -100,7 +109,7 @@ def make_mesh(pp: int, dp: int, placement: Placement = ()) -> Mesh:
     world = world_size()
     n_stages = sum(map(len, placement)) or pp
     if not world:
-        return Mesh(n_stages, dp, None, placement)
+        return Mesh(n_stages, dp, None, placement, order)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
     if world != pp * dp:
         raise WorldSizeError(
@@ -108,7 +117,7 @@ def make_mesh(pp: int, dp: int, placement: Placement = ()) -> Mesh:
             f"{world}: start it with torchrun --nproc-per-node {pp * dp}, or choose "
             f"n_stages and dp whose product is {world}"
         )
-    return Mesh(n_stages, dp, rank, placement)
+    return Mesh(n_stages, dp, rank, placement, order)
 
 
 def connect(mesh: Mesh, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:

@@ -167,7 +167,8 @@ class Processes:
         self.outbox = _Outbox() if device.type == "cpu" else _DeviceOutbox()
         # every process makes every group, in the same order
         groups = [
-            new_group(mesh.peers_of(first)) if mesh.dp > 1 else None for first in range(mesh.pp)
+            new_group(mesh.numbering.peers_of(position)) if mesh.dp > 1 else None
+            for position in range(mesh.pp)
         ]
         assert mesh.rank is not None
         self.mesh, self.dp, self.replica = mesh, mesh.dp, mesh.replica_of(mesh.rank)

@@ -170,6 +170,7 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
         stages = [] if name == "n_stages" else ["--stages", "2"]
         beside = {
             "zero": "--dp 2",
+            "placement": "--dp 2",
             "zero_by": "--dp 2 --zero 1",
             "virtual_stages": "--schedule interleaved",
             "schedule_memory": "--schedule zb",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.cost import node_cost
 from pipecompile.compiler.costs.hardware import H100
+from pipecompile.compiler.costs.topology import Numbering, Topology
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.errors import PartitionError
 from pipecompile.compiler.ir.locality import locality_of
@@ -173,3 +175,18 @@ def test_what_units_say_of_w_is_that_of_their_programs(name: str) -> None:
         took = sum(node_cost(n, H100).seconds for n in weight if placed.stage[n] == s)
         said = sum(work[i].part * units[i].backward.seconds for i in mine)
         assert said == pytest.approx(took, rel=0.15)
+
+
+def test_a_cut_between_machines_moves_to_where_little_crosses() -> None:
+    """Four ranks on two machines: only the cut in the middle leaves one."""
+    near = model_of([2.0] * 8, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], 4, 16, link_s=0.01)
+    even = solve(near.problem)
+    assert even.stage == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert refine(near, even)[0].stage == even.stage
+    device = replace(near.device, topology=Topology(2, bytes_per_s=0.001, latency_s=0.0))
+    far = replace(near, device=device.with_ranks(Numbering(4, 1)))
+    found, saved = refine(far, even)
+    assert saved > 0.1
+    assert found.stage[3] == found.stage[4]
+    elsewhere = replace(near, device=device.with_ranks(Numbering(4, 2, "replicas")))
+    assert elsewhere.step_s(even.stage, even.option) > far.step_s(even.stage, even.option) * 0.99

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipecompile.compiler.capture.batch import BatchSpec, flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU, H100, Device
+from pipecompile.compiler.costs.topology import ORDERS, Topology
 from pipecompile.compiler.driver.auto import Open, Trial, Way
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.capturing import Shared
@@ -322,3 +323,25 @@ def test_sketches_are_near_plans(schedule: str, zero: int) -> None:
     way = Way(2, 2, schedule, virtual, zero=zero, microbatches=4)
     sketch = asked.sketch(way)
     assert sketch.step_s == pytest.approx(asked.model.plan(way).step_s, rel=TIE)
+
+
+@pytest.mark.parametrize(("rows", "order"), [(4, "replicas"), (4096, "pipeline")])
+def test_what_sends_most_shares_a_machine(rows: int, order: str) -> None:
+    """Weights stay as large whatever the rows, and messages do not."""
+    slow = replace(H100, topology=Topology(2, bytes_per_s=1e8, latency_s=0.0))
+    given = {"n_stages": 2, "dp": 2, "microbatches": 2}
+    subject = of_net(CompileOptions(**given, optimizer=torch.optim.SGD), 4, rows, slow)
+    ways = ways_of(Open(False, False, places=True), subject.options, 4, rows)
+    assert [way.placement for way in ways] == list(ORDERS)
+    found = search(ways, subject.model)
+    assert found.best.way.placement == order
+    plan = subject.built[found.best.way].plan
+    assert plan.options["placement"] == order
+    steps_s = {way: subject.sketch(way).step_s for way in ways}
+    assert min(steps_s, key=steps_s.__getitem__) == found.best.way
+
+
+def test_places_are_open_only_where_neighbours_differ() -> None:
+    ways = Open(True, False, places=True).ways(CompileOptions(n_stages=1), 4)
+    found = [(way.n_stages, way.dp, way.placement) for way in ways]
+    assert found == [(1, 4, None), (2, 2, "pipeline"), (2, 2, "replicas"), (4, 1, None)]

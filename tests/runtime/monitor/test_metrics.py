@@ -15,6 +15,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.costs.hardware import CPU
+from pipecompile.compiler.costs.topology import Numbering
 from pipecompile.errors import StateError
 from pipecompile.runtime.monitor.reports import Report, bubble_of
 from pipecompile.runtime.transport.neighbours import REPORTS, SWITCH
@@ -129,9 +130,12 @@ def test_the_bubble_is_the_share_of_time_without_computation() -> None:
         return Report(busy_s, span_s, 0.0, math.nan)
 
     ranks = [report(3, 4), report(2, 3), report(4, 5), report(1, 2)]
-    assert bubble_of([ranks], 2) == pytest.approx(1 - 10 / (2 * 4 + 2 * 5))
-    assert bubble_of([ranks, ranks], 2) == bubble_of([ranks], 2)
-    assert bubble_of([[report(math.nan, math.nan)] * 4], 2) is None
+    two = Numbering(2, 2)
+    assert bubble_of([ranks], two) == pytest.approx(1 - 10 / (2 * 4 + 2 * 5))
+    assert bubble_of([ranks, ranks], two) == bubble_of([ranks], two)
+    assert bubble_of([[report(math.nan, math.nan)] * 4], two) is None
+    mixed = [ranks[0], ranks[2], ranks[1], ranks[3]]
+    assert bubble_of([mixed], Numbering(2, 2, "replicas")) == bubble_of([ranks], two)
 
 
 def slow_stage() -> float | None:
