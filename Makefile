@@ -128,11 +128,12 @@ finetune-table: $(READY)
 elastic-table: $(READY)
 	$(BIN)/python tests/bench/elastic_table.py
 
+# CHAOS=--network: between machines with cables, as root
 MINUTES ?= 5
 SEED ?= 0
 FAULTS ?= 10000
 chaos: $(READY)
-	$(BIN)/python tests/bench/chaos.py --minutes $(MINUTES) --seed $(SEED) --faults $(FAULTS)
+	$(BIN)/python tests/bench/chaos.py --minutes $(MINUTES) --seed $(SEED) --faults $(FAULTS) $(CHAOS)
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py

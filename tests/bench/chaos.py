@@ -2,11 +2,13 @@
 
 python tests/bench/chaos.py --minutes 5 --seed 0     # or --faults 200
 python tests/bench/chaos.py --plain                  # the same faults of DDP with torch.save
+python tests/bench/chaos.py --network                # machines with cables that are cut; needs root
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -17,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import chaos_rival
-from support.chaos import TIMEOUT_S, compared, drawn, endured, summary
-from support.elastic import Run, script_of
+from support import chaos, chaos_rival, hosts
+from support.chaos import TIMEOUT_S, Fault, compared, drawn, endured, summary
+from support.elastic import NetworkRun, Run, script_of
 
 RANKS = 2
 
@@ -30,6 +32,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=10_000, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="DDP and torch.save")
+    parser.add_argument("--network", action="store_true", help="between namespaces, as root")
     parser.add_argument("--verbose", action="store_true", help="all that the processes say")
     args = parser.parse_args()
     os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")
@@ -37,7 +40,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         commands = plain(folder) if args.plain else ours(folder)
-        return endure(folder, commands, args.minutes, args.faults, args.seed, args.verbose)
+        often = chaos.OF_NETWORKS if args.network else chaos.KINDS
+        faults = list(itertools.islice(drawn(args.seed, RANKS, often), args.faults))
+        return endure(folder, commands, args.minutes, faults, args.network, args.verbose)
 
 
 def ours(folder: Path) -> tuple[list[str], list[str]]:
@@ -67,31 +72,36 @@ def endure(
     folder: Path,
     commands: tuple[list[str], list[str]],
     minutes: float,
-    count: int,
-    seed: int,
+    faults: list[Fault],
+    network: bool = False,
     verbose: bool = False,
 ) -> int:
     """A run with faults, and then one without; 0 if their curves are one.
 
     Args:
         commands: of the one, and of the other.
+        network: whether the one is of machines with networks of their own.
     """
     end, directory = folder / "end", folder / "checkpoints"
     environment = {"END": str(end), "PIPECOMPILE_CACHE": str(folder / "cache")}
     more = {"fewest": RANKS, "restarts": 10**6, "environment": environment}
-    faults = list(itertools.islice(drawn(seed, RANKS), count))
-    with Run(commands[0], folder, RANKS, **more) as run:  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        if network:
+            more["network"] = stack.enter_context(hosts.network(RANKS))
+        kind = NetworkRun if network else Run
+        run = stack.enter_context(kind(commands[0], folder, RANKS, **more))  # type: ignore[arg-type]
         try:
-            chaos = endured(run, directory, end, faults, minutes, tell)
+            went = endured(run, directory, end, faults, minutes, tell)
         finally:
             if verbose:
                 print("\n".join(run.said), file=sys.stderr)
         curve = run.curve
+    more.pop("network", None)
     with Run(commands[1], folder, RANKS, **more) as undisturbed:  # type: ignore[arg-type]
         undisturbed.finished(60 + len(curve))
-        chaos.wrong += compared(curve, undisturbed.curve)
-    print(json.dumps(summary(chaos) | {"seed": seed}, indent=2))
-    return 1 if chaos.wrong else 0
+        went.wrong += compared(curve, undisturbed.curve)
+    print(json.dumps(summary(went), indent=2))
+    return 1 if went.wrong else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     stopped   SIGSTOP, for good                paused   SIGSTOP for a second or so
     slow      stopped for most of some seconds full     no file of a worker may grow for a while
     machine   the agent, its workers and their memory; it comes back after a second
+    cut       the cable of a machine, where machines have networks (`support.hosts`); it is mended
 
 The same seed draws the same faults, of the same ranks, after the same waits; in which operator they
 meet a process is up to the machine.
@@ -19,7 +20,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ from pipecompile.runtime.checkpoint.storage import reading
 from pipecompile.runtime.files.index import read_index
 from pipecompile.runtime.files.step_folder import find, published
 
-from support.elastic import Run
+from support.elastic import NetworkRun, Run
 
 KINDS = {"killed": 6, "error": 3, "paused": 3, "slow": 2, "full": 3, "machine": 2, "stopped": 1}
 """Fault -> how often, relative to others."""
 
-QUIET = ("paused", "slow", "full")
+OF_NETWORKS = {kind: often for kind, often in KINDS.items() if kind != "machine"} | {"cut": 4}
+"""The same for machines of a network, the first of which keeps the agents' store."""
+
+QUIET = ("paused", "slow", "full", "cut")
 """After which no process has to be started anew."""
 
 TIMEOUT_S = 10.0  # of a stall; longer than one rank compiles alone
@@ -63,10 +67,10 @@ class Fault:
         return f"{self.kind} rank {self.rank}, {self.wait_s:.2f} s {when}, for {self.lasts_s:.1f} s"
 
 
-def drawn(seed: int, ranks: int) -> Iterator[Fault]:
+def drawn(seed: int, ranks: int, often: Mapping[str, int] = KINDS) -> Iterator[Fault]:
     """Endlessly."""
     chance = random.Random(seed)
-    kinds, weights = list(KINDS), list(KINDS.values())
+    kinds, weights = list(often), list(often.values())
     while True:
         kind = chance.choices(kinds, weights)[0]
         soon = chance.random() < 0.2 and kind != "stopped"
@@ -138,6 +142,8 @@ class Chaos:
                 self.run.lose(machine)
                 time.sleep(1.0)
                 self.run.start(machine)
+            elif fault.kind == "cut":
+                self._cut(fault)
             elif pid is None:
                 return  # it was being started anew: the fault before is still at work
             elif fault.kind == "killed":
@@ -154,6 +160,16 @@ class Chaos:
                 _full(pid, fault.lasts_s)
             else:
                 self._stopped(pid, fault, outcome)
+
+    def _cut(self, fault: Fault) -> None:
+        """For less than the agents need to miss each other."""
+        assert isinstance(self.run, NetworkRun)
+        network = self.run.network
+        assert network is not None
+        host = network.hosts[fault.rank % len(network.hosts)]
+        network.cut(host)
+        time.sleep(fault.lasts_s)
+        network.mend(host)
 
     def _stopped(self, pid: int, fault: Fault, outcome: Outcome) -> None:
         """It is named by another rank, and then ended by the agent, which takes it 30 s."""
