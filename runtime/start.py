@@ -142,6 +142,8 @@ def _best(
     if len(ways) == 1 and (open_.stages is not None or only_places):
         chosen = ways[0].of(options, example_batch=None)
         why = f"{ways[0]} is the only division of {mesh.size} that is allowed"
+        if only_places:
+            why = "pipeline: nothing is known of the links between machines"
     else:
         found = team.share(lambda: search(ways, asked.model))
         best = found.best

@@ -18,14 +18,15 @@ def ways_of(open_: Open, options: CompileOptions, devices: int, rows: int) -> li
     """Every combination of what is open: ranks and replicas, schedules with their stages per rank,
     levels of ZeRO, and microbatches. What options name stays as it is.
 
-    Where divisions are held to limits that allow a single one, nothing is open but the schedule: it
-    is used as the same division would be that options name.
+    Where divisions are held to limits that allow a single one, nothing is open but the schedule,
+    and which ranks share a machine: it is used as the same division would be that options name.
 
     Args:
         rows: of the batch of all replicas.
     """
     ways = open_.ways(options, devices)
-    if open_.stages is not None and len(ways) == 1:
+    one = len({replace(way, placement=None) for way in ways}) == 1
+    if one and open_.stages is not None:
         return ways
     if not open_.divides and not open_.orders:  # the places of ranks alone
         return ways

@@ -345,3 +345,6 @@ def test_places_are_open_only_where_neighbours_differ() -> None:
     ways = Open(True, False, places=True).ways(CompileOptions(n_stages=1), 4)
     found = [(way.n_stages, way.dp, way.placement) for way in ways]
     assert found == [(1, 4, None), (2, 2, "pipeline"), (2, 2, "replicas"), (4, 1, None)]
+    one = Open(True, False, 4, stages=(2, 2), places=True)
+    limited = ways_of(one, CompileOptions(n_stages=1), 4, 16)
+    assert [(way.placement, way.microbatches) for way in limited] == [(o, None) for o in ORDERS]
