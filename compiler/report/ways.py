@@ -84,6 +84,8 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     ]
     devices = trials[0].way.n_stages * trials[0].way.dp
     title = f"ways to use {devices} devices" if several["dp"] else "schedules"
+    if not several["dp"] and not several["order"] and len({t.way.placement for t in shown}) > 1:
+        title = "which ranks share a machine"
     refused = tuple(
         f"not possible: {t.told(orders=several['order'])}" for t in trials if t.step_s is None
     )
