@@ -22,7 +22,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ...compiler.api import compile
+from ...compiler.costs.topology import ORDERS
 from ...compiler.ir.errors import OptionError
+from ...compiler.options.parsing import AUTO
 from ..pipeline import Pipeline
 from ..transport.mesh import make_mesh
 from .alone import Skipped, alone, hand_over
@@ -75,7 +77,8 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
                     "each batch: give compute_loss_func= for a loss, optimizer_cls_and_kwargs= for "
                     "an optimizer"
                 )
-        mesh = make_mesh(settings.n_stages, settings.dp)
+        order = settings.options.get("placement", AUTO)
+        mesh = make_mesh(settings.n_stages, settings.dp, (), ORDERS[0] if order == AUTO else order)
         replica = None if mesh.rank is None else mesh.replica_of(mesh.rank)
         self._rank, self._grouping = mesh.rank or 0, False
         together = settings.accumulation == 1
@@ -119,6 +122,11 @@ class PipelineTrainer(Trainer):  # type: ignore[misc]  # Any: its own types are 
             given["loss_fn"] = steps._loss
         pipe = compile(self.model, **given, optimizer=factory_of(self))
         self._meeting.pipe = pipe
+        if self._share.replica not in (None, pipe.data_shard):  # rows have been dealt to replicas
+            raise OptionError(
+                "the plan numbers ranks in another order than the Trainer deals rows in: give "
+                'pipeline= its placement= as well, placement="replicas"'
+            )
         if self.train_dataset is not None:
             with undrawn():
                 groups = peeked(self.get_train_dataloader(), self._settings.accumulation)

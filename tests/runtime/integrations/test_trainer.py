@@ -207,7 +207,9 @@ from support import tasks
 from pipecompile.integrations.transformers import PipelineTrainer
 folder, task, resumes = sys.argv[1:]
 args = tasks.arguments(folder + "/run", save_steps=2, eval_steps=2, use_cpu=task != "causal")
-made = tasks.trainer(PipelineTrainer, task, args, pipeline={"n_stages": 2, "dp": 2})
+placement = "replicas" if task == "tokens" else "auto"
+pipeline = {"n_stages": 2, "dp": 2, "placement": placement}
+made = tasks.trainer(PipelineTrainer, task, args, pipeline=pipeline)
 made.train(resume_from_checkpoint=folder + "/run/checkpoint-2" if resumes == "yes" else None)
 found = made.predict(tasks.rows_of(task, 7))
 if made.is_world_process_zero():
