@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from pipecompile.compiler.cli import inspection
+from pipecompile.compiler.cli.request import Request
 from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.ir.actions import Kind, Phase, from_text, to_text
 from pipecompile.compiler.ir.program import Message
+from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.plan import Plan
 from pipecompile.compiler.search.neighbours import neighbours_of
 from pipecompile.compiler.verdict.limits import limits_of
@@ -172,10 +176,20 @@ def test_the_bound_does_not_depend_on_the_costs(capsys: pytest.CaptureFixture[st
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
-def test_the_change_is_one_that_plans_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_change_is_one_that_plans_show(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With links this slow, replicas that exchange gradients once are better than stages."""
+    limits, searched = [], inspection._searched
+
+    def noting(request: Request, options: CompileOptions, *rest: Any) -> Any:
+        limits.append(options.time_limit_s)
+        return searched(request, options, *rest)
+
+    monkeypatch.setattr(inspection, "_searched", noting)
     command = f"{SMALL_GPT2} --stages 2 --microbatches 2 --set link.bytes_per_s=20MB --device h100"
     said = " ".join(inspect(command, capsys).partition("\n\n")[0].split())
+    assert limits == [inspection.BRIEFLY_S]  # what may help is not searched for as long as a plan
     change = re.search(r"most would help (--.*?): .*?, (\d+)% less", said)
     assert change is not None, said
     plan = plan_of(command, capsys)
