@@ -15,7 +15,7 @@ GPU := .venv-gpu/bin/python
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-examples test-slow test-torch mutants lint bench predictions published \
+.PHONY: help demo test test-examples test-machines test-slow test-torch mutants lint bench predictions published \
 	planner-table planning-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
 	elastic-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
@@ -24,6 +24,7 @@ help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
 	@echo "make test              the tests that take minutes"
 	@echo "make test-examples     the scripts of examples/ in short form, beside one device"
+	@echo "make test-machines     several machines, of network namespaces: needs root on Linux"
 	@echo "make test-slow         all tests but the timings"
 	@echo "make test-torch        the same as make test, with another torch: TORCH=2.11.0"
 	@echo "make mutants           do the tests find faults that are planted? 15 minutes"
@@ -60,6 +61,10 @@ test: $(READY)
 
 test-examples: $(READY)
 	$(BIN)/pytest tests/examples -m "not bench" -n 2
+
+CUT := tests/runtime/elastic/test_elastic_runs.py::test_a_machine_whose_cable_is_cut_is_lost_and_comes_back
+test-machines: $(READY)
+	$(BIN)/pytest tests/runtime/test_machines.py $(CUT) -m "not bench"
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"

@@ -59,6 +59,7 @@ def trained(steps: int, dp: int = 1) -> tuple[list[str], bool]:
     return losses, bool(getattr(pipe._world.transport, "_beside", ()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hosts_needed", "gang")  # the worker that has what gangs are forked from
 def test_two_machines_of_two_processes_train_bit_for_bit_as_one_device() -> None:
     """The names that machines have for themselves lead nowhere, as on many systems."""
