@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-examples test-machines test-slow test-torch mutants lint bench predictions published \
 	planner-table planning-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
-	elastic-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
+	elastic-table compress-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -45,6 +45,7 @@ help:
 	@echo "make metrics-table     what metrics, callbacks and gathered outputs cost per step"
 	@echo "make finetune-table    what LoRA and freezing save, measured and planned"
 	@echo "make elastic-table     what copies of the state in memory cost per step"
+	@echo "make compress-table    losses, bytes and steps on slow links with compress=; steps need root"
 	@echo "make chaos             faults at random moments of a training: MINUTES=5 SEED=0 FAULTS=200"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
@@ -132,6 +133,9 @@ finetune-table: $(READY)
 
 elastic-table: $(READY)
 	$(BIN)/python tests/bench/elastic_table.py
+
+compress-table: $(READY)
+	$(BIN)/python tests/bench/compress_table.py
 
 # CHAOS=--network: between machines with cables, as root
 MINUTES ?= 5

@@ -29,6 +29,7 @@ from .ready import Loaded, Ready, check_together
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
+from .state.reached import reached_by_data
 from .stepping.loss_scaler import LossScaler
 from .stepping.optimizer import make_optimizer
 from .stepping.own_optimizers import OwnOptimizers
@@ -80,9 +81,12 @@ class Session:
                 options.dtypes,
                 world.endpoints,
                 options.training,
+                options.compression.gradients,
             ),
             StateError,
         )
+        for each in self.state.compressed.values():
+            each.recoverable |= scaler is not None
         world.agreement.check_copies(self.state.digests)
         self.buffers = LatestBuffers(world.mesh, self.state.ranks)
         self._sums = Accumulation(self.state)
@@ -116,6 +120,8 @@ class Session:
     def begin(self, stepping: Stepping) -> None:
         """Nothing has been trained yet, by what steps the parameters from now on."""
         self.optimizer, self.scheduler = stepping
+        for each in self.state.compressed.values():
+            each.restart()
         params = dict(self.state.named_parameters())
         self.own = OwnOptimizers(self.state.skeleton.originals, params, self.optimizer)
 
@@ -140,6 +146,11 @@ class Session:
     def add(self, request: Request, compiled: Compiled) -> None:
         """Make a graph ready to run."""
         program, position = compiled.program, self._world.mesh.position_of
+        if self.state.compressed and (by_data := reached_by_data(program)):
+            raise OptionError(
+                f"compress= of gradients cannot go with parameters that a step may not reach, such "
+                f"as {min(by_data)!r}: what was kept of them would be lost: leave it out"
+            )
         count = request.microbatches
         before = [each.spec for each in self.loaded if each.mode is Mode.TRAIN]
         recorder = partial(
@@ -265,6 +276,8 @@ class Session:
             self._world.transport.abandon()
             for state in self.state.ranks.values():
                 state.grads.abandon()
+            for each in self.state.compressed.values():
+                each.settle(taken=False)
             self._sums.drop()
             raise
 
@@ -300,10 +313,16 @@ class Session:
         scale = 1.0 if scaler is None else scaler.scale
         for executor in ready.executors():
             executor.scale = scale
+        compressed = self.state.compressed.values()
+        for each in compressed:
+            each.scale = scale
         self._sums.open(scale)
         with self._left_alone(ready):
             self.run(ready, jobs)
-        if scaler is None or self._unscaled(scaler):
+        taken = scaler is None or self._unscaled(scaler)
+        for each in compressed:
+            each.settle(taken)
+        if taken:
             self._sums.close(scale)
         else:
             self._sums.drop()

@@ -39,7 +39,7 @@ from .world import Planning, plain_torch
 
 def start(model: nn.Module, options: CompileOptions) -> Pipeline:
     """The pipeline of n_stages × dp ranks, as this process was started."""
-    options.check_zero()
+    options.check_shared()
     mesh = _mesh(_as_planned(options))
     if mesh.dp > 1 and mesh.pp > 1:
         options = replace(options, placement=mesh.order)
@@ -88,7 +88,7 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
     if open_.divides and not count:
         raise OptionError('n_stages="auto" needs devices=, as this process sees no GPUs')
     if not open_.divides:
-        options.check_zero()
+        options.check_shared()
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
     options, why = settled(choice.settled(options, device), device)

@@ -134,7 +134,7 @@ def asked(args: argparse.Namespace) -> tuple[CompileOptions, ModelOptions, Plan 
     given = None if args.plan is None else Plan.load(args.plan)
     options = _options_of(args, given)
     if args.n_stages != AUTO:
-        options.check_zero()
+        options.check_shared()
         options.check_placement()
     rows = (args.devices or options.dp) * (options.microbatches or 4 * options.n_stages)
     if given is not None and not args.microbatches and not args.dp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..compression.sizes import Needs
 from ..ir import shards
 from ..ir.program import PipelineProgram
 from ..memory.footprint import Footprint
@@ -23,7 +24,7 @@ def exchange_s(
 
     Without ZeRO the mean is an all-to-all and an all-gather. At level 1 the first half leaves
     beside the last backward but for its last parcel, and the parameters are gathered; from
-    level 2 on gradients leave beside every backward.
+    level 2 on gradients leave beside every backward. What is compressed takes its own time.
 
     Args:
         stages: of a rank.
@@ -40,9 +41,25 @@ def exchange_s(
         sizes = [last, *parcels(unshards * dp / (dp + 1))]
     else:
         sizes = [*parcels(grad_bytes), *parcels(grad_bytes)]
-    exchange_s = device.collective_s(sum(sizes), dp, len(sizes))
+    needs = footprint.compressed(program, stages)
+    if needs.messages:
+        exchange_s = compressed_s(needs, dp, device)
+    else:
+        exchange_s = device.collective_s(sum(sizes), dp, len(sizes))
     moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
     return 2 * tied_bytes / device.link_bytes_per_s + exchange_s + device.moved_s(moved)
+
+
+def compressed_s(needs: Needs, dp: int, device: Device, share: float = 1.0) -> float:
+    """Seconds of compressing gradients, of sending that, and of making them again.
+
+    Args:
+        share: of what is needed.
+    """
+    sent = share * needs.sent_bytes * dp / (dp - 1)  # collectives count all ranks' parts
+    linked_s = device.collective_s(sent, dp, needs.messages)
+    products_s = share * needs.flops / device.peak("float32")
+    return linked_s + products_s + device.moved_s(share * needs.moved_bytes)
 
 
 def parcels(nbytes: float) -> list[float]:

@@ -374,6 +374,7 @@ class Builder:
                 self.skeleton.updated,
                 options.training,
                 partial(self._cache.optimizers.memory, kind=self.target.kind),
+                options.compression.gradients,
             )
         footprint = self._footprints[zero]
         return Settings(

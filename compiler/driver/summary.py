@@ -19,7 +19,7 @@ from ..ir.locality import Locality, is_gradient_sum
 from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
-from ..planning.advice import freezing_note
+from ..planning.advice import compression_note, freezing_note
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
@@ -100,6 +100,7 @@ class Summary:
             notes=(
                 *((each.name, each.note) for each in records if each.told),
                 *self._freezing(),
+                *self._compressed(),
             ),
         )
 
@@ -149,12 +150,30 @@ class Summary:
                 for m in self.program.messages
                 if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
+            exchanged_bytes=self._exchanged(self.homes[s]),
         )
 
     def _numbered(self) -> dict[str, str]:
         """Which ranks share a machine, where there are several or one has said so."""
         order = self.settings.options.numbering.order
         return {"placement": order} if self.device.placed or order != ORDERS[0] else {}
+
+    def _exchanged(self, rank: int) -> int | None:
+        """What a rank gives other replicas of its gradients."""
+        mine = [stage for stage, home in self.homes.items() if home == rank]
+        return self.footprint.sent_bytes(self.program, mine) if self.program.trains else 0
+
+    def _compressed(self) -> Iterator[tuple[str, str]]:
+        """What compression does to the exchange of gradients, of the rank that sends most."""
+        method = self.options.compression.gradients
+        if method is None or self.options.dp == 1 or not self.program.trains:
+            return
+        ranks = [[s for s, h in self.homes.items() if h == r] for r in set(self.homes.values())]
+        sent, plain = (
+            max(self.footprint.sent_bytes(self.program, each, how) or 0 for each in ranks)
+            for how in (True, False)
+        )
+        yield "compress", compression_note(method, sent, plain)
 
     def _size(self, name: str) -> tuple[int, int]:
         """(elements, bytes) of a parameter as it is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compression.methods import Method
+from ..compression.sizes import Needs, needs
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
@@ -59,6 +62,7 @@ class Footprint:
         updated: parameters that are handled as buffers.
         training: whether weights are stepped; else one that is only read as a copy is one.
         measure: tells what the optimizer takes.
+        compress: how gradients in fp32 travel between replicas; None for as they are.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class Footprint:
         updated: Collection[str] = (),
         training: bool = True,
         measure: Measure = optimizer_memory,
+        compress: Method | None = None,
     ):
+        self._compress = compress if dp > 1 else None
         self.dp, self.zero = dp, zero
         self._precision, self._copied = precision, not training
         self._optimizer, self._measure = optimizer, measure
@@ -117,6 +123,7 @@ class Footprint:
                 held += param.numel() * copy
             if param.requires_grad:
                 held += (shard if self.zero.divides_grads else param.numel()) * grad
+                held += self._needs([name]).residue_bytes
             found[name] = held + states.get(name, 0) // sharers
         return found
 
@@ -174,6 +181,7 @@ class Footprint:
         copies = [(self._params[n].numel(), dtype) for n, dtype in kept]
         direct = {name for stage in stages for name in stage.direct}
         return Static(
+            residue=self._needs(names).residue_bytes,
             weights=sum(map(weight_bytes, params)),
             copies=bucket_bytes(copies, self.dp),
             grads=bucket_bytes(grads, 1 if streams else self.dp),
@@ -200,6 +208,8 @@ class Footprint:
             mates: the stages of its rank. What several read is brought with the first of them.
         """
         code = program.stages[stage]
+        if self._compress is not None:
+            return Traffic(compressed_bytes=self.compressed(program, mates).extra_bytes)
         if not self.zero.divides_states:
             return Traffic()
         trained = {name: self._params[name] for name in self._trainable(code.params)}
@@ -222,6 +232,44 @@ class Footprint:
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
         return Traffic(departures, self.zero.closes, at_once, sum(fetched))
+
+    def compressed(self, program: PipelineProgram | None, stages: Sequence[int]) -> Needs:
+        """What compressing the gradients of a rank takes, once per step: of the replica that sends
+        most; nothing where none are.
+
+        Args:
+            program: None for all parameters of the model.
+        """
+        if program is None:
+            return self._needs(self._trainable(self._params))
+        return self._needs(self._trainable(_union(program.stages[s].params for s in stages)))
+
+    def sent_bytes(
+        self, program: PipelineProgram, stages: Sequence[int], compress: bool = True
+    ) -> int | None:
+        """What a rank gives other replicas of its gradients once per step, where they are whole.
+
+        Args:
+            compress: what is compressed is; else as if it were not.
+        """
+        if self.zero.divides_states:
+            return None
+        names = self._trainable(_union(program.stages[s].params for s in stages))
+        whole: dict[torch.dtype, list[tuple[int, torch.dtype]]] = defaultdict(list)
+        for name in names:
+            dtype = self._grad_dtype(self._params[name])
+            if not compress or self._compress is None or dtype is not torch.float32:
+                whole[dtype].append((self._params[name].numel(), dtype))
+        buckets = [bucket_bytes(each, self.dp) for each in whole.values()]
+        exact = sum(2 * size * (self.dp - 1) // self.dp for size in buckets)
+        return exact + (self._needs(names).sent_bytes if compress else 0)
+
+    def _needs(self, names: Iterable[str]) -> Needs:
+        params = [self._params[name] for name in names]
+        shapes = [tuple(p.shape) for p in params if self._grad_dtype(p) is torch.float32]
+        if self._compress is None or not shapes:
+            return Needs(0, 0, 0, 0, 0)
+        return needs(self._compress, shapes, self.dp)
 
     def _is_shard(self, name: str, direct: bool) -> bool:
         """Whether a replica keeps its own rows of the weight alone."""

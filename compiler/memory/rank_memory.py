@@ -30,7 +30,8 @@ SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
 
 @dataclass(frozen=True)
 class Static:
-    """Bytes that a rank holds all the time; ``copies`` are weights in the compute dtype."""
+    """Bytes that a rank holds all the time; ``copies`` are weights in the compute dtype, and the
+    ``residue`` is what compression has not sent yet of gradients."""
 
     weights: int
     copies: int
@@ -39,6 +40,7 @@ class Static:
     buffers: int
     constants: int
     batch: int
+    residue: int = 0
 
     @property
     def total(self) -> int:
@@ -54,12 +56,14 @@ class Traffic:
         at_the_end: in the last microbatch alone, and not in every one.
         unshard_bytes: the most that is sent and received at once to make parameters whole.
         unshard_total: all of that.
+        compressed_bytes: what the exchange of a rank takes where gradients are compressed.
     """
 
     departures: Departures = field(default_factory=Departures)
     at_the_end: bool = False
     unshard_bytes: int = 0
     unshard_total: int = 0
+    compressed_bytes: int = 0
 
     @property
     def closing(self) -> list[Entry]:
@@ -323,6 +327,8 @@ class _Walk:
             return self.live + traffic.unshard_bytes
         if kind is Kind.REDUCE_GRAD and traffic.departures.parts:
             return self._drain(traffic)
+        if kind is Kind.REDUCE_GRAD and traffic.compressed_bytes:
+            return self.live + traffic.compressed_bytes
         if kind is Kind.REDUCE_GRAD:
             segment = min(grad_bytes, SEGMENT_BYTES)
             return self.live + segment + segment // dp

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
+from ..compression.methods import OFF, parse_compression
 from ..costs.hardware import DEVICES, Device
 from ..costs.topology import ORDERS
 from ..plan.plan import Plan
@@ -200,6 +201,19 @@ class Options(TrainingOptions):
         "same bits.",
         choices=(AUTO, *ORDERS),
         compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="HOW"),
+    )
+    compress: str | Mapping[str, str] = option(
+        OFF,
+        help='what travels in fewer bits: a method for gradients between replicas, "bf16", "int8", '
+        '"powersgd:4" (of rank 4) or "adacomp:512" (of bins of 512), or a dict with one for '
+        '"gradients" and one for "values" between stages, "bf16" or "int8"; "off": nothing',
+        more="For slow links. What a method leaves out of gradients is kept and sent in later "
+        "steps; all replicas get the same bits.",
+        check=lambda name, given: parse_compression(given, name),
+        plan="keeps",
+        in_plan=lambda given: str(parse_compression(given)),
+        compared=lambda _, options: str(options.compression),
         flag=Flag(group=PIPELINE, metavar="HOW"),
     )
     pin: Mapping[str, int] | None = option(

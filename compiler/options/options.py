@@ -12,6 +12,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
+from ..compression.methods import Compression, parse_compression
 from ..costs.topology import ORDERS, Numbering
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
@@ -88,6 +89,7 @@ class CompileOptions(Options):
                 'zero=1, 2, 3 or "auto", or leave it out'
             )
         self._check_graphs()
+        self._check_compression()
         if self.loss_weight is not None and self.loss_normalization == "microbatch":
             raise OptionError(
                 'loss_weight= has no effect with loss_normalization="microbatch", which lets all '
@@ -147,6 +149,29 @@ class CompileOptions(Options):
                 f'do with zero={self.zero}: give zero=0 or 1, or cudagraphs="auto"'
             )
 
+    def _check_compression(self) -> None:
+        gradients, values = self.compression.gradients, self.compression.values
+        if values is not None and self.dtypes is not None and self.dtypes.boundary is not None:
+            raise OptionError(
+                f'compress={{"values": "{values}"}} and Precision(boundary=) both say in which '
+                "dtype values travel between stages: leave one of them out"
+            )
+        if self.verify and (gradients or values):
+            raise OptionError(
+                f'compress="{self.compression}" rounds what travels, and verify={self.verify} '
+                "compares with one process, where nothing does: verify without, then compress"
+            )
+        if gradients is None:
+            return
+        given = f'compress={{"gradients": "{gradients}"}}'
+        if not self.training:
+            raise OptionError(f"{given} has no effect with training=False: there are no gradients")
+        if self.zero != 0:
+            raise OptionError(
+                f"{given} is for whole gradients, which are exchanged once per step, and zero="
+                f"{self.zero!r} divides them: give zero=0, or leave the gradients as they are"
+            )
+
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():
             if not 0 <= stage < self.stage_count:
@@ -161,8 +186,20 @@ class CompileOptions(Options):
                     f"{name}= has no effect beside plan=: the plan has decided already"
                 )
 
-    def check_zero(self) -> None:
-        """Raises OptionError where replicas are to divide something and there is only one."""
+    def check_shared(self) -> None:
+        """Raises OptionError where what is to be divided or compressed has nowhere to go: there is
+        one replica, or one stage."""
+        gradients, values = self.compression.gradients, self.compression.values
+        if gradients is not None and self.dp == 1:
+            raise OptionError(
+                f'compress={{"gradients": "{gradients}"}} has no effect with dp=1, as there are no '
+                "replicas to send gradients to: give dp=2 or more, or leave it out"
+            )
+        if values is not None and self.n_stages == 1:
+            raise OptionError(
+                f'compress={{"values": "{values}"}} has no effect with n_stages=1, as nothing is '
+                "sent between stages: give n_stages=2 or more, or leave it out"
+            )
         if self.zero not in (0, "auto") and self.dp == 1:
             raise OptionError(
                 f"zero={self.zero} has no effect with dp=1, as there are no replicas to divide "
@@ -241,9 +278,16 @@ class CompileOptions(Options):
         dtypes = self.dtypes
         return dtypes if dtypes is not None and dtypes.casts else None
 
+    @cached_property
+    def compression(self) -> Compression:
+        """What is compressed."""
+        return parse_compression(self.compress)
+
     @property
     def boundary(self) -> torch.dtype | None:
-        """In which fp32 values travel between stages; None for as they are."""
+        """In which fp32 values travel between stages; int8 with scales; None for as they are."""
+        if (values := self.compression.values) is not None:
+            return {"bf16": torch.bfloat16, "int8": torch.int8}[values.name]
         return None if self.dtypes is None else self.dtypes.boundary
 
     @property

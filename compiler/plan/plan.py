@@ -13,7 +13,7 @@ from ..ir.errors import PlanError
 from .decision import Decision
 from .writing import write_whole
 
-PLAN_VERSION = 7
+PLAN_VERSION = 8
 TRIED = "tried"
 """What `inspect --json` may have beside a plan's fields; plans are read without it."""
 
@@ -37,6 +37,7 @@ class MemoryPlan:
         states: of the optimizer.
         batch: of the rank's share of the batch.
         peak, peak_at: the most at once, and the action that needs it.
+        residue: what compression has not sent yet of gradients.
     """
 
     weights: int
@@ -48,6 +49,7 @@ class MemoryPlan:
     batch: int
     peak: int
     peak_at: str
+    residue: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class StagePlan:
         closing_s: once per step, after the last microbatch: the optimizer of its rank.
         memory: of its rank.
         sends: to stages of other ranks.
+        exchanged_bytes: what its rank gives other replicas of its gradients once per step; None
+            where they divide these.
     """
 
     stage: int
@@ -83,6 +87,7 @@ class StagePlan:
     in_flight: int
     memory: MemoryPlan
     sends: tuple[Transfer, ...]
+    exchanged_bytes: int | None = None
 
 
 @dataclass(frozen=True)

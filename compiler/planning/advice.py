@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
+from ..compression.methods import Method
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..memory.footprint import Frozen
@@ -46,6 +47,13 @@ def freezing_note(found: Frozen, forward_s: float, backward_s: float, idle: Sequ
             f"no backward on {several} {', '.join(map(str, idle))}, below the first trained layer"
         )
     return "; ".join(parts)
+
+
+def compression_note(method: Method, sent: int, plain: int) -> str:
+    """What compression makes of the bytes that a rank gives other replicas per step."""
+    less = f"{plain / sent:.1f} times less" if sent < plain else "not less"
+    told = "about " if method.name == "adacomp" else ""
+    return f"gradients as {method}: {told}{gib(sent)} instead of {gib(plain)} per step, {less}"
 
 
 def gib(number: float) -> str:

@@ -238,7 +238,7 @@ class _Report:
         )
 
     def _memory(self) -> Group:
-        """Bytes of each rank's fullest moment; "other" is buffers, constants and batch."""
+        """Bytes of each rank's fullest moment; "other" is buffers, constants, batch and residue."""
         budget = self.plan.budget_bytes
         held = [stages[0].memory for stages in self.plan.ranks]
         who = "rank" if self._shares else "stage"
@@ -247,7 +247,7 @@ class _Report:
             "weights": [m.weights + m.copies for m in held],
             "gradi-\nents": [m.grads for m in held],
             "opti-\nmizer": [m.states for m in held],
-            "other": [m.buffers + m.constants + m.batch for m in held],
+            "other": [m.buffers + m.constants + m.batch + m.residue for m in held],
             "activa-\ntions": [working_bytes(m) for m in held],
         }
         if not self.plan.training:

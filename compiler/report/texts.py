@@ -23,7 +23,8 @@ def stage_seconds(stage: StagePlan) -> float:
 
 def working_bytes(m: MemoryPlan) -> int:
     """What is held at the peak beyond what is held all the time."""
-    return m.peak - (m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch)
+    held = m.weights + m.copies + m.grads + m.states + m.buffers + m.constants + m.batch
+    return m.peak - held - m.residue
 
 
 def recomputes_text(stage: StagePlan) -> str:

@@ -17,7 +17,7 @@ from ...passes.schedule.communication import add_communication
 from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.load import linked
 from ...passes.schedule.simulate import simulate
-from ..costs.closing import parcels
+from ..costs.closing import compressed_s, parcels
 from ..driver.work import Outline
 from ..ir import shards
 from ..ir.actions import Kind, Phase, Schedule
@@ -204,6 +204,8 @@ class _Model(StepModel):
             sizes = [min(grads, shards.PARCEL_BYTES)]
             sizes += parcels(read) if zero.unshards else []
         exchange_s = self.device.collective_s(sum(sizes), dp, len(sizes)) if dp > 1 else 0.0
+        if (needs := self.footprint.compressed(None, ())).messages:
+            exchange_s = compressed_s(needs, dp, self.device, held / whole)
         clipped = 3 * grads / (dp if zero.streams else 1) if self.clips else 0.0
         stepped = CLOSING * held if self.steps else 0.0
         return exchange_s + self.device.moved_s(clipped + stepped)

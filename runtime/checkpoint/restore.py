@@ -28,6 +28,7 @@ from ..state.model_state import ModelState
 from . import bounds, extras, tree
 from .changes import Changes
 from .optimizer_state import THE_PIPELINES, OptimizerLoad, local_rows
+from .residues import PREFIX, ResidueLoad, check_facts
 from .snapshot import Training, names_of, tied_names
 
 _SHOWN = 3  # names in an error, of each kind
@@ -54,6 +55,7 @@ class Restore:
         self._targets = self._model_tensors()
         self.tensors: dict[str, torch.Tensor] = {}
         self._loads: list[OptimizerLoad] = []
+        self._residues = ResidueLoad(training.state, None, index)
         self._changes = Changes()
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
         self.seed, self.steps = training.seed, 0
@@ -73,7 +75,8 @@ class Restore:
 
     @property
     def wanted(self) -> set[str]:
-        return set(self._targets).union(*(load.wanted for load in self._loads))
+        loaded = set(self._targets).union(*(load.wanted for load in self._loads))
+        return loaded | self._residues.wanted
 
     @property
     def buffers(self) -> set[str]:
@@ -87,6 +90,8 @@ class Restore:
         for load in self._loads:
             load.make_room()
             self.tensors |= load.tensors
+        self._residues.make_room()
+        self.tensors |= self._residues.tensors
 
     def check(self) -> None:
         """What was read.
@@ -114,6 +119,7 @@ class Restore:
         """Parameters, buffers and random states: all is known to fit."""
         for name, held in self._targets.items():
             local_rows(held).copy_(local_rows(self.tensors[name]))
+        self._residues.finish()
         self._spread_buffers()
         for generator, state in self._random:
             generator.set_state(state)
@@ -133,7 +139,9 @@ class Restore:
         assert self._facts is not None
         training, facts = self._training, self._facts["optimizer"]
         tables = {f"extras.{name}": t for name, t in self._facts.get("optimizers", {}).items()}
-        bounds.check_claimed(self._index, tables | {THE_PIPELINES: facts})
+        kept = check_facts(self._facts.get("compression"))
+        bounds.check_claimed(self._index, tables | {THE_PIPELINES: facts, PREFIX: kept})
+        self._residues = ResidueLoad(training.state, kept, self._index)
         if training.optimizer is None or facts is None:
             self._forget()
             return

@@ -15,7 +15,7 @@ from ...compiler.capture.whole import model_of, saved
 from ...compiler.ir.ops import generator_of
 from ..data.dataset_loader import DataSetLoaders
 from ..state.model_state import ModelState
-from . import extras, optimizer_state, tree
+from . import extras, optimizer_state, residues, tree
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def tensors_of(training: Training, left_out: Collection[str] = ()) -> dict[str, 
         found = optimizer_state.tensors_of(optimizer, names, state.as_stored, prefix)
         ours = optimizer_state.tensors_of(optimizer, our_names, prefix=prefix)
         tensors |= {n: t for n, t in found.items() if n in ours or isinstance(t, DTensor)}
-    return tensors
+    return tensors | residues.tensors_of(state)
 
 
 def facts_of(training: Training) -> dict[str, Any]:
@@ -152,6 +152,7 @@ def facts_of(training: Training) -> dict[str, Any]:
         device.type: tree.encode(generator_of(device).get_state(), "the random state")
         for device in {torch.device("cpu"), state.ranks[rank].device}
     }
+    facts["compression"] = residues.facts_of(state)
     extras.check_own(training.own, training.extras)
     names, our_names = training.param_names, _our_params(training)
     facts["optimizers"] = {
@@ -184,6 +185,7 @@ def merge(
         "schedulers": _present(part["scheduler"] for part in first_replica),
         "data": _present(part["data"] for part in parts),
         "random": [part["random"] for part in parts],
+        "compression": residues.merge(part["compression"] for part in parts),
         "optimizers": {
             name: _merged(part["optimizers"].get(name) for part in parts)
             for name in dict.fromkeys(name for part in parts for name in part["optimizers"])

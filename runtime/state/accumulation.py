@@ -24,12 +24,13 @@ class Accumulation:
     def open(self, scale: float = 1.0) -> None:
         """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
 
-        At zero=1 it is kept aside, as each replica has its own rows of it, and added afterwards.
+        At zero=1 it is kept aside, as each replica has its own rows of it, and added afterwards; so
+        it is where gradients are compressed, as it has been exchanged already.
 
         Args:
             scale: of the loss in this run.
         """
-        if self._state.zero.closes:
+        if self._state.zero.closes or self._state.compressed:
             self._keep()
             return
         for rank, state in self._state.ranks.items():

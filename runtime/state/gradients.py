@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ...compiler.compression.methods import Method
 from ...compiler.ir.actions import Kind
 from ...compiler.ir.precision import REDUCED
 from ...compiler.ir.program import StageProgram
@@ -33,6 +34,7 @@ from ...compiler.ir.shards import (
     rows_of,
     stream_departures,
 )
+from ..compression.compressed import DTYPE, Compressed
 from ..exchange.parcels import Outgoing
 from ..transport.processes import Processes
 from ..transport.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_
@@ -47,6 +49,7 @@ class WholeGradients(Bucket):
         inlets: FQN -> what programs add to.
         leads: whether ``slots`` are this rank's own.
         closes: gradients leave while the last microbatch's are made.
+        compressed: the exchange of those in fp32, where they are compressed.
     """
 
     leads, closes = True, False
@@ -57,9 +60,13 @@ class WholeGradients(Bucket):
         dtypes: Mapping[str, torch.dtype],
         endpoint: Endpoint,
         parts: int,
+        compress: Method | None = None,
     ):
         super().__init__(params, dtypes, endpoint.device, parts)
         self._endpoint = endpoint
+        self.compressed: Compressed | None = None
+        if compress is not None and endpoint.dp > 1:
+            self.compressed = Compressed(compress, self.views, endpoint)
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
 
@@ -83,7 +90,12 @@ class WholeGradients(Bucket):
 
         Then every slot has the mean over the replicas.
         """
-        for buffer in self.buffers.values() if last else ():
+        compressed = self.compressed if last else None
+        if compressed is not None:
+            yield from compressed.mean_()
+        for dtype, buffer in self.buffers.items() if last else ():
+            if compressed is not None and dtype is DTYPE:
+                continue
             pending = self._endpoint.mean(buffer)
             while not pending.ready():
                 yield

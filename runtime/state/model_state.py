@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from ...compiler.capture.skeleton import Skeleton
+from ...compiler.compression.methods import Method
 from ...compiler.driver.layout import Layout
 from ...compiler.ir.errors import StateError
 from ...compiler.ir.precision import Precision
 from ...compiler.ir.program import PipelineProgram
 from ...compiler.ir.shards import owners_of, rows_of
+from ..compression.compressed import Compressed
 from ..transport.processes import Processes
 from ..transport.transport import Endpoint
 from ..weights.allocation import Cut
@@ -44,6 +46,7 @@ class ModelState:
         endpoints: of the ranks that this process plays.
         training: whether weights are stepped; else those of which a program reads the copy alone
             are held as that.
+        compress: how gradients travel between replicas; None for as they are.
 
     Attributes:
         homes: parameter FQN -> the stages that hold it.
@@ -55,7 +58,7 @@ class ModelState:
         swapped: whether averages are in the place of the weights.
 
     Raises:
-        StateError: the source lacks one of them.
+        StateError: the source lacks one of them, or no gradient can be compressed.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class ModelState:
         precision: Precision | None,
         endpoints: Mapping[int, Endpoint],
         training: bool = True,
+        compress: Method | None = None,
     ):
+        self._compress = compress
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
         self.mesh = next(iter(endpoints.values())).mesh
         named = dict(skeleton.module.named_parameters())
@@ -129,7 +134,7 @@ class ModelState:
         params = {name: self._copy(name, held[name]) for name in names}
         slots = {name: param for name, param in params.items() if name in self._sums}
         if not self.zero.streams:
-            whole = WholeGradients(slots, self._sums, end, end.dp)
+            whole = WholeGradients(slots, self._sums, end, end.dp, self._compress)
             return RankState(end, params, buffers, whole, owners=self.owners)
         leader = self.ranks[end.peers[0]].grads if end.replica else None
         assert leader is None or isinstance(leader, SharedGradients)
@@ -174,6 +179,12 @@ class ModelState:
         if not self.zero.divides_states:
             return set()
         return set(self.homes) if self.zero.divides_params else set(self._sums)
+
+    @property
+    def compressed(self) -> dict[int, Compressed]:
+        """Rank -> its gradients' exchange, where that is compressed."""
+        found = {rank: state.grads.compressed for rank, state in self.ranks.items()}
+        return {rank: each for rank, each in found.items() if each is not None}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that this process trains, in the model's order, each once."""

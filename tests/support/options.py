@@ -32,6 +32,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "precision": ("--precision bf16", "bf16"),
     "backend": ("--backend inductor", "inductor"),
     "zero": ("--zero 2", 2),
+    "compress": ("--compress gradients=int8,values=bf16", "gradients=int8,values=bf16"),
     "zero_by": ("--zero-by matrices", "matrices"),
     "placement": ("--placement replicas", "replicas"),
     "pin": ("--pin lm_head=1 --pin transformer.h.0=0", {"lm_head": 1, "transformer.h.0": 0}),
@@ -91,6 +92,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "timeout_s": ({"timeout_s": 60.0}, {"timeout_s": 90.0}),
         "zero_by": ({"zero_by": "rows"}, {"zero_by": "matrices"}),
         "placement": ({}, {"placement": "replicas"}),
+        "compress": ({"compress": "int8"}, {"compress": "powersgd:2"}),
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
         "eager_modules": ({}, {"eager_modules": ["first"]}),
         "costs": ({"costs": "roofline"}, {"costs": "calibrated"}),
@@ -99,7 +101,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
     beside = {"max_grad_norm": {"optimizer": SGD}, "lr_scheduler": {"optimizer": SGD}}
     divided = replicas | {"zero": 1}
-    shapes = {"zero": replicas, "zero_by": divided, "n_stages": {}, "dp": {}}
+    shapes = {"zero": replicas, "compress": replicas, "zero_by": divided, "n_stages": {}, "dp": {}}
     return {
         name: tuple(shapes.get(name, two) | beside.get(name, {}) | each for each in pair)  # type: ignore[misc]
         for name, pair in pairs.items()

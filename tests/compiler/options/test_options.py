@@ -171,6 +171,7 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
         beside = {
             "zero": "--dp 2",
             "placement": "--dp 2",
+            "compress": "--dp 2",
             "zero_by": "--dp 2 --zero 1",
             "virtual_stages": "--schedule interleaved",
             "schedule_memory": "--schedule zb",
@@ -251,7 +252,7 @@ def test_those_that_a_plan_has_decided() -> None:
 )
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
     names = ("schedule", "tied_grads", "chunked_loss", "precision", "zero", "zero_by")
-    expected = dict(zip(names, kept, strict=True)) | {"training": "True"}
+    expected = dict(zip(names, kept, strict=True)) | {"training": "True", "compress": "off"}
     assert CompileOptions(n_stages=2, **options).in_plan() == expected
 
 

@@ -1,0 +1,188 @@
+"""What compression makes of losses, bytes and steps on slow links. Prints Markdown.
+
+`make compress-table` runs it: a GPT-2 on the text of Python's own documentation.
+
+Losses: 300 steps on two replicas which one process plays, for it has the bits of two processes.
+Steps: two processes in two network namespaces, a token bucket on each end of the link between them;
+medians. It needs root for that; else that part is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import fmean, median
+from typing import Any
+
+import pipecompile
+import torch
+import torch.distributed as dist
+import transformers as hf
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import throttled
+
+GRADIENTS = ("off", "bf16", "int8", "powersgd:4", "powersgd:16", "adacomp:512", "adacomp:64")
+VALUES = ("off", "bf16", "int8")
+WIDTH, LAYERS, HEADS, BYTES, SEQ, ROWS = 256, 4, 4, 256, 64, 8
+STEPS, LAST, HELD = 300, 20, 16  # LAST: of the final loss; HELD: batches of text not trained on
+WARM, TIMED = 2, 7
+SPEEDS = (1000, 100)  # Mbit/s
+
+
+def text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes for training, and the last twentieth."""
+    data = torch.tensor(list("".join(topics.values()).encode()))
+    cut = len(data) * 19 // 20
+    return data[:cut], data[cut:]
+
+
+def sample(data: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """Random rows, (ROWS, SEQ) each."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        starts = torch.randint(len(data) - SEQ, (ROWS,), generator=generator)
+        yield torch.stack([data[start : start + SEQ] for start in starts])
+
+
+def share(rows: torch.Tensor, pipe: Any) -> dict[str, torch.Tensor]:
+    mine = rows.chunk(pipe.data_shards)[pipe.data_shard]
+    return {"input_ids": mine, "labels": mine}
+
+
+def pipeline(n_stages: int, dp: int, compress: Any) -> Any:
+    torch.manual_seed(0)
+    shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": SEQ}
+    config = hf.GPT2Config(vocab_size=BYTES, **shape, bos_token_id=None, eos_token_id=None)
+    rise = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.05, total_iters=20)
+    return pipecompile.compile(
+        hf.GPT2LMHeadModel(config),
+        n_stages,
+        dp=dp,
+        microbatches=2 if n_stages > 1 else 1,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+        lr_scheduler=rise,
+        max_grad_norm=1.0,
+        compress=compress,
+        costs="roofline",
+        seed=0,
+    )
+
+
+def curve(n_stages: int, dp: int, compress: Any, steps: int) -> tuple[list[float], float]:
+    """The losses of steps, and that of other text."""
+    pipe = pipeline(n_stages, dp, compress)
+    data, held = text()
+    losses = [pipe.step(share(rows, pipe)).item() for rows in sample(data, steps)]
+    return losses, fmean(pipe.evaluate(share(rows, pipe)).item() for rows in sample(held, HELD))
+
+
+def losses_table(what: str, methods: Sequence[str], steps: int) -> None:
+    n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
+    marks = [step for step in (1, 50, 100, 200, 300) if step <= steps]
+    print(f"\n| {what} | {' | '.join(f'step {m}' for m in marks)} | last {LAST} | held out |")
+    print(f"|---|{'--:|' * (len(marks) + 2)}")
+    for method in methods:
+        losses, held = curve(n_stages, dp, {what: method}, steps)
+        near = [f"{fmean(losses[max(0, m - 10) : m]):.3f}" for m in marks]
+        print(
+            f"| {method} | {' | '.join(near)} | {fmean(losses[-LAST:]):.4f} | {held:.4f} |",
+            flush=True,
+        )
+
+
+# -- between namespaces -------------------------------------------------------------------------
+
+
+def worker(what: str, methods: Sequence[str]) -> None:
+    """Rank 0's last line: per method [seconds of a step, bytes, those of the link, planned]."""
+    hf.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
+    port, found = os.environ["GLOO_SOCKET_IFNAME"], []
+    for method in methods:
+        pipe = pipeline(n_stages, dp, {what: method})
+        batches = [share(rows, pipe) for rows in sample(text()[0], WARM + TIMED)]
+        for batch in batches[:WARM]:
+            pipe.step(batch)
+        seconds, transport = [], pipe._world.transport
+        before = transport.sent_bytes, throttled.sent_on(port)
+        for batch in batches[WARM:]:
+            dist.barrier()
+            start = time.perf_counter()
+            pipe.step(batch)
+            dist.barrier()
+            seconds.append(time.perf_counter() - start)
+        sent = [
+            (now - then) / TIMED
+            for now, then in zip(
+                (transport.sent_bytes, throttled.sent_on(port)), before, strict=True
+            )
+        ]
+        planned = pipe.plan.stages[0].exchanged_bytes if dp > 1 else messages(pipe.plan)
+        found.append([median(seconds), *sent, planned])
+        dist.barrier()
+    print(json.dumps(found), flush=True)
+
+
+def messages(plan: Any) -> int:
+    """Bytes that the first stage sends per step."""
+    return sum(m.bytes for m in plan.stages[0].sends) * plan.microbatches
+
+
+def steps_table(what: str, methods: Sequence[str], speeds: Sequence[int]) -> None:
+    if why := throttled.possible():
+        print(f"\nno namespaces here, so no steps on slow links: {why}")
+        return
+    found = {}
+    for speed in speeds:
+        with throttled.link(speed) as there:
+            arguments = ["--worker", what, "--methods", ",".join(methods)]
+            found[speed] = there.run(Path(__file__), arguments, 500)
+    names = [f"{s / 1000:g} Gbit/s" if s >= 1000 else f"{s} Mbit/s" for s in speeds]
+    print(
+        f"\n| {what} | MB sent | planned | on the link | {' | '.join(f'{n} | × ' for n in names)} |"
+    )
+    print(f"|---|{'--:|' * (3 + 2 * len(speeds))}")
+    for i, method in enumerate(methods):
+        _, sent, linked, planned = found[speeds[0]][i]
+        cells = [f"{each / 1e6:.3f}" for each in (sent, planned, linked)]
+        for speed in speeds:
+            seconds, whole = found[speed][i][0], found[speed][0][0]
+            cells += [f"{seconds:.3f} s", f"{whole / seconds:.1f}"]
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Losses, bytes and steps with compress=.")
+    parser.add_argument("--what", choices=("gradients", "values"), action="append")
+    parser.add_argument("--part", choices=("losses", "steps"), action="append")
+    parser.add_argument("--methods", help="separated by commas; the first is compared with")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.methods.split(","))
+        return
+    hf.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for what in args.what or ("gradients", "values"):
+        usual = GRADIENTS if what == "gradients" else VALUES
+        methods = args.methods.split(",") if args.methods else usual
+        for part in args.part or ("losses", "steps"):
+            if part == "losses":
+                losses_table(what, methods, args.steps)
+            else:
+                steps_table(what, methods, SPEEDS)
+
+
+if __name__ == "__main__":
+    main()
