@@ -77,13 +77,13 @@ class Compression:
         chosen = {name: method for name, method in vars(self).items() if method is not None}
         return ",".join(f"{name}={method}" for name, method in chosen.items()) or OFF
 
-    def check_values(self, rounded: int) -> None:
+    def check_values(self, rounded: int, n_stages: int) -> None:
         """Raises OptionError where values are to be compressed, and none of a graph can be.
 
         Args:
             rounded: how many of a graph are.
         """
-        if self.values is not None and not rounded:
+        if self.values is not None and not rounded and n_stages > 1:
             raise OptionError(
                 f'compress={{"values": "{self.values}"}} has no effect on this model: no value '
                 "that crosses stages takes fewer bytes so; leave it out"

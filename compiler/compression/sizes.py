@@ -1,7 +1,7 @@
 """What compressed gradients take: bytes that are sent, bytes that are held, and work.
 
 The figures of `bf16`, `int8` and `powersgd` follow from shapes alone; how much `adacomp` sends
-depends on the gradients, and is foretold by what it sends of a transformer's (`BIN_WORDS`).
+depends on the gradients, and is foretold by `BIN_WORDS`, a guess.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ what is made of one does not depend on which others a stage has."""
 
 FLOAT, FLAG, COUNT, WORD = 4, 1, 8, 2  # bytes
 BIN_WORDS = 4.5
-"""How many words `adacomp` sends of a bin of 512: the mean of 300 steps of a GPT-2 on text
-(`make compress-table`). Of other bins it is taken to grow with the root of their size."""
+"""How many words `adacomp` is taken to send of a bin of 512, and of others in proportion to the root
+of their size. It is an estimate, which no measurement stands behind yet."""
 
 ROW_BYTES = {"bf16": 2 * CHUNK, "int8": CHUNK + FLOAT}
 """Of a chunk on its way."""

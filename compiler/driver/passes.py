@@ -230,7 +230,7 @@ def _boundary(work: Work) -> str:
         work.graph, work.locality, work.stage, options.boundary, per_step
     )
     work.locality, work.stage = made.locality, made.stage
-    options.compression.check_values(made.rounded)
+    options.compression.check_values(made.rounded, options.n_stages)
     return f"{len(made.inserted)} casts, so that what crosses is narrow"
 
 

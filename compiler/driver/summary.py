@@ -166,7 +166,10 @@ class Summary:
     def _compressed(self) -> Iterator[tuple[str, str]]:
         """What compression does to the exchange of gradients, of the rank that sends most."""
         method = self.options.compression.gradients
-        if method is None or self.options.dp == 1 or not self.program.trains:
+        if method is None or not self.program.trains:
+            return
+        if self.options.dp == 1:  # which a search has found to be best
+            yield "compress", f"gradients as {method}: with one replica none are sent"
             return
         ranks = [[s for s, h in self.homes.items() if h == r] for r in set(self.homes.values())]
         sent, plain = (

@@ -63,6 +63,8 @@ class Compressed:
 
     Attributes:
         method: which one.
+        sent_bytes: what this replica has given the others so far; in one process, what it would
+            have.
         scale: what loss scaling has multiplied the gradients by.
         recoverable: what is kept can be put back as it was before a step, until `settle`.
 
@@ -79,7 +81,7 @@ class Compressed:
                 "is for sums in fp32, so leave it out, or let them add up in fp32"
             )
         self.method, self._endpoint = method, endpoint
-        self.scale = 1.0
+        self.scale, self.sent_bytes = 1.0, 0
         self.recoverable = isinstance(endpoint.transport, Loopback)
         self._before: list[torch.Tensor] | None = None
         make = partial(MAKERS[method.name], method, self._grads, endpoint.dp, endpoint.replica)
@@ -100,7 +102,10 @@ class Compressed:
         Where one of them is not finite, on any replica, all become NaN, and nothing of it is kept.
         """
         if self._compressor is not None:
-            yield from carry(self._rounds(self._compressor), self._endpoint)
+            yield from carry(self._rounds(self._compressor), self._endpoint, self._sent)
+
+    def _sent(self, nbytes: int) -> None:
+        self.sent_bytes += nbytes
 
     def _rounds(self, compressor: Compressor) -> Rounds:
         device = next(iter(self._grads.values())).device

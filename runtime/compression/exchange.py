@@ -6,7 +6,7 @@ knows neither processes nor ranks that share one, and both have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ class Request:
 
     def start(self, endpoint: Endpoint) -> Pending:
         """What it brings, one tensor of each replica, in their order."""
+        raise NotImplementedError
+
+    def sent_bytes(self, endpoint: Endpoint) -> int:
+        """What this replica gives the others, if they are other processes."""
         raise NotImplementedError
 
 
@@ -44,6 +48,9 @@ class Scatter(Request):
         others = torch.cat([block for r, block in enumerate(self.blocks) if r != me])
         sizes = [block.numel() for block in self.blocks]
         return _Beside(transport.replicas.scatter(others, sizes), me, self.blocks[me])
+
+    def sent_bytes(self, endpoint: Endpoint) -> int:
+        return sum(b.nbytes for r, b in enumerate(self.blocks) if r != endpoint.replica)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,9 @@ class Share(Request):
         blocks[endpoint.replica].copy_(self.mine)
         return transport.replicas.share(room, blocks)
 
+    def sent_bytes(self, endpoint: Endpoint) -> int:
+        return self.mine.nbytes * (endpoint.dp - 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Mean(Request):
@@ -82,15 +92,23 @@ class Mean(Request):
     def start(self, endpoint: Endpoint) -> Pending:
         return endpoint.mean(self.bucket)
 
+    def sent_bytes(self, endpoint: Endpoint) -> int:
+        return 2 * self.bucket.nbytes * (endpoint.dp - 1) // endpoint.dp
 
-def carry(rounds: Rounds, endpoint: Endpoint) -> Run:
-    """Do what a compressor asks for, until it asks for no more."""
+
+def carry(rounds: Rounds, endpoint: Endpoint, tell: Callable[[int], None]) -> Run:
+    """Do what a compressor asks for, until it asks for no more.
+
+    Args:
+        tell: is told the bytes that each request sends.
+    """
     brought: Values | None = None
     while True:
         try:
             request = next(rounds) if brought is None else rounds.send(brought)
         except StopIteration:
             return
+        tell(request.sent_bytes(endpoint))
         pending = request.start(endpoint)
         while not pending.ready():
             yield

@@ -70,5 +70,5 @@ class Packing:
         """Numbers of the rows whose means a replica makes, (rows,): of each parameter every
         ``dp``-th."""
         device = next(iter(self._grads.values())).device
-        parts = [torch.arange(at + replica, at + n, dp) for at, n in self.spans.values() if n]
+        parts = [torch.arange(at, at + n)[replica::dp] for at, n in self.spans.values()]
         return torch.cat(parts).to(device)

@@ -60,7 +60,7 @@ class Int8:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         whole, scales = in_steps(rows)  # (rows, CHUNK), (rows, 1)
-        return torch.cat([whole.view(torch.uint8).view(-1), scales.view(torch.uint8).view(-1)])
+        return torch.cat([whole.view(-1).view(torch.uint8), scales.view(-1).view(torch.uint8)])
 
     def decode(self, data: torch.Tensor) -> torch.Tensor:
         count = data.numel() // self.row_bytes

@@ -30,11 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import throttled
 
-GRADIENTS = ("off", "bf16", "int8", "powersgd:4", "powersgd:16", "adacomp:512", "adacomp:64")
+GRADIENTS = ("off", "bf16", "int8", "powersgd:4", "adacomp:512", "adacomp:64")
+SHOWN = (1, 50, 100, 200, 300)  # steps
 VALUES = ("off", "bf16", "int8")
-WIDTH, LAYERS, HEADS, BYTES, SEQ, ROWS = 256, 4, 4, 256, 64, 8
+HEADS, BYTES, SEQ, ROWS = 4, 256, 64, 8
+LEARNS, STEPS_OF = (128, 2), (256, 4)  # width and layers: of the losses, of the steps
 STEPS, LAST, HELD = 300, 20, 16  # LAST: of the final loss; HELD: batches of text not trained on
-WARM, TIMED = 2, 7
+WARM, TIMED = 2, 5
 SPEEDS = (1000, 100)  # Mbit/s
 
 
@@ -58,9 +60,9 @@ def share(rows: torch.Tensor, pipe: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": mine, "labels": mine}
 
 
-def pipeline(n_stages: int, dp: int, compress: Any) -> Any:
+def pipeline(n_stages: int, dp: int, compress: Any, width: int, layers: int) -> Any:
     torch.manual_seed(0)
-    shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": SEQ}
+    shape = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": SEQ}
     config = hf.GPT2Config(vocab_size=BYTES, **shape, bos_token_id=None, eos_token_id=None)
     rise = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.05, total_iters=20)
     return pipecompile.compile(
@@ -77,26 +79,28 @@ def pipeline(n_stages: int, dp: int, compress: Any) -> Any:
     )
 
 
-def curve(n_stages: int, dp: int, compress: Any, steps: int) -> tuple[list[float], float]:
-    """The losses of steps, and that of other text."""
-    pipe = pipeline(n_stages, dp, compress)
+def curve(n_stages: int, dp: int, compress: Any, steps: int) -> tuple[list[float], float, float]:
+    """The losses of steps, that of other text, and bytes that a rank sends per step."""
+    pipe = pipeline(n_stages, dp, compress, *LEARNS)
     data, held = text()
     losses = [pipe.step(share(rows, pipe)).item() for rows in sample(data, steps)]
-    return losses, fmean(pipe.evaluate(share(rows, pipe)).item() for rows in sample(held, HELD))
+    after = fmean(pipe.evaluate(share(rows, pipe)).item() for rows in sample(held, HELD))
+    compressed = pipe._require().state.compressed
+    if compressed:
+        return losses, after, compressed[0].sent_bytes / steps
+    return losses, after, planned_bytes(pipe)
 
 
 def losses_table(what: str, methods: Sequence[str], steps: int) -> None:
     n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
-    marks = [step for step in (1, 50, 100, 200, 300) if step <= steps]
-    print(f"\n| {what} | {' | '.join(f'step {m}' for m in marks)} | last {LAST} | held out |")
-    print(f"|---|{'--:|' * (len(marks) + 2)}")
+    marks = [step for step in SHOWN if step <= steps]
+    print(f"\n| {what} | {' | '.join(f'step {m}' for m in marks)} | last {LAST} | held out | MB |")
+    print(f"|---|{'--:|' * (len(marks) + 3)}")
     for method in methods:
-        losses, held = curve(n_stages, dp, {what: method}, steps)
+        losses, held, sent = curve(n_stages, dp, {what: method}, steps)
         near = [f"{fmean(losses[max(0, m - 10) : m]):.3f}" for m in marks]
-        print(
-            f"| {method} | {' | '.join(near)} | {fmean(losses[-LAST:]):.4f} | {held:.4f} |",
-            flush=True,
-        )
+        near += [f"{fmean(losses[-LAST:]):.4f}", f"{held:.4f}", f"{sent / 1e6:.3f}"]
+        print(f"| {method} | {' | '.join(near)} |", flush=True)
 
 
 # -- between namespaces -------------------------------------------------------------------------
@@ -109,7 +113,7 @@ def worker(what: str, methods: Sequence[str]) -> None:
     n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
     port, found = os.environ["GLOO_SOCKET_IFNAME"], []
     for method in methods:
-        pipe = pipeline(n_stages, dp, {what: method})
+        pipe = pipeline(n_stages, dp, {what: method}, *STEPS_OF)
         batches = [share(rows, pipe) for rows in sample(text()[0], WARM + TIMED)]
         for batch in batches[:WARM]:
             pipe.step(batch)
@@ -121,21 +125,18 @@ def worker(what: str, methods: Sequence[str]) -> None:
             pipe.step(batch)
             dist.barrier()
             seconds.append(time.perf_counter() - start)
-        sent = [
-            (now - then) / TIMED
-            for now, then in zip(
-                (transport.sent_bytes, throttled.sent_on(port)), before, strict=True
-            )
-        ]
-        planned = pipe.plan.stages[0].exchanged_bytes if dp > 1 else messages(pipe.plan)
-        found.append([median(seconds), *sent, planned])
+        after = transport.sent_bytes, throttled.sent_on(port)
+        sent = [(now - then) / TIMED for now, then in zip(after, before, strict=True)]
+        found.append([median(seconds), *sent, planned_bytes(pipe)])
         dist.barrier()
     print(json.dumps(found), flush=True)
 
 
-def messages(plan: Any) -> int:
-    """Bytes that the first stage sends per step."""
-    return sum(m.bytes for m in plan.stages[0].sends) * plan.microbatches
+def planned_bytes(pipe: Any) -> int:
+    """What rank 0 sends per step, to other replicas or to the next stage."""
+    if pipe.plan.dp > 1:
+        return int(pipe.plan.stages[0].exchanged_bytes)
+    return int(sum(m.bytes for m in pipe.plan.stages[0].sends) * pipe.plan.microbatches)
 
 
 def steps_table(what: str, methods: Sequence[str], speeds: Sequence[int]) -> None:

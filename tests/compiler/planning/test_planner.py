@@ -174,6 +174,7 @@ PLANNED: dict[str, Any] = {
     "chunked_loss": "off",
     "zero": 1,
     "zero_by": "rows",
+    "compress": "off",
 }
 OTHERWISE: dict[str, Any] = {
     "n_stages": 3,
@@ -185,6 +186,7 @@ OTHERWISE: dict[str, Any] = {
     "chunked_loss": "auto",
     "zero": 2,
     "zero_by": "matrices",
+    "compress": {"values": "bf16"},
 }
 
 
