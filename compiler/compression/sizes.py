@@ -20,8 +20,8 @@ what is made of one does not depend on which others a stage has."""
 
 FLOAT, FLAG, COUNT, WORD = 4, 1, 8, 2  # bytes
 BIN_WORDS = 4.5
-"""How many words `adacomp` is taken to send of a bin of 512, and of others in proportion to the root
-of their size. It is an estimate, which no measurement stands behind yet."""
+"""How many words `adacomp` is taken to send of a bin of 512, and of others in proportion to the
+root of their size. It is an estimate, which no measurement stands behind yet."""
 
 ROW_BYTES = {"bf16": 2 * CHUNK, "int8": CHUNK + FLOAT}
 """Of a chunk on its way."""
