@@ -1,7 +1,7 @@
 """What compressed gradients take: bytes that are sent, bytes that are held, and work.
 
 The figures of `bf16`, `int8` and `powersgd` follow from shapes alone; how much `adacomp` sends
-depends on the gradients, and is foretold by `BIN_WORDS`, a guess.
+depends on the gradients, and is foretold by `BIN_WORDS`, an estimate.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CHUNK = 256
 what is made of one does not depend on which others a stage has."""
 
 FLOAT, FLAG, COUNT, WORD = 4, 1, 8, 2  # bytes
-BIN_WORDS = 4.5
-"""How many words `adacomp` is taken to send of a bin of 512, and of others in proportion to the
-root of their size. It is an estimate, which no measurement stands behind yet."""
+BIN_WORDS = 10.0
+"""How many words `adacomp` is taken to send of a bin of 512: about what a GPT-2 sent in its first
+steps (docs/slow_links.md). Of other bins it is taken to grow with the root of their size."""
 
 ROW_BYTES = {"bf16": 2 * CHUNK, "int8": CHUNK + FLOAT}
 """Of a chunk on its way."""
