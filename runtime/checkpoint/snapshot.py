@@ -185,7 +185,7 @@ def merge(
         "schedulers": _present(part["scheduler"] for part in first_replica),
         "data": _present(part["data"] for part in parts),
         "random": [part["random"] for part in parts],
-        "compression": residues.merge(part["compression"] for part in parts),
+        "compression": residues.merge(part.get("compression") for part in parts),
         "optimizers": {
             name: _merged(part["optimizers"].get(name) for part in parts)
             for name in dict.fromkeys(name for part in parts for name in part["optimizers"])

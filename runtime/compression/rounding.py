@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
+from ...compiler.compression import sizes
 from ...compiler.compression.rows import in_steps
-from ...compiler.compression.sizes import CHUNK, ROW_BYTES
+from ...compiler.compression.sizes import ROW_BYTES
 from ..transport.transport import Values, ordered_sum_
 from .exchange import Rounds, Scatter, Share
 from .packing import Packing
@@ -50,7 +51,7 @@ class BFloat16:
         return rows.to(torch.bfloat16).view(torch.uint8).view(-1)
 
     def decode(self, data: torch.Tensor) -> torch.Tensor:
-        return data.view(torch.bfloat16).view(-1, CHUNK).float()
+        return data.view(torch.bfloat16).view(-1, sizes.CHUNK).float()
 
 
 class Int8:
@@ -64,8 +65,10 @@ class Int8:
 
     def decode(self, data: torch.Tensor) -> torch.Tensor:
         count = data.numel() // self.row_bytes
-        whole, scales = data[: count * CHUNK], data[count * CHUNK :].clone()
-        return whole.view(torch.int8).view(count, CHUNK) * scales.view(torch.float32).view(-1, 1)
+        whole, scales = data[: count * sizes.CHUNK], data[count * sizes.CHUNK :].clone()
+        return whole.view(torch.int8).view(count, sizes.CHUNK) * scales.view(torch.float32).view(
+            -1, 1
+        )
 
 
 class Rounded:
@@ -81,7 +84,7 @@ class Rounded:
     """
 
     def __init__(self, codec: Codec, grads: Mapping[str, torch.Tensor], dp: int, replica: int):
-        self._codec, self._packing = codec, Packing(grads, CHUNK)
+        self._codec, self._packing = codec, Packing(grads, sizes.CHUNK)
         self._kept = self._packing.zeros()
         self._owned = [self._packing.owned(dp, r) for r in range(dp)]
         self._dp, self._replica = dp, replica

@@ -3,8 +3,8 @@
 `make compress-table` runs it: a GPT-2 on the text of Python's own documentation.
 
 Losses: 300 steps on two replicas which one process plays, for it has the bits of two processes.
-Steps: two processes in two network namespaces, a token bucket on each end of the link between them;
-medians. It needs root for that; else that part is left out.
+Steps: two processes on two machines, made of namespaces, a token bucket on each end of the cable
+between them; medians. It needs root for that; else that part is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,8 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import throttled
+from support import hosts
+from support.gang import free_port
 
 GRADIENTS = ("off", "bf16", "int8", "powersgd:4", "adacomp:512", "adacomp:64")
 SHOWN = (1, 50, 100, 200, 300)  # steps
@@ -38,6 +40,7 @@ LEARNS, STEPS_OF = (128, 2), (256, 4)  # width and layers: of the losses, of the
 STEPS, LAST, HELD = 300, 20, 16  # LAST: of the final loss; HELD: batches of text not trained on
 WARM, TIMED = 2, 5
 SPEEDS = (1000, 100)  # Mbit/s
+PORT, LIMIT_S = "eth0", 500
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,25 +114,63 @@ def worker(what: str, methods: Sequence[str]) -> None:
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
     n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
-    port, found = os.environ["GLOO_SOCKET_IFNAME"], []
+    found = []
     for method in methods:
         pipe = pipeline(n_stages, dp, {what: method}, *STEPS_OF)
         batches = [share(rows, pipe) for rows in sample(text()[0], WARM + TIMED)]
         for batch in batches[:WARM]:
             pipe.step(batch)
         seconds, transport = [], pipe._world.transport
-        before = transport.sent_bytes, throttled.sent_on(port)
+        before = transport.sent_bytes, sent_on(PORT)
         for batch in batches[WARM:]:
             dist.barrier()
             start = time.perf_counter()
             pipe.step(batch)
             dist.barrier()
             seconds.append(time.perf_counter() - start)
-        after = transport.sent_bytes, throttled.sent_on(port)
+        after = transport.sent_bytes, sent_on(PORT)
         sent = [(now - then) / TIMED for now, then in zip(after, before, strict=True)]
         found.append([median(seconds), *sent, planned_bytes(pipe)])
         dist.barrier()
     print(json.dumps(found), flush=True)
+
+
+def sent_on(port: str) -> int:
+    """Bytes that have left through a port of this machine, headers and all."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == port:
+            return int(counts.split()[8])
+    raise LookupError(port)
+
+
+def on_both(machines: Sequence[hosts.Host], arguments: Sequence[str]) -> Any:
+    """This file on two machines, as ranks 0 and 1; the last line of rank 0, as JSON.
+
+    Raises:
+        RuntimeError: with what one of them has said.
+    """
+    met = {"MASTER_ADDR": machines[0].address, "MASTER_PORT": str(free_port())}
+    met |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    workers = [
+        subprocess.Popen(
+            each.command([sys.executable, __file__, *arguments]),
+            env=os.environ | met | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, each in enumerate(machines)
+    ]
+    try:
+        told = [each.communicate(timeout=LIMIT_S) for each in workers]
+    finally:
+        for each in workers:
+            each.kill()
+    for each, (_, errors) in zip(workers, told, strict=True):
+        if each.returncode:
+            raise RuntimeError(errors[-3000:])
+    return json.loads(told[0][0].strip().splitlines()[-1])
 
 
 def planned_bytes(pipe: Any) -> int:
@@ -140,14 +181,14 @@ def planned_bytes(pipe: Any) -> int:
 
 
 def steps_table(what: str, methods: Sequence[str], speeds: Sequence[int]) -> None:
-    if why := throttled.possible():
+    if why := hosts.lacking():
         print(f"\nno namespaces here, so no steps on slow links: {why}")
         return
     found = {}
     for speed in speeds:
-        with throttled.link(speed) as there:
-            arguments = ["--worker", what, "--methods", ",".join(methods)]
-            found[speed] = there.run(Path(__file__), arguments, 500)
+        with hosts.network(2) as made:
+            made.throttle(made.hosts[1], speed * 10**6 // 8)
+            found[speed] = on_both(made.hosts, ["--worker", what, "--methods", ",".join(methods)])
     names = [f"{s / 1000:g} Gbit/s" if s >= 1000 else f"{s} Mbit/s" for s in speeds]
     print(
         f"\n| {what} | MB sent | planned | on the link | {' | '.join(f'{n} | × ' for n in names)} |"

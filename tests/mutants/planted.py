@@ -214,8 +214,8 @@ FIGURES = (
     ),
     Mutant(
         "compiler/report/report.py",
-        "[m.buffers + m.constants + m.batch for m in held]",
-        "[m.buffers + m.constants for m in held]",
+        "[m.buffers + m.constants + m.batch + m.residue for m in held]",
+        "[m.buffers + m.constants + m.residue for m in held]",
         "test_figures.py::test_what_memory_is_made_of",
         "the memory table leaves out the batch",
     ),

@@ -29,6 +29,7 @@ _FILES = Path("/etc/netns")  # where `ip netns exec` looks for what a namespace 
 _INIT = 'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity'
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "mount", "hostname")
 _PREFIX = "pipecompile-"
+_BURSTS = 250  # per second, of a throttled cable: as often as its bucket is filled
 _WAIT_S = 20.0  # for a machine to start
 _SPACES = 0x00020000 | 0x04000000 | 0x20000000 | 0x40000000  # CLONE_NEW{NS,UTS,PID,NET}
 _DEATH_SIGNAL = 1  # of prctl
@@ -143,8 +144,8 @@ class Network:
 
     def throttle(self, host: Host, bytes_per_s: int) -> None:
         """Its cable carries so much, in each direction."""
-        rate = f"{8 * bytes_per_s}bit"
-        self._shape(host, "tbf", "rate", rate, "burst", "32k", "latency", "400ms")
+        rate, burst = f"{8 * bytes_per_s}bit", str(max(1 << 15, bytes_per_s // _BURSTS))
+        self._shape(host, "tbf", "rate", rate, "burst", burst, "latency", "400ms")
 
     def delay(self, host: Host, seconds: float) -> None:
         """What it sends and gets takes so much longer, each.

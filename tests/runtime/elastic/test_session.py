@@ -76,6 +76,8 @@ def attempt(
             session._keeper.wait()
         if clean:
             session.close()
+        else:
+            pipe.wait_for_save()  # what was begun is on the disk before the process is gone
     return session.resumed, losses, said.getvalue()
 
 
