@@ -241,6 +241,7 @@ def test_one_document_alone_says_nothing_of_how_it_is_cut() -> None:
 # -- outputs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_outputs_are_joined_where_they_differ() -> None:
     pipe, batch = own(1, 2, 1), bordered([3, 4])
     found, expected = pipe.forward(batch), Bordered()(**batch)

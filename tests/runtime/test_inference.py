@@ -126,6 +126,7 @@ def test_it_is_true_or_false() -> None:
 # -- weights ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", quickly(["bf16"], ["bf16", "bf16_params", "fp16"]))
 def test_weights_are_held_in_the_compute_dtype_alone(precision: str) -> None:
     """Those that are read in fp32 stay so; and the bits are those of the pipeline that trains."""

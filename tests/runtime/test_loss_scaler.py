@@ -63,6 +63,7 @@ def test_the_scale_is_that_of_torchs_scaler(finite: list[bool], interval: int, a
     assert scaler.skipped == finite.count(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grads", quickly([FP16], [FP32, FP16]))
 def test_gradients_of_several_calls_add_up_unscaled(grads: torch.dtype) -> None:
     batch = models.batches("gpt2", 8, 1)[0]

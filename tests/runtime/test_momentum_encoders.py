@@ -206,6 +206,7 @@ def resumed_plainly() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     return [last], kept[0] | {n: t.detach() for n, t in model.named_parameters() if n not in own}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_resume(gang: Callable[[int], Gang], tmp_path: Path, zero: int) -> None:
     expected = resumed_plainly()

@@ -243,6 +243,7 @@ def test_stages_in_processes(gang: Callable[[int], Gang], n_stages: int) -> None
         assert torch.equal(losses, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dp", quickly([2], [2, 3]))
 def test_replicas_have_the_same_numbers(gang: Callable[[int], Gang], dp: int) -> None:
     for text in gang(dp).run(unlike_in_processes, dp):

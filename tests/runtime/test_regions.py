@@ -186,6 +186,7 @@ def test_experts_without_tokens_are_left_alone(zero: int, schedule: str) -> None
         assert {n for n in theirs if "experts" in n} == {n for n in mine if "experts" in n}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", quickly([6], [6, 40]))
 def test_in_processes_too(gang: Callable[[int], Gang], count: int) -> None:
     for found in gang(2).run(trained, "experts", 2, 1, count=count):

@@ -180,6 +180,7 @@ def test_replicas_divide_a_weight_that_two_stages_of_a_rank_read(
         plain.assert_equal(replace(found, grads=[]), replace(apart, grads=[]), whole=False)
 
 
+@pytest.mark.slow
 def test_evaluation_and_outputs_are_those_of_one_stage_per_rank() -> None:
     batch = batches("gpt2")[0]
     ours, theirs = pipeline("gpt2", V), jobs.pipeline("gpt2", 4, 1, MICROBATCHES)

@@ -311,6 +311,7 @@ def test_dropout_is_the_same_in_processes(gang: Callable[[int], Gang]) -> None:
     assert gang(4).run(*case) == [losses_with_dropout(2, 2, seed=5)] * 4
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_microbatches_replicas_and_steps() -> None:
     """The same rows in every microbatch and replica give different losses only by dropout."""
     pipe = dropping(2, 2, seed=1)

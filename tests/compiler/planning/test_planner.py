@@ -276,6 +276,7 @@ def test_pins_that_cannot_be_are_refused(
         compiled(pin=pin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_automatic_stages_train_the_same_and_say_why(devices: int) -> None:
     model = models.llama(num_hidden_layers=1)

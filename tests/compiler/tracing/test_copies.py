@@ -136,6 +136,7 @@ def test_arguments_tell_layers_apart() -> None:
     )  # the first and the fourth are not
 
 
+@pytest.mark.slow
 def test_tied_layers_are_none_of_those_that_have_their_own_weights() -> None:
     layers = [Layer(i) for i in range(5)]
     layers[3].inner.weight = layers[1].inner.weight
@@ -222,6 +223,7 @@ def llama(layers: int, **more: Any) -> nn.Module:
     return hf.LlamaForCausalLM(config)
 
 
+@pytest.mark.slow
 def test_layers_of_a_llama() -> None:
     assert copied(llama(4, use_cache=False)) == 3
 

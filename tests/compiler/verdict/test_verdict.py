@@ -176,6 +176,7 @@ def test_the_bound_does_not_depend_on_the_costs(capsys: pytest.CaptureFixture[st
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_change_is_one_that_plans_show(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

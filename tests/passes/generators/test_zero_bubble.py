@@ -131,6 +131,7 @@ def test_zb_2p_can_not_be_reached_where_stashes_stay_whole(row: Row) -> None:
 SHAPES = st.integers(2, 5), st.integers(1, 3), st.integers(1, 10)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.data(), *SHAPES)
 def test_the_search_is_never_worse_than_simple_schedules(

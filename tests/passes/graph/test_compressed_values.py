@@ -62,6 +62,7 @@ def test_messages_are_as_much_smaller_as_the_plan_says(method: str, times: int) 
     assert dtypes <= {torch.bfloat16 if method == "bf16" else torch.int8, torch.int64, torch.bool}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", quickly(["int8"], ["int8", "bf16"]))
 def test_processes_have_the_bits_of_one(gang: Callable[[int], Gang], method: str) -> None:
     how = {"values": method, "gradients": "int8"}
@@ -78,6 +79,7 @@ def test_training_is_near_to_what_it_is_without(method: str) -> None:
     assert 0 < max(gaps) < 0.02
 
 
+@pytest.mark.slow
 def test_narrow_values_are_rounded_further_in_int8() -> None:
     pipes = [
         compressing.pipeline(how, 2, 1, precision="bf16_params")
@@ -121,6 +123,7 @@ def test_what_does_not_go_together(options: dict[str, Any], said: str) -> None:
         pipecompile.compile(models.build("gpt2"), 2, compress={"values": "int8"}, **options)
 
 
+@pytest.mark.slow
 def test_inference_sends_fewer_bytes_too() -> None:
     found, sent = [], []
     for how in ("off", {"values": "int8"}):

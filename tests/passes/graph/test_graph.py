@@ -283,6 +283,7 @@ def with_waist(place: int) -> JointGraph:
     return capture_training(skeleton, batches.flatten(torch.zeros(4, 8))[1], None, DEVICE).graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [1, 17, 39])
 def test_one_cheap_cut_leaves_room_for_the_others(
     monkeypatch: pytest.MonkeyPatch, place: int

@@ -101,6 +101,7 @@ def mean(model: Any, batches: list[Batch]) -> torch.Tensor:
     return (torch.stack(found).sum() / kept(batches)).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", quickly([2], [2, 4]))
 def test_replicas_have_lengths_of_their_own(gang: Callable[[int], Gang], steps: int) -> None:
     """And numbers of rows; one has none in a step."""

@@ -102,6 +102,7 @@ def test_in_processes_under_every_level(gang: Callable[[int], Gang], zero: int) 
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", quickly([1], [1, 2, 3]))
 def test_saved_and_resumed(tmp_path: Path, gang: Callable[[int], Gang], zero: int) -> None:
     """By replicas that divide everything, and opened by stages."""
