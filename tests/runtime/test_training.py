@@ -297,6 +297,7 @@ def losses_with_dropout(n_stages: int, dp: int, seed: int, microbatches: int = 2
     return [pipe.step(batch).item() for batch in mine]
 
 
+@pytest.mark.slow
 def test_dropout_is_reproducible_and_independent_of_the_stages() -> None:
     expected = losses_with_dropout(1, 2, seed=5)
     assert losses_with_dropout(1, 2, seed=5) == expected
@@ -311,7 +312,6 @@ def test_dropout_is_the_same_in_processes(gang: Callable[[int], Gang]) -> None:
     assert gang(4).run(*case) == [losses_with_dropout(2, 2, seed=5)] * 4
 
 
-@pytest.mark.slow
 def test_dropout_differs_between_microbatches_replicas_and_steps() -> None:
     """The same rows in every microbatch and replica give different losses only by dropout."""
     pipe = dropping(2, 2, seed=1)
