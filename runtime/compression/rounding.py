@@ -102,8 +102,8 @@ class Rounded:
         parts = yield Scatter([self._rounded(rows) for rows in self._owned])
         data = self._mean(parts)
         del parts
-        sizes = [rows.numel() * self._codec.row_bytes for rows in self._owned]
-        shared = yield Share(data, sizes)
+        lengths = [rows.numel() * self._codec.row_bytes for rows in self._owned]
+        shared = yield Share(data, lengths)
         means = self._packing.zeros()
         for rows, given in zip(self._owned, shared, strict=True):
             means.index_copy_(0, rows, self._codec.decode(given))

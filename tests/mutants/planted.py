@@ -567,7 +567,7 @@ PRECISION = (
         "passes/programs/gather.py",
         "nodes = _late_views(nodes, ports)",
         "pass",
-        "test_gather.py",
+        "test_gather.py::test_a_backward_fetches_a_layer_while_the_one_after_computes",
         "a backward fetches all layers at its start",
     ),
     Mutant(
@@ -985,6 +985,44 @@ SOLVER = (
     ),
 )
 
+LINKS = (
+    Mutant(
+        "runtime/compression/rounding.py",
+        "self._kept.index_copy_(0, rows, wide.sub_(self._codec.decode(data)))",
+        "self._kept.index_fill_(0, rows, 0.0)",
+        "test_compressed_gradients.py::test_what_is_sent_and_what_is_kept_are_all",
+        "what was rounded away is forgotten",
+    ),
+    Mutant(
+        "runtime/files/tensor_file.py",
+        "checksums.of_tensor(tensor) == sums[name]",
+        "sums[name]",
+        "test_weight_files.py::test_any_flipped_bit_of_an_export_is_told_or_does_no_harm",
+        "checksums of exports are not compared",
+    ),
+    Mutant(
+        "passes/attention/kernels.py",
+        "if mask is not None or query.dtype not in _HALVES",
+        "if query.dtype not in _HALVES",
+        "test_attention_kernels.py",
+        "masked attention is planned by a kernel that takes no mask",
+    ),
+    Mutant(
+        "compiler/tracing/copies.py",
+        "if different is None or different & template.reads:",
+        "if different is None:",
+        "test_copies.py::test_layers_that_read_what_differs_are_traced",
+        "layers are copies of one that read something else",
+    ),
+    Mutant(
+        "compiler/costs/topology.py",
+        'return rank // self.pp if self.order == "pipeline" else rank % self.dp',
+        "return rank // self.pp",
+        "test_topology.py",
+        "replicas are told from ranks in one order alone",
+    ),
+)
+
 MUTANTS = (
     *MODES,
     *LIMITS,
@@ -1002,4 +1040,5 @@ MUTANTS = (
     *FREEING,
     *CHECKPOINTS,
     *WATCHDOG,
+    *LINKS,
 )

@@ -112,6 +112,8 @@ def run(package: Path, tests: Sequence[str]) -> tuple[int, str]:
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--hypothesis-profile=mutants", *tests]
+    if all("::" in each for each in tests):
+        command += ["-m", "not bench"]  # whoever names a test has a slow one too
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S
