@@ -159,8 +159,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 @pytest.mark.slow
 def test_the_first_steps_are_compared_too() -> None:
-    pipe = own(2, 1, 2, verify=1)
-    pipe.step(bordered([4, 3]))
+    (pipe := own(2, 1, 2, verify=1)).step(bordered([4, 3]))
     assert "gradients     identical to the last bit" in pipe.verification
     assert "outputs were not compared: cut=" in pipe.verification
 
