@@ -63,9 +63,11 @@ test: $(READY)
 test-examples: $(READY)
 	$(BIN)/pytest tests/examples -m "not bench" -n 2
 
+# ONLY: some of them, as pytest's -k has it
+ONLY ?=
 CUT := tests/runtime/elastic/test_elastic_runs.py::test_a_machine_whose_cable_is_cut_is_lost_and_comes_back
 test-machines: $(READY)
-	$(BIN)/pytest tests/runtime/test_machines.py $(CUT) -m "not bench"
+	$(BIN)/pytest tests/runtime/test_machines.py $(CUT) -m "not bench" -k "$(ONLY)"
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "not bench"

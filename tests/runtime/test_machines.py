@@ -96,7 +96,7 @@ def test_links_within_and_between_machines_are_measured(two: Network) -> None:
     assert others == [first] * 3
     hosts_of, devices, between, within, order = first
     assert (hosts_of, devices, order) == ((0, 0, 1, 1), 2, "replicas")
-    assert 5e6 < between < 4e7 < within
+    assert 5e6 < between < 5e7 < within  # a bucket is full at first
 
 
 def placed(
