@@ -77,12 +77,13 @@ def inspect(request: Request) -> Inspection:
     model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
     skeleton = _skeleton(model, options)
+    asked = _Asked(request, skeleton, whole, Shared())
     trials: tuple[Trial, ...] = ()
-    captured, told = Shared(), ""
+    told = ""
     if request.open is None:
-        compiled = _built(request, options, skeleton, whole, captured=captured)
+        compiled = asked.built(options)
     else:
-        compiled, found = _chosen(request, options, skeleton, whole, request.open, captured)
+        compiled, found = _chosen(asked, options, request.open)
         trials, told = found.trials, found.told
     plan = compiled.plan
     if request.save is not None:
@@ -96,12 +97,12 @@ def inspect(request: Request) -> Inspection:
     names = [name for name in request.compare if name != ORDERS]
     rows = compare(problem, plan.decision, names) if problem and names else ()
     if ORDERS in request.compare and not (request.open and request.open.orders):
-        trials = _in_every_order(request, options, skeleton, whole, plan)
+        trials = _in_every_order(asked, options, plan)
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
     seconds = plan.decision.search.seconds if request.given is None else None
-    fp32 = _in_fp32(request, options, compiled, model, whole) if options.mixed else None
+    fp32 = _in_fp32(asked, options, compiled, model) if options.mixed else None
     passes = compiled.records if request.passes else ()
-    said = verdict_of(_judged(request, options, compiled, skeleton, whole, captured))
+    said = verdict_of(_judged(asked, options, compiled))
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes, said, told)
     if request.page is not None:
         shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
@@ -114,52 +115,77 @@ def _skeleton(model: nn.Module, options: CompileOptions) -> Skeleton:
     return skeleton_of(model, HOST, options.dtypes, options.eager_modules, options.training)
 
 
-def _judged(
-    request: Request,
-    options: CompileOptions,
-    compiled: Compiled,
-    skeleton: Skeleton,
-    whole: BatchSpec,
-    captured: Shared,
-) -> Judged:
+@dataclass(frozen=True)
+class _Asked:
+    """A model and a batch that divisions are made of, as they are asked for.
+
+    Attributes:
+        skeleton: of the model.
+        whole: the batch.
+        captured: graphs and what follows from them, which all divisions share; None for nothing.
+    """
+
+    request: Request
+    skeleton: Skeleton
+    whole: BatchSpec
+    captured: Shared | None = None
+
+    def target(self, device: Device | None = None) -> Target:
+        """What plans are made for; another device without a limit of memory."""
+        if device is None:
+            return Target(HOST, self.request.device, self.request.limit_bytes)
+        return Target(HOST, device, math.inf)
+
+    def built(self, options: CompileOptions, finer: int = 1) -> Compiled:
+        spec, microbatches = divide(self.whole, options, options.dp, finer=finer)
+        builder = Builder(self.skeleton, options, self.target(), captured=self.captured)
+        return builder.build(main_mode(options), spec, microbatches)
+
+    def again(self, compiled: Compiled, options: CompileOptions, device: Device) -> Compiled:
+        """As planned, on a device with these prices, whatever memory it has."""
+        spec, microbatches = divide(self.whole, options, options.dp)
+        builder = Builder(self.skeleton, options, self.target(device), captured=self.captured)
+        return builder.build(main_mode(options), spec, microbatches, compiled.layout)
+
+    def searched(self, options: CompileOptions, most_traced: int | None = None) -> Searched:
+        target = self.target()
+
+        def builder(tried: CompileOptions) -> Builder:
+            return Builder(self.skeleton, tried, target, captured=self.captured)
+
+        def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
+            return *divide(self.whole, tried, tried.dp), ()
+
+        devices = options.n_stages * options.dp
+        if self.request.open is not None and self.request.open.devices:
+            devices = self.request.open.devices
+        return Searched(options, target, devices, builder, divided, most_traced)
+
+
+def _judged(asked: _Asked, options: CompileOptions, compiled: Compiled) -> Judged:
     """The plan, with its stages and actions in both kinds of seconds."""
-    plan = compiled.plan
+    plan, request = compiled.plan, asked.request
     bare = replace(request.device, table=None)
-
-    def priced(device: Device) -> Compiled:
-        """As the plan, on a device with these prices, whatever memory it has."""
-        own = _as_planned(compiled, options, memory=None)
-        target = Target(HOST, device, math.inf)
-        spec, microbatches = divide(whole, own, own.dp)
-        builder = Builder(skeleton, own, target, captured=captured)
-        return builder.build(main_mode(own), spec, microbatches, compiled.layout)
-
-    bound = compiled if plan.costs == "roofline" else priced(bare)
-    real = priced(request.real) if plan.costs == "roofline" else compiled
-    peak = request.device.peak(computed_in(options.dtypes, skeleton.module))
+    own = _as_planned(compiled, options, memory=None)
+    is_bound = plan.costs == "roofline"
+    bound = compiled if is_bound else asked.again(compiled, own, bare)
+    real = asked.again(compiled, own, request.real) if is_bound else compiled
+    peak = request.device.peak(computed_in(options.dtypes, asked.skeleton.module))
     tried = plan.decision.unit_seconds and request.given is None
-    change = _change(request, options, compiled, skeleton, whole, captured) if tried else None
+    change = _change(asked, options, compiled) if tried else None
     seconds = real.plan, real.timeline, bound.plan.step_s
     return Judged(plan, *seconds, peak, change, bool(tried))
 
 
-def _change(
-    request: Request,
-    options: CompileOptions,
-    compiled: Compiled,
-    skeleton: Skeleton,
-    whole: BatchSpec,
-    captured: Shared,
-) -> Change | None:
+def _change(asked: _Asked, options: CompileOptions, compiled: Compiled) -> Change | None:
     """What a single other choice would bring, for the same batch and devices."""
     plan = compiled.plan
-    asked = _as_planned(compiled, options, time_limit_s=min(BRIEFLY_S, options.time_limit_s))
-    if asked.kind.fixed:
+    tried = _as_planned(compiled, options, time_limit_s=min(BRIEFLY_S, options.time_limit_s))
+    if tried.kind.fixed:
         return None
-    own = {name: getattr(asked, name) for name in OWN}
+    own = {name: getattr(tried, name) for name in OWN}
     way = Way(**own, zero=compiled.layout.zero.level, microbatches=plan.microbatches)
-    searched = _searched(request, asked, skeleton, whole, captured, FEW)
-    model = searched.model
+    model = asked.searched(tried, FEW).model
     near = better_than(way, plan, not options.pin, model.bound, model.sketch)
     for each in near[:PLANNED]:
         with suppress(PipecompileError):
@@ -167,28 +193,6 @@ def _change(
             if step_s < (1 - HELPS) * plan.step_s:
                 return Change(each.flags, step_s, plan.step_s)
     return None
-
-
-def _searched(
-    request: Request,
-    options: CompileOptions,
-    skeleton: Skeleton,
-    whole: BatchSpec,
-    captured: Shared,
-    most_traced: int | None = None,
-) -> Searched:
-    target = Target(HOST, request.device, request.limit_bytes)
-
-    def builder(tried: CompileOptions) -> Builder:
-        return Builder(skeleton, tried, target, captured=captured)
-
-    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
-        return *divide(whole, tried, tried.dp), ()
-
-    devices = options.n_stages * options.dp
-    if request.open is not None and request.open.devices:
-        devices = request.open.devices
-    return Searched(options, target, devices, builder, divided, most_traced)
 
 
 def _as_planned(compiled: Compiled, options: CompileOptions, **more: Any) -> CompileOptions:
@@ -209,65 +213,32 @@ def _as_planned(compiled: Compiled, options: CompileOptions, **more: Any) -> Com
     return replace(options, **given | more)
 
 
-def _in_fp32(
-    request: Request,
-    options: CompileOptions,
-    compiled: Compiled,
-    model: nn.Module,
-    whole: BatchSpec,
-) -> Plan:
+def _in_fp32(asked: _Asked, options: CompileOptions, compiled: Compiled, model: nn.Module) -> Plan:
     """The plan of the same stages with all of the model in fp32, whatever memory it would need."""
     options = _as_planned(compiled, options, precision="fp32", memory=None)
-    target = Target(HOST, request.device, math.inf)  # whether that fits is not asked
-    skeleton = _skeleton(model, options)
-    builder = Builder(skeleton, options, target)
-    spec, microbatches = divide(whole, options, options.dp)
-    return builder.build(main_mode(options), spec, microbatches, compiled.layout).plan
+    wide = _Asked(asked.request, _skeleton(model, options), asked.whole)
+    return wide.again(compiled, options, asked.request.device).plan
 
 
-def _built(
-    request: Request,
-    options: CompileOptions,
-    skeleton: Skeleton,
-    whole: BatchSpec,
-    finer: int = 1,
-    captured: Shared | None = None,
-) -> Compiled:
-    spec, microbatches = divide(whole, options, options.dp, finer=finer)
-    target = Target(HOST, request.device, request.limit_bytes)
-    builder = Builder(skeleton, options, target, captured=captured)
-    return builder.build(main_mode(options), spec, microbatches)
-
-
-def _chosen(
-    request: Request,
-    options: CompileOptions,
-    skeleton: Skeleton,
-    whole: BatchSpec,
-    open_: Open,
-    captured: Shared,
-) -> tuple[Compiled, Found]:
+def _chosen(asked: _Asked, options: CompileOptions, open_: Open) -> tuple[Compiled, Found]:
     """The best way to use the devices, and what was tried."""
-    asked = _searched(request, options, skeleton, whole, captured)
-    ways = ways_of(open_, options, asked.devices, whole.rows)
-    found = search(ways, asked.model)
-    made = asked.built[found.best.way]
+    searched = asked.searched(options)
+    found = search(ways_of(open_, options, searched.devices, asked.whole.rows), searched.model)
+    made = searched.built[found.best.way]
     if options.dump_dir is not None:  # of the chosen one only
-        made = _built(request, found.best.way.of(options), skeleton, whole)
-    peak = request.device.peak(computed_in(options.dtypes, skeleton.module))
+        made = replace(asked, captured=None).built(found.best.way.of(options))
+    peak = asked.request.device.peak(computed_in(options.dtypes, asked.skeleton.module))
     return made, rated(found, made.plan, peak)
 
 
-def _in_every_order(
-    request: Request, options: CompileOptions, skeleton: Skeleton, whole: BatchSpec, plan: Plan
-) -> tuple[Trial, ...]:
+def _in_every_order(asked: _Asked, options: CompileOptions, plan: Plan) -> tuple[Trial, ...]:
     """The same batch and ranks in every schedule, with as many microbatches."""
-    captured = Shared()
     shape = {name: getattr(plan, name) for name in ("n_stages", "dp", "microbatches")}
     own = replace(options, **shape, dump_dir=None)
+    alone = replace(asked, captured=Shared())
 
     def build(way: Way, finer: int) -> Compiled:
-        return _built(request, way.of(own), skeleton, whole, finer, captured)
+        return alone.built(way.of(own), finer)
 
     return choose(Open(divides=False, orders=True).ways(own, 1), build)[1]
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ..memory.optimizer_cost import Factory, OptimizerMemory, on_cuda, optimizer_memory
+from ..memory.optimizer_cost import (
+    Factory,
+    OptimizerMemory,
+    layout_of,
+    on_cuda,
+    optimizer_memory,
+)
 from .folder import drop_oldest, write
 from .identity import UntoldError, identity_of
 from .surroundings import versions
@@ -51,7 +57,7 @@ class Optimizers:
     def _place(self, factory: Factory, params: Mapping[str, torch.Tensor]) -> Path | None:
         if self._path is None:
             return None
-        layouts = [(n, tuple(p.shape), p.stride(), p.dtype, p.device) for n, p in params.items()]
+        layouts = [(name, *layout_of(param)) for name, param in params.items()]
         try:
             told = versions(), identity_of(factory), layouts
         except UntoldError:

@@ -96,7 +96,7 @@ def _of_repeats(factory: Factory, params: Mapping[str, torch.Tensor]) -> Optimiz
     settings = _settings(factory)
     if settings is None:
         return _memory(factory, params)
-    layouts = tuple(map(_layout, params.values()))
+    layouts = tuple(map(layout_of, params.values()))
     key = settings, torch.get_default_dtype(), layouts
     if key not in _known:
         found = _extended(factory, params, layouts) or _memory(factory, params)
@@ -128,7 +128,8 @@ def _typed(value: Any) -> Any:
     return tuple(map(_typed, value)) if isinstance(value, tuple) else type(value)
 
 
-def _layout(param: torch.Tensor) -> tuple[object, ...]:
+def layout_of(param: torch.Tensor) -> tuple[object, ...]:
+    """All that matters of a parameter."""
     return tuple(param.shape), param.stride(), param.dtype, param.device
 
 

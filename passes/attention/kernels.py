@@ -12,6 +12,7 @@ cuDNN's kernels, which newer versions of torch prefer on some devices, keep the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -52,57 +53,56 @@ def attention(
 ) -> torch.Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, by the operators that CUDA runs."""
     tensors = query, key, value
-    if _is_for_flash(*tensors, attn_mask, is_causal, enable_gqa):
+    call = _Call(*tensors, attn_mask is not None, is_causal, enable_gqa)
+    if call.fits_flash:
         return _flash(*tensors, dropout_p, is_causal, scale)
-    if _is_for_efficient(*tensors, attn_mask, is_causal, enable_gqa):
+    if call.fits_efficient:
         return _efficient(*tensors, attn_mask, dropout_p, is_causal, scale)
     math: Callable[..., Any] = _ATEN._scaled_dot_product_attention_math.default
     options = {"scale": scale, "enable_gqa": enable_gqa}
     return cast(torch.Tensor, math(*tensors, attn_mask, dropout_p, is_causal, **options)[0])
 
 
-def _are_heads(*tensors: torch.Tensor) -> bool:
-    """(rows, heads, tokens, width), some of each, of one dtype."""
-    query = tensors[0]
-    return all(
-        t.dim() == 4 and t.dtype is query.dtype and t.shape[0] == query.shape[0] for t in tensors
-    )
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a kernel is chosen by."""
 
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    masks: bool
+    causal: bool
+    grouped: bool
 
-def _is_for_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    grouped: bool,
-) -> bool:
-    if mask is not None or query.dtype not in _HALVES or not _are_heads(query, key, value):
-        return False
-    heads, width = query.shape[1], query.shape[-1]
-    if grouped:
-        fits = key.shape[1] == value.shape[1] and heads % key.shape[1] == 0
-    else:
-        fits = key.shape[1] == value.shape[1] == heads
-    same = key.shape[-1] == value.shape[-1] == width <= _FLASH_DIM
-    return fits and same and (not causal or query.shape[-2] == key.shape[-2])
+    @property
+    def _are_heads(self) -> bool:
+        """(rows, heads, tokens, width), some of each, of one dtype."""
+        each = self.query, self.key, self.value
+        return self.query.dim() == 4 and len({(t.dim(), t.dtype, t.shape[0]) for t in each}) == 1
 
+    @property
+    def fits_flash(self) -> bool:
+        query, key, value = self.query, self.key, self.value
+        if self.masks or query.dtype not in _HALVES or not self._are_heads:
+            return False
+        heads, width = query.shape[1], query.shape[-1]
+        if self.grouped:
+            fits = key.shape[1] == value.shape[1] and heads % key.shape[1] == 0
+        else:
+            fits = key.shape[1] == value.shape[1] == heads
+        same = key.shape[-1] == value.shape[-1] == width <= _FLASH_DIM
+        return fits and same and (not self.causal or query.shape[-2] == key.shape[-2])
 
-def _is_for_efficient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    grouped: bool,
-) -> bool:
-    if query.dtype not in (*_HALVES, torch.float32) or not _are_heads(query, key, value):
-        return False
-    if not key.shape[1] == value.shape[1] == query.shape[1] or (causal and mask is not None):
-        return False
-    step = _ALIGNED_BYTES // query.dtype.itemsize
-    aligned = query.shape[-1] % step == 0 and value.shape[-1] % step == 0
-    return aligned and key.shape[-1] == query.shape[-1]
+    @property
+    def fits_efficient(self) -> bool:
+        query, key, value = self.query, self.key, self.value
+        if query.dtype not in (*_HALVES, torch.float32) or not self._are_heads:
+            return False
+        if not key.shape[1] == value.shape[1] == query.shape[1] or (self.causal and self.masks):
+            return False
+        step = _ALIGNED_BYTES // query.dtype.itemsize
+        aligned = query.shape[-1] % step == 0 and value.shape[-1] % step == 0
+        return aligned and key.shape[-1] == query.shape[-1]
 
 
 def _flash(

@@ -18,34 +18,25 @@ import torch
 
 from ...compiler.compression.sizes import COUNT, FLOAT
 from .exchange import Rounds, Share
-from .packing import Packing, flat
+from .packing import Kept, flat
 
 SKIP = (1 << 15) - 1  # a word that stands for so many places without a number
 NEGATIVE = 1 << 15
 
 
-class AdaComp:
+class AdaComp(Kept):
     """Of one rank.
 
     Args:
         width: how many numbers a bin has.
         grads: FQN -> where its gradient is, in fp32.
-
-    Attributes:
-        residues: FQN -> what was not sent, in the parameter's form.
-        bases: what all replicas have alike: nothing.
-        held: the tensors that all of that lies in.
     """
 
     def __init__(self, width: int, grads: Mapping[str, torch.Tensor], dp: int, replica: int):
-        self._grads, self._dp = grads, dp
-        self._packing = Packing(grads, width)
-        self._kept = self._packing.zeros()
+        super().__init__(width, grads)
+        self._dp = dp
         spans = self._packing.spans.values()
         self._ends = torch.tensor([(at + n) * width for at, n in spans], device=self._kept.device)
-        self.residues = self._packing.shaped(self._kept)
-        self.bases: dict[str, torch.Tensor] = {}
-        self.held = [self._kept]
 
     def mean_(self, scale: float) -> Rounds:
         """Replace the gradients by the mean of what replicas send of them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,12 +18,12 @@ from ..transport.transport import Endpoint, Loopback, Pending, Run, Values
 Rounds = Generator["Request", Values, None]
 
 
-class Request:
+class Request(Protocol):
     """Something that all replicas of a rank's stages do together."""
 
     def start(self, endpoint: Endpoint) -> Pending:
         """What it brings, one tensor of each replica, in their order."""
-        raise NotImplementedError
+        ...
 
     def sent_bytes(self, endpoint: Endpoint) -> int:
         """What this replica gives the others, if they are other processes."""

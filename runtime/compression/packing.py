@@ -72,3 +72,24 @@ class Packing:
         device = next(iter(self._grads.values())).device
         parts = [torch.arange(at, at + n)[replica::dp] for at, n in self.spans.values()]
         return torch.cat(parts).to(device)
+
+
+class Kept:
+    """What a method keeps that compresses gradients as rows, as `compressed.Compressor` has it.
+
+    Args:
+        width: how many numbers a row has.
+        grads: FQN -> where its gradient is, in fp32.
+
+    Attributes:
+        residues: FQN -> what was not sent, in the parameter's form.
+        bases: what all replicas have alike: nothing.
+        held: the tensors that all of that lies in.
+    """
+
+    def __init__(self, width: int, grads: Mapping[str, torch.Tensor]):
+        self._grads, self._packing = grads, Packing(grads, width)
+        self._kept = self._packing.zeros()
+        self.residues = self._packing.shaped(self._kept)
+        self.bases: dict[str, torch.Tensor] = {}
+        self.held = [self._kept]

@@ -21,7 +21,7 @@ from ...compiler.compression.rows import in_steps
 from ...compiler.compression.sizes import ROW_BYTES
 from ..transport.transport import Values, ordered_sum_
 from .exchange import Rounds, Scatter, Share
-from .packing import Packing
+from .packing import Kept
 
 
 class Codec(Protocol):
@@ -71,26 +71,17 @@ class Int8:
         )
 
 
-class Rounded:
+class Rounded(Kept):
     """Of one rank.
 
     Args:
         grads: FQN -> where its gradient is, in fp32.
-
-    Attributes:
-        residues: FQN -> what was not sent, in the parameter's form.
-        bases: what all replicas have alike: nothing.
-        held: the tensors that all of that lies in.
     """
 
     def __init__(self, codec: Codec, grads: Mapping[str, torch.Tensor], dp: int, replica: int):
-        self._codec, self._packing = codec, Packing(grads, sizes.CHUNK)
-        self._kept = self._packing.zeros()
+        super().__init__(sizes.CHUNK, grads)
+        self._codec, self._dp, self._replica = codec, dp, replica
         self._owned = [self._packing.owned(dp, r) for r in range(dp)]
-        self._dp, self._replica = dp, replica
-        self.residues = self._packing.shaped(self._kept)
-        self.bases: dict[str, torch.Tensor] = {}
-        self.held = [self._kept]
 
     def mean_(self, scale: float) -> Rounds:
         """Replace the gradients by their mean.

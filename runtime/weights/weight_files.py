@@ -77,19 +77,19 @@ class WeightFiles:
             StateError: a file cannot be read or is damaged, or tied names have two values.
         """
         with ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            sums: dict[Path, dict[str, str]] = {}
+            files: dict[Path, tuple[Any, dict[str, str]]] = {}  # opened, and its checksums
 
             def read(name: str) -> torch.Tensor:
                 file = self._entries[name].file
                 with _readable(file, f"{name!r} in "):
                     if file not in files:
-                        files[file] = stack.enter_context(_open(file))
-                        sums[file] = sums_in(files[file])
+                        opened = stack.enter_context(_open(file))
+                        files[file] = opened, sums_in(opened)
+                    opened, sums = files[file]
                     # A view into the mapped file, of which is read what is used; all of it where
                     # there is a checksum.
-                    tensor: torch.Tensor = files[file].get_tensor(name)
-                    why = check_sum(file, name, tensor, sums[file])
+                    tensor: torch.Tensor = opened.get_tensor(name)
+                    why = check_sum(file, name, tensor, sums)
                 if why:
                     raise StateError(why)
                 return tensor

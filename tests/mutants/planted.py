@@ -1002,7 +1002,7 @@ LINKS = (
     ),
     Mutant(
         "passes/attention/kernels.py",
-        "if mask is not None or query.dtype not in _HALVES",
+        "if self.masks or query.dtype not in _HALVES",
         "if query.dtype not in _HALVES",
         "test_attention_kernels.py",
         "masked attention is planned by a kernel that takes no mask",

@@ -90,23 +90,19 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         folder, name = Folder(shared()), _digest(key)
         shares = os.environ.get("PIPECOMPILE_CACHE") == "off"  # else no files are opened
         kept = known.setdefault(key, [])
-
-        def found() -> tuple[Captured, list[Any]] | None:
-            return next((each for each in kept if _is_for(each[0], capturing, wanted)), None)
-
-        with _alone(name, found() is not None or not shares):
-            looks = shares and found() is None
+        one = next((each for each in kept if _is_for(each[0], capturing, wanted)), None)
+        with _alone(name, one is not None or not shares):
+            looks = shares and one is None
             if looks and (entry := folder.find(name, wanted.batch, capturing.skeleton.mode)):
                 kept.append((entry.captured, [PassRecord(*each) for each in entry.records]))
-            if found() is None:
+                one = kept[-1] if _is_for(entry.captured, capturing, wanted) else None
+            if one is None:
                 made = trace(capturing, wanted, records)
                 kept.append((_copied(made), list(records)))
                 if shares:
                     with suppress(UntoldError):
                         folder.add(name, Entry(made, tuple(map(astuple, records)), ()))
                 return made
-        one = found()
-        assert one is not None
         records[:] = one[1]
         capturing.skeleton.met(one[0].graph, one[0].lost, one[0].guards)
         return _copied(one[0])

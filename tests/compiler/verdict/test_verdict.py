@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from pipecompile.compiler.cli import inspection
-from pipecompile.compiler.cli.request import Request
 from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.ir.actions import Kind, Phase, from_text, to_text
 from pipecompile.compiler.ir.program import Message
@@ -181,13 +180,13 @@ def test_the_change_is_one_that_plans_show(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With links this slow, replicas that exchange gradients once are better than stages."""
-    limits, searched = [], inspection._searched
+    limits, searched = [], inspection._Asked.searched
 
-    def noting(request: Request, options: CompileOptions, *rest: Any) -> Any:
+    def noting(asked: Any, options: CompileOptions, *rest: Any) -> Any:
         limits.append(options.time_limit_s)
-        return searched(request, options, *rest)
+        return searched(asked, options, *rest)
 
-    monkeypatch.setattr(inspection, "_searched", noting)
+    monkeypatch.setattr(inspection._Asked, "searched", noting)
     command = f"{SMALL_GPT2} --stages 2 --microbatches 2 --set link.bytes_per_s=20MB --device h100"
     said = " ".join(inspect(command, capsys).partition("\n\n")[0].split())
     assert limits == [inspection.BRIEFLY_S]  # what may help is not searched for as long as a plan
