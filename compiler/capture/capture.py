@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -33,7 +34,7 @@ from ..tracing.kept import UNTRACED
 from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind, check_texts
-from .exporting import Traced, exported, tracing
+from .exporting import Traced, exported, nameless, tracing
 from .joint import differentiated
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
@@ -152,7 +153,9 @@ def _capture(
         other, given = function_of(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
         other.values = repeated(values, spec, rows)
         other.denied, other.lazily = function.denied, function.lazily
-        return exported(other, given)[0]
+        # a message names lines of the smaller graph; with one row that is the one of two
+        with nameless() if rows > 2 or spec.rows > 1 else nullcontext():
+            return exported(other, given)[0]
 
     attempted = _with_numbers if spec.plain_leaves else _attempted
     with skeleton.computing():

@@ -17,6 +17,9 @@ from typing import Any
 
 from .code import is_foreign_module
 
+_WITHOUT_TENSORS = {"_pytest", "hypothesis", "mpmath", "pygments", "pytest", "scipy", "sympy"}
+"""Large libraries that know nothing of torch: their caches keep no tensors."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Seen:
@@ -41,13 +44,14 @@ _installed: dict[str, _Seen] = {}
 
 
 def caches() -> Iterator[Any]:
-    """The functions with `functools.lru_cache` in all modules but torch's and Python's own."""
+    """The functions with `functools.lru_cache` in all modules but torch's, Python's own and those
+    of some libraries that know nothing of torch."""
     for name, module in list(sys.modules.items()):
         if name in _foreign:
             continue
         seen = _installed.get(name)
         if seen is None or seen.module is not module or _differs(seen):
-            if is_foreign_module(name):
+            if is_foreign_module(name) or name.partition(".")[0] in _WITHOUT_TENSORS:
                 _foreign.add(name)
                 continue
             if not isinstance(module, types.ModuleType):

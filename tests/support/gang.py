@@ -26,6 +26,7 @@ from support.hosts import Host, enter
 T = TypeVar("T")
 
 TIMEOUT_S = 240
+_TESTS = Path(__file__).parents[1]
 IMPORTED = (
     "highspy",
     "hypothesis",
@@ -35,6 +36,8 @@ IMPORTED = (
     "pipecompile.compiler.api",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "support.remembered",
+    "support.settled",  # the last
 )
 
 
@@ -72,7 +75,11 @@ class Gang:
             told = (theirs, rank, size, port, hosts)
             worker = context.Process(target=_serve, args=told, daemon=True)
             forks = _server(first=rank == 0).connect_to_new_process
-            with mock.patch.object(forkserver, "connect_to_new_process", forks):
+            path = filter(None, (str(_TESTS), os.environ.get("PYTHONPATH")))
+            with (
+                mock.patch.object(forkserver, "connect_to_new_process", forks),
+                mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)),  # of what it imports
+            ):
                 worker.start()
             self.pipes.append(mine)
             self.workers.append(worker)
@@ -140,7 +147,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, hosts: Sequence[Ho
         MASTER_ADDR=hosts[0].name if hosts else "127.0.0.1",
         MASTER_PORT=str(port),
     )
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(_TESTS))
     if hosts:
         os.environ["LOCAL_WORLD_SIZE"] = str(beside)
         enter(hosts[rank // beside].init)
