@@ -10,7 +10,6 @@ import functools
 import operator
 import sys
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,10 @@ _foreign: set[str] = set()
 _installed: dict[str, _Seen] = {}
 
 
-def caches() -> Iterator[Any]:
+def caches() -> list[Any]:
     """The functions with `functools.lru_cache` in all modules but torch's, Python's own and those
     of some libraries that know nothing of torch."""
+    found: list[Any] = []
     for name, module in list(sys.modules.items()):
         if name in _foreign:
             continue
@@ -59,7 +59,8 @@ def caches() -> Iterator[Any]:
             seen = _look(name, module)
             if _is_installed(getattr(module, "__file__", None) or ""):
                 _installed[name] = seen
-        yield from seen.found
+        found += seen.found
+    return found
 
 
 def _look(name: str, module: types.ModuleType) -> _Seen:
