@@ -23,6 +23,8 @@ Batch = dict[str, torch.Tensor]
 
 
 class Net(nn.Module):
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
@@ -34,6 +36,8 @@ class Net(nn.Module):
 
 class Head(nn.Module):
     """Has all that a loss may have; with ``model`` its parameters are tied to the model's."""
+
+    traced_once = True
 
     def __init__(self, model: Net | None = None) -> None:
         super().__init__()

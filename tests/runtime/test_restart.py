@@ -22,6 +22,8 @@ BATCH = {"x": torch.linspace(-1, 1, 64).view(8, 8)}
 class Masked(nn.Module):
     """Dropout, a mask that is a buffer and one that a constant is made of, and a batch norm."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)

@@ -201,6 +201,8 @@ def test_the_space_keeps_to_limits_of_sessions() -> None:
 class Net(nn.Module):
     """Small, quickly traced, and uneven."""
 
+    traced_once = True
+
     def __init__(self) -> None:
         super().__init__()
         widths = (32, 64, 32, 32, 96, 32)

@@ -24,6 +24,8 @@ def _of_nested_tensors() -> Iterator[None]:
 
 
 class Encoding(nn.Module):
+    traced_once = True
+
     def __init__(self, normed: bool = False, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
