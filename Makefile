@@ -13,6 +13,8 @@ GPU_SECONDS := 510
 GPU := .venv-gpu/bin/python
 
 export OMP_NUM_THREADS := 1
+# Empty: what is compiled is kept for the next of the hundreds of processes that tests start.
+export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-examples test-machines test-slow test-torch mutants lint bench predictions published \
@@ -57,8 +59,10 @@ help:
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py
 
+# timings are not even imported
+QUICKLY := -n 2 --dist loadgroup --durations=20 --ignore=tests/bench
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadgroup --durations=20
+	$(BIN)/pytest $(QUICKLY)
 
 test-examples: $(READY)
 	$(BIN)/pytest tests/examples -m "not bench" -n 2
@@ -76,7 +80,7 @@ test-slow: $(READY)
 test-torch:
 	@test -n "$(TORCH)" || { echo "say which: make test-torch TORCH=2.11.0"; exit 2; }
 	test -e .venv-torch/$(TORCH)/ready || $(MAKE) --no-print-directory .venv-torch/$(TORCH)/ready
-	.venv-torch/$(TORCH)/bin/pytest -n 2 --dist loadgroup --durations=20
+	.venv-torch/$(TORCH)/bin/pytest $(QUICKLY)
 
 .venv-torch/%/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-torch/$*
