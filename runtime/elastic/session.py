@@ -6,6 +6,7 @@ import ctypes
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,13 +22,14 @@ from ...compiler.api import compile_among
 from ...compiler.driver.auto import Open
 from ...compiler.ir.errors import CheckpointError, OptionError, StateError
 from ...compiler.options.arguments import Arguments
+from ...compiler.options.declaration import declarations_of
 from ...compiler.options.parsing import AUTO
 from ..files.step_folder import published
 from ..monitor.callbacks import check_steps
 from ..pipeline import Pipeline
 from ..transport.joining import new_group
 from ..transport.mesh import world_size
-from . import division, memory
+from . import division, memory, stopped
 from .division import Stages
 from .holdings import Snapshot, complete, next_attempt
 from .keeper import Keeper
@@ -118,6 +120,7 @@ class Session:
         self._passes = Passes()
         self._keeper: Keeper | None = None
         self._memory: Memory | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._left_out = 0
         self._saved = -1
         self._told: set[str] = set()
@@ -173,6 +176,9 @@ class Session:
             what = f"n_stages={n_stages!r}, global_microbatches={global_microbatches}"
             division.leave_out(processes, used, what)
             self._left_out = processes - used
+            if _has_agent():
+                declarations_of(Arguments)["timeout_s"].check_value(arguments.timeout_s)
+                self._guard = stopped.guarded(int(os.environ["RANK"]), arguments.timeout_s)
         self._pipe = compile_among(arguments, Open(True, orders, used, *shape))
         if _PASSES in self._pipe.checkpoint_extras:
             raise OptionError(f"checkpoint_extras has {_PASSES!r}, which is the session's own")
@@ -375,6 +381,10 @@ class Session:
         if self._memory is not None:
             self._memory.remove()
         self._keeper = self._memory = None
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+            self._guard = None
         if self._left_out and pipe.is_main:
             division.tell_the_end(self._left_out)
 
@@ -386,5 +396,10 @@ class Session:
 
 def _end_with_the_agent() -> None:
     """A worker whose agent was killed is nobody's: the others would wait for it, or it for them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if _has_agent() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _has_agent() -> bool:
+    """Whether torchrun has started this process, and will start it again."""
+    return "TORCHELASTIC_RUN_ID" in os.environ

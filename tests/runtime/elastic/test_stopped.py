@@ -1,0 +1,68 @@
+"""A process that is stopped for good is ended by its guard, which ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pipecompile
+
+GUARDED = Path(pipecompile.__file__).parent / "runtime/elastic/stopped.py"
+WORKER = """
+import runpy, sys, time
+guard = runpy.run_path(sys.argv[1])["guarded"](3, 0.0)
+print(guard.pid, flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def worker(seconds: float) -> tuple[subprocess.Popen[str], int]:
+    """It, and the process of its guard."""
+    command = [sys.executable, "-S", "-c", WORKER, str(GUARDED), str(seconds)]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def gone(pid: int) -> bool:
+    """Within a second."""
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":  # whoever has inherited it has not looked yet
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_process_that_stays_stopped_is_killed_and_said_so() -> None:
+    """Though SIGTERM, which an agent sends to it and its guard, would wait for ever."""
+    process, guard = worker(60)
+    time.sleep(0.3)  # until the guard ignores what is meant for the worker
+    os.kill(process.pid, signal.SIGSTOP)
+    for pid in (process.pid, guard):
+        os.kill(pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGKILL
+    assert f"rank 3 (process {process.pid}) has been stopped (as by SIGSTOP) for 2 s" in said
+    assert "longer than timeout_s=0: it is killed" in said
+    assert gone(guard)
+
+
+def test_a_process_that_is_only_paused_goes_on_and_its_guard_ends_with_it() -> None:
+    process, guard = worker(4)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.8)
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.6)  # longer than from one look to the next
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (0, "")
+    assert gone(guard)
