@@ -1,8 +1,8 @@
 """Faults at random moments of a training under torchrun, and what they cost.
 
 python tests/bench/chaos.py --minutes 5 --seed 0     # or --faults 200
-python tests/bench/chaos.py --plain                  # the same faults of DDP with torch.save
 python tests/bench/chaos.py --network                # machines with cables that are cut; needs root
+python tests/bench/chaos.py --skip 60 --faults 8     # some of them again
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import chaos, chaos_rival, hosts
-from support.chaos import TIMEOUT_S, Fault, compared, drawn, endured, summary
+from support import chaos, hosts
+from support.chaos import TIMEOUT_S, Chaos, Fault, compared, drawn, endured, summary
 from support.elastic import NetworkRun, Run, script_of
 
 RANKS = 2
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--faults", type=int, default=10_000, help="at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="DDP and torch.save")
+    parser.add_argument("--skip", type=int, default=0, help="so many of the first")
     parser.add_argument("--network", action="store_true", help="between namespaces, as root")
     parser.add_argument("--verbose", action="store_true", help="all that the processes say")
     args = parser.parse_args()
@@ -39,10 +39,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no process behind
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        commands = plain(folder) if args.plain else ours(folder)
         often = chaos.OF_NETWORKS if args.network else chaos.KINDS
-        faults = list(itertools.islice(drawn(args.seed, RANKS, often), args.faults))
-        return endure(folder, commands, args.minutes, faults, args.network, args.verbose)
+        every = drawn(args.seed, RANKS, often)
+        faults = list(itertools.islice(every, args.skip, args.skip + args.faults))
+        return endure(folder, ours(folder), args.minutes, faults, args.network, args.verbose)
 
 
 def ours(folder: Path) -> tuple[list[str], list[str]]:
@@ -51,17 +51,6 @@ def ours(folder: Path) -> tuple[list[str], list[str]]:
     commands = [script_of(folder), str(10**6), f"({RANKS}, {RANKS})"]
     options = {"timeout_s": TIMEOUT_S}
     return [*commands, repr({"session": session, **options})], [*commands, repr(options)]
-
-
-def plain(folder: Path) -> tuple[list[str], list[str]]:
-    """As `ours`, without this library."""
-    script = chaos_rival.script_of(folder)
-    for name in ("checkpoints", "others"):
-        (folder / name).mkdir()
-    return (
-        [script, str(10**6), str(folder / "checkpoints"), str(TIMEOUT_S)],
-        [script, str(10**6), str(folder / "others"), str(TIMEOUT_S)],
-    )
 
 
 def tell(text: str) -> None:
@@ -76,11 +65,27 @@ def endure(
     network: bool = False,
     verbose: bool = False,
 ) -> int:
-    """A run with faults, and then one without; 0 if their curves are one.
+    """`suffered`; 0 if all is as it ought to be. The figures are printed."""
+    went = suffered(folder, commands, minutes, faults, network, verbose)
+    print(json.dumps(summary(went), indent=2))
+    return 1 if went.wrong else 0
+
+
+def suffered(
+    folder: Path,
+    commands: tuple[list[str], list[str]],
+    minutes: float,
+    faults: list[Fault],
+    network: bool = False,
+    verbose: bool = False,
+    names: bool = True,
+) -> Chaos:
+    """A run with faults, and then one without, whose curve has to be the same.
 
     Args:
         commands: of the one, and of the other.
         network: whether the one is of machines with networks of their own.
+        names: as `Chaos` has it.
     """
     end, directory = folder / "end", folder / "checkpoints"
     environment = {"END": str(end), "PIPECOMPILE_CACHE": str(folder / "cache")}
@@ -91,17 +96,18 @@ def endure(
         kind = NetworkRun if network else Run
         run = stack.enter_context(kind(commands[0], folder, RANKS, **more))  # type: ignore[arg-type]
         try:
-            went = endured(run, directory, end, faults, minutes, tell)
+            went = endured(run, directory, end, faults, minutes, tell, names)
         finally:
             if verbose:
                 print("\n".join(run.said), file=sys.stderr)
         curve = run.curve
+    if not went.ended:
+        return went
     more.pop("network", None)
     with Run(commands[1], folder, RANKS, **more) as undisturbed:  # type: ignore[arg-type]
         undisturbed.finished(60 + len(curve))
         went.wrong += compared(curve, undisturbed.curve)
-    print(json.dumps(summary(went), indent=2))
-    return 1 if went.wrong else 0
+    return went
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ QUIET = ("paused", "slow", "full", "cut")
 
 TIMEOUT_S = 10.0  # of a stall; longer than one rank compiles alone
 NAMED_S = TIMEOUT_S + 8  # in which it has to be named: a loaded machine looks late
-BACK_S = 180.0  # in which a run has to go on, whatever happened
+BACK_S = 300.0  # in which a run has to go on, whatever happened
 AHEAD = 12  # steps from the order to end to the last one
 
 
@@ -83,43 +84,53 @@ class Outcome:
     """Of one fault.
 
     Attributes:
-        back_s: until rank 0 had taken a step that it had not before.
+        back_s: until rank 0 had taken a step that it had not before; 0.0 where another fault came.
         repeated: steps that were done twice for it.
         named_s: until a stall was named.
+        told: the first line before that step which names the rank, or says that a disk is full.
     """
 
     fault: Fault
     back_s: float = 0.0
     repeated: int = 0
     named_s: float | None = None
+    told: str = ""
 
 
 @dataclass
 class Chaos:
     """Faults of a run, one after the other.
 
+    Args:
+        names: whether the run is one that names whoever is stopped; that is waited for then.
+
     Attributes:
         wrong: what ought not to be.
+        ended: whether the run has, as it was told.
     """
 
     run: Run
     directory: Path
+    names: bool = True
     outcomes: list[Outcome] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     newest: int = -1
+    ended: bool = False
 
     def one(self, fault: Fault) -> None:
         """Wait, do it, and wait until the run has gone on, unless the next comes soon."""
         time.sleep(fault.wait_s)
-        begun_s, steps, top = time.monotonic(), len(self.run.steps), self._top()
+        begun_s, steps, top = time.monotonic(), len(self.run.steps), self.run.top
+        said = len(self.run.said)
         outcome = Outcome(fault)
         self.outcomes.append(outcome)
         self._happen(fault, outcome)
-        self.run.wait_for(lambda: self._top() > top, BACK_S, f"going on after: {fault}")
+        self.run.wait_for(lambda: self.run.top > top, BACK_S, f"going on after: {fault}")
         first = next(s for s in list(self.run.steps) if s.number > top)
         outcome.back_s = first.at_s - begun_s
         since = [s.number for s in list(self.run.steps)[steps:]]
         outcome.repeated = sum(number <= top for number in since)
+        outcome.told = _telling(list(self.run.said)[said:], fault)
         self.look()
 
     def look(self) -> None:
@@ -130,9 +141,6 @@ class Chaos:
         if self.newest >= 0 and max(steps, default=-1) < self.newest:
             self.wrong.append(f"step {self.newest} was published, and there are {list(steps)}")
         self.newest = max(steps, default=self.newest)
-
-    def _top(self) -> int:
-        return max((step.number for step in list(self.run.steps)), default=-1)
 
     def _happen(self, fault: Fault, outcome: Outcome) -> None:
         pid = self._process(fault.rank)
@@ -172,9 +180,11 @@ class Chaos:
         network.mend(host)
 
     def _stopped(self, pid: int, fault: Fault, outcome: Outcome) -> None:
-        """It is named by another rank, and then ended by the agent, which takes it 30 s."""
+        """It is named by another rank, and then ended."""
         before, begun_s = len(self.run.said), time.monotonic()
         os.kill(pid, signal.SIGSTOP)
+        if not self.names:
+            return
 
         def named() -> bool:
             return any(
@@ -196,6 +206,16 @@ class Chaos:
                 return workers[rank]
             time.sleep(0.05)
         return None
+
+
+_FULL = re.compile("File too large|No space left|no room|without a checkpoint")
+
+
+def _telling(said: Sequence[str], fault: Fault) -> str:
+    """The first line that says whom, or what, a fault has met; "" for none."""
+    rank = re.compile(rf"\brank:? ?{fault.rank}\b", re.IGNORECASE)
+    about = _FULL if fault.kind == "full" else rank
+    return next((line for line in said if about.search(line)), "")
 
 
 def _paused(pid: int, seconds: float) -> None:
@@ -221,18 +241,44 @@ def endured(
     faults: list[Fault],
     minutes: float,
     tell: Callable[[str], None],
+    names: bool = True,
 ) -> Chaos:
     """Let faults happen to a run until they or the minutes are over, and let it end.
 
     Args:
         tell: is told of each fault, and of what came of it.
+        names: as `Chaos` has it.
     """
-    chaos, deadline = Chaos(run, directory), time.monotonic() + 60 * minutes
-    run.reached(1)
+    chaos = Chaos(run, directory, names)
+    try:
+        _suffer(chaos, faults, time.monotonic() + 60 * minutes, tell)
+        draft = end.with_suffix(".draft")
+        draft.write_text(str(run.top + AHEAD))
+        draft.replace(end)
+        statuses = run.finished(BACK_S)
+    except AssertionError as error:
+        tell(str(error))
+        chaos.wrong.append(str(error).partition("\n")[0])
+        return chaos
+    chaos.ended = True
+    if set(statuses) != {0}:
+        chaos.wrong.append(f"agents ended with {statuses}")
+    if run.left:
+        chaos.wrong.append(f"in memory is left {run.left}")
+    chaos.look()
+    _check_newest(chaos)
+    return chaos
+
+
+def _suffer(
+    chaos: Chaos, faults: list[Fault], deadline: float, tell: Callable[[str], None]
+) -> None:
+    """Raises AssertionError where the run does not go on after one."""
+    chaos.run.reached(1)
     for fault, following in zip(faults, [*faults[1:], None], strict=True):
         if time.monotonic() > deadline:
             break
-        tell(f"{len(chaos.outcomes):3d} at step {chaos._top()}: {fault}")
+        tell(f"{len(chaos.outcomes):3d} at step {chaos.run.top}: {fault}")
         if following is not None and following.soon:
             # the next one meets a run that is still going on from this
             outcome = Outcome(fault)
@@ -242,17 +288,6 @@ def endured(
         else:
             chaos.one(fault)
             tell(f"    {chaos.outcomes[-1]}")
-    draft = end.with_suffix(".draft")
-    draft.write_text(str(chaos._top() + AHEAD))
-    draft.replace(end)
-    statuses = run.finished(BACK_S)
-    if set(statuses) != {0}:
-        chaos.wrong.append(f"agents ended with {statuses}")
-    if run.left:
-        chaos.wrong.append(f"in memory is left {run.left}")
-    chaos.look()
-    _check_newest(chaos)
-    return chaos
 
 
 def _check_newest(chaos: Chaos) -> None:
@@ -280,7 +315,7 @@ def summary(chaos: Chaos) -> dict[str, Any]:
     """The figures, for people."""
     kinds = Counter(outcome.fault.kind for outcome in chaos.outcomes)
     timed = [o for o in chaos.outcomes if o.back_s]
-    sources = Counter(line.split()[1] for line in chaos.run.said if line.startswith("from "))
+    sources = Counter(begun.source for begun in chaos.run.begun)
     back = {
         kind: sorted(round(o.back_s, 1) for o in timed if o.fault.kind == kind) for kind in kinds
     }
@@ -289,6 +324,7 @@ def summary(chaos: Chaos) -> dict[str, Any]:
         "faults": dict(kinds),
         "steps": len(chaos.run.curve),
         "begun from": dict(sources),
+        "most steps that an attempt went back": max((b.lost for b in chaos.run.begun), default=0),
         "repeated steps": len(chaos.run.steps) - len(chaos.run.curve),
         "most repeated after one fault": max((o.repeated for o in timed), default=0),
         "seconds until the next step, median and most": {

@@ -89,6 +89,7 @@ waits for the file ``GATE``, and it ends before the step that the file ``END`` s
 given. SIGUSR2 is an error wherever the script is."""
 
 LINE = re.compile(r"step +(\d+) +loss (.*)")
+BEGUN = re.compile(r"from (\w+) after (\d+) as (\d+ x \d+)")
 
 
 @dataclass
@@ -98,6 +99,22 @@ class Step:
     number: int
     text: str
     at_s: float
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an attempt has said of where it goes on.
+
+    Attributes:
+        source: memory, disk or nothing.
+        division: as in ``2 x 1``.
+        lost: steps that were done before, and are to be done again.
+    """
+
+    source: str
+    passes: int
+    division: str
+    lost: int
 
 
 @dataclass
@@ -143,6 +160,7 @@ class Run:
         fewest: machines without which the agents do not begin.
         steps: all that rank 0 has printed of steps, repeated ones too.
         said: all other lines.
+        begun: of each attempt that has taken a step.
     """
 
     command: Sequence[str]
@@ -154,6 +172,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    begun: list[Begun] = field(default_factory=list)
 
     def __enter__(self) -> Run:
         self.port = free_port()
@@ -211,6 +230,9 @@ class Run:
                 self.steps.append(Step(int(found[1]), found[2].strip(), time.monotonic()))
             else:
                 self.said.append(line.rstrip())
+                if begun := BEGUN.match(line):
+                    lost = max(0, self.top + 1 - int(begun[2]))
+                    self.begun.append(Begun(begun[1], int(begun[2]), begun[3], lost))
 
     def stop(self, machine: Machine) -> None:
         """A machine is gone at once, but for its memory."""
@@ -261,6 +283,11 @@ class Run:
         for thread in self._threads:
             thread.join(5)
         return [agent.returncode for agent in agents]
+
+    @property
+    def top(self) -> int:
+        """The last step that was done; -1 before the first."""
+        return max((step.number for step in list(self.steps)), default=-1)
 
     @property
     def curve(self) -> dict[int, str]:
