@@ -11,13 +11,16 @@ in files; those of /dev/shm are memory. Whose they are follows from the agent: a
 agent of this process has signed is of this run. If no rank's agent has, the run is a new one, and
 whatever is there has been left by another. A folder of which no agent lives is removed.
 
-A piece is published by the rename of its JSON, which has checksums of everything.
+A piece is published by the rename of its JSON, which has checksums of everything. The one that is
+written over becomes the next one's draft, so that a run that has begun takes no more memory: others
+may fill it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +39,7 @@ WHERE = "PIPECOMPILE_ELASTIC_MEMORY"
 PREFIX = "pipecompile-elastic-"
 _AGENTS = "agents"
 _SLOTS = "ab"
+_ROOM = 4096  # bytes, of which what is published with a piece has a multiple, but for its seal
 
 
 def folder_of_machine() -> Path:
@@ -167,7 +171,8 @@ class Memory:
         """What is there in a piece's place is none any more, and may be written over; its file."""
         path = self.place(held)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.with_suffix(".json").replace(path.with_suffix(".draft"))
         return path
 
     def publish(self, held: Held, facts: bytes) -> None:
@@ -178,7 +183,8 @@ class Memory:
         """
         path = self.place(held).with_suffix(".json")
         draft = path.with_suffix(".draft")
-        draft.write_bytes(facts)
+        if not _written_over(draft, facts):
+            draft.write_bytes(facts)
         draft.replace(path)
 
     def read(self, held: Held) -> dict[str, Any]:
@@ -209,8 +215,22 @@ class Memory:
 
 
 def sealed(held: Held, facts: Mapping[str, Any]) -> bytes:
-    """What is published with a piece."""
-    return checksums.sealed(json.dumps({"held": vars(held), **facts}))
+    """What is published with a piece, of a length that the next one's is likely to have."""
+    text = json.dumps({"held": vars(held), **facts})
+    room = " " * (-(len(text) + _ROOM // 4) % _ROOM + _ROOM // 4)
+    return checksums.sealed(text[:-1] + room + text[-1])
+
+
+def _written_over(path: Path, content: bytes) -> bool:
+    """Whether a file could be given another content of the same length, in the memory it has."""
+    try:
+        if path.stat().st_size != len(content):
+            return False
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), len(content)) as there:
+            there[:] = content
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

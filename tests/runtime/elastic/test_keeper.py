@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipecompile import errors
+from pipecompile.runtime.elastic import memory as elastic_memory
 from pipecompile.runtime.elastic import piece
 from pipecompile.runtime.elastic.holdings import Held
 from pipecompile.runtime.elastic.memory import Memory
@@ -29,6 +31,7 @@ PLACES = (
     (piece, "copy"),
     (piece, "described"),
     (Memory, "publish"),
+    (elastic_memory, "_written_over"),
     (Path, "write_bytes"),
     (Path, "replace"),
 )
@@ -171,6 +174,26 @@ def test_without_room_the_last_whole_snapshot_stays(memory: Memory) -> None:
     found = newest(memory)
     assert found is not None
     assert (found.steps, mine.lack) == (4, "")
+
+
+def test_a_run_that_has_begun_takes_no_more_memory(memory: Memory) -> None:
+    """Once it has both generations, others may fill what is left: here no file may grow."""
+    mine = keeper(memory)
+    for step in (8, 9):
+        mine.take(training(step))
+    mine.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        for step in (10, 11, 12):
+            mine.take(training(step))
+        mine.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = newest(memory)
+    assert found is not None
+    assert (found.steps, mine.complete, mine.lack) == (12, 5, "")
+    assert torch.equal(values(memory, found), torch.full((256, 4), 12.0))
 
 
 def test_what_is_in_a_wrong_place_is_no_piece(memory: Memory) -> None:
