@@ -68,7 +68,7 @@ def compile_among(arguments: Arguments, open_: Open) -> Pipeline:
     if not open_.divides and not open_.orders:
         if chooses_places(options):
             return start_best(arguments.model, options, replace(open_, places=True))
-        return start(arguments.model, options)
+        return start(arguments.model, options, stays=open_.stages is None)
     _check_auto(arguments, 'n_stages="auto"' if open_.divides else 'schedule="auto"')
     return start_best(arguments.model, options, open_)
 

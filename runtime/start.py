@@ -37,9 +37,15 @@ from .weights.weight_files import WeightFiles
 from .world import Planning, plain_torch
 
 
-def start(model: nn.Module, options: CompileOptions) -> Pipeline:
-    """The pipeline of n_stages × dp ranks, as this process was started."""
-    options.check_shared()
+def start(model: nn.Module, options: CompileOptions, stays: bool = True) -> Pipeline:
+    """The pipeline of n_stages × dp ranks, as this process was started.
+
+    Args:
+        stays: whether the division does; of one that others follow, what has nowhere to go now may
+            have with those.
+    """
+    if stays:
+        options.check_shared()
     mesh = _mesh(_as_planned(options))
     if mesh.dp > 1 and mesh.pp > 1:
         options = replace(options, placement=mesh.order)

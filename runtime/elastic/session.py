@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from .division import Stages
 from .holdings import Snapshot, complete, next_attempt
 from .keeper import Keeper
 from .memory import Memory
+from .settled import Settled
 from .source import InMemory
 
 _PASSES = "elastic"  # among checkpoint_extras
@@ -143,7 +144,9 @@ class Session:
             global_microbatches: into how many the global batch is cut, of all replicas together:
                 fewer replicas have more each, of the same rows. A number of replicas that does not
                 divide it is not used. None for what suits each division.
-            options: of `pipecompile.compile`; ``example_batch``, the global one, is needed.
+            options: of `pipecompile.compile`; ``example_batch``, the global one, is needed. ``pin``
+                and ``cut`` need one number of stages. A ``plan`` is used where the processes allow
+                the division that it was made for, and else it is planned anew, which is said.
 
         Raises:
             OptionError: the processes cannot be divided so, or an option is not for this.
@@ -161,7 +164,9 @@ class Session:
         stages = division.limits_of(n_stages)
         division.check_microbatches(global_microbatches)
         arguments = Arguments(model, AUTO, **options)
-        processes, alone = world_size(), arguments.devices or (stages or (1,))[0]
+        settled = Settled.of(arguments, n_stages, stages)
+        alone = arguments.devices or settled.devices or (stages or (1,))[0]
+        processes = world_size()
         orders = arguments.schedule == AUTO
         shape = (arguments.virtual_stages, arguments.schedule_memory, stages, global_microbatches)
         if processes:
@@ -179,7 +184,9 @@ class Session:
             if _has_agent():
                 declarations_of(Arguments)["timeout_s"].check_value(arguments.timeout_s)
                 self._guard = stopped.guarded(int(os.environ["RANK"]), arguments.timeout_s)
-        self._pipe = compile_among(arguments, Open(True, orders, used, *shape))
+        open_ = Open(True, orders, used, *shape)
+        pipe = settled.compiled(arguments, open_, used)
+        self._pipe = pipe or compile_among(replace(arguments, plan=None), open_)
         if _PASSES in self._pipe.checkpoint_extras:
             raise OptionError(f"checkpoint_extras has {_PASSES!r}, which is the session's own")
         self._pipe.checkpoint_extras[_PASSES] = self._passes
