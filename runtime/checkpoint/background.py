@@ -20,10 +20,20 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._join: Callable[[threading.Thread], None] = threading.Thread.join
         self._error: Exception | None = None
 
-    def start(self, work: Callable[[], object]) -> None:
-        """Run it; nothing else may be running: call `wait` before."""
+    def start(
+        self,
+        work: Callable[[], object],
+        join: Callable[[threading.Thread], None] = threading.Thread.join,
+    ) -> None:
+        """Run it; nothing else may be running: call `wait` before.
+
+        Args:
+            join: waits for a thread, and notes what that does meanwhile.
+        """
+        self._join = join
 
         def run() -> None:
             try:
@@ -42,7 +52,7 @@ class Background:
             Exception: what it ended with; once.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._join(self._thread)
             self._thread = None
         if (error := self._error) is not None:
             self._error = None

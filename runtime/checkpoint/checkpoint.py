@@ -33,13 +33,15 @@ from ..files.index import Entry, Index, LeftOut
 from ..files.owner import Owner
 from ..files.step_folder import Draft, find, step_name
 from ..files.tensor_file import FileFacts
+from ..transport.doing import HERE
 from ..transport.joining import new_group
 from ..transport.mesh import Mesh
+from ..transport.turns import Turns
 from . import left_out, snapshot
 from .background import Background
 from .restore import Restore
 from .snapshot import Training
-from .storage import Folder, Source, Writer
+from .storage import PLANNED, Folder, Source, Writer
 
 # One process that plays all ranks is meant to save alone.
 warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled, unavailable or uninit")
@@ -116,12 +118,14 @@ class Checkpoints:
             draft.publish(keep)
 
         path = draft.path if isinstance(draft, Draft) else draft
-        writer = Writer(path, self._rank, finish)
-        write = partial(_write, tensors, writer, self._meeting(), draft)
+        turns = self._turns(in_background)
+        writer = Writer(path, self._rank, turns, finish)
+        write = partial(_write, tensors, writer, turns, self._meeting(), draft)
         if in_background:
-            self._background.start(write)
+            self._background.start(write, turns.join)
         else:
-            write()
+            with HERE.phase(PLANNED):
+                write()
         return directory / step_name(training.steps)
 
     def wait(self) -> None:
@@ -164,14 +168,19 @@ class Checkpoints:
             sources = restore.sources
             found = self._sums.of(training, left_out.dtypes_of(index, sources))
             self._agreement.together(lambda: left_out.check_base(index, sources, found))
-        _translated(
-            lambda: dcp_load(
-                restore.tensors,
-                storage_reader=source.reader(index),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                **self._meeting(),
+        turns = self._turns()
+        with HERE.phase(PLANNED):
+            _by_turns(
+                turns,
+                lambda: dcp_load(
+                    restore.tensors,
+                    storage_reader=source.reader(index, turns),
+                    planner=DefaultLoadPlanner(
+                        flatten_state_dict=False, flatten_sharded_tensors=False
+                    ),
+                    **self._meeting(),
+                ),
             )
-        )
         self._agreement.together(restore.check)
         try:
             self._agreement.together(restore.change)
@@ -213,6 +222,9 @@ class Checkpoints:
             self._owners[directory] = draft.owner
         return draft or path
 
+    def _turns(self, beside: bool = False) -> Turns:
+        return Turns(self._rank, self._mesh.size if self._mesh.distributed else 1, beside)
+
     def _meeting(self) -> dict[str, Any]:
         """How DCP's ranks meet: over a group of their own, for training goes on beside it."""
         if not self._mesh.distributed:
@@ -223,18 +235,24 @@ class Checkpoints:
 
 
 def _write(
-    tensors: dict[str, torch.Tensor], writer: Writer, meeting: dict[str, Any], draft: Draft | Path
+    tensors: dict[str, torch.Tensor],
+    writer: Writer,
+    turns: Turns,
+    meeting: dict[str, Any],
+    draft: Draft | Path,
 ) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        _translated(lambda: dcp_save(tensors, storage_writer=writer, planner=planner, **meeting))
+        save = partial(dcp_save, tensors, storage_writer=writer, planner=planner, **meeting)
+        _by_turns(turns, save)
     finally:
         if isinstance(draft, Draft):
             draft.discard()
 
 
-def _translated(act: Callable[[], Any]) -> None:
-    """DCP's report on all ranks' failures as one error: the first rank's."""
+def _by_turns(turns: Turns, act: Callable[[], Any]) -> None:
+    """What DCP does; its report on all ranks' failures as one error: the first rank's."""
+    turns.wait(PLANNED)
     try:
         act()
     except CheckpointException as report:
@@ -242,6 +260,8 @@ def _translated(act: Callable[[], Any]) -> None:
         if isinstance(error, CheckpointError):
             raise CheckpointError(str(error)) from report
         raise CheckpointError(f"rank {rank} failed: {type(error).__name__}: {error}") from report
+    finally:
+        turns.end()
 
 
 def _see(path: Path) -> None:

@@ -42,6 +42,12 @@ from ...compiler.ir.errors import CheckpointError
 from ..files import checksums, tensor_file
 from ..files.index import Chunk, Entry, Index, file_name, read_index
 from ..files.tensor_file import DTYPES, FileFacts, TensorSpec, dtype_name
+from ..transport.turns import Turns
+
+PLANNED = "the plan of the checkpoint"
+WRITES, WRITTEN = "writing its part of the checkpoint", "the parts of all ranks"
+PUBLISHES = "publishing the checkpoint"
+READS, READ = "reading its part of the checkpoint", "what all ranks read"
 
 Finish = Callable[[dict[str, Entry], dict[str, FileFacts]], None]
 
@@ -50,11 +56,12 @@ class Writer(StorageWriter):
     """Writes this rank's tensors to ``folder``, and calls ``finish`` once all ranks have.
 
     Args:
+        turns: notes for whom this rank waits.
         finish: called on the coordinator with where every tensor is, and the files; it publishes.
     """
 
-    def __init__(self, folder: Path, rank: int, finish: Finish):
-        self._folder, self._rank, self._finish = folder, rank, finish
+    def __init__(self, folder: Path, rank: int, turns: Turns, finish: Finish):
+        self._folder, self._rank, self._turns, self._finish = folder, rank, turns, finish
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -63,17 +70,26 @@ class Writer(StorageWriter):
         pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self._turns.wait(PLANNED)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self._turns.work(PLANNED)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        self._turns.work(WRITES)
+        try:
+            return _done(self._written(plan, planner))
+        finally:
+            self._turns.wait(WRITTEN)
+
+    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         items = {key_of(item): item for item in plan.items}
         path = self._folder / file_name(self._rank)
         specs = {key: spec_of(item) for key, item in items.items()}
         if not items:
-            return _done([])
+            return []
         try:
             facts, sums = tensor_file.write(path, specs, lambda k: _resolve(planner, items[k]))
         except OSError as error:
@@ -81,15 +97,15 @@ class Writer(StorageWriter):
                 f"rank {self._rank} cannot write {path}: {error.strerror or error}; the "
                 "checkpoints before it are as they were: make room, or save to another folder"
             ) from error
-        written = [
+        return [
             WriteResult(
                 item.index, specs[key].nbytes, (_chunk(item, path.name, key, sums[key]), facts)
             )
             for key, item in items.items()
         ]
-        return _done(written)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._turns.work(PUBLISHES)
         chunks: dict[str, list[Chunk]] = defaultdict(list)
         files: dict[str, FileFacts] = {}
         for result in (result for rank in results for result in rank):
@@ -138,8 +154,12 @@ class Source(Protocol):
         """
         ...
 
-    def reader(self, index: Index) -> StorageReader:
-        """What DCP reads them with."""
+    def reader(self, index: Index, turns: Turns) -> StorageReader:
+        """What DCP reads them with.
+
+        Args:
+            turns: notes for whom this rank waits.
+        """
         ...
 
 
@@ -168,19 +188,20 @@ class Folder:
     def check(self, index: Index, names: set[str]) -> None:
         check_files(self.path, index, names, self.verify)
 
-    def reader(self, index: Index) -> StorageReader:
-        return Reader(self.path, index, self.verify)
+    def reader(self, index: Index, turns: Turns) -> StorageReader:
+        return Reader(self.path, index, turns, self.verify)
 
 
 class Reader(StorageReader):
     """Reads what DCP plans to from a checkpoint whose index has been read.
 
     Args:
+        turns: notes for whom this rank waits.
         verify: compare the checksums of all chunks of which something is read.
     """
 
-    def __init__(self, folder: Path, index: Index, verify: bool = True):
-        self._folder, self._index = folder, index
+    def __init__(self, folder: Path, index: Index, turns: Turns, verify: bool = True):
+        self._folder, self._index, self._turns = folder, index, turns
         self._verify = verify and index.has_checksums
         self._chunks: dict[MetadataIndex, Chunk] = {}
         self._sound: set[MetadataIndex] = set()
@@ -209,12 +230,22 @@ class Reader(StorageReader):
         }
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        self._turns.wait(PLANNED)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        self._turns.work(PLANNED)
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self._turns.work(READS)
+        try:
+            self._read_plan(plan, planner)
+        finally:
+            self._turns.wait(READ)
+        return _done(None)
+
+    def _read_plan(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self._chunks[item.storage_index].file].append(item)
@@ -222,7 +253,6 @@ class Reader(StorageReader):
             with tensor_file.opened(self._folder / name) as file:
                 for item in items:
                     self._read(file, item, planner)
-        return _done(None)
 
     def _read(self, file: tensor_file.TensorFile, item: ReadItem, planner: LoadPlanner) -> None:
         chunk = self._chunks[item.storage_index]

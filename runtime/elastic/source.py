@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
 from ...compiler.ir.errors import CheckpointError
 from ..checkpoint.storage import Reader, check_files
@@ -20,6 +19,7 @@ from ..files import tensor_file
 from ..files.index import Chunk, Index, file_name
 from ..files.tensor_file import DTYPES, TensorFile
 from ..transport.doing import HERE
+from ..transport.turns import Turns
 from . import piece
 from .holdings import Snapshot, server
 from .memory import Memory
@@ -86,20 +86,21 @@ class InMemory:
         here = {n for n in names if all(c.file in self._here for c in index.tensors[n].chunks)}
         check_files(self._folder, index, here)
 
-    def reader(self, index: Index) -> StorageReader:
-        me = self._rank
-        return _Reader(self, index, self._group, me)
+    def reader(self, index: Index, turns: Turns) -> StorageReader:
+        return _Reader(self, index, turns, self._group, self._rank)
 
 
 class _Reader(Reader):
     """Reads from this machine what it has, and has the rest sent."""
 
-    def __init__(self, source: InMemory, index: Index, group: dist.ProcessGroup, rank: int):
-        super().__init__(source._folder, index)
+    def __init__(
+        self, source: InMemory, index: Index, turns: Turns, group: dist.ProcessGroup, rank: int
+    ):
+        super().__init__(source._folder, index, turns)
         self._here, self._servers = source._here, source._servers
         self._group, self._rank = group, rank
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def _read_plan(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         near: list[ReadItem] = []
         far: list[ReadItem] = []
         for item in plan.items:
@@ -109,7 +110,7 @@ class _Reader(Reader):
         for item in far:
             chunk = self._chunks[item.storage_index]
             self._read(cast(TensorFile, Sent(sent[chunk])), item, planner)
-        return super().read_data(LoadPlan(near), planner)
+        super()._read_plan(LoadPlan(near), planner)
 
     def _exchange(self, wanted: Sequence[Chunk]) -> dict[Chunk, torch.Tensor]:
         """What all ranks want of other machines, from one to the other, in one order for all."""

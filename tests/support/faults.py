@@ -40,6 +40,13 @@ PLACES = {
 }
 """Where a fault happens -> how that is told; of two stages, in rank 1."""
 
+IN_TORCH = {
+    "write": "in writing its part of the checkpoint, in save() (call 2)",
+    "beside": "in writing its part of the checkpoint, in wait_for_save() (call 3)",
+    "read": "in reading its part of the checkpoint, in load() (call 3)",
+}
+"""The same, where the others wait inside of torch.distributed.checkpoint."""
+
 
 def happen(how: str) -> None:
     """The fault."""
@@ -66,6 +73,9 @@ def planted(place: str, how: str) -> Iterator[None]:
         "optimizer": (torch.optim.SGD, "step", None),
         "save": (checkpoint.snapshot, "facts_of", None),
         "load": (storage, "read_index", None),
+        "write": (storage.Writer, "_written", None),
+        "beside": (storage.Writer, "_written", None),
+        "read": (storage.Reader, "_read_plan", None),
         "state_dict": (stored.state_dicts, "gather", None),
         "compile": (Builder, "build", None),
         "loader": (models_batch, "fault", None),
@@ -120,9 +130,12 @@ def train(place: str, folder: Path, how: str | None, **options: Any) -> None:
 
     def second() -> None:
         models_batch.fault()
-        if place == "save":
+        if place in ("save", "write"):
             pipe.save(folder)
-        elif place == "load":
+        elif place == "beside":
+            pipe.save(folder, async_save=True)
+            pipe.wait_for_save()
+        elif place in ("load", "read"):
             pipe.save(folder)
             pipe.load(folder)
         elif place == "state_dict":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipecompile import errors
 from pipecompile.runtime.checkpoint import storage
 from pipecompile.runtime.files.index import Index, read_index
+from pipecompile.runtime.transport.turns import Turns
 from support import jobs, models
 from support.checkpoints import (
     LR_SCHEDULER,
@@ -246,19 +247,19 @@ def sharded(directory: str) -> list[torch.Tensor]:
         dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     whole = {"model.a": torch.arange(15.0).view(5, 3), "model.b": torch.ones(1, 4)}
-    folder = Path(directory)
+    folder, turns = Path(directory), Turns(dist.get_rank(), 2)
 
     def finish(entries: Any, files: Any) -> None:
         Index(0, entries, {}, None, None, {}, files).write(folder)
 
     parts = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in whole.items()}
-    save(parts, storage_writer=storage.Writer(folder, dist.get_rank(), finish))
+    save(parts, storage_writer=storage.Writer(folder, dist.get_rank(), turns, finish))
     index = read_index(folder)
     found = {
         "model.a": distribute_tensor(torch.zeros(5, 3), mesh, [Shard(1)]),
         "model.b": distribute_tensor(torch.zeros(1, 4), mesh, [Replicate()]),
     }
-    load(found, storage_reader=storage.Reader(folder, index))
+    load(found, storage_reader=storage.Reader(folder, index, turns))
     return [tensor.full_tensor() for tensor in found.values()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -275,6 +276,30 @@ def test_a_stalled_rank_is_named_and_ends_the_run(
     assert any(expected in line for line in lines), lines
     assert text.startswith("PeerFailedError: rank 0 (stage 0, replica 0) has waited ")
     assert expected in text
+    assert "longer than timeout_s=2.5" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("write", "slow"),
+        *(
+            pytest.param(place, how, marks=pytest.mark.slow)
+            for place, how in (("write", "stopped"), ("read", "slow"), ("beside", "slow"))
+        ),
+    ],
+)
+@pytest.mark.usefixtures("gang")
+def test_who_is_waited_for_inside_of_torch_is_named(tmp_path: Path, place: str, how: str) -> None:
+    """While all ranks write or read a checkpoint, also beside the training."""
+    limits = {"first_s": 0.5, "timeout_s": 2.5}
+    answers = faults.told(tmp_path, place, how, **limits)
+    assert answers[0] is not None
+    text, _, _ = answers[0]
+    state = "is stopped (as by SIGSTOP)" if how == "stopped" else "is alive,"
+    waits = "what all ranks read, in load()" if place == "read" else "the parts of all ranks, in "
+    assert re.match(rf"PeerFailedError: rank 0 \(.*\) has waited \d s in {re.escape(waits)}", text)
+    assert f"for {ODD}, which {state} {faults.IN_TORCH[place]}" in text
     assert "longer than timeout_s=2.5" in text
 
 
