@@ -58,28 +58,46 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
-def written(folder: Path) -> str:
+def written(folder: Path, before: str = "") -> str:
     script = folder / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     return str(script)
+
+
+def restarted(script: str, how: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Under torchrun, which starts it again once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "--max-restarts", "1", script, how],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "error", "compiling"])
 def test_a_restart_knows_nothing_of_the_attempt_before(tmp_path: Path, how: str) -> None:
     """Its compile takes longer than a watchdog waits for those that others gave up."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    made = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", "--max-restarts", "1", written(tmp_path), how],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    made = restarted(written(tmp_path), how)
     assert made.returncode == 0, made.stderr
     for rank in range(2):
         assert f"finished {rank} in attempt 1" in made.stdout
     assert "connectFullMesh" not in made.stderr
+
+
+@pytest.mark.slow
+def test_a_group_that_the_script_makes_knows_nothing_of_it_where_agents_keep_their_store(
+    tmp_path: Path,
+) -> None:
+    """Each attempt then has a store, and a port, of its own, for torch's addresses too."""
+    own = 'import torch.distributed\ntorch.distributed.init_process_group("gloo")\n'
+    own += "ranks = torch.distributed.new_group([0, 1])\n"
+    made = restarted(written(tmp_path, own), "killed", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert made.returncode == 0, made.stderr
+    assert "connectFullMesh" not in made.stderr
+    assert "finished 1 in attempt 1" in made.stdout
 
 
 def started(folder: Path, how: str, shared: str) -> list[subprocess.Popen[str]]:
