@@ -28,10 +28,12 @@ MINUTES = 60.0
 
 
 def faults_of(seed: int, each: int) -> list[Fault]:
-    """So many of each kind, and as many of rank 0 as of rank 1 where that can be."""
+    """So many of each kind, and as many of rank 0 as of rank 1 where that can be. Those that not
+    every contender survives come last."""
     chance = random.Random(seed)
     kinds = [(kind, number) for kind in KINDS for number in range(each)]
     chance.shuffle(kinds)
+    kinds.sort(key=lambda each: each[0] == "stopped")
     return [
         Fault(kind, (number + seed) % RANKS, chance.uniform(0, 1.5), False, 2.0)
         for kind, number in kinds

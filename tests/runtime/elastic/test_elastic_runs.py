@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def test_killed_workers_cost_a_step_at_most_and_no_bit(tmp_path: Path) -> None:
         assert [line.split()[1] for line in sources(went)] == ["nothing", "memory", "memory"]
         assert repeated(went) <= 2
         assert went.left == []
+
+
+def test_three_kills_in_a_row_cost_what_one_does(tmp_path: Path) -> None:
+    """The second and the third meet a run that is being started anew."""
+    with run(tmp_path, 2) as went:
+        went.reached(8)
+        for rank in (1, 0, 0):
+            went.wait_for(lambda rank=rank: rank in went.workers, 60, f"rank {rank}")  # type: ignore[misc]
+            os.kill(went.workers[rank], signal.SIGKILL)
+            time.sleep(2.0)
+        assert set(went.finished(240)) == {0}
+        assert {begun.source for begun in went.begun[1:]} == {"memory"}
+        assert max(begun.lost for begun in went.begun) <= 2
+        assert sorted(went.curve) == list(range(STEPS))
 
 
 def test_a_machine_is_lost_with_its_memory_and_comes_back(tmp_path: Path) -> None:
