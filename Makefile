@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-examples test-machines test-slow test-torch mutants lint bench predictions published \
 	planner-table planning-table tight-table precision-table precision-curves zero-table zero-bench lengths-table schedules-table \
 	schedules-bench backend-table chunked-table checkpoint-table metrics-table finetune-table \
-	elastic-table compress-table chaos gpu gpu-tests gpu-figures gpu-wheels clean
+	elastic-table compress-table chaos chaos-rivals gpu gpu-tests gpu-figures gpu-wheels clean
 
 help:
 	@echo "make demo              train a small GPT-2 on 2 stages × 2 replicas, 4 processes"
@@ -49,6 +49,7 @@ help:
 	@echo "make elastic-table     what copies of the state in memory cost per step"
 	@echo "make compress-table    losses, bytes and steps on slow links with compress=; steps need root"
 	@echo "make chaos             faults at random moments of a training: MINUTES=5 SEED=0 FAULTS=200"
+	@echo "make chaos-rivals      the same faults of DDP and DeepSpeed, beside this: EACH=3 of each kind"
 	@echo "make zero-table        what ZeRO's levels hold per rank, measured and predicted"
 	@echo "make zero-bench        step times of 2 stages × 2 replicas against DeepSpeed and FSDP2"
 	@echo "make backend-table     steps with Inductor's kernels, in one process, beside torch.compile"
@@ -143,12 +144,17 @@ elastic-table: $(READY)
 compress-table: $(READY)
 	$(BIN)/python tests/bench/compress_table.py
 
-# CHAOS=--network: between machines with cables, as root
+# CHAOS=--network: between machines with cables, as root; CHAOS="--skip 60": not the first ones
 MINUTES ?= 5
 SEED ?= 0
 FAULTS ?= 10000
 chaos: $(READY)
 	$(BIN)/python tests/bench/chaos.py --minutes $(MINUTES) --seed $(SEED) --faults $(FAULTS) $(CHAOS)
+
+EACH ?= 3
+chaos-rivals: $(READY)
+	-DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq -c constraints.txt -e '.[rivals]'
+	$(BIN)/python tests/bench/chaos_rivals.py --each $(EACH) --seed $(SEED)
 
 zero-table: $(READY)
 	PIPECOMPILE_COSTS=roofline $(BIN)/python tests/bench/zero_table.py
@@ -178,7 +184,7 @@ gpu-wheels:
 	$(GPU_PYTHON) tests/gpu/environment.py make .venv-gpu $(GPU_WHEELS)
 	touch $@
 
-# DeepSpeed is only measured against: without it the others are. Its operators are not built.
+# As in chaos-rivals, DeepSpeed is only measured against: without it the others are. Its operators are not built.
 zero-bench: $(READY)
 	-DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq -c constraints.txt -e '.[rivals]'
 	$(BIN)/python tests/bench/zero_rivals.py

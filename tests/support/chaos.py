@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipecompile.runtime.checkpoint.storage import reading
 from pipecompile.runtime.files.index import read_index
 from pipecompile.runtime.files.step_folder import find, published
 
-from support.elastic import NetworkRun, Run
+from support.elastic import NetworkRun, Run, Step
 
 KINDS = {"killed": 6, "error": 3, "paused": 3, "slow": 2, "full": 3, "machine": 2, "stopped": 1}
 """Fault -> how often, relative to others."""
@@ -44,6 +45,7 @@ QUIET = ("paused", "slow", "full", "cut")
 TIMEOUT_S = 10.0  # of a stall; longer than one rank compiles alone
 NAMED_S = TIMEOUT_S + 8  # in which it has to be named: a loaded machine looks late
 BACK_S = 300.0  # in which a run has to go on, whatever happened
+SETTLED_S = 0.5  # after a fault that ends by itself, for what comes of it
 AHEAD = 12  # steps from the order to end to the last one
 
 
@@ -84,7 +86,8 @@ class Outcome:
     """Of one fault.
 
     Attributes:
-        back_s: until rank 0 had taken a step that it had not before; 0.0 where another fault came.
+        back_s: the longest that the run took no new step, until it had gone on; 0.0 where another
+            fault came.
         repeated: steps that were done twice for it.
         named_s: until a stall was named.
         told: the first line before that step which names the rank, or says that a disk is full.
@@ -121,13 +124,24 @@ class Chaos:
         """Wait, do it, and wait until the run has gone on, unless the next comes soon."""
         time.sleep(fault.wait_s)
         begun_s, steps, top = time.monotonic(), len(self.run.steps), self.run.top
-        said = len(self.run.said)
+        said, attempts = len(self.run.said), len(self.run.begun)
         outcome = Outcome(fault)
         self.outcomes.append(outcome)
-        self._happen(fault, outcome)
-        self.run.wait_for(lambda: self.run.top > top, BACK_S, f"going on after: {fault}")
-        first = next(s for s in list(self.run.steps) if s.number > top)
-        outcome.back_s = first.at_s - begun_s
+        met = self._happen(fault, outcome)
+        anew = met and fault.kind not in QUIET
+        over_s = time.monotonic() + SETTLED_S
+
+        def gone_on() -> bool:
+            after_s = over_s
+            if anew:
+                if len(self.run.begun) == attempts:
+                    return False
+                after_s = self.run.begun[-1].at_s
+            return any(s.at_s > after_s for s in _new(list(self.run.steps)[steps:], top))
+
+        self.run.wait_for(gone_on, BACK_S, f"going on after: {fault}")
+        times = [begun_s, *(s.at_s for s in _new(list(self.run.steps)[steps:], top))]
+        outcome.back_s = max(later - earlier for earlier, later in pairwise(times))
         since = [s.number for s in list(self.run.steps)[steps:]]
         outcome.repeated = sum(number <= top for number in since)
         outcome.told = _telling(list(self.run.said)[said:], fault)
@@ -142,7 +156,8 @@ class Chaos:
             self.wrong.append(f"step {self.newest} was published, and there are {list(steps)}")
         self.newest = max(steps, default=self.newest)
 
-    def _happen(self, fault: Fault, outcome: Outcome) -> None:
+    def _happen(self, fault: Fault, outcome: Outcome) -> bool:
+        """Whether it met anything."""
         pid = self._process(fault.rank)
         with contextlib.suppress(ProcessLookupError):
             if fault.kind == "machine":
@@ -153,7 +168,7 @@ class Chaos:
             elif fault.kind == "cut":
                 self._cut(fault)
             elif pid is None:
-                return  # it was being started anew: the fault before is still at work
+                return False  # it was being started anew: the fault before is still at work
             elif fault.kind == "killed":
                 os.kill(pid, signal.SIGKILL)
             elif fault.kind == "error":
@@ -168,6 +183,8 @@ class Chaos:
                 _full(pid, fault.lasts_s)
             else:
                 self._stopped(pid, fault, outcome)
+            return True
+        return False
 
     def _cut(self, fault: Fault) -> None:
         """For less than the agents need to miss each other."""
@@ -206,6 +223,16 @@ class Chaos:
                 return workers[rank]
             time.sleep(0.05)
         return None
+
+
+def _new(steps: Sequence[Step], top: int) -> list[Step]:
+    """Those of steps that had not been done before."""
+    found = []
+    for step in steps:
+        if step.number > top:
+            found.append(step)
+            top = step.number
+    return found
 
 
 _FULL = re.compile("File too large|No space left|no room|without a checkpoint")

@@ -109,12 +109,14 @@ class Begun:
         source: memory, disk or nothing.
         division: as in ``2 x 1``.
         lost: steps that were done before, and are to be done again.
+        at_s: when it said so.
     """
 
     source: str
     passes: int
     division: str
     lost: int
+    at_s: float
 
 
 @dataclass
@@ -232,7 +234,8 @@ class Run:
                 self.said.append(line.rstrip())
                 if begun := BEGUN.match(line):
                     lost = max(0, self.top + 1 - int(begun[2]))
-                    self.begun.append(Begun(begun[1], int(begun[2]), begun[3], lost))
+                    now = time.monotonic()
+                    self.begun.append(Begun(begun[1], int(begun[2]), begun[3], lost, now))
 
     def stop(self, machine: Machine) -> None:
         """A machine is gone at once, but for its memory."""
