@@ -6,7 +6,10 @@ system gives up the connection, a quarter of an hour later; who watches over a r
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -14,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
+
+from .doing import FAILED, HERE
 
 ANSWER_S = 5.0
 """How long an operation may take. A connection that was interrupted for less goes on by itself."""
@@ -37,6 +42,12 @@ class QuickStore:
         self._turn = threading.Lock()
         self._pending: _Job | None = None
         self._thread: threading.Thread | None = None
+        _stores.add(self)
+
+    @property
+    def silent(self) -> bool:
+        """Whether an operation has not been answered yet."""
+        return self._pending is not None and not self._pending.over.is_set()
 
     def set(self, key: str, value: str) -> None:
         self._do(self._store.set, key, value)
@@ -58,7 +69,7 @@ class QuickStore:
         if not self._turn.acquire(timeout=ANSWER_S):
             raise StoreSilentError
         try:
-            if self._pending is not None and not self._pending.over.is_set():
+            if self.silent:
                 raise StoreSilentError
             if self._thread is None:
                 self._begin()
@@ -98,3 +109,19 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
             job.error = error
         job.over.set()
         del job
+
+
+_stores: weakref.WeakSet[QuickStore] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave() -> None:
+    """End a process that has failed while a thread is inside of the store.
+
+    If the store goes while Python ends, the thread comes back to a Python that is no more, and the
+    process would abort ("terminate called without an active exception") instead of ending with 1.
+    """
+    if HERE.place.fate == FAILED and any(store.silent for store in list(_stores)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
