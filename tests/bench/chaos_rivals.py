@@ -27,11 +27,11 @@ OURS = "this"
 MINUTES = 60.0
 
 
-def faults_of(seed: int, each: int) -> list[Fault]:
+def faults_of(seed: int, each: int, of: Sequence[str] = KINDS) -> list[Fault]:
     """So many of each kind, and as many of rank 0 as of rank 1 where that can be. Those that not
     every contender survives come last."""
     chance = random.Random(seed)
-    kinds = [(kind, number) for kind in KINDS for number in range(each)]
+    kinds = [(kind, number) for kind in of for number in range(each)]
     chance.shuffle(kinds)
     kinds.sort(key=lambda each: each[0] == "stopped")
     return [
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The same faults of several trainings.")
     parser.add_argument("words", nargs="*", help="of contenders, such as DDP")
     parser.add_argument("--each", type=int, default=3, help="faults of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="all that the processes say")
     args = parser.parse_args()
@@ -96,7 +97,7 @@ def main() -> None:
         print("Without DeepSpeed, which is not installed: pip install -e '.[rivals]'\n")
     words = [word.lower() for word in args.words] or [""]
     names = [n for n in (OURS, *chaos_rival.RIVALS) if any(word in n.lower() for word in words)]
-    faults = faults_of(args.seed, args.each)
+    faults = faults_of(args.seed, args.each, args.kinds)
     went: dict[str, Chaos] = {}
     for name in names:
         print(f"{name}:", file=sys.stderr, flush=True)
