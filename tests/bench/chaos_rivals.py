@@ -23,6 +23,7 @@ from support import chaos_rival
 from support.chaos import TIMEOUT_S, Chaos, Fault
 
 KINDS = ("killed", "error", "stopped", "full", "slow", "machine")
+LAST = {"full": 1, "stopped": 2}
 OURS = "this"
 MINUTES = 60.0
 
@@ -33,7 +34,7 @@ def faults_of(seed: int, each: int, of: Sequence[str] = KINDS) -> list[Fault]:
     chance = random.Random(seed)
     kinds = [(kind, number) for kind in of for number in range(each)]
     chance.shuffle(kinds)
-    kinds.sort(key=lambda each: each[0] == "stopped")
+    kinds.sort(key=lambda each: LAST.get(each[0], 0))
     return [
         Fault(kind, (number + seed) % RANKS, chance.uniform(0, 1.5), False, 2.0)
         for kind, number in kinds
