@@ -83,7 +83,7 @@ if done:  # which it writes last
     step, source = int(state["step"]), "disk"
 
 def save():
-    dcp.save(state_of(), checkpoint_id=f"{folder}/step-{step:08d}")
+    dcp.save(state_of(), checkpoint_id=f"{folder}/dcp-{step:08d}")
 """
 
 _DEEPSPEED = """
