@@ -53,7 +53,7 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
     Runs two steps on fake tensors: the first makes the states, the second is measured. An optimizer
     that cannot run without data runs on small parameters instead, and their bytes are scaled.
     torch's own optimizers go by layouts alone: what is known of some is taken for all that are
-    alike, and layers that repeat are stepped twice and three times, which has to tell the same.
+    alike, and two and three of the layers that repeat are stepped, which tell what all take.
 
     Args:
         factory: called with named parameters, as `pipecompile.compile` does.
@@ -137,20 +137,32 @@ def _extended(
     factory: Factory, params: Mapping[str, torch.Tensor], layouts: tuple[object, ...]
 ) -> OptimizerMemory | None:
     """From two and from three pieces of those that repeat; None where they do not tell the same,
-    or nothing repeats."""
+    or nothing repeats.
+
+    The peak of a step is the largest of several sums, each of which grows evenly with the pieces.
+    Without what does not repeat, the one that grows most is the largest: if the peak grows as that
+    one does, it goes on to.
+    """
     repeats, names = repeats_in(layouts), list(params)
     if repeats is None:
         return None
-    told = []
+    run = range(repeats.start, repeats.start + repeats.length * repeats.count)
+    told, during, alone = [], [], []
     for count in (2, 3):
         kept = [names[i] for i in repeats.kept(count, len(names))]
         found = _memory(factory, {name: params[name] for name in kept})
         states = [found.state_bytes[name] for name in kept]
         own = [states[repeats.twin(i, count)] for i in range(len(names))]
-        told.append((own, found.shared_bytes, found.transient_bytes))
-    if told[0] != told[1]:
+        told.append((own, found.shared_bytes))
+        during.append(found.transient_bytes)
+        pieces = {names[i]: params[names[i]] for i in run[: count * repeats.length]}
+        alone.append(_memory(factory, pieces).transient_bytes)
+    more = alone[1] - alone[0]
+    proportional = 2 * alone[1] == 3 * alone[0]
+    if told[0] != told[1] or during[1] - during[0] != more or not (proportional or not more):
         return None
-    own, shared, transient = told[0]
+    own, shared = told[0]
+    transient = during[1] + (repeats.count - 3) * more
     return OptimizerMemory(dict(zip(names, own, strict=True)), shared, transient)
 
 

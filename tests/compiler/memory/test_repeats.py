@@ -79,11 +79,27 @@ def test_layers_that_repeat_are_not_all_stepped(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(optimizer_cost, "_memory", counted)
     monkeypatch.setattr(optimizer_cost, "_known", {})
     found = optimizer_memory(torch.optim.AdamW, layers(40))
-    assert sizes == [2 + 3 * 2, 2 + 3 * 3]
+    told = [2 + 3 * 2, 3 * 2, 2 + 3 * 3, 3 * 3]
+    assert sizes == told
     named = {f"other.{name}": param for name, param in layers(40).items()}
     again = optimizer_memory(torch.optim.AdamW, named)
-    assert sizes == [2 + 3 * 2, 2 + 3 * 3]  # alike, under other names
+    assert sizes == told  # alike, under other names
     assert list(again.state_bytes) == list(named)
     assert list(again.state_bytes.values()) == list(found.state_bytes.values())
     optimizer_memory(partial(torch.optim.AdamW, foreach=True), layers(10))
-    assert sizes[2:] == [2 + 3 * 2, 2 + 3 * 3, 2 + 3 * 10]  # for all at once: steps tell so
+    assert sizes[4:] == told  # for all at once: that grows evenly
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_what_is_largest_may_change_with_the_number_of_layers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters of two dtypes are stepped one after the other, each all at once. What only three
+    layers take may be less than a large head of the other dtype takes, and what all take more."""
+    foreach = partial(torch.optim.AdamW, foreach=True)
+    params = layers(12)
+    params["head"] = torch.empty(width, 8, device="meta", dtype=torch.bfloat16)
+    found = optimizer_memory(foreach, params)
+    monkeypatch.setattr(optimizer_cost, "repeats_in", lambda _: None)
+    monkeypatch.setattr(optimizer_cost, "_known", {})
+    assert found == optimizer_memory(foreach, params)
