@@ -36,6 +36,7 @@ ROOMS = (
     "compiler/memory",
     "compiler/costs",
     "compiler/regions",
+    "compiler/layers",
     "compiler/capture",
     "compiler/general",
     "compiler/plan",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..answers.inputs import LITERAL, NUMBER
 from ..effects.code import user_line
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, phase_of, tensors
+from ..layers.copies import replicated
+from ..layers.runs import Run, runs_of, shortened
 from ..regions.operators import known_work
 from ..rows.loss import Counting, counting_of
 from ..tensors.fakes import is_fake
@@ -65,22 +68,49 @@ def differentiated(
         given: so many leaves are the batch's.
         numbers: so many floats of the batch are inputs too, between these and the shares.
     """
+    known = skeleton, traced, tuple(leaves), wants_loss, replaced, counts, given, numbers
+    if runs := runs_of(traced.graph):
+        with contextlib.suppress(Exception):  # what is wrong is told of all layers
+            return _differentiated(*known, shortened(traced.graph, runs), runs)
+    return _differentiated(*known, traced.graph, ())
+
+
+def _differentiated(
+    skeleton: Skeleton,
+    traced: fx.GraphModule,
+    leaves: tuple[torch.Tensor, ...],
+    wants_loss: bool,
+    replaced: Sequence[str],
+    counts: int,
+    given: int,
+    numbers: int,
+    graph: fx.Graph,
+    runs: Sequence[Run],
+) -> tuple[JointGraph, Counting | None]:
+    """Args:
+    graph: that which is exported, without layers that are left out.
+    runs: what these are.
+    """
     with contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced), tuple(leaves))
+        joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced, graph), leaves)
     reader = _Reader(skeleton, traced, joint.graph_module, replaced, given, numbers)
-    return reader.read(wants_loss, counts), reader.counting
+    read = reader.read(wants_loss, counts)
+    made = replicated(read, runs, reader.states, partial(_attribute, traced), reader.order())
+    made.graph.eliminate_dead_code()
+    return made, reader.counting
 
 
 class _Interpreted(nn.Module):
-    """Runs an exported graph node by node, so that each keeps its module path."""
+    """Runs a graph of what is exported node by node, so that each keeps its module path."""
 
-    def __init__(self, traced: fx.GraphModule):
+    def __init__(self, traced: fx.GraphModule, graph: fx.Graph):
         super().__init__()
         self.traced = traced
+        self.graph = graph
 
     def forward(self, *leaves: torch.Tensor) -> Any:
         with preserve_node_meta():
-            return fx.Interpreter(self.traced).run(*leaves)
+            return fx.Interpreter(self.traced, graph=self.graph).run(*leaves)
 
 
 class _Reader:
@@ -101,6 +131,7 @@ class _Reader:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.root = nn.Module()
+        self.states: dict[str, fx.Node] = {}
         self.params: dict[str, fx.Node] = {}
         self.buffers: dict[str, fx.Node] = {}
         self.inputs: dict[int, fx.Node] = {}
@@ -128,7 +159,6 @@ class _Reader:
         )
         self._read_outputs(joint, wants_loss, counts)
         joint.set_output()
-        self.graph.eliminate_dead_code()
         return joint
 
     def _updated(self) -> Iterator[str]:
@@ -151,6 +181,7 @@ class _Reader:
         desc = node.meta["desc"]
         if isinstance(desc, (ParamAOTInput, BufferAOTInput)):
             self.env[node] = self._state(node, desc.target)
+            self.states[desc.target.removeprefix(_TRACED)] = self.env[node]
         elif isinstance(desc, PlainAOTInput):
             index = desc.idx if desc.idx < self.given else desc.idx + self.shift
             self.env[node] = self.inputs[index] = self._placeholder(node, f"batch_{index}")
@@ -286,6 +317,17 @@ class _Reader:
             joint.loss = ordered[0]
         else:
             joint.results = ordered
+
+    def order(self) -> list[str]:
+        """Of the parameters, as their gradients are listed; also of those that have none."""
+        (output,) = self.source.graph.find_nodes(op="output")
+        found: dict[bool, dict[str, int]] = {True: {}, False: {}}
+        for i, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"], strict=True)):
+            if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput):
+                name = self.skeleton.canonical[_fqn(desc.grad_of.target)]
+                found[value is not None].setdefault(name, i)
+        places = found[False] | found[True]
+        return sorted(places, key=places.__getitem__)
 
     def _add_gradient(self, joint: JointGraph, target: str, node: fx.Node) -> None:
         name = self.skeleton.canonical[_fqn(target)]

@@ -1,0 +1,1 @@
+"""Layers that repeat in an exported graph: some are differentiated, and copied for the others."""
