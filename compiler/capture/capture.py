@@ -35,6 +35,7 @@ from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind, check_texts
 from .exporting import Traced, exported, nameless, tracing
+from .exports import Export, Exports
 from .joint import differentiated
 from .refusals import check_operands
 from .skeleton import Skeleton, evaluating
@@ -81,6 +82,7 @@ def capture_training(
     compute: torch.dtype | None = None,
     values: Leaves = (),
     weighs: bool = False,
+    exports: Exports | None = None,
 ) -> Captured:
     """Forward, loss and backward of one microbatch, in the mode that the model is in.
 
@@ -89,6 +91,7 @@ def capture_training(
         compute: trace under autocast to this dtype, which a pass then has to carry out.
         values: the leaves of the batch, which forward may ask; empty where there are none.
         weighs: tell how the losses of microbatches make that of the batch.
+        exports: graphs that other captures of the model need too.
 
     Raises:
         BatchError, LossError, CaptureError: see each.
@@ -97,7 +100,9 @@ def capture_training(
     if not trainable:
         raise LossError("no parameter has requires_grad=True: there is nothing to train")
     with torch.enable_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs)
+        return _capture(
+            skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs, exports
+        )
 
 
 def capture_evaluation(
@@ -109,10 +114,13 @@ def capture_evaluation(
     compute: torch.dtype | None = None,
     values: Leaves = (),
     weighs: bool = False,
+    exports: Exports | None = None,
 ) -> Captured:
     """Forward and loss in evaluation mode, without backward."""
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs)
+        return _capture(
+            skeleton, spec, loss_fn, device, "loss", passes, compute, values, weighs, exports
+        )
 
 
 def capture_forward(
@@ -123,13 +131,16 @@ def capture_forward(
     compute: torch.dtype | None = None,
     values: Leaves = (),
     weighs: bool = False,
+    exports: Exports | None = None,
 ) -> Captured:
     """All that the model returns, in evaluation mode, without backward.
 
     Exporting it again with twice the rows tells how results of microbatches are joined.
     """
     with evaluating(skeleton.module), torch.no_grad():
-        return _capture(skeleton, spec, None, device, "results", passes, compute, values, weighs)
+        return _capture(
+            skeleton, spec, None, device, "results", passes, compute, values, weighs, exports
+        )
 
 
 def _capture(
@@ -142,9 +153,11 @@ def _capture(
     compute: torch.dtype | None,
     values: Leaves,
     weighs: bool = False,
+    exports: Exports | None = None,
 ) -> Captured:
     function, leaves = function_of(skeleton, spec, loss_fn, device, wants, compute)
     function.values = values
+    export = exported if exports is None else exports.exported
 
     def more(traced: fx.GraphModule, rows: int) -> fx.GraphModule:
         """The same way as the last attempt, with so many times as many rows."""
@@ -153,15 +166,17 @@ def _capture(
         other, given = function_of(skeleton, spec.repeat(rows), loss_fn, device, wants, compute)
         other.values = repeated(values, spec, rows)
         other.denied, other.lazily = function.denied, function.lazily
-        # a message names lines of the smaller graph; with one row that is the one of two
-        with nameless() if rows > 2 or spec.rows > 1 else nullcontext():
-            return exported(other, given)[0]
+        # A message names lines of the smaller graph; with one row that is the one of two. What is
+        # shared is another's smaller one.
+        alone = exports is None and (rows > 2 or spec.rows > 1)
+        with nameless() if alone else nullcontext():
+            return export(other, given)[0]
 
     attempted = _with_numbers if spec.plain_leaves else _attempted
     with skeleton.computing():
         captured = attempted(
             function,
-            lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs),
+            lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs, export),
         )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
@@ -316,6 +331,7 @@ def differentiated_of(
     passes: Sequence[ForwardPass],
     scaled: Callable[[fx.GraphModule, int], fx.GraphModule],
     weighs: bool,
+    export: Callable[[Traced, Leaves], Export] = exported,
 ) -> Captured:
     """What is exported, changed by passes and differentiated.
 
@@ -323,7 +339,7 @@ def differentiated_of(
         scaled: the exported graph with so many times as many rows.
         weighs: tell how the losses of microbatches make that of the batch.
     """
-    traced, results = exported(function, leaves)
+    traced, results = export(function, leaves)
     _check_taken(results.inputs.taken, function.spec)
     more = cache(partial(scaled, traced))
     names = [leaf.name for leaf in function.spec.leaves]

@@ -90,10 +90,12 @@ class Builder:
         self._shared = captured
         self._verdict = self._tried()
         self._divisions = divisions(options, self._verdict)
-        self._footprints: dict[Zero, Footprint] = {}
+        self._footprints = {} if captured is None else captured.footprints
         self._warned: set[str] = set()
         graphs = self._cache.graphs
-        self._capturing = Capturing(skeleton, options, target.device, target.kind, graphs)
+        exports = None if captured is None else captured.exports
+        known = target.device, target.kind, graphs, exports
+        self._capturing = Capturing(skeleton, options, *known)
 
     def _tried(self) -> Verdict | None:
         """How the optimizer steps, where that matters: it has a part of the parameters."""
@@ -196,7 +198,8 @@ class Builder:
         recorder = Recorder(self._folder(mode, spec) if dump else None)
         weighs |= microbatches * self.options.dp > 1 and spec.varies
         captured = self._captured(mode, spec, batch, recorder, weighs, chunks)
-        graph, locality = captured.graph, locality_of(captured.graph)
+        graph, shared = captured.graph, self._shared
+        locality = locality_of(graph) if shared is None else shared.locality(graph)
         if layout is not None:
             layout.check(self.skeleton.updated)
         with self._explained():
@@ -209,7 +212,7 @@ class Builder:
             drafts = replace(settings, drafts=True)
             draft = assemble(drafts, *work, decision, decided.order, None, Recorder(None))
             decision = self._corrected(decision, draft.whole, batch)
-        assembly = assemble(settings, *work, decision, decided.order, decided.pace, recorder)
+        assembly = decided.assembled(graph, locality, decision, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
@@ -364,8 +367,9 @@ class Builder:
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
         options = replace(self.options, zero=zero.level, zero_by=zero.by)
-        if zero not in self._footprints:
-            self._footprints[zero] = Footprint(
+        known = options.dp, zero
+        if known not in self._footprints:
+            self._footprints[known] = Footprint(
                 self.skeleton.module,
                 options.optimizer,
                 options.dtypes,
@@ -376,7 +380,7 @@ class Builder:
                 partial(self._cache.optimizers.memory, kind=self.target.kind),
                 options.compression.gradients,
             )
-        footprint = self._footprints[zero]
+        footprint = self._footprints[known]
         return Settings(
             options,
             zero,

@@ -8,6 +8,7 @@ import torch
 
 from ..capture.batch import BatchSpec
 from ..capture.capture import Captured, capture_evaluation, capture_forward, capture_training
+from ..capture.exports import Exports
 from ..capture.skeleton import Skeleton
 from ..costs.hardware import Device
 from ..general.numbers import check_numbers
@@ -15,9 +16,11 @@ from ..general.shapes import Shapes, Varying
 from ..general.template import Template, capture_template
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality, locality_of
+from ..ir.zero import Zero
 from ..kept.folder import Folder
 from ..kept.store import Store
 from ..losses.logits import Chunks
+from ..memory.footprint import Footprint
 from ..options.options import CompileOptions
 from ..planning.parts import Parts
 from ..profiling.optimizer_trial import Verdict
@@ -49,6 +52,7 @@ class Capturing:
     device: where graphs are traced.
     kind: the type of device that is planned for.
     graphs: of other runs; None for none.
+    exports: what other captures of the model need too; None where there are none.
     """
 
     def __init__(
@@ -58,9 +62,10 @@ class Capturing:
         device: torch.device,
         kind: str,
         graphs: Folder | None,
+        exports: Exports | None = None,
     ):
         self.skeleton, self.options = skeleton, options
-        self.device, self.kind = device, kind
+        self.device, self.kind, self._exports = device, kind, exports
         self._compute = options.mixed.autocasts if options.mixed else None
         self._shapes = Shapes()
         self._store = Store(
@@ -114,7 +119,8 @@ class Capturing:
         """The graph for one shape."""
         skeleton, options, spec = self.skeleton, self.options, wanted.spec
         rewrites = forward_passes(options.mixed, self.kind, options.skip, records, wanted.chunks)
-        rest = (self.device, rewrites, self._compute, wanted.batch, wanted.weighs)
+        given = wanted.batch, wanted.weighs, self._exports
+        rest = (self.device, rewrites, self._compute, *given)
         if wanted.mode is Mode.FORWARD:
             return capture_forward(skeleton, spec, *rest)
         capture = capture_training if wanted.mode is Mode.TRAIN else capture_evaluation
@@ -159,12 +165,16 @@ class Shared:
     Attributes:
         graphs: by what was traced for: the joint graph, after the passes over it, and what these
             did.
+        exports: as torch made them, before the passes over them.
+        footprints: by the number of replicas, and what they divide.
         verdicts: whether replicas divide anything -> how the optimizer steps.
     """
 
     graphs: dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]] = field(
         default_factory=dict
     )
+    exports: Exports = field(default_factory=Exports)
+    footprints: dict[tuple[int, Zero], Footprint] = field(default_factory=dict)
     verdicts: dict[bool, Verdict] = field(default_factory=dict)
     _localities: dict[int, tuple[JointGraph, Locality]] = field(default_factory=dict)
     _parts: dict[tuple[object, ...], tuple[JointGraph, Parts]] = field(default_factory=dict)

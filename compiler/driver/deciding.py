@@ -32,9 +32,9 @@ from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict
 from ..units.pricing import UnitPrices, measured_prices, roofline
-from .assembly import assemble
+from .assembly import Assembly, assemble
 from .capturing import Shared
-from .record import Recorder
+from .record import PassRecord, Recorder
 from .work import Settings
 
 
@@ -74,6 +74,19 @@ def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, .
 
 
 @dataclass(frozen=True)
+class Draft:
+    """What a decision was tried with.
+
+    Attributes:
+        made: its programs, with nothing searched for them.
+    """
+
+    decision: Decision
+    made: Assembly
+    records: Sequence[PassRecord]
+
+
+@dataclass(frozen=True)
 class Decided:
     """Stages and recomputation of one graph.
 
@@ -86,6 +99,7 @@ class Decided:
         pace: of the graph that this one follows.
         problem: that this process solved, if it did.
         told: by what other runs find the plan that is made of it.
+        draft: the last one that was made on the way.
     """
 
     settings: Settings
@@ -99,6 +113,25 @@ class Decided:
     pace: Pace | None = None
     problem: Problem | None = None
     told: tuple[object, ...] = ()
+    draft: Draft | None = None
+
+    def assembled(
+        self, graph: JointGraph, locality: Locality, decision: Decision, recorder: Recorder
+    ) -> Assembly:
+        """All that follows: the draft, where that was of this decision and lacks nothing.
+
+        Args:
+            decision: with what is known of it by now.
+        """
+        settings, draft = self.settings, self.draft
+        lacks = settings.schedule.searches or settings.options.backend == "inductor"
+        if lacks or recorder.folder is not None:  # where passes write what they made
+            draft = None
+        if draft is not None and draft.decision is self.decision:
+            recorder.records += draft.records
+            return draft.made
+        work = graph, locality, self.placement.stage, self.again
+        return assemble(settings, *work, decision, self.order, self.pace, recorder)
 
 
 @dataclass(frozen=True)
@@ -146,7 +179,7 @@ class Deciding:
         for level in levels:
             settings = settings_of(level)
             try:
-                decision, problem = self._planned(settings)
+                decision, problem, draft = self._planned(settings)
             except MemoryBudgetError as error:
                 if level == levels[-1]:
                     raise
@@ -155,10 +188,11 @@ class Deciding:
             why = "; ".join(failures) or "everything fits undivided"
             placed = decide.apply(decision, self.graph, self.locality)
             chosen = f"zero={level.level}: {why}" if len(levels) > 1 else ""
-            return Decided(settings, decision, *placed, chosen, problem=problem, told=told)
+            known = settings, decision, *placed, chosen
+            return Decided(*known, problem=problem, told=told, draft=draft)
         raise AssertionError("there is a level to try")
 
-    def _planned(self, settings: Settings) -> tuple[Decision, Problem | None]:
+    def _planned(self, settings: Settings) -> tuple[Decision, Problem | None, Draft | None]:
         graph, locality = self.graph, self.locality
         planner = Planner(
             graph,
@@ -174,25 +208,17 @@ class Deciding:
         )
         prices = self._prices(planner)
 
-        drafts = replace(settings, drafts=True)
+        drafts, made = replace(settings, drafts=True), list[Draft]()
 
         def draft(decision: Decision) -> Sequence[RankMemory]:
             placement, again = decide.apply(decision, graph, locality)
-            made = assemble(
-                drafts,
-                graph,
-                locality,
-                placement.stage,
-                again,
-                decision,
-                None,
-                None,
-                Recorder(None),
-            )
-            return made.memory
+            recorder, work = Recorder(None), (graph, locality, placement.stage, again)
+            tried = assemble(drafts, *work, decision, None, None, recorder)
+            made[:] = [Draft(decision, tried, recorder.records)]
+            return tried.memory
 
         decision = self.team.share(lambda: planner.decide(draft, prices))
-        return decision, planner.solved
+        return decision, planner.solved, next(iter(made), None)
 
     def _parts(self, remat: str) -> Parts:
         assert self.shared is not None

@@ -140,13 +140,17 @@ class JointGraph:
         """A hash that is equal on two ranks exactly when they captured the same graph."""
         digest = hashlib.sha256()
         index: dict[fx.Node, int] = {}
+        looks: dict[int, str] = {}  # of values: layers that are copies have the same ones
         for node in self.graph.nodes:
             index[node] = len(index)
+            value = node.meta.get("val")
+            if id(value) not in looks:
+                looks[id(value)] = describe(node)
             args = fx.node.map_arg(node.args, lambda n: f"%{index[n]}")
             kwargs = fx.node.map_arg(node.kwargs, lambda n: f"%{index[n]}")
             target = "" if node.op == "placeholder" else str(node.target)
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-            described = f"{node.op} {target} {args} {kwargs} {describe(node)}\n"
+            described = f"{node.op} {target} {args} {kwargs} {looks[id(value)]}\n"
             digest.update(alike(described).encode())
         named = (self.params, self.buffers, self.inputs, self.grads, self.copies)
         names = tuple(list(nodes) for nodes in named)

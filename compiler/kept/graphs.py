@@ -43,10 +43,17 @@ def graph_in(graph: fx.Graph) -> tuple[list[Json], dict[fx.Node, int]]:
     """
     numbers: dict[fx.Node, int] = {}
     found: list[Json] = []
+    values: dict[int, Json] = {}  # layers that are copies have the same ones
     for node in graph.nodes:
         if node.op == "output":
             continue
-        meta = {key: value_in(node.meta[key]) for key in _META if key in node.meta}
+        meta = {}
+        for key in _META:
+            if key in node.meta:
+                value = node.meta[key]
+                if key == "val" and id(value) not in values:
+                    values[id(value)] = value_in(value)
+                meta[key] = values[id(value)] if key == "val" else value_in(value)
         if set(node.meta) - set(_META):
             raise UntoldError(f"{node.name}, of which more is known: {sorted(node.meta)}")
         args, kwargs = value_in(node.args, numbers), value_in(node.kwargs, numbers)

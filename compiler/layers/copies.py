@@ -145,7 +145,7 @@ class _Copying:
         if type(value) is not type(other):
             raise DifferentError(f"{value} is not {other}")
         if isinstance(value, fx.Node):
-            expected = self._next.get(value, value)
+            expected: fx.Node | None = self._next.get(value, value)
             place = self.places.get(value)
             if place is not None and value is other and place[1] in (BEFORE, LATER):
                 self._shared.add((reader, value))

@@ -89,8 +89,9 @@ class _Pieces:
                 return False
             if _looks(node) != _looks(other) or not self._writes_inside(node, period):
                 return False
-            pairs = ((node.args, other.args), (dict(node.kwargs), dict(other.kwargs)))
-            if not all(self._same(*pair, period, names) for pair in pairs):
+            pairs: list[tuple[Any, Any]] = [(node.args, other.args)]
+            pairs.append((dict(node.kwargs), dict(other.kwargs)))
+            if not all(self._same(a, b, period, names) for a, b in pairs):
                 return False
         self.own[period + 1] = names
         return len(set(names.values())) == len(names)

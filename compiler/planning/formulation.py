@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -47,36 +48,97 @@ class Terms:
     boundary: torch.dtype | None = None
 
 
+Readers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What the problems of a graph have in common, whatever it is divided into.
+
+    Attributes:
+        menus: per unit, its ways to run.
+    """
+
+    graph: JointGraph
+    bodies: Sequence[Body]
+    places: Mapping[fx.Node, int]
+    menus: Sequence[Sequence[Stash]]
+    _traffic: dict[object, Mapping[tuple[int, Readers], int]] = field(default_factory=dict)
+
+    @cached_property
+    def users(self) -> Mapping[str, frozenset[int]]:
+        """Parameter FQN -> the units that read it."""
+        found: dict[str, set[int]] = defaultdict(set)
+        owner = self.graph.owners
+        for node, unit in self.places.items():
+            for source in node.all_input_nodes:
+                name = owner.get(storage_root(source))
+                if name is not None:
+                    found[name].add(unit)
+        return {name: frozenset(units) for name, units in found.items()}
+
+    @cached_property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The order of the units."""
+        found = {
+            (unit, self.places[user])
+            for node, unit in self.places.items()
+            if phase_of(node) is Phase.FORWARD
+            for user in node.users
+            if user in self.places and phase_of(user) is Phase.FORWARD
+        }
+        return tuple(sorted((a, b) for a, b in found if a != b))
+
+    @cached_property
+    def kept(self) -> Sequence[Kept]:
+        return _kept(self.bodies, self.places, self.menus)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(", ".join(body.unit.modules) or "(model)" for body in self.bodies)
+
+    def traffic(
+        self, tied_per_step: bool, boundary: torch.dtype | None
+    ) -> Mapping[tuple[int, Readers], int]:
+        """(a unit, others that read what it makes) -> bytes, alike values summed up."""
+        if (tied_per_step, boundary) not in self._traffic:
+            severed = gradient_sums(self.graph) if tied_per_step else set()
+            found: dict[tuple[int, Readers], int] = defaultdict(int)
+            for node, unit in self.places.items():
+                users = [u for u in node.users if u in self.places and u not in severed]
+                readers = {self.places[u] for u in users} - {unit}
+                if readers:
+                    found[unit, tuple(sorted(readers))] += crossing_nbytes(node, boundary)
+            self._traffic[tied_per_step, boundary] = found
+        return self._traffic[tied_per_step, boundary]
+
+
 def formulate(
-    graph: JointGraph,
-    bodies: Sequence[Body],
-    places: dict[fx.Node, int],
-    menus: Sequence[Sequence[Stash]],
-    seconds: Sequence[Sequence[float]],
-    device: Device,
-    terms: Terms,
+    grounds: Grounds, seconds: Sequence[Sequence[float]], device: Device, terms: Terms
 ) -> Problem:
     """The problem of one graph.
 
     Args:
-        menus: per unit, its ways to run.
-        seconds: of each of these, forward, backward and recomputation of a microbatch.
+        seconds: per unit, of its ways to run: forward, backward and recomputation of a microbatch.
     """
-    alone, weights = _weights(graph, places, terms.param_bytes)
+    alone, weights = _weights(grounds, terms.param_bytes)
     options = tuple(
         tuple(
             Option(s, stash.stash_bytes, alone[i], stash.transient_bytes, stash.label)
             for stash, s in zip(menu, costs, strict=True)
         )
-        for i, (menu, costs) in enumerate(zip(menus, seconds, strict=True))
+        for i, (menu, costs) in enumerate(zip(grounds.menus, seconds, strict=True))
     )
-    edges, values = _traffic(graph, places, device, terms)
+    traffic = grounds.traffic(terms.tied_per_step, terms.boundary)
     return Problem(
         options,
-        edges,
+        grounds.edges,
         len(terms.homes),
-        values,
-        (*weights, *_kept(bodies, places, menus)),
+        tuple(
+            Value(unit, readers, receive_s=size / device.link_bytes_per_s)
+            for (unit, readers), size in traffic.items()
+        ),
+        (*weights, *grounds.kept),
         pins=terms.pins or {},
         homes=terms.homes,
         in_flight=terms.load.in_flight,
@@ -86,7 +148,7 @@ def formulate(
         max_weight=terms.microbatches - terms.load.idle,
         sum_weight=terms.load.idle,
         min_units=1,
-        labels=tuple(", ".join(body.unit.modules) or "(model)" for body in bodies),
+        labels=grounds.labels,
     )
 
 
@@ -114,63 +176,32 @@ def microbatches_of(problem: Problem) -> int:
     return round(problem.max_weight + problem.sum_weight)
 
 
-def _weights(
-    graph: JointGraph, places: dict[fx.Node, int], param_bytes: Mapping[str, int]
-) -> tuple[list[int], list[Kept]]:
+def _weights(grounds: Grounds, param_bytes: Mapping[str, int]) -> tuple[list[int], list[Kept]]:
     """Static bytes of what one unit alone holds, and the weights that several units read."""
-    users: dict[str, set[int]] = defaultdict(set)
-    owner = graph.owners
-    for node, unit in places.items():
-        for source in node.all_input_nodes:
-            name = owner.get(storage_root(source))
-            if name is not None:
-                users[name].add(unit)
-    alone = [0] * (1 + max(places.values(), default=0))
+    alone = [0] * (1 + max(grounds.places.values(), default=0))
     shared: dict[frozenset[int], int] = defaultdict(int)
-    for name, units in users.items():
+    for name, units in grounds.users.items():
         if len(units) == 1:
             alone[next(iter(units))] += param_bytes[name]
         else:
-            shared[frozenset(units)] += param_bytes[name]
+            shared[units] += param_bytes[name]
     return alone, [
         Kept(size, tuple((u, None) for u in sorted(units)), per_microbatch=False)
         for units, size in shared.items()
     ]
 
 
-def _traffic(
-    graph: JointGraph, places: dict[fx.Node, int], device: Device, terms: Terms
-) -> tuple[tuple[tuple[int, int], ...], tuple[Value, ...]]:
-    """The order of the units, and what travels between them, alike values summed up."""
-    edges: set[tuple[int, int]] = set()
-    bytes_of: dict[tuple[int, tuple[int, ...]], int] = defaultdict(int)
-    severed = gradient_sums(graph) if terms.tied_per_step else set()
-    for node, unit in places.items():
-        users = [u for u in node.users if u in places and u not in severed]
-        readers = {places[u] for u in users} - {unit}
-        if phase_of(node) is Phase.FORWARD:
-            edges |= {(unit, places[u]) for u in users if phase_of(u) is Phase.FORWARD}
-        if readers:
-            bytes_of[unit, tuple(sorted(readers))] += crossing_nbytes(node, terms.boundary)
-    edges = {(a, b) for a, b in edges if a != b}
-    values = (
-        Value(unit, readers, receive_s=size / device.link_bytes_per_s)
-        for (unit, readers), size in bytes_of.items()
-    )
-    return tuple(sorted(edges)), tuple(values)
-
-
 def _kept(
-    bodies: Sequence[Body], places: dict[fx.Node, int], menus: Sequence[Sequence[Stash]]
+    bodies: Sequence[Body], places: Mapping[fx.Node, int], menus: Sequence[Sequence[Stash]]
 ) -> list[Kept]:
     """The stashed values that several units read, and those that only some options read."""
     users: dict[fx.Node, dict[int, frozenset[int]]] = defaultdict(dict)
     unless: dict[fx.Node, dict[int, frozenset[int]]] = defaultdict(dict)
     for body, menu in zip(bodies, menus, strict=True):
         index = body.unit.index
-        for found, field in ((users, "shared"), (unless, "forgets")):
-            for root in {root for stash in menu for root in getattr(stash, field)}:
-                which = frozenset(k for k, s in enumerate(menu) if root in getattr(s, field))
+        for found, name in ((users, "shared"), (unless, "forgets")):
+            for root in {root for stash in menu for root in getattr(stash, name)}:
+                which = frozenset(k for k, s in enumerate(menu) if root in getattr(s, name))
                 found[root][index] = which
     for body in bodies:  # what a lower unit's backward reads is kept in any case
         for root in body.abroad:

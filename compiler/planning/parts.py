@@ -13,6 +13,7 @@ from ..ir.locality import Locality
 from ..units.menus import options_of
 from ..units.stash import Body, Stash, bodies_of
 from ..units.units import Unit, units_of
+from .formulation import Grounds
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Parts:
     Attributes:
         places: the unit of every staged node.
         menus: per unit, its ways to run.
+        grounds: of the problems that are made of them.
     """
 
     units: Sequence[Unit]
     bodies: Sequence[Body]
     places: dict[fx.Node, int]
     menus: Sequence[Sequence[Stash]]
+    grounds: Grounds
 
     @staticmethod
     def of(
@@ -43,4 +46,5 @@ class Parts:
         """
         units = units_of(graph, locality, device, pinned)
         bodies, places = bodies_of(graph, locality, units)
-        return Parts(units, bodies, places, options_of(bodies, places, device, remat))
+        menus = options_of(bodies, places, device, remat)
+        return Parts(units, bodies, places, menus, Grounds(graph, bodies, places, menus))

@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import fx
 
@@ -141,11 +142,10 @@ class Planner:
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
         self.budget_bytes = budget_bytes if counts else math.inf
-        self.fingerprint = graph.fingerprint()
         self.rows = rows
         self.solved: Problem | None = None
         parts = parts or Parts.of(graph, locality, device, options.remat, pinned)
-        self.units, self.bodies = parts.units, parts.bodies
+        self.units, self.bodies, self.grounds = parts.units, parts.bodies, parts.grounds
         self.places, self.menus = parts.places, parts.menus
         self.terms = Terms(
             options.shape(microbatches).homes,
@@ -157,6 +157,10 @@ class Planner:
             tied_per_step=options.tied_grads == "per_step",
             boundary=options.boundary,
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.graph.fingerprint()
 
     def decide(self, draft: Draft, prices: Sequence[UnitPrices]) -> Decision:
         """The decision with the smallest predicted step that fits into memory.
@@ -252,9 +256,7 @@ class Planner:
     def problem(self, prices: Sequence[UnitPrices]) -> Problem:
         """The partitioning problem at these prices."""
         seconds = [[p.forward_s + p.backward_s + r for r in p.recompute_s] for p in prices]
-        return formulate(
-            self.graph, self.bodies, self.places, self.menus, seconds, self.device, self.terms
-        )
+        return formulate(self.grounds, seconds, self.device, self.terms)
 
     def _evener(self, problem: Problem, model: StepModel, solution: Solution) -> Solution:
         """The solution, or the best with even stages where that is better when it is simulated.

@@ -84,14 +84,16 @@ class Copies:
         kwargs: dict[str, Any],
     ) -> Any:
         """A layer is."""
-        call = None if self._inside else self._call(path, part, args, kwargs)
+        templates = self._templates.setdefault(key, [])
+        with torch._C.DisableTorchFunction():  # to look at tensors calls modes, one by one
+            call = None if self._inside else self._call(path, part, args, kwargs)
+            like = (template for template in templates if call and self._repeats(template, call))
+            found = next(like, None)
         if call is None:
             return forward(*args, **kwargs)
-        templates = self._templates.setdefault(key, [])
-        for template in templates:
-            if self._repeats(template, call):
-                self.count += 1
-                return copied(template, call)
+        if found is not None:
+            self.count += 1
+            return copied(found, call)
         if len(templates) >= MOST:
             return forward(*args, **kwargs)
         return self._traced(call, templates, forward, args, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -39,11 +40,11 @@ class Stash:
     recompute_s: float = 0.0
     transient_bytes: int = 0
 
-    @property
+    @cached_property
     def stash_bytes(self) -> int:
         return root_bytes(self.exclusive)
 
-    @property
+    @cached_property
     def label(self) -> str:
         """What is recomputed, for people."""
         names = {_kind(node) for node in self.recomputed if _computes(node)}

@@ -19,7 +19,7 @@ from pipecompile.compiler.memory.rank_memory import RankMemory, Static, rank_mem
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide, planner
-from pipecompile.compiler.planning.formulation import Terms, formulate
+from pipecompile.compiler.planning.formulation import Grounds, Terms, formulate
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.menus import options_of
@@ -61,7 +61,7 @@ def problem_of(menus: Sequence[Sequence[Stash]]) -> Problem:
     """One stage, one microbatch, weights that take nothing."""
     free = [[0.0] * len(menu) for menu in menus]
     terms = Terms((0,), 1, dict.fromkeys(graph()[0].params, 0), Load((1,), (((1,),),), 1.0))
-    return formulate(graph()[0], *bodies(), menus, free, H100, terms)
+    return formulate(Grounds(graph()[0], *bodies(), menus), free, H100, terms)
 
 
 def test_prices_are_not_below_what_programs_hold() -> None:
