@@ -146,6 +146,36 @@ def test_drafts_leave_the_graph_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(len(set(each)) == 1 for each in texts.values())
 
 
+@pytest.mark.slow
+def test_the_draft_that_is_chosen_is_what_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of it differs from what is made for the decision anew."""
+    batch = models.batches("gpt2", 8, 1)[0]
+    loose = jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch)
+    memory = int(0.9 * max(stage.memory.peak for stage in loose.plan.stages))
+    calls: list[bool] = []
+    assemble = deciding.assemble
+
+    def counted(settings: Any, *rest: Any) -> Any:
+        calls.append(settings.drafts)
+        return assemble(settings, *rest)
+
+    monkeypatch.setattr(deciding, "assemble", counted)
+    told = []
+    for forgets in (False, True):
+        calls.clear()
+        if forgets:
+            monkeypatch.setattr(deciding, "Draft", lambda *_: None)
+        pipe = jobs.pipeline("gpt2", 2, 1, 4, example_batch=batch, memory=memory)
+        assert set(calls) == ({True, False} if forgets else {True})
+        programs = [part.text() for s in pipe.compiled.program.stages for part in (s.forward,)]
+        pipe.plan.save(tmp_path / "plan.json")
+        names = [(record.name, record.note) for record in pipe.compiled.records]
+        told.append(((tmp_path / "plan.json").read_text(), programs, names))
+    assert told[0] == told[1]
+
+
 def test_a_skip_without_effect_is_refused() -> None:
     batch = models.batches("gpt2", 4, 1)[0]
     with pytest.raises(errors.OptionError, match="skip='boundary' has no effect"):
