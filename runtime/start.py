@@ -11,6 +11,7 @@ from torch import nn
 
 from ..compiler.capture import batch as batches
 from ..compiler.capture.batch import BatchSpec
+from ..compiler.capture.exports import Exports
 from ..compiler.capture.skeleton import Skeleton, skeleton_of
 from ..compiler.capture.whole import with_loss
 from ..compiler.driver.auto import Open, listed
@@ -130,7 +131,7 @@ def _best(
     target = planning.target(options, agreement)
     several = target.spec.topology is not None and options.placement == AUTO
     open_ = replace(open_, places=several)
-    captured = Shared()
+    captured = Shared(Exports())
 
     def divided(tried: CompileOptions) -> tuple[BatchSpec, int, Sequence[torch.Tensor]]:
         piece, microbatches = divide(whole, tried, tried.dp)

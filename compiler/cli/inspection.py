@@ -16,6 +16,7 @@ from torch import nn
 from ...passes.schedule.registry import DEFAULT
 from ...passes.schedule.simulate import Timeline
 from ..capture.batch import BatchSpec, flatten
+from ..capture.exports import Exports
 from ..capture.refusals import check_model
 from ..capture.skeleton import Skeleton, skeleton_of
 from ..capture.whole import with_loss
@@ -77,7 +78,8 @@ def inspect(request: Request) -> Inspection:
     model = with_loss(subject.model, subject.loss_fn)
     _, whole = flatten(subject.batch)
     skeleton = _skeleton(model, options)
-    asked = _Asked(request, skeleton, whole, Shared())
+    several = request.open is not None  # sizes of microbatches
+    asked = _Asked(request, skeleton, whole, Shared(Exports() if several else None))
     trials: tuple[Trial, ...] = ()
     told = ""
     if request.open is None:

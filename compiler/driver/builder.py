@@ -90,7 +90,7 @@ class Builder:
         self._shared = captured
         self._verdict = self._tried()
         self._divisions = divisions(options, self._verdict)
-        self._footprints = {} if captured is None else captured.footprints
+        self._footprints = (captured or Shared()).footprints
         self._warned: set[str] = set()
         graphs = self._cache.graphs
         exports = None if captured is None else captured.exports
@@ -367,7 +367,8 @@ class Builder:
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
         options = replace(self.options, zero=zero.level, zero_by=zero.by)
-        known = options.dp, zero
+        told = self.target.kind, repr(options.dtypes), repr(options.compression)
+        known = zero, *told, id(options.optimizer), options.dp, options.training
         if known not in self._footprints:
             self._footprints[known] = Footprint(
                 self.skeleton.module,

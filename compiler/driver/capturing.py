@@ -16,7 +16,6 @@ from ..general.shapes import Shapes, Varying
 from ..general.template import Template, capture_template
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality, locality_of
-from ..ir.zero import Zero
 from ..kept.folder import Folder
 from ..kept.store import Store
 from ..losses.logits import Chunks
@@ -163,18 +162,19 @@ class Shared:
     """What builders of the same model with other divisions share; filled as it is asked.
 
     Attributes:
+        exports: as torch made them, before the passes over them, where batches of several sizes
+            are looked at; None where they are not.
         graphs: by what was traced for: the joint graph, after the passes over it, and what these
             did.
-        exports: as torch made them, before the passes over them.
-        footprints: by the number of replicas, and what they divide.
+        footprints: by all that they depend on besides the model.
         verdicts: whether replicas divide anything -> how the optimizer steps.
     """
 
+    exports: Exports | None = None
     graphs: dict[tuple[object, ...], tuple[Captured, tuple[PassRecord, ...]]] = field(
         default_factory=dict
     )
-    exports: Exports = field(default_factory=Exports)
-    footprints: dict[tuple[int, Zero], Footprint] = field(default_factory=dict)
+    footprints: dict[object, Footprint] = field(default_factory=dict)
     verdicts: dict[bool, Verdict] = field(default_factory=dict)
     _localities: dict[int, tuple[JointGraph, Locality]] = field(default_factory=dict)
     _parts: dict[tuple[object, ...], tuple[JointGraph, Parts]] = field(default_factory=dict)

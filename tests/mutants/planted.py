@@ -1015,6 +1015,13 @@ LINKS = (
         "layers are copies of one that read something else",
     ),
     Mutant(
+        "compiler/layers/copies.py",
+        "found[owners[other]] = self.copies[period][at]",
+        "found[owners[other]] = self.copies[1][at]",
+        "test_layers.py::test_layers_are_differentiated_once_where_they_are_alike",
+        "gradients of layers that are copies are those of the first copy",
+    ),
+    Mutant(
         "compiler/costs/topology.py",
         'return rank // self.pp if self.order == "pipeline" else rank % self.dp',
         "return rank // self.pp",
