@@ -85,7 +85,7 @@ def _load(kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[boo
     return load_of(kind.order(shape), shape)
 
 
-@lru_cache(16)
+@lru_cache(64)  # a search asks for the same ones of many ways
 def _alike(
     kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
 ) -> Schedule:
