@@ -27,8 +27,8 @@ class Mutant:
 MODES = (
     Mutant(
         "compiler/capture/capture.py",
-        "with evaluating(skeleton.module), torch.no_grad():\nreturn _capture(\nskeleton, spec, loss",
-        "with torch.no_grad():\n    return _capture(\n        skeleton, spec, loss",
+        "with evaluating(skeleton.module), torch.no_grad():\nreturn _capture(\nskeleton, spec",
+        "with torch.no_grad():\n    return _capture(\n        skeleton, spec",
         "test_evaluation.py::test_evaluation_draws_nothing_and_counts_nothing",
         "evaluate() runs in training mode",
     ),
