@@ -27,8 +27,9 @@ class Mutant:
 MODES = (
     Mutant(
         "compiler/capture/capture.py",
-        "with evaluating(skeleton.module), torch.no_grad():\nreturn _capture(\nskeleton, spec",
-        "with torch.no_grad():\n    return _capture(\n        skeleton, spec",
+        "with evaluating(skeleton.module), torch.no_grad():\n"
+        "return _capture(\nskeleton, spec, loss",
+        "with torch.no_grad():\n    return _capture(\n        skeleton, spec, loss",
         "test_evaluation.py::test_evaluation_draws_nothing_and_counts_nothing",
         "evaluate() runs in training mode",
     ),
