@@ -208,6 +208,7 @@ def _as_planned(compiled: Compiled, options: CompileOptions, **more: Any) -> Com
         "microbatches": plan.microbatches,
         "zero": zero.level,
         "zero_by": zero.by if zero.level else AUTO,
+        "zero_keep": options.zero_keep if zero.level > 1 else AUTO,
         "plan": None,
         "dump_dir": None,
         "skip": options.skip,

@@ -39,8 +39,9 @@ class Device:
         link_bytes_per_s: bandwidth of one direction to the next stage.
         link_latency_s: seconds of a message of no bytes.
         launch_s: seconds that one operator costs however small it is.
-        send_share: of the seconds of a message, those in which its sender computes nothing: 0 where
-            the device has engines for it, and where it was not measured.
+        send_share: of the seconds of a message, or of an exchange between replicas, those in which
+            its sender computes nothing: 0 where the device has engines for it, and where it was
+            not measured.
         table: what kernels and links reach of all that; None for everything, the roofline.
         topology: of the machines that have such devices; None where all are on one, or on a network
             as fast as the link.
@@ -132,9 +133,10 @@ class Device:
         return messages * network.collective_s(nbytes / max(1, messages), ranks)
 
     def together_s(self, kernels_s: float, collectives_s: float) -> float:
-        """Seconds of kernels with collectives beside them."""
+        """Seconds of kernels with collectives beside them, which take the processor as messages do
+        where it has no engines for them."""
         if self.table is None:
-            return max(kernels_s, collectives_s)
+            return max(kernels_s + self.send_share * collectives_s, collectives_s)
         return self.table.together_s(kernels_s, collectives_s)
 
     def waiting(self, ranks: int) -> float:

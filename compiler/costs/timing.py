@@ -99,8 +99,8 @@ class Timing:
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """What replicas exchange during each program runs beside it.
 
-        From level 2 on gradients leave with every microbatch; at level 3 a program fetches its
-        parameters.
+        From level 2 on gradients leave with every microbatch, but for those that are kept; at
+        level 3 a program fetches its parameters.
         """
         dp = self.footprint.dp
         if not self.footprint.zero.streams or dp == 1:
@@ -109,7 +109,7 @@ class Timing:
         for part, program in self.program.stages[stage].parts.items():
             parcels = [
                 parcel.scatter_bytes[0]
-                for entries in traffic.departures.parts.get(part, ())
+                for entries in traffic.departures.every.get(part, ())
                 for parcel, number in entries
                 if number == 0
             ]

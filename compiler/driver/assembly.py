@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import fx
 
+from ...passes.schedule.exchange import add_exchange
 from ..capture.capture import ForwardPass
 from ..costs.timing import Timing
 from ..ir.actions import Pace, Schedule, compute_only
@@ -17,6 +18,7 @@ from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
+from ..ir.zero import Kept
 from ..losses.logits import Chunks
 from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
@@ -89,6 +91,7 @@ class Assembly:
         memory: per rank.
         timing: of the programs.
         graphed: programs are recorded and replayed.
+        work: that the passes have left.
     """
 
     graph: JointGraph
@@ -101,7 +104,8 @@ class Assembly:
     memory: tuple[RankMemory, ...]
     timing: Timing
     pace: Pace
-    graphed: bool = False
+    graphed: bool
+    work: Work
 
 
 def assemble(
@@ -150,7 +154,27 @@ def assemble(
         work.timing,
         pace or Pace(compute_only(work.schedule), *work.seconds()),
         work.graphed,
+        work,
     )
+
+
+def peaks_with(draft: Assembly, kept: Sequence[Kept]) -> list[int]:
+    """Per rank the most bytes, if ranks kept so much of a draft's whole over a step.
+
+    Args:
+        kept: per stage.
+    """
+    work = replace(draft.work, program=draft.whole.keeping(kept), fused=None)
+    run(
+        "programs",
+        [each for each in passes.PROGRAMS if each.name == "gather"],
+        work,
+        Recorder(None),
+    )
+    inner = [[a for a in row if a.kind.computes or a.peer is not None] for row in draft.schedule]
+    dp, zero = work.settings.options.dp, work.settings.zero
+    schedule = add_exchange(tuple(map(tuple, inner)), work.made, dp, zero)
+    return [memory.peak_bytes for memory in work.memories(schedule)]
 
 
 def _tell_of_graphs(work: Work, recorder: Recorder) -> None:

@@ -42,6 +42,7 @@ from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
 from ..plan.plan import Plan
+from ..planning.keeping import kept_notes
 from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict, try_optimizer
@@ -217,7 +218,7 @@ class Builder:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
-            of = self.skeleton.params, settings.zero, assembly.pace, decision.chunk_rows
+            of = self.skeleton.params, settings.zero, assembly.pace, decision
             layout = layout_of(placement, again, locality, assembly.program, *of)
         summary = Summary(
             self.skeleton,
@@ -366,7 +367,9 @@ class Builder:
     # -- deciding, and following --------------------------------------------------------------
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
-        options = replace(self.options, zero=zero.level, zero_by=zero.by)
+        divided = zero.streams or zero.divides_params
+        keep = self.options.zero_keep if divided else AUTO
+        options = replace(self.options, zero=zero.level, zero_by=zero.by, zero_keep=keep)
         told = self.target.kind, repr(options.dtypes), repr(options.compression)
         known = zero, *told, id(options.optimizer), options.dp, options.training
         if known not in self._footprints:
@@ -426,6 +429,9 @@ class Builder:
             tried = self._verdict
             why = f", as {tried.kind} needs them: {tried.why}" if tried and tried.why else ""
             parts.append(f"each replica owns whole parameters{why}")
+        if decided.decision.kept and not decided.pace:
+            footprint = decided.settings.footprint
+            parts += kept_notes(decided.decision.kept, lambda name: footprint.size(name)[1])
         return "; ".join(parts)
 
     def _check_skipped(self, records: Sequence[PassRecord]) -> None:

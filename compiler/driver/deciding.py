@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from torch import fx
 from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
-from ..ir.actions import Pace, Schedule, compute_only, from_text
+from ..ir.actions import Pace, Schedule, compute_only, from_text, placement_of
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -20,19 +21,19 @@ from ..ir.problem import Problem
 from ..ir.zero import LEVELS, Zero
 from ..kept.identity import UntoldError, identity_of
 from ..kept.plans import Plans
-from ..memory.rank_memory import RankMemory
 from ..options.declaration import declarations_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning import decide
+from ..planning.keeping import Division, fill
 from ..planning.parts import Parts
 from ..planning.planner import Planner
 from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict
 from ..units.pricing import UnitPrices, measured_prices, roofline
-from .assembly import Assembly, assemble
+from .assembly import Assembly, assemble, peaks_with
 from .capturing import Shared
 from .record import PassRecord, Recorder
 from .work import Settings
@@ -47,7 +48,7 @@ def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, .
     Raises:
         OptionError: it would step otherwise than on one device.
     """
-    by_rows = tuple(LEVELS[level] for level in options.zero_levels)
+    by_rows = tuple(LEVELS[level].keeping(options.zero_keep) for level in options.zero_levels)
     by_matrices = tuple(replace(zero, matrices=zero.divides_states) for zero in by_rows)
     if verdict is None:
         return by_matrices if options.zero_by == "matrices" else by_rows
@@ -210,15 +211,36 @@ class Deciding:
 
         drafts, made = replace(settings, drafts=True), list[Draft]()
 
-        def draft(decision: Decision) -> Sequence[RankMemory]:
+        def drafted(decision: Decision) -> Assembly:
             placement, again = decide.apply(decision, graph, locality)
             recorder, work = Recorder(None), (graph, locality, placement.stage, again)
             tried = assemble(drafts, *work, decision, None, None, recorder)
             made[:] = [Draft(decision, tried, recorder.records)]
-            return tried.memory
+            return tried
 
-        decision = self.team.share(lambda: planner.decide(draft, prices))
+        def decided() -> Decision:
+            decision = planner.decide(lambda each: drafted(each).memory, prices)
+            return self._keeping(decision, settings, drafted) if settings.keeps else decision
+
+        decision = self.team.share(decided)
         return decision, planner.solved, next(iter(made), None)
+
+    def _keeping(
+        self, decision: Decision, settings: Settings, drafted: Callable[[Decision], Assembly]
+    ) -> Decision:
+        """With what fits beside it whole over a step."""
+        if not self.graph.trains:
+            return decision
+        draft, footprint = drafted(decision), settings.footprint
+        kept = fill(
+            draft.whole,
+            Division(settings.zero, settings.options.dp, settings.microbatches),
+            placement_of([settings.shape.homes[s] for s in range(settings.options.stage_count)]),
+            lambda name: footprint.size(name)[1],
+            partial(peaks_with, draft),
+            self.target.budget_bytes,
+        )
+        return replace(decision, kept=kept)
 
     def _parts(self, remat: str) -> Parts:
         assert self.shared is not None

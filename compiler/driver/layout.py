@@ -15,7 +15,7 @@ from ..ir.graph import JointGraph, Phase, phase_of
 from ..ir.locality import Locality
 from ..ir.program import PipelineProgram
 from ..ir.shards import homes_in
-from ..ir.zero import Zero
+from ..ir.zero import NOTHING, Kept, Zero
 from ..plan.decision import Decision, Search
 from ..plan.plan import Plan
 from ..planning.advice import gib
@@ -30,6 +30,7 @@ class Layout:
         recomputed: the sites that the backward computes again.
         homes: parameter FQN -> the stages that hold it.
         zero: what replicas divide among themselves.
+        kept: per stage, what its rank keeps whole of that; empty for nothing.
         pace: how the first graph runs.
         chunk_rows: of how many tokens logits exist at once; 0 where they are whole.
     """
@@ -40,6 +41,11 @@ class Layout:
     zero: Zero
     pace: Pace
     chunk_rows: int = 0
+    kept: tuple[Kept, ...] = ()
+
+    def kept_on(self, stage: int) -> Kept:
+        """What the rank of a stage keeps whole over a step."""
+        return self.kept[stage] if self.kept else NOTHING
 
     def check(self, updated: Collection[str]) -> None:
         """Raises CaptureError where forward updates a parameter that has a home."""
@@ -64,6 +70,7 @@ class Layout:
             (),
             tuple(sorted(node.name for node in again)),
             Search(0.0, 0.0, True, "the first graph"),
+            kept=self.kept,
         )
         return decision, placement, again
 
@@ -76,17 +83,17 @@ def layout_of(
     params: Collection[str],
     zero: Zero,
     pace: Pace,
-    chunk_rows: int = 0,
+    decision: Decision,
 ) -> Layout:
     """What the first graph has settled.
 
     Args:
         again: the forward nodes that the backward computes again.
         params: the FQNs of the model.
-        chunk_rows: as a layout has them.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
-    return Layout(placement.sites, sites, homes_in(program, params), zero, pace, chunk_rows)
+    homes = homes_in(program, params)
+    return Layout(placement.sites, sites, homes, zero, pace, decision.chunk_rows, decision.kept)
 
 
 def check_memory(plan: Plan, spec: BatchSpec, budget_bytes: float) -> None:

@@ -259,7 +259,7 @@ def _lower(work: Work) -> str:
         settings.options.tied_grads,
         split_backward=settings.schedule.splits_backward and work.graph.trains,
         keep_views=not settings.zero.divides_params,
-    )
+    ).keeping(work.decision.kept)
     values = sum(len(message.values) for message in work.made.messages)
     return f"{values} boundary values in {len(work.made.messages)} messages"
 

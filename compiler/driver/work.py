@@ -25,6 +25,7 @@ from ..memory.footprint import Footprint
 from ..memory.graphed import graphed_bytes, obstacle
 from ..memory.rank_memory import RankMemory, rank_memory
 from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from ..plan.decision import Decision
 from ..planning.parts import Parts
 
@@ -52,6 +53,14 @@ class Settings:
     rates: Device
     budget_bytes: float = math.inf
     drafts: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether ranks keep whole what fits of what replicas exchange with each microbatch: where
+        it was said how much they may use."""
+        divides = self.options.dp > 1 and (self.zero.streams or self.zero.divides_params)
+        options = self.options
+        return divides and options.zero_keep == AUTO and options.memory is not None
 
     @property
     def schedule(self) -> ScheduleKind:

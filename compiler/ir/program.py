@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .actions import SEND, Kind, Phase
+from .zero import NOTHING, Kept
 
 
 class Role(StrEnum):
@@ -156,6 +157,7 @@ class StageProgram:
         carry_bytes: what it keeps besides between backward and weight.
         constant_bytes: what the constants take.
         groups: what GROUP ports stand for, where replicas divide the parameters.
+        kept: what its rank keeps whole over a step, of what replicas divide.
     """
 
     stage: int
@@ -172,6 +174,7 @@ class StageProgram:
     carry_bytes: int = 0
     constant_bytes: int = 0
     groups: tuple[Group, ...] = ()
+    kept: Kept = NOTHING
 
     @property
     def direct(self) -> set[str]:
@@ -226,6 +229,11 @@ class PipelineProgram:
         copies = {name: dtype for stage in self.stages for name, dtype in stage.copies.items()}
         direct = {name for stage in self.stages for name in stage.direct}
         return {name: dtype for name, dtype in copies.items() if name not in direct}
+
+    def keeping(self, kept: Sequence[Kept]) -> PipelineProgram:
+        """With what the rank of each stage keeps whole over a step; nothing for an empty list."""
+        pairs = zip(self.stages, kept or [NOTHING] * len(self.stages), strict=True)
+        return replace(self, stages=tuple(replace(stage, kept=each) for stage, each in pairs))
 
     def drops(self, stage: int, mates: Collection[int]) -> dict[Step, tuple[str, ...]]:
         """What a stage drops after each step, on a rank that holds others too.

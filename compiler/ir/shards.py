@@ -21,6 +21,7 @@ import torch
 from . import ops
 from .actions import Kind
 from .program import PipelineProgram, StageProgram
+from .zero import Zero, layer_of
 
 PARCEL_BYTES = 64 << 20  # the most that a parcel has, but for single rows
 LEAST_BYTES = 1 << 20  # below which its latency would count
@@ -208,17 +209,36 @@ Entry = tuple[Parcel, int]
 """A parcel, and the number of an item in it."""
 
 
+Parts = Mapping[Kind, tuple[tuple[Entry, ...], ...]]
+"""Per program, for each gradient that it adds up in order, what leaves then."""
+
+
 @dataclass(frozen=True)
 class Departures:
     """In which parcels the gradients of a stage leave.
 
     Attributes:
-        parts: per program, for each gradient that it adds up in order, what leaves then.
+        every: with every microbatch.
+        last: with the last one alone.
         closing: name -> what leaves after the last microbatch.
     """
 
-    parts: Mapping[Kind, tuple[tuple[Entry, ...], ...]] = field(default_factory=dict)
+    every: Parts = field(default_factory=dict)
+    last: Parts = field(default_factory=dict)
     closing: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+
+    def leaving(self, part: Kind, last: bool) -> tuple[tuple[Entry, ...], ...]:
+        """Of one microbatch; nothing where no gradient of a program leaves with it."""
+        found = self.every.get(part, ())
+        late = self.last.get(part, ()) if last else ()
+        if not found or not late:
+            return found or late
+        return tuple(a + b for a, b in zip(found, late, strict=True))
+
+    @property
+    def during(self) -> bool:
+        """Whether anything leaves while programs run."""
+        return bool(self.every or self.last)
 
 
 def added(stage: StageProgram) -> dict[Kind, list[str]]:
@@ -235,10 +255,26 @@ def added(stage: StageProgram) -> dict[Kind, list[str]]:
     return found
 
 
-def stream_departures(stage: StageProgram, like: Mapping[str, Item], dp: int) -> Departures:
-    """Every gradient of every microbatch leaves when it is made."""
-    parts = {part: _entries([like[n] for n in ns], dp) for part, ns in added(stage).items()}
-    return Departures(parts)
+def departures_of(
+    stage: StageProgram, like: Mapping[str, Item], dp: int, zero: Zero, late: Mapping[str, bool]
+) -> Departures:
+    """Gradients that are whole leave when the last microbatch has added to them, or after it; of
+    the others each microbatch's leaves when it is made.
+
+    Args:
+        like: of what is trained.
+        late: `late_gradients`.
+    """
+    whole = {name: item for name, item in like.items() if zero.whole_grad(name, stage.kept)}
+    rest = {name: item for name, item in like.items() if name not in whole}
+    every = {}
+    for part, names in added(stage).items() if rest else ():
+        mine = [name for name in names if name in rest]
+        leaving = dict(zip(mine, _entries([rest[n] for n in mine], dp), strict=True))
+        every[part] = tuple(leaving.get(name, ()) for name in names)
+    if not whole:
+        return Departures(every)
+    return replace(_once(stage, whole, dp, late), every=every)
 
 
 def late_gradients(program: PipelineProgram, stage: int, mates: Collection[int]) -> dict[str, bool]:
@@ -257,29 +293,27 @@ def late_gradients(program: PipelineProgram, stage: int, mates: Collection[int])
     }
 
 
-def closing_departures(
+def _once(
     stage: StageProgram, like: Mapping[str, Item], dp: int, late: Mapping[str, bool]
 ) -> Departures:
-    """A gradient leaves when the last microbatch has added to it, or after the last one.
-
-    Args:
-        late: `late_gradients`.
-    """
-    last: dict[str, tuple[Kind, int]] = {}
+    """What leaves once per step."""
+    ends: dict[str, tuple[Kind, int]] = {}
     order = added(stage)
     for part, names in order.items():
-        last.update({name: (part, i) for i, name in enumerate(names)})
-    early = [n for part, ns in order.items() for i, n in enumerate(ns) if last[n] == (part, i)]
+        ends.update({name: (part, i) for i, name in enumerate(names) if name in like})
+    early = [n for part, ns in order.items() for i, n in enumerate(ns) if ends.get(n) == (part, i)]
     early = [name for name in early if name not in late]
     leaving = dict(zip(early, _entries([like[n] for n in early], dp), strict=True))
     parts = {
         part: tuple(
-            leaving.get(name, ()) if last[name] == (part, i) else () for i, name in enumerate(names)
+            leaving.get(name, ()) if ends.get(name) == (part, i) else ()
+            for i, name in enumerate(names)
         )
         for part, names in order.items()
     }
     rest = [name for name in like if late.get(name)]
-    return Departures(parts, dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True)))
+    closing = dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True))
+    return Departures(last=parts, closing=closing)
 
 
 def _entries(items: Sequence[Item], dp: int) -> tuple[tuple[Entry, ...], ...]:
@@ -344,10 +378,3 @@ def _around(name: str) -> list[str]:
     """The modules that a parameter is in, the innermost first; the model itself is none of them."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-
-
-def layer_of(name: str) -> str:
-    """``h.3.attn.weight`` is in ``h.3``; ``wte.weight``, in no numbered module, in ``wte``."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[: number + 1])

@@ -13,13 +13,32 @@ level   states  gradients  parameters  so that
 
 At levels 1 and 2 the rows of the parameters are made whole once per step, before the first program.
 
+Where there is room, a rank keeps some of what levels 2 and 3 divide whole over a step (`Kept`): a
+parameter is then made whole as at level 2, and a gradient leaves as at level 1.
+
 An optimizer that needs whole parameters gets some of them whole instead of rows of each: of what is
 trained one replica has all rows, and the others none (`shards.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the rank of a stage keeps whole from one microbatch to the next.
+
+    Attributes:
+        params: FQNs that are made whole once per step, and not for each program (level 3).
+        grads: FQNs whose gradients add up whole, and leave once per step (levels 2 and 3).
+    """
+
+    params: tuple[str, ...] = ()
+    grads: tuple[str, ...] = ()
+
+
+NOTHING = Kept()
 
 
 @dataclass(frozen=True)
@@ -47,8 +66,20 @@ class Zero:
 
     @property
     def streams(self) -> bool:
-        """Whether gradients leave with every microbatch, and are never whole."""
+        """Whether gradients leave with every microbatch, but for those that are kept."""
         return self.divides_grads
+
+    def keeping(self, what: str) -> Zero:
+        """With what is asked for whole over a step, as `CompileOptions.zero_keep` has it."""
+        return replace(self, divides_grads=self.divides_grads and what != "gradients")
+
+    def whole_param(self, name: str, kept: Kept) -> bool:
+        """Whether programs find a parameter whole, and do not gather it."""
+        return not self.divides_params or name in kept.params
+
+    def whole_grad(self, name: str, kept: Kept) -> bool:
+        """Whether a gradient adds up whole over a step."""
+        return not self.divides_grads or name in kept.grads
 
     @property
     def closes(self) -> bool:
@@ -57,8 +88,15 @@ class Zero:
 
     @property
     def unshards(self) -> bool:
-        """Whether parameters are made whole once per step."""
+        """Whether all parameters are made whole once per step."""
         return self.divides_states and not self.divides_params
+
+
+def layer_of(name: str) -> str:
+    """``h.3.attn.weight`` is in ``h.3``; ``wte.weight``, in no numbered module, in ``wte``."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: number + 1])
 
 
 LEVELS = (

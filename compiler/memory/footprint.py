@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
     Item,
     Owners,
-    closing_departures,
+    departures_of,
     homes_in,
     item_of,
     late_gradients,
@@ -26,9 +26,8 @@ from ..ir.shards import (
     parcels_of,
     row_range,
     shard_numel,
-    stream_departures,
 )
-from ..ir.zero import WHOLE, Zero
+from ..ir.zero import NOTHING, WHOLE, Kept, Zero
 from .optimizer_cost import OptimizerMemory, optimizer_memory
 from .rank_memory import Static, Traffic, bucket_bytes
 
@@ -117,7 +116,7 @@ class Footprint:
         for name, param in self._params.items():
             shard = shard_numel(tuple(param.shape), self.dp)
             own, grad = param.dtype.itemsize, self._grad_dtype(param).itemsize
-            count = shard if self._is_shard(name, name not in copies) else param.numel()
+            count = shard if self._is_shard(name, name not in copies, NOTHING) else param.numel()
             held = 0 if self._copied and name in copied_alone else count * own
             if name in copies and not self.zero.divides_params:
                 held += param.numel() * copy
@@ -158,8 +157,7 @@ class Footprint:
         copied_alone: Collection[str],
     ) -> Static:
         params = _union(stage.params for stage in stages)
-        names = self._trainable(params)
-        streams = self.zero.streams
+        names, zero, kept = self._trainable(params), self.zero, stages[0].kept
 
         def owned(name: str) -> int:
             shape = tuple(self._params[name].shape)
@@ -168,23 +166,23 @@ class Footprint:
         def weight_bytes(name: str) -> int:
             if name in copied_alone:
                 return 0
-            shard = self._is_shard(name, name in direct)
+            shard = self._is_shard(name, name in direct, kept)
             count = owned(name) if shard else self._params[name].numel()
             return count * self._params[name].element_size()
 
         grads = [
-            (owned(n) if streams else self._params[n].numel(), self._grad_dtype(self._params[n]))
-            for n in names
+            (p.numel() if zero.whole_grad(n, kept) else owned(n), self._grad_dtype(p))
+            for n, p in self._named(names)
         ]
         copied = {n: dtype for stage in stages for n, dtype in stage.copies.items()}
-        kept = () if self.zero.divides_params else copied.items()
-        copies = [(self._params[n].numel(), dtype) for n, dtype in kept]
+        whole = {n: dtype for n, dtype in copied.items() if zero.whole_param(n, kept)}
+        copies = [(self._params[n].numel(), dtype) for n, dtype in whole.items()]
         direct = {name for stage in stages for name in stage.direct}
         return Static(
             residue=self._needs(names).residue_bytes,
             weights=sum(map(weight_bytes, params)),
             copies=bucket_bytes(copies, self.dp),
-            grads=bucket_bytes(grads, 1 if streams else self.dp),
+            grads=bucket_bytes(grads, 1 if zero.streams else self.dp),
             states=self._memory(self._stepped_by(names, owners, replica)).total_state_bytes,
             buffers=self._buffers,
             constants=sum(stage.constant_bytes for stage in stages),
@@ -212,26 +210,25 @@ class Footprint:
             return Traffic(compressed_bytes=self.compressed(program, mates).extra_bytes)
         if not self.zero.divides_states:
             return Traffic()
-        trained = {name: self._params[name] for name in self._trainable(code.params)}
+        trained, zero = dict(self._named(self._trainable(code.params))), self.zero
         owners = self.owners(program)
         items = {n: item_of(n, p, owners, self._grad_dtype(p)) for n, p in trained.items()}
-        if self.zero.streams:
-            departures = stream_departures(code, items, self.dp)
-        else:
-            late = late_gradients(program, stage, mates)
-            departures = closing_departures(code, items, self.dp, late)
+        late = late_gradients(program, stage, mates)
+        departures = departures_of(code, items, self.dp, zero, late)
         before = [program.stages[s] for s in mates if s < stage]
         direct = {name for each in before for name in each.direct}
         copies = {name for each in before for name in each.copies}
         wholes: list[list[Item]] = [[], []]
-        for name, param in trained.items() if self.zero.unshards else ():
+        for name, param in self._named(code.params) if zero.divides_params else trained.items():
+            if not zero.whole_param(name, code.kept):
+                continue
             if name in code.direct and name not in direct:
                 wholes[0].append(item_of(name, param, owners))
             if name in code.copies and name not in copies:
                 wholes[1].append(item_of(name, param, owners, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
-        return Traffic(departures, self.zero.closes, at_once, sum(fetched))
+        return Traffic(departures, at_once, sum(fetched))
 
     def compressed(self, program: PipelineProgram | None, stages: Sequence[int]) -> Needs:
         """What compressing the gradients of a rank takes, once per step: of the replica that sends
@@ -271,10 +268,14 @@ class Footprint:
             return Needs(0, 0, 0, 0, 0)
         return needs(self._compress, shapes, self.dp)
 
-    def _is_shard(self, name: str, direct: bool) -> bool:
+    def _is_shard(self, name: str, direct: bool, kept: Kept) -> bool:
         """Whether a replica keeps its own rows of the weight alone."""
-        trained = self._params[name].requires_grad
-        return self.zero.divides_params or (self.zero.divides_states and trained and not direct)
+        trained, zero = self._params[name].requires_grad, self.zero
+        divided = zero.divides_params or (zero.divides_states and trained)
+        return divided and not (direct and zero.whole_param(name, kept))
+
+    def _named(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self._params[name]) for name in names)
 
     @property
     def _replicas(self) -> range:
@@ -306,10 +307,15 @@ class Footprint:
 
     def frozen_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
         """What a rank holds of the weights that nobody steps."""
-        names = _union(program.stages[s].params for s in stages)
-        frozen = [param for n in names if not (param := self._params[n]).requires_grad]
-        dp = self.dp if self.zero.divides_params else 1
-        return sum(shard_numel(tuple(p.shape), dp) * p.element_size() for p in frozen)
+        mine = [program.stages[s] for s in stages]
+        direct = {name for stage in mine for name in stage.direct}
+        total = 0
+        for name, param in self._named(_union(stage.params for stage in mine)):
+            if not param.requires_grad:
+                shard = self._is_shard(name, name in direct, mine[0].kept)
+                count = shard_numel(tuple(param.shape), self.dp) if shard else param.numel()
+                total += count * param.element_size()
+        return total
 
     def saved_by_freezing(self) -> Frozen:
         """What parameters that are not trained do not need, of the whole model."""

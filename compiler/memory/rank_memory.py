@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -53,14 +53,12 @@ class Traffic:
 
     Attributes:
         departures: in which parcels gradients leave.
-        at_the_end: in the last microbatch alone, and not in every one.
         unshard_bytes: the most that is sent and received at once to make parameters whole.
         unshard_total: all of that.
         compressed_bytes: what the exchange of a rank takes where gradients are compressed.
     """
 
     departures: Departures = field(default_factory=Departures)
-    at_the_end: bool = False
     unshard_bytes: int = 0
     unshard_total: int = 0
     compressed_bytes: int = 0
@@ -177,7 +175,7 @@ def effect_of(
     sizes: Mapping[Block, int],
     leaving: Sequence[Sequence[Entry]] = (),
     flying: int = 0,
-    streams: bool = False,
+    packed: Collection[int] = (),
 ) -> _Effect:
     """Walk a program once.
 
@@ -187,7 +185,7 @@ def effect_of(
         sizes: bytes of these blocks.
         leaving: per gradient that it adds up, what leaves then.
         flying: bytes of the parcel that is under way already.
-        streams: gradients are packed, and not added to slots.
+        packed: numbers of the gradients that are packed alone, and not added to slots.
     """
     nodes = list(program.module.graph.nodes)
     gone = set(dropped)
@@ -207,7 +205,7 @@ def effect_of(
         known |= new
         refs.update(blocks[node])
         live += sum(new.values())
-        most = max(most, live + _scratch(node, streams))
+        most = max(most, live + _scratch(node, added in packed))
         if node.target is ops.accumulate and leaving:
             for entry in leaving[added]:
                 live, flying, peak = _leave(entry, live, flying)
@@ -260,12 +258,12 @@ def _made(
     return made, {b: item.numel() * item.element_size() for b, item in pairs if b is not None}
 
 
-def _scratch(node: fx.Node, streams: bool) -> int:
+def _scratch(node: fx.Node, packed: bool) -> int:
     """What runs eagerly has its own; a gradient in another layout than its slot is copied before
     it is added."""
     if (work := inside(node)) is not None:
         return work.scratch_bytes
-    if node.target is not ops.accumulate or streams:
+    if node.target is not ops.accumulate or packed:
         return 0
     slot, grad = node.args
     assert isinstance(slot, fx.Node)
@@ -325,7 +323,7 @@ class _Walk:
         traffic = self.traffic[stage]
         if kind is Kind.UNSHARD:
             return self.live + traffic.unshard_bytes
-        if kind is Kind.REDUCE_GRAD and traffic.departures.parts:
+        if kind is Kind.REDUCE_GRAD and traffic.departures.during:
             return self._drain(traffic)
         if kind is Kind.REDUCE_GRAD and traffic.compressed_bytes:
             return self.live + traffic.compressed_bytes
@@ -413,8 +411,8 @@ class _Walk:
         self, stage: int, kind: Kind, index: int, values: Environment, dropped: Iterable[str]
     ) -> _Effect:
         traffic = self.traffic[stage]
-        leaves = not traffic.at_the_end or index == self.last
-        key = (stage, kind, leaves, self.flying)
+        ends = bool(traffic.departures.last) and index == self.last
+        key = (stage, kind, ends, self.flying)
         if key not in self.effects:
             names: dict[int, str] = {}
             for name, block in values.items():
@@ -422,11 +420,12 @@ class _Walk:
                     names.setdefault(block, name)
             inputs = {name: None if b is None else names[b] for name, b in values.items()}
             sizes: dict[Block, int] = {name: self.sizes[block] for block, name in names.items()}
-            leaving = traffic.departures.parts.get(kind, ()) if leaves else ()
-            streams = bool(leaving) and not traffic.at_the_end
+            leaving = traffic.departures.leaving(kind, ends)
+            every = traffic.departures.every.get(kind, ())
+            packed = {i for i, entries in enumerate(every) if entries}
             program = self.stages[stage].parts[kind]
             self.effects[key] = effect_of(
-                program, dropped, inputs, sizes, leaving, self.flying, streams
+                program, dropped, inputs, sizes, leaving, self.flying, packed
             )
         return self.effects[key]
 

@@ -38,6 +38,7 @@ OF_TRAINING = {
     "chunked_loss": "outputs are whole",
     "zero": "there are no gradients and optimizer states to divide, and each stage has its weights",
     "zero_by": "there is nothing to divide",
+    "zero_keep": "there is nothing to divide",
 }
 """Options that inference has no use for -> why."""
 
@@ -88,6 +89,7 @@ class CompileOptions(Options):
                 f'zero_by="{self.zero_by}" has no effect with zero=0, which divides nothing: give '
                 'zero=1, 2, 3 or "auto", or leave it out'
             )
+        self._check_kept()
         self._check_graphs()
         self._check_compression()
         if self.loss_weight is not None and self.loss_normalization == "microbatch":
@@ -134,6 +136,20 @@ class CompileOptions(Options):
             f'virtual_stages={self.virtual_stages}: schedule="{self.schedule}" deals '
             f"{' or '.join(map(str, allowed))} to each rank{instead}"
         )
+
+    def _check_kept(self) -> None:
+        given = f'zero_keep="{self.zero_keep}"'
+        if self.zero_keep != AUTO and self.zero in (0, 1):
+            raise OptionError(
+                f"{given} has no effect with zero={self.zero}, where replicas exchange once per "
+                'step: give zero=2, 3 or "auto", or leave it out'
+            )
+        if self.zero_keep == "gradients" and self.zero != 3:
+            other = "at level 2 that is zero=1" if self.zero == 2 else "it is for one level"
+            raise OptionError(
+                f"{given} goes with zero=3 alone: {other}. Give zero=1 or 3, or "
+                'zero_keep="auto" with memory='
+            )
 
     def _check_graphs(self) -> None:
         if self.cudagraphs is not True:

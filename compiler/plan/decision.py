@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..ir.zero import Kept
+
 
 @dataclass(frozen=True)
 class Search:
@@ -44,6 +46,8 @@ class Decision:
         recomputed: names of the forward nodes that the backward computes again.
         chunk_rows: of how many tokens logits exist at once, where losses are computed in pieces; 0
             where logits are whole.
+        kept: per stage, what its rank keeps whole over a step, of what replicas divide; empty where
+            nothing is kept.
     """
 
     fingerprint: str
@@ -54,6 +58,7 @@ class Decision:
     recomputed: tuple[str, ...]
     search: Search
     chunk_rows: int = 0
+    kept: tuple[Kept, ...] = ()
 
     @property
     def stages_and_seconds(self) -> list[tuple[int, tuple[float, float, float]]]:
@@ -76,5 +81,7 @@ class Decision:
         lists = (self.unit_nodes, self.unit_stage, self.unit_recomputes, self.unit_seconds)
         if len({len(each) for each in lists}) > 1:
             raise ValueError("its lists of units differ in length")
+        if self.kept and len(self.kept) != n_stages:
+            raise ValueError(f"it keeps parameters for {len(self.kept)} of {n_stages} stages")
         if not set(self.unit_stage) <= set(range(n_stages)) or min(self.unit_nodes, default=1) < 1:
             raise ValueError(f"units are on stages {sorted(set(self.unit_stage))} of {n_stages}")

@@ -13,7 +13,7 @@ from ..ir.errors import PlanError
 from .decision import Decision
 from .writing import write_whole
 
-PLAN_VERSION = 8
+PLAN_VERSION = 9
 TRIED = "tried"
 """What `inspect --json` may have beside a plan's fields; plans are read without it."""
 

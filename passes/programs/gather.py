@@ -1,12 +1,13 @@
 """Parameters that replicas divide are whole for as long as a program reads them (ZeRO level 3).
 
 A program gathers the parameters of a layer before its first operator, while the layer before
-computes, and lets each go after the last operator that reads it.
+computes, and lets each go after the last operator that reads it. What a stage keeps whole over a
+step (`StageProgram.kept`) is read as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import getitem
@@ -27,7 +28,8 @@ from ...compiler.ir.program import (
     StageProgram,
     on_demand,
 )
-from ...compiler.ir.shards import Owners, apart, item_of, layer_of, parcels_of
+from ...compiler.ir.shards import Owners, apart, item_of, parcels_of
+from ...compiler.ir.zero import layer_of
 
 _SHARDED = (Role.PARAM, Role.COPY)
 
@@ -40,7 +42,10 @@ def gather_parameters(program: PipelineProgram, dp: int, owners: Owners) -> Pipe
 
 def _gathering(stage: StageProgram, dp: int, owners: Owners) -> StageProgram:
     groups: list[Group] = []
-    made = {part: _rewritten(code, dp, owners, groups) for part, code in stage.parts.items()}
+    made = {
+        part: _rewritten(code, dp, owners, groups, stage.kept.params)
+        for part, code in stage.parts.items()
+    }
     return replace(
         stage,
         forward=made[Kind.F],
@@ -50,16 +55,19 @@ def _gathering(stage: StageProgram, dp: int, owners: Owners) -> StageProgram:
     )
 
 
-def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -> Program:
-    """A program that makes its parameters whole.
+def _rewritten(
+    program: Program, dp: int, owners: Owners, groups: list[Group], kept: Collection[str]
+) -> Program:
+    """A program that makes its parameters whole, but for those that are kept.
 
     Before a group's first reader stand ``unshard`` of it and ``gather`` of the next one. What the
     generated code lets go after its last reader is the parameter's memory.
     """
     nodes = list(program.module.graph.nodes)
     ports = dict(zip(nodes, program.inputs, strict=False))
-    nodes = _late_views(nodes, ports)
-    chosen = _groups(nodes, ports)
+    sharded = {n for n, p in ports.items() if p.role in _SHARDED and str(p.key) not in kept}
+    nodes = _late_views(nodes, ports, sharded)
+    chosen = _groups(nodes, ports, sharded)
     if not chosen:
         return program
     graph = fx.Graph()
@@ -67,7 +75,7 @@ def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -
     env: dict[fx.Node, fx.Node] = {}
     inputs: dict[Port, fx.Node] = {}
     for node, port in ports.items():
-        if port.role not in _SHARDED:
+        if node not in sharded:
             env[node] = inputs[port] = graph.node_copy(node)
     handles = []
     for members in chosen:
@@ -91,13 +99,14 @@ def _rewritten(program: Program, dp: int, owners: Owners, groups: list[Group]) -
     return Program(on_demand(program.module, graph), tuple(inputs), program.outputs)
 
 
-def _late_views(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[fx.Node]:
+def _late_views(
+    nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port], sharded: Collection[fx.Node]
+) -> list[fx.Node]:
     """The nodes in an order in which views of parameters are made right before they are read.
 
     A backward's views stand where the forward made them, before all layers, and would have all of
     these gathered at its start.
     """
-    sharded = {node for node, port in ports.items() if port.role in _SHARDED}
     views = {node for node in nodes if node not in ports and storage_root(node) in sharded}
     found = dict.fromkeys(ports)
     for node in nodes[len(ports) :]:
@@ -113,12 +122,14 @@ def _late_views(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list
     return list(found)
 
 
-def _groups(nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port]) -> list[list[fx.Node]]:
+def _groups(
+    nodes: Sequence[fx.Node], ports: Mapping[fx.Node, Port], sharded: Collection[fx.Node]
+) -> list[list[fx.Node]]:
     """The parameters of each layer, in the order in which the layers are first read."""
     found: dict[str, dict[fx.Node, None]] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            if source in ports and ports[source].role in _SHARDED:
+            if source in sharded:
                 found.setdefault(layer_of(str(ports[source].key)), {})[source] = None
     return [list(members) for members in found.values()]
 

@@ -9,6 +9,7 @@ level   what is inserted
 2       the same UNSHARD; REDUCE_B and REDUCE_W after each backward that makes gradients: they
         are on their way; REDUCE_GRAD: the last of them has arrived
 3       as 2, without UNSHARD: programs gather their parameters (`passes.programs.gather`)
+2, 3    what a rank keeps over a step (`Kept`) has UNSHARD, and no REDUCE_B and REDUCE_W
 ======  =====================================================================================
 
 Tied gradients are summed over the stages before the rows are divided at levels 0 and 1. Above,
@@ -35,7 +36,12 @@ ONCE = (Kind.UNSHARD, Kind.REDUCE_GRAD, Kind.SYNC_TIED)
 def add_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero: Zero) -> Schedule:
     """Insert the exchange between replicas into a schedule that communicates already."""
     homes = homes_of(schedule)
-    adds = {(code.stage, kind) for code in program.stages for kind in added(code)}
+    adds = {
+        (code.stage, kind)
+        for code in program.stages
+        for kind, names in added(code).items()
+        if not all(zero.whole_grad(name, code.kept) for name in names)
+    }
     streams = dp > 1 and zero.streams
     rows: list[tuple[Action, ...]] = []
     for rank, actions in enumerate(schedule):
@@ -47,7 +53,8 @@ def add_exchange(schedule: Schedule, program: PipelineProgram, dp: int, zero: Ze
 
 
 def _opening(stage: int, program: PipelineProgram, dp: int, zero: Zero) -> list[Action]:
-    whole = dp > 1 and zero.unshards and program.stages[stage].params
+    code, divides = program.stages[stage], dp > 1 and zero.divides_states
+    whole = divides and any(zero.whole_param(name, code.kept) for name in code.params)
     return [Action(stage, Kind.UNSHARD)] if whole else []
 
 
@@ -55,7 +62,7 @@ def _reducing(actions: Sequence[Action], adds: Container[tuple[int, Kind]]) -> l
     """What a backward has made leaves after it, where gradients stream.
 
     Args:
-        adds: (stage, kind) of the programs that add up gradients.
+        adds: (stage, kind) of the programs whose gradients leave with every microbatch.
     """
     made: list[Action] = []
     for action in actions:

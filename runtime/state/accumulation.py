@@ -24,17 +24,21 @@ class Accumulation:
     def open(self, scale: float = 1.0) -> None:
         """Before a run: slots take up whatever the user left in ``.grad``; None clears them.
 
-        At zero=1 it is kept aside, as each replica has its own rows of it, and added afterwards; so
-        it is where gradients are compressed, as it has been exchanged already.
+        Of a gradient that leaves once per step it is kept aside, as each replica has its own rows
+        of it, and added afterwards; so it is where gradients are compressed, as it has been
+        exchanged already.
 
         Args:
             scale: of the loss in this run.
         """
-        if self._state.zero.closes or self._state.compressed:
-            self._keep()
+        every = self._state.zero.closes or bool(self._state.compressed)
+        aside = self._keep(every)
+        if every:
             return
         for rank, state in self._state.ranks.items():
             for name, slot in state.grads.slots.items() if state.grads.leads else ():
+                if name in aside:
+                    continue
                 first, param = self._state.primary.get(name, (rank, None))
                 slot.fresh = param is None or param.grad is None
                 if param is None or param.grad is None:
@@ -55,14 +59,23 @@ class Accumulation:
                 if state.grads.leads:
                     state.grads.scale(scale)
 
-    def _keep(self) -> None:
+    def _keep(self, every: bool) -> set[str]:
+        """Keep aside what parameters have; returns their names.
+
+        Args:
+            every: of all, and not of those alone whose gradients leave once per step.
+        """
+        aside: set[str] = set()
         for state in self._state.ranks.values():
-            for slot in state.grads.slots.values():
-                slot.fresh = True
+            for name, slot in state.grads.slots.items():
+                if every or slot.closes:
+                    slot.fresh = True
+                    aside.add(name)
         for name, param in self._state.named_parameters():
-            if param.grad is not None:
+            if (every or name in aside) and param.grad is not None:
                 self._before[name] = param.grad.clone()
                 param.grad = None
+        return aside
 
     def blank(self, names: Collection[str]) -> list[tuple[str, GradSlot]]:
         """The slots of these parameters that have no gradient yet."""

@@ -21,11 +21,13 @@ class GradSlot:
         owned: the part of it that this rank's optimizer reads.
         fresh: nothing has been added since the gradients were cleared, so the next gradient is
             copied and not added, as autograd does it.
+        closes: the mean over the replicas is taken once per step, and not per microbatch.
     """
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = self.owned = tensor
         self.fresh = True
+        self.closes = False
 
     def clear(self) -> None:
         """Begin with zeros, so that every gradient is added: recorded programs cannot choose."""
@@ -33,12 +35,14 @@ class GradSlot:
             self.tensor.zero_()
             self.fresh = False
 
-    def add(self, grad: torch.Tensor) -> None:
+    def add(self, grad: torch.Tensor, to: torch.Tensor | None = None) -> None:
+        """Add a gradient, or rows of one to a part of the slot."""
+        tensor = self.tensor if to is None else to
         if self.fresh:
-            self.tensor.copy_(grad)
+            tensor.copy_(grad)
             self.fresh = False
         else:
-            add_gradient(self.tensor, grad)
+            add_gradient(tensor, grad)
 
 
 class Bucket:

@@ -3,19 +3,19 @@
 =================  ===========================================================================
 `WholeGradients`   all rows on every replica; one mean per step. zero=0, and zero=1 where ranks
                    share a process
-`ClosingGradients` all rows until the last microbatch, whose backward sends them to their owners
-`StreamGradients`  a replica's own rows alone: what a backward makes leaves at once (zero=2, 3)
+`SentGradients`    whole ones leave with the last microbatch, each to the owner of its rows; of the
+                   others a replica has its own rows, and what a backward makes leaves at once
 `SharedGradients`  the same sums where the replicas of a stage share a process
 =================  ===========================================================================
 
 Every sum over replicas is taken in rank order, so processes and ranks of one process agree bit
-for bit. At levels 2 and 3 the replicas' mean is added up per microbatch, not taken of the sums.
+for bit. Of a gradient that is not whole the replicas' mean is added up per microbatch, not taken of
+the sums. `Zero.whole_grad` says which are whole: all at level 1, at 2 and 3 those that are kept.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -28,12 +28,11 @@ from ...compiler.ir.shards import (
     Entry,
     Item,
     Owners,
-    closing_departures,
+    departures_of,
     item_of,
-    items_of,
     rows_of,
-    stream_departures,
 )
+from ...compiler.ir.zero import Zero
 from ..compression.compressed import DTYPE, Compressed
 from ..exchange.parcels import Outgoing
 from ..transport.processes import Processes
@@ -101,6 +100,10 @@ class WholeGradients(Bucket):
                 yield
             pending.wait()
 
+    def summed(self, name: str) -> torch.Tensor:
+        """What stages that share a parameter add up, of its gradient."""
+        return self.slots[name].tensor
+
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply the gradients, but for those that add up in a reduced dtype."""
@@ -137,29 +140,53 @@ class Inlet:
         self._bucket.take(self._name, grad)
 
 
-class SentGradients(WholeGradients, ABC):
-    """What leaves in parcels, between processes, while a backward runs."""
+class SentGradients(WholeGradients):
+    """What leaves in parcels, between processes, while a backward runs.
+
+    Args:
+        shards: FQN -> this rank's rows of the parameter.
+        like: FQN -> a tensor of the whole parameter's shape.
+        whole: the parameters whose gradients add up whole.
+    """
 
     def __init__(
         self,
-        params: Mapping[str, torch.Tensor],
+        shards: Mapping[str, torch.Tensor],
+        like: Mapping[str, torch.Tensor],
         dtypes: Mapping[str, torch.dtype],
         endpoint: Endpoint,
-        parts: int,
+        owners: Owners,
+        zero: Zero,
+        whole: Collection[str],
     ):
-        super().__init__(params, dtypes, endpoint, parts)
+        chosen = {name: like[name] if name in whole else rows for name, rows in shards.items()}
+        super().__init__(chosen, dtypes, endpoint, 1 if zero.streams else endpoint.dp)
         transport = endpoint.transport
         assert isinstance(transport, Processes)
-        self._dp, self._replica = endpoint.dp, endpoint.replica
+        self._dp, self._replica, self._zero = endpoint.dp, endpoint.replica, zero
+        self.closes = zero.closes
+        self._items = {n: item_of(n, like[n], owners, dtypes[n]) for n in self.slots}
+        for name in whole:
+            slot = self.slots[name]
+            slot.closes = True
+            slot.owned = rows_of(slot.tensor, self._dp, self._replica, owners.get(name))
         self.inlets = {name: Inlet(self, name) for name in self.slots}
         self._outgoing = Outgoing(transport, self._settle)
         self._leaving: list[tuple[Entry, ...]] = []
 
+    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
+        return departures_of(stage, self._items, self._dp, self._zero, late)
+
     def begin(self, departures: Departures, part: Kind, last: bool) -> None:
-        self._leaving = list(departures.parts.get(part, ()))[::-1]
+        self._leaving = list(departures.leaving(part, last))[::-1]
 
     def take(self, name: str, grad: torch.Tensor) -> None:
-        self._outgoing.put(self._leaving.pop(), grad)
+        slot = self.slots[name]
+        if slot.closes:
+            slot.add(grad)
+            grad = slot.tensor
+        if self._leaving:
+            self._outgoing.put(self._leaving.pop(), grad)
 
     def reduce(self, departures: Departures, last: bool) -> Run:
         for name, entries in departures.closing.items():
@@ -167,77 +194,27 @@ class SentGradients(WholeGradients, ABC):
         self._outgoing.drain()
         yield from ()
 
-    @abstractmethod
+    def summed(self, name: str) -> torch.Tensor:
+        """At level 1 stages add up whole gradients, above a replica its rows."""
+        slot = self.slots[name]
+        return slot.owned if self._zero.streams else slot.tensor
+
     def _settle(self, item: Item, total: torch.Tensor) -> None:
         """Take the sum over the replicas of this rank's rows."""
-
-
-class ClosingGradients(SentGradients):
-    """zero=1: the mean of a replica's rows is written over these, and the others are left."""
-
-    closes = True
-
-    def __init__(
-        self,
-        params: Mapping[str, torch.Tensor],
-        dtypes: Mapping[str, torch.dtype],
-        endpoint: Endpoint,
-        owners: Owners,
-    ):
-        super().__init__(params, dtypes, endpoint, endpoint.dp)
-        self._owners = owners
-        for name, slot in self.slots.items():
-            slot.owned = rows_of(slot.tensor, self._dp, self._replica, owners.get(name))
-
-    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
-        slots = {name: slot.tensor for name, slot in self.slots.items()}
-        return closing_departures(stage, items_of(slots, self._owners), self._dp, late)
-
-    def begin(self, departures: Departures, part: Kind, last: bool) -> None:
-        super().begin(departures if last else Departures(), part, last)
-
-    def take(self, name: str, grad: torch.Tensor) -> None:
-        slot = self.slots[name]
-        slot.add(grad)
-        if self._leaving:
-            super().take(name, slot.tensor)
-
-    def _settle(self, item: Item, total: torch.Tensor) -> None:
-        rows = item.rows(self.slots[item.name].tensor, self._dp, self._replica)
-        add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
-
-    def _owned(self) -> list[torch.Tensor]:
-        return [slot.owned for slot in self.slots.values()]
-
-
-class StreamGradients(SentGradients):
-    """zero=2 and 3: slots have a replica's own rows.
-
-    Args:
-        shards: FQN -> this rank's rows of the parameter.
-        whole: FQN -> a tensor of the whole parameter's shape.
-    """
-
-    def __init__(
-        self,
-        shards: Mapping[str, torch.Tensor],
-        whole: Mapping[str, torch.Tensor],
-        dtypes: Mapping[str, torch.dtype],
-        endpoint: Endpoint,
-        owners: Owners,
-    ):
-        super().__init__(shards, dtypes, endpoint, 1)
-        self._items = {n: item_of(n, whole[n], owners, dtypes[n]) for n in self.slots}
-
-    def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
-        return stream_departures(stage, self._items, self._dp)
-
-    def _settle(self, item: Item, total: torch.Tensor) -> None:
         slot = self.slots[item.name]
+        if slot.closes:
+            rows = item.rows(slot.tensor, self._dp, self._replica)
+            add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
+            return
         rows = item.own_rows(slot.tensor, self._dp, self._replica)
         add_mean_(rows, total.view(rows.shape), self._dp, slot.fresh)
         # the pieces of a gradient come in order
         slot.fresh = slot.fresh and item.piece < item.pieces - 1
+
+    def _owned(self) -> list[torch.Tensor]:
+        if not any(slot.closes for slot in self.slots.values()):
+            return super()._owned()
+        return [slot.owned for slot in self.slots.values()]
 
 
 class SharedGradients(WholeGradients):
@@ -245,6 +222,7 @@ class SharedGradients(WholeGradients):
 
     Args:
         leader: the first replica's; None for itself.
+        whole: the parameters whose gradients add up whole, on each replica.
     """
 
     def __init__(
@@ -253,12 +231,19 @@ class SharedGradients(WholeGradients):
         dtypes: Mapping[str, torch.dtype],
         endpoint: Endpoint,
         leader: SharedGradients | None,
+        whole: Collection[str],
     ):
-        super().__init__(params if leader is None else {}, dtypes, endpoint, 1)
+        shared = {name: param for name, param in params.items() if name not in whole}
+        super().__init__(shared if leader is None else {}, dtypes, endpoint, 1)
         self.leads = leader is None
         if leader is not None:
-            self.slots = leader.slots
-        self.inlets = {name: Inlet(self, name) for name in self.slots}
+            self.slots = {name: leader.slots[name] for name in shared}
+        kept = {name: param for name, param in params.items() if name in whole}
+        self._whole = WholeGradients(kept, dtypes, endpoint, endpoint.dp)
+        self.inlets = {name: Inlet(self, name) for name in self.slots} | dict(self._whole.inlets)
+        self.slots |= self._whole.slots
+        for name in kept:
+            self.slots[name].closes = True
         self._made: list[tuple[str, torch.Tensor]] = []
 
     def take(self, name: str, grad: torch.Tensor) -> None:
@@ -274,10 +259,13 @@ class SharedGradients(WholeGradients):
         meeting.wait()
 
     def reduce(self, departures: Departures, last: bool) -> Run:
-        yield from ()
+        yield from self._whole.reduce(departures, last)
 
     def abandon(self) -> None:
         self._made.clear()
+
+    def _owned(self) -> list[torch.Tensor]:
+        return [*self.buffers.values(), *self._whole.buffers.values()]
 
     def _add(self, brought: list[list[tuple[str, torch.Tensor]]]) -> None:
         for grads in zip(*brought, strict=True):

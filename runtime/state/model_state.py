@@ -27,7 +27,7 @@ from ..transport.transport import Endpoint
 from ..weights.allocation import Cut
 from ..weights.materialize import Source, materialize
 from .bucket import Bucket
-from .gradients import ClosingGradients, SharedGradients, StreamGradients, WholeGradients
+from .gradients import SentGradients, SharedGradients, WholeGradients
 from .rank_state import RankState
 from .sharded import Shards
 
@@ -74,6 +74,7 @@ class ModelState:
     ):
         self._compress = compress
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
+        self._layout = layout
         self.mesh = next(iter(endpoints.values())).mesh
         named = dict(skeleton.module.named_parameters())
         self.owners = owners_of(named, self.homes, self.mesh.dp) if self.zero.matrices else {}
@@ -122,7 +123,8 @@ class ModelState:
     def _kept(self, end: Endpoint, program: PipelineProgram) -> set[str]:
         """The divided parameters that a rank keeps whole, for its programs read them."""
         read = {name for stage in end.stages for name in program.stages[stage].direct}
-        return self.divided & read if self.zero.unshards else set()
+        kept = self._layout.kept_on(end.stages[0])
+        return {name for name in self.divided & read if self.zero.whole_param(name, kept)}
 
     def _rank(self, end: Endpoint, held: Held, program: PipelineProgram) -> RankState:
         shared = any(state.device == end.device for state in self.ranks.values())
@@ -138,7 +140,7 @@ class ModelState:
             return RankState(end, params, buffers, whole, owners=self.owners)
         leader = self.ranks[end.peers[0]].grads if end.replica else None
         assert leader is None or isinstance(leader, SharedGradients)
-        grads = SharedGradients(slots, self._sums, end, leader)
+        grads = SharedGradients(slots, self._sums, end, leader, self._whole_grads(end, slots))
         return RankState(end, params, buffers, grads, owners=self.owners)
 
     def _divide(
@@ -146,16 +148,17 @@ class ModelState:
     ) -> tuple[Shards, dict[str, torch.Tensor], WholeGradients]:
         """A rank's rows, the parameters that it keeps whole, and where gradients add up."""
         like = {n: self._like(n) for n in names if n in self.divided}
-        shards = Shards(like, held, self._kept(end, program), end, self.owners)
-        trained = [name for name in names if name in self._sums]
-        if self.zero.closes:
-            whole = {name: shards.like[name] for name in trained}
-            grads: WholeGradients = ClosingGradients(whole, self._sums, end, self.owners)
-        else:
-            rows = {name: shards.masters[name] for name in trained}
-            grads = StreamGradients(rows, shards.like, self._sums, end, self.owners)
+        is_whole = partial(self.zero.whole_param, kept=self._layout.kept_on(end.stages[0]))
+        shards = Shards(like, held, self._kept(end, program), is_whole, end, self.owners)
+        rows = {name: shards.masters[name] for name in names if name in self._sums}
+        of = self._sums, end, self.owners, self.zero, self._whole_grads(end, rows)
+        grads = SentGradients(rows, shards.like, *of)
         rest = {name: self._copy(name, held[name]) for name in names if name not in like}
         return shards, rest | shards.whole, grads
+
+    def _whole_grads(self, end: Endpoint, names: Collection[str]) -> set[str]:
+        kept = self._layout.kept_on(end.stages[0])
+        return {name for name in names if self.zero.whole_grad(name, kept)}
 
     def _like(self, name: str) -> nn.Parameter:
         return self.skeleton.module.get_parameter(name)
@@ -256,7 +259,7 @@ class ModelState:
         for state in self.ranks.values():
             state.copies |= {name: state.params[name] for name in self._narrow & set(state.params)}
             stages = [program.stages[stage] for stage in state.stages]
-            if state.shards is not None and self.zero.unshards:
+            if state.shards is not None:
                 state.shards.provide(stages)
                 state.params |= state.shards.whole
                 state.copies |= state.shards.copies

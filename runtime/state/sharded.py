@@ -5,8 +5,9 @@ DTensors takes four times as long, eighteen times if fused, and torch picks no f
 them by itself. Checkpoints see the rows as DTensors (`Shards.as_dtensor`), and so reshard them.
 
 What the optimizer holds is a view into the whole parameter where the whole one is kept anyway:
-at levels 1 and 2, if a program reads it in its own dtype. Where only the copy in the compute dtype
-is read, and at level 3, the rows stand alone, and there never is a whole parameter.
+at levels 1 and 2, and of what level 3 keeps, if a program reads it in its own dtype. Where only
+the copy in the compute dtype is read, and of what level 3 gathers, the rows stand alone, and there
+never is a whole parameter.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Shards:
         params: FQN -> a parameter like the whole one, of all that are divided.
         held: FQN -> its values: of those in ``kept`` all of them, of the others this rank's rows.
         kept: which stay whole on this rank.
+        whole_param: tells of a name whether programs find the parameter, or a copy, whole.
         owners: of those that one replica has all rows of.
 
     Attributes:
         masters: FQN -> this rank's rows.
-        whole: FQN -> the parameter in its own dtype, as programs read it; empty at level 3.
+        whole: FQN -> the parameter in its own dtype, as programs read it, where they find it whole.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class Shards:
         params: Mapping[str, nn.Parameter],
         held: Mapping[str, torch.Tensor],
         kept: Collection[str],
+        whole_param: Callable[[str], bool],
         endpoint: Endpoint,
         owners: Owners,
     ):
         transport = endpoint.transport
         assert isinstance(transport, Processes)
         self.dp, self.replica, self._device = endpoint.dp, endpoint.replica, endpoint.device
-        self._group, self._owners = transport.group, owners
+        self._group, self._owners, self._is_whole = transport.group, owners, whole_param
         self._mesh: DeviceMesh | None = None
         self.like = {name: torch.empty_like(meta_like(p)) for name, p in params.items()}
         self.whole = {name: held[name] for name in params if name in kept}
@@ -70,8 +73,8 @@ class Shards:
 
     def provide(self, stages: Sequence[StageProgram]) -> None:
         """Make room for what the rank's programs read whole all the time."""
-        copied = {name: dtype for stage in stages for name, dtype in stage.copies.items()}
-        direct = {name for stage in stages for name in stage.direct}
+        copied = {name: dtype for stage in stages for name, dtype in self._copied(stage).items()}
+        direct = {name for stage in stages for name in self._direct(stage)}
         for name in self.masters:  # in this order on every replica
             if name in direct and name not in self.whole:
                 self.whole[name] = torch.empty_like(self.like[name], device=self._device)
@@ -85,8 +88,8 @@ class Shards:
         others: tuple[set[str], set[str]] = (set(), set())  # what a stage before brings
         for stage in stages:
             whole, copies = self._read[stage.stage]
-            whole |= stage.direct - others[0]
-            copies |= set(stage.copies) - others[1]
+            whole |= self._direct(stage) - others[0]
+            copies |= set(self._copied(stage)) - others[1]
             others = others[0] | whole, others[1] | copies
             self._parcels[stage.stage] = [
                 (parcel, kind)
@@ -95,6 +98,12 @@ class Shards:
                     items_of(_chosen(kind, names), self._owners).values(), self.dp
                 )
             ]
+
+    def _direct(self, stage: StageProgram) -> set[str]:
+        return {name for name in stage.direct if self._is_whole(name)}
+
+    def _copied(self, stage: StageProgram) -> dict[str, torch.dtype]:
+        return {name: dtype for name, dtype in stage.copies.items() if self._is_whole(name)}
 
     @torch.no_grad()
     def unshard(self, stage: int) -> None:

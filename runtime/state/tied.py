@@ -61,16 +61,17 @@ class TiedGradients:
                 yield from self._take(tied.name, tied.owner, holder)
 
     def _give(self, name: str, src: int, dst: int) -> None:
-        slot = self._grads.slots[name]
-        copy = slot.tensor.clone()  # the slot is written again before the message has left
+        copy = self._grads.summed(
+            name
+        ).clone()  # the slot is written again before the message has left
         self._endpoint.send(src, dst, [copy], [_spec(name, copy)])
 
     def _take(self, name: str, src: int, dst: int) -> Run:
-        slot = self._grads.slots[name]
-        pending = self._endpoint.receive(src, dst, [_spec(name, slot.tensor)])
+        slot, total = self._grads.slots[name], self._grads.summed(name)
+        pending = self._endpoint.receive(src, dst, [_spec(name, total)])
         while not pending.ready():
             yield
-        slot.add(pending.wait()[0])
+        slot.add(pending.wait()[0], total)
 
 
 def _between_ranks(tied: TiedGradient, endpoint: Endpoint) -> _Shared:

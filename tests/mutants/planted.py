@@ -526,6 +526,20 @@ SHARDING = (
         "test_zero.py::test_odd_parameters_and_accumulation",
         "pieces after the first are added to what was there before",
     ),
+    Mutant(
+        "runtime/state/gradients.py",
+        "return slot.owned if self._zero.streams else slot.tensor",
+        "return slot.tensor",
+        "test_kept.py::test_everything_kept_is_level_one",
+        "of a tied gradient that is kept the replicas' own sums travel between stages",
+    ),
+    Mutant(
+        "compiler/planning/keeping.py",
+        "if peak <= budget_bytes:",
+        "if True:",
+        "test_kept.py::test_a_rank_keeps_the_most_that_fits",
+        "more is kept than fits",
+    ),
 )
 
 PRECISION = (
@@ -566,7 +580,7 @@ PRECISION = (
     ),
     Mutant(
         "passes/programs/gather.py",
-        "nodes = _late_views(nodes, ports)",
+        "nodes = _late_views(nodes, ports, sharded)",
         "pass",
         "test_gather.py::test_a_backward_fetches_a_layer_while_the_one_after_computes",
         "a backward fetches all layers at its start",

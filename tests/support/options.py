@@ -34,6 +34,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "zero": ("--zero 2", 2),
     "compress": ("--compress gradients=int8,values=bf16", "gradients=int8,values=bf16"),
     "zero_by": ("--zero-by matrices", "matrices"),
+    "zero_keep": ("--zero-keep nothing", "nothing"),
     "placement": ("--placement replicas", "replicas"),
     "pin": ("--pin lm_head=1 --pin transformer.h.0=0", {"lm_head": 1, "transformer.h.0": 0}),
     "eager_modules": ("--eager-modules h.*,last", ("h.*", "last")),
@@ -91,6 +92,7 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "zero": ({"zero": 1}, {"zero": "auto"}),
         "timeout_s": ({"timeout_s": 60.0}, {"timeout_s": 90.0}),
         "zero_by": ({"zero_by": "rows"}, {"zero_by": "matrices"}),
+        "zero_keep": ({"zero_keep": "nothing"}, {"zero_keep": "gradients"}),
         "placement": ({}, {"placement": "replicas"}),
         "compress": ({"compress": "int8"}, {"compress": "powersgd:2"}),
         "pin": ({"pin": {"first": 0}}, {"pin": {"first": 1}}),
@@ -101,7 +103,15 @@ def differing(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
     beside = {"max_grad_norm": {"optimizer": SGD}, "lr_scheduler": {"optimizer": SGD}}
     divided = replicas | {"zero": 1}
-    shapes = {"zero": replicas, "compress": replicas, "zero_by": divided, "n_stages": {}, "dp": {}}
+    kept = replicas | {"zero": 3}
+    shapes = {
+        "zero": replicas,
+        "zero_keep": kept,
+        "compress": replicas,
+        "zero_by": divided,
+        "n_stages": {},
+        "dp": {},
+    }
     return {
         name: tuple(shapes.get(name, two) | beside.get(name, {}) | each for each in pair)  # type: ignore[misc]
         for name, pair in pairs.items()

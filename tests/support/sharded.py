@@ -33,8 +33,25 @@ Step = Callable[[], torch.Tensor | None]  # the loss, of this replica or of all,
 
 
 def compiled(zero: int, optimizer: Optimizer) -> Step:
-    options: dict[str, Any] = {"zero": zero} if zero else {}
-    pipe = pipecompile.compile(
+    return _step(_pipeline(optimizer, **({"zero": zero} if zero else {})))
+
+
+def within(share: float, optimizer: Optimizer) -> Step:
+    """Level 3, which keeps whole over a step what there is room for.
+
+    Args:
+        share: of what level 1 needs beyond level 3, both as planned. That is less than FSDP2 needs
+            under 1F1B: it has whole parameters and gradients too, and the rows besides.
+    """
+    least, most = (_peak(_pipeline(optimizer, zero=level)) for level in (3, 1))
+    memory = least + round(share * (most - least))
+    pipe = _pipeline(optimizer, zero=3, memory=memory, remat="none")
+    assert _peak(pipe) <= memory
+    return _step(pipe)
+
+
+def _pipeline(optimizer: Optimizer, **options: Any) -> Any:
+    return pipecompile.compile(
         rivals.model(),
         STAGES,
         dp=REPLICAS,
@@ -42,8 +59,20 @@ def compiled(zero: int, optimizer: Optimizer) -> Step:
         optimizer=optimizer,
         **options,
     )
-    rows = rivals.batch(seed=1 + dist.get_rank() // STAGES)
+
+
+def _rows() -> dict[str, torch.Tensor]:
+    return rivals.batch(seed=1 + dist.get_rank() // STAGES)
+
+
+def _step(pipe: Any) -> Step:
+    rows = _rows()
     return lambda: pipe.step(rows)
+
+
+def _peak(pipe: Any) -> int:
+    pipe.compile_for(_rows())
+    return max(stage.memory.peak for stage in pipe.plan.stages)
 
 
 def fsdp(per_block: bool, reshard: bool, optimizer: Optimizer) -> Step:
@@ -79,7 +108,11 @@ def fsdp(per_block: bool, reshard: bool, optimizer: Optimizer) -> Step:
     return step
 
 
-OURS = {f"pipecompile, zero={level}": partial(compiled, level) for level in range(4)}
+OURS: dict[str, Callable[[Optimizer], Step]] = {
+    **{f"pipecompile, zero={level}": partial(compiled, level) for level in range(4)},
+    "pipecompile, zero=3, half kept": partial(within, 0.5),
+    "pipecompile, zero=3, kept": partial(within, 1.0),
+}
 TORCH = {
     "torch FSDP2 per layer, 1F1B": partial(fsdp, True, False),
     "torch FSDP2 per stage, 1F1B": partial(fsdp, False, False),

@@ -174,3 +174,12 @@ def test_a_node_that_was_changed_is_priced_anew() -> None:
     node.meta["val"] = other.meta["val"]
     node.all_input_nodes[0].meta["val"] = other.meta["val"]
     assert node_cost(node, H100).seconds < before.seconds
+
+
+def test_what_takes_the_processor_is_not_hidden() -> None:
+    """An exchange beside kernels takes its share of the sender's time, and is never shorter than
+    the link needs."""
+    free, busy = (dataclasses.replace(DEVICES["cpu"], send_share=share) for share in (0.0, 0.5))
+    assert free.together_s(4.0, 2.0) == 4.0
+    assert busy.together_s(4.0, 2.0) == 5.0
+    assert busy.together_s(1.0, 8.0) == 8.0

@@ -173,6 +173,7 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
             "placement": "--dp 2",
             "compress": "--dp 2",
             "zero_by": "--dp 2 --zero 1",
+            "zero_keep": "--dp 2 --zero 3",
             "virtual_stages": "--schedule interleaved",
             "schedule_memory": "--schedule zb",
         }.get(name, "")
@@ -252,7 +253,8 @@ def test_those_that_a_plan_has_decided() -> None:
 )
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
     names = ("schedule", "tied_grads", "chunked_loss", "precision", "zero", "zero_by")
-    expected = dict(zip(names, kept, strict=True)) | {"training": "True", "compress": "off"}
+    others = {"training": "True", "compress": "off", "zero_keep": "auto"}
+    expected = dict(zip(names, kept, strict=True)) | others
     assert CompileOptions(n_stages=2, **options).in_plan() == expected
 
 
@@ -265,7 +267,7 @@ def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
         return pipecompile.compile(model(), 2, 2, example_batch=batch, **options)
 
     text, value = FLAGS[name]
-    beside = {"zero": 1} if name == "zero_by" else {}
+    beside = {"zero_by": {"zero": 1}, "zero_keep": {"zero": 3}}.get(name, {})
     plan = compile_(**beside, **{name: value}).plan
     assert plan.options[name].lower() in text  # False is "false" there
     assert compile_(**beside, **{name: value}, plan=plan).plan.options == plan.options

@@ -172,8 +172,9 @@ PLANNED: dict[str, Any] = {
     "tied_grads": "per_microbatch",
     "precision": "bf16",
     "chunked_loss": "off",
-    "zero": 1,
+    "zero": 2,
     "zero_by": "rows",
+    "zero_keep": "auto",
     "compress": "off",
 }
 OTHERWISE: dict[str, Any] = {
@@ -184,8 +185,9 @@ OTHERWISE: dict[str, Any] = {
     "tied_grads": "per_step",
     "precision": Precision(compute=torch.bfloat16, grads=torch.bfloat16),
     "chunked_loss": "auto",
-    "zero": 2,
+    "zero": 3,
     "zero_by": "matrices",
+    "zero_keep": "nothing",
     "compress": {"values": "bf16"},
 }
 

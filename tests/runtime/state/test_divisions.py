@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipecompile.compiler.ir import zero as zeros
 from pipecompile.compiler.ir.actions import Action, Kind, from_text, to_text
 from pipecompile.compiler.ir.errors import OptionError, PlanError, VerificationError
-from pipecompile.compiler.ir.shards import Item, layer_of, parcels_of, row_range, rows_of
+from pipecompile.compiler.ir.shards import Item, parcels_of, row_range, rows_of
+from pipecompile.compiler.ir.zero import layer_of
 from pipecompile.passes.schedule.exchange import verify_exchange
 from pipecompile.runtime.transport.doing import HERE
 from support import jobs, measured, models, plain
