@@ -93,9 +93,8 @@ class Builder:
         self._divisions = divisions(options, self._verdict)
         self._footprints = (captured or Shared()).footprints
         self._warned: set[str] = set()
-        graphs = self._cache.graphs
         exports = None if captured is None else captured.exports
-        known = target.device, target.kind, graphs, exports
+        known = target.device, target.kind, self._cache.graphs, exports
         self._capturing = Capturing(skeleton, options, *known)
 
     def _tried(self) -> Verdict | None:
@@ -367,8 +366,7 @@ class Builder:
     # -- deciding, and following --------------------------------------------------------------
 
     def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
-        divided = zero.streams or zero.divides_params
-        keep = self.options.zero_keep if divided else AUTO
+        keep = self.options.zero_keep if zero.streams or zero.divides_params else AUTO
         options = replace(self.options, zero=zero.level, zero_by=zero.by, zero_keep=keep)
         told = self.target.kind, repr(options.dtypes), repr(options.compression)
         known = zero, *told, id(options.optimizer), options.dp, options.training
@@ -384,11 +382,10 @@ class Builder:
                 partial(self._cache.optimizers.memory, kind=self.target.kind),
                 options.compression.gradients,
             )
-        footprint = self._footprints[known]
         return Settings(
             options,
             zero,
-            footprint,
+            self._footprints[known],
             microbatches,
             spec.nbytes,
             self.target.kind,

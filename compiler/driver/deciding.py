@@ -220,18 +220,19 @@ class Deciding:
 
         def decided() -> Decision:
             decision = planner.decide(lambda each: drafted(each).memory, prices)
-            return self._keeping(decision, settings, drafted) if settings.keeps else decision
+            if not settings.keeps:
+                return decision
+            is_made = bool(made) and made[0].decision is decision
+            return self._keeping(decision, settings, made[0].made if is_made else drafted(decision))
 
         decision = self.team.share(decided)
         return decision, planner.solved, next(iter(made), None)
 
-    def _keeping(
-        self, decision: Decision, settings: Settings, drafted: Callable[[Decision], Assembly]
-    ) -> Decision:
+    def _keeping(self, decision: Decision, settings: Settings, draft: Assembly) -> Decision:
         """With what fits beside it whole over a step."""
         if not self.graph.trains:
             return decision
-        draft, footprint = drafted(decision), settings.footprint
+        footprint = settings.footprint
         kept = fill(
             draft.whole,
             Division(settings.zero, settings.options.dp, settings.microbatches),
