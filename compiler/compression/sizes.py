@@ -1,7 +1,8 @@
 """What compressed gradients take: bytes that are sent, bytes that are held, and work.
 
 The figures of `bf16`, `int8` and `powersgd` follow from shapes alone; how much `adacomp` sends
-depends on the gradients, and is foretold by `BIN_WORDS`, an estimate.
+depends on the gradients, and is foretold by `BIN_WORDS`, an estimate. Of tables of embeddings the
+most is told that rows can take: every lookup of a row of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CHUNK = 256
 """How many numbers have one scale, and go to one owner. Parameters begin with a new chunk, so that
 what is made of one does not depend on which others a stage has."""
 
-FLOAT, FLAG, COUNT, WORD = 4, 1, 8, 2  # bytes
+FLOAT, FLAG, COUNT, WORD, NUMBER = 4, 1, 8, 2, 4  # bytes
 BIN_WORDS = 10.0
 """How many words `adacomp` is taken to send of a bin of 512: about what a GPT-2 sent in its first
 steps (docs/slow_links.md). Of other bins it is taken to grow with the root of their size."""
@@ -45,6 +46,63 @@ class Needs:
     extra_bytes: int
     moved_bytes: int
     flops: int = 0
+
+    def __add__(self, other: Needs) -> Needs:
+        """Of one exchange after the other."""
+        both = {name: mine + getattr(other, name) for name, mine in vars(self).items()}
+        return Needs(**both | {"extra_bytes": max(self.extra_bytes, other.extra_bytes)})
+
+
+NOTHING = Needs(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The gradient of a table of embeddings.
+
+    Attributes:
+        bucket_bytes: of the memory that it lies in, whose length the replicas divide.
+        lookups: by a replica, per step.
+    """
+
+    rows: int
+    row_bytes: int
+    bucket_bytes: int
+    lookups: int
+
+    @property
+    def touched(self) -> int:
+        """Rows that a replica looks up at most."""
+        return min(self.rows, self.lookups)
+
+
+def rows_pay(most: int, row_bytes: int, bucket_bytes: int, dp: int) -> bool:
+    """Whether rows travel by themselves: whether the replica that sends most sends less so.
+
+    Args:
+        most: rows of that replica.
+    """
+    return most * (row_bytes + NUMBER) * dp < 2 * bucket_bytes
+
+
+def whole_bytes(bucket_bytes: int, dp: int) -> int:
+    """What a replica gives the others of a bucket whose mean all take."""
+    return 2 * bucket_bytes * (dp - 1) // dp
+
+
+def rows_need(tables: Sequence[Table], dp: int) -> Needs:
+    """What the exchange of touched rows takes at most."""
+    if not tables:
+        return NOTHING
+    sent, extra = COUNT * len(tables) * (dp - 1), 0
+    for table in tables:
+        given = table.touched * (table.row_bytes + NUMBER)
+        most = whole_bytes(table.bucket_bytes, dp)
+        sent += min(given * (dp - 1), most)
+        touched_by_all = min(table.rows, table.touched * dp)
+        extra += dp * given + 2 * touched_by_all * table.row_bytes
+    whole = sum(table.rows * table.row_bytes for table in tables)
+    return Needs(sent, 2, 0, extra, whole + 4 * extra)
 
 
 def chunks(numel: int, width: int = CHUNK) -> int:

@@ -24,7 +24,8 @@ def exchange_s(
 
     Without ZeRO the mean is an all-to-all and an all-gather. At level 1 the first half leaves
     beside the last backward but for its last parcel, and the parameters are gathered; from
-    level 2 on gradients leave beside every backward. What is compressed takes its own time.
+    level 2 on gradients leave beside every backward. What is compressed, or travels as rows, takes
+    its own time.
 
     Args:
         stages: of a rank.
@@ -42,10 +43,12 @@ def exchange_s(
     else:
         sizes = [*parcels(grad_bytes), *parcels(grad_bytes)]
     needs = footprint.compressed(program, stages)
+    exchange_s = 0.0
     if needs.messages:
         exchange_s = compressed_s(needs, dp, device)
-    else:
-        exchange_s = device.collective_s(sum(sizes), dp, len(sizes))
+        rest = footprint.as_they_are(program, stages)
+        sizes = [*parcels(rest), *parcels(rest)]
+    exchange_s += device.collective_s(sum(sizes), dp, len(sizes))
     moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
     return 2 * tied_bytes / device.link_bytes_per_s + exchange_s + device.moved_s(moved)
 
@@ -68,12 +71,16 @@ def parcels(nbytes: float) -> list[float]:
     return [nbytes / count] * count if nbytes else []
 
 
-def optimizer_s(held: Static, frozen_bytes: int, footprint: Footprint, device: Device) -> float:
+def optimizer_s(
+    held: Static, frozen_bytes: int, footprint: Footprint, device: Device, left_bytes: int = 0
+) -> float:
     """Seconds in which an optimizer reads and writes what it must.
 
     Args:
         frozen_bytes: of the weights that are held and not stepped.
+        left_bytes: of weights and states that no step touches, as their rows have no gradient.
     """
     readers = footprint.dp if footprint.zero.closes else 1  # each reads its share of the gradients
     moved = 2 * (held.weights - frozen_bytes) + held.copies + held.grads / readers + 2 * held.states
+    moved -= 2 * left_bytes
     return device.moved_s(moved)

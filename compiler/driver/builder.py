@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,16 +43,17 @@ from ..options.ranges import check_sizes, largest, ranges_of, stretched
 from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning.keeping import kept_notes
+from ..planning.tables import Tables
 from ..planning.target import Target
 from ..planning.team import Alone, Team
-from ..profiling.optimizer_trial import Verdict, try_optimizer
+from ..profiling.optimizer_trial import Verdict
 from . import passes
 from .assembly import assemble, run
 from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Shared, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode, main_mode
-from .deciding import Decided, Deciding, divisions
+from .deciding import Decided, Deciding, divisions, tried
 from .layout import Layout, check_memory, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary, placement_note, placement_text
@@ -89,29 +90,24 @@ class Builder:
         )
         self._closing = Closing(self.target, self.team)
         self._shared = captured
-        self._verdict = self._tried()
-        self._divisions = divisions(options, self._verdict)
+        self._tables = Tables(options, dict(skeleton.module.named_parameters()))
+        if options.sparse_embeddings != "step":  # or a graph tells first what the optimizer gets
+            self._divisions  # noqa: B018
         self._footprints = (captured or Shared()).footprints
         self._warned: set[str] = set()
         exports = None if captured is None else captured.exports
         known = target.device, target.kind, self._cache.graphs, exports
         self._capturing = Capturing(skeleton, options, *known)
 
-    def _tried(self) -> Verdict | None:
-        """How the optimizer steps, where that matters: it has a part of the parameters."""
-        factory, options = self.options.optimizer, self.options
-        divides = options.zero_levels != (0,)
-        if factory is None or (options.n_stages == 1 and not divides):
-            return None
-        named = self.skeleton.module.named_parameters()
-        trained = {name: param for name, param in named if param.requires_grad}
-        if not trained:
-            return None
-        known = {} if self._shared is None else self._shared.verdicts
-        if divides not in known:
-            found = try_optimizer(factory, trained, self.target.device, divides)
-            known[divides] = self.team.share(lambda: found)
-        return known[divides]
+    @cached_property
+    def _verdict(self) -> Verdict | None:
+        """How the optimizer steps, where that matters."""
+        of = self.skeleton, self.options, self.target.device, self.team, self._shared
+        return tried(self._tables.optimizer(), *of)
+
+    @cached_property
+    def _divisions(self) -> tuple[Zero, ...]:
+        return divisions(self.options, self._verdict)
 
     def build(
         self,
@@ -168,7 +164,8 @@ class Builder:
         weighs = microbatches * self.options.dp > 1 and spec.varies
         given = main_mode(self.options), spec, batch, Recorder(None), weighs
         graph = self._captured(*given, chunks_of(self.options, self.given, None)).graph
-        settings = self._settings(self._divisions[0], spec, microbatches)
+        lookups = self._tables.lookups(graph)
+        settings = self._settings(self._divisions[0], lookups, spec, microbatches)
         shared = self._shared or Shared()
         locality = shared.locality(graph)
         known = graph, locality, self.target.spec, self.options.remat
@@ -218,7 +215,8 @@ class Builder:
             if free and not settings.schedule.searches:
                 decision = self._corrected(decision, assembly.whole, batch)
             of = self.skeleton.params, settings.zero, assembly.pace, decision
-            layout = layout_of(placement, again, locality, assembly.program, *of)
+            tables = self._tables.names, self._tables.stepped
+            layout = layout_of(placement, again, locality, assembly.program, *of, *tables)
         summary = Summary(
             self.skeleton,
             settings,
@@ -365,11 +363,19 @@ class Builder:
 
     # -- deciding, and following --------------------------------------------------------------
 
-    def _settings(self, zero: Zero, spec: BatchSpec, microbatches: int) -> Settings:
+    def _settings(
+        self, zero: Zero, lookups: Mapping[str, int], spec: BatchSpec, microbatches: int
+    ) -> Settings:
+        """``lookups``: by a microbatch, in tables."""
         keep = self.options.zero_keep if zero.streams or zero.divides_params else AUTO
-        options = replace(self.options, zero=zero.level, zero_by=zero.by, zero_keep=keep)
-        told = self.target.kind, repr(options.dtypes), repr(options.compression)
-        known = zero, *told, id(options.optimizer), options.dp, options.training
+        touched = {name: count * microbatches for name, count in lookups.items()}
+        optimizer = self._tables.optimizer(touched)
+        options = replace(
+            self.options, zero=zero.level, zero_by=zero.by, zero_keep=keep, optimizer=optimizer
+        )
+        told = self.target.kind, repr(options.dtypes), repr(options.compression), options.dp
+        own = id(self.options.optimizer), tuple(touched.items()), self._tables.stepped
+        known = zero, *told, options.training, *own
         if known not in self._footprints:
             self._footprints[known] = Footprint(
                 self.skeleton.module,
@@ -381,6 +387,8 @@ class Builder:
                 options.training,
                 partial(self._cache.optimizers.memory, kind=self.target.kind),
                 options.compression.gradients,
+                touched,
+                self._tables.stepped,
             )
         return Settings(
             options,
@@ -403,7 +411,8 @@ class Builder:
         batch: Sequence[torch.Tensor],
         recorder: Recorder,
     ) -> Decided:
-        settings = partial(self._settings, spec=spec, microbatches=microbatches)
+        lookups = self._tables.lookups(graph)
+        settings = partial(self._settings, lookups=lookups, spec=spec, microbatches=microbatches)
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)

@@ -51,6 +51,7 @@ class Closing:
                     footprint.frozen_bytes(program, mine),
                     footprint,
                     self._target.spec,
+                    footprint.left_alone_bytes(program, mine),
                 )
                 for memory, mine in pairs
             ]

@@ -21,6 +21,7 @@ from ..ir.problem import Problem
 from ..ir.zero import LEVELS, Zero
 from ..kept.identity import UntoldError, identity_of
 from ..kept.plans import Plans
+from ..memory.optimizer_cost import Factory
 from ..options.declaration import declarations_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
@@ -31,12 +32,35 @@ from ..planning.parts import Parts
 from ..planning.planner import Planner
 from ..planning.target import Target
 from ..planning.team import Team
-from ..profiling.optimizer_trial import Reach, Verdict
+from ..profiling.optimizer_trial import Reach, Verdict, try_optimizer
 from ..units.pricing import UnitPrices, measured_prices, roofline
 from .assembly import Assembly, assemble, peaks_with
 from .capturing import Shared
 from .record import PassRecord, Recorder
 from .work import Settings
+
+
+def tried(
+    factory: Factory | None,
+    skeleton: Skeleton,
+    options: CompileOptions,
+    device: torch.device,
+    team: Team,
+    shared: Shared | None,
+) -> Verdict | None:
+    """How an optimizer steps, where that matters: it has a part of the parameters."""
+    divides = options.zero_levels != (0,)
+    if factory is None or (options.n_stages == 1 and not divides):
+        return None
+    named = skeleton.module.named_parameters()
+    trained = {name: param for name, param in named if param.requires_grad}
+    if not trained:
+        return None
+    known = {} if shared is None else shared.verdicts
+    if divides not in known:
+        found = try_optimizer(factory, trained, device, divides)
+        known[divides] = team.share(lambda: found)
+    return known[divides]
 
 
 def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, ...]:

@@ -33,6 +33,8 @@ class Layout:
         kept: per stage, what its rank keeps whole of that; empty for nothing.
         pace: how the first graph runs.
         chunk_rows: of how many tokens logits exist at once; 0 where they are whole.
+        tables: FQNs of the parameters of which replicas exchange touched rows alone.
+        stepped_rows: FQNs of those of which the optimizer is given these rows alone.
     """
 
     sites: Mapping[Site, int]
@@ -42,6 +44,8 @@ class Layout:
     pace: Pace
     chunk_rows: int = 0
     kept: tuple[Kept, ...] = ()
+    tables: frozenset[str] = frozenset()
+    stepped_rows: frozenset[str] = frozenset()
 
     def kept_on(self, stage: int) -> Kept:
         """What the rank of a stage keeps whole over a step."""
@@ -84,16 +88,20 @@ def layout_of(
     zero: Zero,
     pace: Pace,
     decision: Decision,
+    tables: frozenset[str] = frozenset(),
+    stepped_rows: frozenset[str] = frozenset(),
 ) -> Layout:
     """What the first graph has settled.
 
     Args:
         again: the forward nodes that the backward computes again.
         params: the FQNs of the model.
+        tables, stepped_rows: as a layout has them.
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
     homes = homes_in(program, params)
-    return Layout(placement.sites, sites, homes, zero, pace, decision.chunk_rows, decision.kept)
+    kept = decision.chunk_rows, decision.kept, tables, stepped_rows
+    return Layout(placement.sites, sites, homes, zero, pace, *kept)
 
 
 def check_memory(plan: Plan, spec: BatchSpec, budget_bytes: float) -> None:

@@ -19,7 +19,7 @@ from ..ir.locality import Locality, is_gradient_sum
 from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
-from ..planning.advice import compression_note, freezing_note
+from ..planning.advice import compression_note, freezing_note, rows_note
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
@@ -101,6 +101,7 @@ class Summary:
                 *((each.name, each.note) for each in records if each.told),
                 *self._freezing(),
                 *self._compressed(),
+                *self._touched(),
             ),
         )
 
@@ -176,7 +177,19 @@ class Summary:
             max(self.footprint.sent_bytes(self.program, each, how) or 0 for each in ranks)
             for how in (True, False)
         )
-        yield "compress", compression_note(method, sent, plain)
+        yield (
+            "compress",
+            compression_note(
+                method, sent, plain, bool(self.footprint.touched(self.program, list(self.homes)))
+            ),
+        )
+
+    def _touched(self) -> Iterator[tuple[str, str]]:
+        """What becomes of tables of which rows travel, or are stepped, alone."""
+        tables = self.footprint.touched(self.program, list(self.homes))
+        if tables and self.program.trains:
+            stepped = self.footprint.stepped_rows
+            yield "sparse_embeddings", rows_note(tables, self.options.dp, stepped)
 
     def _size(self, name: str) -> tuple[int, int]:
         """(elements, bytes) of a parameter as it is held."""

@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..compression.methods import Method
-from ..compression.sizes import Needs, needs
+from ..compression.sizes import Needs, Table, needs, rows_need, whole_bytes
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
@@ -29,7 +30,7 @@ from ..ir.shards import (
 )
 from ..ir.zero import NOTHING, WHOLE, Kept, Zero
 from .optimizer_cost import OptimizerMemory, optimizer_memory
-from .rank_memory import Static, Traffic, bucket_bytes
+from .rank_memory import SEGMENT_BYTES, Static, Traffic, bucket_bytes
 
 Measure = Callable[[Callable[..., Any], Mapping[str, torch.Tensor]], OptimizerMemory]
 
@@ -62,6 +63,12 @@ class Footprint:
         training: whether weights are stepped; else one that is only read as a copy is one.
         measure: tells what the optimizer takes.
         compress: how gradients in fp32 travel between replicas; None for as they are.
+        tables: FQN -> how many rows a replica looks up per step, of those whose touched rows alone
+            are exchanged.
+        stepped_rows: those of them of which the optimizer is given these rows alone.
+
+    Attributes:
+        stepped_rows: FQNs.
     """
 
     def __init__(
@@ -75,8 +82,12 @@ class Footprint:
         training: bool = True,
         measure: Measure = optimizer_memory,
         compress: Method | None = None,
+        tables: Mapping[str, int] = MappingProxyType({}),
+        stepped_rows: Collection[str] = (),
     ):
         self._compress = compress if dp > 1 else None
+        self._touched, self.stepped_rows = tables, stepped_rows
+        self._tables = tables if dp > 1 else {}
         self.dp, self.zero = dp, zero
         self._precision, self._copied = precision, not training
         self._optimizer, self._measure = optimizer, measure
@@ -173,6 +184,7 @@ class Footprint:
         grads = [
             (p.numel() if zero.whole_grad(n, kept) else owned(n), self._grad_dtype(p))
             for n, p in self._named(names)
+            if n not in self._tables
         ]
         copied = {n: dtype for stage in stages for n, dtype in stage.copies.items()}
         whole = {n: dtype for n, dtype in copied.items() if zero.whole_param(n, kept)}
@@ -182,7 +194,8 @@ class Footprint:
             residue=self._needs(names).residue_bytes,
             weights=sum(map(weight_bytes, params)),
             copies=bucket_bytes(copies, self.dp),
-            grads=bucket_bytes(grads, 1 if zero.streams else self.dp),
+            grads=bucket_bytes(grads, 1 if zero.streams else self.dp)
+            + sum(self._table(n).bucket_bytes for n in names if n in self._tables),
             states=self._memory(self._stepped_by(names, owners, replica)).total_state_bytes,
             buffers=self._buffers,
             constants=sum(stage.constant_bytes for stage in stages),
@@ -206,8 +219,9 @@ class Footprint:
             mates: the stages of its rank. What several read is brought with the first of them.
         """
         code = program.stages[stage]
-        if self._compress is not None:
-            return Traffic(compressed_bytes=self.compressed(program, mates).extra_bytes)
+        if (needs := self.compressed(program, mates)).messages:
+            segment = min(self.as_they_are(program, mates), SEGMENT_BYTES)
+            return Traffic(compressed_bytes=max(needs.extra_bytes, segment + segment // self.dp))
         if not self.zero.divides_states:
             return Traffic()
         trained, zero = dict(self._named(self._trainable(code.params))), self.zero
@@ -231,42 +245,80 @@ class Footprint:
         return Traffic(departures, at_once, sum(fetched))
 
     def compressed(self, program: PipelineProgram | None, stages: Sequence[int]) -> Needs:
-        """What compressing the gradients of a rank takes, once per step: of the replica that sends
-        most; nothing where none are.
+        """What the exchange of a rank's gradients takes, once per step, of those that are
+        compressed or of which rows travel: of the replica that sends most.
 
         Args:
             program: None for all parameters of the model.
         """
-        if program is None:
-            return self._needs(self._trainable(self._params))
-        return self._needs(self._trainable(_union(program.stages[s].params for s in stages)))
+        return self._needs(self._summed(program, stages))
+
+    def as_they_are(self, program: PipelineProgram | None, stages: Sequence[int]) -> int:
+        """Bytes of the buffers of a rank's other gradients; arguments as of `compressed`."""
+        return sum(self._buckets(self._summed(program, stages)))
 
     def sent_bytes(
         self, program: PipelineProgram, stages: Sequence[int], compress: bool = True
     ) -> int | None:
-        """What a rank gives other replicas of its gradients once per step, where they are whole.
+        """What a rank gives other replicas of its gradients once per step, where they are whole; of
+        tables of which rows travel the most that these can take.
 
         Args:
-            compress: what is compressed is; else as if it were not.
+            compress: what is compressed is, and rows travel; else as if it were not so.
         """
         if self.zero.divides_states:
             return None
-        names = self._trainable(_union(program.stages[s].params for s in stages))
+        names = self._summed(program, stages)
+        exact = sum(whole_bytes(size, self.dp) for size in self._buckets(names, compress))
+        return exact + (self._needs(names).sent_bytes if compress else 0)
+
+    def touched(self, program: PipelineProgram, stages: Sequence[int]) -> dict[str, Table]:
+        """The tables of a rank of which rows travel, or are stepped, alone."""
+        return {n: self._table(n) for n in self._summed(program, stages) if n in self._touched}
+
+    def left_alone_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
+        """Of the weights and states of a rank those that no step of the optimizer touches."""
+        found = 0.0
+        for name in self._summed(program, stages):
+            if name in self.stepped_rows:
+                rows = self._params[name].shape[0]
+                touched = min(1.0, self._touched[name] * self.dp / max(1, rows))
+                states = self._memory((name,)).total_state_bytes
+                found += (1 - touched) * (self._params[name].nbytes + states)
+        return round(found)
+
+    def _summed(self, program: PipelineProgram | None, stages: Sequence[int]) -> tuple[str, ...]:
+        """The parameters of a rank that have gradients."""
+        if program is None:
+            return self._trainable(self._params)
+        return self._trainable(_union(program.stages[s].params for s in stages))
+
+    def _buckets(self, names: Iterable[str], compress: bool = True) -> list[int]:
+        """Bytes of the buffers in which gradients travel as they are; arguments as of
+        `sent_bytes`."""
         whole: dict[torch.dtype, list[tuple[int, torch.dtype]]] = defaultdict(list)
         for name in names:
             dtype = self._grad_dtype(self._params[name])
-            if not compress or self._compress is None or dtype is not torch.float32:
+            others = name in self._tables or (self._compress and dtype is torch.float32)
+            if not (compress and others):
                 whole[dtype].append((self._params[name].numel(), dtype))
-        buckets = [bucket_bytes(each, self.dp) for each in whole.values()]
-        exact = sum(2 * size * (self.dp - 1) // self.dp for size in buckets)
-        return exact + (self._needs(names).sent_bytes if compress else 0)
+        return [bucket_bytes(each, self.dp) for each in whole.values()]
 
     def _needs(self, names: Iterable[str]) -> Needs:
-        params = [self._params[name] for name in names]
+        chosen = list(names)
+        found = rows_need([self._table(name) for name in chosen if name in self._tables], self.dp)
+        params = [self._params[name] for name in chosen if name not in self._tables]
         shapes = [tuple(p.shape) for p in params if self._grad_dtype(p) is torch.float32]
         if self._compress is None or not shapes:
-            return Needs(0, 0, 0, 0, 0)
-        return needs(self._compress, shapes, self.dp)
+            return found
+        return needs(self._compress, shapes, self.dp) + found
+
+    def _table(self, name: str) -> Table:
+        param = self._params[name]
+        dtype = self._grad_dtype(param)
+        rows, size = param.shape[0], param.numel() * dtype.itemsize
+        bucket = bucket_bytes([(param.numel(), dtype)], self.dp)
+        return Table(rows, size // max(1, rows), bucket, self._touched[name])
 
     def _is_shard(self, name: str, direct: bool, kept: Kept) -> bool:
         """Whether a replica keeps its own rows of the weight alone."""

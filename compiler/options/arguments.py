@@ -228,6 +228,19 @@ class Options(TrainingOptions):
         compared=lambda _, options: str(options.compression),
         flag=Flag(group=PIPELINE, metavar="HOW"),
     )
+    sparse_embeddings: str = option(
+        OFF,
+        help="of parameters in which rows are looked up and that nothing else reads: "
+        '"exchange": replicas exchange touched rows alone, with the same bits; "step": and '
+        '``optimizer`` is given these rows alone, as a sparse gradient; "off": all rows',
+        more="A table that a head reads too has gradients in all rows, and is none of them. Plans "
+        'tell the most bytes that rows can take. "step" is for optimizers that take sparse '
+        "gradients: SGD without momentum, SparseAdam, Adagrad; other parameters' are whole.",
+        choices=(OFF, "exchange", "step"),
+        plan="keeps",
+        compared=as_it_is,
+        flag=Flag(group=PIPELINE, metavar="HOW"),
+    )
     pin: Mapping[str, int] | None = option(
         None,
         help="the stages of modules or parameters, by their dotted names",

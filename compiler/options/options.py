@@ -12,7 +12,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.from_file import kind_of
 from ...passes.schedule.load import Load
 from ...passes.schedule.registry import SCHEDULES, ScheduleKind
-from ..compression.methods import Compression, parse_compression
+from ..compression.methods import OFF, Compression, parse_compression
 from ..costs.topology import ORDERS, Numbering
 from ..ir.errors import OptionError
 from ..ir.precision import Precision, parse_precision
@@ -39,6 +39,7 @@ OF_TRAINING = {
     "zero": "there are no gradients and optimizer states to divide, and each stage has its weights",
     "zero_by": "there is nothing to divide",
     "zero_keep": "there is nothing to divide",
+    "sparse_embeddings": "there are no gradients",
 }
 """Options that inference has no use for -> why."""
 
@@ -92,6 +93,7 @@ class CompileOptions(Options):
         self._check_kept()
         self._check_graphs()
         self._check_compression()
+        self._check_embeddings()
         if self.loss_weight is not None and self.loss_normalization == "microbatch":
             raise OptionError(
                 'loss_weight= has no effect with loss_normalization="microbatch", which lets all '
@@ -188,6 +190,28 @@ class CompileOptions(Options):
                 f"{self.zero!r} divides them: give zero=0, or leave the gradients as they are"
             )
 
+    def _check_embeddings(self) -> None:
+        given = f'sparse_embeddings="{self.sparse_embeddings}"'
+        if self.sparse_embeddings == OFF:
+            return
+        if self.zero != 0:
+            raise OptionError(
+                f"{given} is for gradients that every replica has whole, and zero={self.zero!r} "
+                "divides their rows: give zero=0, or leave it out"
+            )
+        if self.sparse_embeddings != "step":
+            return
+        if self.optimizer is None:
+            raise OptionError(
+                f"{given} has no effect without optimizer=, which is given the rows: give one, or "
+                'sparse_embeddings="exchange"'
+            )
+        if self.verify:
+            raise OptionError(
+                f"{given} gives the optimizer sparse gradients, and verify={self.verify} compares "
+                'with one that has whole ones: verify with "exchange", or leave one of them out'
+            )
+
     def _check_pin(self) -> None:
         for name, stage in (self.pin or {}).items():
             if not 0 <= stage < self.stage_count:
@@ -215,6 +239,11 @@ class CompileOptions(Options):
             raise OptionError(
                 f'compress={{"values": "{values}"}} has no effect with n_stages=1, as nothing is '
                 "sent between stages: give n_stages=2 or more, or leave it out"
+            )
+        if self.sparse_embeddings == "exchange" and self.dp == 1:
+            raise OptionError(
+                'sparse_embeddings="exchange" has no effect with dp=1, as there are no replicas to '
+                'exchange gradients with: give dp=2 or more, "step", or leave it out'
             )
         if self.zero not in (0, "auto") and self.dp == 1:
             raise OptionError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ...passes.partition.solve import solve
 from ..compression.methods import Method
+from ..compression.sizes import Table, rows_need, whole_bytes
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..memory.footprint import Frozen
@@ -49,11 +50,35 @@ def freezing_note(found: Frozen, forward_s: float, backward_s: float, idle: Sequ
     return "; ".join(parts)
 
 
-def compression_note(method: Method, sent: int, plain: int) -> str:
-    """What compression makes of the bytes that a rank gives other replicas per step."""
+def compression_note(method: Method, sent: int, plain: int, rows: bool) -> str:
+    """What compression makes of the bytes that a rank gives other replicas per step.
+
+    Args:
+        rows: some are of tables of which rows travel, the most that these can take.
+    """
     less = f"{plain / sent:.1f} times less" if sent < plain else "not less"
-    told = "about " if method.name == "adacomp" else ""
+    told = "about " if method.name == "adacomp" else "at most " if rows else ""
     return f"gradients as {method}: {told}{gib(sent)} instead of {gib(plain)} per step, {less}"
+
+
+def rows_note(tables: Mapping[str, Table], dp: int, stepped: Collection[str]) -> str:
+    """What becomes of the gradients of tables of which rows travel, or are stepped, alone."""
+    told = [
+        f"{name!r}, at most {table.touched:,} of {table.rows:,} rows by a replica"
+        for name, table in tables.items()
+    ]
+    parts = [f"rows that a step touches of {', '.join(told)}"]
+    if dp > 1:
+        sent = rows_need(list(tables.values()), dp).sent_bytes
+        plain = sum(whole_bytes(table.bucket_bytes, dp) for table in tables.values())
+        parts.append(
+            f"a replica sends at most {gib(sent)} of them per step instead of {gib(plain)}"
+        )
+    if stepped:
+        parts.append(
+            f"the optimizer is given these alone of {', '.join(map(repr, sorted(stepped)))}"
+        )
+    return "; ".join(parts)
 
 
 def gib(number: float) -> str:

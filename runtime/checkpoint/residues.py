@@ -96,6 +96,13 @@ class ResidueLoad:
             for fqn, like in each.bases.items():
                 if BASIS in facts["tensors"].get(fqn, ()) and _fits(fqn, like, index):
                     self._want(fqn, BASIS, like, index)
+        exact = sorted(state.tables.intersection(facts["tensors"]))
+        if state.compressed and exact:
+            warnings.warn(
+                f"the checkpoint has what compress= had not sent of {exact[0]!r} yet, of which "
+                "sparse_embeddings= sends rows as they are: that is left out",
+                stacklevel=2,
+            )
         if not state.compressed:
             warnings.warn(
                 "the checkpoint has what compress= had not sent of gradients yet, and this "

@@ -34,6 +34,7 @@ from ...compiler.ir.shards import (
 )
 from ...compiler.ir.zero import Zero
 from ..compression.compressed import DTYPE, Compressed
+from ..compression.touched import TouchedRows
 from ..exchange.parcels import Outgoing
 from ..transport.processes import Processes
 from ..transport.transport import Endpoint, Loopback, Run, add_mean_, ordered_sum_
@@ -49,6 +50,7 @@ class WholeGradients(Bucket):
         leads: whether ``slots`` are this rank's own.
         closes: gradients leave while the last microbatch's are made.
         compressed: the exchange of those in fp32, where they are compressed.
+        touched: the exchange of tables of which rows travel, where there are some.
     """
 
     leads, closes = True, False
@@ -60,12 +62,21 @@ class WholeGradients(Bucket):
         endpoint: Endpoint,
         parts: int,
         compress: Method | None = None,
+        tables: Collection[str] = (),
     ):
-        super().__init__(params, dtypes, endpoint.device, parts)
+        chosen = {n: p for n, p in params.items() if n in tables and endpoint.dp > 1}
+        rest = {name: param for name, param in params.items() if name not in chosen}
+        super().__init__(rest, dtypes, endpoint.device, parts)
         self._endpoint = endpoint
         self.compressed: Compressed | None = None
         if compress is not None and endpoint.dp > 1:
-            self.compressed = Compressed(compress, self.views, endpoint)
+            self.compressed = Compressed(compress, dict(self.views), endpoint)
+        self.touched: TouchedRows | None = None
+        if chosen:
+            apart = {n: Bucket({n: p}, dtypes, endpoint.device, parts) for n, p in chosen.items()}
+            self.touched = TouchedRows(apart, endpoint)
+            views = self.views | self.touched.views
+            self.views = {name: views[name] for name in params}
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
 
@@ -92,6 +103,8 @@ class WholeGradients(Bucket):
         compressed = self.compressed if last else None
         if compressed is not None:
             yield from compressed.mean_()
+        if self.touched is not None and last:
+            yield from self.touched.mean_()
         for dtype, buffer in self.buffers.items() if last else ():
             if compressed is not None and dtype is DTYPE:
                 continue
@@ -127,7 +140,8 @@ class WholeGradients(Bucket):
         return all(bool(torch.isfinite(end)) for end in ends)
 
     def _owned(self) -> list[torch.Tensor]:
-        return list(self.buffers.values())
+        apart = [] if self.touched is None else self.touched.buffers
+        return [*self.buffers.values(), *apart]
 
 
 class Inlet:

@@ -55,6 +55,8 @@ class ModelState:
         primary: parameter FQN -> the first rank of this process that holds it, and what the
             optimizer steps; without those that are another replica's.
         digests: name -> a hash of the whole tensor that this process has taken values from.
+        tables: FQNs of the parameters of which replicas exchange touched rows alone.
+        stepped_rows: FQNs of those of which the optimizer is given touched rows alone.
         swapped: whether averages are in the place of the weights.
 
     Raises:
@@ -73,6 +75,7 @@ class ModelState:
         compress: Method | None = None,
     ):
         self._compress = compress
+        self.tables, self.stepped_rows = layout.tables, layout.stepped_rows
         self.skeleton, self.homes, self.zero = skeleton, layout.homes, layout.zero
         self._layout = layout
         self.mesh = next(iter(endpoints.values())).mesh
@@ -136,7 +139,7 @@ class ModelState:
         params = {name: self._copy(name, held[name]) for name in names}
         slots = {name: param for name, param in params.items() if name in self._sums}
         if not self.zero.streams:
-            whole = WholeGradients(slots, self._sums, end, end.dp, self._compress)
+            whole = WholeGradients(slots, self._sums, end, end.dp, self._compress, self.tables)
             return RankState(end, params, buffers, whole, owners=self.owners)
         leader = self.ranks[end.peers[0]].grads if end.replica else None
         assert leader is None or isinstance(leader, SharedGradients)

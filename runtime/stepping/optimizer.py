@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...compiler.profiling.standins import called, or_nothing
+from ...compiler.profiling.touched_rows import steps_rows
 from ..state.model_state import ModelState
 
 
@@ -20,4 +21,6 @@ def make_optimizer(
         OptionError: the factory returned something else.
     """
     named = [(name, param) for name, param in state.named_parameters() if param.requires_grad]
+    if state.stepped_rows:
+        factory = steps_rows(factory, state.stepped_rows)
     return called(factory, or_nothing(named))

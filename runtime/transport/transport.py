@@ -141,7 +141,7 @@ def ordered_mean_(first: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.
     return ordered_sum_(first, others).div_(1 + len(others))
 
 
-def ordered_sum_(first: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+def ordered_sum_(first: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
     for part in others:
         first += part.to(first)
     return first

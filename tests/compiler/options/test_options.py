@@ -172,6 +172,7 @@ def test_a_flag_is_parsed_to_the_value_of_its_option(name: str) -> None:
             "zero": "--dp 2",
             "placement": "--dp 2",
             "compress": "--dp 2",
+            "sparse_embeddings": "--dp 2",
             "zero_by": "--dp 2 --zero 1",
             "zero_keep": "--dp 2 --zero 3",
             "virtual_stages": "--schedule interleaved",
@@ -254,7 +255,7 @@ def test_those_that_a_plan_has_decided() -> None:
 def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> None:
     names = ("schedule", "tied_grads", "chunked_loss", "precision", "zero", "zero_by")
     others = {"training": "True", "compress": "off", "zero_keep": "auto"}
-    expected = dict(zip(names, kept, strict=True)) | others
+    expected = dict(zip(names, kept, strict=True)) | others | {"sparse_embeddings": "off"}
     assert CompileOptions(n_stages=2, **options).in_plan() == expected
 
 
