@@ -89,7 +89,10 @@ def _of_module(part: nn.Module) -> str:
         return _QUANTISED
     sparse = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
     if sparse and part.weight.requires_grad:
-        return "an embedding with sparse=True: give sparse=False, as gradients are dense here"
+        return (
+            "an embedding with sparse=True: give sparse=False, as gradients are dense here, and "
+            'sparse_embeddings="step" for an optimizer that is to be given sparse ones'
+        )
     return ""
 
 

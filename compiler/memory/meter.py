@@ -96,4 +96,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def storages_of(values: Any) -> list[torch.UntypedStorage]:
     """Of the tensors in a tree of values, in order."""
-    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    found = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    parts = [(x._indices(), x._values()) if x.is_sparse else (x,) for x in found]
+    return [each.untyped_storage() for part in parts for each in part]

@@ -78,5 +78,9 @@ class Tables:
         factory = self._options.optimizer
         if factory is None or not self.stepped:
             return factory
-        of_all = {name: count * self._options.dp for name, count in (touched or {}).items()}
-        return steps_rows(factory, self.stepped, of_all)
+        dp = self._options.dp
+        shares = {
+            name: min(1.0, count * dp / max(1, len(self._trained[name])))
+            for name, count in (touched or {}).items()
+        }
+        return steps_rows(factory, self.stepped, shares)

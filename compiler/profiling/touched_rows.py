@@ -6,6 +6,7 @@ sparse while the optimizer steps alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensors.fakes import is_fake
 from .standins import Factory, called
 
 TRIED_ROWS = 4
@@ -23,35 +25,35 @@ PIECE = 1 << 20  # elements that are looked at at once
 def steps_rows(
     factory: Factory,
     names: Collection[str],
-    most: Mapping[str, int] = MappingProxyType({}),
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Factory:
     """A factory of the same optimizers, to which the gradients of these parameters are sparse.
 
     Args:
         names: FQNs of the parameters.
-        most: FQN -> how many rows a gradient is taken to have, the first ones, whatever is in it;
-            for plans, whose gradients have no data.
+        shares: FQN -> which share of the rows a gradient is taken to have, the first ones, whatever
+            is in it; for plans, which step parameters with fewer rows, and gradients without zeros.
     """
-    return partial(_made, factory, tuple(sorted(names)), tuple(sorted(most.items())))
+    return partial(_made, factory, tuple(sorted(names)), tuple(sorted(shares.items())))
 
 
 def _made(
     factory: Factory,
     names: Sequence[str],
-    most: Sequence[tuple[str, int]],
+    shares: Sequence[tuple[str, float]],
     named: Sequence[tuple[str, nn.Parameter]],
 ) -> torch.optim.Optimizer:
     pairs = list(named)
     optimizer = factory(pairs)
     tables = {name: param for name, param in pairs if name in names}
     whole: dict[str, torch.Tensor] = {}
-    counts = dict(most)
+    share = dict(shares)
 
     def before(*_: Any) -> None:
         for name, param in tables.items():
             if param.grad is not None:
                 whole[name] = param.grad
-                param.grad = sparse(param.grad, counts.get(name))
+                param.grad = sparse(param.grad, share.get(name))
 
     def after(*_: Any) -> None:
         for name, grad in whole.items():
@@ -64,16 +66,21 @@ def _made(
     return optimizer
 
 
-def sparse(grad: torch.Tensor, most: int | None = None) -> torch.Tensor:
+def sparse(grad: torch.Tensor, share: float | None = None) -> torch.Tensor:
     """A gradient as its rows that are not all zeros, (rows, ...); coalesced.
 
     Args:
-        most: as many of the first rows, whatever is in them.
+        share: of the rows, the first ones, whatever is in them.
+
+    Raises:
+        TypeError: the gradient is fake, and torch's fakes of sparse tensors lack operators.
     """
-    if most is None:
+    if is_fake(grad):
+        raise TypeError("gradients without data have no sparse form")
+    if share is None:
         rows = torch.cat([*map(_any, _pieces(grad))]).nonzero().view(-1)
     else:
-        rows = torch.arange(min(most, len(grad)), device=grad.device)
+        rows = torch.arange(math.ceil(share * len(grad)), device=grad.device)
     return torch.sparse_coo_tensor(
         rows[None],
         grad.index_select(0, rows),

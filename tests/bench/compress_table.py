@@ -1,6 +1,8 @@
 """What compression makes of losses, bytes and steps on slow links. Prints Markdown.
 
-`make compress-table` runs it: a GPT-2 on the text of Python's own documentation.
+`make compress-table` runs it: a GPT-2 on the text of Python's own documentation. For the tables of
+embeddings it has a large one beside its bytes: of each byte and the two before it a row is looked
+up by their hash.
 
 Losses: 300 steps on two replicas which one process plays, for it has the bits of two processes.
 Steps: two processes on two machines, made of namespaces, a token bucket on each end of the cable
@@ -16,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean, median
@@ -35,6 +37,10 @@ from support.gang import free_port
 GRADIENTS = ("off", "bf16", "int8", "powersgd:4", "adacomp:512", "adacomp:64")
 SHOWN = (1, 50, 100, 200, 300)  # steps
 VALUES = ("off", "bf16", "int8")
+EMBEDDINGS = ("off", "exchange", "step", "int8", "int8+exchange")
+"""What `sparse_embeddings` is, and after what gradients are compressed by."""
+USUAL = {"gradients": GRADIENTS, "values": VALUES, "embeddings": EMBEDDINGS}
+HASHES = 1 << 15  # rows of the large table
 HEADS, BYTES, SEQ, ROWS = 4, 256, 64, 8
 LEARNS, STEPS_OF = (128, 2), (256, 4)  # width and layers: of the losses, of the steps
 STEPS, LAST, HELD = 300, 20, 16  # LAST: of the final loss; HELD: batches of text not trained on
@@ -63,46 +69,84 @@ def share(rows: torch.Tensor, pipe: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": mine, "labels": mine}
 
 
-def pipeline(n_stages: int, dp: int, compress: Any, width: int, layers: int) -> Any:
+class Hashed(torch.nn.Module):
+    """A GPT-2 over bytes, to each of which a row of a large table is added."""
+
+    def __init__(self, inner: Any, width: int):
+        super().__init__()
+        self.inner = inner
+        self.table = torch.nn.Embedding(HASHES, width)
+        torch.nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        before = torch.nn.functional.pad(input_ids, (2, 0))  # (rows, SEQ + 2)
+        hashed = (before[:, :-2] * BYTES + before[:, 1:-1]) * BYTES + input_ids
+        found = self.table(hashed * 40503 % HASHES) + self.inner.transformer.wte(input_ids)
+        return self.inner(inputs_embeds=found, labels=labels)
+
+
+def pipeline(what: str, method: str, width: int, layers: int) -> Any:
+    """Of two replicas, or for values of two stages."""
     torch.manual_seed(0)
     shape = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": SEQ}
     config = hf.GPT2Config(vocab_size=BYTES, **shape, bos_token_id=None, eos_token_id=None)
+    model: Any = hf.GPT2LMHeadModel(config)
+    optimizer: Any = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    options: dict[str, Any] = {"compress": {what: method}}
+    if what == "embeddings":
+        model, (compress, _, rows) = Hashed(model, width), method.rpartition("+")
+        rows, compress = ("off", rows) if rows == "int8" else (rows, compress or "off")
+        options = {"sparse_embeddings": rows, "compress": compress}
+        if rows == "step":
+            lazy = functools.partial(torch.optim.SparseAdam, lr=1e-3)
+            optimizer = pipecompile.Several(("table.*", lazy), ("*", optimizer))
     rise = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.05, total_iters=20)
+    n_stages, dp = (2, 1) if what == "values" else (1, 2)
     return pipecompile.compile(
-        hf.GPT2LMHeadModel(config),
+        model,
         n_stages,
         dp=dp,
         microbatches=2 if n_stages > 1 else 1,
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+        optimizer=optimizer,
         lr_scheduler=rise,
         max_grad_norm=1.0,
-        compress=compress,
         costs="roofline",
         seed=0,
+        **options,
     )
 
 
-def curve(n_stages: int, dp: int, compress: Any, steps: int) -> tuple[list[float], float, float]:
-    """The losses of steps, that of other text, and bytes that a rank sends per step."""
-    pipe = pipeline(n_stages, dp, compress, *LEARNS)
+def curve(what: str, method: str, steps: int) -> tuple[list[float], float, float, float]:
+    """The losses of steps, that of other text, and bytes that a rank sends per step: those of the
+    whole run, and those that the plan says."""
+    pipe = pipeline(what, method, *LEARNS)
     data, held = text()
     losses = [pipe.step(share(rows, pipe)).item() for rows in sample(data, steps)]
     after = fmean(pipe.evaluate(share(rows, pipe)).item() for rows in sample(held, HELD))
-    compressed = pipe._require().state.compressed
-    if compressed:
-        return losses, after, compressed[0].sent_bytes / steps
-    return losses, after, planned_bytes(pipe)
+    grads = pipe._require().state.ranks[0].grads
+    counted = [each.sent_bytes for each in (grads.compressed, grads.touched) if each is not None]
+    planned = planned_bytes(pipe)
+    if not counted:
+        return losses, after, planned, planned
+    whole = 0 if grads.compressed is not None else mean_bytes(grads.buffers.values())
+    return losses, after, sum(counted) / steps + whole, planned
+
+
+def mean_bytes(buffers: Iterable[torch.Tensor]) -> int:
+    """What one of two replicas gives the other of buffers that travel whole."""
+    return sum(buffer.nbytes for buffer in buffers)
 
 
 def losses_table(what: str, methods: Sequence[str], steps: int) -> None:
-    n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
     marks = [step for step in SHOWN if step <= steps]
-    print(f"\n| {what} | {' | '.join(f'step {m}' for m in marks)} | last {LAST} | held out | MB |")
-    print(f"|---|{'--:|' * (len(marks) + 3)}")
+    shown = " | ".join(f"step {m}" for m in marks)
+    print(f"\n| {what} | {shown} | last {LAST} | held out | MB | planned |")
+    print(f"|---|{'--:|' * (len(marks) + 4)}")
     for method in methods:
-        losses, held, sent = curve(n_stages, dp, {what: method}, steps)
+        losses, held, sent, planned = curve(what, method, steps)
         near = [f"{fmean(losses[max(0, m - 10) : m]):.3f}" for m in marks]
-        near += [f"{fmean(losses[-LAST:]):.4f}", f"{held:.4f}", f"{sent / 1e6:.3f}"]
+        near += [f"{fmean(losses[-LAST:]):.4f}", f"{held:.4f}"]
+        near += [f"{sent / 1e6:.3f}", f"{planned / 1e6:.3f}"]
         print(f"| {method} | {' | '.join(near)} |", flush=True)
 
 
@@ -113,10 +157,9 @@ def worker(what: str, methods: Sequence[str]) -> None:
     """Rank 0's last line: per method [seconds of a step, bytes, those of the link, planned]."""
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    n_stages, dp = (1, 2) if what == "gradients" else (2, 1)
     found = []
     for method in methods:
-        pipe = pipeline(n_stages, dp, {what: method}, *STEPS_OF)
+        pipe = pipeline(what, method, *STEPS_OF)
         batches = [share(rows, pipe) for rows in sample(text()[0], WARM + TIMED)]
         for batch in batches[:WARM]:
             pipe.step(batch)
@@ -205,7 +248,7 @@ def steps_table(what: str, methods: Sequence[str], speeds: Sequence[int]) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Losses, bytes and steps with compress=.")
-    parser.add_argument("--what", choices=("gradients", "values"), action="append")
+    parser.add_argument("--what", choices=tuple(USUAL), action="append")
     parser.add_argument("--part", choices=("losses", "steps"), action="append")
     parser.add_argument("--methods", help="separated by commas; the first is compared with")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -216,9 +259,8 @@ def main() -> None:
         return
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for what in args.what or ("gradients", "values"):
-        usual = GRADIENTS if what == "gradients" else VALUES
-        methods = args.methods.split(",") if args.methods else usual
+    for what in args.what or USUAL:
+        methods = args.methods.split(",") if args.methods else USUAL[what]
         for part in args.part or ("losses", "steps"):
             if part == "losses":
                 losses_table(what, methods, args.steps)

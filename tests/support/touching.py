@@ -104,7 +104,8 @@ def train(
 def states(pipe: Any) -> dict[str, Any]:
     """FQN -> what the optimizer keeps of it, in this process."""
     names = dict(pipe.named_parameters())
-    return {name: dict(pipe.optimizer.state.get(param, {})) for name, param in names.items()}
+    kept = pipe.optimizer.state
+    return {name: dict(sorted(kept.get(param, {}).items())) for name, param in names.items()}
 
 
 def rows_bytes(pipe: Any) -> int:

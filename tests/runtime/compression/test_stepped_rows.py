@@ -34,7 +34,7 @@ def sparse_steps(dp: int, steps: int, clips: float) -> tuple[Any, Any]:
     for batch in touching.batches(steps):
         for piece in plain.cut(batch, 2 * dp):
             (model(**piece) / (2 * dp)).backward()
-        torch.nn.utils.clip_grad_norm_(list(model.parameters()), clips)
+        torch.nn.utils.clip_grad_norm_(list(model.parameters()), clips, foreach=False)
         for name in words | places:
             named[name].grad = named[name].grad.to_sparse(1)
         for optimizer in optimizers:
@@ -55,7 +55,7 @@ def test_lazy_optimizers_are_those_of_one_device() -> None:
     state, kept = sparse_steps(1, 4, 0.5)
     found = touching.train("step", 2, 1, "lazy")
     assert plain.equal(found[1], state)
-    assert plain.equal(found[2]["words.weight"], dict(kept))
+    assert plain.equal(found[2]["words.weight"], dict(sorted(kept.items())))
     dense = touching.train("exchange", 1, 2, "adamw")[1]
     begun = dict(touching.build().state_dict())["words.weight"]
     moved, all_moved = ((s["words.weight"] != begun).any(1).sum() for s in (state, dense))
