@@ -39,15 +39,17 @@ def exchange_s(
         tied_bytes /= dp if zero.streams else 1
         last = min(grad_bytes * (dp if zero.streams else 1), shards.PARCEL_BYTES)
         unshards = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
-        sizes = [last, *parcels(unshards * dp / (dp + 1))]
+        brought = parcels(unshards * dp / (dp + 1))
+        sizes = [last, *brought]
     else:
+        brought = []
         sizes = [*parcels(grad_bytes), *parcels(grad_bytes)]
     needs = footprint.compressed(program, stages)
     exchange_s = 0.0
     if needs.messages:
         exchange_s = compressed_s(needs, dp, device)
         rest = footprint.as_they_are(program, stages)
-        sizes = [*parcels(rest), *parcels(rest)]
+        sizes = [*parcels(rest), *parcels(rest), *brought]
     exchange_s += device.collective_s(sum(sizes), dp, len(sizes))
     moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
     return 2 * tied_bytes / device.link_bytes_per_s + exchange_s + device.moved_s(moved)

@@ -19,7 +19,7 @@ from ..ir.locality import Locality, is_gradient_sum
 from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
-from ..planning.advice import compression_note, freezing_note, rows_note
+from ..planning.advice import compression_note, freezing_note, gib, rows_note
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
@@ -173,16 +173,16 @@ class Summary:
             yield "compress", f"gradients as {method}: with one replica none are sent"
             return
         ranks = [[s for s, h in self.homes.items() if h == r] for r in set(self.homes.values())]
+        if self.footprint.zero.divides_states:
+            sent = max(self.footprint.compressed(self.program, r).sent_bytes for r in ranks)
+            yield "compress", f"gradients as {method}: {gib(sent)} per step, parameters besides"
+            return
         sent, plain = (
             max(self.footprint.sent_bytes(self.program, each, how) or 0 for each in ranks)
             for how in (True, False)
         )
-        yield (
-            "compress",
-            compression_note(
-                method, sent, plain, bool(self.footprint.touched(self.program, list(self.homes)))
-            ),
-        )
+        rows = bool(self.footprint.touched(self.program, list(self.homes)))
+        yield "compress", compression_note(method, sent, plain, rows)
 
     def _touched(self) -> Iterator[tuple[str, str]]:
         """What becomes of tables of which rows travel, or are stepped, alone."""

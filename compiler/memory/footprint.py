@@ -17,6 +17,7 @@ from ..compression.sizes import Needs, Table, needs, rows_need, whole_bytes
 from ..ir.precision import Precision
 from ..ir.program import PipelineProgram, StageProgram
 from ..ir.shards import (
+    Departures,
     Item,
     Owners,
     departures_of,
@@ -218,17 +219,19 @@ class Footprint:
         Args:
             mates: the stages of its rank. What several read is brought with the first of them.
         """
-        code = program.stages[stage]
+        code, extra = program.stages[stage], 0
         if (needs := self.compressed(program, mates)).messages:
             segment = min(self.as_they_are(program, mates), SEGMENT_BYTES)
-            return Traffic(compressed_bytes=max(needs.extra_bytes, segment + segment // self.dp))
+            extra = max(needs.extra_bytes, segment + segment // self.dp)
         if not self.zero.divides_states:
-            return Traffic()
+            return Traffic(compressed_bytes=extra)
         trained, zero = dict(self._named(self._trainable(code.params))), self.zero
         owners = self.owners(program)
         items = {n: item_of(n, p, owners, self._grad_dtype(p)) for n, p in trained.items()}
         late = late_gradients(program, stage, mates)
         departures = departures_of(code, items, self.dp, zero, late)
+        if needs.messages and zero.closes:
+            departures = Departures()
         before = [program.stages[s] for s in mates if s < stage]
         direct = {name for each in before for name in each.direct}
         copies = {name for each in before for name in each.copies}
@@ -242,7 +245,7 @@ class Footprint:
                 wholes[1].append(item_of(name, param, owners, code.copies[name]))
         fetched = [p.gather_bytes for kind in wholes for p in parcels_of(kind, self.dp)]
         at_once = max((a + b for a, b in pairwise([0, *fetched])), default=0)
-        return Traffic(departures, at_once, sum(fetched))
+        return Traffic(departures, at_once, sum(fetched), extra)
 
     def compressed(self, program: PipelineProgram | None, stages: Sequence[int]) -> Needs:
         """What the exchange of a rank's gradients takes, once per step, of those that are

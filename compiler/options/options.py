@@ -184,10 +184,11 @@ class CompileOptions(Options):
         given = f'compress={{"gradients": "{gradients}"}}'
         if not self.training:
             raise OptionError(f"{given} has no effect with training=False: there are no gradients")
-        if self.zero != 0:
+        if self.zero not in (0, 1):
             raise OptionError(
-                f"{given} is for whole gradients, which are exchanged once per step, and zero="
-                f"{self.zero!r} divides them: give zero=0, or leave the gradients as they are"
+                f"{given} is for gradients that add up on every replica and are exchanged once per "
+                f"step, and zero={self.zero!r} has each microbatch's leave at once: give zero=0 or "
+                "1, or leave the gradients as they are"
             )
 
     def _check_embeddings(self) -> None:

@@ -200,14 +200,14 @@ class _Model(StepModel):
         dp, zero = self.footprint.dp, self.footprint.zero
         read, grads = (size * held / whole for size in (self.read_bytes, self.grad_bytes))
         sizes = [*parcels(grads), *parcels(grads)]
+        brought = parcels(read) if zero.unshards else []
         if zero.divides_states:
-            sizes = [min(grads, shards.PARCEL_BYTES)]
-            sizes += parcels(read) if zero.unshards else []
+            sizes = [min(grads, shards.PARCEL_BYTES), *brought]
         exchange_s = 0.0
         if (needs := self.footprint.compressed(None, ())).messages:
             exchange_s = compressed_s(needs, dp, self.device, held / whole)
             rest = self.footprint.as_they_are(None, ()) * held / whole
-            sizes = [*parcels(rest), *parcels(rest)]
+            sizes = [*parcels(rest), *parcels(rest), *brought]
         exchange_s += self.device.collective_s(sum(sizes), dp, len(sizes)) if dp > 1 else 0.0
         clipped = 3 * grads / (dp if zero.streams else 1) if self.clips else 0.0
         stepped = CLOSING * held if self.steps else 0.0

@@ -2,7 +2,7 @@
 
 =================  ===========================================================================
 `WholeGradients`   all rows on every replica; one mean per step. zero=0, and zero=1 where ranks
-                   share a process
+                   share a process, or gradients are compressed
 `SentGradients`    whole ones leave with the last microbatch, each to the owner of its rows; of the
                    others a replica has its own rows, and what a backward makes leaves at once
 `SharedGradients`  the same sums where the replicas of a stage share a process
@@ -79,6 +79,13 @@ class WholeGradients(Bucket):
             self.views = {name: views[name] for name in params}
         self.slots = {name: GradSlot(view) for name, view in self.views.items()}
         self.inlets: Mapping[str, GradSlot | Inlet] = self.slots
+
+    def divide(self, owners: Owners, names: Collection[str]) -> None:
+        """The optimizer reads this replica's rows alone."""
+        end = self._endpoint
+        for name in names:
+            slot = self.slots[name]
+            slot.owned = rows_of(slot.tensor, end.dp, end.replica, owners.get(name))
 
     def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
         """What leaves when, while a stage program runs.
@@ -180,10 +187,9 @@ class SentGradients(WholeGradients):
         self._dp, self._replica, self._zero = endpoint.dp, endpoint.replica, zero
         self.closes = zero.closes
         self._items = {n: item_of(n, like[n], owners, dtypes[n]) for n in self.slots}
+        self.divide(owners, whole)
         for name in whole:
-            slot = self.slots[name]
-            slot.closes = True
-            slot.owned = rows_of(slot.tensor, self._dp, self._replica, owners.get(name))
+            self.slots[name].closes = True
         self.inlets = {name: Inlet(self, name) for name in self.slots}
         self._outgoing = Outgoing(transport, self._settle)
         self._leaving: list[tuple[Entry, ...]] = []

@@ -154,8 +154,13 @@ class ModelState:
         is_whole = partial(self.zero.whole_param, kept=self._layout.kept_on(end.stages[0]))
         shards = Shards(like, held, self._kept(end, program), is_whole, end, self.owners)
         rows = {name: shards.masters[name] for name in names if name in self._sums}
-        of = self._sums, end, self.owners, self.zero, self._whole_grads(end, rows)
-        grads = SentGradients(rows, shards.like, *of)
+        if self.zero.closes and self._compress is not None:
+            whole = {name: shards.like[name] for name in rows}
+            grads = WholeGradients(whole, self._sums, end, end.dp, self._compress)
+            grads.divide(self.owners, whole)
+        else:
+            of = self._sums, end, self.owners, self.zero, self._whole_grads(end, rows)
+            grads = SentGradients(rows, shards.like, *of)
         rest = {name: self._copy(name, held[name]) for name in names if name not in like}
         return shards, rest | shards.whole, grads
 

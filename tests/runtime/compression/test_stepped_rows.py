@@ -59,7 +59,7 @@ def test_lazy_optimizers_are_those_of_one_device() -> None:
     dense = touching.train("exchange", 1, 2, "adamw")[1]
     begun = dict(touching.build().state_dict())["words.weight"]
     moved, all_moved = ((s["words.weight"] != begun).any(1).sum() for s in (state, dense))
-    assert 0 < moved < all_moved == touching.WORDS  # weight decay reaches all
+    assert 0 < moved < all_moved == touching.WORDS - 1  # weight decay moves all but zeros
 
 
 @pytest.mark.parametrize(("n_stages", "dp"), quickly([(2, 2)], [(2, 2), (1, 3)]))
