@@ -186,10 +186,11 @@ class Summary:
 
     def _touched(self) -> Iterator[tuple[str, str]]:
         """What becomes of tables of which rows travel, or are stepped, alone."""
+        stepped, dp = self.footprint.stepped_rows, self.options.dp
         tables = self.footprint.touched(self.program, list(self.homes))
-        if tables and self.program.trains:
-            stepped = self.footprint.stepped_rows
-            yield "sparse_embeddings", rows_note(tables, self.options.dp, stepped)
+        chosen = {name: table for name, table in tables.items() if dp > 1 or name in stepped}
+        if chosen and self.program.trains:
+            yield "sparse_embeddings", rows_note(chosen, dp, stepped)
 
     def _size(self, name: str) -> tuple[int, int]:
         """(elements, bytes) of a parameter as it is held."""

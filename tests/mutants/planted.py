@@ -1009,6 +1009,20 @@ LINKS = (
         "what was rounded away is forgotten",
     ),
     Mutant(
+        "runtime/compression/touched.py",
+        "rows_pay(max(each),",
+        "rows_pay(each[self._endpoint.replica],",
+        "test_touched_rows.py::test_any_rows_have_the_bits_of_their_mean",
+        "replicas decide each by its own rows whether rows travel",
+    ),
+    Mutant(
+        "compiler/profiling/touched_rows.py",
+        "_pieces(bits.view(whole))",
+        "_pieces(bits)",
+        "test_touched_rows.py::test_any_rows_have_the_bits_of_their_mean",
+        "rows of -0 count as untouched",
+    ),
+    Mutant(
         "runtime/files/tensor_file.py",
         "checksums.of_tensor(tensor) == sums[name]",
         "sums[name]",
