@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipecompile import errors
 from pipecompile.runtime.compression.touched import TouchedRows
 from pipecompile.runtime.executor import drive
 from pipecompile.runtime.state.bucket import Bucket
@@ -129,6 +130,14 @@ def test_beside_compression_rows_are_exact() -> None:
     assert equal == touching.TABLES
     kept = pipe._require().state.compressed[0].residues
     assert kept.keys() == exact.keys() - touching.TABLES
+
+
+def test_a_plan_is_for_what_becomes_of_tables() -> None:
+    plan = touching.pipeline("exchange").plan
+    with pytest.raises(errors.PlanError, match=r"sparse_embeddings=exchange, this run .*=off"):
+        touching.pipeline("off", plan=plan)
+    found = touching.train("exchange", 1, 2, plan=plan)
+    assert plain.equal(found[1], touching.train("off", 1, 2)[1])
 
 
 def test_memory_is_what_the_plan_says() -> None:
