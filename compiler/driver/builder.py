@@ -36,7 +36,6 @@ from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..kept.cache import Cache, default_cache_dir
 from ..losses.logits import Chunks
-from ..memory.footprint import Footprint
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
@@ -57,7 +56,7 @@ from .deciding import Decided, Deciding, divisions, tried
 from .layout import Layout, check_memory, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary, placement_note, placement_text
-from .work import Joint, Outline, Settings
+from .work import Joint, Outline, Settings, footprint_of
 
 
 class Builder:
@@ -377,19 +376,9 @@ class Builder:
         own = id(self.options.optimizer), tuple(touched.items()), self._tables.stepped
         known = zero, *told, options.training, *own
         if known not in self._footprints:
-            self._footprints[known] = Footprint(
-                self.skeleton.module,
-                options.optimizer,
-                options.dtypes,
-                options.dp,
-                zero,
-                self.skeleton.updated,
-                options.training,
-                partial(self._cache.optimizers.memory, kind=self.target.kind),
-                options.compression.gradients,
-                touched,
-                self._tables.stepped,
-            )
+            memory = partial(self._cache.optimizers.memory, kind=self.target.kind)
+            of = self.skeleton, options, zero, memory, touched, self._tables.stepped
+            self._footprints[known] = footprint_of(*of)
         return Settings(
             options,
             zero,

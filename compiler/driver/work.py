@@ -12,6 +12,7 @@ from torch import fx
 
 from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
+from ..capture.skeleton import Skeleton
 from ..costs.hardware import Device
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
@@ -21,13 +22,37 @@ from ..ir.precision import Precision
 from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..losses.logits import Chunks
-from ..memory.footprint import Footprint
+from ..memory.footprint import Footprint, Measure
 from ..memory.graphed import graphed_bytes, obstacle
 from ..memory.rank_memory import RankMemory, rank_memory
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
 from ..plan.decision import Decision
 from ..planning.parts import Parts
+
+
+def footprint_of(
+    skeleton: Skeleton,
+    options: CompileOptions,
+    zero: Zero,
+    measure: Measure,
+    touched: Mapping[str, int],
+    stepped_rows: Collection[str],
+) -> Footprint:
+    """Of a model under these options; arguments as `Footprint` has them."""
+    return Footprint(
+        skeleton.module,
+        options.optimizer,
+        options.dtypes,
+        options.dp,
+        zero,
+        skeleton.updated,
+        options.training,
+        measure,
+        options.compression.gradients,
+        touched,
+        stepped_rows,
+    )
 
 
 @dataclass(frozen=True)
