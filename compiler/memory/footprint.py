@@ -30,8 +30,9 @@ from ..ir.shards import (
     shard_numel,
 )
 from ..ir.zero import NOTHING, WHOLE, Kept, Zero
+from . import rank_memory
 from .optimizer_cost import OptimizerMemory, optimizer_memory
-from .rank_memory import SEGMENT_BYTES, Static, Traffic, bucket_bytes
+from .rank_memory import Static, Traffic, bucket_bytes
 
 Measure = Callable[[Callable[..., Any], Mapping[str, torch.Tensor]], OptimizerMemory]
 
@@ -221,7 +222,7 @@ class Footprint:
         """
         code, extra = program.stages[stage], 0
         if (needs := self.compressed(program, mates)).messages:
-            segment = min(self.as_they_are(program, mates), SEGMENT_BYTES)
+            segment = min(self.as_they_are(program, mates), rank_memory.SEGMENT_BYTES)
             extra = max(needs.extra_bytes, segment + segment // self.dp)
         if not self.zero.divides_states:
             return Traffic(compressed_bytes=extra)
