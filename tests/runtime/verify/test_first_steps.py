@@ -13,7 +13,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.capture import capture, exporting
-from pipecompile.compiler.driver import builder, passes
+from pipecompile.compiler.driver import deciding, passes
 from pipecompile.compiler.effects import replaced
 from pipecompile.compiler.profiling.optimizer_trial import Reach, Verdict
 from pipecompile.compiler.rows.outputs import How, Output
@@ -244,7 +244,7 @@ def test_a_loss_that_is_trained_is_compared() -> None:
 def misled(factory: Any) -> str:
     """With an optimizer that is taken for what it is not."""
     verdict = Verdict(Reach.ELEMENT, "", "")
-    with mock.patch.object(builder, "try_optimizer", return_value=verdict):
+    with mock.patch.object(deciding, "try_optimizer", return_value=verdict):
         try:
             return train(Model(), optimizer=factory, max_grad_norm=None, loss_fn=_squared)
         except VerifyError as error:
