@@ -26,7 +26,7 @@ def captured(skeleton: Skeleton, rows: int, known: Exports | None) -> tuple[str,
     return found.graph.text() + found.graph.fingerprint(), found.loss.note
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_twice_the_rows_of_one_are_those_of_another(name: str) -> None:
     skeleton, known = skeleton_of(models.build(name), HOST), Exports()
     fresh = [captured(skeleton, rows, None) for rows in (2, 4)]
