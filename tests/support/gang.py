@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import random
 import socket
 import sys
@@ -119,8 +120,9 @@ class Gang:
 
     def _send(self, function: Callable[..., Any], args: Any, options: Any) -> None:
         module, name = function.__module__, function.__qualname__
+        given = pickle.dumps((args, options))  # which may name things of that module
         for pipe in self.pipes:
-            pipe.send((module, sys.modules[module].__file__, name, args, options))
+            pipe.send((module, sys.modules[module].__file__, name, given))
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -157,9 +159,11 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, hosts: Sequence[Ho
     settle()
     with remembering():
         while (job := pipe.recv()) is not None:
-            module, file, name, args, options = job
+            module, file, name, given = job
             try:
-                result = (True, getattr(_imported(module, file), name)(*args, **options))
+                function = getattr(_imported(module, file), name)
+                args, options = pickle.loads(given)
+                result = (True, function(*args, **options))
             except BaseException:
                 result = (False, traceback.format_exc())
             pipe.send(result)
