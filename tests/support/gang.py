@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -175,6 +176,8 @@ def _imported(name: str, file: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
+        for above in accumulate(name.split(".")[:-1], "{}.{}".format):  # pickle imports these
+            sys.modules.setdefault(above, ModuleType(above))
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return importlib.import_module(name)
