@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import transformers as hf
 from pipecompile.compiler.capture import exports
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.exports import Exports
 from pipecompile.compiler.capture.skeleton import Skeleton, skeleton_of
 from support import models
+from support.matrix import quickly
+from torch import nn
 
 HOST = torch.device("cpu")
 
@@ -26,9 +30,13 @@ def captured(skeleton: Skeleton, rows: int, known: Exports | None) -> tuple[str,
     return found.graph.text() + found.graph.fingerprint(), found.loss.note
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_twice_the_rows_of_one_are_those_of_another(name: str) -> None:
-    skeleton, known = skeleton_of(models.build(name), HOST), Exports()
+def small() -> nn.Module:
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=48))
+
+
+@pytest.mark.parametrize("build", quickly([small], [small, models.gpt2, models.llama]))
+def test_twice_the_rows_of_one_are_those_of_another(build: Callable[[], nn.Module]) -> None:
+    skeleton, known = skeleton_of(build(), HOST), Exports()
     fresh = [captured(skeleton, rows, None) for rows in (2, 4)]
     with mock.patch.object(exports, "exported", wraps=exports.exported) as counted:
         shared = [captured(skeleton, rows, known) for rows in (2, 4)]

@@ -36,9 +36,11 @@ def compiled(name: str = "llama", n_stages: int = 2, **options: Any) -> Any:
     )
 
 
-@cache
+compiled_once = cache(compiled)
+
+
 def plan_of_two_stages() -> Plan:
-    plan: Plan = compiled().plan
+    plan: Plan = compiled_once().plan
     return plan
 
 
@@ -78,7 +80,7 @@ def test_a_tight_budget_is_kept_as_measured(gang: Callable[[int], Gang]) -> None
 
 def test_the_timeline_shows_the_bytes_that_a_stage_holds() -> None:
     """First a growing number of stashes, at the end none; 1F1B holds S − s of them."""
-    pipe = compiled()
+    pipe = compiled_once()
     for stage, row in zip(pipe.plan.stages, pipe.compiled.timeline.ranks, strict=True):
         held = [interval.held_bytes for interval in row]
         most = stage.in_flight * stage.stash_bytes

@@ -279,15 +279,10 @@ def test_a_stalled_rank_is_named_and_ends_the_run(
     assert "longer than timeout_s=2.5" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "how"),
-    [
-        ("write", "slow"),
-        *(
-            pytest.param(place, how, marks=pytest.mark.slow)
-            for place, how in (("write", "stopped"), ("read", "slow"), ("beside", "slow"))
-        ),
-    ],
+    [("write", "slow"), ("write", "stopped"), ("read", "slow"), ("beside", "slow")],
 )
 @pytest.mark.usefixtures("gang")
 def test_who_is_waited_for_inside_of_torch_is_named(tmp_path: Path, place: str, how: str) -> None:
