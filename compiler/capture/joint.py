@@ -325,7 +325,10 @@ class _Reader:
         for i, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"], strict=True)):
             if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput):
                 name = self.skeleton.canonical[_fqn(desc.grad_of.target)]
-                found[value is not None].setdefault(name, i)
+                if value is None:  # of several names the last one is read
+                    found[False][name] = i
+                else:
+                    found[True].setdefault(name, i)
         places = found[False] | found[True]
         return sorted(places, key=places.__getitem__)
 

@@ -102,6 +102,7 @@ class _Copying:
             for of in names
         ]
         self._next = self.own[-1]
+        self._check_states()
         self._shared: set[tuple[fx.Node, fx.Node]] = set()
         self._moved: set[tuple[fx.Node, fx.Node]] = set()
         for phase in Phase:
@@ -119,6 +120,12 @@ class _Copying:
         return zip(self._piece(phase, KEPT), self._piece(phase, NEXT), strict=True)
 
     # -- whether one is the other, moved on by a period -------------------------------------------
+
+    def _check_states(self) -> None:
+        """That nothing else reads what the copies read of their own: it has no gradient yet."""
+        own = [node for of in self.own[1:-1] for node in of.values()]
+        if len(set(own)) < len(own) or any(node.users for node in own):
+            raise DifferentError("a layer's state is read elsewhere")
 
     def _check(self, phase: Phase) -> None:
         if len(self._piece(phase, KEPT)) != len(self._piece(phase, NEXT)):

@@ -64,11 +64,13 @@ class _Pieces:
     Attributes:
         nodes: per period; the last ones of the last period are not known.
         own: per period but the first, what it reads for what the one before reads.
+        shared: the state that the last period that was looked at shares with the next one.
     """
 
     nodes: list[list[fx.Node]]
     place: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     own: dict[int, Names] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for period, nodes in enumerate(self.nodes):
@@ -82,6 +84,7 @@ class _Pieces:
         """
         mine, theirs = self.nodes[period], self.nodes[period + 1]
         names: dict[str, str] = {}
+        self.shared = set()
         if len(mine) != len(theirs):
             return False
         for node, other, path in zip(mine, theirs, moved, strict=True):
@@ -94,13 +97,21 @@ class _Pieces:
             if not all(self._same(a, b, period, names) for a, b in pairs):
                 return False
         self.own[period + 1] = names
-        return len(set(names.values())) == len(names)
+        mixed = self.shared & (names.keys() | set(names.values()))
+        return not mixed and len(set(names.values())) == len(names)
+
+    def go_on(self, period: int) -> bool:
+        """Whether what a period reads of its own for the one before is what the next one's is
+        for: no two of the three share it."""
+        return set(self.own[period].values()) == set(self.own[period + 1])
 
     def _same(self, value: Any, other: Any, period: int, names: dict[str, str]) -> bool:
         if type(value) is not type(other):
             return False
         if isinstance(value, fx.Node):
             if value is other:
+                if value.op == "get_attr":
+                    self.shared.add(str(value.target))
                 return self.place.get(value, (-1, 0))[0] < period
             if value.op == "get_attr":
                 own, alike = str(value.target), other.op == "get_attr"
@@ -198,6 +209,8 @@ def _streak(pieces: _Pieces, container: str, layers: int) -> tuple[_Pieces, tupl
         alike = pieces.nodes[period] and pieces.alike(period, paths)
         while alike and first < period and not pieces.reads_before(period + 1, first):
             first += 1
+        if alike and first < period and not pieces.go_on(period):
+            first = period
         if not alike or not pieces.read_inside(period):
             first = period + 1
         elif period + 1 - first > best[1] - best[0]:

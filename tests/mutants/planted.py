@@ -1051,6 +1051,13 @@ LINKS = (
         "gradients of layers that are copies are those of the first copy",
     ),
     Mutant(
+        "compiler/layers/copies.py",
+        "        self._check_states()\n",
+        "",
+        "test_layers.py::test_what_layers_share_has_the_gradients_of_all",
+        "a weight that layers share has the gradient of one",
+    ),
+    Mutant(
         "compiler/costs/topology.py",
         'return rank // self.pp if self.order == "pipeline" else rank % self.dp',
         "return rank // self.pp",

@@ -155,6 +155,54 @@ def test_layers_are_differentiated_once_where_they_are_alike(
     assert left_out(lambda: Stack(kind), TOKENS, True, monkeypatch) == KINDS[kind]
 
 
+def share_in_the_middle(stack: Stack) -> None:
+    stack.layers[6].inner.weight = stack.layers[4].inner.weight
+
+
+def share_with_the_next_one(stack: Stack) -> None:
+    stack.layers[5].inner = stack.layers[4].inner
+
+
+def share_with_a_neighbour(stack: Stack) -> None:
+    for i in range(0, 10, 2):
+        stack.layers[i + 1].inner.bias = stack.layers[i].inner.bias
+
+
+def read_twice_outside(stack: Stack) -> None:
+    stack.bias = stack.layers[5].inner.bias
+
+
+def have_two_names(stack: Stack) -> None:
+    for layer in stack.layers:
+        layer.again = layer.inner
+        layer.inner = nn.Linear(8, 8)
+        layer.inner.weight = layer.again.weight
+        layer.again.bias = layer.inner.bias
+
+
+@pytest.mark.parametrize(
+    ("tie", "count"),
+    [
+        (share_in_the_middle, 0),
+        (share_with_the_next_one, 0),
+        (share_with_a_neighbour, 0),
+        (read_twice_outside, 0),
+        (have_two_names, 5),
+    ],
+)
+def test_what_layers_share_has_the_gradients_of_all(
+    tie: Callable[[Stack], None], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever layers share it: also where those that are differentiated do not."""
+
+    def make() -> Stack:
+        stack = Stack("shared bias" if tie is read_twice_outside else "plain")
+        tie(stack)
+        return stack
+
+    assert left_out(make, TOKENS, True, monkeypatch) == count
+
+
 def test_layers_that_take_turns_are_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out(lambda: Stack("takes turns", 18), TOKENS, True, monkeypatch) == 2 * 4
 
