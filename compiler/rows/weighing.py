@@ -129,17 +129,20 @@ class _Edit:
         end.args = ((*end.args[0], *nodes),)
 
     def share(self, node: fx.Node, number: int) -> torch.dtype:
-        """Multiply a term by a new argument; its dtype."""
+        """Multiply a term by a new argument, as exact as float32 at least; its dtype."""
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             share = self.graph.placeholder(f"share_{number}")
-        share.meta["val"] = node.meta["val"].detach()
+        given: torch.dtype = node.meta["val"].dtype
+        dtype = torch.promote_types(given, torch.float32)
+        share.meta["val"] = node.meta["val"].detach().to(dtype)
         readers = list(node.users)
         with self._after(node) as call:
             product = call(aten.mul.Tensor, node, share)
+            if dtype is not given:
+                product = call(aten.to.dtype, product, given)
         for reader in readers:
             reader.replace_input_with(node, product)
-        dtype: torch.dtype = node.meta["val"].dtype
         return dtype
 
     # -- inserting ------------------------------------------------------------------------------

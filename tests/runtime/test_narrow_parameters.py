@@ -412,3 +412,29 @@ def test_a_loss_module_stays_as_it_is() -> None:
     output = copy.deepcopy(model).to(BF16)(batch["input"].to(BF16))
     assert torch.equal(loss, loss_fn(output, batch).detach())
     assert torch.equal(found, output)
+
+
+def test_terms_of_a_loss_are_weighed_in_fp32_and_stay_narrow() -> None:
+    """Each by a number of its own, as labels and rows count differently in microbatches."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head, self.other = nn.Embedding(9, 8), nn.Linear(8, 9), nn.Linear(8, 4)
+
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            x = self.words(ids)
+            loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+            return loss + nn.functional.cross_entropy(self.other(x[:, 0]), labels[:, 0] % 4)
+
+    torch.manual_seed(0)
+    model = Heads().to(BF16)
+    batch = {"ids": torch.randint(9, (8, 6)), "labels": torch.randint(9, (8, 6))}
+    pipe = pipecompile.compile(copy.deepcopy(model), 1, microbatches=2, device="cpu")
+    loss, losses = pipe.forward_backward(batch), []
+    for piece in plain.cut(batch, 2):
+        losses.append(model(**piece))
+        (losses[-1] / 2).backward()
+    assert torch.equal(loss, torch.stack(losses).mean().detach())
+    for name, param in pipe.named_parameters():
+        assert torch.equal(param.grad, model.get_parameter(name).grad), name
