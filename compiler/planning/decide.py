@@ -68,6 +68,10 @@ def apply(
     unknown = next((name for name in decision.recomputed if name not in named), None)
     if unknown is not None:
         raise PlanError(f"the plan recomputes {unknown!r}, which the model has not: make a new one")
+    whole = [name for kept in decision.kept for name in (*kept.params, *kept.grads)]
+    unknown = next((name for name in whole if name not in graph.params), None)
+    if unknown is not None:
+        raise PlanError(f"the plan keeps {unknown!r} whole, which the model has not: make another")
     placement = place(graph, locality, dict(zip(nodes, stages, strict=True)))
     return placement, frozenset(named[name] for name in decision.recomputed)
 

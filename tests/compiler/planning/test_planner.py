@@ -234,6 +234,10 @@ def test_a_plan_for_another_shape_names_both() -> None:
         (lambda d: d["decision"].update(unit_stage=[0]), "differ in length"),
         (lambda d: d["decision"]["unit_stage"].__setitem__(0, 9), r"stages \[.*9\] of 2"),
         (lambda d: d["decision"]["recomputed"].append("nothing_7"), "recomputes 'nothing_7'"),
+        (
+            lambda d: d["decision"].update(kept=[{"params": ["no.weight"], "grads": []}] * 2),
+            "keeps 'no.weight' whole",
+        ),
         (lambda d: d["decision"]["unit_nodes"].__setitem__(0, 99), "operators"),
     ],
 )
