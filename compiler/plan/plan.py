@@ -243,6 +243,8 @@ def made(wanted: Any, value: Any, where: str = "plan") -> Any:
         )
     if origin is dict and isinstance(value, dict):
         return {k: made(inner[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if origin in (tuple, dict):
+        raise TypeError(f"{where} is {value!r}")
     accepted = tuple(inner) if inner else (wanted,)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -238,6 +238,7 @@ def test_a_plan_for_another_shape_names_both() -> None:
             lambda d: d["decision"].update(kept=[{"params": ["no.weight"], "grads": []}] * 2),
             "keeps 'no.weight' whole",
         ),
+        (lambda d: d["decision"].update(kept="all"), r"plan\.decision\.kept is 'all'"),
         (lambda d: d["decision"]["unit_nodes"].__setitem__(0, 99), "operators"),
     ],
 )
