@@ -116,7 +116,7 @@ class Outline:
     parts: Parts
     rows: int
 
-    @property
+    @cached_property
     def held_bytes(self) -> dict[str, int]:
         """Of each parameter, its gradient and its states."""
         graph = self.graph

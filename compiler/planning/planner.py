@@ -19,6 +19,7 @@ from torch import fx
 from ...passes.integer.work import Work
 from ...passes.partition.baselines import apart, solve_dynamic
 from ...passes.partition.solve import solve
+from ...passes.schedule.load import Load
 from ..costs.hardware import Device
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.graph import JointGraph, is_latest
@@ -124,6 +125,7 @@ class Planner:
         budget_bytes: memory of a rank; infinity for no limit.
         pinned: forward nodes whose stage is given.
         parts: of the graph, where they are known.
+        load: of the schedule; None for what its kind asks of so many microbatches.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Planner:
         budget_bytes: float,
         pinned: Mapping[fx.Node, int],
         parts: Parts | None = None,
+        load: Load | None = None,
     ):
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
@@ -151,7 +154,7 @@ class Planner:
             options.shape(microbatches).homes,
             microbatches,
             held_bytes,
-            options.load(microbatches),
+            load or options.load(microbatches),
             self.budget_bytes,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",

@@ -10,22 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
 from ...passes.schedule.forward_only import forward_only
-from ...passes.schedule.load import linked
+from ...passes.schedule.load import Load, linked
+from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import simulate
 from ..costs.closing import compressed_s, parcels
 from ..driver.work import Outline
 from ..ir import shards
 from ..ir.actions import Kind, Phase, Schedule
 from ..ir.errors import MemoryBudgetError
+from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning.planner import CLOSING, Planner
-from ..planning.refine import StepModel
+from ..planning.refine import FEW, StepModel
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
 from .bounds import Microbatch
@@ -81,6 +84,9 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
     settings = outline.settings
     options, m = settings.options, settings.microbatches
     footprint, device = settings.footprint, settings.rates
+    shape = options.shape(m)
+    splits = False, *shape.splits[1:]  # the first sends no gradients
+    shape = replace(shape, splits=splits, rough=True)
     planner = Planner(
         outline.graph,
         outline.locality,
@@ -92,6 +98,7 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         budget_bytes * SLACK,
         {},
         outline.parts,
+        load_for(options.kind, shape),
     )
     problem = planner.problem(prices.units)
     problem = replace(problem, reserve_bytes=(float(settings.batch_bytes * m),) * problem.n_ranks)
@@ -101,12 +108,11 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         found = error.nearest
         if found is None or max(found.ranks_bytes) > DOUBTFUL * budget_bytes:
             raise
-    shape = options.shape(m)
     read, grads = footprint.exchanged_bytes(outline.graph.copies)
     model = _Model(
         problem,
         options.kind,
-        replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
+        shape,
         prices.units,
         prices.weights,
         device,
@@ -117,8 +123,31 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         clips=options.max_grad_norm is not None,
         trains=outline.graph.trains,
     )
-    step_s = model.step_s(found.stage, found.option) * device.waiting(devices)
-    return Sketch(step_s, model.bubble(found.stage, found.option), max(found.ranks_bytes))
+    return model.expected(found, devices)
+
+
+def shortened(kind: ScheduleKind, shape: PipelineShape) -> PipelineShape:
+    """With so few microbatches that the others only repeat what these do.
+
+    One round is like the next where they are whole; an order that is searched is less even.
+    """
+    rounds = not kind.searches and shape.microbatches % shape.ranks == 0
+    most = FEW * (shape.ranks if rounds else shape.n_stages)
+    return replace(shape, microbatches=min(shape.microbatches, most))
+
+
+def load_for(kind: ScheduleKind, shape: PipelineShape) -> Load:
+    """Of few microbatches, where more of them hold as much and wait as long; else of all."""
+    if not kind.searches and shape.microbatches % shape.ranks:
+        return kind.load(shape)
+    few = shortened(kind, shape)
+    load = kind.load(few)
+    return load if max(load.in_flight) < few.microbatches else kind.load(shape)
+
+
+@lru_cache(8)  # levels of ZeRO are looked at one after the other
+def _linked(kind: ScheduleKind, few: PipelineShape) -> Schedule:
+    return linked(kind.order(few), few)
 
 
 @dataclass(frozen=True)
@@ -139,9 +168,13 @@ class _Model(StepModel):
     trains: bool = True
 
     @cached_property
+    def few(self) -> PipelineShape:
+        return shortened(self.kind, self.shape)
+
+    @cached_property
     def _schedule(self) -> Schedule:
         if self.trains:
-            return linked(self.kind.order(self.few), self.few)
+            return _linked(self.kind, self.few)
         pairs = ((s, s + 1) for s in range(self.few.n_stages - 1))
         messages = [Message(a, b, Phase.FORWARD, ()) for a, b in pairs]
         return add_communication(forward_only(self.few), messages)
@@ -213,12 +246,20 @@ class _Model(StepModel):
         stepped = CLOSING * held if self.steps else 0.0
         return exchange_s + self.device.moved_s(clipped + stepped)
 
-    def bubble(self, stage: Sequence[int], option: Sequence[int]) -> float:
-        """The share of the ranks' time in which they wait, as `Timeline.bubble` has it."""
-        compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
+    def expected(self, found: Solution, devices: int) -> Sketch:
+        """Of a division; the bubble is the share of the ranks' time in which they wait, as
+        `Timeline.bubble` has it.
+
+        Args:
+            devices: of all replicas.
+        """
+        compute_s = self._compute_s(found.stage, found.option)
+        transfer_s = self._transfer_s(found.stage)
         send_s = self.device.send_s(transfer_s)
         few = simulate(self._schedule, compute_s, transfer_s, send_s=send_s)
-        times = self.shape.microbatches / self.few.microbatches
+        step_s = self._whole_s(few, found.stage) * self.device.waiting(devices)
         busy = [few.busy_s(rank) for rank in range(self.few.ranks)]
+        times = self.shape.microbatches / self.few.microbatches
         span = few.makespan_s + (times - 1) * max(busy)
-        return 1 - times * math.fsum(busy) / (span * len(busy)) if span else 0.0
+        bubble = 1 - times * math.fsum(busy) / (span * len(busy)) if span else 0.0
+        return Sketch(step_s, bubble, max(found.ranks_bytes))

@@ -11,6 +11,7 @@ from .shape import PipelineShape
 
 KINDS = (Kind.F, Kind.B, Kind.W)
 UNKNOWN_PART = 10  # of the effort, where all stages are alike and there is little to find
+ROUGH_PART = 3  # of that, where the order is not to be run
 
 
 def problem_of(shape: PipelineShape, most: int | None = None) -> Problem:
@@ -46,7 +47,8 @@ def problem_of(shape: PipelineShape, most: int | None = None) -> Problem:
 
 def effort_of(shape: PipelineShape) -> int:
     """How many steps to simulate."""
-    return search.EFFORT if shape.costs else search.EFFORT // UNKNOWN_PART
+    effort = search.EFFORT // (1 if shape.costs else UNKNOWN_PART)
+    return effort // ROUGH_PART if shape.rough else effort
 
 
 def order_of(schedule: Schedule) -> Order:

@@ -74,12 +74,15 @@ class PipelineShape:
         splits: per stage, whether its backward is split into B and W.
         costs: None where nothing is known: then all stages are alike, and B and W each take as
             long as F.
+        rough: an order that is searched is not to be run, but to tell what such a one takes: less
+            is looked at for it.
     """
 
     homes: Homes
     microbatches: int
     splits: tuple[bool, ...]
     costs: StageCosts | None = None
+    rough: bool = False
 
     @property
     def ranks(self) -> int:

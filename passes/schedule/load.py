@@ -105,8 +105,12 @@ def _moments(actions: Sequence[Action], stages: Sequence[int]) -> tuple[Counts, 
 
 
 def _undominated(moments: Iterable[Counts]) -> tuple[Counts, ...]:
-    each = list(dict.fromkeys(moments))
-    return tuple(a for a in each if not any(a != b and _within(a, b) for b in each))
+    each = dict.fromkeys(moments)
+    kept: dict[Counts, None] = {}
+    for counts in sorted(each, key=sum, reverse=True):  # what is within another has less in all
+        if not any(_within(counts, other) for other in kept):
+            kept[counts] = None
+    return tuple(counts for counts in each if counts in kept)
 
 
 def _within(a: Counts, b: Counts) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...compiler.ir.actions import Schedule
@@ -68,28 +68,25 @@ class ScheduleKind:
         """The compute actions; those of stages that are all alike are made once."""
         if shape.costs is not None:
             return self.generate(shape)
-        return _alike(self, shape.homes, shape.microbatches, shape.splits)
+        return _alike(self, shape)
 
     def load(self, shape: PipelineShape) -> Load:
         """What ranks hold, and when they are idle, if all stages are alike."""
-        return _load(self, shape.homes, shape.microbatches, shape.splits)
+        return _load(self, replace(shape, costs=None))
 
     def in_flight(self, shape: PipelineShape) -> tuple[int, ...]:
         """Per stage, the most microbatches between their forward and their last backward."""
         return self.load(shape).in_flight
 
 
-@lru_cache(256)
-def _load(kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]) -> Load:
-    shape = PipelineShape(homes, microbatches, splits)
+@lru_cache(1024)
+def _load(kind: ScheduleKind, shape: PipelineShape) -> Load:
     return load_of(kind.order(shape), shape)
 
 
 @lru_cache(64)  # a search asks for the same ones of many ways
-def _alike(
-    kind: ScheduleKind, homes: Homes, microbatches: int, splits: tuple[bool, ...]
-) -> Schedule:
-    return kind.generate(PipelineShape(homes, microbatches, splits))
+def _alike(kind: ScheduleKind, shape: PipelineShape) -> Schedule:
+    return kind.generate(shape)
 
 
 def _in_a_v(name: str, text: str, generate: Callable[[PipelineShape], Schedule]) -> ScheduleKind:
