@@ -1,9 +1,10 @@
 """Branch and bound over all ways: the lowest bound is sketched first, the best sketches planned.
 
 1. Every way has a lower bound of its step (`bounds`). In their order, the lowest first, ways are
-   sketched (`sketch`), until the next bound is above the best sketch.
-2. In the order of their sketches, ways are planned, until the next sketch is more than `TIE` above
-   the best one: sketches and plans differ by that much. The best plan is taken.
+   sketched (`sketch`), until the next bound is above the best sketch: no other is as good.
+2. That one is planned, and the next best looked for in the same way, until the next sketch is more
+   than `TIE` above the best one: sketches and plans differ by that much; or until as much has been
+   planned as is worth it. The best plan is taken.
 
 How much is looked at is counted in operators, so that the answer is the same on every machine.
 """
@@ -64,8 +65,8 @@ class Found:
         best: the way with the shortest step that was planned.
         trials: the best dozen, those that were planned first; then one for each number of ranks
             that is not possible at all.
-        ways, pruned, sketched, planned: how many there are; how many of these a bound excludes,
-            were sketched, and were planned.
+        ways, pruned, sketched, planned: how many there are; how many of these cannot be better than
+            the best by their bounds, were sketched, and were planned.
         stopped: what was left out as it would have taken too long; "" for nothing.
     """
 
@@ -93,78 +94,139 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     Raises:
         OptionError: none is possible; with the reasons of some.
     """
-    sketches, refused, left, stopped = _sketched(ways, model)
-    if not sketches:
-        raise OptionError(f'"auto": no way to use the devices is possible: {_reasons(refused)}')
-    ordered = sorted(sketches, key=lambda pair: (pair[1].step_s, ways.index(pair[0])))
+    looking = _Looking(ways, model)
     planned: list[Trial] = []
-    about: list[Trial] = []
-    spent, limit = 0, ordered[0][1].step_s * (1 + TIE)
-    for way, sketch in ordered:
-        near = sketch.step_s <= limit
-        full = spent + model.nodes(way) > MOST_PLANNED or len(planned) >= SHOWN
-        if planned and (not near or full):
-            if near:
-                stopped = stopped or "not all that are as good by their sketches were planned"
-            about.append(_expected(way, sketch))
-            continue
+    spent, limit_s = 0, math.inf
+    passed: list[tuple[Way, Sketch]] = []
+    full = False
+    while (pair := looking.next_best(limit_s)) is not None:
+        way, sketch = pair
+        limit_s = min(limit_s, sketch.step_s * (1 + TIE))
+        if planned and (spent + model.nodes(way) > MOST_PLANNED or len(planned) >= SHOWN):
+            full = True
+            passed.append(pair)
+            break
         spent += model.nodes(way)
         try:
             planned.append(_trial(way, model.plan(way)))
         except REFUSALS as error:
-            refused.append(Trial(way, way.microbatches, None, _line(error)))
+            looking.refuse(way, error)
+    refused = looking.refused
     if not planned:
         raise OptionError(f'"auto": no way to use the devices is possible: {_reasons(refused)}')
     best = min(planned, key=lambda trial: trial.step_s or math.inf)
     planned.sort(key=lambda trial: trial.step_s or math.inf)
+    about = [_expected(*pair) for pair in (*passed, *looking.rest())]
     shown = [*planned, *about][:SHOWN]
-    possible = {way.n_stages for way, _ in sketches}
-    trials = (*shown, *_samples([t for t in refused if t.way.n_stages not in possible]))
-    counts = len(ways), left, len(sketches), len(planned)
-    return Found(best, trials, *counts, stopped)
+    trials = (*shown, *_samples([t for t in refused if t.way.n_stages not in looking.possible]))
+    left = looking.left(best.step_s or math.inf)
+    counts = len(ways), left, looking.sketched, len(planned)
+    return Found(best, trials, *counts, looking.stopped(full, len(looking) - left))
 
 
-def _sketched(
-    ways: Sequence[Way], model: Model
-) -> tuple[list[tuple[Way, Sketch]], list[Trial], int, str]:
-    """Sketches of all ways that may be the best; those that are not possible; how many cannot be
-    better; and what was left out."""
-    found: list[tuple[Way, Sketch]] = []
-    refused: list[Trial] = []
-    queue = []
-    for number, way in enumerate(ways):
-        try:
-            queue.append((model.bound(way), number))
-        except REFUSALS as error:
-            refused.append(Trial(way, way.microbatches, None, _line(error)))
-    heapq.heapify(queue)
-    best_s, spent, untraced = math.inf, 0, 0
-    while queue:
-        bound_s, number = heapq.heappop(queue)
-        way = ways[number]
-        if bound_s > best_s * (1 + TIE):
-            return found, refused, len(queue) + 1, _left_out(untraced)
-        if found and spent > MOST_SKETCHED:
-            return found, refused, 0, _left_out(untraced + len(queue) + 1)
+class _Looking:
+    """Sketches of ways in their order, the best first, made as far as bounds ask for them.
+
+    A way is the next best one when no bound of a way without a sketch is below its sketch. So
+    whatever is asked for comes in the order that it would have if all were sketched.
+
+    Of ways with the same bound the highest level of ZeRO is looked at first: where that does not
+    fit, no other does, which the model may know then.
+
+    Attributes:
+        possible: numbers of ranks of those that were sketched.
+        sketched: how many were.
+    """
+
+    def __init__(self, ways: Sequence[Way], model: Model):
+        self._ways, self._model = ways, model
+        self._refused: dict[tuple[float, int], Trial] = {}
+        self.possible: set[int] = set()
+        self.sketched = 0
+        self._made: list[tuple[float, int, Sketch]] = []
+        self._queue: list[tuple[float, int, int]] = []
+        self._spent, self._missed = 0, 0
+        for number, way in enumerate(ways):
+            try:
+                self._queue.append((model.bound(way), -(way.zero or 0), number))
+            except REFUSALS as error:
+                self.refuse(way, error, 0.0, number)
+        heapq.heapify(self._queue)
+
+    def refuse(
+        self, way: Way, error: Exception, bound_s: float = math.inf, number: int | None = None
+    ) -> None:
+        """Note why it is not possible."""
+        place = bound_s, len(self._refused) if number is None else number
+        self._refused[place] = Trial(way, way.microbatches, None, _line(error))
+
+    @property
+    def refused(self) -> list[Trial]:
+        """Those that are not possible, by their bounds; those that were to be planned come last."""
+        return [self._refused[place] for place in sorted(self._refused)]
+
+    def __len__(self) -> int:
+        """Ways that are neither sketched nor refused."""
+        return len(self._queue)
+
+    def left(self, best_s: float) -> int:
+        """Those of them that a bound excludes."""
+        return sum(bound_s >= best_s for bound_s, _, _ in self._queue)
+
+    def stopped(self, full: bool, others: int) -> str:
+        """What was left out.
+
+        Args:
+            full: no more were planned, though they are as good by their sketches.
+            others: that were not sketched, and are not excluded.
+        """
+        said = ["not all that are as good by their sketches were planned"] if full else []
+        if others:
+            said.append(f"{others:,} whose bounds come after these were not sketched")
+        if self._missed:
+            said.append(f"{self._missed:,} were not looked at, as the graphs are large")
+        return "; ".join(said)
+
+    def next_best(self, limit_s: float) -> tuple[Way, Sketch] | None:
+        """The next one; None if no other takes at most so many seconds."""
+        while self._queue and self._queue[0][0] <= min(limit_s, self._least_s):
+            if self.sketched and self._spent > MOST_SKETCHED:
+                self._missed += len(self._queue)
+                self._queue.clear()
+            else:
+                self._look()
+        if self._least_s > limit_s or not self._made:
+            return None
+        _, number, sketch = heapq.heappop(self._made)
+        return self._ways[number], sketch
+
+    def rest(self) -> list[tuple[Way, Sketch]]:
+        """What was sketched and not asked for."""
+        return [(self._ways[number], sketch) for _, number, sketch in sorted(self._made)]
+
+    @property
+    def _least_s(self) -> float:
+        return self._made[0][0] if self._made else math.inf
+
+    def _look(self) -> None:
+        """At the way with the lowest bound."""
+        model, (bound_s, level, number) = self._model, heapq.heappop(self._queue)
+        way = self._ways[number]
         try:
             better = model.bound(way)  # more may be known by now
             if better > bound_s:
-                heapq.heappush(queue, (better, number))
-                continue
+                heapq.heappush(self._queue, (better, level, number))
+                return
             sketch = model.sketch(way)
         except UntracedError:
-            untraced += 1
+            self._missed += 1
         except REFUSALS as error:
-            refused.append(Trial(way, way.microbatches, None, _line(error)))
+            self.refuse(way, error, bound_s, number)
         else:
-            found.append((way, sketch))
-            best_s = min(best_s, sketch.step_s)
-        spent += model.nodes(way)
-    return found, refused, 0, _left_out(untraced)
-
-
-def _left_out(count: int) -> str:
-    return f"{count:,} were not looked at, as the graphs are large" if count else ""
+            heapq.heappush(self._made, (sketch.step_s, number, sketch))
+            self.possible.add(way.n_stages)
+            self.sketched += 1
+        self._spent += model.nodes(way)
 
 
 def _trial(way: Way, plan: Plan) -> Trial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from ..driver.auto import Way, chunks_of
 from ..driver.builder import Builder
 from ..driver.compiled import Compiled, main_mode
 from ..driver.work import Outline
-from ..ir.errors import MemoryBudgetError
+from ..ir.errors import MemoryBudgetError, PartitionError
 from ..options.options import CompileOptions
 from ..plan.plan import Plan
 from ..planning.advice import gib
@@ -23,6 +24,9 @@ from .sketch import Prices, Sketch, sketch_of
 
 MOST_TRACED = 40_000
 """Operators of the graphs that are traced, one for each number of rows that is worth it."""
+
+SOLVED_S = 2.0
+"""Of the solver, counted, for each plan: what it finds later than that tells no two ways apart."""
 
 MakeBuilder = Callable[[CompileOptions], Builder]
 Divide = Callable[[CompileOptions], tuple[BatchSpec, int, Sequence[torch.Tensor]]]
@@ -52,6 +56,7 @@ class Subject:
         self._prices: dict[tuple[object, ...], Prices] = {}
         self._rows: dict[tuple[object, ...], tuple[int, float]] = {}
         self._outlines: dict[Way, Outline] = {}
+        self._unfit: dict[Way, tuple[dict[str, int], PartitionError]] = {}
         self.built: dict[Way, Compiled] = {}
 
     @property
@@ -110,6 +115,12 @@ class Subject:
             PipecompileError: it is not possible, or does not fit by the prices.
         """
         outline = self._outline(way)
+        count, most = outline.settings.options.stage_count, len(outline.parts.units)
+        if count > most:  # before an order of so many stages is looked for
+            raise PartitionError(
+                f"n_stages={count}, but the model has only {most} units (runs of operators between "
+                f"good cut points): use n_stages={most} or fewer"
+            )
         least = sum(outline.held_bytes.values()) / way.n_stages
         if (over := least - self.target.budget_bytes) > 0:
             raise MemoryBudgetError(
@@ -120,8 +131,21 @@ class Subject:
                 None,
                 proven=True,
             )
+        self._check_unfit(way, outline)
         prices = self._prices[self._key(way)]
-        return sketch_of(outline, prices, self.target.budget_bytes, self.devices)
+        try:
+            return sketch_of(outline, prices, self.target.budget_bytes, self.devices)
+        except PartitionError as error:
+            self._unfit[replace(way, zero=None)] = outline.held_bytes, error.with_traceback(None)
+            raise
+
+    def _check_unfit(self, way: Way, outline: Outline) -> None:
+        """Raises PartitionError where the way does not fit at a level of ZeRO that holds no more of
+        any parameter."""
+        least, refusal = self._unfit.get(replace(way, zero=None), ({}, None))
+        held = outline.held_bytes
+        if refusal is not None and all(held[name] >= size for name, size in least.items()):
+            raise refusal
 
     def _nodes(self, way: Way) -> int:
         prices = self._prices.get(self._key(way))
@@ -129,6 +153,7 @@ class Subject:
 
     def _plan(self, way: Way) -> Plan:
         options = self._of(way)
+        options = replace(options, time_limit_s=min(options.time_limit_s, SOLVED_S))
         spec, m, values = self._divide(options)
         self.built[way] = self._builder(options).build(main_mode(options), spec, m, batch=values)
         return self.built[way].plan

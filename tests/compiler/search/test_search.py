@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -21,17 +22,23 @@ from pipecompile.compiler.driver.auto import Open, Trial, Way
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.capturing import Shared
 from pipecompile.compiler.ir.actions import Kind
-from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError, PipecompileError
+from pipecompile.compiler.ir.errors import (
+    MemoryBudgetError,
+    OptionError,
+    PartitionError,
+    PipecompileError,
+)
 from pipecompile.compiler.options.microbatches import divide
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.search import subject
 from pipecompile.compiler.search.bounds import Microbatch, least_compute_s
-from pipecompile.compiler.search.search import SHOWN, TIE, Model, search
-from pipecompile.compiler.search.sketch import Sketch
+from pipecompile.compiler.search.search import MOST_PLANNED, SHOWN, TIE, Model, search
+from pipecompile.compiler.search.sketch import Sketch, sketch_of
 from pipecompile.compiler.search.space import ways_of
-from pipecompile.compiler.search.subject import Subject
+from pipecompile.compiler.search.subject import SOLVED_S, Subject
 from pipecompile.passes.schedule.load import timed
-from pipecompile.passes.schedule.registry import SCHEDULES
+from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
 from support import models
 from torch import nn
 
@@ -167,6 +174,38 @@ def test_large_graphs_are_planned_less_often_and_that_is_said() -> None:
     assert "not all that are as good by their sketches were planned" in found.told
 
 
+@settings(max_examples=100)
+@given(made(error=TIE), st.sampled_from([1, 9_000, 15_000, 50_000]))
+def test_what_is_planned_is_what_all_sketches_would_lead_to(case: Made, nodes: int) -> None:
+    """However few of them were made."""
+    case.nodes = nodes
+    sketches = {
+        way: case.model.sketch(way).step_s for way, s in case.steps_s.items() if math.isfinite(s)
+    }
+    if not sketches:
+        return
+    ordered = sorted(sketches, key=sketches.__getitem__)
+    near = [way for way in ordered if sketches[way] <= sketches[ordered[0]] * (1 + TIE)]
+    most = min(SHOWN, max(1, MOST_PLANNED // nodes))
+    found = search(list(case.steps_s), case.model)
+    assert {trial.way for trial in found.trials if trial.step_s and not trial.about} == {
+        *near[:most]
+    }
+    assert ("not all that are as good" in found.told) == (len(near) > most)
+    worse = sum(bound >= (found.best.step_s or 0.0) for bound in case.bounds.values())
+    assert found.pruned <= worse
+
+
+def test_no_more_is_sketched_than_is_planned() -> None:
+    """Where two are planned, those whose bounds are above the second sketch are not asked for."""
+    ways = [Way(n + 1, 1, "1f1b") for n in range(10)]
+    steps_s = {way: 1.0 + i / 1000 for i, way in enumerate(ways)}
+    bounds = {way: step_s - 1e-4 for way, step_s in steps_s.items()}
+    found = search(ways, Made(steps_s, bounds, dict.fromkeys(ways, 1.0), nodes=20_000).model)
+    assert (found.planned, found.sketched, found.pruned) == (2, 3, 7)
+    assert found.best.way == ways[0]
+
+
 # -- the space ------------------------------------------------------------------------------------
 
 
@@ -265,6 +304,65 @@ def check(asked: Subject, ways: Sequence[Way]) -> tuple[Trial, int]:
     assert found.planned < len(ways)
     peaks = (max(s.memory.peak for s in each.plan.stages) for each in asked.built.values())
     return found.best, min(peaks)
+
+
+@pytest.mark.parametrize("given_s", [1.0, 30.0])
+def test_plans_get_no_more_of_the_solver_than_tells_them_apart(given_s: float) -> None:
+    options = CompileOptions(n_stages=1, optimizer=torch.optim.SGD, time_limit_s=given_s)
+    asked = of_net(options, 2, 8, CPU)
+    seen: list[float] = []
+    builder = asked._builder
+
+    def noted(tried: CompileOptions) -> Builder:
+        seen.append(tried.time_limit_s)
+        return builder(tried)
+
+    asked._builder = noted
+    asked.model.plan(Way(1, 2, "1f1b", zero=0, microbatches=2))
+    assert seen == [min(given_s, SOLVED_S)]
+
+
+def test_no_order_is_looked_for_where_units_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = of_net(CompileOptions(n_stages=1, optimizer=torch.optim.SGD), 64, 64, CPU)
+    monkeypatch.setattr(ScheduleKind, "order", lambda *_: pytest.fail("it was looked for"))
+    with pytest.raises(PartitionError, match=r"the model has only \d+ units"):
+        asked.sketch(Way(64, 1, "zb", zero=0, microbatches=64))
+
+
+def test_what_does_not_fit_is_not_divided_again_where_it_holds_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each level of ZeRO that is refused so would have been by itself."""
+    options = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW, memory="100000B")
+    ways = ways_of(Open(divides=True, orders=True), options, 4, 8)
+    asked = of_net(options, 4, 8, CPU)
+    divided: list[Any] = []
+
+    def noted(*given: Any) -> Sketch:
+        divided.append(given)
+        return sketch_of(*given)
+
+    monkeypatch.setattr(subject, "sketch_of", noted)
+    refused: list[Way] = []
+    known = 0
+    for way in sorted(ways, key=lambda way: -(way.zero or 0)):
+        count = len(divided)
+        try:
+            asked.sketch(way)
+        except PartitionError as error:
+            known += len(divided) == count and not re.search("alone|has only", str(error))
+            refused.append(way)
+    assert 0 < known < len(refused) < len(ways)
+    monkeypatch.undo()
+    for way in refused:
+        with pytest.raises(PartitionError):
+            sketched_again(asked, way)
+
+
+def sketched_again(asked: Subject, way: Way) -> Sketch:
+    """As if no other way had been sketched."""
+    asked._unfit.clear()
+    return asked.sketch(way)
 
 
 SLOW_LINK = H100.with_link(1e9, 1e-5)
