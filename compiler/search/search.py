@@ -99,7 +99,7 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     spent, limit_s = 0, math.inf
     passed: list[tuple[Way, Sketch]] = []
     full = False
-    while (pair := looking.next_best(limit_s)) is not None:
+    while (pair := looking.next_best(limit_s if planned else math.inf)) is not None:
         way, sketch = pair
         limit_s = min(limit_s, sketch.step_s * (1 + TIE))
         if planned and (spent + model.nodes(way) > MOST_PLANNED or len(planned) >= SHOWN):
