@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError
 from pipecompile.compiler.search.search import TIE, Model, search
 from pipecompile.compiler.search.sketch import Sketch
-from pipecompile.compiler.search.ways import Way
 
 WAYS = [Way(n + 1, 1, "1f1b") for n in range(6)]
 STEPS_S = {way: 1.0 + n * 4 * TIE for n, way in enumerate(WAYS)}
@@ -36,5 +36,5 @@ def test_the_next_best_that_fits_is_taken(refused: int) -> None:
 
 
 def test_where_no_plan_fits_that_is_said() -> None:
-    with pytest.raises(OptionError, match="no way to use the devices is possible.*too much"):
+    with pytest.raises(OptionError, match=r"no way to use the devices is possible.*too much"):
         search(WAYS, model(len(WAYS)))
