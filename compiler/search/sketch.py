@@ -27,8 +27,9 @@ from ..ir.errors import MemoryBudgetError
 from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
+from ..planning import refine
 from ..planning.planner import CLOSING, Planner
-from ..planning.refine import FEW, StepModel
+from ..planning.refine import StepModel
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
 from .bounds import Microbatch
@@ -132,7 +133,7 @@ def shortened(kind: ScheduleKind, shape: PipelineShape) -> PipelineShape:
     One round is like the next where they are whole; an order that is searched is less even.
     """
     rounds = not kind.searches and shape.microbatches % shape.ranks == 0
-    most = FEW * (shape.ranks if rounds else shape.n_stages)
+    most = refine.FEW * (shape.ranks if rounds else shape.n_stages)
     return replace(shape, microbatches=min(shape.microbatches, most))
 
 

@@ -28,25 +28,38 @@ def worker(seconds: float) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
-def gone(pid: int) -> bool:
-    """Within a second."""
-    deadline = time.monotonic() + 1
+def comes_to(pid: int, states: str, limit_s: float = 20.0) -> bool:
+    """Whether a process gets into one of these states, as `/proc` has them; "-" for none."""
+    deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
-            return True
-        if state == "Z":  # whoever has inherited it has not looked yet
+            state = "-"
+        if state in states:
             return True
         time.sleep(0.02)
     return False
 
 
+def gone(pid: int) -> bool:
+    """Within a second; whoever has inherited it may not have looked yet."""
+    return comes_to(pid, "-Z", 1.0)
+
+
+def ignores_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(int(ignored, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_a_process_that_stays_stopped_is_killed_and_said_so() -> None:
     """Though SIGTERM, which an agent sends to it and its guard, would wait for ever."""
     process, guard = worker(60)
-    time.sleep(0.3)  # until the guard ignores what is meant for the worker
+    while not ignores_sigterm(guard):  # it is meant for the worker
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGSTOP)
+    assert comes_to(process.pid, "T")  # or SIGTERM, of the lower number, comes first
     for pid in (process.pid, guard):
         os.kill(pid, signal.SIGTERM)
     _, said = process.communicate(timeout=20)

@@ -60,7 +60,7 @@ SETTINGS: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "n_stages", "dp", "options"), quickly(SETTINGS[:1], SETTINGS))
+@pytest.mark.parametrize(("name", "n_stages", "dp", "options"), quickly(SETTINGS[3:], SETTINGS))
 def test_what_is_right_is_said_to_be(
     name: str, n_stages: int, dp: int, options: dict[str, Any]
 ) -> None:

@@ -289,7 +289,13 @@ def refused(folder: Path, dp: int, zero: int) -> str:
             "'transformer.wpe.weight' diff",
             marks=pytest.mark.slow,
         ),
-        (2, 3, one(lambda s: s["transformer.wpe.weight"].add_(1)), "'transformer.wpe.weight' diff"),
+        pytest.param(
+            2,
+            3,
+            one(lambda s: s["transformer.wpe.weight"].add_(1)),
+            "'transformer.wpe.weight' diff",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_ranks_error_is_everyones(
