@@ -338,6 +338,7 @@ def differentiated_of(
     Args:
         scaled: the exported graph with so many times as many rows.
         weighs: tell how the losses of microbatches make that of the batch.
+        export: makes the first one.
     """
     traced, results = export(function, leaves)
     _check_taken(results.inputs.taken, function.spec)

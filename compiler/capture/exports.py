@@ -46,8 +46,7 @@ def _copied(made: fx.GraphModule) -> fx.GraphModule:
     for node in made.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
         theirs, mine = (each.get_submodule(path) for each in (made, twin))
-        if (
-            name in vars(theirs) and name in mine._buffers
-        ):  # a constant, which torch makes a buffer of when it copies
+        if name in vars(theirs) and name in mine._buffers:
+            # a constant, which torch makes a buffer of when it copies
             vars(mine)[name] = mine._buffers.pop(name)
     return twin

@@ -11,13 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..memory.optimizer_cost import (
-    Factory,
-    OptimizerMemory,
-    layout_of,
-    on_cuda,
-    optimizer_memory,
-)
+from ..memory.optimizer_cost import Factory, OptimizerMemory, on_cuda, optimizer_memory
+from ..tensors.facts import layout_of
 from .folder import drop_oldest, write
 from .identity import UntoldError, identity_of
 from .surroundings import versions

@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from ..ir.graph import JointGraph, Phase, module_of, phase_of, tensors
+from ..tensors.facts import layout_of
 from .runs import Run, moved
 
 KNOWN = {"val", "phase", "partner", "module"}  # of a node
@@ -279,7 +280,7 @@ class _Copying:
         """Of a constant, in a period: its own, or one that all share."""
         value = getattr(self.graph.constants, str(node.target))
         own = value if period is None else self.values[period].get(_memory(value), value)
-        if not isinstance(own, torch.Tensor) or _layout(own) != _layout(value):
+        if not isinstance(own, torch.Tensor) or layout_of(own) != layout_of(value):
             raise DifferentError(f"{node.name} is another constant")
         return own.detach()
 
@@ -369,11 +370,7 @@ def _least(nodes: Sequence[fx.Node]) -> int:
 
 
 def _looks(node: fx.Node) -> list[object]:
-    return list(map(_layout, tensors(node.meta.get("val"))))
-
-
-def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return list(map(layout_of, tensors(node.meta.get("val"))))
 
 
 def _memory(value: object) -> int:

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..ir.graph import module_path, tensors, written
 from ..ir.region import is_region
+from ..tensors.facts import layout_of
 from ..tensors.fakes import is_symbol
 
 FEWEST = 8  # periods that are worth it
@@ -153,10 +154,8 @@ class _Pieces:
 
 def _looks(node: fx.Node) -> list[object]:
     """Of a node's value, what operators see of it; empty where there is none."""
-    return [
-        (tuple(each.shape), each.stride(), each.dtype, each.device, each.requires_grad)
-        for each in tensors(node.meta.get("val"))
-    ]
+    found = tensors(node.meta.get("val"))
+    return [(*layout_of(each), each.requires_grad) for each in found]
 
 
 def runs_of(graph: fx.Graph) -> list[Run]:

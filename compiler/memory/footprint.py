@@ -229,10 +229,10 @@ class Footprint:
         trained, zero = dict(self._named(self._trainable(code.params))), self.zero
         owners = self.owners(program)
         items = {n: item_of(n, p, owners, self._grad_dtype(p)) for n, p in trained.items()}
-        late = late_gradients(program, stage, mates)
-        departures = departures_of(code, items, self.dp, zero, late)
-        if needs.messages and zero.closes:
-            departures = Departures()
+        departures = Departures()
+        if not (needs.messages and zero.closes):
+            late = late_gradients(program, stage, mates)
+            departures = departures_of(code, items, self.dp, zero, late)
         before = [program.stages[s] for s in mates if s < stage]
         direct = {name for each in before for name in each.direct}
         copies = {name for each in before for name in each.copies}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensors.facts import layout_of
 from ..tensors.fakes import is_fake, weightless
 from ..tensors.pytree import tree_leaves
 from .meter import StorageMeter
@@ -126,11 +127,6 @@ def _is_plain(value: Any) -> bool:
 def _typed(value: Any) -> Any:
     """The types of plain values: 1 is no True."""
     return tuple(map(_typed, value)) if isinstance(value, tuple) else type(value)
-
-
-def layout_of(param: torch.Tensor) -> tuple[object, ...]:
-    """All that matters of a parameter."""
-    return tuple(param.shape), param.stride(), param.dtype, param.device
 
 
 def _extended(

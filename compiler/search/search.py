@@ -97,13 +97,11 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     looking = _Looking(ways, model)
     planned: list[Trial] = []
     spent, limit_s = 0, math.inf
-    passed: list[tuple[Way, Sketch]] = []
-    full = False
+    passed: list[tuple[Way, Sketch]] = []  # one that is as good, where no more are planned
     while (pair := looking.next_best(limit_s if planned else math.inf)) is not None:
         way, sketch = pair
         limit_s = min(limit_s, sketch.step_s * (1 + TIE))
         if planned and (spent + model.nodes(way) > MOST_PLANNED or len(planned) >= SHOWN):
-            full = True
             passed.append(pair)
             break
         spent += model.nodes(way)
@@ -121,7 +119,7 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     trials = (*shown, *_samples([t for t in refused if t.way.n_stages not in looking.possible]))
     left = looking.left(best.step_s or math.inf)
     counts = len(ways), left, looking.sketched, len(planned)
-    return Found(best, trials, *counts, looking.stopped(full, len(looking) - left))
+    return Found(best, trials, *counts, looking.stopped(bool(passed), len(looking) - left))
 
 
 class _Looking:

@@ -24,6 +24,11 @@ def described(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{short_name(dtype)}{list(shape)}"
 
 
+def layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that matters of a tensor but what is in it."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
 def extent(tensor: torch.Tensor) -> int:
     """How many elements of memory it spans."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
