@@ -24,6 +24,7 @@ from pipecompile.runtime.transport.neighbours import SWITCH
 from torch import nn
 
 from support.gang import Gang
+from support.labelled import loss_of
 
 LIMIT_S = 60
 LAST_S = 15  # for the other ranks to answer when one has
@@ -111,13 +112,6 @@ def pipeline(**options: Any) -> Any:
         loss_fn=loss_of,
         **options,
     )
-
-
-def loss_of(out: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(out, batch["label"])
-
-
-loss_of.traced_once = True  # type: ignore[attr-defined]
 
 
 def train(place: str, folder: Path, how: str | None, **options: Any) -> None:

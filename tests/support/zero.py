@@ -8,10 +8,31 @@ from unittest import mock
 
 import torch
 from pipecompile.compiler.ir import shards
+from torch import nn
 
 from support import jobs, models, plain
 
 LEVELS = (1, 2, 3)
+
+
+class Odd(nn.Module):
+    """Fewer rows than replicas, a scalar, a frozen layer, a transposed layout."""
+
+    traced_once = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 7)
+        self.one = nn.Parameter(torch.randn(1, 7))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.frozen = nn.Linear(7, 7)
+        self.turned = nn.Parameter(torch.randn(7, 5).t())
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x) + self.one) * self.scale
+        return (self.frozen(hidden) + x @ self.turned).square().mean()
 
 
 def small_parcels(least_bytes: int = 4 << 10) -> Any:

@@ -19,22 +19,8 @@ from pipecompile.compiler.driver.auto import Open
 from pipecompile.runtime.elastic import division
 from pipecompile.runtime.elastic.memory import PREFIX, WHERE, Memory, held_in
 from support.gang import Gang
+from support.labelled import batch_of, loss_of
 from torch import nn
-
-ROWS = 8
-
-
-def loss_of(out: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(out, batch["label"])
-
-
-loss_of.traced_once = True  # type: ignore[attr-defined]
-
-
-def batch_of(step: int, shards: int = 1, shard: int = 0) -> dict[str, torch.Tensor]:
-    rows = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(step))
-    share = rows.chunk(shards)[shard]
-    return {"input": share, "label": (share.sum(1) > 0).long()}
 
 
 def compiled(session: elastic.Session, stages: Any, **options: Any) -> Any:

@@ -11,25 +11,12 @@ import pytest
 import torch
 from pipecompile import elastic, errors
 from support.gang import Gang
+from support.labelled import batch_of, loss_of
 from torch import nn
 
-ROWS = 8
 FIRST = ["0.bias", "0.weight"]
 PINNED = ["2.bias", "2.weight", "4.bias", "4.weight"]
 FORWARD = {"n_stages": 2, "global_microbatches": 4}
-
-
-def loss_of(out: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(out, batch["label"])
-
-
-loss_of.traced_once = True  # type: ignore[attr-defined]
-
-
-def batch_of(step: int, shards: int = 1, shard: int = 0) -> dict[str, torch.Tensor]:
-    rows = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(step))
-    share = rows.chunk(shards)[shard]
-    return {"input": share, "label": (share.sum(1) > 0).long()}
 
 
 def by_rows(batch: Any, pieces: int) -> list[Any]:

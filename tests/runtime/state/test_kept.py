@@ -19,7 +19,7 @@ from pipecompile.compiler.planning.keeping import Division, Keepable, fill, keep
 from support import jobs, measured, models, plain
 from support.gang import Gang
 from support.matrix import quickly
-from support.zero import LEVELS, accumulate, small_parcels
+from support.zero import LEVELS, Odd, accumulate, small_parcels
 from torch import nn
 
 MICROBATCHES = 4
@@ -185,26 +185,6 @@ def test_tied_parts_are_summed_behind_the_mean(gang: Callable[[int], Gang]) -> N
     first = train("gpt2", 2, 1, None, **options)
     for a, b in zip(alone.losses, first.losses, strict=True):
         assert torch.allclose(a, b, rtol=3e-7)
-
-
-class Odd(nn.Module):
-    """Fewer rows than replicas, a scalar, a frozen layer, a transposed layout."""
-
-    traced_once = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(5, 7)
-        self.one = nn.Parameter(torch.randn(1, 7))
-        self.scale = nn.Parameter(torch.tensor(0.5))
-        self.frozen = nn.Linear(7, 7)
-        self.turned = nn.Parameter(torch.randn(7, 5).t())
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x) + self.one) * self.scale
-        return (self.frozen(hidden) + x @ self.turned).square().mean()
 
 
 @small_parcels(32)

@@ -15,7 +15,7 @@ import torch
 from support import jobs, models, plain
 from support.gang import Gang
 from support.matrix import quickly
-from support.zero import LEVELS, accumulate, assert_equal, small_parcels
+from support.zero import LEVELS, Odd, accumulate, assert_equal, small_parcels
 from torch import nn
 
 BF16 = torch.bfloat16
@@ -246,10 +246,8 @@ def test_loss_scaling_and_overflows(gang: Callable[[int], Gang], zero: int) -> N
 @small_parcels(32)
 def accumulated(zero: int) -> dict[str, torch.Tensor]:
     """With frozen weights and a weight without dimensions; parcels of a row or two."""
-    model = Odd()
-    model.frozen.requires_grad_(False)
     pipe = pipecompile.compile(
-        model,
+        Odd(),
         1,
         2,
         microbatches=2,
@@ -261,25 +259,6 @@ def accumulated(zero: int) -> dict[str, torch.Tensor]:
     found = accumulate(pipe, [torch.randn(8, 5) for _ in range(4)])
     states = sum(t.numel() for s in pipe.optimizer.state.values() for t in s.values() if t.dim())
     return {**found, "states": torch.tensor(states)}
-
-
-class Odd(nn.Module):
-    """Fewer rows than replicas, a scalar, a frozen weight, a transposed layout."""
-
-    traced_once = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(5, 7)
-        self.one = nn.Parameter(torch.randn(1, 7))
-        self.scale = nn.Parameter(torch.tensor(0.5))
-        self.frozen = nn.Linear(7, 7)
-        self.turned = nn.Parameter(torch.randn(7, 5).t())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x) + self.one) * self.scale
-        return (self.frozen(hidden) + x @ self.turned).square().mean()
 
 
 @pytest.mark.parametrize("zero", quickly([3], LEVELS))
