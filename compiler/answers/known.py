@@ -19,6 +19,7 @@ from torch._ops import OpOverload, _get_dispatch_mode_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir.graph import written
+from ..tensors.facts import storage_of
 from ..tensors.fakes import is_fake, is_symbol
 
 Nodes = Sequence[fx.Node]
@@ -147,7 +148,7 @@ def _is_item(node: fx.Node) -> bool:
 def _spots(value: Any) -> set[int]:
     """Where in memory a value is."""
     if isinstance(value, torch.Tensor):
-        return {value.untyped_storage()._cdata}
+        return {storage_of(value)}
     return set().union(*map(_spots, value)) if isinstance(value, (tuple, list)) else set()
 
 

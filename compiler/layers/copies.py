@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 
 from ..ir.graph import JointGraph, Phase, module_of, phase_of, tensors
-from ..tensors.facts import layout_of
+from ..tensors.facts import layout_of, storage_of
 from .runs import Run, moved
 
 KNOWN = {"val", "phase", "partner", "module"}  # of a node
@@ -375,8 +375,7 @@ def _looks(node: fx.Node) -> list[object]:
 
 def _memory(value: object) -> int:
     """Where a constant lies."""
-    place: int = value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
-    return place
+    return storage_of(value) if isinstance(value, torch.Tensor) else -1
 
 
 def _counted(node: fx.Node) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from ..ir import region
 from ..ir.graph import is_getitem, is_operator, is_random, tensors, written
+from ..tensors.facts import storage_of
 from ..tensors.fakes import is_fake
 
 
@@ -242,10 +243,9 @@ def _places(nodes: Sequence[fx.Node]) -> set[int]:
 
 def _place(value: torch.Tensor) -> int:
     try:
-        place: int = value.untyped_storage()._cdata
+        return storage_of(value)
     except NotImplementedError:  # inside a transform of torch.func
         return ANYWHERE
-    return place
 
 
 def _apart(written_to: set[int], places: set[int]) -> bool:

@@ -35,6 +35,13 @@ def extent(tensor: torch.Tensor) -> int:
     return 1 + sum((int(n) - 1) * int(step) for n, step in steps) if tensor.numel() else 0
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Which storage it is in, also where that has no data: views of one have the same number, as
+    long as it lives. There is no public name for it."""
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
 def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
     """Where its values are; None where there are none."""
     if tensor.numel() == 0 or is_fake(tensor):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..answers.known import node_of, proxy_mode
 from ..effects.contents import Contents
 from ..ir.graph import tensors, written
+from ..tensors.facts import storage_of
 from ..tensors.fakes import FakeTensor
 from ..tensors.pytree import TreeSpec, tree_flatten, tree_unflatten
 from .kept import outside_of_tracing
@@ -62,7 +63,7 @@ class Call:
             layout(x) if isinstance(x, torch.Tensor) else (type(x), repr(x)) for x in self.leaves
         ]
         given = self.tensors
-        shared = [_first(map(id, given)), _first(x.untyped_storage()._cdata for x in given)]
+        shared = [_first(map(id, given)), _first(map(storage_of, given))]
         shared.append(_first(map(id, self.nodes)))
         return leaves, shared, list(map(layout, self.state)), self.told, self.modes
 
@@ -115,13 +116,13 @@ def template_of(
     inner = set(nodes)
     if any(source not in inner | given for node in nodes for source in node.all_input_nodes):
         return None
-    theirs = {_place(x) for node in given for x in tensors(node.meta["val"])}
-    theirs |= {x.untyped_storage()._cdata for x in call.tensors}
+    theirs = {storage_of(x) for node in given for x in tensors(node.meta["val"])}
+    theirs.update(map(storage_of, call.tensors))
     for node in nodes:
         if "val" not in node.meta and node.all_input_nodes:
             return None
         for target in written(node):
-            if any(_place(x) in theirs for x in tensors(target.meta["val"])):
+            if any(storage_of(x) in theirs for x in tensors(target.meta["val"])):
                 return None
     leaves, tree = tree_flatten(output)
     results: list[Any] = []
@@ -133,12 +134,12 @@ def template_of(
         elif place is not None:
             results.append(place)
         elif type(leaf) is FakeTensor and (made := node_of(leaf)) is not None and made in inner:
-            if _place(leaf) in theirs or likes.setdefault(made, leaf) is not leaf:
+            if storage_of(leaf) in theirs or likes.setdefault(made, leaf) is not leaf:
                 return None
             results.append(made)
         else:
             return None
-    places = list(map(_place, likes.values()))
+    places = list(map(storage_of, likes.values()))
     if len(set(places)) < len(places):
         return None
     renamed: dict[int, fx.Node] = {}
@@ -149,11 +150,6 @@ def template_of(
         if now is not old:
             renamed[i] = now
     return Template(call, described, reads, outside, nodes, results, likes, renamed, tree)
-
-
-def _place(tensor: torch.Tensor) -> int:
-    place: int = tensor.untyped_storage()._cdata
-    return place
 
 
 def copied(template: Template, call: Call) -> Any:
@@ -228,7 +224,7 @@ def _give_values(
     done = {node for node, _ in known}
     for node, mine in known:
         pairs = zip(tensors(node.meta["val"]), tensors(mine.meta["val"]), strict=True)
-        memory |= {_place(a): b.untyped_storage() for a, b in pairs}
+        memory |= {storage_of(a): b.untyped_storage() for a, b in pairs}
 
     def valued(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -237,7 +233,7 @@ def _give_values(
             return value
         if type(value) is not FakeTensor:
             raise CopyError(f"a value is a {type(value).__name__}")
-        place = _place(value)
+        place = storage_of(value)
         if place not in memory:
             room = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8, device="meta")
             memory[place] = room.untyped_storage()

@@ -15,6 +15,7 @@ from torch import fx
 
 from ...compiler.ir.graph import behind, written
 from ...compiler.losses.logits import Step
+from ...compiler.tensors.facts import storage_of
 
 _ATEN = torch.ops.aten
 _CROSS_ENTROPY = _ATEN.cross_entropy_loss.default
@@ -298,7 +299,7 @@ def _check_writes(found: Found) -> None:
 def _places(nodes: Sequence[fx.Node]) -> set[int]:
     values = (node.meta.get("val") for node in nodes)
     found = (each for each in values if isinstance(each, torch.Tensor))
-    return {each.untyped_storage()._cdata for each in found}
+    return set(map(storage_of, found))
 
 
 def _name(node: fx.Node) -> str:
