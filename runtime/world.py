@@ -15,13 +15,15 @@ from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.planning.target import Target
-from ..compiler.profiling.profile import Profiler
+from ..compiler.profiling.profile import EAGER, Backend, Profiler
 from .exchange.agreement import Agreement, Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
 from .exchange.link import hosts_of, measured
 from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
+from .kernels.choice import INDUCTOR
+from .kernels.kernels import compiled_stage
 from .transport.doing import HERE
 from .transport.joining import run_store
 from .transport.mesh import Mesh, connect
@@ -52,6 +54,11 @@ def plain_torch(device: torch.device) -> Iterator[None]:
         )
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _backend(name: str) -> Backend:
+    """Who runs the programs that are measured: as those of the run."""
+    return Backend(name, compiled_stage) if name == INDUCTOR else EAGER
 
 
 _numbers = itertools.count()
@@ -185,7 +192,9 @@ class World:
         spec = target.spec
         if mesh.distributed:
             spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
-        profiler = Profiler(self._here, default_cache_dir(), beside=beside)
+        profiler = Profiler(
+            self._here, default_cache_dir(), beside=beside, backend=_backend(options.backend)
+        )
         return replace(target, spec=spec, profiler=profiler)
 
     def plain(self) -> contextlib.AbstractContextManager[None]:

@@ -10,15 +10,26 @@ import torch
 PIECE = 1 << 16  # elements
 
 
-class Slot(Protocol):
+class Slot:
     """Where the gradient of one parameter adds up."""
 
-    def add(self, grad: torch.Tensor) -> None: ...
+    def add(self, grad: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add a gradient that is the product of two matrices."""
+        self.add(torch.mm(left, right))
 
 
 def accumulate(slot: Slot, grad: torch.Tensor) -> None:
     """Add one microbatch's gradient to its slot, as autograd's AccumulateGrad does."""
     slot.add(grad)
+
+
+def accumulate_product(slot: Slot, left: torch.Tensor, right: torch.Tensor) -> None:
+    """The same with a gradient that is a product, which may be added while it is made; the sum is
+    then rounded in another order."""
+    slot.add_product(left, right)
 
 
 def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:

@@ -11,11 +11,11 @@ import contextlib
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -45,17 +45,29 @@ class UnitTimes:
     backward_s: float
 
 
+class Backend(NamedTuple):
+    """Who runs programs: a name, and what makes those that run of a stage's."""
+
+    name: str
+    compiled: Callable[[StageProgram, torch.device], StageProgram]
+
+
+EAGER = Backend("eager", lambda stage, _: stage)
+
+
 @dataclass
 class _Unit:
     """A stage program that is being timed.
 
     Attributes:
         keys: part -> the hash of its program.
+        runs: what the backend makes of its programs, as long as it is being timed.
         fixed: what goes into every run.
     """
 
     program: StageProgram
     keys: dict[Kind, str]
+    runs: StageProgram | None = None
     fixed: dict[Port, Any] = field(default_factory=dict)
 
 
@@ -69,8 +81,10 @@ class Profiler:
         budget_s: when it is used up, what is left gets its roofline seconds times the ratio of
             measured to roofline seconds so far. One round may overrun it.
         beside: processes that measure on this machine at once, this one included.
+        backend: who runs the programs; the time that it takes to compile them counts as used.
 
     Attributes:
+        eager: one that times eager kernels: itself, or another one.
         note: what the last call of `times` did, in one line.
     """
 
@@ -80,11 +94,16 @@ class Profiler:
         cache_dir: Path | None,
         budget_s: float = 60.0,
         beside: int = 1,
+        backend: Backend = EAGER,
     ):
         self.device, self.budget_s = device, budget_s
         self.note = ""
+        self.eager = self
+        if backend is not EAGER:
+            self.eager = Profiler(device, cache_dir, budget_s, beside)
         self._spec = device_spec(device)
-        self._cache = TimingCache(device, cache_dir, beside)
+        self._cache = TimingCache(device, cache_dir, beside, backend.name)
+        self._backend = backend
 
     @property
     def told(self) -> str:
@@ -163,6 +182,7 @@ class Profiler:
             if time.perf_counter() > deadline:
                 break
             try:
+                unit.runs = self._backend.compiled(unit.program, self.device)
                 unit.fixed = _fixed(unit.program, synthesizer)
                 self._run(unit, samples)
                 running.append(unit)
@@ -170,6 +190,7 @@ class Profiler:
                 first_line = str(error).partition("\n")[0]
                 failures.append(f"{type(error).__name__}: {first_line}")
                 unit.fixed.clear()
+                unit.runs = None
         keys = {key for unit in running for key in unit.keys.values() if key in samples}
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
@@ -180,11 +201,13 @@ class Profiler:
                 self._run(unit, samples)
         for unit in group:
             unit.fixed.clear()
+            unit.runs = None
 
     def _run(self, unit: _Unit, samples: dict[str, list[float]]) -> None:
         """One microbatch through one unit, as `runtime.executor` computes it."""
         values: dict[Port, Any] = {}
-        for part, program in unit.program.parts.items():
+        assert unit.runs is not None
+        for part, program in unit.runs.parts.items():
             arguments = [values[p] if p in values else unit.fixed[p] for p in program.inputs]
             for name in unit.program.drops.get((part.value, -1), ()):
                 values.pop(Port(Role.VALUE, name), None)

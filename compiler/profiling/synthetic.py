@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import add_gradient
+from ..ir.ops import Slot, add_gradient
 from ..ir.program import Port, Program, Role
 from ..tensors.facts import extent
 
@@ -19,7 +19,7 @@ SCALE = 0.02  # what transformers initialise weights with
 _NOISE = 1 << 20  # so many different numbers; more would take longer to draw than to use
 
 
-class AddingSlot:
+class AddingSlot(Slot):
     """Adds gradients up as the runtime's slots do after a microbatch's first."""
 
     def __init__(self, tensor: torch.Tensor):
@@ -27,6 +27,9 @@ class AddingSlot:
 
     def add(self, grad: torch.Tensor) -> None:
         add_gradient(self.tensor, grad)
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self.tensor.addmm_(left, right)
 
 
 class Synthesizer:

@@ -1,7 +1,8 @@
 """Measured seconds on disk, one file per device, so that a second run need not measure again.
 
-A file holds for one (device, threads, torch version). Processes may write it at once: each write
-replaces the whole file and keeps what others had added; at worst something is measured twice.
+A file holds for one (device, threads, processes, torch version, backend). Processes may write it
+at once: each write replaces the whole file and keeps what others had added; at worst something is
+measured twice.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class TimingCache:
     Args:
         folder: where the file is; None keeps the times in this process only.
         beside: processes that run on this machine at once; they share caches and memory.
+        backend: who runs the programs.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None, beside: int = 1):
+    def __init__(
+        self, device: torch.device, folder: Path | None, beside: int = 1, backend: str = "eager"
+    ):
         self._header: dict[str, object] = {
             "version": VERSION,
             "device": device_name(device),
@@ -39,6 +43,8 @@ class TimingCache:
             "processes": beside,
             "torch": torch.__version__,
         }
+        if backend != "eager":
+            self._header["backend"] = backend
         name = "-".join(re.sub(r"[^\w.]+", "_", str(part)) for part in self._header.values())
         self.name = f"times-{name}.json"
         self.path = None if folder is None else folder / self.name

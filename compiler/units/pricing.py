@@ -65,30 +65,35 @@ def measured_prices(
     """Prices of all units and options.
 
     What a forgetful option makes later units compute again is not in any one unit: it is priced
-    by the roofline, in proportion to what the unit's forward really takes.
+    by the roofline, in proportion to what the unit's forward really takes. Where a backend compiles
+    units, each is compiled as it is when it keeps everything; what recomputing adds is timed with
+    eager kernels, and scaled by what the backend makes of the forward.
 
     Args:
         batch: the leaves of one microbatch.
     """
-    every = max(len(menu) for menu in menus)
-    rows = [_times(graph, locality, bodies, menus, k, profiler, batch) for k in range(every)]
+    every, n = max(len(menu) for menu in menus), len(bodies)
+    eager = profiler.eager
+    rows = [_times(graph, locality, bodies, menus, k, eager, batch) for k in range(every)]
+    compiled = profiler is not eager
+    rows.append(_times(graph, locality, bodies, menus, 0, profiler, batch) if compiled else rows[0])
     flat = pooled([x for row in rows for t in row for x in (t.forward_s, t.backward_s)])
-    n = len(bodies)
-    times = [
+    *times, runs = [
         [UnitTimes(*flat[2 * (k * n + i) : 2 * (k * n + i) + 2]) for i in range(n)]
-        for k in range(every)
+        for k in range(every + 1)
     ]
     prices = []
     for i, (body, menu) in enumerate(zip(bodies, menus, strict=True)):
-        plain = times[0][i]
+        plain, ran = times[0][i], runs[i]
         start = menu[0].recompute_s  # remat="full" has no option that keeps everything
-        scale = plain.forward_s / body.unit.forward.seconds if body.unit.forward.seconds else 1.0
+        scale = ran.forward_s / body.unit.forward.seconds if body.unit.forward.seconds else 1.0
+        faster = ran.forward_s / plain.forward_s if plain.forward_s else 1.0
         again = []
         for k, stash in enumerate(menu):
             estimate = (stash.recompute_s - start) * scale
-            found = times[k][i].backward_s - plain.backward_s
+            found = (times[k][i].backward_s - plain.backward_s) * faster
             again.append(estimate if stash.forgets else max(found, LEAST * estimate))
-        prices.append(UnitPrices(plain.forward_s, plain.backward_s, tuple(again)))
+        prices.append(UnitPrices(ran.forward_s, ran.backward_s, tuple(again)))
     return prices
 
 

@@ -39,6 +39,7 @@ from ...compiler.ir.program import (
     on_demand,
 )
 from .inplace import functional
+from .products import products_of
 
 _ATEN = torch.ops.aten
 _INDEXING = {
@@ -89,7 +90,7 @@ class Fused:
 def fuse(program: PipelineProgram) -> Fused:
     """Other programs, with the same arguments and results; those that are given stay."""
     known: dict[str, fx.GraphModule] = {}
-    stages = tuple(_fused_stage(stage, known) for stage in program.stages)
+    stages = tuple(fused_stage(stage, known) for stage in program.stages)
     parts = [part for stage in stages for part in stage.parts.values()]
     calls = sum(
         len(part.module.graph.find_nodes(op="call_module", target=name))
@@ -99,15 +100,17 @@ def fuse(program: PipelineProgram) -> Fused:
     return Fused(replace(program, stages=stages), calls, len(known))
 
 
-def _fused_stage(stage: StageProgram, known: dict[str, fx.GraphModule]) -> StageProgram:
+def fused_stage(stage: StageProgram, known: dict[str, fx.GraphModule]) -> StageProgram:
+    """One stage's programs.
+
+    Args:
+        known: name -> fusion, of all stages; gets those that are new.
+    """
     made = {part: _fused(code, known) for part, code in stage.parts.items()}
     return replace(stage, forward=made[Kind.F], backward=made.get(Kind.B), weight=made.get(Kind.W))
 
 
 def _fused(program: Program, known: dict[str, fx.GraphModule]) -> Program:
-    """Args:
-    known: name -> module, of all programs; gets those that are new.
-    """
     graph = fx.Graph()
     graph.set_codegen(BoxedCodeGen())
     graph.on_generate_code(lambda _: hand_over)
@@ -115,13 +118,17 @@ def _fused(program: Program, known: dict[str, fx.GraphModule]) -> Program:
     for name, tensor in program.module.named_buffers():
         root.register_buffer(name, tensor)
     env: dict[fx.Node, fx.Node] = {}
-    steps = list(_steps(program.module.graph))
+    products = products_of(program.module.graph)
+    absorbed = {node for product in products.values() for node in product.nodes}
+    factors = {node for product in products.values() for node in product.reads}
+    steps = list(_steps(program.module.graph, absorbed))
     inside = {node for step in steps if isinstance(step, list) for node in step}
     for step in steps:
         if isinstance(step, fx.Node):
-            env[step] = _plain_copy(graph, step, env)
+            whole = products.get(step)
+            env[step] = whole.emit(graph, env) if whole else _plain_copy(graph, step, env)
             continue
-        made = _Fusion.of(step, inside)
+        made = _Fusion.of(step, inside, factors)
         fusion = known.setdefault(made.name, made.module)
         if not hasattr(root, made.name):
             root.add_module(made.name, fusion)
@@ -184,10 +191,16 @@ def layer_of(node: fx.Node) -> str:
     return ".".join(parts[: number + 1])
 
 
-def _steps(graph: fx.Graph) -> Iterator[fx.Node | list[fx.Node]]:
-    """The graph's nodes in an order in which each fusion's stand together, in a list."""
+def _steps(graph: fx.Graph, absorbed: Collection[fx.Node]) -> Iterator[fx.Node | list[fx.Node]]:
+    """The graph's nodes in an order in which each fusion's stand together, in a list.
+
+    Args:
+        absorbed: nodes that are left out, as what reads them makes them.
+    """
     run = _Run()
     for node in _items_first(graph):
+        if node in absorbed:
+            continue
         if node.op in ("placeholder", "get_attr"):
             yield node
         elif node.target is ops.accumulate and run.nodes:
@@ -266,14 +279,19 @@ class _Fusion:
     where: str
 
     @staticmethod
-    def of(nodes: Sequence[fx.Node], fused: Collection[fx.Node]) -> _Fusion:
+    def of(
+        nodes: Sequence[fx.Node], fused: Collection[fx.Node], factors: Collection[fx.Node]
+    ) -> _Fusion:
         """Args:
         fused: the nodes of all fusions of the program.
+        factors: what is read by products that are none of its nodes.
         """
         inside = set(nodes)
         reads = [source for node in nodes for source in node.all_input_nodes]
         inputs = tuple(dict.fromkeys(source for source in reads if source not in inside))
-        outputs = tuple(node for node in nodes if not inside.issuperset(node.users))
+        outputs = tuple(
+            node for node in nodes if node in factors or not inside.issuperset(node.users)
+        )
         graph = fx.Graph()
         graph.set_codegen(BoxedCodeGen())
         env: dict[fx.Node, fx.Node] = {}

@@ -89,6 +89,7 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
         for made, node in zip(output.args[0], told.args[0], strict=True):
             if node.meta.get(ANY_STRIDES):
                 _in_rows(made)
+        _add_biases_apart(traced.graph)
         traced.recompile()
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
         # a CUDA graph's results are gone with its next call, and another microbatch's is next
@@ -141,6 +142,37 @@ def _in_rows(gradient: fx.Node) -> None:
     turned.replace_all_uses_with(made)
     graph.erase_node(turned)
     graph.erase_node(product)
+
+
+def _add_biases_apart(graph: fx.Graph) -> None:
+    """On the CPU, make ``mm`` and ``add`` of an ``addmm`` whose result is read elementwise.
+
+    The library's kernel would be given copies of the bias as what it adds to, one for every row;
+    the sum costs nothing where what follows is computed. In fp32 alone: the product would be
+    rounded once more. On CUDA, Inductor does the same.
+    """
+    for node in graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
+        bias, left, right = node.args
+        value: torch.Tensor = node.meta["val"]
+        here = value.device.type == "cpu" and value.dtype is torch.float32
+        if not here or node.kwargs or not _is_read_elementwise(node):
+            continue
+        with graph.inserting_before(node):
+            product = graph.call_function(_ATEN.mm.default, (left, right))
+            total = graph.call_function(_ATEN.add.Tensor, (product, bias))
+        product.meta["val"], total.meta["val"] = value, value
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+
+
+def _is_read_elementwise(node: fx.Node) -> bool:
+    for user in node.users:
+        if user.target in (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default):
+            if not _is_read_elementwise(user):
+                return False
+        elif torch.Tag.pointwise not in getattr(user.target, "tags", ()):
+            return False
+    return True
 
 
 def _turned(graph: fx.Graph, factor: Any) -> fx.Node:

@@ -13,8 +13,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx, nn
 
+from ...compiler.ir.actions import Kind
 from ...compiler.ir.errors import BackendError
-from ...compiler.ir.program import ANY_STRIDES, Program, fusions_of, on_demand
+from ...compiler.ir.program import ANY_STRIDES, Program, StageProgram, fusions_of, on_demand
+from ...passes.programs.fusions import fused_stage
 
 
 class Kernel(nn.Module):
@@ -69,6 +71,15 @@ def with_kernels(program: Program, device: torch.device) -> Program:
     for name, fusion in fusions.items():
         root.add_module(name, _kernel(name, fusion, program, device))
     return replace(program, module=on_demand(root, program.module.graph))
+
+
+def compiled_stage(stage: StageProgram, device: torch.device) -> StageProgram:
+    """A stage's programs, fused and compiled as those that run are."""
+    fused = fused_stage(stage, {})
+    parts = {kind: with_kernels(program, device) for kind, program in fused.parts.items()}
+    return replace(
+        stage, forward=parts[Kind.F], backward=parts.get(Kind.B), weight=parts.get(Kind.W)
+    )
 
 
 def _kernel(name: str, fusion: fx.GraphModule, program: Program, device: torch.device) -> Kernel:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ...compiler.ir.ops import add_gradient
+from ...compiler.ir.ops import Slot, add_gradient
 from ...compiler.memory.rank_memory import ALIGNMENT_BYTES
 from ..transport.wire import is_dense
 
 
-class GradSlot:
+class GradSlot(Slot):
     """Where one parameter's gradient adds up: a view into the bucket in the parameter's layout.
 
     Attributes:
@@ -43,6 +43,15 @@ class GradSlot:
             self.fresh = False
         else:
             add_gradient(tensor, grad)
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        if self.tensor.dtype is not left.dtype:
+            super().add_product(left, right)
+        elif self.fresh:
+            torch.mm(left, right, out=self.tensor)
+            self.fresh = False
+        else:
+            self.tensor.addmm_(left, right)
 
 
 class Bucket:

@@ -21,6 +21,7 @@ import torch
 
 from ...compiler.compression.methods import Method
 from ...compiler.ir.actions import Kind
+from ...compiler.ir.ops import Slot
 from ...compiler.ir.precision import REDUCED
 from ...compiler.ir.program import StageProgram
 from ...compiler.ir.shards import (
@@ -151,7 +152,7 @@ class WholeGradients(Bucket):
         return [*self.buffers.values(), *apart]
 
 
-class Inlet:
+class Inlet(Slot):
     """Takes the gradients of one parameter on behalf of a bucket that exchanges them."""
 
     def __init__(self, bucket: SentGradients | SharedGradients, name: str):

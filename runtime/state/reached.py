@@ -56,7 +56,7 @@ class Reached:
         return _Watched(self.names, name, inlet)
 
 
-class _Watched:
+class _Watched(ops.Slot):
     def __init__(self, names: set[str], name: str, inlet: ops.Slot):
         self._names, self._name, self._inlet = names, name, inlet
 

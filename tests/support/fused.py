@@ -1,4 +1,7 @@
-"""Fusions that no backend compiles: they run as they are, and what differs is the split's."""
+"""Fusions that no backend compiles: they run as they are, and what differs is the split's.
+
+Products are added to sums of gradients after they are made, as eager programs do it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from pipecompile.compiler.ir.ops import Slot
 from pipecompile.compiler.ir.program import FUSION, Program
 from pipecompile.runtime import start
 from pipecompile.runtime.kernels import kernels
+from pipecompile.runtime.state.bucket import GradSlot
 from torch import fx, nn
 
 
@@ -23,6 +28,7 @@ def interpreted(made: Callable[[nn.Module], nn.Module] = lambda fusion: fusion) 
     with (
         mock.patch.object(start, "settled", lambda options, device: (options, "")),
         mock.patch.object(kernels, "_kernel", lambda name, fusion, *_: made(fusion)),
+        mock.patch.object(GradSlot, "add_product", Slot.add_product),
     ):
         yield
 

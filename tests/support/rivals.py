@@ -1,15 +1,18 @@
-"""One training step by pipecompile, by torch.distributed.pipelining, and by one plain process.
+"""One training step by pipecompile, by torch.distributed.pipelining, by one plain process, and by
+processes that don't wait for each other.
 
 Every process of a gang keeps its rivals between calls, so that a benchmark times steps alone.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import torch
@@ -74,7 +77,11 @@ def batch(seed: int = 1) -> dict[str, torch.Tensor]:
 
 @cache
 def compiled(
-    schedule: str, size: Size = NARROW, precision: str | pipecompile.Precision | None = None
+    schedule: str,
+    size: Size = NARROW,
+    precision: str | pipecompile.Precision | None = None,
+    virtual: int | None = None,
+    backend: str = "eager",
 ) -> Callable[[], Any]:
     pipe = pipecompile.compile(
         model(size),
@@ -82,7 +89,9 @@ def compiled(
         microbatches=MICROBATCHES,
         optimizer=ADAMW,
         schedule=schedule,
+        virtual_stages=virtual,
         precision=precision,
+        backend=backend,
     )
     return lambda: pipe.step(batch())
 
@@ -135,10 +144,11 @@ class _Logits(nn.Module):
         return self.whole(input_ids=ids).logits
 
 
-def by_hand(layers: int, size: Size = NARROW) -> PipelineStage:
-    """Stages rewritten by hand, the first with so many layers."""
+def by_hand(layers: int, size: Size = NARROW, inductor: bool = False) -> PipelineStage:
+    """Stages rewritten by hand, the first with so many layers; with torch.compile over each."""
     rank = dist.get_rank()
-    return PipelineStage(half(rank, layers, size), rank, 2, torch.device("cpu"))
+    part: Any = half(rank, layers, size)
+    return PipelineStage(torch.compile(part) if inductor else part, rank, 2, torch.device("cpu"))
 
 
 def by_front_end(size: Size = NARROW) -> Any:
@@ -193,17 +203,39 @@ def plain() -> Callable[[], Any]:
     return step
 
 
-RIVALS = {
+@cache
+def limit() -> Callable[[], Any]:
+    """Every process runs all of the model on its part of the microbatches, waiting for nobody."""
+    ranks = dist.get_world_size()
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    with (
+        mock.patch.dict(os.environ, alone, clear=True),
+        mock.patch.object(dist, "is_initialized", return_value=False),
+    ):
+        pipe = pipecompile.compile(model(), 1, microbatches=MICROBATCHES // ranks, optimizer=ADAMW)
+        piece = {k: v[: ROWS // ranks] for k, v in batch().items()}
+        pipe.step(piece)
+    return lambda: pipe.step(piece)
+
+
+FRONT_END = "torch 1F1B, its front end"
+TORCH_COMPILE = "the same, torch.compile over both"
+LIMIT = "the limit: no pipeline"
+BEST = "pipecompile zb_v"
+BEST_FUSED = "pipecompile zb_v, inductor"
+RIVALS: dict[str, Callable[[], Callable[[], Any]]] = {
     "pipecompile 1f1b": partial(compiled, "1f1b"),
     "pipecompile zb_h1": partial(compiled, "zb_h1"),
-    "torch 1F1B, its front end": partial(pipelining, by_front_end),
+    BEST: partial(compiled, "zb_v", virtual=2),
+    BEST_FUSED: partial(compiled, "zb_v", virtual=2, backend="inductor"),
+    FRONT_END: partial(pipelining, by_front_end),
     "torch 1F1B, rewritten by hand": partial(pipelining, partial(by_hand, NARROW.equal)),
     "the same, balanced by hand": partial(pipelining, partial(by_hand, NARROW.balanced)),
+    TORCH_COMPILE: partial(pipelining, partial(by_hand, NARROW.balanced, inductor=True)),
     "one process, one thread": plain,
+    LIMIT: limit,
 }
-
-
-OURS = ("pipecompile 1f1b", "pipecompile zb_h1")
+OURS = tuple(name for name in RIVALS if name.startswith("pipecompile"))
 
 
 def meet() -> None:

@@ -6,14 +6,12 @@ hand, with the layers dealt so that its slowest stage is as quick as can be.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product, starmap
 from typing import Any
-from unittest import mock
 
 import pipecompile
 import torch
@@ -91,18 +89,7 @@ class Limit:
         return "no pipeline: all of the model, on a part of the microbatches"
 
     def build(self) -> Callable[[], Any]:
-        ranks = dist.get_world_size()
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        with (
-            mock.patch.dict(os.environ, alone, clear=True),
-            mock.patch.object(dist, "is_initialized", return_value=False),
-        ):
-            pipe = pipecompile.compile(
-                rivals.model(), 1, microbatches=MICROBATCHES // ranks, optimizer=ADAMW
-            )
-            piece = {k: v[: rivals.ROWS // ranks] for k, v in rivals.batch().items()}
-            pipe.step(piece)
-        return lambda: pipe.step(piece)
+        return rivals.limit()
 
 
 Rival = Ours | Torchs | Limit

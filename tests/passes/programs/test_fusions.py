@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from pipecompile.compiler.ir import ops
-from pipecompile.compiler.ir.graph import overwritten
+from pipecompile.compiler.ir.graph import overwritten, storage_root
 from pipecompile.compiler.ir.program import Role, fusions_of
 from support import jobs, models, plain
 from support.drawn import STEPS, Drawn
@@ -127,12 +127,14 @@ def test_what_is_ours_or_checks_indices_stays_outside() -> None:
             assert not any("pipecompile" in target for target in targets)
         assert not [node for node in part.module.graph.nodes if overwritten(node)]
     (stage,) = pipe.programs.stages
-    given = [node.args[0].name for node in accumulates(stage.backward)]
-    assert given == [node.args[0].name for node in accumulates(programs(pipe)["0B"])]
+    given = [node.args[0].name for node in sums(stage.backward)]
+    assert given == [node.args[0].name for node in sums(programs(pipe)["0B"])]
 
 
-def accumulates(program: Any) -> list[Any]:
-    return program.module.graph.find_nodes(op="call_function", target=ops.accumulate)  # type: ignore[no-any-return]
+def sums(program: Any) -> list[Any]:
+    """What adds to gradients, in order."""
+    adding = (ops.accumulate, ops.accumulate_product)
+    return [node for node in program.module.graph.nodes if node.target in adding]
 
 
 def test_other_sizes_and_literals_are_other_fusions() -> None:
@@ -185,20 +187,27 @@ def test_an_argument_is_gone_when_a_fusion_lets_go_of_it() -> None:
     held = sum(
         len(call.all_input_nodes) for part in programs(pipe).values() for call in calls(part)
     )
+    (stage,) = pipe.programs.stages
+    roots = {node.name: storage_root(node).name for node in stage.forward.module.graph.nodes}
     later = {
         (call, node)
         for part in programs(pipe).values()
         for call in calls(part)
         for node in call.all_input_nodes
-        if is_kept(part, call, node)
+        if is_kept(part, call, node, roots)
     }
     assert gone.count(True) == 2 * (held - len(later))
 
 
-def is_kept(program: Any, call: Any, node: Any) -> bool:
+def is_kept(program: Any, call: Any, node: Any, roots: dict[str, str]) -> bool:
     """Whether something else reads an argument later, or holds it: parameters and the batch are the
-    pipeline's, views of parameters are new objects."""
+    pipeline's, views of parameters are new objects, and a view that was stashed holds its base.
+
+    Args:
+        roots: names of the forward's values -> whose memory they are in.
+    """
     ports = dict(zip(program.module.graph.nodes, program.inputs, strict=False))
-    if node in ports:
-        return ports[node].role is not Role.VALUE or max(node.users) != call
-    return bool(max(node.users) != call)
+    if node in ports and ports[node].role is not Role.VALUE:
+        return True
+    views = [n for n in ports if roots.get(n.name) == node.name]
+    return any(max(n.users) > call for n in (node, *views))
