@@ -92,8 +92,7 @@ class Request:
             )
         rates = tuple(filter(of_device, args.set))
         base = _base(args.hardware, given)
-        fused = options.backend == "inductor"
-        real = with_settings(calibrated(base, default_cache_dir(), fused), rates)
+        real = with_settings(calibrated(base, default_cache_dir(), options.fuses), rates)
         device = real if options.costs == "calibrated" else with_settings(base, rates)
         if device.base == CPU.name:  # which records nothing
             options = replace(options, cudagraphs=False)

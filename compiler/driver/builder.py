@@ -167,7 +167,7 @@ class Builder:
         settings = self._settings(self._divisions[0], lookups, spec, microbatches)
         shared = self._shared or Shared()
         locality = shared.locality(graph)
-        known = graph, locality, self.target.spec, self.options.remat
+        known = graph, locality, self.target.spec, self.options.remat, self.options.fuses
         with self._explained():
             return Outline(settings, graph, locality, shared.parts(*known), spec.rows)
 

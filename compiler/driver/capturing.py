@@ -185,9 +185,11 @@ class Shared:
             self._localities[id(graph)] = graph, locality_of(graph)
         return self._localities[id(graph)][1]
 
-    def parts(self, graph: JointGraph, locality: Locality, device: Device, remat: str) -> Parts:
+    def parts(
+        self, graph: JointGraph, locality: Locality, device: Device, remat: str, fuses: bool
+    ) -> Parts:
         """Of a graph in which nothing is pinned."""
-        known = id(graph), device.name, device.table is None, remat
+        known = id(graph), device.name, device.table is None, remat, fuses
         if known not in self._parts:  # the graph is kept, so that its id stays its own
-            self._parts[known] = graph, Parts.of(graph, locality, device, remat, {})
+            self._parts[known] = graph, Parts.of(graph, locality, device, remat, {}, fuses)
         return self._parts[known][1]

@@ -149,7 +149,7 @@ class Decided:
             decision: with what is known of it by now.
         """
         settings, draft = self.settings, self.draft
-        lacks = settings.schedule.searches or settings.options.backend == "inductor"
+        lacks = settings.schedule.searches or settings.options.fuses
         if lacks or recorder.folder is not None:  # where passes write what they made
             draft = None
         if draft is not None and draft.decision is self.decision:
@@ -229,7 +229,7 @@ class Deciding:
             self.spec.rows,
             self.target.budget_bytes,
             pinned := self._pinned(settings.options),
-            None if pinned or self.shared is None else self._parts(settings.options.remat),
+            None if pinned or self.shared is None else self._parts(settings.options),
         )
         prices = self._prices(planner)
 
@@ -267,9 +267,10 @@ class Deciding:
         )
         return replace(decision, kept=kept)
 
-    def _parts(self, remat: str) -> Parts:
+    def _parts(self, options: CompileOptions) -> Parts:
         assert self.shared is not None
-        return self.shared.parts(self.graph, self.locality, self.target.spec, remat)
+        ways = options.remat, options.fuses
+        return self.shared.parts(self.graph, self.locality, self.target.spec, *ways)
 
     def _prices(self, planner: Planner) -> Sequence[UnitPrices]:
         bodies, menus, profiler = planner.bodies, planner.menus, self.target.profiler
@@ -300,6 +301,7 @@ class Deciding:
         return (
             *(self.graph.fingerprint(), self.spec.described(), settings.microbatches),
             *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
+            options.fuses,
             self.target.budget_bytes,
             repr(self.target.spec) if profiler is None else profiler.told,
             None if self.target.spec.placed is None else self.target.spec.placed.numbering,

@@ -277,7 +277,7 @@ def _gather(work: Work) -> str:
 
 
 def _fuses(work: Work) -> bool:
-    return work.settings.options.backend == "inductor" and not work.settings.drafts
+    return work.settings.options.fuses and not work.settings.drafts
 
 
 def _fuse(work: Work) -> str:

@@ -153,8 +153,8 @@ class Options(TrainingOptions):
         help='what runs the operators of stages: "eager": the kernels of PyTorch one by one, with '
         'the bits of one device; "inductor": those that torch\'s Inductor fuses, layer by layer, '
         'equal up to rounding; "auto": "inductor" on CUDA where Triton is installed, else "eager"',
-        more="Layers that are alike are compiled once. Stages and recomputation are chosen by what "
-        "eager kernels take.",
+        more="Layers that are alike are compiled once. Where costs are measured, stages are "
+        "chosen by what compiled operators take.",
         choices=("auto", "eager", "inductor"),
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="NAME"),

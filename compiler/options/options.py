@@ -262,6 +262,11 @@ class CompileOptions(Options):
             )
 
     @property
+    def fuses(self) -> bool:
+        """Whether runs of operators are compiled as a whole."""
+        return self.backend == "inductor"
+
+    @property
     def numbering(self) -> Numbering:
         """Of the ranks; where nothing was chosen those of a replica are neighbours."""
         order = ORDERS[0] if self.placement == AUTO else self.placement

@@ -39,12 +39,14 @@ class Parts:
         device: Device,
         remat: str,
         pinned: Mapping[fx.Node, int],
+        fuses: bool = False,
     ) -> Parts:
         """Args:
         remat: the option.
+        fuses: whether the backend compiles runs of operators.
         pinned: forward nodes whose stage is given; units end where these begin and end.
         """
         units = units_of(graph, locality, device, pinned)
         bodies, places = bodies_of(graph, locality, units)
-        menus = options_of(bodies, places, device, remat)
+        menus = options_of(bodies, places, device, remat, fuses)
         return Parts(units, bodies, places, menus, Grounds(graph, bodies, places, menus))

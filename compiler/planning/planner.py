@@ -147,7 +147,7 @@ class Planner:
         self.budget_bytes = budget_bytes if counts else math.inf
         self.rows = rows
         self.solved: Problem | None = None
-        parts = parts or Parts.of(graph, locality, device, options.remat, pinned)
+        parts = parts or Parts.of(graph, locality, device, options.remat, pinned, options.fuses)
         self.units, self.bodies, self.grounds = parts.units, parts.bodies, parts.grounds
         self.places, self.menus = parts.places, parts.menus
         self.terms = Terms(

@@ -16,11 +16,12 @@ reads of buffers that forward updates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import networkx as nx
+import torch
 from torch import fx
 
 from ..costs.cost import node_cost
@@ -29,6 +30,7 @@ from ..ir.graph import (
     Phase,
     is_getitem,
     is_latest,
+    is_operator,
     is_random,
     nbytes,
     phase_of,
@@ -40,6 +42,7 @@ from ..ir.graph import (
 from .stash import Body, Stash, root_of
 
 MAX_OPTIONS = 6
+WRITTEN = 3  # times that keeping moves a value: written, the line that is fetched for it, and read
 _TICK_S = 1e-12  # capacities are whole numbers: picoseconds
 
 
@@ -60,12 +63,21 @@ class Cutter:
     def keep_all(self) -> Stash:
         return self._stash(frozenset(), frozenset())
 
-    def menu(self, forget: bool) -> tuple[Stash, ...]:
+    def keep_for_fusions(self) -> Stash:
+        """What is best kept where runs of operators are compiled as a whole.
+
+        A kernel that computes elementwise operators again takes hardly longer, and reads less than
+        one that reads all of their results; what has to be written in the forward anyway, for a
+        library's kernel to read, is only read again. None of it is counted as recomputation.
+        """
+        found = self._cut(_Fused(self._reads), frozenset())
+        return self.keep_all() if found is None else replace(found, recompute_s=0.0)
+
+    def menu(self, forget: bool, first: Stash) -> tuple[Stash, ...]:
         """The choices on the hull, most bytes first; forgetful ones too if asked for."""
-        first = self.keep_all()
         points = self._hull(first, frozenset())
         if forget:
-            start = self._cut(self._steepest, self.body.abroad)
+            start = self._cut(self._trade(self._steepest), self.body.abroad)
             points += [start] if start is not None else []
         return self._undominated(points)
 
@@ -97,7 +109,7 @@ class Cutter:
         return sum(self.seconds.values()) + 1e-6
 
     def _hull(self, first: Stash, forgets: frozenset[fx.Node]) -> list[Stash]:
-        last = self._cut(self._steepest, forgets)
+        last = self._cut(self._trade(self._steepest), forgets)
         if last is None or self._bytes(last) >= self._bytes(first):
             return [first]
         points = [first, last]
@@ -105,7 +117,7 @@ class Cutter:
         while pending and len(points) < 2 * MAX_OPTIONS:
             a, b = pending.pop(0)
             rate = (b.recompute_s - a.recompute_s) / (self._bytes(a) - self._bytes(b))
-            middle = self._cut(rate, forgets)
+            middle = self._cut(self._trade(rate), forgets)
             if middle is None or self._bytes(middle) in (self._bytes(a), self._bytes(b)):
                 continue
             if self._bulge(a, middle, b) > 1e-3 * (b.recompute_s - a.recompute_s):
@@ -113,8 +125,11 @@ class Cutter:
                 pending += [(a, middle), (middle, b)]
         return points
 
-    def _cut(self, rate: float, forgets: frozenset[fx.Node]) -> Stash | None:
-        """The best choice at a number of seconds per byte; None where there is none."""
+    def _trade(self, rate: float) -> _Trade:
+        return _Trade(rate, self.seconds, self._reads)
+
+    def _cut(self, prices: _Prices, forgets: frozenset[fx.Node]) -> Stash | None:
+        """The best choice at some prices; None where there is none."""
         graph: Any = nx.DiGraph()
         pending: list[fx.Node] = []
         seen: set[fx.Node] = set()
@@ -128,7 +143,7 @@ class Cutter:
         for node in self._wanted(forgets):
             graph.add_edge("source", want(node))
         while pending:
-            self._add(graph, pending.pop(), rate, forgets, want)
+            self._add(graph, pending.pop(), prices, forgets, want)
         if "sink" not in graph or "source" not in graph:
             return self._stash(frozenset(seen & self.mine), forgets)
         try:
@@ -148,16 +163,14 @@ class Cutter:
         self,
         graph: Any,
         node: fx.Node,
-        rate: float,
+        prices: _Prices,
         forgets: frozenset[fx.Node],
         want: Callable[[fx.Node], tuple[str, fx.Node]],
     ) -> None:
         """One value's vertices and edges."""
         wanted, again = ("wanted", node), ("recomputed", node)
         if node not in self.mine:  # an input of the unit: kept if it is read at all
-            root = storage_root(node)
-            price = 0 if self._reads(root) else _capacity(rate * nbytes(root))
-            graph.add_edge(wanted, "sink", capacity=price)
+            graph.add_edge(wanted, "sink", capacity=prices.arriving(storage_root(node)))
             return
         if node in self.body.abroad and node not in forgets:
             return  # kept for another unit in any case
@@ -165,13 +178,14 @@ class Cutter:
             node.meta.get("val"), (tuple, list)
         )
         if whole and viewed(node) is None and node not in forgets:
-            graph.add_edge(wanted, again, capacity=_capacity(rate * nbytes(node)))
+            graph.add_edge(wanted, again, capacity=prices.keeping(node))
         else:
             graph.add_edge(wanted, again)
-        if is_random(node) or is_latest(node):
+        price = None if is_random(node) or is_latest(node) else prices.again(node)
+        if price is None:
             graph.add_edge(again, "sink")
             return
-        graph.add_edge(again, "sink", capacity=_capacity(self.seconds[node]))
+        graph.add_edge(again, "sink", capacity=price)
         for source in node.all_input_nodes:
             if source in self.places and phase_of(source) is Phase.FORWARD:
                 graph.add_edge(again, want(source))
@@ -229,6 +243,84 @@ class Cutter:
             if source in recomputed and source not in order:
                 self._before(source, recomputed, order)
         order[node] = None
+
+
+class _Prices(Protocol):
+    """Whole numbers, in any unit.
+
+    Methods:
+        arriving: what keeping the memory of an input costs.
+        keeping: what keeping a value costs.
+        again: what computing it again costs; None where that is never done.
+    """
+
+    def arriving(self, root: fx.Node) -> int: ...
+
+    def keeping(self, node: fx.Node) -> int: ...
+
+    def again(self, node: fx.Node) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class _Trade:
+    """Bytes against seconds.
+
+    Args:
+        rate: seconds per byte.
+        reads: whether the backward reads something in a root's memory.
+    """
+
+    rate: float
+    seconds: Mapping[fx.Node, float]
+    reads: Callable[[fx.Node], bool]
+
+    def arriving(self, root: fx.Node) -> int:
+        return 0 if self.reads(root) else self.keeping(root)
+
+    def keeping(self, node: fx.Node) -> int:
+        return _capacity(self.rate * nbytes(node))
+
+    def again(self, node: fx.Node) -> int | None:
+        return _capacity(self.seconds[node])
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Bytes that kernels of fusions move beside what has to move anyway, and elements that are
+    computed again."""
+
+    reads: Callable[[fx.Node], bool]
+
+    def arriving(self, root: fx.Node) -> int:
+        return 0 if self.reads(root) else nbytes(root)
+
+    def keeping(self, node: fx.Node) -> int:
+        return (1 if _is_written(node) else WRITTEN) * nbytes(node)
+
+    def again(self, node: fx.Node) -> int | None:
+        if viewed(node) is not None:
+            return 0
+        if not _is_elementwise(node):
+            return None
+        return sum(tensor.numel() for tensor in tensors(node.meta.get("val")))
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a value is in memory after the forward though nothing keeps it: a library's kernel
+    makes or reads it."""
+    if not _is_elementwise(node) and viewed(node) is None:
+        return True
+    users = _forward_users(node)
+    return any(
+        _is_written(user) if viewed(user) is node else not _is_elementwise(user) for user in users
+    )
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    if is_getitem(node) or not is_operator(node):
+        return False
+    target: Any = node.target
+    return torch.Tag.pointwise in target.tags or target is torch.ops.aten._to_copy.default
 
 
 def _forward_users(node: fx.Node) -> list[fx.Node]:

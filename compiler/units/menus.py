@@ -16,12 +16,18 @@ MAX_FORGETFUL = 2
 
 
 def options_of(
-    bodies: Sequence[Body], places: dict[fx.Node, int], device: Device, remat: str = "auto"
+    bodies: Sequence[Body],
+    places: dict[fx.Node, int],
+    device: Device,
+    remat: str = "auto",
+    fuses: bool = False,
 ) -> list[tuple[Stash, ...]]:
-    """Per unit the ways to run it: first the one that keeps everything, then ever less.
+    """Per unit the ways to run it: first the one that keeps most, then ever less.
 
     Args:
         remat: "auto" for all of them, "none" for the first, "full" for the one of least bytes.
+        fuses: whether runs of operators are compiled; the first then keeps what is best for these,
+            and not everything.
     """
     menus: list[tuple[Stash, ...]] = []
     found: dict[str, tuple[list[fx.Node], tuple[Stash, ...]]] = {}
@@ -32,7 +38,8 @@ def options_of(
         nodes, key = _signature(body, places, forget)
         if key not in found:
             cut = Cutter(body, places, device)
-            menu = (cut.keep_all(),) if remat == "none" else cut.menu(forget)
+            first = cut.keep_for_fusions() if fuses else cut.keep_all()
+            menu = (first,) if remat == "none" else cut.menu(forget, first)
             found[key] = nodes, (menu[-1:] if remat == "full" else menu)
         like, menu = found[key]
         menus.append(tuple(_moved(stash, dict(zip(like, nodes, strict=True))) for stash in menu))

@@ -14,7 +14,7 @@ from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU, H100
 from pipecompile.compiler.ir.errors import MemoryBudgetError
-from pipecompile.compiler.ir.graph import JointGraph, is_random, phase_of, root_bytes
+from pipecompile.compiler.ir.graph import JointGraph, is_random, phase_of, root_bytes, viewed
 from pipecompile.compiler.ir.locality import Locality, locality_of
 from pipecompile.compiler.units.menus import options_of
 from pipecompile.compiler.units.stash import Body, Stash, bodies_of
@@ -149,12 +149,37 @@ def test_the_first_choice_keeps_everything_and_the_others_ever_less(name: str) -
             assert not stash.recomputed & stash.exclusive
 
 
+@pytest.mark.parametrize("name", quickly(["gpt2"], sorted(models.MODELS)))
+def test_fusions_keep_less_and_compute_elementwise_operators_again(name: str) -> None:
+    """Which is not counted as recomputation; what a library's kernel makes is never made twice."""
+    _, _, bodies, places = divided(name)
+    whole = options_of(bodies, places, H100, "none")
+    fused = options_of(bodies, places, H100, fuses=True)
+    for menu, (all_,) in zip(fused, whole, strict=True):
+        first = menu[0]
+        assert first.recompute_s == 0
+        assert first.stash_bytes + root_bytes(first.shared) <= all_.stash_bytes + root_bytes(
+            all_.shared
+        )
+        for node in first.recomputed:
+            tags = getattr(node.target, "tags", ())
+            cast = node.target is torch.ops.aten._to_copy.default
+            assert torch.Tag.pointwise in tags or viewed(node) is not None or cast
+            assert not is_random(node)
+        seconds = [stash.recompute_s for stash in menu]
+        assert seconds == sorted(seconds)
+    kept = sum(menu[0].stash_bytes for menu in fused)
+    assert kept < 0.9 * sum(menu[0].stash_bytes for menu in whole)
+
+
 @pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "llama", "bart", "t5", "mixtral"]))
+@pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize("which", quickly([-1], [0, -1]))
-def test_a_choice_stashes_what_it_says(name: str, which: int) -> None:
+def test_a_choice_stashes_what_it_says(name: str, which: int, fuses: bool) -> None:
     """Every unit as a stage of its own: what its program keeps is what the choice announced."""
     graph, locality, bodies, places = divided(name)
-    menus = [[s for s in menu if not s.forgets] for menu in options_of(bodies, places, CPU)]
+    every = options_of(bodies, places, CPU, fuses=fuses)
+    menus = [[s for s in menu if not s.forgets] for menu in every]
     chosen = [menu[which] for menu in menus]
     home = {node: body.unit.index for body in bodies for node in body.forward}
     again = {node for stash in chosen for node in stash.recomputed}
