@@ -150,7 +150,8 @@ class Evaluated(Monitored):
             OptionError: ``gather`` is none of these.
         """
         who, agreement = check_gather(gather), self._world.agreement
-        with self._world.guard("forward()"), self._recording.range("forward"):
+        call = f"forward({f'gather={who!r}' if who else ''})"
+        with self._world.guard(call), self._recording.range("forward"):
             session, ready, jobs = self._prepare(Mode.FORWARD, batch)
             if not who:
                 part = session.returned(ready, jobs, self._here)

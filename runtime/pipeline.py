@@ -41,6 +41,7 @@ from .recording.recording import Recording
 from .session import Session
 from .stepped import Stepped, factor_of
 from .stepping.loss_scaler import LossScaler
+from .stepping.pace import pace_of
 from .transport.doing import HERE
 from .transport.mesh import Mesh
 from .verify.verifier import Verifier
@@ -364,8 +365,10 @@ class Pipeline(Stepped, Evaluated):
     ) -> tuple[Session, Ready, dict[int, Job]]:
         """What runs on a batch, or one of several, and what each rank gets of it."""
         values, whole = ([], None) if batch is None else self._flat(batch)
-        if mode is Mode.TRAIN and self._session is not None:
+        if mode is Mode.TRAIN and (known := self._session) is not None:
             self._check_weights("a step")
+            pace = pace_of(known.optimizer, known.scheduler, known.state)
+            self._world.agreement.pace = pace
         session, step = self._load(mode, whole, values, several=several)
         self._recording.attach(session.state.ranks, session.optimizer)
         ready = session.ready(step)

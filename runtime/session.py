@@ -33,6 +33,7 @@ from .state.reached import reached_by_data
 from .stepping.loss_scaler import LossScaler
 from .stepping.optimizer import make_optimizer
 from .stepping.own_optimizers import OwnOptimizers
+from .transport.doing import HERE
 from .weights.materialize import Source
 from .world import World
 
@@ -110,9 +111,15 @@ class Session:
                 f"the pipeline was planned for {type(before).__name__}, and optimizer= makes "
                 f"{type(made).__name__}, whose states are others: compile another pipeline for it"
             )
-        scaler = self._scaler
-        if scaler is not None:
-            made.register_step_post_hook(lambda *_: scaler.end_step())
+        scaler, agreement = self._scaler, self._world.agreement
+
+        def stepped(*_: object) -> None:
+            if scaler is not None:
+                scaler.end_step()
+            if not HERE.inside:
+                agreement.note("pipe.optimizer.step()")
+
+        made.register_step_post_hook(stepped)
         if options.lr_scheduler is None:
             return made, None
         return made, make_scheduler(options.lr_scheduler, made)

@@ -18,6 +18,7 @@ from .stepping.averaging import AverageAll, AveragedWeights, AverageOne, average
 from .stepping.clipping import GlobalNorm
 from .stepping.early_stopping import EarlyStopping
 from .stored import Stored
+from .transport.doing import HERE
 
 
 class Stepped(Stored):
@@ -50,7 +51,8 @@ class Stepped(Stored):
             raise OptionError(f"norm_type={norm_type!r}: give 1, 2, inf or another number above 0")
         self._check_training("clip_grad_norm_()")
         session = self._require()
-        with self._world.guard("clip_grad_norm_()"), self._recording.closing("clip"):
+        call = f"clip_grad_norm_({_told(max_norm)}{'' if kind == 2 else f', norm_type={kind:g}'})"
+        with self._world.guard(call), self._recording.closing("clip"):
             whole = GlobalNorm(session.state, kind, self._world.agreement.gather)
             norm = whole.clip(max_norm, error_if_nonfinite)
         self._meter.clipped(norm)
@@ -68,13 +70,15 @@ class Stepped(Stored):
             raise OptionError(f"clip_value={clip_value!r}: give 0 or more")
         self._check_training("clip_grad_value_()")
         self._require()
-        with self._world.guard("clip_grad_value_()"), self._recording.closing("clip"):
+        with self._world.guard(f"clip_grad_value_({most:g})"), self._recording.closing("clip"):
             for param in self.parameters():
                 if param.grad is not None:
                     param.grad.clamp_(min=-most, max=most)
 
     def zero_grad(self) -> None:
-        """Drop all gradients (set ``.grad`` to None)."""
+        """Drop all gradients (set ``.grad`` to None); on every rank."""
+        if not HERE.inside:
+            self._world.agreement.note("zero_grad()")
         for _, param in self.named_parameters():
             param.grad = None
         self._meter.cleared()
@@ -140,6 +144,7 @@ class Stepped(Stored):
             chosen = agreement.together(
                 lambda: state_dicts.checked(session.state, state_dict)[0], StateError
             )
+            self._check_given("restart()", chosen)
             stepping = agreement.together(lambda: session.stepping(options), OptionError)
             state_dicts.put(session.state, chosen)
             session.begin(stepping)
@@ -225,6 +230,7 @@ class Stepped(Stored):
                 f"checkpoint_extras has a {name!r} already: give name= another one, or remove that"
             )
         self.checkpoint_extras[name] = made
+        self._world.agreement.note(f"{type(made).__name__} {name!r}")
 
 
 def _number(name: str, value: Any) -> float:
@@ -232,6 +238,11 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"{name}={value!r} must be a number") from error
+
+
+def _told(number: Any) -> str:
+    """In the name of a call; one on a device is not waited for."""
+    return f"{number:g}" if isinstance(number, Real) else ""
 
 
 def factor_of(scale: Any) -> float:

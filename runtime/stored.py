@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..compiler.ir.errors import OptionError, StateError
@@ -13,6 +14,7 @@ from ..compiler.options.options import CompileOptions
 from .checkpoint.checkpoint import Checkpoints
 from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
+from .exchange.alike import check_values
 from .monitor.callbacks import Callbacks
 from .session import Session
 from .state import state_dict as state_dicts
@@ -149,7 +151,7 @@ class Stored:
 
         Raises:
             StateError: names (with ``strict``), shapes or kinds of dtypes differ, on any rank, or
-                ranks have other names; nothing has been changed then, on none.
+                ranks have other names or values; nothing has been changed then, on none.
         """
         return self._load_state(state_dict, of_loss=False, strict=strict)
 
@@ -208,7 +210,7 @@ class Stored:
         """
         self._check_training("save()", "; state_dict() has the weights")
         self._check_weights("save()")
-        with self._world.guard("save()"):
+        with self._world.guard(f"save({'trainable_only=True' if trainable_only else ''})"):
             training = self._training(data)
             self._check_whole()
             folder = self._checkpoints.save(
@@ -298,20 +300,16 @@ class Stored:
             chosen, keys = self._world.agreement.together(
                 lambda: state_dicts.checked(session.state, tensors, of_loss, strict), StateError
             )
-            if not strict:
-                self._check_names(sorted(chosen))
+            self._check_given(call, chosen)
             state_dicts.put(session.state, chosen)
             session.refresh()
             return keys
 
-    def _check_names(self, mine: list[str]) -> None:
+    def _check_given(self, call: str, chosen: Mapping[str, torch.Tensor]) -> None:
         """Raises StateError where other ranks load other tensors: copies of them would differ."""
-        for rank, names in enumerate(self._world.agreement.gather(mine)):
-            if odd := sorted({*names} ^ {*mine}):
-                raise StateError(
-                    f"load_state_dict(strict=False) was given {odd[0]!r} on some ranks alone (rank "
-                    f"{rank} differs from this one): give all ranks the same state dict"
-                )
+        mesh = self._world.mesh
+        if mesh.rank is not None:
+            check_values(call, chosen, self._world.agreement.gather, mesh.rank)
 
     def _training(self, data: Any) -> Training:
         """What a checkpoint is made of; the position in the data is that of the loaders made here,

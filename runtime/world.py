@@ -16,7 +16,8 @@ from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
 from ..compiler.planning.target import Target
 from ..compiler.profiling.profile import EAGER, Backend, Profiler
-from .exchange.agreement import Agreement, Call
+from .exchange.agreement import Agreement
+from .exchange.alike import Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
 from .exchange.link import hosts_of, measured
@@ -231,10 +232,8 @@ class World:
             OptionError: the default dtype is another one than in the first call.
             StateError: another thread is in a call of the pipeline.
         """
-        with self.alone(what):
-            self.agreement.call = Call(what, self.agreement.call.number + 1)
-            with self._guarded(self.agreement.call):
-                yield
+        with self.alone(what), self._guarded(self.agreement.begin(what)):
+            yield
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
         """What all ranks do before a pipeline is there; a failure of any is one of all."""

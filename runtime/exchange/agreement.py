@@ -8,7 +8,7 @@ import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from ..transport.neighbours import Neighbours
 from . import preemption
+from .alike import NO_PACE, Call, Pace, check_paces, differing
 
 T = TypeVar("T")
 Pieces = tuple[BatchSpec | None, ...]
@@ -61,16 +62,6 @@ SMALL = 1024  # bytes that travel in the first collective
 _SIZE = 8  # of them, for the number of all
 
 
-class Call(NamedTuple):
-    """Of a pipeline's user; all ranks make the same ones."""
-
-    what: str = "compile()"
-    number: int = 0  # of a pipeline
-
-    def __str__(self) -> str:
-        return f"{self.what} (call {self.number})" if self.number else self.what
-
-
 class Agreement:
     """Compares what the processes of a run were given; one process agrees with itself.
 
@@ -80,6 +71,7 @@ class Agreement:
         control: the group over which they do; None for the default one.
         neighbours: all other ranks, if they are of this machine: then the values go there.
         call: what this process is in.
+        pace: how the optimizer goes on; told before each batch.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device):
@@ -90,17 +82,33 @@ class Agreement:
         self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
         self.neighbours: Neighbours | None = None
         self.call = Call()
+        self.pace = NO_PACE
+        self._unheard: list[str] = []  # as `Call.before`
 
     def take_over(self, neighbours: Neighbours) -> None:
         """Values go to these processes from here on, if they are all that there are."""
         if len(neighbours.ranks) == self._mesh.size - 1:
             self.neighbours = neighbours
 
+    def begin(self, what: str) -> Call:
+        """A call of the user's."""
+        self.call = Call(what, self.call.number + 1, tuple(self._unheard))
+        self.note(what)
+        return self.call
+
+    def note(self, what: str) -> None:
+        """The user has called something in which nothing may be exchanged: when ranks compare their
+        calls next, they compare this too."""
+        if self._mesh.distributed:
+            self._unheard.append(what)
+
     def gather(self, value: Any) -> list[Any]:
         """This value of every process, in rank order; one process agrees with itself."""
         if not self._mesh.distributed:
             return [value]
-        return self._compared(dict(enumerate(self._exchanged((self.call, value)))))
+        values = self._compared(dict(enumerate(self._exchanged((self.call, value)))))
+        self._unheard.clear()
+        return values
 
     def tell(self, value: Any, speakers: Sequence[int]) -> Callable[[], list[Any]]:
         """What some ranks tell all others, as `gather` has it; what is returned waits for it."""
@@ -158,9 +166,10 @@ class Agreement:
         first, (expected, _) = next(iter(told.items()))
         for rank, (call, _) in told.items():
             if call != expected:
+                before = differing(first, expected, rank, call)
                 raise RankMismatchError(
-                    f"rank {first} is in {expected} and rank {rank} in {call}: every rank must "
-                    "make the same calls of a pipeline, in the same order"
+                    f"rank {first} is in {expected} and rank {rank} in {call}{before}: every rank "
+                    "must make the same calls of a pipeline, in the same order"
                 )
         return [value for _, value in told.values()]
 
@@ -239,8 +248,9 @@ class Agreement:
             text += f" {numbers}" if numbers else ""
             number = _number(f"{mode} {_alike(spec)} {runs} {numbers}")
         data = _number(" ".join(digest(sample(value)) for value in values))
-        announced = self._announced(number, data, obstacle is not None, count, shape)
-        programs, batches, stopped, rows, shapes = announced
+        pace = self.pace if mode is Mode.TRAIN and runs else NO_PACE
+        announced = self._announced(number, data, obstacle is not None, count, shape, *pace)
+        programs, batches, stopped, rows, shapes, *paces = announced
         if any(stopped):
             raise next(each for each in self.gather(obstacle) if each is not None)
         absent = tuple(rank for rank, each in enumerate(programs) if each == _ABSENT)
@@ -257,6 +267,7 @@ class Agreement:
         if not alike:
             self._check_cuts(shapes, absent, text)
         self._check_data(batches, absent)
+        check_paces(self._mesh, [Pace(*each) for each in zip(*paces, strict=True)])
         wanted = {shapes[leader_of[rank]] for rank in absent}
         if len({shapes[rank] for rank in leaders}) > 1:
             wanted.update(shapes[rank] for rank in leaders)
@@ -277,7 +288,7 @@ class Agreement:
             programs, *_ = self._announced(_number(what), 0, False, 0, 0)
             self._check_calls(programs, what)
 
-    def _announced(self, *mine: int) -> list[tuple[int, ...]]:
+    def _announced(self, *mine: Any) -> list[tuple[Any, ...]]:
         """What every rank announces before it runs anything, item by item; the first is a hash of
         what that is. Beside it goes whether the run is to stop."""
         *announced, heard = zip(*self.gather((*mine, preemption.heard_here())), strict=True)

@@ -17,8 +17,8 @@ from ...compiler.trace.planned import header_of, planned_trace
 from ...compiler.trace.trace import Held, Lane, Origin, Span, Trace
 from ...compiler.trace.writing import check_writable, write_trace
 from ..exchange.agreement import Agreement
-from ..exchange.clocks import ahead_ns
 from ..transport.mesh import Mesh
+from .clocks import ahead_ns
 from .log import Entry, ProcessLog, RankLog
 
 _NOTHING = contextlib.nullcontext()

@@ -143,6 +143,11 @@ class Doing:
     def place(self) -> Place:
         return place_of(self._page)
 
+    @property
+    def inside(self) -> bool:
+        """Of a call."""
+        return bool(self._page[_INSIDE])
+
     def act(self, action: bytes) -> None:
         """Note an action that begins, as `told` makes it."""
         self._page[:ROOM] = action

@@ -150,7 +150,8 @@ def test_a_call_that_one_rank_makes(
 ) -> None:
     names = ["step", "step"]
     names[odd] = call
-    told = f"rank 0 is in {names[0]}() (call 2) and rank 1 in {names[1]}() (call 2): every rank"
+    one, other = (f"{n}({1 if n == 'clip_grad_norm_' else ''}) (call 2)" for n in names)
+    told = f"rank 0 is in {one} and rank 1 in {other}: every rank"
     for answer in gang(2).run(only_here, call, tmp_path, odd, shared):
         assert told in answer
 

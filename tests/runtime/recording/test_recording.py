@@ -18,7 +18,7 @@ from pipecompile.compiler.trace import figures
 from pipecompile.compiler.trace.difference import difference
 from pipecompile.compiler.trace.reading import read_trace
 from pipecompile.compiler.trace.trace import Lane, Trace, messages_of
-from pipecompile.runtime.exchange import clocks
+from pipecompile.runtime.recording import clocks
 from pipecompile.runtime.recording.recording import Moment, Part
 from pipecompile.runtime.transport.mesh import Mesh
 from support import jobs, models, plain
