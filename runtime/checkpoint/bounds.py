@@ -6,6 +6,7 @@ state of a scheduler that would put a text in the place of one of its methods.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ SEEDS = range(-(2**63), 2**64)  # that torch's generators take
 _NATURAL = range(0, 2**63)
 _EPOCHS = range(-1, 2**63)  # -1 before the first
 _COUNTS = {"last_epoch": _EPOCHS, "_step_count": _NATURAL}
+_ALWAYS = ("last_epoch", "base_lrs")  # which schedulers of every version of torch save
 
 
 def damaged(what: str) -> CheckpointError:
@@ -100,12 +102,17 @@ def check_claimed(index: Index, tables: Mapping[str, Any]) -> None:
         raise damaged(f"nothing in it is said to have the tensor {surplus[0]!r}")
 
 
-def check_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def check_settings(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
     """A parameter group's settings, as they were saved, are such as the optimizer has.
 
     Raises:
-        CheckpointError: one is no finite number where a number belongs, or of another kind.
+        CheckpointError: one is no finite number where a number belongs, or of another kind, or
+            torch's own optimizer would not be made with it; or there is no learning rate.
     """
+    if "lr" in group and "lr" not in saved:
+        raise damaged("a parameter group has no lr")
     for key, value in saved.items():
         if key in ("params", "param_names"):
             raise damaged(f"a parameter group has its own {key!r}")
@@ -120,6 +127,23 @@ def check_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             raise damaged(
                 f"a parameter group has {key}={value!r}, and the optimizer {group[key]!r}"
             )
+    _check_made_with(type(optimizer), saved)
+
+
+def _check_made_with(kind: type[torch.optim.Optimizer], saved: Mapping[str, Any]) -> None:
+    """torch's optimizers know the ranges of their settings, and say them where they are made. Their
+    learning rates begin above 0, and a schedule may have them at 0 later."""
+    if not _is_torchs(kind):
+        return
+    known = set(inspect.signature(kind).parameters) - {"lr"}
+    try:
+        kind([torch.nn.Parameter(torch.empty(1, 1))], **{k: saved[k] for k in known & saved.keys()})
+    except Exception as error:
+        raise damaged(f"a parameter group is none of {kind.__name__}: {error}") from error
+
+
+def _is_torchs(kind: type[torch.optim.Optimizer]) -> bool:
+    return kind.__module__.startswith("torch.optim")
 
 
 def _alike(here: Any, saved: Any) -> bool:
@@ -158,9 +182,7 @@ def check_state(
     """
     spec, key = index.tensors[name].spec, name.rpartition(".")[2]
     here = optimizer.state.get(param, {}).get(key) if param in optimizer.state else None
-    known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(
-        optimizer, torch.optim.LBFGS
-    )
+    known = _is_torchs(type(optimizer)) and not isinstance(optimizer, torch.optim.LBFGS)
     shape = tuple(like.shape)
     if isinstance(here, torch.Tensor) and here.shape != param.shape:
         fits = spec.shape == tuple(here.shape)
@@ -223,13 +245,15 @@ def check_scheduler(scheduler: Any, state: Any) -> None:
 
     Raises:
         CheckpointError: an entry would take the place of a method or of what is no state, is of
-            another kind, or is no number where there is one.
+            another kind or length, or is no number where there is one; or it has no epoch.
     """
     if not isinstance(scheduler, LRScheduler):
         return
     if not isinstance(state, dict):
         raise damaged(f"the LR scheduler's state is a {type(state).__name__}")
     here = scheduler.state_dict()
+    if missing := [key for key in _ALWAYS if key in here and key not in state]:
+        raise damaged(f"the LR scheduler's state has no {missing[0]!r}")
     for key, value in state.items():
         taken = hasattr(type(scheduler), str(key)) or key in vars(scheduler)
         if not isinstance(key, str) or (key not in here and taken):
@@ -262,7 +286,10 @@ def _alike_state(here: Any, saved: Any) -> bool:
         return here is None or saved is None or isinstance(here, bool) == isinstance(saved, bool)
     if as_number(here) is None and callable(here):
         return False
+    if here is not None and saved is None:  # no number and no list of torch's becomes None
+        return False
     if isinstance(here, (list, tuple)) and isinstance(saved, (list, tuple)):
         pairs = zip(here, saved, strict=False)
-        return all(_alike_state(a, b) for a, b in pairs)
+        same = len(here) == len(saved) or not here
+        return same and all(_alike_state(a, b) for a, b in pairs)
     return _alike(here, saved)

@@ -213,7 +213,8 @@ class OptimizerLoad:
         if not known and len(saved) == 1:  # no parameter of this stage, as in a frozen one
             known[0] = ""
         found: dict[str, Any] = tree.decode(saved[next(iter(known))]) if known else {}
-        bounds.check_settings(group, found)
+        if known:
+            bounds.check_settings(self.optimizer, group, found)
         return found
 
 

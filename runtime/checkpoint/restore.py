@@ -220,6 +220,10 @@ class Restore:
 
     def _prepare_random(self, saved: list[dict[str, Any]]) -> None:
         """The user's own random streams: of this rank, or of rank 0 where there was none."""
+        if not saved or not all(
+            isinstance(each, dict) and "cpu" in each for each in _listed(saved)
+        ):
+            raise bounds.damaged("a rank has no random state")
         rank = self._rank if self._rank < len(saved) else 0
         here = next(iter(self._training.state.ranks.values())).device
         for device in {torch.device("cpu"), here}:
@@ -232,6 +236,7 @@ class Restore:
                 self._random.append((generator_of(device), state))
 
     def _prepare_data(self, saved: list[Any]) -> None:
+        _listed(saved)
         data, mesh = self._training.data, self._training.state.mesh
         implied = isinstance(data, DataSetLoaders)
         if data is None or (implied and not saved):
@@ -260,6 +265,13 @@ class Restore:
                 "made: leave it out"
             )
         self._changes.add("data=", data, partial(data.load_state_dict, state))
+
+
+def _listed(found: Any) -> list[Any]:
+    """Raises CheckpointError where there is no list."""
+    if not isinstance(found, list):
+        raise bounds.damaged(f"it has {found!r} where a list belongs")
+    return found
 
 
 def _check_model(state: ModelState, index: Index) -> dict[str, str]:

@@ -62,6 +62,17 @@ class AveragedWeights(torch.optim.Optimizer):
         """Not an optimizer's: see `update`."""
         raise OptionError("the averages of weights have no step(): call update() after a step")
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As every optimizer's.
+
+        Raises:
+            StateError: the number of updates is none.
+        """
+        for group in state_dict["param_groups"]:
+            if type(count := group.get(_COUNT)) is not int or not 0 <= count < 2**63:
+                raise StateError(f"the averages of weights were updated {count!r} times")
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights as they are now into the average; the first are the average. Nothing is

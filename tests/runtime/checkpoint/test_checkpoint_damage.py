@@ -9,6 +9,8 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,9 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
     "betas": (group(betas={"$": "tuple", "items": [0.9, NAN]}), "betas=(0.9, nan)"),
     "few betas": (group(betas={"$": "tuple", "items": [0.9]}), "betas=(0.9,), and the optimizer"),
     "amsgrad": (group(amsgrad=0.5), "amsgrad=0.5, and the optimizer True"),
+    "range": (group(eps=-1.0), "a parameter group is none of Adam: Invalid epsilon value: -1.0"),
+    "none": (group(weight_decay=None), "a parameter group is none of Adam: "),
+    "no lr": (lambda f: f["training"]["optimizer"].update(groups=[{}]), "group has no lr"),
     "params": (group(params=[0]), "a parameter group has its own 'params'"),
     "get_lr": (scheduler(get_lr="x"), "has 'get_lr', which is none of it"),
     "optimizer": (scheduler(optimizer="x"), "has 'optimizer', which is none of it"),
@@ -208,6 +213,12 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
     "far epoch": (scheduler(last_epoch=2**70), f"last_epoch={2**70}"),
     "base rates": (scheduler(base_lrs=[NAN]), "base_lrs=[nan]"),
     "gamma": (scheduler(gamma="x"), "gamma='x' and not 0.1"),
+    "no gamma": (scheduler(gamma=None), "gamma=None and not 0.1"),
+    "no epoch": (
+        lambda f: f["training"]["schedulers"][0].pop("last_epoch"),
+        "the LR scheduler's state has no 'last_epoch'",
+    ),
+    "two rates": (scheduler(_last_lr=[0.1, 0.1]), "_last_lr=[0.1, 0.1] and not [0.001]"),
     "no table": (empty_tables, "nothing in it is said to have the tensor 'optimizer."),
     "no groups": (
         lambda f: f["training"]["optimizer"].update(groups=[], group_of={}),
@@ -251,6 +262,9 @@ NEVER: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda f: f["training"]["random"][0].update(cpu=tree.encode(torch.zeros(3), "")),
         "the random state of rank 0",
     ),
+    "no random": (lambda f: f["training"]["random"][0].clear(), "a rank has no random state"),
+    "random text": (lambda f: f["training"].update(random="x"), "it has 'x' where a list belongs"),
+    "data": (lambda f: f["training"].update(data=None), "it has None where a list belongs"),
 }
 
 
@@ -265,6 +279,18 @@ def test_what_no_training_has_left(copy: Path, loader: Any, name: str) -> None:
     assert not loader.optimizer.state
     assert [g["lr"] for g in loader.optimizer.param_groups] == rates
     assert callable(loader.lr_scheduler.get_lr)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None])
+def test_averages_were_updated_a_number_of_times(tmp_path: Path, count: Any) -> None:
+    pipe = small(1, OPTIMIZERS["sgd"])
+    average = pipe.averaged()
+    average.update()
+    pipe.save(tmp_path)
+    table = ("training", "optimizers", "averaged", "groups", 0)
+    edit(tmp_path / "step-00000000", lambda f: reduce(getitem, table, f).update(averaged=count))
+    assert f"averages of weights were updated {count} times" in refused(lambda: pipe.load(tmp_path))
+    assert average.n_averaged == 1
 
 
 @pytest.mark.parametrize("value", [-1.0, 1.5, math.nan, math.inf, 2.0**70])
