@@ -57,8 +57,11 @@ def compression_note(method: Method, sent: int, plain: int, rows: bool) -> str:
         rows: some are of tables of which rows travel, the most that these can take.
     """
     less = f"{plain / sent:.1f} times less" if sent < plain else "not less"
-    told = "about " if method.name == "adacomp" else "at most " if rows else ""
-    return f"gradients as {method}: {told}{gib(sent)} instead of {gib(plain)} per step, {less}"
+    estimated = method.name == "adacomp"
+    told = "about " if estimated else "at most " if rows else ""
+    first = "; in the first steps up to four times that" if estimated else ""
+    whole = f"{told}{gib(sent)} instead of {gib(plain)} per step, {less}{first}"
+    return f"gradients as {method}: {whole}"
 
 
 def rows_note(tables: Mapping[str, Table], dp: int, stepped: Collection[str]) -> str:
