@@ -6,7 +6,6 @@ import ctypes
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,12 +23,12 @@ from ...compiler.ir.errors import CheckpointError, OptionError, StateError
 from ...compiler.options.arguments import Arguments
 from ...compiler.options.declaration import declarations_of
 from ...compiler.options.parsing import AUTO
-from ..files.step_folder import published
+from ..files.step_folder import find, published
 from ..monitor.callbacks import check_steps
 from ..pipeline import Pipeline
 from ..transport.joining import new_group
 from ..transport.mesh import world_size
-from . import division, memory, stopped
+from . import division, guarding, memory
 from .division import Stages
 from .holdings import Snapshot, complete, next_attempt
 from .keeper import Keeper
@@ -121,7 +120,6 @@ class Session:
         self._passes = Passes()
         self._keeper: Keeper | None = None
         self._memory: Memory | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
         self._left_out = 0
         self._saved = -1
         self._told: set[str] = set()
@@ -179,11 +177,13 @@ class Session:
             division.wait_for_more(error)
         if processes:
             what = f"n_stages={n_stages!r}, global_microbatches={global_microbatches}"
+            declarations_of(Arguments)["timeout_s"].check_value(arguments.timeout_s)
+            if int(os.environ["RANK"]) < used:
+                guarding.allow(arguments.timeout_s)
+            else:
+                guarding.end()  # nobody waits for one that is too many
             division.leave_out(processes, used, what)
             self._left_out = processes - used
-            if _has_agent():
-                declarations_of(Arguments)["timeout_s"].check_value(arguments.timeout_s)
-                self._guard = stopped.guarded(int(os.environ["RANK"]), arguments.timeout_s)
         open_ = Open(True, orders, used, *shape)
         pipe = settled.compiled(arguments, open_, used)
         self._pipe = pipe or compile_among(replace(arguments, plan=None), open_)
@@ -327,26 +327,34 @@ class Session:
         return found
 
     def _load(self, pipe: Pipeline, found: Snapshot | None) -> str:
-        """Load the newest; where it is from, or "" if there is nothing."""
-        directory = self.directory
+        """Load the newest that can be; where it is from, or "" if there is nothing.
+
+        Raises:
+            CheckpointError: that of the newest checkpoint, where none can be loaded.
+        """
         with pipe._world.guard("resume()"):
-            disk = -1
-            if directory is not None and directory.is_dir():
-                disk = max(published(directory), default=-1)
-            disk = pipe._world.agreement.gather(disk)[0]
-        if found is not None and found.steps >= disk:
+            known = pipe._world.agreement.gather(_on_disk(self.directory))[0]
+        sources = [(step, "disk") for step in known]
+        if found is not None:
+            sources.append((found.steps, "memory"))
+        failure: CheckpointError | None = None
+        for step, source in sorted(sources, reverse=True):
             try:
-                pipe._loaded(self._data, lambda training: self._take(pipe, training, found))
+                if source == "disk":
+                    pipe.load(known[step], data=self._data)
+                else:
+                    assert found is not None
+                    pipe._loaded(self._data, lambda training: self._take(pipe, training, found))
             except CheckpointError as error:
+                if source == "disk" and failure is None:
+                    failure = error
                 if pipe.is_main:
-                    print(f"pipecompile: cannot go on from memory: {error}", file=sys.stderr)
+                    print(f"pipecompile: cannot go on from {source}: {error}", file=sys.stderr)
             else:
-                return "memory"
-        if disk < 0:
-            return ""
-        assert directory is not None
-        pipe.load(directory, data=self._data)
-        return "disk"
+                return source
+        if failure is not None:
+            raise failure
+        return ""
 
     def _take(self, pipe: Pipeline, training: Any, snapshot: Snapshot) -> tuple[int, int]:
         assert self._memory is not None
@@ -388,10 +396,7 @@ class Session:
         if self._memory is not None:
             self._memory.remove()
         self._keeper = self._memory = None
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.wait()
-            self._guard = None
+        guarding.end()
         if self._left_out and pipe.is_main:
             division.tell_the_end(self._left_out)
 
@@ -401,12 +406,17 @@ class Session:
         return self._pipe
 
 
+def _on_disk(directory: Path | None) -> dict[int, Path]:
+    """Step -> checkpoint: the latest one, and those before."""
+    known = published(directory) if directory is not None and directory.is_dir() else {}
+    if directory is None or not known:
+        return {}
+    latest = find(directory)
+    last = next((step for step, path in known.items() if path == latest), max(known))
+    return {step: path for step, path in known.items() if step <= last}
+
+
 def _end_with_the_agent() -> None:
     """A worker whose agent was killed is nobody's: the others would wait for it, or it for them."""
-    if _has_agent() and sys.platform == "linux":
+    if guarding.has_agent() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-
-
-def _has_agent() -> bool:
-    """Whether torchrun has started this process, and will start it again."""
-    return "TORCHELASTIC_RUN_ID" in os.environ

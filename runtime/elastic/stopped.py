@@ -1,12 +1,14 @@
 """Ends a process that is stopped for good, which can neither end itself nor be ended by SIGTERM.
 
-    worker   ── starts ──▶ its guard: one look at the worker's state every half second
+    worker   ── imports, starts ──▶ its guard: one look at its state every half second
+    worker   ── compiles ─────────▶ its guard: timeout_s
     worker   SIGSTOP ···················· stopped for longer than it may be ──▶ SIGKILL
     agent    (would send SIGTERM, which waits until the process runs, and SIGKILL after 30 s)
 
 The guard is a process of its own, of some MiB, that imports nothing of ours: this file runs as a
-script. It counts its looks and reads no clock, so that where all of a job is suspended, and it too,
-that time does not count. A process that a debugger holds is left to that.
+script. It starts before a worker imports what takes long, and is told later for how long that may
+be stopped. It counts its looks and reads no clock, so that where all of a job is suspended, and it
+too, that time does not count. A process that a debugger holds is left to that.
 """
 
 from __future__ import annotations
@@ -14,28 +16,13 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 LOOK_S = 0.5
 MARGIN_S = 2.0  # for others, which name it after ``timeout_s=``
-
-
-def guarded(rank: int, timeout_s: float) -> subprocess.Popen[bytes] | None:
-    """A guard of this process; None on systems where a process's state cannot be seen.
-
-    It ends with this process, or when it is killed.
-    """
-    if not (hasattr(os, "pidfd_open") and Path("/proc/self/stat").exists()):
-        return None
-    known = [str(os.getpid()), str(rank), repr(timeout_s)]
-    with suppress(OSError):
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *known], stdin=subprocess.DEVNULL
-        )
-    return None
+BEFORE_S = 30.0  # that a process may be stopped before `Session.compile`
 
 
 def _state(pid: int) -> str:
@@ -45,7 +32,25 @@ def _state(pid: int) -> str:
     return ""
 
 
-def _guard(pid: int, rank: int, timeout_s: float) -> None:
+class _Limit:
+    """How long the worker may be stopped, as it says itself."""
+
+    def __init__(self) -> None:
+        self.seconds = BEFORE_S
+        self.whose = f"{BEFORE_S:g} s, which it may be before session.compile()"
+        self._said = b""
+
+    def hear(self) -> bool:
+        """Whether there may be more to hear."""
+        said = os.read(sys.stdin.fileno(), 4096)
+        *lines, self._said = (self._said + said).split(b"\n")
+        if lines:
+            timeout_s = float(lines[-1])
+            self.seconds, self.whose = timeout_s + MARGIN_S, f"timeout_s={timeout_s:g}"
+        return bool(said)
+
+
+def _guard(pid: int, rank: str) -> None:
     """Until the process has ended, or has been ended here."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # meant for the group: the worker decides
         signal.signal(ignored, signal.SIG_IGN)
@@ -55,16 +60,21 @@ def _guard(pid: int, rank: int, timeout_s: float) -> None:
         return
     if os.getppid() != pid:  # it has ended, and its number may be another's
         return
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    stopped_s = 0.0
-    while not ended.poll(1000 * LOOK_S):
+    limit, stopped_s = _Limit(), 0.0
+    events = select.poll()
+    events.register(process, select.POLLIN)
+    events.register(sys.stdin, select.POLLIN)
+    while process not in (ready := [number for number, _ in events.poll(1000 * LOOK_S)]):
+        if ready:
+            if not limit.hear():
+                events.unregister(sys.stdin)
+            continue
         stopped_s = stopped_s + LOOK_S if _state(pid) == "T" else 0.0
-        if stopped_s >= timeout_s + MARGIN_S:
+        if stopped_s >= limit.seconds:
             print(
                 f"pipecompile: rank {rank} (process {pid}) has been stopped (as by SIGSTOP) for "
-                f"{stopped_s:.0f} s, longer than timeout_s={timeout_s:g}: it is killed, so that "
-                "its agent can start it anew",
+                f"{stopped_s:.0f} s, longer than {limit.whose}: it is killed, so that its agent "
+                "can start it anew",
                 file=sys.stderr,
                 flush=True,
             )
@@ -73,4 +83,4 @@ def _guard(pid: int, rank: int, timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
-    _guard(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    _guard(int(sys.argv[1]), sys.argv[2])

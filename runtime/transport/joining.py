@@ -57,8 +57,7 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
     _timeout = limit_of(timeout_s)
     scope = None
     if not dist.is_initialized():
-        with _Told(f"rank {os.environ['RANK']} cannot reach {_keeper()}"):
-            store, rank, size = next(rendezvous("env://", timeout=_timeout))
+        store, rank, size = _met(timeout_s)
         scope = scope_of(store, rank, size, timeout_s)
         store = PrefixStore(f"pipecompile/{scope}", store)
         interfaces.choose(store, rank, size)
@@ -77,6 +76,36 @@ def join(backend: str, timeout_s: float = TIMEOUT_S) -> None:
         _stores[""] = PrefixStore(f"pipecompile/{scope}", store)
         _groups.add(world)
         HERE.wakes(_GLOO)
+
+
+def _met(timeout_s: float) -> tuple[Store, int, int]:
+    """The store at ``MASTER_ADDR``, this rank, and how many there are.
+
+    torch's rank 0 waits in here for all others and cannot say for whom; ours does so later.
+
+    Raises:
+        PeerFailedError: nobody keeps a store there.
+    """
+    if os.environ["RANK"] == "0" and not _has_agent_store():
+        size = int(os.environ["WORLD_SIZE"])
+        address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+        if all(address):  # else torch says which is missing
+            kept: Store = dist.TCPStore(  # type: ignore[attr-defined]  # public, and not told
+                *address, size, True, _timeout, wait_for_workers=False, multi_tenant=True
+            )
+            return kept, 0, size
+    unreached = f"rank {os.environ['RANK']} cannot reach {_keeper()}"
+    try:
+        with _Told(unreached):
+            limit = timedelta(seconds=min(timeout_s, _MOST_S))
+            store, rank, size = next(rendezvous("env://", timeout=limit))
+    except dist.DistError as error:
+        raise PeerFailedError(
+            f"{unreached} within timeout_s={timeout_s:g} ({str(error).splitlines()[0]}): is it "
+            "started, with the same MASTER_ADDR and MASTER_PORT, and does no firewall lie between?"
+        ) from error
+    store.set_timeout(_timeout)
+    return store, rank, size
 
 
 def _unconnected(rank: int, error: RuntimeError) -> Exception:
@@ -171,8 +200,11 @@ def _named(whom: object) -> str:
 
 def _keeper() -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return f"{'the agent of torchrun' if agent else 'rank 0'} at {where}"
+    return f"{'the agent of torchrun' if _has_agent_store() else 'rank 0'} at {where}"
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 class _Told:

@@ -28,10 +28,10 @@ from support.gang import free_port
 from support.hosts import Host, Network
 
 TRAIN = """
+from pipecompile import elastic
 import os, signal, sys, time
 from functools import partial
 import torch
-from pipecompile import elastic
 
 total, stages, options = int(sys.argv[1]), eval(sys.argv[2]), eval(sys.argv[3])
 torch.manual_seed(0)

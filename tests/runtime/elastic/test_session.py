@@ -104,9 +104,14 @@ def test_another_division_goes_on_from_memory(gang: Callable[[int], Gang], machi
 def damaged(machine: str) -> None:
     """Change a byte of every tensor file of all machines."""
     for path in Path(machine).parent.glob(f"m*/{PREFIX}*/*/*/*.safetensors"):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+        damage(path)
+
+
+def damage(path: Path) -> None:
+    """Change its last byte."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def test_damaged_memory_is_told_and_the_disk_takes_its_place(
@@ -119,6 +124,26 @@ def test_damaged_memory_is_told_and_the_disk_takes_its_place(
     assert (resumed.passes, resumed.source) == (2, "disk")
     assert "cannot go on from memory" in said
     assert "damaged" in said
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_takes_its_place(
+    gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    """A run that restarts would end by its error again and again. `latest` says where it was: a
+    later one is of a run that was left."""
+    disk: dict[str, Any] = {"directory": tmp_path, "save_every": 1, "memory": False}
+    gang(2).run(attempt, 2, 3, 4, False, **disk)
+    damage(tmp_path / "step-00000003" / "part-00001.safetensors")
+    (resumed, _, said), _ = gang(2).run(attempt, 2, 3, 4, False, **disk)
+    assert (resumed.passes, resumed.source) == (2, "disk")
+    assert "cannot go on from disk" in said
+    assert "step-00000003/part-00001.safetensors is damaged" in said
+    (tmp_path / "latest").write_text("step-00000001\n")
+    resumed, _, said = gang(2).run(attempt, 2, 1, 4, False, **disk)[0]
+    assert (resumed.passes, "cannot" in said) == (1, False)
+    damage(tmp_path / "step-00000001" / "checkpoint.json")
+    with pytest.raises(AssertionError, match=r"step-00000001/checkpoint\.json is damaged"):
+        gang(2).run(attempt, 2, 4, 4, True, **disk)
 
 
 def test_another_session_of_the_script_has_other_memory(

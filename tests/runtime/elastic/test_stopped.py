@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pipecompile
+import pytest
 
-GUARDED = Path(pipecompile.__file__).parent / "runtime/elastic/stopped.py"
+GUARDING = Path(pipecompile.__file__).parent / "runtime/elastic/guarding.py"
 WORKER = """
 import runpy, sys, time
-guard = runpy.run_path(sys.argv[1])["guarded"](3, 0.0)
-print(guard.pid, flush=True)
+guarding = runpy.run_path(sys.argv[1])
+guarding["begin"]()
+for limit in sys.argv[3:]:
+    guarding["allow"](float(limit))
+print(*(guard.pid for guard in guarding["_guards"]), flush=True)
 time.sleep(float(sys.argv[2]))
 """
 
 
-def worker(seconds: float) -> tuple[subprocess.Popen[str], int]:
-    """It, and the process of its guard."""
-    command = [sys.executable, "-S", "-c", WORKER, str(GUARDED), str(seconds)]
-    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+def worker(seconds: float, *limits: float) -> tuple[Any, int]:
+    """It, and the process of its guard.
+
+    Args:
+        limits: what it says that it may be stopped for, one after the other.
+    """
+    command = [sys.executable, "-S", "-c", WORKER, str(GUARDING), str(seconds), *map(str, limits)]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "mine", "RANK": "3"}
+    process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
 
@@ -55,7 +66,7 @@ def ignores_sigterm(pid: int) -> bool:
 
 def test_a_process_that_stays_stopped_is_killed_and_said_so() -> None:
     """Though SIGTERM, which an agent sends to it and its guard, would wait for ever."""
-    process, guard = worker(60)
+    process, guard = worker(60, 7.0, 0.0)
     while not ignores_sigterm(guard):  # it is meant for the worker
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGSTOP)
@@ -70,7 +81,7 @@ def test_a_process_that_stays_stopped_is_killed_and_said_so() -> None:
 
 
 def test_a_process_that_is_only_paused_goes_on_and_its_guard_ends_with_it() -> None:
-    process, guard = worker(4)
+    process, guard = worker(4, 0.0)
     for _ in range(3):
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.8)
@@ -79,3 +90,32 @@ def test_a_process_that_is_only_paused_goes_on_and_its_guard_ends_with_it() -> N
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (0, "")
     assert gone(guard)
+
+
+def test_it_is_guarded_before_it_says_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first import on; and no other process than a worker of torchrun is."""
+    script = runpy.run_path(str(GUARDING.with_name("stopped.py")))
+    limit = script["_Limit"]()
+    assert limit.seconds == script["BEFORE_S"] == 30.0
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    for said, expected in ((b"8", 30.0), (b".5\n", 10.5), (b"1.0\n3.0\n", 5.0)):
+        os.write(writer, said)
+        assert limit.hear()
+        assert limit.seconds == expected
+    os.close(writer)
+    assert not limit.hear()
+    assert limit.seconds == 5.0
+
+    importing = (
+        "import pipecompile.runtime.elastic.guarding as g, sys; "
+        "print(len(g._guards), sys.modules.keys() & {'torch'})"
+    )
+    for run, guards in (("mine", 1), ("", 0)):
+        environment = {**os.environ, "TORCHELASTIC_RUN_ID": run, "RANK": "0"}
+        if not run:
+            del environment["TORCHELASTIC_RUN_ID"]
+        ran = subprocess.run(
+            [sys.executable, "-c", importing], env=environment, capture_output=True, text=True
+        )
+        assert (ran.stdout, ran.stderr) == (f"{guards} set()\n", "")

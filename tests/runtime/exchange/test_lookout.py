@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from pipecompile import errors
 from pipecompile.runtime.exchange import lookout, peers
 from pipecompile.runtime.exchange.lookout import Lookout, Loss
 from pipecompile.runtime.transport import joining
 from pipecompile.runtime.transport.doing import ENDED, Doing, place_of, told
 from pipecompile.runtime.transport.mesh import Mesh
 from support import faults
+from support.gang import free_port
 
 LIMIT_S = 20
 SOON_S = 12  # a rank that has died is named after; most of it is for machines that are busy
@@ -207,6 +209,23 @@ def test_a_rank_that_does_not_come_is_named(
     with pytest.raises(Exception, match="ranks 1, 2 did not join the run within timeout_s="):
         joining.scope_of(dist.HashStore(), 0, 3, 0.4)
     assert "rank 0 waits for others to join the run: ranks 1, 2, for 0 s now" in said(capsys, 0)[0]
+
+
+def test_a_store_that_nobody_keeps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the limit; and rank 0, who keeps it, waits for those that are missing by name."""
+    port = free_port()
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    nobody = rf"rank 1 cannot reach rank 0 at 127.0.0.1:{port} within timeout_s=0.2 \(.*is it"
+    with pytest.raises(errors.PeerFailedError, match=nobody):
+        joining._met(0.2)
+    monkeypatch.setenv("RANK", "0")
+    store, rank, size = joining._met(0.2)
+    assert (rank, size) == (0, 2)
+    with pytest.raises(errors.PeerFailedError, match="rank 1 did not join the run"):
+        joining.scope_of(store, rank, size, 0.2)
 
 
 # -- between processes ----------------------------------------------------------------------------
