@@ -23,6 +23,7 @@ from ...compiler.ir.errors import CheckpointError, OptionError, StateError
 from ...compiler.options.arguments import Arguments
 from ...compiler.options.declaration import declarations_of
 from ...compiler.options.parsing import AUTO
+from ..files.owner import same_run
 from ..files.step_folder import find, published
 from ..monitor.callbacks import check_steps
 from ..pipeline import Pipeline
@@ -304,6 +305,7 @@ class Session:
             runs = {r for _, found in told for r in found.mine if r.startswith(whose)}
             run = max(runs) if runs else whose + fresh[0]
             self._memory = world.agreement.together(lambda: Memory.of(run))
+            same_run(run)
             places = [place for place, _ in told]
             order = list(dict.fromkeys(places))
             leaders = [places.index(place) for place in order]

@@ -8,7 +8,8 @@ that was killed leaves it; the next run takes it over where it can tell that nob
 
 * The same kernel (by its boot id): the process is gone, or its number is another process's now.
 * The same machine, started anew since.
-* Another attempt of the same run of torchrun, which has ended the ones before it.
+* Another attempt of the same run of torchrun, which has ended the ones before it. Agents count
+  attempts each for itself, so that an elastic run goes by a name of its own (`same_run`).
 
 Of a process on another machine nothing can be told, so the error says which file to remove. The
 file appears by a hard link, or an exclusive create where there are no links: both are atomic on
@@ -33,6 +34,8 @@ from ...compiler.ir.errors import CheckpointError
 OWNER = ".owner"
 _ATTEMPTS = 8  # to take over what others take over at the same time
 
+_names = {"elastic": ""}  # of the run that this process belongs to
+
 _held: weakref.WeakValueDictionary[Path, Owner] = weakref.WeakValueDictionary()
 """Folder -> what this process holds of it: its pipelines share it."""
 
@@ -43,6 +46,12 @@ class Owner:
     def __init__(self, folder: Path, token: str):
         self.folder, self.token, self.pid = folder, token, os.getpid()
         self.release = weakref.finalize(self, _release, folder / OWNER, token, self.pid)
+
+
+def same_run(name: str) -> None:
+    """This process belongs to an elastic run, whose attempts have this name and no others. Of those
+    before this one nobody saves any more: they have ended, or their machine is cut off."""
+    _names["elastic"] = name
 
 
 def own(directory: Path) -> Owner:
@@ -81,6 +90,7 @@ def _about_me() -> dict[str, Any]:
         "space": space(),
         "run": os.environ.get("TORCHELASTIC_RUN_ID", ""),
         "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", ""),
+        **_names,
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "token": secrets.token_hex(8),
     }
@@ -104,6 +114,8 @@ def _is_seen(found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 def _later_attempt(found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
     """Whether the agents of torchrun have ended what owns it before they started this process."""
+    if mine["elastic"] and found.get("elastic") == mine["elastic"]:
+        return True
     if mine["run"] in ("", "none") or found.get("run") != mine["run"]:
         return False
     try:

@@ -100,6 +100,28 @@ def test_who_is_known_to_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert not (tmp_path / owner.OWNER).exists()
 
 
+def test_an_elastic_run_takes_over_from_a_machine_that_it_has_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose agent has counted more attempts than the one that is left."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setitem(owner._names, "elastic", "")
+    far = {"host": "node7", "boot": "another", "machine": "another", "run": "r1", "attempt": "3"}
+    for elastic in ({}, {"elastic": ""}, {"elastic": "another"}):
+        owner.same_run("")
+        claim(tmp_path, **far, **elastic)
+        assert "on node7" in refused(lambda: owner.own(tmp_path))
+        owner.same_run("mine")
+        assert "on node7" in refused(lambda: owner.own(tmp_path))
+    claim(tmp_path, **far, elastic="mine")
+    assert owner.own(tmp_path).pid == os.getpid()
+    alive = {"pid": os.getppid(), "began": owner.began(os.getppid())}
+    (tmp_path / "other").mkdir()
+    claim(tmp_path / "other", **alive, elastic="mine")  # it is seen to live
+    assert "process" in refused(lambda: owner.own(tmp_path / "other"))
+
+
 def test_a_folder_is_let_go_with_the_last_pipeline(tmp_path: Path) -> None:
     """But not while one is still being written in the background, and not by a fork."""
     one, two = (small(1, OPTIMIZERS["sgd"]) for _ in range(2))
