@@ -106,9 +106,9 @@ class Agreement:
         """This value of every process, in rank order; one process agrees with itself."""
         if not self._mesh.distributed:
             return [value]
-        values = self._compared(dict(enumerate(self._exchanged((self.call, value)))))
-        self._unheard.clear()
-        return values
+        everyone = self._exchanged((self.call, value))
+        self._unheard.clear()  # it is told now, once
+        return self._compared(dict(enumerate(everyone)))
 
     def tell(self, value: Any, speakers: Sequence[int]) -> Callable[[], list[Any]]:
         """What some ranks tell all others, as `gather` has it; what is returned waits for it."""

@@ -257,6 +257,8 @@ def _plain(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
             f"{short_name(like.dtype)} in the model: convert it first"
         )
     if type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided:
+        if value.numel() and not value.untyped_storage().nbytes():  # reading it would crash
+            raise StateError(f"{name!r} has no values in the state dict: its memory was freed")
         return value.detach()
     try:
         dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()

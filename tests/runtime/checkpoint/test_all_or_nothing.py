@@ -183,7 +183,14 @@ BAD: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "int": (lambda t: t.int(), "is int32 in the state dict and float32 in the model"),
     "none": (lambda t: None, "is a NoneType in the state dict"),
     "meta": (lambda t: t.to("meta"), "has no values"),
+    "freed": (lambda t: freed(t.clone()), "has no values in the state dict: its memory was freed"),
 }
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """As FSDP does with what it does not need; torch crashes where that is read."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -67,6 +67,7 @@ def disagrees(name: str, dp: int, folder: Path) -> tuple[str, bool]:
         pipe.step(BATCH)
     except pipecompile.errors.PipecompileError as error:
         text = f"{type(error).__name__}: {error}"
+    pipe.evaluate(BATCH)  # it is told once: who catches it goes on
     held = dict(pipe.named_parameters())
     return text, all(torch.equal(held[n].detach(), before[n]) for n in held)
 
