@@ -7,7 +7,8 @@ other. So the first save of a run makes this file, and the end of its process re
 that was killed leaves it; the next run takes it over where it can tell that nobody lives:
 
 * The same kernel (by its boot id): the process is gone, or its number is another process's now.
-* The same machine, started anew since.
+* The same machine, started anew since. Copies of one image may share name and id, so the owner must
+  have begun before this machine was started.
 * Another attempt of the same run of torchrun, which has ended the ones before it. Agents count
   attempts each for itself, so that an elastic run goes by a name of its own (`same_run`).
 
@@ -91,6 +92,7 @@ def _about_me() -> dict[str, Any]:
         "run": os.environ.get("TORCHELASTIC_RUN_ID", ""),
         "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", ""),
         **_names,
+        "at": time.time(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "token": secrets.token_hex(8),
     }
@@ -103,7 +105,9 @@ def _is_over(found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
         return type(pid) is not int or pid < 1 or began(pid) != found.get("began")
     same_machine = mine["machine"] and all(found.get(k) == mine[k] for k in ("machine", "host"))
     if same_machine and mine["boot"] and found.get("boot") != mine["boot"]:
-        return True
+        began_s = found.get("at")
+        if isinstance(began_s, (int, float)) and began_s < booted_s():
+            return True
     return _later_attempt(found, mine)
 
 
@@ -188,6 +192,12 @@ def _release(path: Path, token: str, pid: int) -> None:
 def boot_id() -> str:
     """Of this kernel, since it has started; "" where there is none."""
     return _text("/proc/sys/kernel/random/boot_id")
+
+
+def booted_s() -> float:
+    """When this machine was started, as `time.time` has it; 0 where nobody knows."""
+    lines = (line.split() for line in _text("/proc/stat").splitlines())
+    return next((float(line[1]) for line in lines if line[:1] == ["btime"]), 0.0)
 
 
 def began(pid: int) -> str:

@@ -137,7 +137,7 @@ class Machine:
         """Rank -> process."""
         if self.agent is None:
             return {}
-        agents = _children(self.agent.pid) if self.inside else [self.agent.pid]
+        agents = children(self.agent.pid) if self.inside else [self.agent.pid]
         return {rank: pid for agent in agents for rank, pid in workers_of(agent).items()}
 
 
@@ -331,8 +331,8 @@ class NetworkRun(Run):
     def stop(self, machine: Machine) -> None:
         """Its agent is gone, with its workers; the machine stays."""
         if machine.agent is not None:
-            for pid in (*_children(machine.agent.pid), machine.agent.pid):
-                for each in (*_children(pid), pid):
+            for pid in (*children(machine.agent.pid), machine.agent.pid):
+                for each in (*children(pid), pid):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(each, signal.SIGKILL)
             machine.agent.wait()
@@ -350,7 +350,8 @@ def memory_of(host: Host) -> Path:
     return Path(f"/proc/{host.init}/root/dev/shm")
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Processes that it has started."""
     with contextlib.suppress(OSError):
         return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     return []

@@ -90,7 +90,10 @@ def test_who_is_known_to_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     dead = [far, {**alive, "began": "1"}, {**alive, "pid": 2**22 + 1}, {"pid": "x"}]
     if owner._about_me()["machine"]:
-        dead.append({**alive, "boot": "the one before"})
+        dead.append({**alive, "boot": "the one before", "at": owner.booted_s() - 1})
+        for at in (owner.booted_s() + 1, None):  # another machine, of the same name and image
+            claim(tmp_path, **alive, boot="another", at=at, attempt="1")
+            assert "if it does not run any more, remove" in refused(lambda: own(tmp_path))
     for each in dead:
         claim(tmp_path, **each)
         assert own(tmp_path).pid == os.getpid()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import hosts
-from support.elastic import LINE, NetworkRun, Run, script_of
+from support.elastic import LINE, NetworkRun, Run, children, script_of
 
 STEPS = 24
 SAME, OTHER = "(2, 2)", "(2, 3)"
@@ -68,6 +68,20 @@ def test_three_kills_in_a_row_cost_what_one_does(tmp_path: Path) -> None:
         assert {begun.source for begun in went.begun[1:]} == {"memory"}
         assert max(begun.lost for begun in went.begun) <= 2
         assert sorted(went.curve) == list(range(STEPS))
+
+
+def test_a_worker_that_is_stopped_while_it_imports_is_ended_by_its_guard(tmp_path: Path) -> None:
+    """The one that waits for it ends by itself, and does not wait for torch's minutes."""
+    with run(tmp_path, 2, options=repr({"timeout_s": 10.0})) as went:
+        went.wait_for(lambda: 1 in went.workers, 60, "rank 1")
+        worker = went.workers[1]
+        went.wait_for(lambda: children(worker) != [], 60, "its guard")
+        os.kill(worker, signal.SIGSTOP)
+        went.reached(2, 110)
+        said = "\n".join(went.said)
+        assert "longer than 30 s, which it may be before session.compile()" in said
+        assert "PeerFailedError: rank 0 " in said or "PeerFailedError: rank 1 " in said
+        went.finished()
 
 
 def test_a_machine_is_lost_with_its_memory_and_comes_back(tmp_path: Path) -> None:
