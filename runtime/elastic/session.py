@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,7 +122,7 @@ class Session:
         self._passes = Passes()
         self._keeper: Keeper | None = None
         self._memory: Memory | None = None
-        self._left_out = 0
+        self._left_out, self._leads = 0, False
         self._saved = -1
         self._told: set[str] = set()
 
@@ -236,7 +237,7 @@ class Session:
         if self.resumed is not None:
             return self.resumed
         pipe, begun_s = self._compiled(), time.monotonic()
-        found: Snapshot | None = None
+        found: list[Snapshot] = []
         if self._wanted and pipe._world.mesh.distributed:
             found = self._meet(pipe)
         source = self._load(pipe, found)
@@ -294,8 +295,8 @@ class Session:
 
     # -- what there is ------------------------------------------------------------------------
 
-    def _meet(self, pipe: Pipeline) -> Snapshot | None:
-        """Find the run's memory on all machines; the newest snapshot that is whole in it."""
+    def _meet(self, pipe: Pipeline) -> list[Snapshot]:
+        """Find the run's memory on all machines; what snapshots are whole in it, newest first."""
         world = pipe._world
         with world.guard("resume()"):
             gather, rank = world.agreement.gather, world.mesh.rank or 0
@@ -310,14 +311,14 @@ class Session:
             order = list(dict.fromkeys(places))
             leaders = [places.index(place) for place in order]
             held = [told[leader][1].held.get(run, ()) for leader in leaders]
-            found = next(iter(complete(held)), None)
+            found = complete(held)
             attempt = next_attempt((h.attempt for each in held for h in each), fresh[0])
             self._numbers = [order.index(place) for place in places]
             self._group = new_group(backend="gloo")
-            leads, mine = rank in leaders, self._memory
+            self._leads = leads = rank in leaders
+            mine = self._memory
             if leads:
                 memory.clear(run)
-                mine.keep((), found)
             world.agreement.together(lambda: None)
 
             def first() -> None:
@@ -328,7 +329,7 @@ class Session:
             self._keeper = Keeper(mine, attempt, rank, places, self._group, first)
         return found
 
-    def _load(self, pipe: Pipeline, found: Snapshot | None) -> str:
+    def _load(self, pipe: Pipeline, found: list[Snapshot]) -> str:
         """Load the newest that can be; where it is from, or "" if there is nothing.
 
         Raises:
@@ -336,27 +337,34 @@ class Session:
         """
         with pipe._world.guard("resume()"):
             known = pipe._world.agreement.gather(_on_disk(self.directory))[0]
-        sources = [(step, "disk") for step in known]
-        if found is not None:
-            sources.append((found.steps, "memory"))
-        failure: CheckpointError | None = None
-        for step, source in sorted(sources, reverse=True):
+        disk, failure = sorted(known), None
+        while disk or found:
+            snapshot = found.pop(0) if found and found[0].steps >= max(disk, default=-1) else None
+            source = "disk" if snapshot is None else "memory"
             try:
-                if source == "disk":
-                    pipe.load(known[step], data=self._data)
+                if snapshot is None:
+                    pipe.load(known[disk.pop()], data=self._data)
                 else:
-                    assert found is not None
-                    pipe._loaded(self._data, lambda training: self._take(pipe, training, found))
+                    take = partial(self._take, pipe, snapshot=snapshot)
+                    pipe._loaded(self._data, take)
+                self._let_go(pipe, snapshot)
             except CheckpointError as error:
-                if source == "disk" and failure is None:
-                    failure = error
+                failure = failure or (error if snapshot is None else None)
                 if pipe.is_main:
                     print(f"pipecompile: cannot go on from {source}: {error}", file=sys.stderr)
             else:
                 return source
+        self._let_go(pipe, None)
         if failure is not None:
             raise failure
         return ""
+
+    def _let_go(self, pipe: Pipeline, kept: Snapshot | None) -> None:
+        """Of what is in memory, but for the snapshot that was loaded."""
+        with pipe._world.guard("resume()"):
+            if self._leads and self._memory is not None:
+                self._memory.keep((), kept)
+            pipe._world.agreement.together(lambda: None)
 
     def _take(self, pipe: Pipeline, training: Any, snapshot: Snapshot) -> tuple[int, int]:
         assert self._memory is not None

@@ -126,6 +126,24 @@ def test_damaged_memory_is_told_and_the_disk_takes_its_place(
     assert "damaged" in said
 
 
+def test_a_damaged_snapshot_is_told_and_the_one_before_takes_its_place(
+    gang: Callable[[int], Gang], machine: str, tmp_path: Path
+) -> None:
+    """That costs one more step, and not all that the disk does not have."""
+    disk = {"directory": str(tmp_path / "run"), "save_every": 1000}
+    first = gang(2).run(attempt, 2, 3, 4, False, machine, **disk)[0][1]
+    held = [(each, run) for run in pieces(machine) for each in held_in(run)]
+    newest = max(each.sequence for each, _ in held)
+    for each, run in held:
+        if each.sequence == newest and each.rank == 0:
+            damage(Memory(run).place(each))
+    resumed, losses, said = gang(2).run(attempt, 2, 4, 4, True, machine, **disk)[0]
+    assert (resumed.passes, resumed.source) == (2, "memory")
+    assert "cannot go on from memory" in said
+    assert first[:2] + losses == uninterrupted(2, 4)
+    assert pieces(machine) == []
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_takes_its_place(
     gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
