@@ -251,11 +251,18 @@ def _write(
 
 
 def _by_turns(turns: Turns, act: Callable[[], Any]) -> None:
-    """What DCP does; its report on all ranks' failures as one error: the first rank's."""
+    """What DCP does; its report on all ranks' failures as one error: the first rank's.
+
+    It has a Ctrl-C among the failures. Where that was, it stays one: a script that goes on without
+    a checkpoint is to end by it.
+    """
     turns.wait(PLANNED)
     try:
         act()
     except CheckpointException as report:
+        here = report.failures.get(turns.rank, (None,))[0]
+        if here is not None and not isinstance(here, Exception):
+            raise here from None
         rank, (error, _) = min(report.failures.items())
         if isinstance(error, CheckpointError):
             raise CheckpointError(str(error)) from report

@@ -25,10 +25,12 @@ class Turns:
         beside: another thread does it beside the training, and nobody waits but who `join`s it.
 
     Attributes:
+        rank: this one.
         awaited: the ranks that are waited for now; () while this process is at work.
     """
 
     def __init__(self, rank: int, size: int, beside: bool = False):
+        self.rank = rank
         self._others = tuple(each for each in range(size) if each != rank)
         self._coordinator = (0,) if rank else self._others
         self._noted = not beside and bool(self._others)

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import pytest
 from pipecompile import errors
-from pipecompile.runtime.checkpoint import background
+from pipecompile.runtime.checkpoint import background, storage
 from pipecompile.runtime.files import step_folder, tensor_file
 from support.checkpoints import (
     INDEX,
@@ -307,6 +308,22 @@ def test_a_full_disk_is_an_error_on_every_rank(gang: Callable[[int], Gang], tmp_
             assert "rank 1 cannot write" in message
             assert "No space left on device; the checkpoints before it are as they were" in message
     assert shown(tmp_path) == ["latest", "step-00000000"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_of_a_save_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """And costs no checkpoint but the one that was being written."""
+    pipe = small(1, OPTIMIZERS["sgd"])
+    pipe.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Writer, "_written", mock.Mock(side_effect=kind))
+        with pytest.raises(kind):
+            pipe.save(tmp_path)
+    assert pipe.load(tmp_path) == 0
+    assert not list(tmp_path.glob(".step-*"))
+    pipe.save(tmp_path)
 
 
 def test_an_error_that_nobody_waits_for_is_printed(
