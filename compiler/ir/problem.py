@@ -4,8 +4,8 @@ Units have to be put on stages 0 to S − 1, and each unit has to take one of it
 is on a rank, which may hold several. Numbers only: any graph can be fed to the solvers
 (`passes.partition.solve`, `passes.partition.baselines`).
 
-    seconds of stage s   T_s = Σ option seconds of its units + what it sends to and receives from
-                         stages of other ranks
+    seconds of stage s   T_s = Σ option seconds of its units, on the device of its rank, + what it
+                         sends to and receives from stages of other ranks, over the links between
     seconds of rank r    R_r = Σ T_s of its stages
     bytes of rank r      Σ static + the most of Σ in_flight[s] · Σ stash that its stages hold at
                          once + what is kept once + the largest transient of its units
@@ -37,6 +37,8 @@ class Option:
         static_bytes: held all the time: weights, gradients, optimizer states.
         transient_bytes: the most that the unit needs besides while it runs.
         name: what it recomputes, for people.
+        by_kind: the seconds on each kind of device, where there are several; ``seconds`` do not
+            count then.
     """
 
     seconds: float
@@ -44,6 +46,11 @@ class Option:
     static_bytes: float = 0.0
     transient_bytes: float = 0.0
     name: str = ""
+    by_kind: tuple[float, ...] = ()
+
+    def on(self, kind: int) -> float:
+        """Seconds on a kind of device."""
+        return self.by_kind[kind] if self.by_kind else self.seconds
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,9 @@ class Value:
 
     Attributes:
         source, readers: units; a reader may come before the source (gradients).
-        send_s: paid once by the source's stage if any reader is on another rank.
-        receive_s: paid once by every stage of another rank that has a reader.
+        send_s: paid once by the source's stage if any reader is on another rank, over the slowest
+            of the links to these.
+        receive_s: paid once by every stage of another rank that has a reader, over its link.
     """
 
     source: int
@@ -83,6 +91,23 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Link:
+    """From one rank to another.
+
+    Attributes:
+        slower: by how much more than its seconds a value takes.
+        latency_s: paid once by a stage for all that it receives from one other stage, if there is
+            anything that takes time.
+    """
+
+    slower: float = 1.0
+    latency_s: float = 0.0
+
+
+PLAIN = Link()
+
+
+@dataclass(frozen=True)
 class Problem:
     """Units, their options and order, and what they share.
 
@@ -97,6 +122,8 @@ class Problem:
             once, in the moments that count; where it is left out, the most of every stage.
         budget_bytes: per rank; `math.inf` for no limit.
         reserve_bytes: per rank, held besides.
+        kinds: per rank, the kind of its device; where it is left out, all are of kind 0.
+        links: per sending rank, per receiving rank; where it is left out, all are alike.
         min_units: fewest units of a stage.
         labels: per unit, for messages.
     """
@@ -113,6 +140,8 @@ class Problem:
     together_in_flight: tuple[tuple[tuple[int, ...], ...], ...] = ()
     budget_bytes: tuple[float, ...] = ()
     reserve_bytes: tuple[float, ...] = ()
+    kinds: tuple[int, ...] = ()
+    links: tuple[tuple[Link, ...], ...] = ()
     max_weight: float = 1.0
     sum_weight: float = 0.0
     min_units: int = 0
@@ -125,6 +154,7 @@ class Problem:
             ("in_flight", 1, self.n_stages),
             ("budget_bytes", math.inf, self.n_ranks),
             ("reserve_bytes", 0.0, self.n_ranks),
+            ("kinds", 0, self.n_ranks),
         ):
             if not getattr(self, name):
                 object.__setattr__(self, name, (default,) * count)
@@ -150,6 +180,26 @@ class Problem:
         """Whether a rank holds several stages."""
         return self.n_ranks < self.n_stages
 
+    @property
+    def alike(self) -> bool:
+        """Whether it does not matter which rank holds a unit, memory apart: all devices are of one
+        kind, and all links too."""
+        return len(set(self.kinds)) == 1 and not self.links
+
+    def kind_of(self, stage: int) -> int:
+        """Of the device of its rank."""
+        return self.kinds[self.homes[stage]]
+
+    def link(self, src: int, dst: int) -> Link:
+        """From one stage to another, which is on another rank."""
+        return self.links[self.homes[src]][self.homes[dst]] if self.links else PLAIN
+
+    def fewest_s(self, kind: int | None = None) -> list[float]:
+        """Per unit, the seconds of its fastest option on a kind of device; None for the kind where
+        it is fastest."""
+        kinds = set(self.kinds) if kind is None else (kind,)
+        return [min(o.on(k) for o in each for k in kinds) for each in self.options]
+
     def label(self, unit: int) -> str:
         return self.labels[unit] if self.labels else f"unit {unit}"
 
@@ -165,15 +215,20 @@ class Problem:
         """Seconds of every stage, per microbatch."""
         terms: list[list[float]] = [[] for _ in range(self.n_stages)]
         for unit, (s, k) in enumerate(zip(stage, option, strict=True)):
-            terms[s].append(self.options[unit][k].seconds)
+            terms[s].append(self.options[unit][k].on(self.kind_of(s)))
+        met: set[tuple[int, int]] = set()
         for value in self.values:
             source = stage[value.source]
             elsewhere = {stage[r] for r in value.readers} - {source}
             elsewhere = {s for s in elsewhere if self.homes[s] != self.homes[source]}
-            if elsewhere:
-                terms[source].append(value.send_s)
-            for s in elsewhere:
-                terms[s].append(value.receive_s)
+            links = {s: self.link(source, s) for s in elsewhere}
+            if links:
+                terms[source].append(value.send_s * max(x.slower for x in links.values()))
+            for s, link in links.items():
+                terms[s].append(value.receive_s * link.slower)
+                if (source, s) not in met and (value.send_s or value.receive_s):
+                    met.add((source, s))
+                    terms[s].append(link.latency_s)
         return tuple(math.fsum(term) for term in terms)
 
     def ranks_bytes(self, stage: Sequence[int], option: Sequence[int]) -> tuple[float, ...]:

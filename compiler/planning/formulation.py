@@ -166,6 +166,8 @@ def elsewhere(
         together_in_flight=load.together,
         budget_bytes=problem.budget_bytes[:1] * ranks,
         reserve_bytes=(max(problem.reserve_bytes),) * ranks,
+        kinds=(),
+        links=(),
         max_weight=microbatches - load.idle,
         sum_weight=load.idle,
     )

@@ -3,7 +3,9 @@
     y[u, s] = 1         the stage of unit u is at most s; y[v, s] ≤ y[u, s] for an edge (u, v)
     x[u, s]             y[u, s] − y[u, s − 1]: u is on s
     z[u, s, k]          u is on s with option k; Σ_k z = x
-    send, receive       of a value and stage; ≥ x of the one end − x of the other on its rank
+    send, receive       of a value and stage; ≥ x of the one end − x of the other on its rank, times
+                        by how much the link between is slower
+    meet[s, t]          ≥ x of a value's source on s + x of its reader on t − 1: pays the latency
     kept[w, s]          ≥ z of a user − Σ z of what recomputes it; of a weight kept[w, r]
     transient[r]        ≥ Σ_k transient_k · z of every unit on a stage of rank r
 
@@ -127,7 +129,7 @@ def minimise_time(
     Raises:
         SolverError: it is not installed, or crashed.
     """
-    typical = sum(min(o.seconds for o in each) for each in problem.options) / problem.n_stages
+    typical = sum(problem.fewest_s()) / problem.n_stages
     weight = problem.max_weight + problem.sum_weight * problem.n_stages
     scale = upper if math.isfinite(upper) and upper > 0 else (typical * weight or 1.0)
     model = _Model(problem, windows, scale / SCALE)
@@ -257,9 +259,11 @@ def _times(model: _Model) -> None:
         first, last = model.windows[unit]
         for s in range(first, last + 1):
             for k, option in enumerate(options):
-                _add(loads[s], model.chosen(unit, s, k), option.seconds / model.unit_s)
+                seconds = option.on(problem.kind_of(s))
+                _add(loads[s], model.chosen(unit, s, k), seconds / model.unit_s)
     for number in range(len(problem.values)):
         _transfer(model, number, loads)
+    _meet(model, loads)
     for stages in problem.placement:
         load = _dense((1.0, loads[s]) for s in stages)
         model.require(_dense([(1.0, {longest: 1.0}), (-1.0, load)]))
@@ -276,21 +280,64 @@ def _transfer(model: _Model, number: int, loads: list[Terms]) -> None:
     ends = [model.windows[unit] for unit in (value.source, *value.readers)]
     if all(first == last == ends[0][0] for first, last in ends):
         return
+    stages, link = range(model.problem.n_stages), model.problem.link
     first, last = model.windows[value.source]
     for s in range(first, last + 1) if value.send_s else ():
-        send = model.variable(f"send_{number}_{s}", 1)
+        slower = [link(s, t).slower for t in stages]
+        send = model.variable(f"send_{number}_{s}", max(slower))
         for reader in value.readers:
-            here, there = model.x(value.source, s), model.on_rank_of(reader, s)
-            model.require(_dense([(1.0, {send: 1.0}), (-1.0, here), (1.0, there)]))
+            _travels(model, send, s, (value.source, reader), slower)
         _add(loads[s], {send: 1.0}, value.send_s / model.unit_s)
-    for s in range(model.problem.n_stages) if value.receive_s else ():
+    for s in stages if value.receive_s else ():
         near = [u for u in value.readers if model.windows[u][0] <= s <= model.windows[u][1]]
-        receive = model.variable(f"receive_{number}_{s}", 1)
+        slower = [link(t, s).slower for t in stages]
+        receive = model.variable(f"receive_{number}_{s}", max(slower))
         for reader in near:
-            here, there = model.x(reader, s), model.on_rank_of(value.source, s)
-            model.require(_dense([(1.0, {receive: 1.0}), (-1.0, here), (1.0, there)]))
+            _travels(model, receive, s, (reader, value.source), slower)
         if near:
             _add(loads[s], {receive: 1.0}, value.receive_s / model.unit_s)
+
+
+def _travels(
+    model: _Model, taken: Any, s: int, ends: tuple[int, int], slower: Sequence[float]
+) -> None:
+    """What a value takes of a stage, if the one end is there and the other on another rank.
+
+    Args:
+        slower: per stage of the other end, how much.
+    """
+    homes, (near, far) = model.problem.homes, ends
+    here = model.x(near, s)
+    away = [slower[t] for t, home in enumerate(homes) if home != homes[s]]
+    least, most = min(away, default=0.0), max(away, default=0.0)
+    there = model.on_rank_of(far, s)
+    model.require(_dense([(1.0, {taken: 1.0}), (-least, here), (least, there)]))
+    if least == most:
+        return
+    first, last = model.windows[far]
+    over = _dense(
+        (slower[t], model.x(far, t)) for t in range(first, last + 1) if homes[t] != homes[s]
+    )
+    model.require(_dense([(1.0, {taken: 1.0}), (-1.0, over), (most, {None: 1.0}), (-most, here)]))
+
+
+def _meet(model: _Model, loads: list[Terms]) -> None:
+    """The latency between two stages of which one reads what the other makes."""
+    problem = model.problem
+    pairs: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for value in problem.values if problem.links else ():
+        first, last = model.windows[value.source]
+        for reader in set(value.readers) if value.send_s or value.receive_s else ():
+            for t in range(model.windows[reader][0], model.windows[reader][1] + 1):
+                for s in range(first, last + 1):
+                    if problem.homes[s] != problem.homes[t] and problem.link(s, t).latency_s:
+                        pairs.setdefault((s, t), set()).add((value.source, reader))
+    for (s, t), ends in pairs.items():
+        meet = model.variable(f"meet_{s}_{t}", 1)
+        for source, reader in sorted(ends):
+            both = [(-1.0, model.x(source, s)), (-1.0, model.x(reader, t)), (1.0, {None: 1.0})]
+            model.require(_dense([(1.0, {meet: 1.0}), *both]))
+        _add(loads[t], {meet: 1.0}, problem.link(s, t).latency_s / model.unit_s)
 
 
 def _memory(model: _Model) -> Terms:

@@ -57,10 +57,12 @@ def _loads(
     problem: Problem, limit_s: float
 ) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
     """(what each unit takes at least, what each stage has) of seconds and of bytes."""
-    seconds = np.array([min(option.seconds for option in each) for each in problem.options])
     loads = []
-    if math.isfinite(limit_s):
-        loads.append((seconds, np.full(problem.n_stages, limit_s)))
+    for kind in sorted(set(problem.kinds)) if math.isfinite(limit_s) else ():
+        seconds, most = seconds_within(problem, kind)
+        of_stages = np.array([most[problem.kind_of(s)] for s in range(problem.n_stages)])
+        if np.all(np.isfinite(of_stages)):
+            loads.append((seconds, of_stages * limit_s))
     of_ranks = np.array(problem.budget_bytes) - np.array(problem.reserve_bytes)
     room = of_ranks[list(problem.homes)]
     if np.all(np.isfinite(room)):
@@ -71,6 +73,18 @@ def _loads(
         ]
         loads.append((np.array(needed), np.maximum(room, 0.0)))
     return loads
+
+
+def seconds_within(problem: Problem, kind: int) -> tuple[npt.NDArray[np.float64], dict[int, float]]:
+    """Per unit its fewest seconds on a kind of device; and per kind, the most of these that a stage
+    on it holds for each second that it takes: as much as of the unit that gains most by it."""
+    seconds, most = np.array(problem.fewest_s(kind)), {}
+    for other in set(problem.kinds):
+        there = np.array(problem.fewest_s(other))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gains = seconds[seconds > 0] / there[seconds > 0]
+        most[other] = 1.0 if other == kind else float(gains.max(initial=0.0))
+    return seconds, most
 
 
 def _propagated(

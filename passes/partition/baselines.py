@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from ...compiler.ir.errors import PartitionError
-from ...compiler.ir.problem import Problem, Solution, solution_of
+from ...compiler.ir.problem import Link, Problem, Solution, solution_of
 from ..integer.excess import infeasible
 from ..integer.solvers import PROVEN_GAP
 from ..integer.work import Work
@@ -123,7 +123,14 @@ def numbered(problem: Problem) -> Problem:
         together_in_flight=tuple(problem.together_in_flight[rank] for rank in ranks),
         budget_bytes=tuple(problem.budget_bytes[rank] for rank in ranks),
         reserve_bytes=tuple(problem.reserve_bytes[rank] for rank in ranks),
+        kinds=tuple(problem.kinds[rank] for rank in ranks),
+        links=tuple(tuple(row[rank] for rank in ranks) for row in _rows(problem, ranks)),
     )
+
+
+def _rows(problem: Problem, ranks: Sequence[int]) -> list[tuple[Link, ...]]:
+    """The links from some ranks; none where all are alike."""
+    return [problem.links[rank] for rank in ranks] if problem.links else []
 
 
 def apart(problem: Problem) -> Problem:
@@ -147,6 +154,10 @@ def apart(problem: Problem) -> Problem:
         together_in_flight=(),
         budget_bytes=tuple(budgets),
         reserve_bytes=(),
+        kinds=tuple(problem.kinds[home] for home in problem.homes),
+        links=tuple(
+            tuple(row[home] for home in problem.homes) for row in _rows(problem, problem.homes)
+        ),
         max_weight=problem.max_weight * problem.n_stages / problem.n_ranks,
     )
 
@@ -192,7 +203,7 @@ def _uniform_costs(line: Line, stage: int, option: Sequence[int]) -> Floats:
     if alone.linked and math.isfinite(line.problem.budget_bytes[stage]):
         sack = Knapsack(alone, stage, 1)
         for i in range(line.n + 1):
-            exact = sack.seconds(i, i, math.inf)[0] + alone.transfer_s[i]
+            exact = sack.seconds(i, i, math.inf)[0] + alone.transfer_s[stage][i]
             costs[i] = np.where(np.isfinite(costs[i]), exact, math.inf)
     return costs
 
@@ -218,13 +229,13 @@ def most_even(problem: Problem, solution: Solution) -> tuple[int, ...]:
     """Stages of the units, in runs with the same options, whose seconds have the least sum of
     squares that there is with no stage slower than the slowest one is; transfers are left out."""
     line = Line(problem, in_order(problem))
-    seconds = [menu[k].seconds for menu, k in zip(problem.options, solution.option, strict=True)]
-    most_s = np.bincount(solution.stage, seconds).max() * (1 + 1e-9)
-    run_s = line.sums(seconds)
-    squares = [
-        np.where(line.allowed(s) & (run_s <= most_s), run_s**2, math.inf)
-        for s in range(problem.n_stages)
-    ]
+    chosen = [menu[k] for menu, k in zip(problem.options, solution.option, strict=True)]
+    here_s = [o.on(problem.kind_of(s)) for o, s in zip(chosen, solution.stage, strict=True)]
+    most_s = np.bincount(solution.stage, here_s).max() * (1 + 1e-9)
+    squares = []
+    for s in range(problem.n_stages):
+        run_s = line.sums([option.on(problem.kind_of(s)) for option in chosen])
+        squares.append(np.where(line.allowed(s) & (run_s <= most_s), run_s**2, math.inf))
     found = best_division(squares, 0.0, 1.0)
     return solution.stage if found is None else _stages(line, found.cuts)
 

@@ -28,9 +28,12 @@ _SLACK = 1e-13  # of all seconds: for sums that are equal but for rounding
 
 
 def applies(problem: Problem) -> bool:
-    """Whether units have one option each, a stage may be empty, and each has its own rank."""
+    """Whether units have one option each, a stage may be empty, and each has its own rank, all
+    of which are alike: where they are not, a unit that moves to a neighbour's stage may take more
+    seconds there, or come from farther away."""
     return (
         not problem.shares_ranks
+        and problem.alike
         and all(len(each) == 1 for each in problem.options)
         and not problem.min_units
         and not problem.together
@@ -60,7 +63,8 @@ def _moves(problem: Problem) -> dict[int, int]:
     for value in problem.values:
         for unit in {value.source, *value.readers}:
             touching[unit].append(value)
-    slack = _SLACK * math.fsum(each[0].seconds for each in problem.options)
+    unit_s = problem.fewest_s()
+    slack = _SLACK * math.fsum(unit_s)
     held = _with_bytes(problem)
     moves = {}
     for w in range(n):
@@ -69,8 +73,7 @@ def _moves(problem: Problem) -> dict[int, int]:
         for next_to, beyond in ((after[w], above), (before[w], below)):
             if len(next_to) == 1:
                 v = next_to[0]
-                seconds = problem.options[w][0].seconds
-                if _is_free(w, v, beyond[v], touching[w], seconds, slack):
+                if _is_free(w, v, beyond[v], touching[w], unit_s[w], slack):
                     moves[w] = v
                     break
     return moves

@@ -67,7 +67,7 @@ def minimise_time(problem: Problem, upper: float, *, work: Work) -> Answer | Non
     found = ideals_of(problem, most, work)
     if found is None:
         return None
-    unit_s = [each[0].seconds for each in problem.options]
+    unit_s = problem.fewest_s()
     low_s = max(max(unit_s), math.fsum(unit_s) / problem.n_stages)
     high_s = upper / problem.max_weight
     steps = _STEPS if math.isfinite(high_s) else (1.0,)
@@ -139,7 +139,7 @@ class _Search:
 
     def __init__(self, problem: Problem, ideals: list[int], limit_s: float) -> None:
         self.problem, self.limit_s = problem, limit_s
-        unit_s = np.array([each[0].seconds for each in problem.options])
+        unit_s = np.array(problem.fewest_s())
         member = _members(ideals, problem.n_units)
         scale = _TICKS / (unit_s.sum() or 1.0)
         ticks = member @ np.round(unit_s * scale).astype(np.int64)

@@ -73,7 +73,7 @@ class Knapsack:
 
     def __post_init__(self) -> None:
         problem = self.line.problem
-        self.in_flight = problem.in_flight[self.stage]
+        self.in_flight, self.kind = problem.in_flight[self.stage], problem.kind_of(self.stage)
         self.room = problem.budget_bytes[self.stage] * (1 + 1e-10)
         self.fixed = self.line.fixed_bytes(self.stage)
         linked = {number: problem.kept[number] for number in self.line.linked}
@@ -269,7 +269,7 @@ class Knapsack:
             (
                 effect,
                 np.array(ks),
-                np.array([each[k].seconds for k in ks]),
+                np.array([each[k].on(self.kind) for k in ks]),
                 np.array([each[k].static_bytes + self.in_flight * each[k].stash_bytes for k in ks]),
                 np.array([each[k].transient_bytes for k in ks]),
             )

@@ -19,7 +19,7 @@ from ...compiler.ir.problem import Problem
 from ..integer.work import Work
 from .ideals import ideals_of
 from .lazy import CAPS, LazySearch, largest_stage_s
-from .segments import Division, Floats, lower_bounds
+from .segments import Division, Floats, Transfers, lower_bounds
 
 MOST_CELLS = 3e7  # of the tables of all stages together
 MOST_SUMS = 5e8  # numbers that are added up for one table
@@ -97,7 +97,7 @@ class Lattice:
             for number, kept in enumerate(problem.kept)
             if kept.unless or any(which is not None for _, which in kept.users)
         ]
-        self.transfer_s = self._transfers()
+        self.transfer_s = self._transfers().on_stages(problem)
         self.once_bytes = self._shared(per_microbatch=False)
         self.microbatch_bytes = self._shared(per_microbatch=True)
 
@@ -137,14 +137,20 @@ class Lattice:
         some: _Table = self._count(units) > 0.5
         return some
 
-    def _transfers(self) -> Floats:
-        total = np.zeros(self.nested.shape)
+    def _transfers(self) -> Transfers:
+        sent, before, after, n_before, n_after = (np.zeros(self.nested.shape) for _ in range(5))
         for value in self.problem.values:
             readers = sorted(set(value.readers) - {value.source})
             source, read = self._any([value.source]), self._count(readers)
-            total += value.send_s * (source & (read < len(readers) - 0.5))
-            total += value.receive_s * (~source & (read > 0.5))
-        return total
+            sent += value.send_s * (source & (read < len(readers) - 0.5))
+            earlier = (self.inside[:, value.source] > 0.5)[:, None] & (read > 0.5)
+            later = (self.inside[:, value.source] < 0.5)[None, :] & (read > 0.5)
+            before += value.receive_s * earlier
+            after += value.receive_s * later
+            counts = value.send_s + value.receive_s > 0
+            n_before += counts & earlier
+            n_after += counts & later
+        return Transfers(sent, before, after, n_before, n_after)
 
     def _shared(self, *, per_microbatch: bool) -> Floats:
         total, decided = np.zeros(self.nested.shape), set(self.linked)
@@ -158,7 +164,7 @@ class _Search(LazySearch):
     """Along ideals: segments are looked at one by one.
 
     Attributes:
-        tighter: per stage, those that have no more room for anything, itself too.
+        tighter: per stage, those of its kind that have no more room for anything, itself too.
     """
 
     line: Lattice
@@ -169,8 +175,12 @@ class _Search(LazySearch):
         pairs = zip(problem.budget_bytes, problem.reserve_bytes, strict=True)
         rooms = list(zip(problem.in_flight, (a - b for a, b in pairs), strict=True))
         self.tighter = [
-            [t for t, (more, less) in enumerate(rooms) if more >= n and less <= room]
-            for n, room in rooms
+            [
+                t
+                for t, (more, less) in enumerate(rooms)
+                if more >= n and less <= room and problem.kind_of(t) == problem.kind_of(s)
+            ]
+            for s, (n, room) in enumerate(rooms)
         ]
 
     def _learn(self, found: Division) -> bool:
@@ -181,12 +191,13 @@ class _Search(LazySearch):
             if sack is None or (s, i, j) in self.known:
                 continue
             self.known.add((s, i, j))
-            transfer_s = float(self.line.transfer_s[i, j])
+            transfer_s = float(self.line.transfer_s[s][i, j])
             units, fixed = self.line.units(i, j), float(sack.fixed[i, j])
             seconds, error = sack.between(units, fixed, limit_s - transfer_s, self.work)
             self.costs[s][i, j] = seconds + transfer_s
             for t in self.tighter[s]:
-                self.lows[t][i, j] = max(self.lows[t][i, j], seconds + transfer_s - error)
+                low = seconds + float(self.line.transfer_s[t][i, j]) - error
+                self.lows[t][i, j] = max(self.lows[t][i, j], low)
             news = True
         return news
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...compiler.ir.problem import Option, Problem
+from ...compiler.ir.problem import Problem
 from ..integer.solvers import GAP
 from ..integer.work import Work
 from .knapsack import Knapsack
@@ -91,12 +91,13 @@ class LazySearch(ABC):
 
     def _assignment(self, best: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
         problem = self.line.problem
-        option = [each.index(min(each, key=_seconds)) for each in problem.options]
-        stage = [0] * problem.n_units
+        option, stage = [0] * problem.n_units, [0] * problem.n_units
         for s, i, j in best.segments():
+            kind = problem.kind_of(s)
             for unit in self._units(i, j):
-                stage[unit] = s
-            seconds = float(self.costs[s][i, j] - self.line.transfer_s[i, j])
+                times = [each.on(kind) for each in problem.options[unit]]
+                stage[unit], option[unit] = s, times.index(min(times))
+            seconds = float(self.costs[s][i, j] - self.line.transfer_s[s][i, j])
             limits = (seconds * (1 + 1e-9), seconds * 1.01, math.inf)
             tries = (self._options(s, i, j, limit_s) for limit_s in limits)
             for unit, k in (next((some for some in tries if some is not None), None) or {}).items():
@@ -104,15 +105,11 @@ class LazySearch(ABC):
         return tuple(stage), tuple(option)
 
 
-def _seconds(option: Option) -> float:
-    return option.seconds
-
-
 def largest_stage_s(problem: Problem, objective: float) -> float:
     """No stage takes longer in a solution with at most this objective."""
     if not math.isfinite(objective):
         return math.inf
-    fastest = math.fsum(min(o.seconds for o in each) for each in problem.options)
+    fastest = math.fsum(problem.fewest_s())
     limit = math.inf
     if problem.max_weight:
         limit = (objective - problem.sum_weight * fastest) / problem.max_weight
@@ -131,7 +128,7 @@ class LineSearch(LazySearch):
         ends = ends_within(self.lows, limit_s)
         news = False
         for s, i, _ in found.segments():
-            sack, transfer_s = self.sacks[s], self.line.transfer_s[i]
+            sack, transfer_s = self.sacks[s], self.line.transfer_s[s][i]
             if sack is None or (s, i) in self.known:
                 continue
             self.known.add((s, i))

@@ -226,9 +226,16 @@ def _joint_options(problem: Problem, part: Sequence[int]) -> tuple[Option, ...]:
                 math.fsum(option.static_bytes for option in each),
                 max(option.transient_bytes for option in each),
                 each[0].name,
+                _joint_seconds(each),
             )
         )
     return tuple(joint)
+
+
+def _joint_seconds(each: Sequence[Option]) -> tuple[float, ...]:
+    """Of several options together, on each kind of device."""
+    kinds = range(max(len(option.by_kind) for option in each))
+    return tuple(math.fsum(option.on(kind) for option in each) for kind in kinds)
 
 
 def _transitive(edges: Iterable[tuple[int, int]], n: int) -> tuple[tuple[int, int], ...]:
@@ -306,6 +313,7 @@ def _fewer_options(reduced: Reduced) -> Reduced:
     """Drops options that another one beats in time and bytes, shared bytes included."""
     problem = reduced.problem
     limited = any(math.isfinite(budget) for budget in problem.budget_bytes)
+    kinds = sorted(set(problem.kinds))
     named: dict[int, list[tuple[frozenset[int], bool]]] = {}
     for kept in problem.kept:
         for users, good in ((kept.users, False), (kept.unless, True)):
@@ -315,7 +323,7 @@ def _fewer_options(reduced: Reduced) -> Reduced:
 
     def beats(unit: int, k: int, other: int) -> bool:
         a, b = problem.options[unit][k], problem.options[unit][other]
-        costs = [(a.seconds, b.seconds)]
+        costs = [(a.on(kind), b.on(kind)) for kind in kinds]
         if limited:
             costs += [
                 (a.stash_bytes, b.stash_bytes),

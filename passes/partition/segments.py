@@ -27,7 +27,7 @@ class Line:
 
     Attributes:
         positions: groups of units, in order.
-        transfer_s: [i, j]: what the segment sends and receives.
+        transfer_s: per stage, [i, j]: what the segment sends and receives at least (`Transfers`).
         once_bytes, microbatch_bytes: [i, j]: shared bytes that no option decides.
         linked: per kept item that options decide, its number in the problem.
     """
@@ -37,7 +37,7 @@ class Line:
         self.positions: Sequence[Sequence[int]] = [tuple(units) for units in positions]
         self.place = {u: p for p, units in enumerate(self.positions) for u in units}
         self.n = len(self.positions)
-        self.transfer_s = self._transfers(problem.values)
+        self.transfer_s = self._transfers(problem.values).on_stages(problem)
         self.linked = [
             number
             for number, kept in enumerate(problem.kept)
@@ -77,23 +77,27 @@ class Line:
         shared = self.once_bytes + self.problem.in_flight[stage] * self.microbatch_bytes
         return shared + self.problem.reserve_bytes[stage]
 
-    def _transfers(self, values: Sequence[Value]) -> Floats:
-        area = _Area(self.n)
+    def _transfers(self, values: Sequence[Value]) -> Transfers:
+        sent, before, after, n_before, n_after = (_Area(self.n) for _ in range(5))
         for value in values:
             source = self.place[value.source]
             readers = sorted({self.place[reader] for reader in value.readers} - {source})
             if not readers:
                 continue
             low, high = min(source, readers[0]), max(source, readers[-1])
-            area.add(0, source, source + 1, self.n, value.send_s)
-            area.add(0, low, high + 1, self.n, -value.send_s)
+            sent.add(0, source, source + 1, self.n, value.send_s)
+            sent.add(0, low, high + 1, self.n, -value.send_s)
+            counts = float(value.send_s + value.receive_s > 0)
             later = [source, *(r for r in readers if r > source)]
-            for before, r in itertools.pairwise(later):
-                area.add(before + 1, r, r + 1, self.n, value.receive_s)
+            for last, r in itertools.pairwise(later):
+                for area, amount in ((before, value.receive_s), (n_before, counts)):
+                    area.add(last + 1, r, r + 1, self.n, amount)
             earlier = [*(r for r in readers if r < source), source]
-            for r, after in itertools.pairwise(earlier):
-                area.add(0, r, r + 1, after, value.receive_s)
-        return area.total()
+            for r, last in itertools.pairwise(earlier):
+                for area, amount in ((after, value.receive_s), (n_after, counts)):
+                    area.add(0, r, r + 1, last, amount)
+        found = (area.total() for area in (sent, before, after, n_before, n_after))
+        return Transfers(*found)
 
     def _shared(self, *, per_microbatch: bool) -> Floats:
         area = _Area(self.n)
@@ -104,6 +108,48 @@ class Line:
                 for before, r in zip([-1, *users], users, strict=False):
                     area.add(before + 1, r, r + 1, self.n, kept.bytes)
         return area.total()
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """[i, j]: what a segment has to do with those before and after it.
+
+    Attributes:
+        sent: seconds in which it sends.
+        before, after: seconds in which it receives from earlier stages, and from later ones.
+        n_before, n_after: how many values it receives.
+    """
+
+    sent: Floats
+    before: Floats
+    after: Floats
+    n_before: Floats
+    n_after: Floats
+
+    def on_stages(self, problem: Problem) -> list[Floats]:
+        """Per stage, the least seconds that all of it takes.
+
+        Which stage a value comes from no segment tells, only whether it is an earlier or a later
+        one: where links are not alike the best of these is taken for it. That is the truth where
+        values go from stage to stage and no link to a neighbour is worse than one over it.
+        """
+        if not problem.links:
+            return [self.sent + self.before + self.after] * problem.n_stages
+        return [self._over(problem, s) for s in range(problem.n_stages)]
+
+    def _over(self, problem: Problem, stage: int) -> Floats:
+        stages = range(problem.n_stages)
+        out = [problem.link(stage, other).slower for other in stages if other != stage]
+        total = self.sent * min(out, default=1.0)
+        for seconds, count, sources in (
+            (self.before, self.n_before, stages[:stage]),
+            (self.after, self.n_after, stages[stage + 1 :]),
+        ):
+            links = [problem.link(source, stage) for source in sources]
+            if links:
+                total = total + seconds * min(link.slower for link in links)
+                total += min(link.latency_s for link in links) * (count > 0.5)
+        return total
 
 
 class _Area:
@@ -210,7 +256,7 @@ class Segments(Protocol):
 
     problem: Problem
     positions: Sequence[Sequence[int]]
-    transfer_s: Floats
+    transfer_s: list[Floats]
     linked: list[int]
 
     def sums(self, per_unit: Sequence[float] | Floats) -> Floats: ...
@@ -227,12 +273,12 @@ def lower_bounds(line: Segments, stage: int) -> Floats:
 
     Lagrange: for every multiplier λ ≥ 0, min Σ seconds ≥ min Σ (seconds + λ · bytes) − λ · room.
     """
-    problem = line.problem
-    seconds = line.sums([min(o.seconds for o in each) for each in problem.options])
+    problem, transfer_s = line.problem, line.transfer_s[stage]
+    seconds = line.sums(problem.fewest_s(problem.kind_of(stage)))
     bounds = np.where(line.allowed(stage), seconds, math.inf)
     budget = problem.budget_bytes[stage]
     if not math.isfinite(budget):
-        return bounds + line.transfer_s
+        return bounds + transfer_s
     held, times = option_table(problem, stage)
     peak = np.array([min(o.transient_bytes for o in each) for each in problem.options])
     room = budget - line.fixed_bytes(stage) - line.largest(peak)
@@ -241,18 +287,18 @@ def lower_bounds(line: Segments, stage: int) -> Floats:
     for rate in exchange_rates(held, times):
         relaxed = (times + rate * held).min(axis=1)
         bounds = np.maximum(bounds, line.sums(relaxed) - rate * room)
-    return bounds + line.transfer_s
+    return bounds + transfer_s
 
 
 def option_table(problem: Problem, stage: int) -> tuple[Floats, Floats]:
     """(bytes, seconds) of every unit's options; those that a unit lacks cost infinitely much."""
     most = max(len(each) for each in problem.options)
     held = np.full((problem.n_units, most), math.inf)
-    times = held.copy()
+    times, kind = held.copy(), problem.kind_of(stage)
     for unit, each in enumerate(problem.options):
         for k, option in enumerate(each):
             held[unit, k] = option.static_bytes + problem.in_flight[stage] * option.stash_bytes
-            times[unit, k] = option.seconds
+            times[unit, k] = option.on(kind)
     return held, times
 
 

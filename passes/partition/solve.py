@@ -22,7 +22,7 @@ from ..integer import ilp
 from ..integer.excess import excess_bytes, infeasible
 from ..integer.runs import Answer
 from ..integer.solvers import GAP, PROVEN_GAP, SolverError
-from ..integer.windows import Window, windows
+from ..integer.windows import Window, seconds_within, windows
 from ..integer.work import Work
 from . import dominance, ideals, lattice
 from .baselines import apart, numbered, solve_dynamic
@@ -284,10 +284,14 @@ class _Search:
 
 def _simple_bound(problem: Problem) -> float:
     """No solution is faster than this, whatever memory there is."""
-    fastest = [min(option.seconds for option in each) for each in problem.options]
+    fastest = problem.fewest_s()
     total = math.fsum(fastest)
-    longest = max(max(fastest), total / problem.n_ranks)
-    return problem.max_weight * longest + problem.sum_weight * total
+    longest = [max(fastest)]
+    for kind in sorted(set(problem.kinds)):  # each way to count what ranks hold is a bound
+        seconds, most = seconds_within(problem, kind)
+        room = math.fsum(most[each] for each in problem.kinds)
+        longest.append(math.fsum(seconds) / room if room else 0.0)
+    return problem.max_weight * max(longest) + problem.sum_weight * total
 
 
 def _inside(stage: Sequence[int], limits: Sequence[Window]) -> bool:

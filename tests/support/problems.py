@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipecompile.compiler.ir.errors import MemoryBudgetError, PartitionError
 from pipecompile.compiler.ir.problem import (
     Kept,
+    Link,
     Option,
     Problem,
     Solution,
@@ -108,6 +109,31 @@ def shared_problems(draw: st.DrawFn) -> Problem:
             for _ in range(ranks)
         ),
         reserve_bytes=tuple(draw(st.sampled_from([0.0, 2.0])) for _ in range(ranks)),
+    )
+
+
+@st.composite
+def unlike_problems(
+    draw: st.DrawFn, some: st.SearchStrategy[Problem], *, links: bool = True
+) -> Problem:
+    """The same on up to three kinds of devices, over links of which no two are alike.
+
+    Args:
+        links: whether these are drawn too, half of the time.
+    """
+    problem = draw(some)
+    count, ranks = draw(st.integers(1, 3)), problem.n_ranks
+    seconds = st.tuples(*[SMALL] * count)
+    link = st.builds(Link, st.sampled_from([0.5, 1.0, 1.0, 2.0, 3.5]), st.sampled_from([0.0, 1.0]))
+    row = st.tuples(*[link] * ranks)
+    return replace(
+        problem,
+        options=tuple(
+            tuple(replace(option, by_kind=draw(seconds)) for option in each)
+            for each in problem.options
+        ),
+        kinds=tuple(draw(st.integers(0, count - 1)) for _ in range(ranks)),
+        links=draw(st.tuples(*[row] * ranks)) if links and draw(st.booleans()) else (),
     )
 
 
