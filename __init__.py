@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import callbacks, data, elastic, errors
     from .compiler.api import compile
+    from .compiler.costs.cluster import Cluster
     from .compiler.costs.hardware import Device
     from .compiler.ir.precision import LossScale, Precision
     from .compiler.plan.plan import Plan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cluster",
     "Collected",
     "Device",
     "LossScale",
@@ -44,6 +46,7 @@ __all__ = [
 
 _HOMES = {
     "compile": "compiler.api",
+    "Cluster": "compiler.costs.cluster",
     "Device": "compiler.costs.hardware",
     "Collected": "runtime.outputs.scores",
     "Metrics": "runtime.monitor.metrics",

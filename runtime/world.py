@@ -117,8 +117,10 @@ def on_machines(target: Target, mesh: Mesh, gather: Callable[[Any], list[Any]]) 
     if len(set(hosts)) == 1:  # that of what is planned for, and not of this run
         return target
     devices = max(map(hosts.count, hosts))
-    own = replace(topology, devices=devices, hosts=hosts)
-    return replace(target, spec=replace(target.spec, topology=own))
+    own, spec = replace(topology, devices=devices, hosts=hosts), target.spec
+    if spec.cluster is not None:
+        return replace(target, spec=spec.cluster.within(own))
+    return replace(target, spec=replace(spec, topology=own))
 
 
 class World:

@@ -30,7 +30,7 @@ def add_to(commands: _SubParsersAction[Parser]) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..costs.hardware import device_spec
+    from ..costs.at_hand import device_spec
     from ..kept.cache import default_cache_dir
     from ..profiling.calibrating import calibrate
     from ..report.calibration_report import calibration_lines

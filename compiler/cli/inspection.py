@@ -135,7 +135,8 @@ class _Asked:
     def target(self, device: Device | None = None) -> Target:
         """What plans are made for; another device without a limit of memory."""
         if device is None:
-            return Target(HOST, self.request.device, self.request.limit_bytes)
+            own = self.request.device, self.request.limit_bytes
+            return Target(HOST, *own, whole=self.request.whole)
         return Target(HOST, device, math.inf)
 
     def built(self, options: CompileOptions, finer: int = 1) -> Compiled:
@@ -167,12 +168,12 @@ class _Asked:
 def _judged(asked: _Asked, options: CompileOptions, compiled: Compiled) -> Judged:
     """The plan, with its stages and actions in both kinds of seconds."""
     plan, request = compiled.plan, asked.request
-    bare = replace(request.device, table=None)
+    bare = request.device.each(lambda each: replace(each, table=None))
     own = _as_planned(compiled, options, memory=None)
     is_bound = plan.costs == "roofline"
     bound = compiled if is_bound else asked.again(compiled, own, bare)
     real = asked.again(compiled, own, request.real) if is_bound else compiled
-    peak = request.device.peak(computed_in(options.dtypes, asked.skeleton.module))
+    peak = request.device.mean_peak(computed_in(options.dtypes, asked.skeleton.module))
     tried = plan.decision.unit_seconds and request.given is None
     change = _change(asked, options, compiled) if tried else None
     seconds = real.plan, real.timeline, bound.plan.step_s
@@ -230,7 +231,7 @@ def _chosen(asked: _Asked, options: CompileOptions, open_: Open) -> tuple[Compil
     made = searched.built[found.best.way]
     if options.dump_dir is not None:  # of the chosen one only
         made = replace(asked, captured=None).built(found.best.way.of(options))
-    peak = asked.request.device.peak(computed_in(options.dtypes, asked.skeleton.module))
+    peak = asked.request.device.mean_peak(computed_in(options.dtypes, asked.skeleton.module))
     return made, rated(found, made.plan, peak)
 
 

@@ -81,11 +81,18 @@ def with_settings(device: Device, settings: Sequence[str]) -> Device:
     changed = device
     for setting in settings:
         name, _, text = setting.partition("=")
+        if device.cluster is not None and not name.startswith("machine."):
+            raise OptionError(
+                f"--set {setting}: which of {device.name}? A JSON file may describe each kind of "
+                "device, and the machines"
+            )
         changed = _of(setting, name)(changed, _number(setting, name, text))
     if changed.topology is not None and not changed.topology.devices:
         raise OptionError(
             "--set machine.…: say how many devices a machine has: --set machine.devices=8"
         )
+    if device.cluster is not None and settings:
+        return device.cluster.within(changed.topology, settings)
     return changed.changed(settings) if settings else device
 
 

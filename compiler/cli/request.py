@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..costs.hardware import CHANGED, CPU, Device, parse_device
+from ..costs.cluster import Cluster, parse_hardware
+from ..costs.hardware import CHANGED, CPU, Device
 from ..driver.auto import Open
 from ..ir.errors import OptionError, PlanError
 from ..kept.cache import default_cache_dir
@@ -55,6 +56,7 @@ class Request:
         bare: the plan alone is asked for, and nothing that is said of it.
         subject: what a script has made; None for what ``spec`` names.
         real: the device with its table, whatever prices are asked for.
+        whole: ``limit_bytes`` are all that the device has.
     """
 
     spec: str
@@ -72,6 +74,7 @@ class Request:
     bare: bool = False
     subject: Subject | None = None
     real: Device = CPU
+    whole: bool = False
 
     @staticmethod
     def of(args: argparse.Namespace, script: Script | None = None) -> Request:
@@ -92,15 +95,18 @@ class Request:
             )
         rates = tuple(filter(of_device, args.set))
         base = _base(args.hardware, given)
-        real = with_settings(calibrated(base, default_cache_dir(), options.fuses), rates)
+        real = base.each(lambda each: calibrated(each, default_cache_dir(), options.fuses))
+        real = with_settings(real, rates)
         device = real if options.costs == "calibrated" else with_settings(base, rates)
-        if device.base == CPU.name:  # which records nothing
+        if device.is_cpu:  # which records nothing
             options = replace(options, cudagraphs=False)
         _check_device(device, given)
         sized = args.hardware or any(each.startswith("device.memory_bytes") for each in rates)
         limit: float = device.memory_bytes if sized else math.inf
+        whole = bool(sized) and not options.memory_bytes
         if given is not None:
             limit = math.inf if given.budget_bytes is None else given.budget_bytes
+            whole = given.by_device
         return Request(
             args.spec,
             model,
@@ -117,6 +123,7 @@ class Request:
             args.json and args.html is None,
             None if script is None else script.subject,
             real,
+            whole,
         )
 
 
@@ -287,11 +294,11 @@ def _options_of(args: argparse.Namespace, given: Plan | None) -> CompileOptions:
     return CompileOptions(**found, optimizer=optimizer, costs=costs)
 
 
-def _base(wanted: str | Path | Device | None, given: Plan | None) -> Device:
+def _base(wanted: str | Path | Device | Cluster | None, given: Plan | None) -> Device:
     """The device that is planned for, without what ``--set`` changes of it."""
     named = "" if given is None else given.device.partition(CHANGED)[0]
     try:
-        return parse_device(wanted or named or "cpu")
+        return parse_hardware(wanted or named or "cpu")
     except OptionError as error:
         if given is None:
             raise

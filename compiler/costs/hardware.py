@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..calibration.forms import Form
 from ..calibration.table import Table
 from ..ir.errors import OptionError
+from .reserved import AMPERE, CARD, HOPPER, NOTHING, Reserved
 from .topology import Numbering, Placed, Topology, topology_of
 
-if TYPE_CHECKING:
-    import torch
-
-TERA, GIGA = 1e12, 1e9
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
 CHANGED = " with "
 
 
@@ -35,7 +30,8 @@ class Device:
         flops_per_s: torch dtype name ("float32", "bfloat16", ...) -> FLOP/s of dense matrix
             products of such operands; "tf32" is float32 where TF32 is allowed (`with_tf32`).
         bytes_per_s: memory bandwidth.
-        memory_bytes: memory capacity.
+        memory_bytes: memory capacity, as its driver reports it.
+        reserved: what of it is no tensor's.
         link_bytes_per_s: bandwidth of one direction to the next stage.
         link_latency_s: seconds of a message of no bytes.
         launch_s: seconds that one operator costs however small it is.
@@ -46,6 +42,8 @@ class Device:
         topology: of the machines that have such devices; None where all are on one, or on a network
             as fast as the link.
         placed: the ranks on these (`with_ranks`); None where they are not known yet.
+        cluster: that this device stands for (`Cluster.whole`); None where all are like it.
+        ranks: of a replica, the device of each, once that is known; empty where all are like this.
     """
 
     name: str
@@ -56,21 +54,56 @@ class Device:
     link_latency_s: float
     launch_s: float
     send_share: float = 0.0
+    reserved: Reserved = NOTHING
     table: Table | None = None
     topology: Topology | None = None
     placed: Placed | None = None
+    cluster: Several | None = None
+    ranks: tuple[Device, ...] = ()
 
     def with_ranks(self, numbering: Numbering) -> Device:
-        """The same device, as one of so many ranks."""
+        """The same device, as one of so many ranks.
+
+        Raises:
+            OptionError: a cluster has not just as many devices, or they are not alike in replicas.
+        """
+        if self.cluster is not None:
+            return self.cluster.seated(numbering)
         if self.topology is None:
             return self
         return replace(self, placed=Placed(self.topology, numbering))
 
+    def along(self, order: Sequence[str]) -> Device:
+        """With ranks that have these kinds of devices; as it is where there is one kind.
+
+        Raises:
+            OptionError: the cluster has no such ranks.
+        """
+        if self.cluster is None or self.cluster.numbering is None or not order:
+            return self
+        return self.cluster.seated(self.cluster.numbering, order)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The names of the devices of a replica's ranks; empty where all are like this one."""
+        return tuple(device.name for device in self.ranks)
+
+    def at(self, rank: int) -> Device:
+        """The device of one of the ranks of a replica."""
+        return self.ranks[rank] if self.ranks else self
+
+    def each(self, change: Callable[[Device], Device]) -> Device:
+        """Changed; of a cluster every device, and its ranks are not known after that."""
+        return change(self) if self.cluster is None else self.cluster.changed(change)
+
     def link(self, src: int, dst: int) -> tuple[float, float]:
         """Bytes per second and latency from one rank of a replica to another, by their places in
-        it; of the replica that has the least."""
+        it; of the replica that has the least, and within a machine of the slower device."""
         between = self.placed.message(src, dst) if self.placed is not None else None
-        return between or (self.link_bytes_per_s, self.link_latency_s)
+        if between is not None or not self.ranks:
+            return between or (self.link_bytes_per_s, self.link_latency_s)
+        ends = self.ranks[src], self.ranks[dst]
+        return min(e.link_bytes_per_s for e in ends), max(e.link_latency_s for e in ends)
 
     def message_s(self, src: int, dst: int, nbytes: float) -> float:
         """Seconds of a message from one rank of a replica to another."""
@@ -82,6 +115,11 @@ class Device:
         """The name without what was changed of the device (`changed`)."""
         return self.name.partition(CHANGED)[0]
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the CPU that is described here, or a cluster of such."""
+        return (self.cluster.members[0] if self.cluster else self).base == CPU.name
+
     def changed(self, settings: Sequence[str]) -> Device:
         """Under a name that tells so."""
         return replace(self, name=self.base + CHANGED + " ".join(settings))
@@ -89,6 +127,11 @@ class Device:
     def peak(self, dtype: str) -> float:
         """FLOP/s of a dtype; a dtype without a figure computes as float32."""
         return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
+
+    def mean_peak(self, dtype: str) -> float:
+        """The same of a cluster's devices, as many as there are of each."""
+        members = self.cluster.members if self.cluster is not None else (self,)
+        return sum(device.peak(dtype) for device in members) / len(members)
 
     def kernel_s(self, flops: int, moved_bytes: int, dtype: str, form: Form | None = None) -> float:
         """Seconds of one launch: by its table, or the roofline of Williams et al. (CACM 52(4),
@@ -156,10 +199,19 @@ class Device:
             self, link_bytes_per_s=bytes_per_s, link_latency_s=latency_s, send_share=share
         )
 
-    def send_s(self, transfer_s: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    def send_s(
+        self, transfer_s: Mapping[tuple[int, int], float], homes: Sequence[int]
+    ) -> dict[tuple[int, int], float]:
         """Of messages that are under way for so long: seconds in which the sender computes
-        nothing."""
-        return {ends: self.send_share * seconds for ends, seconds in transfer_s.items()}
+        nothing.
+
+        Args:
+            homes: per stage, its rank.
+        """
+        return {
+            (src, dst): self.at(homes[src]).send_share * seconds
+            for (src, dst), seconds in transfer_s.items()
+        }
 
     def with_tf32(self) -> Device:
         """The same device with float32 products in TF32, where it has it."""
@@ -167,6 +219,29 @@ class Device:
         return replace(self, flops_per_s={**self.flops_per_s, "float32": fast})
 
 
+class Several(Protocol):
+    """Devices of several kinds, as `cluster.Cluster` has them."""
+
+    @property
+    def numbering(self) -> Numbering | None: ...
+
+    @property
+    def members(self) -> tuple[Device, ...]: ...
+
+    def orders(self, numbering: Numbering) -> Iterator[tuple[str, ...]]: ...
+
+    def seated(self, numbering: Numbering, order: Sequence[str] = ()) -> Device: ...
+
+    def changed(self, change: Callable[[Device], Device]) -> Device: ...
+
+    def within(self, topology: Topology | None, settings: Sequence[str] = ()) -> Device: ...
+
+    def as_they_are(self) -> Device: ...
+
+
+# Capacities are what drivers report (the least that was found in PyTorch's messages of no memory
+# left): HBM has as many GiB as data sheets say GB, an L4's ECC takes its share.
+#
 # Data sheets give tensor-core rates with 2:4 sparsity and NVLink as both directions together: here
 # stands half of either. No data sheet gives latencies: `link_latency_s` is the order of what NCCL's
 # send and receive take for a few bytes, `launch_s` that of one eager operator.
@@ -185,7 +260,8 @@ H100 = Device(
     "h100",
     _HOPPER,  # NVIDIA H100 data sheet, column SXM
     bytes_per_s=3.35 * TERA,  # the same: HBM3
-    memory_bytes=int(80 * GIGA),  # the same
+    memory_bytes=int(79.11 * GIB),
+    reserved=HOPPER,
     link_bytes_per_s=900 / 2 * GIGA,  # the same: NVLink 4
     link_latency_s=10e-6,
     launch_s=4e-6,
@@ -195,7 +271,8 @@ H200 = Device(
     "h200",
     _HOPPER,  # NVIDIA H200 data sheet, column SXM: the rates of the H100
     bytes_per_s=4.8 * TERA,  # the same: HBM3e
-    memory_bytes=int(141 * GIGA),  # the same
+    memory_bytes=int(139.72 * GIB),
+    reserved=HOPPER,
     link_bytes_per_s=900 / 2 * GIGA,  # the same: NVLink 4
     link_latency_s=10e-6,
     launch_s=4e-6,
@@ -211,7 +288,8 @@ A100 = Device(
         "float16": 624 / 2 * TERA,
     },
     bytes_per_s=2039 * GIGA,  # the same: HBM2e
-    memory_bytes=int(80 * GIGA),  # the same
+    memory_bytes=int(79.14 * GIB),
+    reserved=AMPERE,
     link_bytes_per_s=600 / 2 * GIGA,  # the same: NVLink 3
     link_latency_s=10e-6,
     launch_s=4e-6,
@@ -221,7 +299,7 @@ A100_40GB = replace(
     A100,
     name="a100-40gb",
     bytes_per_s=1555 * GIGA,  # NVIDIA A100 data sheet, column 40GB SXM: HBM2
-    memory_bytes=int(39.39 * 2**30),  # what CUDA reports of it
+    memory_bytes=int(39.39 * GIB),
 )
 
 L4 = Device(
@@ -236,7 +314,8 @@ L4 = Device(
         "float8_e5m2": 485 / 2 * TERA,
     },
     bytes_per_s=300 * GIGA,  # the same: GDDR6
-    memory_bytes=int(24 * GIGA),  # the same
+    memory_bytes=int(22.03 * GIB),
+    reserved=CARD,
     link_bytes_per_s=64 / 2 * GIGA,  # the same: PCIe Gen4 x16, 64 GB/s both directions
     link_latency_s=20e-6,
     launch_s=4e-6,
@@ -257,17 +336,6 @@ CPU = Device(
 )
 
 DEVICES = {device.name: device for device in (CPU, H100, H200, A100, A100_40GB, L4)}
-
-# Words of the name that CUDA reports. The figures are those of SXM modules: other boards of the
-# same chip, and slices of one, are made from their properties.
-_WORDS = (
-    ({"H200"}, H200),
-    ({"H100", "HBM3"}, H100),
-    ({"A100", "SXM4", "80GB"}, A100),
-    ({"A100", "SXM4", "40GB"}, A100_40GB),
-    ({"L4"}, L4),
-)
-_OTHER_BOARDS = {"PCIE", "NVL", "MIG"}
 
 
 def parse_device(wanted: str | Path | Device) -> Device:
@@ -299,100 +367,68 @@ def _from_json(path: Path) -> Device:
         raise OptionError(f"device file {path}: {error}") from error
     if not isinstance(given, dict):
         raise OptionError(f"device file {path}: not a JSON object")
+    return described(given, f"device file {path}")
+
+
+def described(given: dict[str, Any], where: str) -> Device:
+    """A device from the fields of `Device`.
+
+    Args:
+        where: they stand, for messages.
+
+    Raises:
+        OptionError: they do not describe one.
+    """
+    given = dict(given)
     if given.pop("table", None) is not None:
         raise OptionError(
-            f"device file {path}: a table cannot be read from it: give peak rates, and costs= says "
+            f"{where}: a table cannot be read from it: give peak rates, and costs= says "
             "what is reached of them"
         )
-    told = [f for f in fields(Device) if f.name not in ("table", "topology", "placed")]
-    topology = given.pop("topology", None)
-    given.pop("placed", None)  # of one that was written down: ranks are placed when they are known
+    later = ("table", "topology", "placed", "cluster", "ranks")
+    told = [f for f in fields(Device) if f.name not in (*later, "reserved")]
+    topology, reserved = given.pop("topology", None), _reserved(given.pop("reserved", {}), where)
+    for name in later[2:]:  # of one that was written down: known later
+        if name == "placed" or not given.get(name):
+            given.pop(name, None)
     known = [f.name for f in told]
     optional = [f.name for f in told if f.default is not MISSING]
     for name in given:
         if name not in known:
-            known = [*known, "topology"]
+            known = [*known, "topology", "reserved"]
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise OptionError(f"device file {path}: unknown field {name!r}: {hint}")
+            raise OptionError(f"{where}: unknown field {name!r}: {hint}")
     for name in known:
         if name not in given and name not in optional:
-            raise OptionError(f"device file {path}: field {name!r} is missing")
+            raise OptionError(f"{where}: field {name!r} is missing")
     rates = given["flops_per_s"]
     if not isinstance(rates, dict) or "float32" not in rates:
         raise OptionError(
-            f"device file {path}: flops_per_s must map dtype names to FLOP/s, 'float32' among them"
+            f"{where}: flops_per_s must map dtype names to FLOP/s, 'float32' among them"
         )
     numbers = {k: v for k, v in given.items() if k not in ("name", "flops_per_s")}
     for name, value in (numbers | {f"flops_per_s[{k!r}]": v for k, v in rates.items()}).items():
         may_be_zero = name in ("link_latency_s", "launch_s", *optional)
         if not _is_number(value) or value < 0 or (value == 0 and not may_be_zero):
             least = "of 0 or more" if may_be_zero else "above 0"
-            raise OptionError(f"device file {path}: {name}={value!r} must be a number {least}")
-    made = Device(
-        **given | {"name": str(given["name"]), "memory_bytes": int(given["memory_bytes"])}
-    )
+            raise OptionError(f"{where}: {name}={value!r} must be a number {least}")
+    own = {"name": str(given["name"]), "memory_bytes": int(given["memory_bytes"])}
+    made = Device(**given | own, reserved=reserved)
     if topology is None:
         return made
-    return replace(made, topology=topology_of(topology, f"device file {path}"))
+    return replace(made, topology=topology_of(topology, where))
+
+
+def _reserved(given: object, where: str) -> Reserved:
+    known = [f.name for f in fields(Reserved)]
+    if not isinstance(given, dict) or not given.keys() <= set(known):
+        raise OptionError(f"{where}: reserved must be an object with {', '.join(known)}")
+    for name, value in given.items():
+        if not _is_number(value) or value < 0:
+            raise OptionError(f"{where}: reserved.{name}={value!r} must be a number of 0 or more")
+    return Reserved(**{name: int(value) for name, value in given.items()})
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def device_spec(device: torch.device) -> Device:
-    """The specification of a torch device of this machine, with the memory that it really has.
-
-    A GPU without a data sheet here gets careful figures made from its properties; float32 is TF32
-    where `torch.set_float32_matmul_precision` allows it.
-    """
-    if device.type != "cuda":
-        return replace(CPU, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    import torch
-
-    spec = gpu_spec(torch.cuda.get_device_properties(device))
-    fast = torch.get_float32_matmul_precision() != "highest"
-    return spec.with_tf32() if fast else spec
-
-
-def gpu_spec(properties: Any) -> Device:
-    """The specification of a GPU.
-
-    Args:
-        properties: what `torch.cuda.get_device_properties` returns.
-    """
-    words = set(re.findall(r"[A-Z0-9]+", properties.name.upper()))
-    for wanted, spec in _WORDS:
-        if wanted <= words and not words & _OTHER_BOARDS:
-            return replace(spec, memory_bytes=properties.total_memory)
-    # What every NVIDIA GPU since Volta has at least, per multiprocessor and cycle: 64 FMAs in
-    # float32 and 8 times as many in 16 bits (V100 white paper).
-    cycles_per_s = 1e3 * getattr(properties, "clock_rate", 1_200_000)
-    float32 = properties.multi_processor_count * 64 * 2 * cycles_per_s
-    half = {"float16": 8 * float32} | ({"bfloat16": 8 * float32} if properties.major >= 8 else {})
-    transfers_per_s = 2 * 1e3 * getattr(properties, "memory_clock_rate", 0)  # double data rate
-    memory = transfers_per_s * getattr(properties, "memory_bus_width", 0) / 8
-    return Device(
-        properties.name,
-        {"float64": float32 / 64, "float32": float32, **half},
-        bytes_per_s=memory or 300 * GIGA,
-        memory_bytes=properties.total_memory,
-        link_bytes_per_s=12 * GIGA,  # what PCIe Gen3 x16 carries in one direction
-        link_latency_s=20e-6,
-        launch_s=4e-6,
-    )
-
-
-def device_name(device: torch.device) -> str:
-    """What the device at hand calls itself: times measured on one hold for others of that name."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()

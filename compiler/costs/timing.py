@@ -58,6 +58,8 @@ class Timing:
     ):
         self.program, self.rates = program, rates
         self.footprint, self.mates = footprint, mates
+        ranks = list(dict.fromkeys(map(tuple, mates)))  # of a replica, in order
+        self.home = [ranks.index(tuple(each)) for each in mates]
         self.work = self._work(stage, copies)
         self.seconds = self._seconds(units)
 
@@ -79,14 +81,13 @@ class Timing:
             found[stage, Kind.W] = whole * split
             self._launch(found, stage)
             self._hide(found, stage)
-        ranks = self.footprint.dp * len(set(map(tuple, self.mates)))
+        ranks = self.footprint.dp * len(set(self.home))
         waiting = self.rates.waiting(ranks)
         return {key: seconds * waiting for key, seconds in found.items()}
 
     def transfer_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another."""
-        ranks = list(dict.fromkeys(map(tuple, self.mates)))  # of a replica, in order
-        home = [ranks.index(tuple(mates)) for mates in self.mates]
+        home = self.home
         return {
             (m.src, m.dst): self.rates.message_s(home[m.src], home[m.dst], m.nbytes)
             for m in self.program.messages
@@ -94,7 +95,11 @@ class Timing:
 
     def send_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another: in which its sender computes nothing."""
-        return self.rates.send_s(self.transfer_s())
+        return self.rates.send_s(self.transfer_s(), self.home)
+
+    def _on(self, stage: int) -> Device:
+        """The device of its rank."""
+        return self.rates.at(self.home[stage])
 
     def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """What replicas exchange during each program runs beside it.
@@ -116,20 +121,21 @@ class Timing:
             gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
             sizes = parcels + [n.meta["whole_bytes"] for n in gathers]
             key = stage, part
-            sent_s = self.rates.collective_s(sum(sizes), dp, len(sizes))
-            compute_s[key] = self.rates.together_s(compute_s[key], sent_s)
+            sent_s = self._on(stage).collective_s(sum(sizes), dp, len(sizes))
+            compute_s[key] = self._on(stage).together_s(compute_s[key], sent_s)
 
     def _launch(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """By a device's table, what programs do besides their operators counts too: gradients are
         added to sums or packed; and none takes less than the host does to launch all of it."""
-        if self.rates.table is None:
+        rates = self._on(stage)
+        if rates.table is None:
             return
         for part, program in self.program.stages[stage].parts.items():
             adds = [n for n in program.module.graph.nodes if n.target is ops.accumulate]
-            added = total_cost(adds, self.rates)
+            added = total_cost(adds, rates)
             launches = self.work[stage, part.value].launches + added.launches
             seconds = compute_s[stage, part] + added.seconds
-            compute_s[stage, part] = self.rates.program_s(seconds, launches)
+            compute_s[stage, part] = rates.program_s(seconds, launches)
 
     def _work(
         self, stages: Mapping[fx.Node, int], copies: Mapping[fx.Node, fx.Node]
@@ -139,7 +145,7 @@ class Timing:
             kind = "F" if phase_of(node) is Phase.FORWARD else "B"
             if node.name in self.program.weight_nodes:
                 kind = "W"
-            cost = node_cost(node, self.rates)
+            cost = node_cost(node, self._on(stage))
             work[stage, kind] += cost
             if node in copies:
                 work[stage, "R"] += cost

@@ -129,6 +129,11 @@ class Placed:
         """
         return _message(self, src, dst)
 
+    def beside(self, position: int) -> int:
+        """How many other replicas of what is at a position share a machine, at most."""
+        hosts = map(self.topology.host_of, self.numbering.peers_of(position))
+        return max(Counter(hosts).values()) - 1
+
     def exchange(self) -> tuple[float, float] | None:
         """The same of what the replicas of a stage exchange, of the stage that has the least; all
         stages at once."""

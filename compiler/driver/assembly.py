@@ -174,7 +174,7 @@ def peaks_with(draft: Assembly, kept: Sequence[Kept]) -> list[int]:
     inner = [[a for a in row if a.kind.computes or a.peer is not None] for row in draft.schedule]
     dp, zero = work.settings.options.dp, work.settings.zero
     schedule = add_exchange(tuple(map(tuple, inner)), work.made, dp, zero)
-    return [memory.peak_bytes for memory in work.memories(schedule)]
+    return [memory.needed_bytes for memory in work.memories(schedule)]
 
 
 def _tell_of_graphs(work: Work, recorder: Recorder) -> None:

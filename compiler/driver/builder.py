@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -226,12 +225,11 @@ class Builder:
             self.given.costs if self.given else self.target.costs,
         )
         timeline = summary.timeline()
-        limit = None if math.isinf(self.target.budget_bytes) else int(self.target.budget_bytes)
-        plan = summary.plan(spec, limit, timeline, recorder.records)
+        plan = summary.plan(spec, timeline, recorder.records)
         if recorder.folder is not None:
             plan.save(recorder.folder / "plan.json")
         if follows:
-            check_memory(plan, spec, self.target.budget_bytes)
+            check_memory(plan, spec)
         else:
             self.team.share(lambda: self._cache.plans.add(plan, *decided.told))
             self._check_largest(mode, spec, microbatches, layout, weighs, batch)
@@ -388,6 +386,7 @@ class Builder:
             self.target.kind,
             self.target.spec,
             self.target.budget_bytes,
+            whole=self.target.whole,
         )
 
     def _decided(
@@ -405,7 +404,8 @@ class Builder:
         with recorder.record("placed", "partition") as outcome:
             if layout is not None:
                 followed = layout.follow(graph, locality)
-                decided = Decided(settings(layout.zero), *followed, pace=layout.pace)
+                own = settings(layout.zero).along(followed[0])
+                decided = Decided(own, *followed, pace=layout.pace)
             else:
                 known = self.skeleton, self.target, self.team, self.given, self._cache.plans
                 deciding = Deciding(*known, graph, locality, spec, batch, self._shared)

@@ -32,9 +32,8 @@ class Closing:
         seconds = self._optimizer_s(assembly, settings)
         for rank, stages in enumerate(_stages(assembly)):
             grads = assembly.memory[rank].static.grads
-            seconds[rank] += exchange_s(
-                program, stages, grads, settings.footprint, self._target.spec, clips
-            )
+            device = settings.rates.at(rank)
+            seconds[rank] += exchange_s(program, stages, grads, settings.footprint, device, clips)
         return seconds
 
     def _optimizer_s(self, assembly: Assembly, settings: Settings) -> list[float]:
@@ -50,10 +49,10 @@ class Closing:
                     memory.static,
                     footprint.frozen_bytes(program, mine),
                     footprint,
-                    self._target.spec,
+                    settings.rates.at(rank),
                     footprint.left_alone_bytes(program, mine),
                 )
-                for memory, mine in pairs
+                for rank, (memory, mine) in enumerate(pairs)
             ]
         if self._measured is None:
             footprint, program = settings.footprint, assembly.program

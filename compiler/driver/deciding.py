@@ -22,12 +22,14 @@ from ..ir.zero import LEVELS, Zero
 from ..kept.identity import UntoldError, identity_of
 from ..kept.plans import Plans
 from ..memory.optimizer_cost import Factory
+from ..memory.rank_memory import RankMemory
 from ..options.declaration import declarations_of
 from ..options.options import CompileOptions
 from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning import decide
 from ..planning.keeping import Division, fill
+from ..planning.orders import ordered
 from ..planning.parts import Parts
 from ..planning.planner import Planner
 from ..planning.target import Target
@@ -213,44 +215,95 @@ class Deciding:
             why = "; ".join(failures) or "everything fits undivided"
             placed = decide.apply(decision, self.graph, self.locality)
             chosen = f"zero={level.level}: {why}" if len(levels) > 1 else ""
-            known = settings, decision, *placed, chosen
+            known = settings.along(decision), decision, *placed, chosen
             return Decided(*known, problem=problem, told=told, draft=draft)
         raise AssertionError("there is a level to try")
 
     def _planned(self, settings: Settings) -> tuple[Decision, Problem | None, Draft | None]:
         graph, locality = self.graph, self.locality
-        planner = Planner(
-            graph,
-            locality,
-            settings.options,
-            self.target.spec,
-            settings.footprint.held_bytes(graph.copies, graph.copied_alone),
-            settings.microbatches,
-            self.spec.rows,
-            self.target.budget_bytes,
-            pinned := self._pinned(settings.options),
-            None if pinned or self.shared is None else self._parts(settings.options),
-        )
+        planner = self._planner(settings)
         prices = self._prices(planner)
-
-        drafts, made = replace(settings, drafts=True), list[Draft]()
+        made, solved = list[Draft](), list[Problem | None]()
 
         def drafted(decision: Decision) -> Assembly:
             placement, again = decide.apply(decision, graph, locality)
             recorder, work = Recorder(None), (graph, locality, placement.stage, again)
+            drafts = replace(settings.along(decision), drafts=True)
             tried = assemble(drafts, *work, decision, None, None, recorder)
             made[:] = [Draft(decision, tried, recorder.records)]
             return tried
 
         def decided() -> Decision:
-            decision = planner.decide(lambda each: drafted(each).memory, prices)
+            decision, problem = self._ordered(settings, planner, prices, drafted)
+            solved[:] = [problem]
             if not settings.keeps:
                 return decision
             is_made = bool(made) and made[0].decision is decision
-            return self._keeping(decision, settings, made[0].made if is_made else drafted(decision))
+            own = settings.along(decision)
+            return self._keeping(decision, own, made[0].made if is_made else drafted(decision))
 
         decision = self.team.share(decided)
-        return decision, planner.solved, next(iter(made), None)
+        return decision, next(iter(solved), None), next(iter(made), None)
+
+    def _planner(self, settings: Settings, like: Planner | None = None) -> Planner:
+        """For the devices of the settings' ranks.
+
+        Args:
+            like: one for the same ranks on other devices.
+        """
+        pinned = self._pinned(settings.options)
+        parts = None if like is None else like.parts
+        if parts is None and self.shared is not None and not pinned:
+            parts = self._parts(settings.options)
+        return Planner(
+            self.graph,
+            self.locality,
+            settings.options,
+            settings.rates,
+            settings.footprint.held_bytes(self.graph.copies, self.graph.copied_alone),
+            settings.microbatches,
+            self.spec.rows,
+            settings.budgets,
+            pinned,
+            parts,
+        )
+
+    def _ordered(
+        self,
+        settings: Settings,
+        planner: Planner,
+        prices: Sequence[UnitPrices],
+        drafted: Callable[[Decision], Assembly],
+    ) -> tuple[Decision, Problem | None]:
+        """The decision, with the devices of one kind or several in the best order.
+
+        Raises:
+            MemoryBudgetError: in none of the orders that were looked at it fits.
+        """
+
+        def draft(decision: Decision) -> Sequence[RankMemory]:
+            return drafted(decision).memory
+
+        cluster = settings.rates.cluster
+        if cluster is None or cluster.numbering is None:
+            return planner.decide(draft, prices), planner.solved
+
+        def planner_of(order: tuple[str, ...]) -> Planner:
+            rates = settings.rates.along(order)
+            return self._planner(replace(settings, rates=rates), planner)
+
+        found = ordered(cluster.orders(cluster.numbering), planner_of, prices)
+        refusal: MemoryBudgetError | None = None
+        for number, each in enumerate(found.best):
+            try:
+                decision = each.planner.decide(draft, prices)
+            except MemoryBudgetError as error:
+                refusal = refusal or error
+                continue
+            taken = replace(found, best=found.best[number:])
+            return replace(decision, order_note=taken.note), each.planner.solved
+        assert refusal is not None
+        raise refusal
 
     def _keeping(self, decision: Decision, settings: Settings, draft: Assembly) -> Decision:
         """With what fits beside it whole over a step."""
@@ -263,7 +316,7 @@ class Deciding:
             placement_of([settings.shape.homes[s] for s in range(settings.options.stage_count)]),
             lambda name: footprint.size(name)[1],
             partial(peaks_with, draft),
-            self.target.budget_bytes,
+            settings.budgets,
         )
         return replace(decision, kept=kept)
 
@@ -303,6 +356,7 @@ class Deciding:
             *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
             options.fuses,
             self.target.budget_bytes,
+            self.target.whole,
             repr(self.target.spec) if profiler is None else profiler.told,
             None if self.target.spec.placed is None else self.target.spec.placed.numbering,
         )
@@ -328,6 +382,7 @@ class Deciding:
             )
             raise PlanError(f"the plan was made for {what}: make a new plan")
         placed = decide.apply(plan.decision, graph, self.locality)
+        settings = settings.along(plan.decision)
         closing_s = [stages[0].closing_s for stages in plan.ranks]
         order = compute_only(from_text("\n".join(plan.schedule)))
         return Decided(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Layout:
         chunk_rows: of how many tokens logits exist at once; 0 where they are whole.
         tables: FQNs of the parameters of which replicas exchange touched rows alone.
         stepped_rows: FQNs of those of which the optimizer is given these rows alone.
+        devices: of the ranks, as a decision has them.
     """
 
     sites: Mapping[Site, int]
@@ -46,6 +48,7 @@ class Layout:
     kept: tuple[Kept, ...] = ()
     tables: frozenset[str] = frozenset()
     stepped_rows: frozenset[str] = frozenset()
+    devices: tuple[str, ...] = ()
 
     def kept_on(self, stage: int) -> Kept:
         """What the rank of a stage keeps whole over a step."""
@@ -75,6 +78,7 @@ class Layout:
             tuple(sorted(node.name for node in again)),
             Search(0.0, 0.0, True, "the first graph"),
             kept=self.kept,
+            devices=self.devices,
         )
         return decision, placement, again
 
@@ -100,25 +104,29 @@ def layout_of(
     """
     sites = frozenset(site for node, site in sites_of(locality) if node in again)
     homes = homes_in(program, params)
-    kept = decision.chunk_rows, decision.kept, tables, stepped_rows
+    kept = decision.chunk_rows, decision.kept, tables, stepped_rows, decision.devices
     return Layout(placement.sites, sites, homes, zero, pace, *kept)
 
 
-def check_memory(plan: Plan, spec: BatchSpec, budget_bytes: float) -> None:
+def check_memory(plan: Plan, spec: BatchSpec) -> None:
     """Raises MemoryBudgetError where the stages of another graph do not fit with this one.
 
     Args:
         plan: of a graph that follows another one.
         spec: of its microbatch.
     """
-    over = tuple(each.memory.peak - budget_bytes for each in plan.stages)
-    worst = max(plan.stages, key=lambda each: each.memory.peak)
+    limits = [plan.limit_of(each) for each in plan.stages]
+    over = tuple(
+        -math.inf if limit is None else each.memory.needed - limit
+        for each, limit in zip(plan.stages, limits, strict=True)
+    )
+    worst = max(plan.stages, key=lambda each: over[each.stage])
     if over[worst.stage] <= 0:
         return
     raise MemoryBudgetError(
-        f"a microbatch of ({spec}) would need {gib(worst.memory.peak)} on stage {worst.stage}, "
+        f"a microbatch of ({spec}) would need {gib(worst.memory.needed)} on stage {worst.stage}, "
         f"in {worst.memory.peak_at}, which is {gib(over[worst.stage])} more than there is "
-        f"(memory={gib(budget_bytes)}): stages and what they recompute were chosen "
+        f"(memory={gib(limits[worst.stage] or 0)}): stages and what they recompute were chosen "
         "for the first batch. Give the largest one as example_batch=, or smaller batches",
         tuple(max(0.0, each) for each in over),
         None,

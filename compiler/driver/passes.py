@@ -345,7 +345,7 @@ def _schedule(work: Work) -> str:
         work.timing,
         lambda schedule: _peaks(work, schedule),
         settings.options.schedule_memory,
-        settings.budget_bytes,
+        settings.budgets,
     ).search()
     work.schedule = found.schedule
     return f"{named}, {found.note}"

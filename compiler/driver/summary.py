@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
 from ..plan.plan import MemoryPlan, Plan, StagePlan, TiedPlan, Transfer, covered_modules
 from ..planning.advice import compression_note, freezing_note, gib, rows_note
+from ..planning.orders import runs_of
 from .assembly import Assembly
 from .record import PassRecord
 from .work import Settings
@@ -68,12 +70,12 @@ class Summary:
     def plan(
         self,
         spec: BatchSpec,
-        budget_bytes: int | None,
         timeline: Timeline,
         records: Sequence[PassRecord],
     ) -> Plan:
         modules = self._modules()
         options = self.options
+        budgets = self.settings.budgets
         return Plan(
             model=type(self.skeleton.model).__name__,
             n_stages=options.n_stages,
@@ -85,7 +87,7 @@ class Summary:
             microbatch_tokens=_tokens(spec),
             device=self.device.name,
             costs=self.costs,
-            budget_bytes=budget_bytes,
+            budget_bytes=None if math.isinf(min(budgets)) else int(min(budgets)),
             param_count=sum(self.footprint.size(name)[0] for name in self.skeleton.params),
             options=options.in_plan() | self._numbered(),
             decision=self.decision,
@@ -99,11 +101,23 @@ class Summary:
             bubble=timeline.bubble,
             notes=(
                 *((each.name, each.note) for each in records if each.told),
+                *self._seated(),
                 *self._freezing(),
                 *self._compressed(),
                 *self._touched(),
             ),
         )
+
+    def _seated(self) -> Iterator[tuple[str, str]]:
+        """Which rank has which device, where they are counted, and what that takes for itself."""
+        if self.device.order:
+            yield "devices", self.decision.order_note or f"ranks on {runs_of(self.device.order)}"
+        ranks = range(len(self.schedule))
+        taken = [self.settings.taken(self.program, rank) for rank in ranks]
+        most = max(ranks, key=lambda rank: sum(size for _, size in taken[rank]))
+        if taken[most]:
+            parts = ", ".join(f"{gib(size)} {what}" for what, size in taken[most])
+            yield "device memory", f"taken of that of rank {most} before any tensor: {parts}"
 
     def _freezing(self) -> Iterator[tuple[str, str]]:
         """What frozen parameters save, where there are some."""
@@ -144,7 +158,10 @@ class Summary:
             carry_bytes=part.carry_bytes,
             in_flight=max_in_flight(self.schedule[self.homes[s]], s),
             memory=MemoryPlan(
-                **vars(memory.static), peak=memory.peak_bytes, peak_at=memory.peak_at
+                **vars(memory.static),
+                peak=memory.peak_bytes,
+                peak_at=memory.peak_at,
+                device=memory.device_bytes,
             ),
             sends=tuple(
                 Transfer(m.dst, m.phase.value, m.nbytes, tuple(v.name for v in m.values))
@@ -152,7 +169,14 @@ class Summary:
                 if m.src == s and self.homes[m.dst] != self.homes[s]
             ),
             exchanged_bytes=self._exchanged(self.homes[s]),
+            **self._own(self.homes[s]),
         )
+
+    def _own(self, rank: int) -> dict[str, Any]:
+        """What a rank has and others have not."""
+        budgets, names = self.settings.budgets, self.device.order
+        own = {"budget_bytes": int(budgets[rank])} if len(set(budgets)) > 1 else {}
+        return own | ({"device": names[rank]} if names else {})
 
     def _numbered(self) -> dict[str, str]:
         """Which ranks share a machine, where there are several or one has said so."""

@@ -14,6 +14,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..capture.skeleton import Skeleton
 from ..costs.hardware import Device
+from ..costs.reserved import NOTHING, SHARED
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
@@ -66,6 +67,7 @@ class Settings:
         device: the type that the programs run on.
         rates: seconds are priced by.
         budget_bytes: memory of a rank; infinity for no limit.
+        whole: that is all that its device has (`Target.whole`).
         drafts: the programs are made to learn what they take; nothing is searched for them.
     """
 
@@ -78,6 +80,32 @@ class Settings:
     rates: Device
     budget_bytes: float = math.inf
     drafts: bool = False
+    whole: bool = False
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Bytes of memory, per rank of a replica."""
+        if self.whole and self.rates.ranks:
+            return tuple(device.memory_bytes for device in self.rates.ranks)
+        return (self.budget_bytes,) * self.options.n_stages
+
+    def taken(self, program: PipelineProgram, rank: int) -> list[tuple[str, int]]:
+        """What a rank's device takes for itself, by what; nothing where budgets are not its own, or
+        it is a CPU."""
+        device, dp = self.rates.at(rank), self.options.dp
+        if not self.whole or device.reserved == NOTHING:
+            return []
+        homes = self.shape.homes
+        ways = {(homes[a], homes[b]) for a, b in program.routes if homes[a] != homes[b]}
+        links = sum(rank in ends for ends in ways)
+        beside = min(dp, SHARED) - 1
+        if device.placed is not None:
+            beside = device.placed.beside(rank)
+        return list(device.reserved.parts(links, dp, beside))
+
+    def along(self, decision: Decision) -> Settings:
+        """With the devices of its ranks."""
+        return replace(self, rates=self.rates.along(decision.devices))
 
     @property
     def keeps(self) -> bool:
@@ -208,7 +236,7 @@ class Work:
         settings, program = self.settings, self.made
         footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
         found, graphed = [], self.graphed
-        for actions in schedule:
+        for rank, actions in enumerate(schedule):
             mine = list(dict.fromkeys(action.stage for action in actions))
             memory = rank_memory(
                 program,
@@ -221,7 +249,8 @@ class Work:
             most = memory.static.total + graphed_bytes(program, actions) if graphed else 0
             if most > memory.peak_bytes:
                 memory = replace(memory, peak_bytes=most, peak_at="GRAPHS")
-            found.append(memory)
+            taken = sum(size for _, size in settings.taken(program, rank))
+            found.append(replace(memory, device_bytes=taken))
         return tuple(found)
 
     @property

@@ -76,12 +76,18 @@ class RankMemory:
         peak_bytes: the most at once.
         peak_at: the action that needs them ("OPTIM" for the optimizer's step).
         after_bytes: per action of the rank, what is held when it is done.
+        device_bytes: of its device's own, where that counts; in what is needed, not in the peak.
     """
 
     static: Static
     peak_bytes: int
     peak_at: str
     after_bytes: tuple[int, ...]
+    device_bytes: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes + self.device_bytes
 
 
 def rank_memory(
@@ -105,8 +111,7 @@ def rank_memory(
     peak, at = static.total + optimizer_bytes, "OPTIM"
     after = []
     for action in actions:
-        most = static.total + walk.run(action, dp, static.grads)
-        if most >= peak:
+        if (most := static.total + walk.run(action, dp, static.grads)) >= peak:
             peak, at = most, str(action)
         after.append(static.total + walk.live)
     return RankMemory(static, peak, at, tuple(after))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
 from ..compression.methods import OFF, parse_compression
+from ..costs.cluster import Cluster
 from ..costs.hardware import DEVICES, Device
 from ..costs.topology import ORDERS
 from ..plan.plan import Plan
@@ -276,13 +277,14 @@ class Options(TrainingOptions):
         compared=lambda _, options: options.priced,
         flag=Flag(group=PLANNER, metavar="HOW", default="roofline; nothing is measured here"),
     )
-    hardware: str | Path | Device | None = option(
+    hardware: str | Path | Device | Cluster | None = option(
         None,
-        help=f"plan for this device, by its peak rates: {_DEVICES}, or a JSON file that describes "
-        "one",
-        more="Or a `Device`.",
+        help=f"plan for this device, by its peak rates: {_DEVICES}; for so many of several kinds, "
+        "a100:4,l4:4; or for what a JSON file describes",
+        more="Or a `Device`, or a `Cluster`.",
         check=checks.one_of(
-            (str, Path, Device), "give a name, the path of a JSON file, or a Device"
+            (str, Path, Device, Cluster),
+            "give a name, the path of a JSON file, a Device, or a Cluster",
         ),
         flag=Flag(group=PLANNER, metavar="NAME", name="--device", default='"cpu", a generic core'),
     )

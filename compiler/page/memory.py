@@ -45,11 +45,11 @@ def curves_of(plan: Plan, timeline: Timeline) -> tuple[Curve, ...]:
         return ()
     span_s = max(row[-1].end_s for row in rows) or 1.0
     peaks = [peak_of(plan, rank) for rank in range(len(rows))]
-    top = max([peak for peak, _ in peaks] + [plan.budget_bytes or 0]) * 1.06 or 1.0
+    limits = [plan.limit_of(stages[0]) for stages in plan.ranks]
+    top = max([peak for peak, _ in peaks] + [limit or 0 for limit in limits]) * 1.06 or 1.0
     fullest = sorted(range(len(rows)), key=lambda rank: -peaks[rank][0])[:MOST_RANKS]
     return tuple(
-        _curve(rank, rows[rank], peaks[rank], span_s, top, plan.budget_bytes)
-        for rank in sorted(fullest)
+        _curve(rank, rows[rank], peaks[rank], span_s, top, limits[rank]) for rank in sorted(fullest)
     )
 
 

@@ -108,7 +108,7 @@ def _figures(page: Page, peak: int) -> list[Figure]:
     rows = f"{rate_text(made * plan.microbatch_rows / plan.step_s)} rows/s" if plan.step_s else ""
     tokens = made * plan.microbatch_tokens
     rate = f"{rate_text(tokens / plan.step_s)} tokens/s" if tokens and plan.step_s else rows
-    budget = plan.budget_bytes
+    budget = plan.limit_of(plan.fullest)
     closing = max(timeline.closing_s, default=0.0)
     ranks = len(timeline.ranks)
     return [

@@ -48,6 +48,9 @@ class Decision:
             where logits are whole.
         kept: per stage, what its rank keeps whole over a step, of what replicas divide; empty where
             nothing is kept.
+        devices: the name of that of each rank of a replica; empty where all are of one kind that
+            nobody has counted.
+        order_note: why these, in this order.
     """
 
     fingerprint: str
@@ -59,6 +62,8 @@ class Decision:
     search: Search
     chunk_rows: int = 0
     kept: tuple[Kept, ...] = ()
+    devices: tuple[str, ...] = ()
+    order_note: str = ""
 
     @property
     def stages_and_seconds(self) -> list[tuple[int, tuple[float, float, float]]]:

@@ -38,6 +38,7 @@ class MemoryPlan:
         batch: of the rank's share of the batch.
         peak, peak_at: the most at once, and the action that needs it.
         residue: what compression has not sent yet of gradients.
+        device: what its device takes for itself, where that counts; not in the peak.
     """
 
     weights: int
@@ -50,6 +51,12 @@ class MemoryPlan:
     peak: int
     peak_at: str
     residue: int = 0
+    device: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Of the memory that there is."""
+        return self.peak + self.device
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class StagePlan:
         sends: to stages of other ranks.
         exchanged_bytes: what its rank gives other replicas of its gradients once per step; None
             where they divide these.
+        device: the name of that of its rank; "" where all are the plan's.
+        budget_bytes: memory of its rank, where ranks have not all the plan's.
     """
 
     stage: int
@@ -88,6 +97,8 @@ class StagePlan:
     memory: MemoryPlan
     sends: tuple[Transfer, ...]
     exchanged_bytes: int | None = None
+    device: str = ""
+    budget_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Plan:
         device, costs: what the seconds are of: a device (`compiler.costs.hardware`) and
             "roofline", "calibrated" or "profile".
         n_stages: ranks of a replica; ``stages`` are as many times ``virtual_stages``.
-        budget_bytes: memory of a rank, None for no limit.
+        budget_bytes: memory of a rank, None for no limit; of the one that has least.
         decision: stages and recomputation; enough to make the same programs again.
         schedule: one line of actions per rank.
         options: those that the programs depend on.
@@ -159,6 +170,22 @@ class Plan:
         """Per rank of a replica, its stages in order."""
         placement = placement_of([stage.rank for stage in self.stages])
         return tuple(tuple(self.stages[stage] for stage in stages) for stages in placement)
+
+    @property
+    def by_device(self) -> bool:
+        """Whether ranks may use all that their devices have."""
+        return any(each.budget_bytes is not None or each.memory.device for each in self.stages)
+
+    def limit_of(self, stage: StagePlan) -> int | None:
+        """Bytes of memory that its rank has; None for no limit."""
+        return self.budget_bytes if stage.budget_bytes is None else stage.budget_bytes
+
+    @property
+    def fullest(self) -> StagePlan:
+        """A stage of the rank that has least to spare; of those without limits, that needs most."""
+        if self.budget_bytes is None:
+            return max(self.stages, key=lambda stage: stage.memory.needed)
+        return min(self.stages, key=lambda each: (self.limit_of(each) or 0) - each.memory.needed)
 
     @property
     def fingerprint(self) -> str:

@@ -112,6 +112,7 @@ def parts_of(memory: RankMemory, stash_bytes: float) -> str:
         (others, "buffers, constants and the batch"),
         (stash, "the stash of microbatches in flight"),
         (moving - stash, f"what {memory.peak_at} takes besides"),
+        (memory.device_bytes, "what its device takes for itself"),
     )
     return ", ".join(f"{gib(size)} {what}" for size, what in found if size)
 
@@ -126,7 +127,8 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
     found = []
     if options.remat != "auto":
         found.append(f'use remat="auto" instead of "{options.remat}", to recompute what it takes')
-    stages = None if options.kind.fixed else _fewest_ranks(problem, options)
+    free = not options.kind.fixed and len(set(problem.kinds)) == 1
+    stages = _fewest_ranks(problem, options) if free else None
     if stages is not None:
         found.append(f"n_stages={stages} would fit")
     parts = [p for p in (2, 4, 8) if rows % p == 0]
@@ -135,7 +137,7 @@ def advice(problem: Problem, nearest: Solution, options: CompileOptions, rows: i
         found.append(
             f"microbatches of 1/{part} the rows would fit: raise microbatches= {part}-fold"
         )
-    found.append(f"give it more than memory={gib(problem.budget_bytes[0])}")
+    found.append(f"give it more than memory={gib(min(problem.budget_bytes))}")
     return found
 
 

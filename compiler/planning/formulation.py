@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from ...passes.schedule.registry import ScheduleKind
 from ..costs.hardware import Device
 from ..ir.graph import JointGraph, Phase, nbytes, phase_of, storage_root
 from ..ir.locality import gradient_sums
-from ..ir.problem import Kept, Option, Problem, Users, Value
+from ..ir.problem import Kept, Link, Option, Problem, Users, Value
 from ..units.stash import Body, Stash
 
 
@@ -30,7 +30,7 @@ class Terms:
         param_bytes: parameter FQN -> what holding it takes: weight, gradient, optimizer states.
         homes: per stage, its rank.
         load: what the schedule asks of ranks.
-        budget_bytes: per rank; infinity for no limit.
+        budgets: per rank, bytes; infinity for no limit.
         reserve_bytes: per rank, taken by what the problem does not describe.
         pins: unit -> stage.
         tied_per_step: the parts of tied gradients are not sent with every microbatch.
@@ -41,7 +41,7 @@ class Terms:
     microbatches: int
     param_bytes: Mapping[str, int]
     load: Load
-    budget_bytes: float = math.inf
+    budgets: tuple[float, ...] = ()
     reserve_bytes: tuple[float, ...] = ()
     pins: Mapping[int, int] | None = None
     tied_per_step: bool = False
@@ -113,22 +113,39 @@ class Grounds:
         return self._traffic[tied_per_step, boundary]
 
 
+Seconds = Sequence[Sequence[float]]
+"""Per unit, of its ways to run: forward, backward and recomputation of a microbatch."""
+
+
 def formulate(
-    grounds: Grounds, seconds: Sequence[Sequence[float]], device: Device, terms: Terms
+    grounds: Grounds,
+    seconds: Seconds,
+    device: Device,
+    terms: Terms,
+    by_kind: Mapping[str, Seconds] = MappingProxyType({}),
 ) -> Problem:
     """The problem of one graph.
 
     Args:
-        seconds: per unit, of its ways to run: forward, backward and recomputation of a microbatch.
+        device: of the ranks; with those of each where they are of several kinds.
+        by_kind: the seconds on each of these; empty where there is one.
     """
     alone, weights = _weights(grounds, terms.param_bytes)
     options = tuple(
         tuple(
-            Option(s, stash.stash_bytes, alone[i], stash.transient_bytes, stash.label)
-            for stash, s in zip(menu, costs, strict=True)
+            Option(
+                s,
+                stash.stash_bytes,
+                alone[i],
+                stash.transient_bytes,
+                stash.label,
+                tuple(there[i][k] for there in by_kind.values()),
+            )
+            for k, (stash, s) in enumerate(zip(menu, costs, strict=True))
         )
         for i, (menu, costs) in enumerate(zip(grounds.menus, seconds, strict=True))
     )
+    kinds = list(by_kind)
     traffic = grounds.traffic(terms.tied_per_step, terms.boundary)
     return Problem(
         options,
@@ -143,8 +160,10 @@ def formulate(
         homes=terms.homes,
         in_flight=terms.load.in_flight,
         together_in_flight=terms.load.together,
-        budget_bytes=(terms.budget_bytes,) * (max(terms.homes) + 1),
+        budget_bytes=terms.budgets,
         reserve_bytes=terms.reserve_bytes,
+        kinds=tuple(kinds.index(name) for name in device.order) if kinds else (),
+        links=links_of(device, max(terms.homes) + 1),
         max_weight=terms.microbatches - terms.load.idle,
         sum_weight=terms.load.idle,
         min_units=1,
@@ -152,10 +171,23 @@ def formulate(
     )
 
 
+def links_of(device: Device, ranks: int) -> tuple[tuple[Link, ...], ...]:
+    """Between the ranks of a replica, as slower ones than the device's own; empty where all of them
+    are that."""
+    if ranks == 1 or (device.placed is None and not device.ranks):
+        return ()
+    own = device.link_bytes_per_s, device.link_latency_s
+    links = {(a, b): device.link(a, b) for a in range(ranks) for b in range(ranks) if a != b}
+    if set(links.values()) == {own}:
+        return ()
+    made = {ends: Link(own[0] / rate, latency_s) for ends, (rate, latency_s) in links.items()}
+    return tuple(tuple(made.get((a, b), Link()) for b in range(ranks)) for a in range(ranks))
+
+
 def elsewhere(
     problem: Problem, kind: ScheduleKind, ranks: int, microbatches: int, virtual: int
 ) -> Problem:
-    """The same units on another number of ranks, or in another schedule."""
+    """The same units on another number of ranks, or in another schedule; all ranks alike."""
     shape = kind.shape(ranks, microbatches, virtual)
     load = kind.load(shape)
     return replace(

@@ -95,7 +95,7 @@ def fill(
     ranks: Sequence[Sequence[int]],
     size: Size,
     peaks: Callable[[Sequence[Kept]], Sequence[int]],
-    budget_bytes: float,
+    budgets: Sequence[float],
 ) -> tuple[Kept, ...]:
     """Per stage, what its rank keeps; nothing where no rank keeps anything.
 
@@ -103,7 +103,7 @@ def fill(
         program: as it is without parameters that are gathered.
         ranks: the stages of each.
         peaks: per rank the most bytes at once, if stages keep so much; a rank's depend on its own.
-        budget_bytes: of a rank, which fits if nothing is kept.
+        budgets: of the ranks in bytes, which fit if nothing is kept.
     """
     chosen = [keepable(program, mates, of, size) for mates in ranks]
     fits, most = [0] * len(ranks), [len(each) for each in chosen]
@@ -111,7 +111,7 @@ def fill(
     while any(count > fit for count, fit in zip(tried, fits, strict=True)):
         found = peaks(_kept(chosen, tried, ranks))
         for rank, (peak, count) in enumerate(zip(found, tried, strict=True)):
-            if peak <= budget_bytes:
+            if peak <= budgets[rank]:
                 fits[rank] = count
             else:
                 most[rank] = count - 1

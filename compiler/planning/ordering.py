@@ -48,7 +48,7 @@ class Ordering:
     Attributes:
         shape: with the programs' splits.
         rule: "1f1b", "2x1f1b", "budget" or "auto": "budget" where there is one, else "1f1b".
-        budget_bytes: of a rank; infinity for no limit.
+        budgets: of the ranks in bytes; empty for no limit.
     """
 
     kind: ScheduleKind
@@ -57,7 +57,7 @@ class Ordering:
     timing: Timing
     peaks: Peaks
     rule: str = "auto"
-    budget_bytes: float = math.inf
+    budgets: Sequence[float] = ()
 
     @cached_property
     def _compute_s(self) -> dict[tuple[int, Kind], float]:
@@ -69,7 +69,7 @@ class Ordering:
         Raises:
             OptionError: a rank may hold less than one microbatch takes.
         """
-        if self.rule == "budget" and math.isinf(self.budget_bytes):
+        if self.rule == "budget" and not self._limited:
             raise OptionError(
                 'schedule_memory="budget" has no effect where no memory= limits it: give one, or '
                 'use "1f1b" or "2x1f1b"'
@@ -81,9 +81,9 @@ class Ordering:
             factor = self.shape.ranks
         limits = [factor * each for each in usual_limits(self.shape, costs)]
         first = self._generated(costs, limits)
-        if self.rule in ("budget", "auto") and math.isfinite(self.budget_bytes):
+        if self.rule in ("budget", "auto") and self._limited:
             return Searched(self._filling(costs, limits, first), "in what the budget leaves")
-        if math.isfinite(self.budget_bytes) and self._room(first) < 0:
+        if self._limited and min(self._rooms(first)) < 0:
             return Searched(self.kind.order(self.shape), "as if all stages were alike")
         if not self.kind.takes_limit:
             return Searched(first, "by the stages' seconds")
@@ -106,11 +106,12 @@ class Ordering:
         alike = self.kind.order(self.shape)  # what the planner has drafted
         best, best_s, schedule = alike, self._step_s(alike, costs), first
         for _ in range(ATTEMPTS):
-            room = [self.budget_bytes - each.peak_bytes for each in self.peaks(schedule)]
+            room = self._rooms(schedule)
             step_s = self._step_s(schedule, costs)
             if min(room) >= 0 and step_s < best_s:
                 best, best_s = schedule, step_s
-            if 0 <= min(room) <= CLOSE * self.budget_bytes:
+            shares = [each / budget for each, budget in zip(room, self.budgets, strict=True)]
+            if 0 <= min(shares) <= CLOSE:
                 break
             limits = [limit + each for limit, each in zip(limits, room, strict=True)]
             try:
@@ -119,8 +120,14 @@ class Ordering:
                 break
         return best
 
-    def _room(self, schedule: Schedule) -> float:
-        return self.budget_bytes - max(each.peak_bytes for each in self.peaks(schedule))
+    @property
+    def _limited(self) -> bool:
+        return any(map(math.isfinite, self.budgets))
+
+    def _rooms(self, schedule: Schedule) -> list[float]:
+        """Per rank, what is left of its budget."""
+        pairs = zip(self.budgets, self.peaks(schedule), strict=True)
+        return [budget - each.needed_bytes for budget, each in pairs]
 
     def _step_s(self, schedule: Schedule, costs: StageCosts) -> float:
         send_s = self.timing.send_s()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -11,6 +11,7 @@ from ..costs.hardware import Device
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..units.menus import options_of
+from ..units.pricing import UnitPrices, repriced
 from ..units.stash import Body, Stash, bodies_of
 from ..units.units import Unit, units_of
 from .formulation import Grounds
@@ -31,6 +32,18 @@ class Parts:
     places: dict[fx.Node, int]
     menus: Sequence[Sequence[Stash]]
     grounds: Grounds
+    _by_kind: dict[object, list[UnitPrices]] = field(default_factory=dict)
+
+    def by_kind(self, device: Device) -> dict[str, list[UnitPrices]]:
+        """Prices on each kind of device that ranks have, whatever their order."""
+        found: dict[str, list[UnitPrices]] = {}
+        for each in sorted(set(device.order)):
+            own = device.at(device.order.index(each))
+            known = each, own.table is None
+            if known not in self._by_kind:
+                self._by_kind[known] = repriced(self.bodies, self.menus, own)
+            found[each] = self._by_kind[known]
+        return found
 
     @staticmethod
     def of(

@@ -41,6 +41,7 @@ QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options sa
 SHARED = 1 / 6  # of the time limit, where ranks hold several stages: the slowest is not all
 CLOSE = 0.02  # of the budget: with prices this near to the truth only a shorter step is worth more
 POLISHES = 3  # local searches, each knowing better what its moves take
+HIDDEN = "as if links were hidden, as computation hides most of what they carry"
 EVEN = "with even stages, as ranks of uneven ones would wait longer"
 CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
@@ -64,8 +65,8 @@ class Drafted:
 
     @property
     def peak_bytes(self) -> tuple[int, ...]:
-        """Per rank."""
-        return tuple(rank.peak_bytes for rank in self.memory)
+        """Per rank, of its budget."""
+        return tuple(rank.needed_bytes for rank in self.memory)
 
     @property
     def excess_bytes(self) -> list[float]:
@@ -73,8 +74,15 @@ class Drafted:
         pairs = zip(self.peak_bytes, self.solution.ranks_bytes, strict=True)
         return [real - priced for real, priced in pairs]
 
-    def over_bytes(self, budget_bytes: float) -> float:
-        return max(self.peak_bytes) - budget_bytes
+    @property
+    def over_bytes(self) -> tuple[float, ...]:
+        """Per rank, what it needs above its budget; negative where there is room."""
+        pairs = zip(self.peak_bytes, self.problem.budget_bytes, strict=True)
+        return tuple(peak - budget for peak, budget in pairs)
+
+    @property
+    def fits(self) -> bool:
+        return max(self.over_bytes) <= 0
 
 
 class Reserves:
@@ -86,8 +94,7 @@ class Reserves:
     and the smallest that was enough.
     """
 
-    def __init__(self, n_ranks: int, budget_bytes: float):
-        self.budget_bytes = budget_bytes
+    def __init__(self, n_ranks: int):
         self.small = [-math.inf] * n_ranks
         self.enough = [math.inf] * n_ranks
         self.most = [-math.inf] * n_ranks
@@ -97,11 +104,10 @@ class Reserves:
         wanted = [r + e for r, e in zip(tried, drafted.excess_bytes, strict=True)]
         again = not any(map(math.isinf, self.most))
         self.most = [max(pair) for pair in zip(self.most, wanted, strict=True)]
-        fits = drafted.over_bytes(self.budget_bytes) <= 0
-        for rank, (reserve, peak) in enumerate(zip(tried, drafted.peak_bytes, strict=True)):
-            if peak > self.budget_bytes:
+        for rank, (reserve, over) in enumerate(zip(tried, drafted.over_bytes, strict=True)):
+            if over > 0:
                 self.small[rank] = max(self.small[rank], reserve)
-            elif fits:
+            elif drafted.fits:
                 self.enough[rank] = min(self.enough[rank], reserve)
         if any(map(math.isinf, self.enough)):
             return tuple(self.most) if again else tuple(wanted)
@@ -122,7 +128,7 @@ class Planner:
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.
         rows: of a microbatch.
-        budget_bytes: memory of a rank; infinity for no limit.
+        budget_bytes: memory of a rank, or of each; infinity for no limit.
         pinned: forward nodes whose stage is given.
         parts: of the graph, where they are known.
         load: of the schedule; None for what its kind asks of so many microbatches.
@@ -137,17 +143,21 @@ class Planner:
         held_bytes: Mapping[str, int],
         microbatches: int,
         rows: int,
-        budget_bytes: float,
+        budget_bytes: float | Sequence[float],
         pinned: Mapping[fx.Node, int],
         parts: Parts | None = None,
         load: Load | None = None,
     ):
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
-        self.budget_bytes = budget_bytes if counts else math.inf
+        if not isinstance(budget_bytes, Sequence):
+            budget_bytes = (budget_bytes,) * options.n_stages
+        self.budgets = tuple(budget_bytes) if counts else (math.inf,) * options.n_stages
         self.rows = rows
         self.solved: Problem | None = None
-        parts = parts or Parts.of(graph, locality, device, options.remat, pinned, options.fuses)
+        self.parts = parts = parts or Parts.of(
+            graph, locality, device, options.remat, pinned, options.fuses
+        )
         self.units, self.bodies, self.grounds = parts.units, parts.bodies, parts.grounds
         self.places, self.menus = parts.places, parts.menus
         self.terms = Terms(
@@ -155,7 +165,7 @@ class Planner:
             microbatches,
             held_bytes,
             load or options.load(microbatches),
-            self.budget_bytes,
+            self.budgets,
             pins={u.index: pinned[u.nodes[0]] for u in self.units if u.nodes[0] in pinned},
             tied_per_step=options.tied_grads == "per_step",
             boundary=options.boundary,
@@ -173,11 +183,11 @@ class Planner:
             PartitionError: too few units for the stages, or pins that contradict the order.
         """
         problem = self.problem(prices)
-        if math.isinf(self.budget_bytes):
+        if all(map(math.isinf, self.budgets)):
             self.solved = problem
             found = self._solution(problem, self.options.time_limit_s)
             return self._decision(prices, self._refined(problem, prices, found))
-        reserves = Reserves(self.options.n_stages, self.budget_bytes)
+        reserves = Reserves(self.options.n_stages)
         best: Drafted | None = None
         solution = self._nearest(problem, QUICK_S)
         for _ in range(ATTEMPTS):
@@ -218,7 +228,7 @@ class Planner:
                 break
             refined = replace(refined, bound=min(refined.bound, refined.objective))
             drafted = self._drafted(problem, prices, draft, refined)
-            if drafted.over_bytes(self.budget_bytes) <= 0:
+            if drafted.fits:
                 return drafted
             reserves = [
                 r + max(0.0, e) for r, e in zip(reserves, drafted.excess_bytes, strict=True)
@@ -229,28 +239,42 @@ class Planner:
         self, problem: Problem, prices: Sequence[UnitPrices], solution: Solution
     ) -> Solution:
         """The solution, or one near it whose step is shorter when it is simulated."""
-        shape, kind = self.options.shape(self.terms.microbatches), self.options.kind
-        if shape.n_stages == 1 or not self.graph.trains:
+        if self.options.stage_count == 1 or not self.graph.trains:
             return solution
-        model = StepModel(
-            problem,
-            kind,
-            replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
-            prices,
-            weight_works(self.bodies, self.places, self.device),
-            self.device,
-            CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
-        )
+        model = self.step_model(problem, prices)
         solution = self._evener(problem, model, solution)
+        if not problem.alike:
+            solution = self.as_if_hidden(problem, model, solution)
         refined, saved = refine(model, solution)
         if not saved:
             return solution
         note = f"a local search on the simulated step then saved {saved:.1%}"
         return replace(refined, note=", ".join(filter(None, (solution.note, note))))
 
+    def step_model(self, problem: Problem, prices: Sequence[UnitPrices]) -> StepModel:
+        """Steps of the problem's solutions, simulated."""
+        shape = self.options.shape(self.terms.microbatches)
+        return StepModel(
+            problem,
+            self.options.kind,
+            replace(shape, splits=(False, *shape.splits[1:])),  # it sends no gradients
+            prices,
+            weight_works(self.bodies, self.places, self.device),
+            self.device,
+            CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
+            tuple(self.by_kind.values()),
+        )
+
+    @cached_property
+    def by_kind(self) -> dict[str, list[UnitPrices]]:
+        """The prices on each kind of device, at its rates; empty where there is one."""
+        if len(set(self.device.order)) < 2:
+            return {}
+        return self.parts.by_kind(self.device)
+
     def _better(self, best: Drafted | None, drafted: Drafted) -> Drafted | None:
         """The better one of those that fit; of equals the newer, of which more is known."""
-        if drafted.over_bytes(self.budget_bytes) > 0:
+        if not drafted.fits:
             return best
         if best is not None and best.solution.objective < drafted.solution.objective:
             return best
@@ -258,8 +282,8 @@ class Planner:
 
     def problem(self, prices: Sequence[UnitPrices]) -> Problem:
         """The partitioning problem at these prices."""
-        seconds = [[p.forward_s + p.backward_s + r for r in p.recompute_s] for p in prices]
-        return formulate(self.grounds, seconds, self.device, self.terms)
+        by_kind = {name: _seconds(there) for name, there in self.by_kind.items()}
+        return formulate(self.grounds, _seconds(prices), self.device, self.terms, by_kind)
 
     def _evener(self, problem: Problem, model: StepModel, solution: Solution) -> Solution:
         """The solution, or the best with even stages where that is better when it is simulated.
@@ -285,6 +309,20 @@ class Planner:
             return solution
         steps_s = [model.searched_s(x.stage, x.option) for x in (found, solution)]
         return found if steps_s[0] < steps_s[1] * (1 - LEAST_GAIN) else solution
+
+    @staticmethod
+    def as_if_hidden(problem: Problem, model: StepModel, solution: Solution) -> Solution:
+        """The solution, or the best one where nothing waits for links, if its step is shorter: slow
+        links count in full in the problem, and computation may hide what they carry."""
+        free = replace(problem, values=(), links=())
+        with contextlib.suppress(PartitionError):
+            found = solve_dynamic(apart(free), work=Work(QUICK_S))
+            other = solution_of(problem, found.stage, found.option, solution.solver)
+            steps_s = [model.step_s(x.stage, x.option) for x in (other, solution)]
+            if steps_s[0] < steps_s[1] * (1 - LEAST_GAIN) and fits(problem, other):
+                bound = min(solution.bound, other.objective)
+                return replace(other, bound=bound, seconds=solution.seconds, note=HIDDEN)
+        return solution
 
     def _nearest(self, problem: Problem, limit_s: float) -> Solution:
         """The solution, or where none fits by the prices the nearest: its programs may still."""
@@ -319,35 +357,47 @@ class Planner:
             ) from error
 
     def _decision(self, prices: Sequence[UnitPrices], solution: Solution) -> Decision:
-        return decide.decision_of(self.fingerprint, self.units, self.menus, prices, solution)
+        order = self.device.order
+        if self.by_kind:
+            homes = self.terms.homes
+            prices = [self.by_kind[order[homes[s]]][u] for u, s in enumerate(solution.stage)]
+        made = decide.decision_of(self.fingerprint, self.units, self.menus, prices, solution)
+        return replace(made, devices=order)
 
     def _settled(self, drafted: Drafted) -> bool:
         """Whether better prices could not lead to a better decision."""
-        if drafted.over_bytes(self.budget_bytes) > 0:
+        if not drafted.fits:
             return False
-        close = all(-b < CLOSE * self.budget_bytes for b in drafted.excess_bytes)
+        pairs = zip(drafted.excess_bytes, self.budgets, strict=True)
+        close = all(-excess < CLOSE * budget for excess, budget in pairs)
         return close or self._roomy(drafted)
 
     def _roomy(self, drafted: Drafted) -> bool:
         """Whether memory had no part in the decision."""
-        roomy = all(b < ROOMY * self.budget_bytes for b in drafted.solution.ranks_bytes)
+        pairs = zip(drafted.solution.ranks_bytes, self.budgets, strict=True)
+        roomy = all(held < ROOMY * budget for held, budget in pairs)
         return roomy and not drafted.decision.recomputed
 
     def _too_small(self, drafted: Drafted) -> MemoryBudgetError:
-        over = [bytes_ - self.budget_bytes for bytes_ in drafted.peak_bytes]
+        over = drafted.over_bytes
         worst = max(range(len(over)), key=over.__getitem__)
         problem, solution = drafted.problem, drafted.solution
         helps = advice(problem, solution, self.options, self.rows)
         stash = problem.ranks_stash(solution.stage, solution.option)[worst]
         who = "rank" if problem.shares_ranks else "stage"
         return MemoryBudgetError(
-            f"{who} {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budget_bytes)}, "
+            f"{who} {worst} needs {gib(drafted.peak_bytes[worst])} of {gib(self.budgets[worst])}, "
             f"{gib(over[worst])} too much: {'; '.join(helps)} (of what it needs, "
             f"{parts_of(drafted.memory[worst], stash)})",
             tuple(max(0.0, b) for b in over),
             drafted.solution,
             False,
         )
+
+
+def _seconds(prices: Sequence[UnitPrices]) -> list[list[float]]:
+    """Per unit, of its ways to run."""
+    return [[p.forward_s + p.backward_s + r for r in p.recompute_s] for p in prices]
 
 
 def _promises(solution: Solution, best: Solution) -> bool:

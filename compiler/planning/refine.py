@@ -8,7 +8,7 @@ and what stages that are not alike wait for.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,6 +40,7 @@ class StepModel:
         prices, weights: of the problem's units.
         device: whose messages take what it says.
         closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
+        by_kind: the prices on each kind of device, where there are several.
     """
 
     problem: Problem
@@ -49,6 +50,7 @@ class StepModel:
     weights: Sequence[WeightWork]
     device: Device
     closing_s_per_byte: float = 0.0
+    by_kind: Sequence[Sequence[UnitPrices]] = ()
 
     @cached_property
     def few(self) -> PipelineShape:
@@ -68,7 +70,7 @@ class StepModel:
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
         compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
-        send_s = self.device.send_s(transfer_s)
+        send_s = self.device.send_s(transfer_s, self.problem.homes)
         return self._whole_s(simulate(self._schedule, compute_s, transfer_s, send_s=send_s), stage)
 
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
@@ -81,7 +83,7 @@ class StepModel:
         if self.kind.takes_limit:
             costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
         schedule = self.kind.generate(replace(self.few, costs=costs))
-        send_s = self.device.send_s(transfer_s)
+        send_s = self.device.send_s(transfer_s, self.problem.homes)
         return self._whole_s(timed(schedule, self.few, compute_s, transfer_s, send_s), stage)
 
     def _whole_s(self, few: Timeline, stage: Sequence[int]) -> float:
@@ -94,8 +96,9 @@ class StepModel:
         self, stage: Sequence[int], option: Sequence[int]
     ) -> dict[tuple[int, Kind], float]:
         found: dict[tuple[int, Kind], float] = defaultdict(float)
-        for price, work, s, k in zip(self.prices, self.weights, stage, option, strict=True):
-            forward, backward, again = price.of(k)
+        for unit, (work, s, k) in enumerate(zip(self.weights, stage, option, strict=True)):
+            prices = self.by_kind[self.problem.kind_of(s)] if self.by_kind else self.prices
+            forward, backward, again = prices[unit].of(k)
             weights = work.part * backward if self.shape.splits[s] else 0.0
             found[s, Kind.F] += forward
             found[s, Kind.B] += backward - weights + again
@@ -124,7 +127,10 @@ class StepModel:
         held = [0.0] * self.problem.n_ranks
         for unit, s in enumerate(stage):
             held[self.problem.homes[s]] += self.problem.options[unit][0].static_bytes
-        return max(held) * self.closing_s_per_byte
+        rate = self.device.bytes_per_s  # of which ``closing_s_per_byte`` is
+        slower = (rate / self.device.at(rank).bytes_per_s for rank in range(len(held)))
+        pairs = zip(held, slower, strict=True)
+        return max(size * more for size, more in pairs) * self.closing_s_per_byte
 
 
 def refine(
@@ -133,8 +139,9 @@ def refine(
     """A solution as good as this one or better, and the part of the step that it saves.
 
     Each change moves a unit (with its group) over the cut to the next stage, or has it take another
-    option; the first that helps is taken, until none does or as much has been simulated as takes an
-    idle core ``limit_s``.
+    option; where ranks or links are not alike also two units, as the cut between them may be worse
+    than either of its neighbours. The first that helps is taken, until none does or as much has
+    been simulated as takes an idle core ``limit_s``.
     """
     work, problem = Work(limit_s), model.problem
     before = best_s = model.step_s(solution.stage, solution.option)
@@ -182,6 +189,15 @@ def _legal(
     return replace(found, bound=like.bound, proven=like.proven, note=like.note)
 
 
+def _holding(
+    moving: set[int], bound: Mapping[int, set[int]], stage: Sequence[int], step: int
+) -> set[int]:
+    """Units that may not stay where they are if some move by a stage."""
+    near = {v for u in moving for v in bound[u]} - moving
+    there = stage[next(iter(moving))] + step
+    return {v for v in near if (stage[v] - there) * step < 0}
+
+
 def _changes(
     problem: Problem, solution: Solution
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -197,14 +213,17 @@ def _changes(
         group = group_of.get(unit, (unit,))
         for step, bound in ((1, after), (-1, before)):
             there = stage[unit] + step
-            near = {v for u in group for v in bound[u]} - set(group)
-            holds = any((stage[v] - there) * step < 0 for v in near)
-            if 0 <= there < problem.n_stages and group[0] == unit and not holds:
-                moved = list(stage)
-                for member in group:
-                    moved[member] = there
-                yield tuple(moved), option
+            if not 0 <= there < problem.n_stages or group[0] != unit:
+                continue
+            together = set(group)
+            holds = _holding(together, bound, stage, step)
+            if holds and not problem.alike and len({group_of.get(v, v) for v in holds}) == 1:
+                together.update(*(group_of.get(v, (v,)) for v in holds))
+                holds = _holding(together, bound, stage, step)
+            if not holds:
+                yield tuple(there if u in together else s for u, s in enumerate(stage)), option
     for unit, menu in enumerate(problem.options):
         for k in range(len(menu)):
-            if k != option[unit] and menu[k].seconds < menu[option[unit]].seconds:
+            kind = problem.kind_of(stage[unit])
+            if k != option[unit] and menu[k].on(kind) < menu[option[unit]].on(kind):
                 yield stage, (*option[:unit], k, *option[unit + 1 :])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..costs.hardware import CPU, Device
+from ..costs.hardware import Device
 from ..profiling.profile import Profiler
 
 
@@ -18,7 +18,9 @@ class Target:
     Attributes:
         device: where graphs are traced and programs run.
         spec: whose rates prices are taken from.
-        budget_bytes: memory of a stage; infinity for no limit.
+        budget_bytes: memory of a rank; infinity for no limit.
+        whole: that is all that its device has, which takes some of it for itself; ranks on devices
+            of several kinds have what each has.
         profiler: measures instead; None for what the device's rates say.
     """
 
@@ -26,6 +28,7 @@ class Target:
     spec: Device
     budget_bytes: float = math.inf
     profiler: Profiler | None = None
+    whole: bool = False
 
     @property
     def costs(self) -> str:
@@ -37,4 +40,4 @@ class Target:
     @property
     def kind(self) -> str:
         """ "cpu" or "cuda": what is planned for, if it is not what is at hand."""
-        return "cpu" if self.device.type == "cpu" and self.spec.base == CPU.name else "cuda"
+        return "cpu" if self.device.type == "cpu" and self.spec.is_cpu else "cuda"

@@ -15,7 +15,7 @@ from torch import nn
 from ..calibration.forms import Attention, Product
 from ..calibration.products import Products
 from ..calibration.tables import table_of
-from ..costs.hardware import device_name, device_spec
+from ..costs.at_hand import device_name, device_spec
 from ..tensors.facts import short_name
 from .calibration import Measured
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ..costs.at_hand import device_spec
 from ..costs.cost import total_cost
-from ..costs.hardware import device_spec
 from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.checks import unchecked

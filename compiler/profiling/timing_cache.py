@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 
-from ..costs.hardware import device_name
+from ..costs.at_hand import device_name
 
 VERSION = 1  # of the format, and of how programs are hashed and timed
 MOST_S = 3600.0  # that a program of one microbatch takes

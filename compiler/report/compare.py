@@ -90,7 +90,7 @@ def calibrated(problem: Problem, plan: Plan) -> Problem:
     """The problem with reserves that make its bytes of the plan those of the plan's programs."""
     own = solution_in(problem, plan.decision).ranks_bytes
     rows = zip(plan.ranks, problem.reserve_bytes, own, strict=True)
-    reserve = tuple(stages[0].memory.peak - (priced - held) for stages, held, priced in rows)
+    reserve = tuple(stages[0].memory.needed - (priced - held) for stages, held, priced in rows)
     return replace(problem, reserve_bytes=reserve)
 
 
@@ -100,9 +100,10 @@ def solution_in(problem: Problem, decision: Decision) -> Solution:
     A decision says what a unit's option takes, which tells the unit's options apart.
     """
     option = []
-    for menu, seconds in zip(problem.options, decision.unit_seconds, strict=True):
-        whole = sum(seconds)
-        option.append(min(range(len(menu)), key=lambda k: abs(menu[k].seconds - whole)))
+    rows = zip(problem.options, decision.unit_seconds, decision.unit_stage, strict=True)
+    for menu, seconds, stage in rows:
+        off = [abs(each.on(problem.kind_of(stage)) - sum(seconds)) for each in menu]
+        option.append(off.index(min(off)))
     return solution_of(problem, decision.unit_stage, option, decision.search.solver)
 
 

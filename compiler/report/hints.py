@@ -114,7 +114,7 @@ def resimulated(
         for row in subject.timeline.ranks
         for interval in row
     }
-    closing_s, send_s = subject.timeline.closing_s, device.send_s(transfer_s)
+    closing_s, send_s = subject.timeline.closing_s, device.send_s(transfer_s, home)
     return simulate(_schedule(subject, m), compute_s, transfer_s, closing_s, send_s=send_s)
 
 
@@ -172,9 +172,9 @@ def _fits(subject: Subject, microbatches: int) -> bool:
     more = microbatches / plan.microbatches - 1
     longest = subject.schedule.in_flight(subject.shape(microbatches))
     for stages in plan.ranks:
-        memory = stages[0].memory
+        memory, limit = stages[0].memory, plan.limit_of(stages[0])
         extra = sum(max(0, longest[s.stage] - s.in_flight) * s.stash_bytes for s in stages)
-        if memory.peak + extra + more * memory.batch > plan.budget_bytes:
+        if limit is not None and memory.needed + extra + more * memory.batch > limit:
             return False
     return True
 
@@ -290,13 +290,13 @@ def _recomputation(subject: Subject) -> str | None:
     if again <= NOTABLE * whole:
         return None
     share = f"recomputation is {again / whole:.0%} of all computing"
-    peak = max(stage.memory.peak for stage in plan.stages)
+    used = _used(plan)
     if subject.remat == "full":
         if plan.budget_bytes is None:
             return f"{share}: without a --memory limit, --remat auto recomputes nothing"
-        if peak <= ROOMY * plan.budget_bytes:
+        if used <= ROOMY:
             return (
-                f"{share}, while the fullest stage uses {peak / plan.budget_bytes:.0%} of the "
+                f"{share}, while the fullest stage uses {used:.0%} of the "
                 "budget: --remat auto recomputes only what does not fit"
             )
         return None
@@ -329,9 +329,9 @@ def _room(subject: Subject) -> str | None:
     plan, problem = subject.plan, subject.problem
     if problem is None or plan.budget_bytes is None or problem.pins or plan.n_stages == 1:
         return None
-    if subject.schedule.fixed:
+    if subject.schedule.fixed or len(set(problem.kinds)) > 1:
         return None
-    used = max(stage.memory.peak for stage in plan.stages) / plan.budget_bytes
+    used = _used(plan)
     if used > ROOMY:
         return None
     own = solution_in(problem, plan.decision)
@@ -362,6 +362,12 @@ def _on_fewer(subject: Subject, problem: Problem, n: int) -> Problem | None:
 
 
 # -- helpers ------------------------------------------------------------------------------------
+
+
+def _used(plan: Plan) -> float:
+    """The share of its memory that the fullest rank uses; 0 without limits."""
+    limits = [(each.memory.needed, plan.limit_of(each)) for each in plan.stages]
+    return max(needed / limit if limit else 0.0 for needed, limit in limits)
 
 
 def _solved(problem: Problem) -> Solution | None:

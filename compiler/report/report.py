@@ -228,21 +228,24 @@ class _Report:
             {
                 "stage": [s.stage for s in stages],
                 **({"rank": [s.rank for s in stages]} if self._shares else {}),
+                **({"device": [s.device for s in stages]} if stages[0].device else {}),
                 "units": [s.units for s in stages],
                 f"params\n{count.unit}": [count.text(s.param_count) for s in stages],
                 f"weights\n{weights.unit}": [weights.text(s.param_bytes) for s in stages],
                 f"forward\n{time.unit}": [time.text(s.forward_s) for s in stages],
                 **(backward if self.plan.training else {}),
                 f"sends\n{sent.unit}": [sent.text(sent_bytes(s)) for s in stages],
-            }
+            },
+            left=("device",),
         )
 
     def _memory(self) -> Group:
-        """Bytes of each rank's fullest moment; "other" is buffers, constants, batch and residue."""
-        budget = self.plan.budget_bytes
+        """Bytes of each rank's fullest moment; "other" is buffers, constants, batch and residue,
+        "device" what its device takes for itself."""
+        limits = [self.plan.limit_of(stages[0]) for stages in self.plan.ranks]
         held = [stages[0].memory for stages in self.plan.ranks]
         who = "rank" if self._shares else "stage"
-        scale = bytes_scale([m.peak for m in held] + ([budget] if budget else []))
+        scale = bytes_scale([m.needed for m in held] + [limit for limit in limits if limit])
         columns: dict[str, list[int]] = {
             "weights": [m.weights + m.copies for m in held],
             "gradi-\nents": [m.grads for m in held],
@@ -250,20 +253,26 @@ class _Report:
             "other": [m.buffers + m.constants + m.batch + m.residue for m in held],
             "activa-\ntions": [working_bytes(m) for m in held],
         }
+        if any(m.device for m in held):
+            columns["device"] = [m.device for m in held]
         if not self.plan.training:
             del columns["gradi-\nents"], columns["opti-\nmizer"]
         shown: dict[str, Sequence[object]] = {who: range(len(held))}
         shown |= {name: [scale.text(n) for n in numbers] for name, numbers in columns.items()}
         shown["peak in"] = [m.peak_at for m in held]
         title = f"memory of a {who} at its peak, {scale.unit}"
-        if budget is None:
-            shown["peak"] = [scale.text(m.peak) for m in held]
+        most = max((limit for limit in limits if limit), default=None)
+        if most is None:
+            shown["peak"] = [scale.text(m.needed) for m in held]
         else:
-            of = f"of {scale.text(budget)}"
-            room = tables.rest(shown, self.width) - len(f"[] {scale.text(budget)} {of}")
+            widest = scale.text(most)
+            room = tables.rest(shown, self.width) - len(f"[] {widest} of {widest}")
             shown["peak"] = [
-                Text.assemble(*_bar(m.peak, budget, room), f"{scale.text(m.peak)} {of}")
-                for m in held
+                Text.assemble(
+                    *_bar(m.needed, limit or most, room),
+                    f"{scale.text(m.needed)} of {scale.text(limit or most)}",
+                )
+                for m, limit in zip(held, limits, strict=True)
             ]
         return Group(self._lines(title), self._table(shown, left=("peak in",)))
 
@@ -356,9 +365,9 @@ class _Report:
             m * plan.dp * sum(getattr(stage, f"{phase}_flops") for stage in stages)
             for phase in ("forward", "backward", "recompute")
         )
-        fullest = max(stages, key=lambda stage: stage.memory.peak)
-        budget = plan.budget_bytes
-        share = f", {fullest.memory.peak / budget:.0%} of the budget" if budget else ""
+        fullest = plan.fullest
+        budget, peak = plan.limit_of(fullest), fullest.memory.needed
+        share = f", {peak / budget:.0%} of the budget" if budget else ""
         where = f"rank {fullest.rank}" if self._shares else f"stage {fullest.stage}"
         return [
             f"compute: {flops_text(forward)} forward"
@@ -366,7 +375,7 @@ class _Report:
             + (f", {flops_text(again)} recomputed" if again else "")
             + f" per {run} of all replicas",
             f"transfers: {bytes_text(m * sum(map(sent_bytes, stages)))} per {run} of one replica",
-            f"memory: at most {bytes_text(fullest.memory.peak)}, on {where} in "
+            f"memory: at most {bytes_text(peak)}, on {where} in "
             f"{fullest.memory.peak_at}{share or '; no limit was given'}",
         ]
 

@@ -72,7 +72,7 @@ class Prices:
         return Microbatch(math.fsum(sums), max(sums, default=0.0), min(forward, default=0.0))
 
 
-def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: int) -> Sketch:
+def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
     """The best division by the prices, with recomputation, and its simulated step.
 
     Args:
@@ -96,7 +96,7 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         outline.held_bytes,
         m,
         outline.rows,
-        budget_bytes * SLACK,
+        [budget * SLACK for budget in settings.budgets],
         {},
         outline.parts,
         load_for(options.kind, shape),
@@ -107,7 +107,7 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         found = solve(problem, time_limit_s=QUICK_S, solver="dynamic")
     except MemoryBudgetError as error:
         found = error.nearest
-        if found is None or max(found.ranks_bytes) > DOUBTFUL * budget_bytes:
+        if found is None or _doubtful(found, settings.budgets):
             raise
     read, grads = footprint.exchanged_bytes(outline.graph.copies)
     model = _Model(
@@ -117,6 +117,7 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         prices.units,
         prices.weights,
         device,
+        by_kind=tuple(planner.by_kind.values()),
         footprint=footprint,
         read_bytes=read,
         grad_bytes=grads,
@@ -125,6 +126,12 @@ def sketch_of(outline: Outline, prices: Prices, budget_bytes: float, devices: in
         trains=outline.graph.trains,
     )
     return model.expected(found, devices)
+
+
+def _doubtful(found: Solution, budgets: Sequence[float]) -> bool:
+    """Whether a rank is priced so far above its budget that no programs could fit."""
+    pairs = zip(found.ranks_bytes, budgets, strict=True)
+    return any(held > DOUBTFUL * budget for held, budget in pairs)
 
 
 def shortened(kind: ScheduleKind, shape: PipelineShape) -> PipelineShape:
@@ -256,7 +263,7 @@ class _Model(StepModel):
         """
         compute_s = self._compute_s(found.stage, found.option)
         transfer_s = self._transfer_s(found.stage)
-        send_s = self.device.send_s(transfer_s)
+        send_s = self.device.send_s(transfer_s, self.problem.homes)
         few = simulate(self._schedule, compute_s, transfer_s, send_s=send_s)
         step_s = self._whole_s(few, found.stage) * self.device.waiting(devices)
         busy = [few.busy_s(rank) for rank in range(self.few.ranks)]

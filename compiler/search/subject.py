@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -75,6 +76,8 @@ class Subject:
 
     def bound(self, way: Way) -> float:
         """Seconds of a step, at least."""
+        if self.target.spec.cluster is not None:
+            return 0.0  # prices are of one kind of its devices
         options, key = self._of(way), self._key(way)
         spec, m, _ = self._divide(options)
         virtual, splits = options.virtual, options.kind.splits_backward
@@ -122,9 +125,11 @@ class Subject:
                 f"good cut points): use n_stages={most} or fewer"
             )
         least = sum(outline.held_bytes.values()) / way.n_stages
-        if (over := least - self.target.budget_bytes) > 0:
+        budgets = outline.settings.budgets
+        room = math.fsum(budgets) / len(budgets)
+        if (over := least - room) > 0:
             raise MemoryBudgetError(
-                f"a rank needs {gib(least)} of {gib(self.target.budget_bytes)} for weights"
+                f"a rank needs {gib(least)} of {gib(room)} for weights"
                 f"{', gradients and optimizer states' if outline.graph.trains else ''} alone, "
                 f"{gib(over)} too much",
                 (),
@@ -134,7 +139,7 @@ class Subject:
         self._check_unfit(way, outline)
         prices = self._prices[self._key(way)]
         try:
-            return sketch_of(outline, prices, self.target.budget_bytes, self.devices)
+            return sketch_of(outline, prices, self.devices)
         except PartitionError as error:
             self._unfit[replace(way, zero=None)] = outline.held_bytes, error.with_traceback(None)
             raise

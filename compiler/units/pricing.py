@@ -11,6 +11,8 @@ import torch
 from ...passes.graph.placement import place
 from ...passes.graph.remat import rematerialise
 from ...passes.programs.lower import lower
+from ..costs.cost import total_cost
+from ..costs.hardware import Device
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..profiling.profile import Profiler, UnitTimes
@@ -42,6 +44,20 @@ def roofline(bodies: Sequence[Body], menus: Sequence[Sequence[Stash]]) -> list[U
             body.unit.forward.seconds,
             body.unit.backward.seconds,
             tuple(stash.recompute_s for stash in menu),
+        )
+        for body, menu in zip(bodies, menus, strict=True)
+    ]
+
+
+def repriced(
+    bodies: Sequence[Body], menus: Sequence[Sequence[Stash]], device: Device
+) -> list[UnitPrices]:
+    """The prices of another device than that which units and menus were made for, at its rates."""
+    return [
+        UnitPrices(
+            total_cost(body.forward, device).seconds,
+            total_cost(body.backward, device).seconds,
+            tuple(total_cost(stash.recomputed, device).seconds for stash in menu),
         )
         for body, menu in zip(bodies, menus, strict=True)
     ]

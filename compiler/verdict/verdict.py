@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...passes.schedule.simulate import Timeline
-from ..plan.plan import Plan
+from ..plan.plan import Plan, StagePlan
 from ..report.quantities import bytes_text, rate_text, seconds_text
 from .limits import limits_of
 
@@ -66,8 +66,8 @@ def mfu_of(plan: Plan, step_s: float, peak_flops_per_s: float) -> float:
 
 
 def _fit(plan: Plan) -> str:
-    fullest = max(plan.stages, key=lambda stage: stage.memory.peak)
-    peak, budget = fullest.memory.peak, plan.budget_bytes
+    fullest = plan.fullest
+    peak, budget = fullest.memory.needed, plan.limit_of(fullest)
     where = f"rank {fullest.rank}" if plan.virtual_stages > 1 else f"stage {fullest.stage}"
     if budget is None:
         return f"needs {bytes_text(peak)} at most, on {where} (no limit was given)"
@@ -114,15 +114,21 @@ def _change(judged: Judged) -> Iterator[str]:
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
-    fullest = max(plan.stages, key=lambda stage: stage.memory.peak)
-    budget = plan.budget_bytes
-    if budget is None or not FULL * budget < fullest.memory.peak <= budget:
+    fullest = plan.fullest
+    peak, budget = fullest.memory.needed, plan.limit_of(fullest)
+    if budget is None or not FULL * budget < peak <= budget:
         return
     yield (
-        f"warning: {fullest.memory.peak / budget:.0%} of the memory is planned for, and workspaces "
-        f"of kernels, the allocator's gaps and buffers of links come on top: --memory "
-        f"{_careful(budget)} plans for 90% of it"
+        f"warning: {peak / budget:.0%} of the memory is planned for, and {_more(fullest)} "
+        f"come on top: --memory {_careful(budget)} plans for 90% of it"
     )
+
+
+def _more(stage: StagePlan) -> str:
+    """What is taken and not planned for."""
+    if stage.memory.device:
+        return "the allocator's gaps"
+    return "workspaces of kernels, the allocator's gaps and buffers of links"
 
 
 def _careful(budget: int) -> str:

@@ -67,6 +67,14 @@ def solve_dynamic(
     return replace(result, bound=bound, proven=chain and exact, note=note)
 
 
+def quick_objective(problem: Problem) -> float:
+    """That no division of the units' order into runs is below; infinite where none fits."""
+    line = Line(problem, in_order(problem))
+    lows = [lower_bounds(line, s) for s in range(problem.n_stages)]
+    found = best_division(lows, problem.max_weight, problem.sum_weight)
+    return found.objective if found else math.inf
+
+
 def solve_uniform(problem: Problem) -> Solution:
     """Equal numbers of units per stage: what splitting by layer count does."""
     return _balanced(problem, [1.0] * problem.n_units, "uniform")

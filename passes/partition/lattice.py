@@ -19,7 +19,7 @@ from ...compiler.ir.problem import Problem
 from ..integer.work import Work
 from .ideals import ideals_of
 from .lazy import CAPS, LazySearch, largest_stage_s
-from .segments import Division, Floats, Transfers, lower_bounds
+from .segments import EARLIER, LATER, Division, Floats, Transfers, lower_bounds
 
 MOST_CELLS = 3e7  # of the tables of all stages together
 MOST_SUMS = 5e8  # numbers that are added up for one table
@@ -138,19 +138,18 @@ class Lattice:
         return some
 
     def _transfers(self) -> Transfers:
-        sent, before, after, n_before, n_after = (np.zeros(self.nested.shape) for _ in range(5))
+        sent = np.zeros(self.nested.shape)
+        received, counts = ([np.zeros_like(sent) for _ in range(4)] for _ in range(2))
         for value in self.problem.values:
             readers = sorted(set(value.readers) - {value.source})
             source, read = self._any([value.source]), self._count(readers)
             sent += value.send_s * (source & (read < len(readers) - 0.5))
             earlier = (self.inside[:, value.source] > 0.5)[:, None] & (read > 0.5)
             later = (self.inside[:, value.source] < 0.5)[None, :] & (read > 0.5)
-            before += value.receive_s * earlier
-            after += value.receive_s * later
-            counts = value.send_s + value.receive_s > 0
-            n_before += counts & earlier
-            n_after += counts & later
-        return Transfers(sent, before, after, n_before, n_after)
+            for where, here in ((EARLIER, earlier), (LATER, later)):
+                received[where] += value.receive_s * here
+                counts[where] += (value.send_s + value.receive_s > 0) & here
+        return Transfers(sent, tuple(received), tuple(counts))
 
     def _shared(self, *, per_microbatch: bool) -> Floats:
         total, decided = np.zeros(self.nested.shape), set(self.linked)

@@ -20,6 +20,7 @@ from ...compiler.ir.problem import Problem, Value
 
 Floats = npt.NDArray[np.float64]
 _MULTIPLIERS = 24
+PREVIOUS, EARLIER, NEXT, LATER = range(4)
 
 
 class Line:
@@ -78,7 +79,8 @@ class Line:
         return shared + self.problem.reserve_bytes[stage]
 
     def _transfers(self, values: Sequence[Value]) -> Transfers:
-        sent, before, after, n_before, n_after = (_Area(self.n) for _ in range(5))
+        sent = _Area(self.n)
+        seconds, counts = ([_Area(self.n) for _ in range(4)] for _ in range(2))
         for value in values:
             source = self.place[value.source]
             readers = sorted({self.place[reader] for reader in value.readers} - {source})
@@ -87,17 +89,33 @@ class Line:
             low, high = min(source, readers[0]), max(source, readers[-1])
             sent.add(0, source, source + 1, self.n, value.send_s)
             sent.add(0, low, high + 1, self.n, -value.send_s)
-            counts = float(value.send_s + value.receive_s > 0)
-            later = [source, *(r for r in readers if r > source)]
-            for last, r in itertools.pairwise(later):
-                for area, amount in ((before, value.receive_s), (n_before, counts)):
-                    area.add(last + 1, r, r + 1, self.n, amount)
-            earlier = [*(r for r in readers if r < source), source]
-            for r, last in itertools.pairwise(earlier):
-                for area, amount in ((after, value.receive_s), (n_after, counts)):
-                    area.add(0, r, r + 1, last, amount)
-        found = (area.total() for area in (sent, before, after, n_before, n_after))
-        return Transfers(*found)
+            amounts = value.receive_s, float(value.send_s + value.receive_s > 0)
+            for where, i, last_i, j, last_j in self._received(source, readers):
+                for areas, amount in zip((seconds, counts), amounts, strict=True):
+                    areas[where].add(i, last_i, j, last_j, amount)
+        received, counted = ([area.total() for area in areas] for areas in (seconds, counts))
+        return Transfers(sent.total(), tuple(received), tuple(counted))
+
+    def _received(
+        self, source: int, readers: Sequence[int]
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """The segments that receive a value: from where, as `Transfers` has it, and a rectangle."""
+        later = [source, *(r for r in readers if r > source)]
+        for last, r in itertools.pairwise(later):
+            first = last + 1
+            if last == source:
+                yield PREVIOUS, first, first, r + 1, self.n
+                first += 1
+            if first <= r:
+                yield EARLIER, first, r, r + 1, self.n
+        earlier = [*(r for r in readers if r < source), source]
+        for r, last in itertools.pairwise(earlier):
+            final = last
+            if last == source:
+                yield NEXT, 0, r, final, final
+                final -= 1
+            if r + 1 <= final:
+                yield LATER, 0, r, r + 1, final
 
     def _shared(self, *, per_microbatch: bool) -> Floats:
         area = _Area(self.n)
@@ -116,39 +134,45 @@ class Transfers:
 
     Attributes:
         sent: seconds in which it sends.
-        before, after: seconds in which it receives from earlier stages, and from later ones.
-        n_before, n_after: how many values it receives.
+        received: seconds in which it receives what was made right before it, `EARLIER` than that,
+            right behind it, `LATER` than that.
+        counts: of such values.
     """
 
     sent: Floats
-    before: Floats
-    after: Floats
-    n_before: Floats
-    n_after: Floats
+    received: tuple[Floats, ...]
+    counts: tuple[Floats, ...]
 
     def on_stages(self, problem: Problem) -> list[Floats]:
         """Per stage, the least seconds that all of it takes.
 
         Which stage a value comes from no segment tells, only whether it is an earlier or a later
-        one: where links are not alike the best of these is taken for it. That is the truth where
-        values go from stage to stage and no link to a neighbour is worse than one over it.
+        one, but for what is made next to it. Where links are not alike the best of those stages is
+        taken for it, so that it is the truth where values go from a stage to the next.
         """
         if not problem.links:
-            return [self.sent + self.before + self.after] * problem.n_stages
+            return [sum(self.received, self.sent)] * problem.n_stages
         return [self._over(problem, s) for s in range(problem.n_stages)]
 
     def _over(self, problem: Problem, stage: int) -> Floats:
         stages = range(problem.n_stages)
         out = [problem.link(stage, other).slower for other in stages if other != stage]
         total = self.sent * min(out, default=1.0)
-        for seconds, count, sources in (
-            (self.before, self.n_before, stages[:stage]),
-            (self.after, self.n_after, stages[stage + 1 :]),
+        before, after = stages[:stage], stages[stage + 1 :]
+        filled = problem.min_units > 0  # or the neighbour may be farther away
+        for near, far, sources, neighbour in (
+            (PREVIOUS, EARLIER, before, before[-1:]),
+            (NEXT, LATER, after, after[:1]),
         ):
-            links = [problem.link(source, stage) for source in sources]
-            if links:
-                total = total + seconds * min(link.slower for link in links)
-                total += min(link.latency_s for link in links) * (count > 0.5)
+            if not sources:
+                continue
+            latency_s = np.zeros_like(total)
+            for where, some in ((far, sources), (near, neighbour if filled else sources)):
+                links = [problem.link(source, stage) for source in some]
+                total = total + self.received[where] * min(link.slower for link in links)
+                least_s = min(link.latency_s for link in links)
+                latency_s = np.where(self.counts[where] > 0.5, least_s, latency_s)
+            total += latency_s
         return total
 
 

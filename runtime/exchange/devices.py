@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from ...compiler.costs.hardware import device_spec, parse_device
+from ...compiler.costs.at_hand import device_spec
+from ...compiler.costs.cluster import parse_hardware
 from ...compiler.ir.errors import OptionError
 from ...compiler.kept.cache import default_cache_dir
 from ...compiler.options.options import CompileOptions
@@ -78,8 +79,12 @@ def target_of(options: CompileOptions, device: torch.device, mesh: Mesh) -> Targ
         spec = device_spec(device_of(mesh.local_ranks[0], device, mesh))
         own_bytes = spec.memory_bytes // ranks_per_device(device, mesh)
     else:
-        spec = parse_device(options.hardware)
+        spec = parse_hardware(options.hardware)
         own_bytes = spec.memory_bytes
+        if spec.cluster is not None and mesh.distributed:  # ranks are where they are
+            spec = spec.cluster.as_they_are()
     if options.costs == "calibrated":
-        spec = calibrated(spec, default_cache_dir(), options.backend == "inductor")
-    return Target(device, spec, options.memory_bytes or own_bytes)
+        fused = options.backend == "inductor"
+        spec = spec.each(lambda each: calibrated(each, default_cache_dir(), fused))
+    budget = options.memory_bytes or own_bytes
+    return Target(device, spec, budget, whole=not options.memory_bytes)

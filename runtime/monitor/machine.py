@@ -46,5 +46,5 @@ def machine_of(
     devices = -(-mesh.size // ranks_per_device(here, mesh)) if shared else mesh.size
     # what a data sheet says, or the user: other GPUs, and CPUs, have careful figures
     known = options.hardware is not None or (device.type == "cuda" and spec.name in DEVICES)
-    peak = spec.peak(computed_in(options.dtypes, module)) if known else None
+    peak = spec.mean_peak(computed_in(options.dtypes, module)) if known else None
     return Machine(device, mesh.numbering if mesh.distributed else None, devices, peak)

@@ -115,7 +115,7 @@ def predict(run: Run, whole: bool = False) -> Prediction:
     """By two depths, or as many blocks as the run has."""
     depths = (run.n_layers,) if whole else SHALLOW
     found = _extended([planned(replace(run, n_layers=d), 0) for d in depths], run.n_layers)
-    memory = _device(run).memory_bytes
+    memory = memory_of(run)
     pieces = found[1] > memory
     if pieces:
         made = [planned(replace(run, n_layers=d), CHUNK_ROWS) for d in depths]
@@ -136,6 +136,14 @@ def _device(run: Run):  # type: ignore[no-untyped-def]
     from pipecompile.compiler.costs.hardware import DEVICES as KNOWN
 
     return KNOWN[DEVICES[run.gpu]]
+
+
+def memory_of(run: Run) -> int:
+    """Bytes for tensors. FSDP's collectives gather and scatter, and have no buffers for each other
+    device."""
+    device = _device(run)
+    taken = device.reserved.total(links=0, replicas=run.n_gpus, beside=0)
+    return int(device.memory_bytes - taken)
 
 
 def planned(run: Run, chunk_rows: int) -> tuple[float, float]:

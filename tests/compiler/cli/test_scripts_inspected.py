@@ -170,8 +170,8 @@ def test_links_and_memory_by_flags(script: Path, capsys: pytest.CaptureFixture[s
     slow = plan_of(f"{command} --set link.bytes_per_s=1MB/s", capsys)
     assert slow["device"] == "h100 with link.bytes_per_s=1MB/s"
     assert slow["step_s"] > 2 * plan["step_s"]
-    small = plan_of(f"{command} --set device.memory_bytes=4MiB", capsys)
-    assert small["budget_bytes"] == 4 * 2**20
+    small = plan_of(f"{command} --set device.memory_bytes=4GiB", capsys)
+    assert small["budget_bytes"] == 4 * 2**30
     late = plan_of(f"{command} --set device.launch_s=1e-3", capsys)
     assert late["step_s"] > 10 * plan["step_s"]
     weak = plan_of(f"{command} --set device.flops_per_s.float32=1e8", capsys)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipecompile.compiler.costs.at_hand import device_name, device_spec, gpu_spec
 from pipecompile.compiler.costs.cost import node_cost, node_flops, total_cost
 from pipecompile.compiler.costs.hardware import (
     A100,
@@ -22,9 +23,6 @@ from pipecompile.compiler.costs.hardware import (
     H200,
     L4,
     Device,
-    device_name,
-    device_spec,
-    gpu_spec,
     parse_device,
 )
 from pipecompile.compiler.ir.errors import OptionError

@@ -112,12 +112,10 @@ def test_what_would_help_is_said_with_numbers() -> None:
 def test_reserves_close_in_between_too_small_and_enough() -> None:
     class Draft:
         def __init__(self, peak: int, excess: float):
-            self.peak_bytes, self.excess_bytes = (peak,), [excess]
+            self.over_bytes, self.excess_bytes = (peak - 100.0,), [excess]
+            self.fits = peak <= 100
 
-        def over_bytes(self, budget_bytes: float) -> float:
-            return self.peak_bytes[0] - budget_bytes
-
-    reserves, tried = Reserves(1, 100.0), (0.0,)
+    reserves, tried = Reserves(1), (0.0,)
     for _ in range(8):  # divisions that fit look 30 cheaper, the others 20 dearer than they are
         too_small = tried[0] < 13
         tried = reserves.next(tried, Draft(110, 20.0) if too_small else Draft(90, -30.0))

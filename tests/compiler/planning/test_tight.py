@@ -46,7 +46,7 @@ class Small(Planner):
     """Plans a problem that is given, and keeps what was drafted."""
 
     def __init__(self, problem: Problem, seed: int) -> None:
-        self.given, self.seed, self.budget_bytes = problem, seed, BUDGET
+        self.given, self.seed, self.budgets = problem, seed, problem.budget_bytes
         self.options: Any = SimpleNamespace(time_limit_s=30.0, n_stages=2, solver="auto")
         self.drafts: list[Solution] = []
 
@@ -61,7 +61,7 @@ class Small(Planner):
         return solution
 
     def draft(self, decision: Any) -> Sequence[Any]:
-        return [SimpleNamespace(peak_bytes=each) for each in self.peaks(decision.solution)]
+        return [SimpleNamespace(needed_bytes=each) for each in self.peaks(decision.solution)]
 
     def peaks(self, solution: Solution) -> list[float]:
         priced = self.given.ranks_bytes(solution.stage, solution.option)

@@ -198,6 +198,24 @@ def test_neighbours_links_are_proven_by_the_dynamic_program_on_many_layers() -> 
     assert found.objective > solve(replace(problem, links=())).objective
 
 
+@settings(max_examples=40, deadline=None)
+@given(unlike_problems(problems(chain=True)).filter(lambda problem: problem.edges))
+def test_links_of_neighbours_alone_are_exact_on_chains(problem: Problem) -> None:
+    """Each unit gives something to the next and back; stages have a unit at least."""
+    values = tuple(
+        Value(a, (b,), receive_s=2.0) for u, v in problem.edges for a, b in ((u, v), (v, u))
+    )
+    problem = replace(problem, values=values, min_units=1, pins={})
+    best = optimum(problem, every_solution(problem))
+    try:
+        found = solve_dynamic(problem)
+    except PartitionError:
+        assert best == math.inf
+        return
+    assert found.proven
+    assert found.objective == pytest.approx(best)
+
+
 def test_the_cut_between_machines_goes_where_little_crosses() -> None:
     """Twelve equal layers; what crosses after the fifth is a tenth of what crosses elsewhere."""
     sizes = [0.1 if u == 4 else 1.0 for u in range(11)]

@@ -118,7 +118,7 @@ def test_a_rank_keeps_the_most_that_fits(monkeypatch: pytest.MonkeyPatch, room: 
         return [10 + counts[0], 10 + 2 * counts[1]]
 
     of: Any = None
-    kept = fill(of, of, [(0,), (1,)], len, peaks, 10 + room)
+    kept = fill(of, of, [(0,), (1,)], len, peaks, [10 + room] * 2)
     counts = [len(each.params) + len(each.grads) for each in kept or [NOTHING, NOTHING]]
     assert counts == [min(room, 6), min(room // 2, 6)]
     assert len(asked) <= 4
