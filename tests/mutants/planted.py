@@ -535,10 +535,31 @@ SHARDING = (
     ),
     Mutant(
         "compiler/planning/keeping.py",
-        "if peak <= budget_bytes:",
+        "if peak <= budgets[rank]:",
         "if True:",
         "test_kept.py::test_a_rank_keeps_the_most_that_fits",
         "more is kept than fits",
+    ),
+    Mutant(
+        "compiler/driver/work.py",
+        "links = sum(rank in ends for ends in ways)",
+        "links = 4",
+        "test_reserved.py::test_a_rank_pays_for_each_communicator_that_it_is_an_end_of",
+        "every rank pays for as many communicators",
+    ),
+    Mutant(
+        "compiler/costs/cluster.py",
+        "hosts = topology.hosts or tuple(number // topology.devices for number in numbers)",
+        "hosts = tuple(number // topology.devices for number in range(len(numbers)))",
+        "test_cluster.py::test_ranks_are_in_the_machines_that_have_their_devices",
+        "ranks fill machines in order, whatever devices these have",
+    ),
+    Mutant(
+        "passes/partition/dominance.py",
+        "and problem.alike",
+        "and True",
+        "test_unlike.py::test_what_takes_ranks_for_alike_steps_aside",
+        "units move to a neighbour's stage although its device may be slower",
     ),
 )
 
@@ -965,8 +986,8 @@ SOLVER = (
     ),
     Mutant(
         "passes/integer/windows.py",
-        "np.array([min(option.seconds for option in each) for each in problem.options])",
-        "np.array([each[0].seconds for each in problem.options])",
+        "np.array(problem.fewest_s(kind)), {}",
+        "np.array([each[0].on(kind) for each in problem.options]), {}",
         "test_windows.py::test_windows_are_as_wide_as_they_have_to_be",
         "a unit's first option counts as its fastest",
     ),
