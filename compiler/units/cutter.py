@@ -24,6 +24,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from ...passes.programs.fusions import layer_of
 from ..costs.cost import node_cost
 from ..costs.hardware import Device
 from ..ir.graph import (
@@ -307,13 +308,16 @@ class _Fused:
 
 def _is_written(node: fx.Node) -> bool:
     """Whether a value is in memory after the forward though nothing keeps it: a library's kernel
-    makes or reads it."""
+    makes or reads it, or the kernels of another layer read it."""
     if not _is_elementwise(node) and viewed(node) is None:
         return True
-    users = _forward_users(node)
-    return any(
-        _is_written(user) if viewed(user) is node else not _is_elementwise(user) for user in users
-    )
+    for user in _forward_users(node):
+        if viewed(user) is node:
+            if _is_written(user):
+                return True
+        elif not _is_elementwise(user) or layer_of(user) != layer_of(node):
+            return True
+    return False
 
 
 def _is_elementwise(node: fx.Node) -> bool:
