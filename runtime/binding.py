@@ -44,6 +44,11 @@ class Bound:
         leaves = [(position, (Role.BATCH, leaf)) for position, leaf in self.batch]
         return [*self.values, *leaves, *tangents]
 
+    @cached_property
+    def results(self) -> tuple[tuple[Role, str], ...]:
+        """Per result, what it is and the name of that."""
+        return tuple((port.role, str(port.key)) for port in self.program.outputs)
+
 
 class BoundStage:
     """One stage's programs on the rank that holds it.

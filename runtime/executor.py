@@ -39,6 +39,7 @@ Values = dict[str, torch.Tensor]
 """Of one stage and microbatch: what a program has made, or a message brought, by name."""
 
 
+_SENDS, _RECEIVES = frozenset(SEND.values()), frozenset(RECV.values())
 _OUT_OF_RANGE = re.compile("out of (bounds|range)|^Class values must be")
 """How operators say that of an index."""
 
@@ -152,6 +153,10 @@ class Executor:
             for stage in self.stages
         }
         self._drops = {stage: pipeline.drops(stage, state.stages) for stage in state.stages}
+        self._handed: dict[tuple[int, Kind], list[Message]] = defaultdict(list)
+        for message in sorted(pipeline.messages, key=lambda m: m.dst):
+            if {message.src, message.dst} <= self.stages.keys():
+                self._handed[message.src, COMPUTE_OF[message.phase]].append(message)
         self.tied = TiedGradients(pipeline, state)
         self._graphs = Graphs(recorder, actions) if recorder is not None else None
         self._last = {action.kind: action for action in actions}
@@ -192,8 +197,7 @@ class Executor:
                 for message, pending in arriving.pop((stage, kind, index), ()):
                     while not pending.ready():
                         yield
-                    names = (spec.name for spec in message.values)
-                    values.update(zip(names, pending.wait(), strict=True))
+                    values.update(zip(message.names, pending.wait(), strict=True))
                     del pending  # it holds what has arrived
                     if log is not None:
                         start = log.waited(message, index, start)
@@ -205,11 +209,11 @@ class Executor:
                     made[index]._compute(action, index, values, job, tangents)
                     job.called(begun_s, perf_counter())
                     made[index]._hand_over(stage, kind, index, alive)
-            elif kind in SEND.values():
+            elif kind in _SENDS:
                 assert index is not None
                 with named(action):
                     made[index]._send(action, alive[stage, index])
-            elif kind in RECV.values():
+            elif kind in _RECEIVES:
                 assert index is not None
                 arriving[stage, COMPUTE_OF[kind.phase], index].append(made[index]._receive(action))
                 continue  # posted; it is over when somebody has waited for it
@@ -263,17 +267,17 @@ class Executor:
             made = self._made(action, bound, arguments, values, job)
         except (IndexError, RuntimeError) as error:
             raise self._explained(error, action, bound.program) from error
-        for port, value in zip(bound.program.outputs, made, strict=True):
-            if port.role is Role.VALUE:
-                values[str(port.key)] = value
-            elif port.role is Role.LOSS:
+        for (role, name), value in zip(bound.results, made, strict=True):
+            if role is Role.VALUE:
+                values[name] = value
+            elif role is Role.LOSS:
                 job.losses.append(value.clone() if self._graphs else value)
-            elif port.role is Role.RESULT:
+            elif role is Role.RESULT:
                 while len(job.results) <= index:
                     job.results.append({})
-                job.results[index][int(port.key)] = value
-            elif port.role is Role.BUFFER:
-                self.state.buffers[str(port.key)].copy_(value)
+                job.results[index][int(name)] = value
+            elif role is Role.BUFFER:
+                self.state.buffers[name].copy_(value)
 
     def _made(
         self, action: Action, bound: Bound, arguments: list[Any], values: Values, job: Job
@@ -327,21 +331,16 @@ class Executor:
         self, stage: int, kind: Kind, index: int, alive: dict[tuple[int, int], Values]
     ) -> None:
         """Give other stages of this rank what they will read of what was made."""
-        if len(self.stages) == 1 or kind not in COMPUTE_OF.values():
-            return
-        for dst in self.stages:
-            message = self.messages.get((stage, dst, kind.phase))
-            if message is not None:
-                taken = self._take(message, SEND[kind.phase], alive[stage, index])
-                names = (spec.name for spec in message.values)
-                pairs = zip(taken, message.values, strict=True)
-                conformed = [wire.conform(value, spec) for value, spec in pairs]
-                alive[dst, index].update(zip(names, conformed, strict=True))
+        for message in self._handed.get((stage, kind), ()):
+            taken = self._take(message, SEND[message.phase], alive[stage, index])
+            pairs = zip(taken, message.values, strict=True)
+            conformed = [wire.conform(value, spec) for value, spec in pairs]
+            alive[message.dst, index].update(zip(message.names, conformed, strict=True))
 
     def _take(self, message: Message, send: Kind, values: Values) -> list[torch.Tensor]:
         """The values of a message; what nothing else needs is dropped."""
-        taken = [values[spec.name] for spec in message.values]
-        for name in self._drops[message.src].get((send.value, message.dst), ()):
+        taken = [values[name] for name in message.names]
+        for name in self._drops[message.src].get((send, message.dst), ()):
             del values[name]
         return [copied(value) for value in taken] if self._graphs else taken
 

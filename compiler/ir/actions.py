@@ -22,6 +22,8 @@ class Phase(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
 
+    __hash__ = str.__hash__
+
 
 class Kind(StrEnum):
     """What an action does."""
@@ -39,14 +41,15 @@ class Kind(StrEnum):
     REDUCE_W = "REDUCE_W"
     REDUCE_GRAD = "REDUCE_GRAD"
 
-    @property
-    def computes(self) -> bool:
-        """Whether it runs a program of its stage."""
-        return self in COMPUTE
+    computes: bool
+    """Whether it runs a program of its stage."""
+    phase: Phase
 
-    @property
-    def phase(self) -> Phase:
-        return Phase.FORWARD if self.value.endswith("F") else Phase.BACKWARD
+    def __init__(self, value: str):
+        self.computes = value in ("F", "B", "W")
+        self.phase = Phase.FORWARD if value.endswith("F") else Phase.BACKWARD
+
+    __hash__ = str.__hash__  # Enum's own is Python, and is asked for with every action
 
 
 COMPUTE = (Kind.F, Kind.B, Kind.W)

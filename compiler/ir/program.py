@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -130,6 +131,10 @@ class Message:
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.values)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(value.name for value in self.values)
 
 
 Step = tuple[str, int]

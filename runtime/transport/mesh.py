@@ -70,8 +70,18 @@ class Mesh:
 
     def rank_of(self, replica: int, stage: int) -> int:
         """The rank that holds a stage in a replica."""
-        held = (i for i, stages in enumerate(self.placement) if stage in stages)
-        return self.numbering.rank_of(replica, next(held) if self.placement else stage)
+        return self._ranks[replica, stage]
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[int, int], int]:
+        """(replica, stage) -> the rank that holds it."""
+        placement = self.placement or [(stage,) for stage in range(self.n_stages)]
+        return {
+            (replica, stage): self.numbering.rank_of(replica, position)
+            for position, stages in enumerate(placement)
+            for stage in stages
+            for replica in range(self.dp)
+        }
 
     def replicas_of(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold a stage, one per replica."""

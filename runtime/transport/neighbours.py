@@ -8,6 +8,7 @@ ever.
 
 from __future__ import annotations
 
+import array
 import mmap
 import os
 import pickle
@@ -29,7 +30,7 @@ SWITCH = "PIPECOMPILE_SHARED_MEMORY"
 MOST_BYTES = 16 << 10  # of a packet
 CONTROL = -1  # the channel of what ranks agree on
 REPORTS = -4  # that of what they tell rank 0 of their steps
-_MOST_FILES = 4
+_ROOM = socket.CMSG_SPACE(4 * array.array("i").itemsize)  # for the numbers of open files
 _CHANNEL = struct.Struct("<q")
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -210,7 +211,7 @@ class Neighbours:
         """Take in a packet of a rank, or its end; False if there is neither."""
         sock = self._sockets[rank]
         try:
-            content, files, _, _ = socket.recv_fds(sock, MOST_BYTES + _CHANNEL.size, _MOST_FILES)
+            content, beside, _, _ = sock.recvmsg(MOST_BYTES + _CHANNEL.size, _ROOM)
         except BlockingIOError:
             return False
         except ConnectionResetError:  # what it had posted before can still be read
@@ -222,8 +223,18 @@ class Neighbours:
         (channel,) = _CHANNEL.unpack_from(content)
         number = self._arrived[rank, channel]
         self._arrived[rank, channel] += 1
+        files = _files(beside) if beside else []
         self._inbox[Ticket(rank, channel, number)] = Packet(content[_CHANNEL.size :], files)
         return True
+
+
+def _files(beside: list[tuple[int, int, bytes]]) -> list[int]:
+    """The open files that came with a packet."""
+    found = array.array("i")
+    for level, kind, data in beside:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)
 
 
 def _file_of(content: bytes) -> int:

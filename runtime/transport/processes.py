@@ -65,6 +65,7 @@ class _Outbox:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._failures: list[RuntimeError] = []
+        self._empty = True
         self.thread = threading.Thread(
             target=_see_off,
             args=(self._queue, self._failures),
@@ -77,6 +78,7 @@ class _Outbox:
         _close_at_exit()
 
     def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
+        self._empty = False
         self._queue.put([work, data, dst])
 
     def close(self) -> None:
@@ -90,9 +92,12 @@ class _Outbox:
         Raises:
             RuntimeError: what gloo says of a message that could not be sent.
         """
+        if self._empty:  # which spares waking the thread, where all goes through memory
+            return
         done = threading.Event()
         self._queue.put([done])
         done.wait()
+        self._empty = True
         if self._failures:
             raise self._failures[0]
 

@@ -16,7 +16,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,59 @@ ALIGNED = 64  # bytes: as torch aligns what it allocates
 FREE, TAKEN = 0, 1
 IN_PACKET = neighbours.MOST_BYTES // 2  # values of so many bytes travel in the packet itself
 BLOCKS = 64  # of a segment; one that was never used has no memory yet
+MOST_FORMS = 4096  # of messages, that are kept
 IDLE = 512  # after so many messages to a rank a segment that none of them needed is given back
 _HEAD = struct.Struct("<qqq")  # segment, its block, how many numbers of closed segments follow
 _NONE = -1
+_IN_PACKET = _HEAD.pack(_NONE, 0, 0)
 _NUMBER = struct.Struct("<q")
+CPU = torch.device("cpu")
 SEGMENTS = -3  # the channel on which new ones are shown
+
+
+class _Form:
+    """How the values of a message lie in a block.
+
+    Attributes:
+        places, sizes: where each begins, and its bytes.
+        denses: whether each fills its bytes in some order; dense: all of them do, and none is
+            empty.
+        total: bytes of the block.
+        nbytes: of the values.
+        count: elements of the first one.
+        owner: the type of what tensors hold while they read such a block.
+    """
+
+    def __init__(self, specs: Sequence[ValueSpec]):
+        self.specs = specs
+        self.sizes = [wire.size_of(spec) for spec in specs]
+        self.places, end = [], ALIGNED
+        for size in self.sizes:
+            self.places.append(-(-end // ALIGNED) * ALIGNED)
+            end = self.places[-1] + size
+        self.total = -(-end // ALIGNED) * ALIGNED
+        self.denses = [wire.is_dense(spec.shape, spec.stride) for spec in specs]
+        self.dense, self.nbytes = all(self.denses) and all(self.sizes), sum(self.sizes)
+        self.count = self.sizes[0] // specs[0].dtype.itemsize if specs else 0
+        self.owner = _owner_type(self.total)
+
+
+class _Forms:
+    """Of the messages that are sent again and again: those whose specs are one tuple."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Form] = {}
+
+    def of(self, specs: Sequence[ValueSpec]) -> _Form:
+        form = self._known.get(id(specs))
+        if form is not None and form.specs is specs:
+            return form
+        form = _Form(specs)
+        if isinstance(specs, tuple):
+            if len(self._known) >= MOST_FORMS:
+                self._known.clear()
+            self._known[id(specs)] = form  # which keeps the tuple, so that no other has its id
+        return form
 
 
 @dataclass(eq=False)
@@ -46,6 +94,7 @@ class _Segment:
         number: of those for that process.
         size: of a block, its first ALIGNED bytes included.
         used: the number of the last message in it.
+        written: views of blocks that messages were written to.
     """
 
     number: int
@@ -53,6 +102,19 @@ class _Segment:
     memory: mmap.mmap
     room: torch.Tensor
     used: int = 0
+    written: dict[tuple[int, _Form], Values] = field(default_factory=dict)
+
+    def views(self, place: int, form: _Form) -> Values:
+        """A block as the dense values of a message."""
+        found = self.written.get((place, form))
+        if found is None:
+            if len(self.written) >= MOST_FORMS:
+                self.written.clear()
+            start = place * self.size
+            pairs = zip(form.specs, form.places, strict=True)
+            found = [wire.view(self.room, spec, start + at) for spec, at in pairs]
+            self.written[place, form] = found
+        return found
 
     def free(self) -> int | None:
         """The first block that is free: one that was in use before, if there is any."""
@@ -62,6 +124,20 @@ class _Segment:
     @property
     def idle(self) -> bool:
         return all(self.memory[i * self.size] == FREE for i in range(BLOCKS))
+
+
+class Draft(NamedTuple):
+    """A message that is being written.
+
+    Attributes:
+        values: where.
+    """
+
+    rank: int
+    segment: _Segment
+    place: int
+    nbytes: int
+    values: Values
 
 
 class _Block(NamedTuple):
@@ -118,6 +194,7 @@ class SharedMemory:
         self._pools: dict[int, _Pool] = defaultdict(_Pool)
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, number of its segment)
         self._process = os.getpid()
+        self._forms = _Forms()
         self.sent_bytes = 0
 
     @property
@@ -132,26 +209,53 @@ class SharedMemory:
         Raises:
             ConnectionError: the rank has ended.
         """
-        places, total, inside = _layout(tuple(specs))
-        self.sent_bytes += inside
-        if total <= IN_PACKET:
+        form = self._forms.of(specs)
+        self.sent_bytes += form.nbytes
+        if form.total <= IN_PACKET:
             parts = [wire.to_bytes(v, s) for v, s in zip(values, specs, strict=True)]
             contents = (ctypes.string_at(part.data_ptr(), part.numel()) for part in parts)
-            packet = b"".join((_HEAD.pack(_NONE, 0, 0), *contents))
+            packet = b"".join((_IN_PACKET, *contents))
             self._neighbours.post(rank, channel, packet)
             return
-        pool = self._pools[rank]
-        segment, place, file = pool.find(total)
-        start = place * segment.size
-        segment.memory[start] = TAKEN
-        for value, spec, at in zip(values, specs, places, strict=True):
-            wire.write(value, spec, segment.room, start + at)
-        closed = pool.closed()
+        segment, place = self._taken(rank, form)
+        if form.dense:
+            for view, value in zip(segment.views(place, form), values, strict=True):
+                view.copy_(value)
+        else:
+            start = place * segment.size
+            for value, spec, at in zip(values, specs, form.places, strict=True):
+                wire.write(value, spec, segment.room, start + at)
+        self._post(rank, channel, segment, place)
+
+    def draft(self, rank: int, specs: Sequence[ValueSpec]) -> Draft:
+        """A message whose values, dense ones, are yet to be written; `post` sends it."""
+        form = self._forms.of(specs)
+        assert form.dense
+        segment, place = self._taken(rank, form)
+        return Draft(rank, segment, place, form.nbytes, segment.views(place, form))
+
+    def post(self, draft: Draft, channel: int) -> None:
+        """Send a draft; its values are the receiver's from here on.
+
+        Raises:
+            ConnectionError: the rank has ended.
+        """
+        self.sent_bytes += draft.nbytes
+        self._post(draft.rank, channel, draft.segment, draft.place)
+
+    def _taken(self, rank: int, form: _Form) -> tuple[_Segment, int]:
+        """A block for a message to a rank, which can see it."""
+        segment, place, file = self._pools[rank].find(form.total)
+        segment.memory[place * segment.size] = TAKEN
+        if file is not None:
+            self._show(rank, segment.number, file)
+        return segment, place
+
+    def _post(self, rank: int, channel: int, segment: _Segment, place: int) -> None:
+        closed = self._pools[rank].closed()
         head = _HEAD.pack(segment.number, place, len(closed))
         if closed:
             head += struct.pack(f"<{len(closed)}q", *closed)
-        if file is not None:
-            self._show(rank, segment.number, file)
         self._neighbours.post(rank, channel, head)
 
     def _show(self, rank: int, number: int, file: int) -> None:
@@ -169,18 +273,24 @@ class SharedMemory:
         """Wait for values; they are in memory that is another process's until they are gone."""
         packet = self._neighbours.take(ticket)
         number, place, closed = _HEAD.unpack_from(packet.content)
+        form = self._forms.of(specs)
         if closed:
             for each in struct.unpack_from(f"<{closed}q", packet.content, _HEAD.size):
                 del self._maps[ticket.rank, each]
         if number == _NONE:
-            return _unpacked(packet.content, specs)
+            return _unpacked(packet.content, form)
         memory = self._mapped(ticket.rank, number)
-        places, total, _ = _layout(tuple(specs))
         start = place * (len(memory) // BLOCKS)
-        owner = _owner_type(total).from_buffer(memory, start)
+        owner = form.owner.from_buffer(memory, start)
         owner.memory, owner.start, owner.process = memory, start, self._process
+        if len(specs) == 1 and form.dense:  # most messages: one tensor over the block
+            spec = specs[0]
+            flat = torch.frombuffer(
+                owner, dtype=spec.dtype, offset=form.places[0], count=form.count
+            )
+            return [flat.as_strided(spec.shape, spec.stride)]
         room = torch.frombuffer(owner, dtype=torch.uint8)
-        return [wire.read(room, spec, at) for spec, at in zip(specs, places, strict=True)]
+        return [wire.read(room, spec, at) for spec, at in zip(specs, form.places, strict=True)]
 
     def _mapped(self, rank: int, number: int) -> mmap.mmap:
         while (rank, number) not in self._maps:  # it was shown before the message was posted
@@ -205,16 +315,6 @@ class Mail:
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(specs: tuple[ValueSpec, ...]) -> tuple[list[int], int, int]:
-    """Where each value begins in a block, the bytes of the block, and those of the values."""
-    places, end = [], ALIGNED
-    for spec in specs:
-        places.append(-(-end // ALIGNED) * ALIGNED)
-        end = places[-1] + wire.size_of(spec)
-    return places, -(-end // ALIGNED) * ALIGNED, sum(map(wire.size_of, specs))
-
-
-@functools.lru_cache(maxsize=4096)
 def _owner_type(nbytes: int) -> Any:
     """Of what tensors hold while they read a block of so many bytes."""
     return type("Owner", (ctypes.c_ubyte * nbytes,), {"__del__": _release})
@@ -226,12 +326,17 @@ def _release(owner: Any) -> None:
         owner.memory[owner.start] = FREE
 
 
-def _unpacked(content: bytes, specs: Sequence[ValueSpec]) -> Values:
+def _unpacked(content: bytes, form: _Form) -> Values:
     """Of values in a packet, one after the other."""
     found, at = [], _HEAD.size
-    for spec in specs:
-        room = wire.room_for(spec, torch.device("cpu"))
-        ctypes.memmove(room.data_ptr(), content[at : at + room.numel()], room.numel())
-        at += room.numel()
-        found.append(wire.from_bytes(room, spec))
+    for spec, size, dense in zip(form.specs, form.sizes, form.denses, strict=True):
+        if dense:
+            made = wire.empty(spec, CPU)
+            ctypes.memmove(made.data_ptr(), content[at : at + size], size)
+        else:
+            room = wire.room_for(spec, CPU)
+            ctypes.memmove(room.data_ptr(), content[at : at + size], size)
+            made = wire.from_bytes(room, spec)
+        at += size
+        found.append(made)
     return found

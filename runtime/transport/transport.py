@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +95,7 @@ class Endpoint:
     device: torch.device
     transport: Transport
 
-    @property
+    @cached_property
     def replica(self) -> int:
         return self.mesh.replica_of(self.rank)
 
