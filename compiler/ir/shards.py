@@ -75,9 +75,16 @@ class Item:
 
     def span(self, dp: int, replica: int) -> tuple[int, int]:
         """(first row, rows) of a replica's share."""
-        start, rows = row_range(self.shape, dp, replica, self.owner)
-        first, end = (rows * k // self.pieces for k in (self.piece, self.piece + 1))
-        return start + first, end - first
+        found = self._spans.get((dp, replica))
+        if found is None:
+            start, rows = row_range(self.shape, dp, replica, self.owner)
+            first, end = (rows * k // self.pieces for k in (self.piece, self.piece + 1))
+            found = self._spans[dp, replica] = start + first, end - first
+        return found
+
+    @cached_property
+    def _spans(self) -> dict[tuple[int, int], tuple[int, int]]:
+        return {}
 
     def numel(self, dp: int, replica: int) -> int:
         return self.span(dp, replica)[1] * torch.Size(self.shape[1:]).numel()
@@ -108,10 +115,16 @@ def item_of(
 
 @dataclass(frozen=True)
 class Parcel:
-    """Items of one dtype that travel together between ``dp`` replicas."""
+    """Items of one dtype that travel together between ``dp`` replicas.
+
+    Attributes:
+        stays: gradients that are kept until the others' have come: a replica's own rows are read
+            where they are.
+    """
 
     items: tuple[Item, ...]
     dp: int
+    stays: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,10 +149,10 @@ class Parcel:
 
     @property
     def scatter_bytes(self) -> tuple[int, int]:
-        """What a replica packs, its own rows too, and the most that one receives to learn the
-        sums of its rows."""
-        size = self.dtype.itemsize
-        return sum(self.sizes) * size, max(self.sizes) * (self.dp - 1) * size
+        """The most that a replica packs, its own rows too unless they stay, and that one receives
+        to learn the sums of its rows."""
+        size, own = self.dtype.itemsize, min(self.sizes) if self.stays else 0
+        return (sum(self.sizes) - own) * size, max(self.sizes) * (self.dp - 1) * size
 
     @property
     def owned(self) -> bool:
@@ -303,7 +316,7 @@ def _once(
         ends.update({name: (part, i) for i, name in enumerate(names) if name in like})
     early = [n for part, ns in order.items() for i, n in enumerate(ns) if ends.get(n) == (part, i)]
     early = [name for name in early if name not in late]
-    leaving = dict(zip(early, _entries([like[n] for n in early], dp), strict=True))
+    leaving = dict(zip(early, _entries([like[n] for n in early], dp, stays=True), strict=True))
     parts = {
         part: tuple(
             leaving.get(name, ()) if ends.get(name) == (part, i) else ()
@@ -312,13 +325,14 @@ def _once(
         for part, names in order.items()
     }
     rest = [name for name in like if late.get(name)]
-    closing = dict(zip(rest, _entries([like[n] for n in rest], dp), strict=True))
+    closing = dict(zip(rest, _entries([like[n] for n in rest], dp, stays=True), strict=True))
     return Departures(last=parts, closing=closing)
 
 
-def _entries(items: Sequence[Item], dp: int) -> tuple[tuple[Entry, ...], ...]:
+def _entries(items: Sequence[Item], dp: int, stays: bool = False) -> tuple[tuple[Entry, ...], ...]:
     """Per item, where its pieces are."""
-    flat = [(parcel, i) for parcel in parcels_of(items, dp) for i in range(len(parcel.items))]
+    parcels = [replace(parcel, stays=stays) for parcel in parcels_of(items, dp)]
+    flat = [(parcel, i) for parcel in parcels for i in range(len(parcel.items))]
     made, at = [], 0
     for _ in items:
         count = flat[at][0].items[flat[at][1]].pieces

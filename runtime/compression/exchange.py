@@ -45,9 +45,12 @@ class Scatter(Request):
         if isinstance(transport, Loopback):
             return _met(transport, endpoint, self.blocks, lambda all_, r: [b[r] for b in all_])
         assert isinstance(transport, Processes)
-        others = torch.cat([block for r, block in enumerate(self.blocks) if r != me])
-        sizes = [block.numel() for block in self.blocks]
-        return _Beside(transport.replicas.scatter(others, sizes), me, self.blocks[me])
+        mine, sizes = self.blocks[me], [block.numel() for block in self.blocks]
+        room = transport.replicas.room(sizes, mine.dtype, mine.device)
+        for r, block in enumerate(self.blocks):
+            if r != me:
+                room.blocks[r].copy_(block)
+        return _Beside(transport.replicas.scatter(room), me, mine)
 
     def sent_bytes(self, endpoint: Endpoint) -> int:
         return sum(b.nbytes for r, b in enumerate(self.blocks) if r != endpoint.replica)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ import torch
 from ...compiler.ir.program import Port, Role
 from ...compiler.ir.shards import Entry, Item, Owners, Parcel, apart, item_of, parcels_of
 from ..transport.processes import Processes
+from ..transport.replicas import Room
 from ..transport.transport import Pending, ordered_sum_
 
 Settle = Callable[[Item, torch.Tensor], None]
 """Takes the sum over the replicas of this rank's rows of an item."""
+Own = Callable[[Item], torch.Tensor]
+"""This rank's rows of an item that stays, which may be overwritten."""
 
 
 class Outgoing:
@@ -26,17 +30,18 @@ class Outgoing:
         settle: called with every item of this rank's rows, in the order in which they left.
     """
 
-    def __init__(self, transport: Processes, settle: Settle):
-        self._transport, self._replica, self._settle = transport, transport.replica, settle
-        self._filling: dict[int, list[torch.Tensor]] = {}  # by id of the parcel
-        self._flying: tuple[Parcel, torch.Tensor, Pending] | None = None
+    def __init__(self, transport: Processes, settle: Settle, own: Own):
+        self._replicas, self._replica = transport.replicas, transport.replica
+        self._settle, self._own = settle, own
+        self._filling: dict[int, tuple[Room, torch.Tensor | None]] = {}  # by id of the parcel
+        self._flying: tuple[Parcel, torch.Tensor | None, Pending] | None = None
 
     def put(self, entries: Sequence[Entry], grad: torch.Tensor) -> None:
         """Pack a gradient; what is full then leaves."""
         for parcel, number in entries:
             if number == 0:
                 self._filling[id(parcel)] = self._empty(parcel, grad.device)
-            _pack(parcel, number, grad, self._filling[id(parcel)])
+            self._pack(parcel, number, grad)
             if number == len(parcel.items) - 1:
                 self._launch(parcel)
 
@@ -46,33 +51,39 @@ class Outgoing:
             return
         (parcel, own, pending), self._flying = self._flying, None
         parts = pending.wait()  # dp - 1 × (elements,)
-        parts.insert(self._replica, own)
-        total = ordered_sum_(parts[0], parts[1:])  # (elements,) of this rank's rows of all items
+        if own is not None:
+            parts.insert(self._replica, own)
+            parts = [ordered_sum_(parts[0], parts[1:])]  # (elements,) of this rank's rows of all
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
-            self._settle(item, total[at : at + item.numel(parcel.dp, self._replica)])
+            here = slice(at, at + item.numel(parcel.dp, self._replica))
+            if own is not None:
+                self._settle(item, parts[0][here])
+                continue
+            rows = self._own(item)
+            terms = [part[here].view(rows.shape) for part in parts]
+            terms.insert(self._replica, rows)
+            self._settle(item, ordered_sum_(terms[0], terms[1:]))
 
-    def _empty(self, parcel: Parcel, device: torch.device) -> list[torch.Tensor]:
-        """Per replica a block, (its elements,); last the others' blocks as one tensor."""
-        own, sizes = parcel.sizes[self._replica], list(parcel.sizes)
-        sizes[self._replica] = 0
-        others = torch.empty(sum(sizes), dtype=parcel.dtype, device=device)
-        blocks = list(torch.split(others, sizes))
-        blocks[self._replica] = torch.empty(own, dtype=parcel.dtype, device=device)
-        return [*blocks, others]
+    def _empty(self, parcel: Parcel, device: torch.device) -> tuple[Room, torch.Tensor | None]:
+        """Blocks for the others, and one for this replica's own rows, (its elements,) each."""
+        sizes, own = list(parcel.sizes), None
+        if not parcel.stays:
+            own = torch.empty(sizes[self._replica], dtype=parcel.dtype, device=device)
+        return self._replicas.room(sizes, parcel.dtype, device), own
 
     def _launch(self, parcel: Parcel) -> None:
         self.drain()
-        *blocks, others = self._filling.pop(id(parcel))
-        pending = self._transport.replicas.scatter(others, parcel.sizes)
-        self._flying = parcel, blocks[self._replica], pending
+        room, own = self._filling.pop(id(parcel))
+        self._flying = parcel, own, self._replicas.scatter(room)
 
-
-def _pack(parcel: Parcel, number: int, grad: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
-    item = parcel.items[number]
-    for replica in range(parcel.dp):
-        # (rows, ...) of a gradient (all rows, ...) -> (rows · ...,) of a block
-        rows, at = item.rows(grad, parcel.dp, replica), parcel.offsets[replica][number]
-        blocks[replica][at : at + rows.numel()].view(rows.shape).copy_(rows)
+    def _pack(self, parcel: Parcel, number: int, grad: torch.Tensor) -> None:
+        item, (room, own) = parcel.items[number], self._filling[id(parcel)]
+        for replica in range(parcel.dp):
+            block = own if replica == self._replica else room.blocks[replica]
+            if block is not None:
+                # (rows, ...) of a gradient (all rows, ...) -> (rows · ...,) of a block
+                rows, at = item.rows(grad, parcel.dp, replica), parcel.offsets[replica][number]
+                block[at : at + rows.numel()].view(rows.shape).copy_(rows)
 
 
 class Gathering:
@@ -99,16 +110,11 @@ class Gathering:
 
     def start(self, parcel: Parcel) -> Pending:
         """Send this rank's rows, cast to the parcel's dtype."""
-        if parcel.owned:
-            # (elements,) of all blocks, which are of different sizes
-            room = torch.empty(sum(parcel.sizes), dtype=parcel.dtype, device=self.device)
-            blocks = torch.split(room, list(parcel.sizes))
-            self._pack(parcel, blocks[self._replica])
-            return self._transport.replicas.share(room, blocks)
-        # (elements,): as many as the largest block has, so that all are of one size
-        mine = torch.empty(max(parcel.sizes), dtype=parcel.dtype, device=self.device)
-        self._pack(parcel, mine)
-        return self._transport.replicas.gather(mine)
+        sizes = parcel.sizes
+        if not parcel.owned:  # as many as the largest block has, so that all are of one size
+            sizes = (max(sizes),) * self.dp
+        write = partial(self._pack, parcel)
+        return self._transport.replicas.publish(sizes, parcel.dtype, self.device, write)
 
     def _pack(self, parcel: Parcel, mine: torch.Tensor) -> None:
         for item, at in zip(parcel.items, parcel.offsets[self._replica], strict=True):
@@ -125,7 +131,12 @@ class Gathering:
         for replica, block in enumerate(pending.wait()):  # (elements,)
             for item, at, target in zip(parcel.items, parcel.offsets[replica], whole, strict=True):
                 rows = item.rows(target, parcel.dp, replica)
-                rows.copy_(block[at : at + rows.numel()].view(rows.shape))
+                if replica != self._replica:
+                    rows.copy_(block[at : at + rows.numel()].view(rows.shape))
+                    continue
+                mine = item.own_rows(self._masters[item.name].detach(), parcel.dp, replica)
+                if mine.data_ptr() != rows.data_ptr():  # else it is a part of the whole
+                    rows.copy_(mine)
 
 
 class GatheredGroup:

@@ -192,7 +192,7 @@ class SentGradients(WholeGradients):
         for name in whole:
             self.slots[name].closes = True
         self.inlets = {name: Inlet(self, name) for name in self.slots}
-        self._outgoing = Outgoing(transport, self._settle)
+        self._outgoing = Outgoing(transport, self._settle, self._rows)
         self._leaving: list[tuple[Entry, ...]] = []
 
     def departures(self, stage: StageProgram, late: Mapping[str, bool]) -> Departures:
@@ -220,11 +220,15 @@ class SentGradients(WholeGradients):
         slot = self.slots[name]
         return slot.owned if self._zero.streams else slot.tensor
 
+    def _rows(self, item: Item) -> torch.Tensor:
+        """This replica's, of a gradient that is whole."""
+        return item.rows(self.slots[item.name].tensor, self._dp, self._replica)
+
     def _settle(self, item: Item, total: torch.Tensor) -> None:
         """Take the sum over the replicas of this rank's rows."""
         slot = self.slots[item.name]
         if slot.closes:
-            rows = item.rows(slot.tensor, self._dp, self._replica)
+            rows = self._rows(item)
             add_mean_(rows, total.view(rows.shape), self._dp, fresh=True)
             return
         rows = item.own_rows(slot.tensor, self._dp, self._replica)

@@ -6,7 +6,8 @@ give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,11 +16,14 @@ import torch.distributed as dist
 from ...compiler.ir.program import ValueSpec
 from ...compiler.memory import rank_memory
 from .doing import HERE
-from .shared_memory import SharedMemory
+from .shared_memory import Draft, SharedMemory
 from .transport import Pending, Values, ordered_mean
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Write = Callable[[torch.Tensor], None]
+"""Writes a block, (elements,)."""
 
 CHANNEL = -2  # of what goes through memory; those of messages between stages are not negative
 
@@ -38,11 +42,19 @@ class Replicas(Protocol):
         """Replace a bucket, of a multiple of their number of elements, by the mean over all."""
         ...
 
-    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        """Give every other replica r its block, of ``sizes[r]`` elements.
+    def room(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Room:
+        """Blocks to write what every other replica r is given, of ``sizes[r]`` elements."""
+        ...
 
-        Brings what each of the others gave this one.
-        """
+    def scatter(self, room: Room) -> Pending:
+        """Give every other replica its block. Brings what each of the others gave this one."""
+        ...
+
+    def publish(
+        self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write
+    ) -> Pending:
+        """Each replica r gives all others ``sizes[r]`` elements, which ``write`` writes. Brings
+        those of all; in the place of this one's, nothing that could be relied on."""
         ...
 
     def gather(self, mine: torch.Tensor) -> Pending:
@@ -56,6 +68,27 @@ class Replicas(Protocol):
     def share(self, room: torch.Tensor, blocks: Sequence[torch.Tensor]) -> Pending:
         """Each replica gives all others its block of ``room``, of any size; brings the blocks."""
         ...
+
+
+class Room:
+    """What the other replicas are to be given.
+
+    Attributes:
+        sizes: of all replicas' blocks; of this replica's own, what each of the others gives it.
+        blocks: per replica (elements,); of this one empty.
+        whole: all of them as one tensor, or nothing.
+        drafts: of the others, where they are in memory that these see.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        blocks: Sequence[torch.Tensor],
+        whole: torch.Tensor | None = None,
+        drafts: Mapping[int, Draft] | None = None,
+    ):
+        self.sizes, self.blocks = sizes, blocks
+        self.whole, self.drafts = whole, drafts or {}
 
 
 def pieces(bucket: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
@@ -112,16 +145,34 @@ class DistributedReplicas:
                 mine = ordered_mean(exchanged.chunk(self._count))
                 _all_gather(piece, mine, group=self._group)
 
-    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        me, others = self._me, self._count - 1
-        sent = [0 if r == me else size for r, size in enumerate(sizes)]
-        received = [0 if r == me else sizes[me] for r in range(len(sizes))]
-        room = blocks.new_empty(sizes[me] * others)
+    def room(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Room:
+        sent = [0 if r == self._me else size for r, size in enumerate(sizes)]
+        whole = torch.empty(sum(sent), dtype=dtype, device=device)
+        return Room(sizes, torch.split(whole, sent), whole)
+
+    def scatter(self, room: Room) -> Pending:
+        me, others, blocks = self._me, self._count - 1, room.whole
+        assert blocks is not None
+        sent = [block.numel() for block in room.blocks]
+        received = [0 if r == me else room.sizes[me] for r in range(self._count)]
+        coming = blocks.new_empty(room.sizes[me] * others)
         self.sent_bytes += blocks.nbytes
         work = dist.all_to_all_single(
-            room, blocks, received, sent, group=self._group, async_op=True
+            coming, blocks, received, sent, group=self._group, async_op=True
         )
-        return _Exchange([work], blocks, list(room.view(others, sizes[me])), self._others)
+        return _Exchange([work], blocks, list(coming.view(others, room.sizes[me])), self._others)
+
+    def publish(
+        self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write
+    ) -> Pending:
+        if len(set(sizes)) == 1:
+            mine = torch.empty(sizes[0], dtype=dtype, device=device)
+            write(mine)
+            return self.gather(mine)
+        room = torch.empty(sum(sizes), dtype=dtype, device=device)
+        blocks = torch.split(room, list(sizes))
+        write(blocks[self._me])
+        return self.share(room, blocks)
 
     def gather(self, mine: torch.Tensor) -> Pending:
         room = mine.new_empty(self._count, mine.numel())
@@ -168,26 +219,45 @@ class SharedReplicas:
     def mean_(self, bucket: torch.Tensor) -> None:
         for piece in pieces(bucket, len(self._ranks)):
             shares = piece.chunk(len(self._ranks))
-            parts = self._scatter(shares).wait()
+            room = self.room([share.numel() for share in shares], piece.dtype, piece.device)
+            for replica in self._others():
+                room.blocks[replica].copy_(shares[replica])
+            parts = self.scatter(room).wait()
             parts.insert(self._me, shares[self._me])
             mine = ordered_mean(parts)
             del parts
             for share, given in zip(shares, self.gather(mine).wait(), strict=True):
                 share.copy_(given)
 
-    def scatter(self, blocks: torch.Tensor, sizes: Sequence[int]) -> Pending:
-        cut = [0 if r == self._me else size for r, size in enumerate(sizes)]
-        given = list(torch.split(blocks, cut))
-        given[self._me] = blocks.new_empty(sizes[self._me])
-        return self._scatter(given)
+    def room(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Room:
+        drafts = {r: self._draft(r, sizes[r], dtype) for r in self._others() if sizes[r]}
+        none = torch.empty(0, dtype=dtype, device=device)
+        blocks = [drafts[r].values[0] if r in drafts else none for r in range(len(sizes))]
+        return Room(sizes, blocks, drafts=drafts)
 
-    def _scatter(self, blocks: Sequence[torch.Tensor]) -> Pending:
-        """The block in this replica's own place tells the size of what it is given."""
-        for replica in self._others():
-            self._send(replica, blocks[replica])
-        mine = blocks[self._me]
-        coming = [self._ask(replica, mine) for replica in self._others()]
+    def scatter(self, room: Room) -> Pending:
+        for draft in room.drafts.values():
+            self._shared.post(draft, CHANNEL)
+        size, dtype = room.sizes[self._me], room.blocks[self._me].dtype
+        coming = [self._ask(replica, size, dtype) for replica in self._others()]
         return _Later(lambda: [each() for each in coming])
+
+    def publish(
+        self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, write: Write
+    ) -> Pending:
+        for replica in self._others() if sizes[self._me] else ():
+            draft = self._draft(replica, sizes[self._me], dtype)
+            write(draft.values[0])
+            self._shared.post(draft, CHANNEL)
+        mine = torch.empty(0, dtype=dtype)
+        coming: list[Callable[[], torch.Tensor]] = [
+            (lambda: mine) if replica == self._me else self._ask(replica, size, dtype)
+            for replica, size in enumerate(sizes)
+        ]
+        return _Later(lambda: [each() for each in coming])
+
+    def _draft(self, replica: int, elements: int, dtype: torch.dtype) -> Draft:
+        return self._shared.draft(self._ranks[replica], _flat(elements, dtype))
 
     def gather(self, mine: torch.Tensor) -> Pending:
         return self._exchange(mine, [mine] * len(self._ranks))
@@ -210,7 +280,9 @@ class SharedReplicas:
         for replica in self._others():
             self._send(replica, mine)
         coming: list[Callable[[], torch.Tensor]] = [
-            (lambda: mine) if replica == self._me else self._ask(replica, like[replica])
+            (lambda: mine)
+            if replica == self._me
+            else self._ask(replica, like[replica].numel(), mine.dtype)
             for replica in range(len(self._ranks))
         ]
         return _Later(lambda: [each() for each in coming])
@@ -220,15 +292,18 @@ class SharedReplicas:
 
     def _send(self, replica: int, block: torch.Tensor) -> None:
         if block.numel():
-            self._shared.send(self._ranks[replica], CHANNEL, [block], [_flat(block)])
+            specs = _flat(block.numel(), block.dtype)
+            self._shared.send(self._ranks[replica], CHANNEL, [block], specs)
 
-    def _ask(self, replica: int, like: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """For a block of another replica, of as many elements as this one."""
-        if not like.numel():
-            return lambda: like
-        mail = self._shared.receive(self._ranks[replica], CHANNEL, [_flat(like)])
+    def _ask(self, replica: int, elements: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """For a block of another replica."""
+        if not elements:
+            return lambda: torch.empty(0, dtype=dtype)
+        specs = _flat(elements, dtype)
+        mail = self._shared.receive(self._ranks[replica], CHANNEL, specs)
         return lambda: mail.wait()[0]
 
 
-def _flat(block: torch.Tensor) -> ValueSpec:
-    return ValueSpec("block", (block.numel(),), (1,), block.dtype)
+@functools.lru_cache(maxsize=4096)
+def _flat(elements: int, dtype: torch.dtype) -> tuple[ValueSpec]:
+    return (ValueSpec("block", (elements,), (1,), dtype),)
