@@ -1,22 +1,25 @@
 """Does what the plan predicts come true? Prints a table; `make predictions` runs it.
 
-For every setting, real processes over gloo train with measured prices. The plan's step time is
-compared with the median of the steps, its peak memory with the live tensor storage that a
-dispatch mode counts during a step, its order of stages by load with their measured busy times.
+For every setting, real processes train with measured prices. The plan's step time is compared with
+the median of the steps, its peak memory with the live tensor storage that a dispatch mode counts
+during a step over gloo (what goes through shared memory is no tensor's), its order of stages by
+load with their measured busy times. Words as arguments choose the settings that have all of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,10 +40,16 @@ class Setting:
     remat: str
     share: float | None = None
     """Budget between what full recomputation needs (0) and none (1)."""
+    dp: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of `pipecompile.compile`."""
 
     def __str__(self) -> str:
         budget = "" if self.share is None else f", {self.share:.0%} of the stash"
-        return f"{self.model}, {self.n_stages} stages, {self.microbatches} mb, {self.remat}{budget}"
+        replicas = "" if self.dp == 1 else f" × {self.dp} replicas"
+        told = "".join(f", {name}={value}" for name, value in self.options.items())
+        stages = f"{self.n_stages} stages{replicas}, {self.microbatches} mb"
+        return f"{self.model}, {stages}, {self.remat}{budget}{told}"
 
 
 SETTINGS = [
@@ -52,6 +61,12 @@ SETTINGS = [
     Setting("llama", 1, 4, "none"),
     Setting("bert", 2, 16, "none"),
     Setting("t5", 2, 8, "full"),
+    Setting("llama", 1, 8, "none", dp=2, options={"zero": 1}),
+    Setting("gpt2", 1, 8, "none", dp=2, options={"zero": 2}),
+    Setting("gpt2", 2, 8, "none", options={"schedule": "zb_h1"}),
+    Setting("bert", 2, 8, "none", options={"schedule": "interleaved", "virtual_stages": 2}),
+    Setting("llama", 2, 8, "none", options={"precision": "bf16_params"}),
+    Setting("t5", 2, 16, "none"),
 ]
 
 
@@ -71,6 +86,7 @@ def measure(setting: Setting, cache: str) -> Found:
     """Train as this process's rank; prices are measured anew if the cache is empty."""
     import pipecompile
     from pipecompile.runtime.executor import Executor
+    from pipecompile.runtime.transport.neighbours import SWITCH
     from support.measured import peak_bytes
 
     torch.set_num_threads(1)
@@ -81,13 +97,14 @@ def measure(setting: Setting, cache: str) -> Found:
         return pipecompile.compile(
             models.build(setting.model),
             setting.n_stages,
+            dp=setting.dp,
             microbatches=setting.microbatches,
             optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
             max_grad_norm=1.0,
             tied_grads="per_step",
             example_batch=batch,
             costs=costs,
-            **options,
+            **{**setting.options, **options},
         )
 
     memory = None
@@ -98,7 +115,8 @@ def measure(setting: Setting, cache: str) -> Found:
         )
         memory = int(low + setting.share * (high - low))
     pipe = compiled("profile", remat=setting.remat, memory=memory)
-    stage = pipe.plan.stages[dist.get_rank()]
+    (rank,) = pipe._session.state.ranks.values()
+    stages = [pipe.plan.stages[stage] for stage in rank.stages]
     for _ in range(2):
         pipe.step(batch)
     busy: list[float] = []
@@ -117,25 +135,29 @@ def measure(setting: Setting, cache: str) -> Found:
         pipe.step(batch)
         steps.append(time.perf_counter() - start)
     Executor._compute = original  # type: ignore[method-assign]
-    predicted_busy = stage.forward_s + stage.backward_s + stage.recompute_s
+    predicted_busy = sum(s.forward_s + s.backward_s + s.recompute_s for s in stages)
+    with mock.patch.dict(os.environ, {SWITCH: "off"}):
+        over_gloo = compiled("profile", plan=pipe.plan)
+        over_gloo.step(batch)
+        peak = peak_bytes(over_gloo, batch)
     return Found(
         median(steps),
         pipe.plan.step_s,
-        peak_bytes(pipe, batch),
-        stage.memory.peak,
+        peak,
+        stages[0].memory.peak,
         sum(busy) / STEPS,
         predicted_busy * setting.microbatches,
     )
 
 
-def rounds(setting: Setting) -> list[list[Found]]:
+def rounds(setting: Setting, count: int) -> list[list[Found]]:
     """What every process found, in several rounds, each with prices of its own."""
     from bench.predictions import measure as share  # by a name that its processes can import
     from support.gang import Gang
 
-    gang = Gang(setting.n_stages)
+    gang = Gang(setting.n_stages * setting.dp)
     found = []
-    for _ in range(ROUNDS):
+    for _ in range(count):
         with tempfile.TemporaryDirectory() as cache:
             found.append(gang.run(share, setting, cache))
     gang.close()
@@ -143,14 +165,30 @@ def rounds(setting: Setting) -> list[list[Found]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Plans, and what came true of them.")
+    parser.add_argument("words", nargs="*", help="of settings, such as gpt2 zero=2; by default all")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--list", action="store_true", help="the settings")
+    args = parser.parse_args()
+    chosen = [each for each in SETTINGS if all(word in _words(each) for word in args.words)]
+    if args.list:
+        print("\n".join(map(str, chosen)))
+    elif chosen:
+        table(chosen, args.rounds)
+    else:
+        parser.error(f"no setting has all of {args.words}; --list lists them")
+
+
+def table(settings: Sequence[Setting], count: int) -> None:
+    """Measure, and print a line for each."""
     print(
-        f"medians of {ROUNDS} rounds, each measures prices and then {STEPS} steps\n\n"
+        f"medians of {count} rounds, each measures prices and then {STEPS} steps\n\n"
         "| setting | step | predicted | error | peak of each stage | predicted | error "
         "| busy last : first stage | predicted |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     errors, memory_errors, orders = [], [], []
-    for setting in SETTINGS:
-        found = rounds(setting)
+    for setting in settings:
+        found = rounds(setting, count)
         step_s = [max(each.step_s for each in ranks) for ranks in found]
         predicted_s = [ranks[0].predicted_s for ranks in found]
         errors.append(median(p / s - 1 for p, s in zip(predicted_s, step_s, strict=True)))
@@ -173,6 +211,10 @@ def main() -> None:
         f"{max(map(abs, errors)):.1%}; peak: largest error {max(map(abs, memory_errors)):.2%}; "
         f"order of load right, or within {NOISE:.0%} of equal, in {sum(orders)} of {len(orders)}"
     )
+
+
+def _words(setting: Setting) -> list[str]:
+    return str(setting).replace(",", "").split()
 
 
 def _ratio(ranks: list[Found]) -> float:
