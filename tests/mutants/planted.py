@@ -500,8 +500,8 @@ SHARDING = (
     ),
     Mutant(
         "compiler/ir/shards.py",
-        "return start + first, end - first",
-        "return start, end - first",
+        "self._spans[dp, replica] = start + first, end - first",
+        "self._spans[dp, replica] = start, end - first",
         "test_divisions.py::test_parcels_have_every_row_once",
         "every piece of a tensor has its first rows",
     ),
