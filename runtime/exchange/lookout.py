@@ -36,6 +36,7 @@ POLL_S = 0.5  # between two looks
 BEAT_S = 1.0  # between two beats
 LISTEN_S = 2.0  # who has waited so long listens to those that it waits for
 GRACE_S = 5.0  # what a rank that others gave up has for ending by itself
+PATIENCE_S = 30.0  # for an explanation, once a rank has begun to be silent
 _MOST_NAMED = 4
 
 _ADVICE = (
@@ -96,7 +97,7 @@ class Lookout:
         self._bell, self._ring = socket.socketpair()
         self._poll = select.poll()
         self._poll.register(self._bell.fileno(), select.POLLIN)
-        self._over = False
+        self._over = self._explains = False
         self._listen_to: Collection[int] = ()
         self._answered = time.monotonic()
         store.set(f"who/{rank}", identity(doing))
@@ -138,9 +139,19 @@ class Lookout:
         return loss.text if concerns else None
 
     def explain(self) -> str | None:
-        """Why another rank's connection is closed, if that can be found out in some seconds."""
-        started = time.monotonic()
-        while time.monotonic() - started < SILENT_S + 2 * BEAT_S:
+        """Why another rank's connection is closed, if that can be found out in some seconds.
+
+        A process that starts to be silent is waited for until it is known to be: on a machine that
+        is busy the thread that listens comes late.
+        """
+        self._explains = True
+        try:
+            return self._explained(time.monotonic())
+        finally:
+            self._explains = False
+
+    def _explained(self, started: float) -> str | None:
+        while True:
             if (failure := self.failure()) is not None:
                 return failure
             here = self._doing.place
@@ -157,9 +168,13 @@ class Lookout:
                 return f"{self.name(gone[0].rank)} {gone[0].state()}"
             if self._lost():
                 return f"{self.name(0)}, which keeps the store of this run, has ended: {_ADVICE}"
-            self._listen_to = range(self.size)
+            waited = time.monotonic() - started
+            about_to = any(
+                peer.beat and peer.silent_s() > 2 * BEAT_S and not peer.stopped for peer in peers
+            )
+            if waited > (PATIENCE_S if about_to else SILENT_S + 2 * BEAT_S):
+                return None
             time.sleep(0.05)
-        return None
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -188,14 +203,15 @@ class Lookout:
                 self._beats, self._due = self._beats + 1, now + BEAT_S
                 beat = beat_of(self._beats, self._doing, now - self._since)
                 store.set(f"beat/{self.rank}", beat)
-            for rank in self._listen_to:
+            listen_to = range(self.size) if self._explains else self._listen_to
+            for rank in listen_to:
                 if rank != self.rank:
                     self.peers[rank].listen(store)
             if self._loss is None and store.check(["loss"]):
                 self._take(Loss(**json.loads(store.get("loss"))))
             self._answered = now
             for rank, peer in self.peers.items():
-                if rank not in self._listen_to:
+                if rank not in listen_to:
                     peer.heard = now  # it may speak: nobody listens
         except StoreSilentError:  # the network to it may be interrupted
             pass
