@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: what is published in it, and how something new gets there.
 
     DIR/step-00000012/              a published checkpoint, complete
-    DIR/latest                      the name of the one to resume from
+    DIR/latest                      the name of the one to resume from, and its checksum
     DIR/.step-00000012.tmp-1a2b3c/  one that is being written, or is left of a run that died
     DIR/.owner                      the process that writes here: see owner.py
 
@@ -23,10 +23,13 @@ import re
 import secrets
 import shutil
 import stat
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
 from ...compiler.ir.errors import CheckpointError
+from . import checksums
 from .owner import OWNER, Owner, own
 
 INDEX = "checkpoint.json"
@@ -69,14 +72,56 @@ def find(directory: Path) -> Path:
     if (directory / INDEX).is_file():
         return directory
     known = published(directory)
-    match = _STEP.fullmatch(_read_latest(directory))
-    if match is not None and int(match[1]) in known:
-        return known[int(match[1])]
+    if (step := _latest(directory, known)) is not None:
+        return known[step]
     if not known:
         raise CheckpointError(
             f"{directory} has no complete checkpoint: neither {INDEX} nor a folder step-* with one"
         )
     return list(known.values())[-1]
+
+
+def _latest(directory: Path, known: Collection[int]) -> int | None:
+    """The step that is to be loaded, of those that are there; None where nothing says which.
+
+    Raises:
+        CheckpointError: ``latest`` is damaged, and it cannot be told which one it named.
+    """
+    text = _read_latest(directory)
+    name, sealed = (
+        next(iter(text.split()), ""),
+        {_with_seal(step_name(step)): step for step in known},
+    )
+    match = _STEP.fullmatch(name)
+    step = int(match[1]) if match is not None else None
+    by_hand = len(text) < _SEAL_CHARACTERS  # or by a version without
+    if by_hand or text == _with_seal(name):
+        return step if step in known else None
+    for whole, named in sealed.items():
+        if text[-_SEAL_CHARACTERS:] == whole[-_SEAL_CHARACTERS:]:
+            warnings.warn(
+                f"{directory / LATEST} is damaged: it has the checksum of {step_name(named)!r}, "
+                f"which is loaded, and says {name!r}",
+                stacklevel=2,
+            )
+            return named
+    if step is not None and step == max(known, default=None):
+        return step
+    raise CheckpointError(
+        f"{directory / LATEST} is damaged: {name!r} is not what was written (its checksum "
+        "differs): write the name of the checkpoint to go on from into it, or load that folder"
+    )
+
+
+def _with_seal(name: str) -> str:
+    """A name with its checksum behind it, in spaces and tabs: who reads the name and strips it, as
+    scripts do, reads the name."""
+    bits = f"{int(checksums.of_bytes(name.encode()), 16):064b}"
+    return f"{name}{bits.translate(_BLANKS)}\n"
+
+
+_BLANKS = str.maketrans("01", " \t")
+_SEAL_CHARACTERS = 65  # the bits of a checksum, and the end of the line
 
 
 def _read_latest(directory: Path) -> str:
@@ -85,10 +130,10 @@ def _read_latest(directory: Path) -> str:
         handle = os.open(directory / LATEST, os.O_RDONLY | os.O_NONBLOCK)
         try:
             whole = stat.S_ISREG(os.fstat(handle).st_mode)
-            return os.read(handle, 100).decode().strip() if whole else ""
+            return os.read(handle, 100).decode("utf-8", "replace") if whole else ""
         finally:
             os.close(handle)
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return ""
 
 
@@ -111,12 +156,17 @@ class Draft:
             _clear(directory)
             path = directory / f".{step_name(step)}.tmp-{secrets.token_hex(4)}"
             path.mkdir()
-            lock = (path / _LOCK).open("wb")
+            try:
+                lock = (path / _LOCK).open("wb")
+            except OSError:
+                path.rmdir()
+                raise
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write a checkpoint to {directory}: {error.strerror}"
+                f"cannot write a checkpoint to {directory}: {error.strerror}; those that are "
+                "there are as they were"
             ) from error
         return cls(path, step, lock, owner)
 
@@ -167,7 +217,7 @@ def sync(path: Path) -> None:
 def _point_latest(directory: Path, name: str) -> None:
     temporary = directory / f".{LATEST}.tmp-{secrets.token_hex(4)}"
     try:
-        temporary.write_text(name + "\n", encoding="utf-8")
+        temporary.write_text(_with_seal(name), encoding="utf-8")
         sync(temporary)
         temporary.replace(directory / LATEST)
     finally:

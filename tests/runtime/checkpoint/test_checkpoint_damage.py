@@ -327,7 +327,7 @@ def test_pipes_are_no_files(copy: Path, loader: Any) -> None:
     pipe = small(1, OPTIMIZERS["adam"], lr_scheduler=LR_SCHEDULER)
     assert pipe.load(copy) == 1
     pipe.save(copy)
-    assert (copy / "latest").read_text() == "step-00000001\n"
+    assert (copy / "latest").read_text().strip() == "step-00000001"
     (copy / STEP / PART).unlink()
     os.mkfifo(copy / STEP / PART)
     assert "part-00000.safetensors is no file" in refused(lambda: loader.load(copy))

@@ -50,7 +50,7 @@ def test_keep_latest_and_single_steps(tmp_path: Path) -> None:
         folders.append(pipe.save(tmp_path, keep=2))
     names = ["latest", "step-00000003", "step-00000004"]
     assert shown(tmp_path) == names
-    assert (tmp_path / "latest").read_text() == "step-00000004\n"
+    assert (tmp_path / "latest").read_text().strip() == "step-00000004"
     assert pipe.load(folders[2]) == 3
     assert pipe.load(tmp_path) == 4
     (tmp_path / "latest").write_text("../elsewhere")

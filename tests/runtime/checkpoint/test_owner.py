@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,56 @@ def test_keep_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     names = {path.name for path in folder.iterdir()} - {"step-00000000.replaced"}
     assert names == {".owner", "latest", "step-00000001"}
     assert pipe.load(archive) == 0
+
+
+def test_no_bit_of_latest_names_another_step(tmp_path: Path) -> None:
+    """Of steps whose names are a bit apart; and of a run that has gone back to an earlier one."""
+    steps = (1, 2, 3, 5, 9)
+    for step in steps:
+        (tmp_path / step_folder.step_name(step)).mkdir()
+        (tmp_path / step_folder.step_name(step) / step_folder.INDEX).touch()
+    latest = tmp_path / step_folder.LATEST
+    for step in steps:
+        step_folder._point_latest(tmp_path, step_folder.step_name(step))
+        whole = latest.read_bytes()
+        assert len(whole) <= 100, "which is what versions without a checksum read"
+        for bit in range(8 * len(whole)):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            latest.write_bytes(flipped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found, said = "", ""
+                try:
+                    found = step_folder.find(tmp_path).name
+                except errors.CheckpointError as error:
+                    said = str(error)
+            assert found == step_folder.step_name(step) or "latest is damaged" in said, bit
+    latest.write_bytes(whole.replace(b"9", b"1", 1))
+    with pytest.warns(UserWarning, match="has the checksum of 'step-00000009'"):
+        assert step_folder.find(tmp_path).name == "step-00000009"
+    for by_hand in ("step-00000003", "step-00000003\n", "step-00000003 \r\n"):
+        latest.write_text(by_hand)
+        assert step_folder.find(tmp_path).name == "step-00000003"
+
+
+def test_a_draft_without_room_for_its_lock_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = step_folder.Draft.begin(tmp_path, 1)  # whose owner stays
+    draft.discard()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    real = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == step_folder._LOCK:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    said = refused(lambda: step_folder.Draft.begin(tmp_path, 2))
+    assert "No space left on device; those that are there are as they were" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_disk_that_is_full_from_any_moment_on_loses_nothing(
