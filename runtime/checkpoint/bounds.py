@@ -142,6 +142,51 @@ def _check_made_with(kind: type[torch.optim.Optimizer], saved: Mapping[str, Any]
         raise damaged(f"a parameter group is none of {kind.__name__}: {error}") from error
 
 
+def check_steps(
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    like: torch.Tensor,
+    name: str,
+    keys: frozenset[str],
+) -> None:
+    """One of torch's optimizers can step with settings and the states that were saved with them.
+
+    It is tried: one step makes all states that belong to the settings, and a second one is made
+    with those alone that were saved. ``amsgrad=True`` needs one that ``amsgrad=False`` does not
+    leave.
+
+    Args:
+        like: a parameter that has the states.
+        keys: their names.
+
+    Raises:
+        CheckpointError: it needs another one, and would fail in the next step.
+    """
+    kind = type(optimizer)
+    if not keys or not _is_torchs(kind):
+        return
+    settings = set(inspect.signature(kind).parameters) & saved.keys()
+    param = torch.nn.Parameter(torch.ones((1,) * like.dim(), dtype=like.dtype))
+    trial = kind([param], **{each: saved[each] for each in settings - {"lr"}})
+    step = getattr(kind.step, "__wrapped__", kind.step)  # without the hooks of the user's
+    try:
+        param.grad = torch.zeros_like(param)
+        step(trial)
+    except Exception:  # as those that need a closure, or gradients that are sparse
+        return
+    states = trial.state[param]
+    trial.state[param] = {key: value for key, value in states.items() if key in keys}
+    try:
+        step(trial)
+    except KeyError as error:
+        raise damaged(
+            f"{kind.__name__} of its settings needs the state {error} of {name!r}, which has "
+            f"{sorted(keys)}"
+        ) from error
+    except Exception:  # not for what is missing
+        return
+
+
 def _is_torchs(kind: type[torch.optim.Optimizer]) -> bool:
     return kind.__module__.startswith("torch.optim")
 

@@ -143,6 +143,7 @@ class OptimizerLoad:
         for fqn, values in self._values.items():
             bounds.check_values(fqn, values, facts["tensors"].get(fqn, ()))
         self._settings = [self._settings_of(group) for group in optimizer.param_groups]
+        self._check_steps()
         self._like: dict[str, torch.Tensor] = {}  # tensor -> of which parameter it is
         self.tensors: dict[str, torch.Tensor] = {}
         for param, fqn in names.items():
@@ -150,6 +151,19 @@ class OptimizerLoad:
                 name = tensor_name(fqn, key, prefix)
                 self._like[name] = as_stored(fqn, param.detach())
                 bounds.check_state(optimizer, param, self._like[name], index, name)
+
+    def _check_steps(self) -> None:
+        """Of parameters of a group that are alike in what counts one is tried."""
+        tried = set()
+        groups = zip(self.optimizer.param_groups, self._settings, strict=True)
+        for number, (group, settings) in enumerate(groups):
+            for param in group["params"]:
+                fqn = self._names.get(param, "")
+                tensors, values = self._facts["tensors"].get(fqn, ()), self._values.get(fqn, {})
+                keys = frozenset((*tensors, *values))
+                if (kind := (number, param.dim(), param.dtype, keys)) not in tried:
+                    tried.add(kind)
+                    bounds.check_steps(self.optimizer, settings, param, fqn, keys)
 
     @property
     def wanted(self) -> set[str]:

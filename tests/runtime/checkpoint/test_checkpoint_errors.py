@@ -21,8 +21,10 @@ from support.checkpoints import (
     Position,
     Small,
     edit,
+    optimizer_states,
     pipeline,
     refused,
+    rows,
     saved,
     small,
     steps,
@@ -224,3 +226,41 @@ def test_nothing_is_unpickled(sound: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(pickle, name, never)
     monkeypatch.setattr(torch, "load", never)
     assert pipe.load(sound) == 1
+
+
+FORGED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "amsgrad": (partial(torch.optim.AdamW, lr=0.1), {"amsgrad": True}, "'max_exp_avg_sq'"),
+    "centered": (partial(torch.optim.RMSprop, lr=0.1), {"centered": True}, "'grad_avg'"),
+    "momentum": (partial(torch.optim.RMSprop, lr=0.1), {"momentum": 0.9}, "'momentum_buffer'"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_setting_without_the_states_that_it_needs_is_refused(tmp_path: Path, name: str) -> None:
+    """torch would take it, and fail in the next step."""
+    optimizer, settings, missing = FORGED[name]
+    pipe = small(2, optimizer)
+    pipe.step(rows(0))
+    folder = pipe.save(tmp_path)
+    edit(folder, lambda f: f["training"]["optimizer"]["groups"][0].update(settings))
+    pipe.step(rows(1))
+    before = pipe.state_dict(), optimizer_states(pipe), pipe.optimizer.param_groups[0][name]
+    said = refused(lambda: pipe.load(tmp_path))
+    assert f"of its settings needs the state {missing} of " in said
+    after = pipe.state_dict(), optimizer_states(pipe), pipe.optimizer.param_groups[0][name]
+    assert equal(after, before)
+    pipe.step(rows(2))
+
+
+def test_settings_whose_states_are_made_later_are_taken(tmp_path: Path) -> None:
+    """SGD makes momentum when it is asked for; what a setting leaves behind may be there too."""
+    for optimizer, settings in (
+        (partial(torch.optim.SGD, lr=0.1), {"momentum": 0.9}),
+        (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), {"amsgrad": False}),
+    ):
+        pipe = small(1, optimizer)
+        pipe.step(rows(0))
+        folder = pipe.save(tmp_path)
+        edit(folder, lambda f, s=settings: f["training"]["optimizer"]["groups"][0].update(s))
+        assert pipe.load(tmp_path) == 1
+        pipe.step(rows(1))
