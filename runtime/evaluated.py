@@ -34,6 +34,9 @@ class Evaluated(Monitored):
     _recording: Recording
     _world: World
 
+    def _alone(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return self._world.alone(what)
+
     @property
     def needs_data(self) -> bool:
         raise NotImplementedError

@@ -76,14 +76,19 @@ class Stepped(Stored):
                     param.grad.clamp_(min=-most, max=most)
 
     def zero_grad(self) -> None:
-        """Drop all gradients (set ``.grad`` to None); on every rank."""
-        if not HERE.inside:
-            self._world.agreement.note("zero_grad()")
-        for _, param in self.named_parameters():
-            param.grad = None
-        self._meter.cleared()
-        if self.loss_scaler is not None:
-            self.loss_scaler.end_step()
+        """Drop all gradients (set ``.grad`` to None); on every rank.
+
+        Raises:
+            StateError: another thread is in a call of the pipeline.
+        """
+        with self._world.alone("zero_grad()"):
+            if not HERE.inside:
+                self._world.agreement.note("zero_grad()")
+            for _, param in self.named_parameters():
+                param.grad = None
+            self._meter.cleared()
+            if self.loss_scaler is not None:
+                self.loss_scaler.end_step()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from ...compiler.ir.errors import StateError
@@ -23,6 +25,10 @@ class Monitored:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def _alone(self, what: str) -> AbstractContextManager[None]:
+        """A call of the user's, in which no other thread may be."""
         raise NotImplementedError
 
     @property
@@ -60,8 +66,10 @@ class Monitored:
         itself.
 
         Raises:
-            StateError: `forward_backward` was not called since the last step.
+            StateError: `forward_backward` was not called since the last step, or another thread is
+                in a call of the pipeline.
         """
-        metrics = self._meter.end(self._steps)
+        with self._alone("end_step()"):
+            metrics = self._meter.end(self._steps)
         self.callbacks.tell("on_step", self, metrics)
         return metrics

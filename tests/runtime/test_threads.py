@@ -17,6 +17,8 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "save()": lambda pipe, path: pipe.save(path),
     "load()": lambda pipe, path: pipe.load(path),
     "evaluate()": lambda pipe, path: pipe.evaluate(rows(1)),
+    "zero_grad()": lambda pipe, path: pipe.zero_grad(),
+    "end_step()": lambda pipe, path: pipe.end_step(),
 }
 
 
@@ -45,5 +47,6 @@ def test_a_second_thread_is_refused(tmp_path: Path, name: str) -> None:
     assert equal(*losses)
     assert equal(pipe.state_dict(), alone.state_dict())
     hook.remove()
+    pipe.forward_backward(rows(2))
     beside()  # and afterwards nobody is in the way
     assert said[1] is None
