@@ -133,7 +133,7 @@ class Stepped(Stored):
         Raises:
             OptionError: compiled with ``training=False``, or the optimizer is of another class.
             StateError: the state dict does not fit, or the pipeline is being traced. In any case
-                nothing has been changed, on no rank.
+                nothing has been changed, on no rank, but for a lack of memory in the last part.
         """
         self._check_training("restart()")
         session, agreement = self._require(), self._world.agreement
@@ -151,13 +151,17 @@ class Stepped(Stored):
             )
             self._check_given("restart()", chosen)
             stepping = agreement.together(lambda: session.stepping(options), OptionError)
-            state_dicts.put(session.state, chosen)
-            session.begin(stepping)
-            self._steps, self._meter.latest = 0, None
-            self.zero_grad()
-            if self.loss_scaler is not None:
-                self.loss_scaler.restart()
-            session.refresh()
+
+            def begin_anew() -> None:
+                state_dicts.put(session.state, chosen)
+                session.begin(stepping)
+                self._steps, self._meter.latest = 0, None
+                self.zero_grad()
+                if self.loss_scaler is not None:
+                    self.loss_scaler.restart()
+                session.refresh()
+
+            self._change("restart()", begin_anew, StateError)
 
     # -- beside the steps -------------------------------------------------------------------
 

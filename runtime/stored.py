@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..compiler.ir.errors import OptionError, StateError
+from ..compiler.ir.errors import CheckpointError, OptionError, PipecompileError, StateError
 from ..compiler.options.options import CompileOptions
 from .checkpoint.checkpoint import Checkpoints
+from .checkpoint.restore import Restore
 from .checkpoint.snapshot import Training
 from .data.dataset_loader import DataSetLoaders
 from .exchange.alike import check_values
@@ -244,14 +245,20 @@ class Stored:
             data, lambda training: checkpoints.load(training, Path(directory), verify)
         )
 
-    def _loaded(self, data: Any, load: Callable[[Training], tuple[int, int]]) -> int:
-        """`load`, by a function that gives the seed and the number of steps of what it has read."""
+    def _loaded(self, data: Any, load: Callable[[Training], Restore]) -> int:
+        """`load`, by a function that reads."""
         session = self._require()
         self._check_weights("load()")
         with self._world.guard("load()"):
-            self._seed, self._steps = load(self._training(data))
-            self.zero_grad()
-            session.refresh()
+            restore = load(self._training(data))
+
+            def finish() -> None:
+                restore.finish()
+                self._seed, self._steps = restore.seed, restore.steps
+                self.zero_grad()
+                session.refresh()
+
+            self._change("load()", finish, CheckpointError)
         return self._steps
 
     def wait_for_save(self) -> None:
@@ -301,9 +308,34 @@ class Stored:
                 lambda: state_dicts.checked(session.state, tensors, of_loss, strict), StateError
             )
             self._check_given(call, chosen)
-            state_dicts.put(session.state, chosen)
-            session.refresh()
+
+            def take_over() -> None:
+                state_dicts.put(session.state, chosen)
+                session.refresh()
+
+            self._change(call, take_over, StateError)
             return keys
+
+    def _change(self, call: str, act: Callable[[], None], kind: type[PipecompileError]) -> None:
+        """The last part of a call that loads, of which all has been checked, on every rank.
+
+        Raises:
+            PipecompileError: it failed on one, as where memory is short; told by all. Parameters
+                may be new on some ranks and old on others, so that nothing goes on between them.
+        """
+
+        def changed() -> None:
+            try:
+                act()
+            except Exception as error:
+                raise kind(
+                    f"{call} failed while it changed the pipeline, parts of which are new now and "
+                    "others as they were: free memory, and load again in new processes "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+
+        with self._world.changing(call, "changing the pipeline"):
+            self._world.agreement.together(changed, kind)
 
     def _check_given(self, call: str, chosen: Mapping[str, torch.Tensor]) -> None:
         """Raises StateError where other ranks load other tensors: copies of them would differ."""

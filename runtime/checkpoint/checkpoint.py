@@ -136,8 +136,8 @@ class Checkpoints:
         """
         self._agreement.together(self._background.wait)
 
-    def load(self, training: Training, directory: Path, verify: bool) -> tuple[int, int]:
-        """Read a checkpoint into a pipeline; its seed and number of steps.
+    def load(self, training: Training, directory: Path, verify: bool) -> Restore:
+        """Read a checkpoint for a pipeline, which is to `Restore.finish` it.
 
         Args:
             verify: compare checksums of all that is read.
@@ -149,9 +149,9 @@ class Checkpoints:
         self.wait()
         return self.take(training, Folder(self._find(directory), verify, self._rank == 0))
 
-    def take(self, training: Training, source: Source) -> tuple[int, int]:
-        """Read what a source has into a pipeline, as `load` does; its seed and number of steps.
-        Nothing may be saved in the background meanwhile."""
+    def take(self, training: Training, source: Source) -> Restore:
+        """Read what a source has, as `load` does. Nothing may be saved in the background
+        meanwhile."""
 
         def prepare() -> tuple[Index, Restore]:
             index = source.index()
@@ -187,9 +187,8 @@ class Checkpoints:
         except BaseException as failure:
             restore.take_back(failure)
             raise
-        restore.finish()
         self._moved = restore.buffers if index.left_out else set()
-        return restore.seed, restore.steps
+        return restore
 
     def _left_out(self, training: Training) -> dict[str, LeftOut]:
         """Checkpoint name -> what is known of it, the same on all ranks."""

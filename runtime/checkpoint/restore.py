@@ -4,7 +4,7 @@
     [2] make_room()       beside what the pipeline has; DCP reads into it
     [3] check()           what was read
     [4] change()          what may refuse: optimizers, scheduler, extras, data; or take_back()
-    [5] finish()          what cannot: parameters, buffers, random states
+    [5] finish()          what cannot, but for a lack of memory: parameters, buffers, random states
 
 Between any two of them all ranks agree that all have succeeded, so that one that finds a fault
 stops the others before they change anything.

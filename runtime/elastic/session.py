@@ -24,6 +24,7 @@ from ...compiler.ir.errors import CheckpointError, OptionError, StateError
 from ...compiler.options.arguments import Arguments
 from ...compiler.options.declaration import declarations_of
 from ...compiler.options.parsing import AUTO
+from ..checkpoint.restore import Restore
 from ..files.owner import same_run
 from ..files.step_folder import find, published
 from ..monitor.callbacks import check_steps
@@ -366,7 +367,7 @@ class Session:
                 self._memory.keep((), kept)
             pipe._world.agreement.together(lambda: None)
 
-    def _take(self, pipe: Pipeline, training: Any, snapshot: Snapshot) -> tuple[int, int]:
+    def _take(self, pipe: Pipeline, training: Any, snapshot: Snapshot) -> Restore:
         assert self._memory is not None
         world, rank = pipe._world, pipe._world.mesh.rank or 0
         source = InMemory(snapshot, self._memory, rank, self._numbers, world.agreement, self._group)

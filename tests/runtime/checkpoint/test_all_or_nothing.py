@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.runtime.checkpoint.restore import Restore
+from pipecompile.runtime.state import state_dict as state_dicts
 from support.checkpoints import (
     LR_SCHEDULER,
     OPTIMIZERS,
@@ -174,6 +178,57 @@ def test_what_one_rank_refuses_changes_no_other(
         assert "part-00001.safetensors is damaged: the values of" in values
         assert same
         assert at == "as it was"
+
+
+LAST_PARTS = ("load", "load_state_dict", "restart")
+
+
+def one_has_no_memory(directory: str) -> list[Any]:
+    """Rank 1 fails in the very last part, and goes on as if nothing was."""
+    said: list[Any] = []
+    for call in LAST_PARTS:
+        pipe = pipeline(2, 1, timeout_s=60)
+        pipe.save(f"{directory}/{call}")
+        state = pipe.state_dict()
+        owner, name = (Restore, "_spread_buffers") if call == "load" else (state_dicts, "put")
+        with pytest.MonkeyPatch.context() as patch:
+            if os.environ["RANK"] == "1":
+                short = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+                patch.setattr(owner, name, short)
+            begun_s = time.monotonic()
+            with pytest.raises((errors.CheckpointError, errors.StateError)) as caught:
+                getattr(pipe, call)(f"{directory}/{call}" if call == "load" else state)
+        with pytest.raises(errors.PeerFailedError) as later:
+            steps(pipe, 0, 1)
+        said.append((str(caught.value), str(later.value), time.monotonic() - begun_s))
+    return said
+
+
+def test_a_failure_in_the_last_part_is_told_by_who_has_it(tmp_path: Path) -> None:
+    gang = Gang(2)
+    try:
+        for answers in gang.run(one_has_no_memory, str(tmp_path)):
+            for call, (first, later, seconds) in zip(LAST_PARTS, answers, strict=True):
+                assert f"{call}() failed while it changed the pipeline" in first
+                assert "OutOfMemoryError: CUDA out of memory" in first
+                assert "failed" in later
+                assert seconds < 30
+    finally:
+        gang.close()
+
+
+def test_a_failure_in_the_last_part_says_so_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And loading again makes it good."""
+    saver, pipe = trained(2, 0), trained(1, 7)
+    saver.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Restore, "_spread_buffers", mock.Mock(side_effect=RuntimeError("no memory")))
+        assert "load() failed while it changed the pipeline" in refused(lambda: pipe.load(tmp_path))
+    assert pipe.load(tmp_path) == 1
+    assert equal(pipe.state_dict(), saver.state_dict())
+    pipe.step(rows(1))
 
 
 # -- state dicts -------------------------------------------------------------------------------
