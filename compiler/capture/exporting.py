@@ -52,6 +52,7 @@ from ..tracing.kept import (
 from ..tracing.kept_checks import Checks
 from ..tracing.padding import padded_outputs
 from ..tracing.sizes import Sizes
+from ..tracing.unwritten import unwritten
 from . import batch as batches
 from .batch import BatchSpec
 from .blame import explain
@@ -370,6 +371,7 @@ def tracing() -> Iterator[None]:
         contextlib.redirect_stderr(_Unheard(sys.stderr)),
         native_kernels(),
         _use_lazy_graph_module(True),  # code takes a tenth of the time
+        unwritten(),
         uncollected(),  # takes an eighth
     ):
         warnings.simplefilter("ignore")

@@ -42,6 +42,7 @@ LINEAR = (  # each element of the result is a sum of elements, times numbers
     *("to", "_to_copy", "permute", "transpose", "t", "select", "slice", "contiguous", "flatten"),
     *("stack", "cat", "getitem", "unbind"),
 )
+CONTIGUOUS, EXPAND = torch.ops.aten.contiguous.default, torch.ops.aten.expand.default
 ANYWHERE = 0  # no address of a storage
 _MEAN_REDUCTION, _SUM_REDUCTION = 1, 2  # of torch's losses
 
@@ -56,20 +57,19 @@ class Ways:
 
     Attributes:
         how: of each node; empty where the two are not the same operators.
-        twin: of each node in the larger graph.
+        twin: of each node in the larger graph, which may have more that copy only.
         given: the nodes that the batch alone determines, with constants and buffers.
     """
 
     def __init__(self, single: fx.GraphModule, doubled: fx.GraphModule, cut: bool = False):
         ours, theirs = list(single.graph.nodes), list(doubled.graph.nodes)
         self.modules, self.cut = (single, doubled), cut
-        same = list(map(_target, ours)) == list(map(_target, theirs))
-        self.twin = dict(zip(ours, theirs, strict=True)) if same else {}
+        self.twin = _twins(ours, theirs)
         self.how: dict[fx.Node, How] = {}
         for node in self.twin:
             if node.op != "output":
                 self.how[node] = self._way(node)
-        self.given = _given(single) if same else set()
+        self.given = _given(single) if self.twin else set()
 
     def dims(self, node: fx.Node) -> list[int]:
         """The dimensions of a node's value that are the batch's."""
@@ -117,6 +117,41 @@ class Ways:
         ratio = twice / rows if rows else 0
         by_rows = ratio == 2 if name == "div" else ratio == 0.5
         return How.MEAN if by_rows and kind is How.SUM else How.NONE
+
+
+def _twins(ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Nodes of one graph -> those of another with more rows; empty where they are not the same
+    operators.
+
+    Of one row less is done: it lies in memory as ``contiguous`` wants it, and is as wide as what is
+    expanded to the batch. An operator that only copies counts as what it copies; one that only
+    expands counts as part of what it expands, if nothing else reads that.
+    """
+    if list(map(_target, ours)) == list(map(_target, theirs)):
+        return dict(zip(ours, theirs, strict=True))
+    found: dict[fx.Node, fx.Node] = {}
+    source_of: dict[fx.Node, fx.Node] = {}  # of operators that are there with more rows only
+    wider: dict[fx.Node, fx.Node] = {}
+    changed = _places([each for node in theirs for each in written(node)])
+    others = iter(theirs)
+    for node in ours:
+        sources = [found[source] for source in node.all_input_nodes]
+        for other in others:
+            given = [source_of.get(source, source) for source in other.all_input_nodes]
+            if _target(node) == _target(other) and sources == given:
+                found[node] = other
+                break
+            if len(given) != 1 or not _apart(changed, _places([other, *given])):
+                return {}
+            (source, *_) = other.all_input_nodes
+            if other.target is EXPAND and list(source.users) == [other] and grown(source, other):
+                wider[source] = other
+            elif other.target is not CONTIGUOUS:
+                return {}
+            source_of[other] = given[0]
+        else:
+            return {}
+    return {node: wider.get(other, other) for node, other in found.items()}
 
 
 def grown(single: fx.Node, doubled: fx.Node, cut: bool = False) -> list[int]:
