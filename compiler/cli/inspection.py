@@ -150,8 +150,10 @@ class _Asked:
         builder = Builder(self.skeleton, options, self.target(device), captured=self.captured)
         return builder.build(main_mode(options), spec, microbatches, compiled.layout)
 
-    def searched(self, options: CompileOptions, most_traced: int | None = None) -> Searched:
-        target = self.target()
+    def searched(
+        self, options: CompileOptions, most_traced: int | None = None, roughly: bool = False
+    ) -> Searched:
+        target = replace(self.target(), roughly=roughly)
 
         def builder(tried: CompileOptions) -> Builder:
             return Builder(self.skeleton, tried, target, captured=self.captured)
@@ -188,13 +190,16 @@ def _change(asked: _Asked, options: CompileOptions, compiled: Compiled) -> Chang
         return None
     own = {name: getattr(tried, name) for name in OWN}
     way = Way(**own, zero=compiled.layout.zero.level, microbatches=plan.microbatches)
-    model = asked.searched(tried, FEW).model
-    near = better_than(way, plan, not options.pin, model.bound, model.sketch)
+    roughly = tried.backend != "inductor"  # kernels are fused when programs are whole
+    searched = asked.searched(tried, FEW, roughly)
+    near = better_than(way, plan, not options.pin, searched.model.bound, searched.model.sketch)
+    models = [searched.model, *([asked.searched(tried, FEW).model] if roughly else [])]
     for each in near[:PLANNED]:
         with suppress(PipecompileError):
-            step_s = model.plan(each.way).step_s
-            if step_s < (1 - HELPS) * plan.step_s:
-                return Change(each.flags, step_s, plan.step_s)
+            for model in models:  # what does not help roughly may still
+                step_s = model.plan(each.way).step_s
+                if step_s < (1 - HELPS) * plan.step_s:
+                    return Change(each.flags, step_s, plan.step_s)
     return None
 
 

@@ -387,6 +387,7 @@ class Builder:
             self.target.spec,
             self.target.budget_bytes,
             whole=self.target.whole,
+            drafts=self.target.roughly,
         )
 
     def _decided(

@@ -152,6 +152,7 @@ class Decided:
         """
         settings, draft = self.settings, self.draft
         lacks = settings.schedule.searches or settings.options.fuses
+        lacks &= not settings.drafts
         if lacks or recorder.folder is not None:  # where passes write what they made
             draft = None
         if draft is not None and draft.decision is self.decision:
@@ -284,9 +285,9 @@ class Deciding:
         def draft(decision: Decision) -> Sequence[RankMemory]:
             return drafted(decision).memory
 
-        cluster = settings.rates.cluster
+        cluster, roughly = settings.rates.cluster, self.target.roughly
         if cluster is None or cluster.numbering is None:
-            return planner.decide(draft, prices), planner.solved
+            return planner.decide(draft, prices, roughly), planner.solved
 
         def planner_of(order: tuple[str, ...]) -> Planner:
             rates = settings.rates.along(order)
@@ -296,7 +297,7 @@ class Deciding:
         refusal: MemoryBudgetError | None = None
         for number, each in enumerate(found.best):
             try:
-                decision = each.planner.decide(draft, prices)
+                decision = each.planner.decide(draft, prices, roughly)
             except MemoryBudgetError as error:
                 refusal = refusal or error
                 continue

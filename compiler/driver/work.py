@@ -68,7 +68,8 @@ class Settings:
         rates: seconds are priced by.
         budget_bytes: memory of a rank; infinity for no limit.
         whole: that is all that its device has (`Target.whole`).
-        drafts: the programs are made to learn what they take; nothing is searched for them.
+        drafts: the programs are made to learn what they take, or a step is to be known roughly;
+            nothing is searched for them.
     """
 
     options: CompileOptions

@@ -175,8 +175,11 @@ class Planner:
     def fingerprint(self) -> str:
         return self.graph.fingerprint()
 
-    def decide(self, draft: Draft, prices: Sequence[UnitPrices]) -> Decision:
+    def decide(self, draft: Draft, prices: Sequence[UnitPrices], roughly: bool = False) -> Decision:
         """The decision with the smallest predicted step that fits into memory.
+
+        Args:
+            roughly: steps are not simulated to find a better one near it.
 
         Raises:
             MemoryBudgetError: none does.
@@ -186,7 +189,8 @@ class Planner:
         if all(map(math.isinf, self.budgets)):
             self.solved = problem
             found = self._solution(problem, self.options.time_limit_s)
-            return self._decision(prices, self._refined(problem, prices, found))
+            found = found if roughly else self._refined(problem, prices, found)
+            return self._decision(prices, found)
         reserves = Reserves(self.options.n_stages)
         best: Drafted | None = None
         solution = self._nearest(problem, QUICK_S)
@@ -211,7 +215,7 @@ class Planner:
         if best is None:
             raise self._too_small(drafted)
         self.solved = best.problem
-        return self._polished(best, prices, draft).decision
+        return best.decision if roughly else self._polished(best, prices, draft).decision
 
     def _polished(self, best: Drafted, prices: Sequence[UnitPrices], draft: Draft) -> Drafted:
         """The best, or one near it whose simulated step is shorter, in all the memory there is.

@@ -22,6 +22,8 @@ class Target:
         whole: that is all that its device has, which takes some of it for itself; ranks on devices
             of several kinds have what each has.
         profiler: measures instead; None for what the device's rates say.
+        roughly: the first division that fits will do, in the order that is made for equal stages:
+            the plan's step is no shorter than it can be, and found in a fraction of the time.
     """
 
     device: torch.device
@@ -29,6 +31,7 @@ class Target:
     budget_bytes: float = math.inf
     profiler: Profiler | None = None
     whole: bool = False
+    roughly: bool = False
 
     @property
     def costs(self) -> str:
