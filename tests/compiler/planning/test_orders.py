@@ -92,7 +92,7 @@ def test_a_stage_takes_what_its_device_takes() -> None:
     made = built(parse_hardware("a100:1,l4:1"), 2)
     _, _, shared = subject()
     (captured, _), *_ = shared.graphs.values()
-    parts = shared.parts(captured.graph, shared.locality(captured.graph), A100, "auto")
+    parts = shared.parts(captured.graph, shared.locality(captured.graph), A100, "auto", False)
     for stage in made.plan.stages:
         device = {"a100": A100, "l4": L4}[stage.device]
         mine = [
