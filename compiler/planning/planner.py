@@ -37,6 +37,7 @@ from .parts import Parts
 from .refine import LEAST_GAIN, StepModel, refine, smoothed
 
 ATTEMPTS = 6
+ROUGH_ATTEMPTS = 3
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
 SHARED = 1 / 6  # of the time limit, where ranks hold several stages: the slowest is not all
 CLOSE = 0.02  # of the budget: with prices this near to the truth only a shorter step is worth more
@@ -179,7 +180,8 @@ class Planner:
         """The decision with the smallest predicted step that fits into memory.
 
         Args:
-            roughly: steps are not simulated to find a better one near it.
+            roughly: steps are not simulated to find a better one near it, and what does not fit
+                soon is refused.
 
         Raises:
             MemoryBudgetError: none does.
@@ -194,7 +196,7 @@ class Planner:
         reserves = Reserves(self.options.n_stages)
         best: Drafted | None = None
         solution = self._nearest(problem, QUICK_S)
-        for _ in range(ATTEMPTS):
+        for _ in range(ROUGH_ATTEMPTS if roughly else ATTEMPTS):
             drafted = self._drafted(problem, prices, draft, solution)
             best = self._better(best, drafted)
             tried = problem.reserve_bytes
@@ -207,7 +209,7 @@ class Planner:
             solution = self._nearest(problem, QUICK_S)
             if best is not None and settled and not _promises(solution, best.solution):
                 break
-        if best is None or not best.solution.proven:
+        if not roughly and (best is None or not best.solution.proven):
             last = problem if best is None else best.problem
             solution = self._nearest(last, self.options.time_limit_s)
             drafted = self._drafted(last, prices, draft, solution)

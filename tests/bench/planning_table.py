@@ -96,6 +96,8 @@ def _measured(subject: Subject, more: list[str]) -> tuple[float, float, float, i
 
 
 def main(names: list[str]) -> None:
+    if unknown := set(names) - {*WAYS, *SUBJECTS}:
+        raise SystemExit(f"{min(unknown)} is none of {', '.join((*SUBJECTS, *WAYS))}")
     ways = {name: WAYS[name] for name in names if name in WAYS} or WAYS
     print("| model | flags | | CPU s | s | GiB |\n| --- | --- | --- | ---: | ---: | ---: |")
     for name in [name for name in names if name in SUBJECTS] or list(SUBJECTS):
