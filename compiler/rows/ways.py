@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..ir import region
-from ..ir.graph import is_getitem, is_operator, is_random, tensors, written
+from ..ir.graph import behind, is_getitem, is_operator, is_random, tensors, written
 from ..tensors.facts import storage_of
 from ..tensors.fakes import is_fake
 
@@ -123,15 +123,15 @@ def _twins(ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> dict[fx.Node, 
     """Nodes of one graph -> those of another with more rows; empty where they are not the same
     operators.
 
-    Of one row less is done: it lies in memory as ``contiguous`` wants it, and is as wide as what is
-    expanded to the batch. An operator that only copies counts as what it copies; one that only
-    expands counts as part of what it expands, if nothing else reads that.
+    Of one row less is done: it lies in memory as ``contiguous`` wants it, and what all rows have in
+    common is as wide as the batch. So an operator that only copies counts as what it copies, and
+    one that only expands what no batch has a part in, if all that reads it has rows too.
     """
     if list(map(_target, ours)) == list(map(_target, theirs)):
         return dict(zip(ours, theirs, strict=True))
     found: dict[fx.Node, fx.Node] = {}
     source_of: dict[fx.Node, fx.Node] = {}  # of operators that are there with more rows only
-    wider: dict[fx.Node, fx.Node] = {}
+    wider: set[fx.Node] = set()
     changed = _places([each for node in theirs for each in written(node)])
     others = iter(theirs)
     for node in ours:
@@ -143,15 +143,16 @@ def _twins(ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> dict[fx.Node, 
                 break
             if len(given) != 1 or not _apart(changed, _places([other, *given])):
                 return {}
-            (source, *_) = other.all_input_nodes
-            if other.target is EXPAND and list(source.users) == [other] and grown(source, other):
-                wider[source] = other
+            if other.target is EXPAND and all(each.op != "placeholder" for each in behind(other)):
+                wider.add(other)
             elif other.target is not CONTIGUOUS:
                 return {}
             source_of[other] = given[0]
+            wider |= {other} if wider.intersection(other.all_input_nodes) else set()
         else:
             return {}
-    return {node: wider.get(other, other) for node, other in found.items()}
+    reading = ((a, b) for a, b in found.items() if wider.intersection(b.all_input_nodes))
+    return found if all(grown(a, b) for a, b in reading) else {}
 
 
 def grown(single: fx.Node, doubled: fx.Node, cut: bool = False) -> list[int]:

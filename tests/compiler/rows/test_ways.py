@@ -22,9 +22,11 @@ class Model(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         places = torch.arange(ids.shape[1]).unsqueeze(0)
+        turned = self.table(places)
         if ids.shape[0] != 1:
             places = places.expand(ids.shape[0], -1)
-        return self.loss(self.table(ids), self.table(places), ids[:, 1:].contiguous(), places)
+        x, y = self.table(ids) * turned, self.table(places)
+        return self.loss(x, y, ids[:, 1:].contiguous(), places)
 
 
 def graph_of(loss: Callable[..., torch.Tensor], rows: int) -> fx.GraphModule:
@@ -54,18 +56,25 @@ def test_one_row_is_compared_with_two(loss: Callable[..., torch.Tensor]) -> None
     assert result(single) is result(doubled) is (How.MEAN if loss is shifted else How.SUM)
     more = set(two.graph.nodes) - {node for node in single.twin.values() if node.op != "output"}
     twins = [node for node in doubled.how if node not in more]
-    assert [single.how[node] for node in single.how] == [doubled.how[node] for node in twins]
+    assert list(single.how.values()) == [doubled.how[node] for node in twins]
 
 
-def test_what_is_read_as_one_row_too_is_not_compared() -> None:
-    """Of the positions one row stands for all: what is made of that is another number."""
+def test_what_sums_what_was_expanded_is_not_compared() -> None:
+    """Of one row it sums that row, and of more as many of them: no node tells."""
 
-    def both(x: torch.Tensor, y: torch.Tensor, _: object, places: torch.Tensor) -> torch.Tensor:
-        first = places if places.shape[0] == 1 else places._base
-        assert first is not None
-        return x.sum() + y.sum() + first.sum()
+    def summed(x: torch.Tensor, y: torch.Tensor, _: object, places: torch.Tensor) -> torch.Tensor:
+        return x.sum() + y.sum() + places.sum()
 
-    assert not Ways(graph_of(both, 1), graph_of(both, 2)).how
+    assert not Ways(graph_of(summed, 1), graph_of(summed, 2)).how
+
+
+def test_what_is_expanded_of_the_batch_is_not_compared() -> None:
+    def first(x: torch.Tensor, y: torch.Tensor, *_: object) -> torch.Tensor:
+        means = x.mean(0, keepdim=True)
+        means = means if x.shape[0] == 1 else means.expand(x.shape[0], -1, -1)
+        return (means * y).sum()
+
+    assert not Ways(graph_of(first, 1), graph_of(first, 2)).how
 
 
 def test_what_is_written_into_is_not_compared() -> None:
