@@ -14,7 +14,8 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..capture.skeleton import Skeleton
 from ..costs.hardware import Device
-from ..costs.reserved import NOTHING, SHARED
+from ..costs import reserved
+from ..costs.reserved import NOTHING
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
@@ -99,7 +100,7 @@ class Settings:
         homes = self.shape.homes
         ways = {(homes[a], homes[b]) for a, b in program.routes if homes[a] != homes[b]}
         links = sum(rank in ends for ends in ways)
-        beside = min(dp, SHARED) - 1
+        beside = min(dp, reserved.SHARED) - 1
         if device.placed is not None:
             beside = device.placed.beside(rank)
         return list(device.reserved.parts(links, dp, beside))

@@ -733,7 +733,7 @@ CHECKPOINTS = (
     ),
     Mutant(
         "runtime/checkpoint/optimizer_state.py",
-        "bounds.check_settings(group, found)",
+        "bounds.check_settings(self.optimizer, group, found)",
         "pass",
         "test_checkpoint_damage.py::test_what_no_training_has_left",
         "a learning rate may be NaN",
