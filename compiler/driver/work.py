@@ -13,8 +13,8 @@ from torch import fx
 from ...passes.generators.shape import PipelineShape
 from ...passes.schedule.registry import ScheduleKind
 from ..capture.skeleton import Skeleton
-from ..costs.hardware import Device
 from ..costs import reserved
+from ..costs.hardware import Device
 from ..costs.reserved import NOTHING
 from ..costs.timing import Timing
 from ..ir.actions import Kind, Pace, Schedule
