@@ -179,6 +179,7 @@ class Lookout:
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._talk()  # who dies at once was there
         while not self._over and self.group in (None, dist.group.WORLD):
             events = self._poll.poll(1000 * POLL_S)
             ended = {number for number, _ in events}
