@@ -23,7 +23,6 @@ from .exchange.heap import keep_heap
 from .exchange.link import hosts_of, measured
 from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
-from .kernels.choice import INDUCTOR
 from .kernels.kernels import compiled_stage
 from .transport.doing import HERE
 from .transport.joining import run_store
@@ -57,9 +56,9 @@ def plain_torch(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _backend(name: str) -> Backend:
+def _backend(options: CompileOptions) -> Backend:
     """Who runs the programs that are measured: as those of the run."""
-    return Backend(name, compiled_stage) if name == INDUCTOR else EAGER
+    return Backend(options.backend, compiled_stage) if options.fuses else EAGER
 
 
 _numbers = itertools.count()
@@ -196,7 +195,7 @@ class World:
         if mesh.distributed:
             spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
         profiler = Profiler(
-            self._here, default_cache_dir(), beside=beside, backend=_backend(options.backend)
+            self._here, default_cache_dir(), beside=beside, backend=_backend(options)
         )
         return replace(target, spec=spec, profiler=profiler)
 

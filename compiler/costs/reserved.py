@@ -46,10 +46,6 @@ class Reserved:
         if replicas > 1:
             yield f"1 for {replicas} replicas", self.group + beside * self.peer
 
-    def total(self, links: int, replicas: int, beside: int) -> int:
-        """All of that."""
-        return sum(size for _, size in self.parts(links, replicas, beside))
-
 
 NOTHING = Reserved()
 

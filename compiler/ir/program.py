@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -193,6 +193,12 @@ class StageProgram:
         """The programs that a microbatch runs, in order."""
         given = {Kind.F: self.forward, Kind.B: self.backward, Kind.W: self.weight}
         return {kind: program for kind, program in given.items() if program is not None}
+
+    def with_parts(self, parts: Mapping[Kind, Program]) -> StageProgram:
+        """With these programs in the place of its own."""
+        return replace(
+            self, forward=parts[Kind.F], backward=parts.get(Kind.B), weight=parts.get(Kind.W)
+        )
 
 
 @dataclass(frozen=True)

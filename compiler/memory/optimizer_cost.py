@@ -114,8 +114,12 @@ def _settings(factory: Factory) -> Any:
     than plain values."""
     made = factory if isinstance(factory, partial) else partial(factory)
     given = made.args, tuple(sorted(made.keywords.items()))
-    torchs = isinstance(made.func, type) and made.func.__module__.startswith("torch.optim.")
-    return (made.func, given, _typed(given)) if torchs and _is_plain(given) else None
+    return (made.func, given, _typed(given)) if is_torchs(made.func) and _is_plain(given) else None
+
+
+def is_torchs(kind: object) -> bool:
+    """Whether a class is an optimizer of torch's own."""
+    return isinstance(kind, type) and kind.__module__.startswith("torch.optim.")
 
 
 def _is_plain(value: Any) -> bool:

@@ -25,7 +25,6 @@ import torch
 from torch import fx, nn
 
 from ...compiler.ir import ops
-from ...compiler.ir.actions import Kind
 from ...compiler.ir.graph import is_getitem, is_operator, is_random, module_of, tensors, viewed
 from ...compiler.ir.program import (
     ANY_STRIDES,
@@ -106,8 +105,7 @@ def fused_stage(stage: StageProgram, known: dict[str, fx.GraphModule]) -> StageP
     Args:
         known: name -> fusion, of all stages; gets those that are new.
     """
-    made = {part: _fused(code, known) for part, code in stage.parts.items()}
-    return replace(stage, forward=made[Kind.F], backward=made.get(Kind.B), weight=made.get(Kind.W))
+    return stage.with_parts({part: _fused(code, known) for part, code in stage.parts.items()})
 
 
 def _fused(program: Program, known: dict[str, fx.GraphModule]) -> Program:

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 from ...compiler.ir import ops
-from ...compiler.ir.actions import Kind
 from ...compiler.ir.graph import storage_root
 from ...compiler.ir.program import (
     BoxedCodeGen,
@@ -46,13 +45,7 @@ def _gathering(stage: StageProgram, dp: int, owners: Owners) -> StageProgram:
         part: _rewritten(code, dp, owners, groups, stage.kept.params)
         for part, code in stage.parts.items()
     }
-    return replace(
-        stage,
-        forward=made[Kind.F],
-        backward=made.get(Kind.B),
-        weight=made.get(Kind.W),
-        groups=tuple(groups),
-    )
+    return replace(stage.with_parts(made), groups=tuple(groups))
 
 
 def _rewritten(

@@ -76,7 +76,7 @@ def products_of(graph: fx.Graph) -> dict[fx.Node, Product]:
 
 def _product(slot: Any, gradient: Any) -> Product | None:
     chain: list[Any] = [gradient]
-    while _is_turn(chain[-1]):
+    while is_turn(chain[-1]):
         chain.append(chain[-1].args[0])
     turned = len(chain) % 2 == 0
     product = chain[-1]
@@ -96,7 +96,7 @@ def _factor(argument: Any, absorbed: list[fx.Node]) -> Factor:
     absorbed: gets the transposes that nothing else reads.
     """
     turned, alone = False, True
-    while _is_turn(argument):
+    while is_turn(argument):
         alone = alone and len(argument.users) == 1
         if alone:
             absorbed.append(argument)
@@ -104,8 +104,8 @@ def _factor(argument: Any, absorbed: list[fx.Node]) -> Factor:
     return Factor(argument, turned)
 
 
-def _is_turn(node: object) -> TypeGuard[fx.Node]:
-    """Whether a node is the transpose of a matrix."""
+def is_turn(node: object) -> TypeGuard[fx.Node]:
+    """Whether a node is the transpose of a matrix, which is its first argument."""
     if not isinstance(node, fx.Node) or node.meta["val"].dim() != 2:
         return False
     crossed = node.target is _ATEN.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...compiler.ir.errors import CheckpointError
+from ...compiler.memory.optimizer_cost import is_torchs
 from ..files.index import Index
 
 SEEDS = range(-(2**63), 2**64)  # that torch's generators take
@@ -133,7 +134,7 @@ def check_settings(
 def _check_made_with(kind: type[torch.optim.Optimizer], saved: Mapping[str, Any]) -> None:
     """torch's optimizers know the ranges of their settings, and say them where they are made. Their
     learning rates begin above 0, and a schedule may have them at 0 later."""
-    if not _is_torchs(kind):
+    if not is_torchs(kind):
         return
     known = set(inspect.signature(kind).parameters) - {"lr"}
     try:
@@ -163,7 +164,7 @@ def check_steps(
         CheckpointError: it needs another one, and would fail in the next step.
     """
     kind = type(optimizer)
-    if not keys or not _is_torchs(kind):
+    if not keys or not is_torchs(kind):
         return
     settings = set(inspect.signature(kind).parameters) & saved.keys()
     param = torch.nn.Parameter(torch.ones((1,) * like.dim(), dtype=like.dtype))
@@ -185,10 +186,6 @@ def check_steps(
         ) from error
     except Exception:  # not for what is missing
         return
-
-
-def _is_torchs(kind: type[torch.optim.Optimizer]) -> bool:
-    return kind.__module__.startswith("torch.optim")
 
 
 def _alike(here: Any, saved: Any) -> bool:
@@ -227,7 +224,7 @@ def check_state(
     """
     spec, key = index.tensors[name].spec, name.rpartition(".")[2]
     here = optimizer.state.get(param, {}).get(key) if param in optimizer.state else None
-    known = _is_torchs(type(optimizer)) and not isinstance(optimizer, torch.optim.LBFGS)
+    known = is_torchs(type(optimizer)) and not isinstance(optimizer, torch.optim.LBFGS)
     shape = tuple(like.shape)
     if isinstance(here, torch.Tensor) and here.shape != param.shape:
         fits = spec.shape == tuple(here.shape)

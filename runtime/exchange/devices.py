@@ -84,7 +84,6 @@ def target_of(options: CompileOptions, device: torch.device, mesh: Mesh) -> Targ
         if spec.cluster is not None and mesh.distributed:  # ranks are where they are
             spec = spec.cluster.as_they_are()
     if options.costs == "calibrated":
-        fused = options.backend == "inductor"
-        spec = spec.each(lambda each: calibrated(each, default_cache_dir(), fused))
+        spec = spec.each(lambda each: calibrated(each, default_cache_dir(), options.fuses))
     budget = options.memory_bytes or own_bytes
     return Target(device, spec, budget, whole=not options.memory_bytes)

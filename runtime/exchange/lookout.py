@@ -221,8 +221,8 @@ class Lookout:
 
     def _lost(self) -> bool:
         """Whether the store is gone, and rank 0 with it, which kept it."""
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return self._store is None and not self._over and self.rank != 0 and not agent
+        gone = self._store is None and not self._over
+        return gone and self.rank != 0 and not joining.has_agent_store()
 
     def _died(self, peer: Peer) -> None:
         peer.ended = True

@@ -88,16 +88,14 @@ def _latest(directory: Path, known: Collection[int]) -> int | None:
         CheckpointError: ``latest`` is damaged, and it cannot be told which one it named.
     """
     text = _read_latest(directory)
-    name, sealed = (
-        next(iter(text.split()), ""),
-        {_with_seal(step_name(step)): step for step in known},
-    )
+    name = next(iter(text.split()), "")
     match = _STEP.fullmatch(name)
     step = int(match[1]) if match is not None else None
     by_hand = len(text) < _SEAL_CHARACTERS  # or by a version without
     if by_hand or text == _with_seal(name):
         return step if step in known else None
-    for whole, named in sealed.items():
+    for named in known:
+        whole = _with_seal(step_name(named))
         if text[-_SEAL_CHARACTERS:] == whole[-_SEAL_CHARACTERS:]:
             warnings.warn(
                 f"{directory / LATEST} is damaged: it has the checksum of {step_name(named)!r}, "

@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._triton import has_triton
 
 from ...compiler.ir.program import ANY_STRIDES
+from ...passes.programs.products import is_turn
 
 _ATEN, _PRIMS = torch.ops.aten, torch.ops.prims
 
@@ -127,7 +128,7 @@ def _in_rows(gradient: fx.Node) -> None:
     turned = gradient
     if turned.target is _PRIMS.convert_element_type.default and len(turned.users) == 1:
         turned = turned.args[0]  # type: ignore[assignment]
-    if turned.target is not _ATEN.permute.default or list(turned.args[1]) != [1, 0]:  # type: ignore[arg-type]
+    if not is_turn(turned):
         return
     product = turned.args[0]
     if not isinstance(product, fx.Node) or product.target is not _ATEN.mm.default:
@@ -176,8 +177,8 @@ def _is_read_elementwise(node: fx.Node) -> bool:
 
 
 def _turned(graph: fx.Graph, factor: Any) -> fx.Node:
-    if factor.target is _ATEN.permute.default and list(factor.args[1]) == [1, 0]:
-        source: fx.Node = factor.args[0]
+    if is_turn(factor):
+        (source,) = factor.all_input_nodes
         return source
     node = graph.call_function(_ATEN.permute.default, (factor, [1, 0]))
     node.meta["val"] = factor.meta["val"].t()

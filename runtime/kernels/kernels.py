@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx, nn
 
-from ...compiler.ir.actions import Kind
 from ...compiler.ir.errors import BackendError
 from ...compiler.ir.program import ANY_STRIDES, Program, StageProgram, fusions_of, on_demand
 from ...passes.programs.fusions import fused_stage
@@ -76,10 +75,7 @@ def with_kernels(program: Program, device: torch.device) -> Program:
 def compiled_stage(stage: StageProgram, device: torch.device) -> StageProgram:
     """A stage's programs, fused and compiled as those that run are."""
     fused = fused_stage(stage, {})
-    parts = {kind: with_kernels(program, device) for kind, program in fused.parts.items()}
-    return replace(
-        stage, forward=parts[Kind.F], backward=parts.get(Kind.B), weight=parts.get(Kind.W)
-    )
+    return fused.with_parts({k: with_kernels(each, device) for k, each in fused.parts.items()})
 
 
 def _kernel(name: str, fusion: fx.GraphModule, program: Program, device: torch.device) -> Kernel:

@@ -86,7 +86,7 @@ def _met(timeout_s: float) -> tuple[Store, int, int]:
     Raises:
         PeerFailedError: nobody keeps a store there.
     """
-    if os.environ["RANK"] == "0" and not _has_agent_store():
+    if os.environ["RANK"] == "0" and not has_agent_store():
         size = int(os.environ["WORLD_SIZE"])
         address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
         if all(address):  # else torch says which is missing
@@ -200,10 +200,11 @@ def _named(whom: object) -> str:
 
 def _keeper() -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return f"{'the agent of torchrun' if _has_agent_store() else 'rank 0'} at {where}"
+    return f"{'the agent of torchrun' if has_agent_store() else 'rank 0'} at {where}"
 
 
-def _has_agent_store() -> bool:
+def has_agent_store() -> bool:
+    """Whether torchrun's agent keeps the store, and not rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

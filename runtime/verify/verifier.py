@@ -267,6 +267,6 @@ def _tolerance(options: CompileOptions) -> tuple[float, str]:
         reasons.append('tied_grads="per_step" adds parts of tied gradients in another order')
     if options.mixed is not None and options.mixed.autocasts is not None:
         reasons.append("reduced precision")
-    if options.backend == "inductor":
+    if options.fuses:
         reasons.append('backend="inductor" rounds in fused kernels')
     return (CLOSE if reasons else 0.0), "; ".join(reasons)

@@ -24,8 +24,11 @@ from pipecompile.compiler.ir.problem import (
     solution_of,
     validate,
 )
+from pipecompile.passes.integer.windows import windows
+from pipecompile.passes.partition.baselines import solve_dynamic
+from pipecompile.passes.partition.lazy import largest_stage_s
 from pipecompile.passes.partition.presolve import Reduced, reduce
-from pipecompile.passes.partition.solve import solve
+from pipecompile.passes.partition.solve import _inside, _simple_bound, solve
 
 GIB = 2.0**30
 SMALL = st.just(0.0) | st.integers(0, 9).map(float)
@@ -394,3 +397,32 @@ def check_against_all(problem: Problem, solver: str = "auto") -> None:
     assert not found.note
     assert found.objective == pytest.approx(best, rel=1e-5)
     assert found.bound <= found.objective
+
+
+def check_dynamic(problem: Problem) -> None:
+    """The dynamic program alone finds the best, where units have one order."""
+    best = optimum(problem, every_solution(problem))
+    try:
+        found = solve_dynamic(problem)
+    except PartitionError:
+        assert best == math.inf
+        return
+    assert found.objective == pytest.approx(best)
+    assert found.proven
+
+
+def check_bounds(problem: Problem, some: Sequence[Solution]) -> None:
+    """Windows and the simple bound leave every solution that is as good.
+
+    Args:
+        some: solutions that fit.
+    """
+    for upper in (math.inf, *(each.objective for each in some)):
+        limit_s = largest_stage_s(problem, upper)
+        limits = windows(problem, limit_s)
+        for each in some:
+            if each.objective <= upper:
+                assert max(each.stages_s) <= limit_s
+                assert limits is not None
+                assert _inside(each.stage, limits)
+    assert all(_simple_bound(problem) <= each.objective * (1 + 1e-9) for each in some)

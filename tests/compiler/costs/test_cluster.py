@@ -18,6 +18,7 @@ from pipecompile.compiler.costs.cluster import Cluster, parse_hardware
 from pipecompile.compiler.costs.hardware import A100, CPU, H100, L4
 from pipecompile.compiler.costs.topology import ORDERS, Numbering, Topology
 from pipecompile.compiler.ir.errors import OptionError
+from support.devices import MINE
 
 MIXED = "a100:2,l4:2"
 TWO_MACHINES = Topology(devices=2, bytes_per_s=1e9, latency_s=1e-3)
@@ -121,15 +122,6 @@ def test_processes_have_the_devices_that_they_are_on() -> None:
 
 def test_a_file_may_describe_a_cluster(tmp_path: Path) -> None:
     path = tmp_path / "cluster.json"
-    own = {
-        "name": "mine",
-        "flops_per_s": {"float32": 1e12},
-        "bytes_per_s": 1e11,
-        "memory_bytes": 1 << 34,
-        "link_bytes_per_s": 1e10,
-        "link_latency_s": 1e-5,
-        "launch_s": 1e-6,
-    }
     topology = {"devices": 2, "bytes_per_s": 1e9, "latency_s": 1e-3}
 
     def parsed(*devices: tuple[Any, Any], **more: Any) -> Cluster:
@@ -141,13 +133,13 @@ def test_a_file_may_describe_a_cluster(tmp_path: Path) -> None:
         return found
 
     assert parsed(("a100", 2), ("l4", 2)) == Cluster((("a100", 2), ("l4", 2)), TWO_MACHINES)
-    assert parsed((own, 4)).name == "mine:4"
+    assert parsed((MINE, 4)).name == "mine:4"
     assert parsed(("a100", 1), topology=None).topology is None
     for wrong, more, said in (
         ((("a10", 2),), {}, "unknown device 'a10': did you mean 'a100'"),
         ((("a100", 0),), {}, "a100: 0 devices: give an int of 1 or more"),
         ((("a100", 2.5),), {}, "a100: 2.5 devices"),
-        (((own | {"launch": 1}, 1),), {}, r"cluster\.json, device 0: unknown field 'launch'"),
+        (((MINE | {"launch": 1}, 1),), {}, r"cluster\.json, device 0: unknown field 'launch'"),
         (((3, 1),), {}, "device 0: give a name, the path of a JSON file, or an object"),
         ((), {}, "needs at least one kind of device"),
         ((("a100", 1),), {"machines": 3}, "unknown field 'machines': known are devices, topology"),

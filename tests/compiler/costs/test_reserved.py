@@ -121,8 +121,9 @@ def test_cpus_take_nothing_and_gpus_some() -> None:
     assert "device memory" not in dict(built(CPU).plan.notes)
     for name, device in DEVICES.items():
         if name != "cpu":
-            least = device.reserved.total(links=4, replicas=8, beside=7)
-            assert 0.4 * GIB < device.reserved.total(0, 1, 0) < 1 * GIB < 6 * GIB
+            least = sum(dict(device.reserved.parts(links=4, replicas=8, beside=7)).values())
+            alone = sum(dict(device.reserved.parts(0, 1, 0)).values())
+            assert 0.4 * GIB < alone < 1 * GIB < 6 * GIB
             assert least < 0.2 * device.memory_bytes
     assert L4.memory_bytes < 24e9 * 1.0
     assert H100.memory_bytes > 80e9

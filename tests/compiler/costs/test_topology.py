@@ -14,6 +14,7 @@ from pipecompile.compiler.cli.rates import with_settings
 from pipecompile.compiler.costs.hardware import H100, parse_device
 from pipecompile.compiler.costs.topology import ORDERS, Numbering, Topology
 from pipecompile.compiler.ir.errors import OptionError
+from support.devices import MINE
 
 SLOW = Topology(devices=2, bytes_per_s=1e9, latency_s=1e-3)
 CLUSTER = replace(H100, topology=SLOW)
@@ -73,17 +74,7 @@ def test_a_file_may_describe_the_machines(tmp_path: Path) -> None:
     path = tmp_path / "device.json"
 
     def parsed(**topology: Any) -> Any:
-        figures = {
-            "name": "mine",
-            "flops_per_s": {"float32": 1e12},
-            "bytes_per_s": 1e11,
-            "memory_bytes": 1 << 34,
-            "link_bytes_per_s": 1e10,
-            "link_latency_s": 1e-5,
-            "launch_s": 1e-6,
-            "topology": topology,
-        }
-        path.write_text(json.dumps(figures))
+        path.write_text(json.dumps(MINE | {"topology": topology}))
         return parse_device(path)
 
     full = {"devices": 8, "bytes_per_s": 2.5e10, "latency_s": 2e-5}

@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from pipecompile.compiler.ir.problem import Option, Problem
 from pipecompile.passes.integer.windows import Window, windows
 from pipecompile.passes.partition import dominance
-from pipecompile.passes.partition.lazy import largest_stage_s
-from pipecompile.passes.partition.solve import _inside, _simple_bound
-from support.problems import every_solution, fitting, light_problems, problems, reduced_or_none
+from support.problems import (
+    check_bounds,
+    every_solution,
+    fitting,
+    light_problems,
+    problems,
+    reduced_or_none,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,16 +29,7 @@ def test_windows_and_the_simple_bound_leave_every_solution_that_is_as_good(
     if (reduced := reduced_or_none(problem)) is None:
         return
     problem = dominance.contract(reduced).problem
-    some = fitting(problem, every_solution(problem))
-    for upper in (math.inf, *(each.objective for each in some)):
-        limit_s = largest_stage_s(problem, upper)
-        limits = windows(problem, limit_s)
-        for each in some:
-            if each.objective <= upper:
-                assert max(each.stages_s) <= limit_s
-                assert limits is not None
-                assert _inside(each.stage, limits)
-    assert all(_simple_bound(problem) <= each.objective * (1 + 1e-9) for each in some)
+    check_bounds(problem, fitting(problem, every_solution(problem)))
 
 
 def row(*units: tuple[Option, ...], **more: Any) -> Problem:

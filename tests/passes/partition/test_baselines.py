@@ -13,7 +13,7 @@ from pipecompile.compiler.ir.problem import Problem, fits, validate
 from pipecompile.passes.partition import baselines
 from pipecompile.passes.partition.baselines import solve_dynamic
 from pipecompile.passes.partition.solve import solve
-from support.problems import every_solution, optimum, problems, reduced_or_none
+from support.problems import check_dynamic, every_solution, optimum, problems, reduced_or_none
 
 SIMPLE = [
     baselines.solve_uniform,
@@ -50,14 +50,7 @@ def test_the_dynamic_program_finds_the_best_division_into_runs(problem: Problem)
 @settings(max_examples=40, deadline=None)
 @given(problems(chain=True))
 def test_the_dynamic_program_is_exact_on_chains(problem: Problem) -> None:
-    best = optimum(problem, every_solution(problem))
-    try:
-        found = solve_dynamic(problem)
-    except PartitionError:
-        assert best == math.inf
-        return
-    assert found.objective == pytest.approx(best)
-    assert found.proven
+    check_dynamic(problem)
 
 
 @settings(max_examples=40, deadline=None)

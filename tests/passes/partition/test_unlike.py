@@ -19,15 +19,15 @@ from pipecompile.compiler.ir.problem import (
     fits,
     solution_of,
 )
-from pipecompile.passes.integer.windows import windows
 from pipecompile.passes.integer.work import Work
 from pipecompile.passes.partition import dominance, ideals, lattice
 from pipecompile.passes.partition.baselines import solve_dynamic
-from pipecompile.passes.partition.lazy import largest_stage_s
-from pipecompile.passes.partition.solve import _inside, _simple_bound, solve
+from pipecompile.passes.partition.solve import solve
 from support.problems import (
     chain,
     check_against_all,
+    check_bounds,
+    check_dynamic,
     every_solution,
     fitting,
     light_problems,
@@ -109,28 +109,13 @@ def test_presolve_windows_and_the_simple_bound_leave_the_best(problem: Problem) 
     small = dominance.contract(reduced).problem
     some = fitting(small, every_solution(small))
     assert optimum(small, some) == pytest.approx(optimum(problem, every_solution(problem)))
-    for upper in (math.inf, *(each.objective for each in some)):
-        limit_s = largest_stage_s(small, upper)
-        limits = windows(small, limit_s)
-        for each in some:
-            if each.objective <= upper:
-                assert max(each.stages_s) <= limit_s
-                assert limits is not None
-                assert _inside(each.stage, limits)
-    assert all(_simple_bound(small) <= each.objective * (1 + 1e-9) for each in some)
+    check_bounds(small, some)
 
 
 @settings(max_examples=60, deadline=None)
 @given(unlike_problems(problems(chain=True), links=False))
 def test_the_dynamic_program_is_exact_on_chains(problem: Problem) -> None:
-    best = optimum(problem, every_solution(problem))
-    try:
-        found = solve_dynamic(problem)
-    except PartitionError:
-        assert best == math.inf
-        return
-    assert found.objective == pytest.approx(best)
-    assert found.proven
+    check_dynamic(problem)
 
 
 @settings(max_examples=60, deadline=None)

@@ -152,32 +152,32 @@ def test_who_has_ended_its_script_is_told(watching: list[Lookout]) -> None:
         )
 
 
-def test_a_silent_rank_of_another_machine_is_named_by_who_listens_late(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """The thread that listens looks several times before the one that asks does so again."""
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Lookout]:
+    """`watching`, of ranks that do not see that they are of one machine."""
     for module in (peers, lookout):
         monkeypatch.setattr(module, "SILENT_S", 0.4)
     monkeypatch.setattr(peers, "machine", lambda: "")
-    watching = request.getfixturevalue("watching")
+    found: list[Lookout] = request.getfixturevalue("watching")
+    return found
+
+
+def test_a_silent_rank_of_another_machine_is_named_by_who_listens_late(
+    apart: list[Lookout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that listens looks several times before the one that asks does so again."""
     monkeypatch.setattr(lookout, "LISTEN_S", 60)  # what it waits for has only just begun
-    watching[1].stop()  # as if killed: it has not said that it ends
+    apart[1].stop()  # as if killed: it has not said that it ends
     real = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: real(4 * seconds))
-    with watching[0]._doing.call("step() (call 1)"):
-        text = watching[0].explain() or ""
+    with apart[0]._doing.call("step() (call 1)"):
+        text = apart[0].explain() or ""
     assert re.match(r"rank 1 \(stage 1, replica 0\) has not been heard of for \d s \(it, its", text)
 
 
-def test_nobody_is_blamed_while_all_are_heard_of(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    for module in (peers, lookout):
-        monkeypatch.setattr(module, "SILENT_S", 0.4)
-    monkeypatch.setattr(peers, "machine", lambda: "")
-    watching = request.getfixturevalue("watching")
-    with watching[0]._doing.call("step() (call 1)"):
-        assert watching[0].explain() is None
+def test_nobody_is_blamed_while_all_are_heard_of(apart: list[Lookout]) -> None:
+    with apart[0]._doing.call("step() (call 1)"):
+        assert apart[0].explain() is None
 
 
 def test_a_page_says_where_a_process_is() -> None:
