@@ -57,6 +57,7 @@ def test_machines_are_described_with_the_devices(
     assert far["step_s"] == same["step_s"] > near["step_s"]
 
 
+@pytest.mark.slow
 def test_a_search_takes_what_replicas_can_share(capsys: pytest.CaptureFixture[str]) -> None:
     command = f"{SMALL_GPT2} --batch 8 --precision bf16 --stages auto --devices 4"
     plan = plan_of(f"{command} --device a100:2,l4:2", capsys)

@@ -143,6 +143,7 @@ def test_prices_of_the_kind_that_units_are_made_for_are_theirs() -> None:
         assert found.recompute_s == pytest.approx(known.recompute_s, rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_each_device() -> None:
     """The small device is full, and what it cannot hold is recomputed there or moved away."""
     small = {"name": "small", "memory_bytes": int(0.62 * GIB), "reserved": NOTHING}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.ordering import Ordering
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.planning.target import Target
+from support.matrix import quickly
 from torch import nn
 
 HOST = torch.device("cpu")
@@ -39,8 +41,10 @@ def built(schedule: str, roughly: bool, budget_bytes: float) -> Compiled:
     return builder.build(Mode.TRAIN, spec, 6)
 
 
-@pytest.mark.parametrize("budget_bytes", [float("inf"), float(1 << 30)])
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+CASES = [(schedule, limit) for schedule in ("1f1b", "zb_v") for limit in (math.inf, float(1 << 30))]
+
+
+@pytest.mark.parametrize(("schedule", "budget_bytes"), quickly(CASES[:3], CASES))
 def test_what_is_searched_for_is_no_longer(schedule: str, budget_bytes: float) -> None:
     whole = built(schedule, False, budget_bytes).plan
     searched = mock.patch.object(Ordering, "search", side_effect=AssertionError)

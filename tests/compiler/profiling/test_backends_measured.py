@@ -12,6 +12,7 @@ import pytest
 import torch
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.program import StageProgram
+from pipecompile.compiler.profiling import profile
 from pipecompile.compiler.profiling.profile import Backend, Profiler
 from pipecompile.compiler.profiling.timing_cache import TimingCache
 from support import jobs, models, plain, units
@@ -39,6 +40,12 @@ def slower(stage: StageProgram, _: torch.device) -> StageProgram:
     stage.forward.prepare()
     module: Any = Slow(stage.forward.module)
     return replace(stage, forward=replace(stage.forward, module=module))
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(profile, "MAX_ROUNDS", 1)
 
 
 @pytest.fixture(scope="module")
