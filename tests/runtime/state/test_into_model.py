@@ -324,13 +324,14 @@ def allocated(layers: int, width: int, n_stages: int, dp: int, **options: Any) -
 def test_one_piece_at_a_time(
     gang: Callable[[int], Gang], n_stages: int, dp: int, zero: int
 ) -> None:
-    """Of eight; the one before may still be with who asked for it. Ranks that get nothing have no
-    more than they had."""
+    """Of eight; the one before may still be with who asked for it, and each of gloo's two threads
+    lets go of what it has broadcast a moment after the call has returned. Ranks that get nothing
+    have no more than they had."""
     main, other = gang(2).run(allocated, 8, 256, n_stages, dp, zero=zero, optimizer=jobs.SGD)
     for streamed, *_, every in (main, other):
-        assert streamed <= 2.5  # rows of the next are on their way
+        assert streamed <= 4.0
         assert every >= 8
-    assert main[1] <= 2.5
+    assert main[1] <= 2.5  # rows of the next are on their way, and no thread
     assert main[2] <= 2.0  # one, and rows of it
     assert main[3] >= 8
     assert other[1:4] == [0.0, 0.0, 0.0]
