@@ -32,11 +32,12 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning import advice
 from pipecompile.compiler.profiling import profile, synthetic
 from pipecompile.compiler.profiling.synthetic import Synthesizer
+from pipecompile.compiler.tensors import norms
 from pipecompile.compiler.units import cutter, stash
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.units import units_of
 from pipecompile.runtime import session
-from pipecompile.runtime.state.accumulation import own_powers, powers
+from pipecompile.runtime.state.accumulation import powers
 from pipecompile.runtime.stepping.loss_scaler import LossScaler
 from pipecompile.runtime.transport.mesh import connect, make_mesh
 from pipecompile.runtime.transport.processes import Processes
@@ -171,10 +172,11 @@ def test_addends_of_another_dtype_come_in_pieces(sizes: list[int]) -> None:
 
 
 def test_norms_of_large_gradients_count_all_elements() -> None:
-    """Of more than the 2**20 elements that are squared at once."""
+    """Of more than the elements that are squared at once."""
     count = 2**20 + 8
+    assert count > norms.AT_ONCE > norms.IN_CACHE
     grad = torch.ones(count // 4, 4)
-    assert own_powers(grad, 2.0) == count
+    assert norms.own_powers(grad, 2.0) == count
     assert powers(grad, 3, 2.0) == [4 * n for n in (87382, 87382, count // 4 - 2 * 87382)]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -11,8 +14,11 @@ from ..ir.actions import homes_of, placement_of
 from ..memory.optimizer_cost import Factory, optimizer_seconds
 from ..planning.target import Target
 from ..planning.team import Team
+from ..tensors.norms import own_powers
 from .assembly import Assembly
 from .work import Settings
+
+Norm = Callable[[torch.Tensor], Any] | None
 
 
 class Closing:
@@ -28,8 +34,9 @@ class Closing:
         seconds = [0.0] * len(assembly.schedule)
         if not program.trains:
             return seconds
-        clips = settings.options.max_grad_norm is not None
         seconds = self._optimizer_s(assembly, settings)
+        measured = self._measured is not None  # the optimizer, with clipping
+        clips = settings.options.max_grad_norm is not None and not measured
         for rank, stages in enumerate(_stages(assembly)):
             grads = assembly.memory[rank].static.grads
             device = settings.rates.at(rank)
@@ -57,14 +64,26 @@ class Closing:
         if self._measured is None:
             footprint, program = settings.footprint, assembly.program
             params = [footprint.trainable(program, mine) for mine in _stages(assembly)]
-            self._measured = self._team.pool([self._time(factory, each) for each in params])
+            norm = _norm(settings)
+            self._measured = self._team.pool([self._time(factory, each, norm) for each in params])
         return list(self._measured)
 
-    def _time(self, factory: Factory, params: dict[str, torch.Tensor]) -> float:
+    def _time(self, factory: Factory, params: dict[str, torch.Tensor], norm: Norm) -> float:
         """0 for an optimizer that cannot be made: its error comes where it is needed."""
         with contextlib.suppress(Exception):
-            return optimizer_seconds(factory, params, self._target.device) if params else 0.0
+            return optimizer_seconds(factory, params, self._target.device, norm) if params else 0.0
         return 0.0
+
+
+def _norm(settings: Settings) -> Norm:
+    """What a step takes of each gradient to clip by the norm of all."""
+    if settings.options.max_grad_norm is None:
+        return None
+    zero = settings.footprint.zero
+    if zero.divides_states and not zero.matrices:
+        return partial(own_powers, kind=2.0)
+    norm: Norm = torch.linalg.vector_norm
+    return norm
 
 
 def _stages(assembly: Assembly) -> tuple[tuple[int, ...], ...]:

@@ -208,7 +208,10 @@ def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
 
 
 def optimizer_seconds(
-    factory: Factory, params: Mapping[str, torch.Tensor], device: torch.device
+    factory: Factory,
+    params: Mapping[str, torch.Tensor],
+    device: torch.device,
+    norm: Callable[[torch.Tensor], Any] | None = None,
 ) -> float:
     """Seconds of one step, measured on dummy parameters and scaled by bytes.
 
@@ -218,29 +221,40 @@ def optimizer_seconds(
     Args:
         params: FQN -> a tensor of which only shape and dtype matter.
         device: where to measure.
+        norm: of a gradient, where steps clip by the norm of all: then they are scaled, too.
     """
     share = _share(params)
     large = _shrunk(params, share)
-    large_s = _step_seconds(factory, large, device)
+    large_s = _step_seconds(factory, large, device, norm)
     if share == 1:
         return large_s
     small = _shrunk(params, share / 4)
-    small_s = _step_seconds(factory, small, device)
+    small_s = _step_seconds(factory, small, device, norm)
     step_bytes = _nbytes(large) - _nbytes(small)
     per_byte = max(0.0, large_s - small_s) / step_bytes if step_bytes > 0 else 0.0
     return large_s + per_byte * (_nbytes(params) - _nbytes(large))
 
 
 def _step_seconds(
-    factory: Factory, params: Mapping[str, torch.Tensor], device: torch.device
+    factory: Factory,
+    params: Mapping[str, torch.Tensor],
+    device: torch.device,
+    norm: Callable[[torch.Tensor], Any] | None,
 ) -> float:
     real = {
         name: torch.full(p.shape, 0.02, dtype=p.dtype, device=device) for name, p in params.items()
     }
-    optimizer = factory(list(_parameters(real).items()))
-    seconds = []
+    parameters = _parameters(real)
+    optimizer = factory(list(parameters.items()))
+    grads = [param.grad for param in parameters.values() if param.grad is not None]
+    scale, seconds = torch.ones((), device=device), []
     for _ in range(1 + STEPS):
         start = time.perf_counter()
+        if norm is not None:
+            for grad in grads:
+                norm(grad)
+            for grad in grads:
+                grad.mul_(scale)
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

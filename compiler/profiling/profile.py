@@ -1,14 +1,15 @@
 """Measured seconds of programs on the device at hand.
 
-Programs run here as the executor runs them: boxed, under no_grad, backward after forward on the
-values that the forward made. Programs that are equal up to names are timed once: a transformer
-has few kinds of layers.
+Programs run here as the executor runs them: boxed, under no_grad, all units forward and then
+backward in the reverse order, on the values that the forward made. Programs that are equal up to
+names are timed once: a transformer has few kinds of layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,7 @@ class Profiler:
             try:
                 unit.runs = self._backend.compiled(unit.program, self.device)
                 unit.fixed = _fixed(unit.program, synthesizer)
-                self._run(unit, samples)
+                self._turn([unit], samples)
                 running.append(unit)
             except (RuntimeError, IndexError, ValueError, MemoryError) as error:
                 first_line = str(error).partition("\n")[0]
@@ -195,19 +196,41 @@ class Profiler:
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
                 break
-            for unit in running:
-                if time.perf_counter() > until:
-                    break
-                self._run(unit, samples)
+            self._turn(running, samples, until)
         for unit in group:
             unit.fixed.clear()
             unit.runs = None
 
-    def _run(self, unit: _Unit, samples: dict[str, list[float]]) -> None:
-        """One microbatch through one unit, as `runtime.executor` computes it."""
-        values: dict[Port, Any] = {}
+    def _turn(
+        self, units: Sequence[_Unit], samples: dict[str, list[float]], until: float = math.inf
+    ) -> None:
+        """One microbatch through some units, as `runtime.executor` computes it: backward finds what
+        the forward made as far from the processor as other units' forwards have moved it."""
+        begun: list[tuple[_Unit, dict[Port, Any]]] = []
+        for unit in units:
+            if time.perf_counter() > until:
+                break
+            begun.append((unit, {}))
+            self._run(*begun[-1], list(unit.program.parts)[:1], samples)
+        for unit, values in reversed(begun):
+            self._run(unit, values, list(unit.program.parts)[1:], samples)
+            values.clear()
+
+    def _run(
+        self,
+        unit: _Unit,
+        values: dict[Port, Any],
+        parts: Sequence[Kind],
+        samples: dict[str, list[float]],
+    ) -> None:
+        """Some parts of a unit.
+
+        Args:
+            values: that parts before have made, which are taken from and added to.
+        """
         assert unit.runs is not None
-        for part, program in unit.runs.parts.items():
+        for part in parts:
+            program = unit.runs.parts[part]
             arguments = [values[p] if p in values else unit.fixed[p] for p in program.inputs]
             for name in unit.program.drops.get((part.value, -1), ()):
                 values.pop(Port(Role.VALUE, name), None)

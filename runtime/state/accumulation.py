@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from ...compiler.ir.shards import rows_of
+from ...compiler.tensors.norms import own_powers
 from .bucket import GradSlot
 from .model_state import ModelState
 
@@ -149,22 +149,3 @@ def powers(grad: torch.Tensor, dp: int, kind: float) -> list[float]:
     if not grad.dim():
         return [own_powers(grad, kind)]
     return [own_powers(rows_of(grad, dp, replica), kind) for replica in range(dp)]
-
-
-def own_powers(rows: torch.Tensor, kind: float) -> float:
-    """The sum of the ``kind``-th powers of absolute values, or the largest one for infinity, in
-    fp64, without a second copy of all of them."""
-    if kind == 2.0:
-        flat = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(-1)
-    else:
-        flat = rows.reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for piece in torch.split(flat, 1 << 20) if flat.numel() else ():
-        if kind == 2.0:
-            total += piece.double().square_().sum()
-        elif math.isinf(kind):
-            total = torch.maximum(total, piece.abs().max().double())
-        else:
-            wide = piece.abs().double()
-            total += wide.sum() if kind == 1.0 else wide.pow_(kind).sum()
-    return float(total)

@@ -6,7 +6,6 @@ has no public name, so this file is its home.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from ...compiler.ir.errors import GradientError
+from ...compiler.tensors.norms import root
 from ..state.accumulation import reported, reported_powers
 from ..state.model_state import ModelState
 
@@ -105,17 +105,3 @@ class GlobalNorm:
         dtypes = [param.dtype for param in self._state.skeleton.module.parameters()]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return torch.tensor(root(list(everywhere.values()), self._kind), dtype=wide)
-
-
-def root(powers: list[float], kind: float) -> float:
-    """The norm, of what parts of the gradients have of it.
-
-    Args:
-        powers: sums of the ``kind``-th powers; of infinity, largest absolute values.
-    """
-    if any(map(math.isnan, powers)):
-        return math.nan
-    if math.isinf(kind):
-        return max(powers, default=0.0)
-    total = math.inf if math.inf in powers else math.fsum(powers)
-    return math.sqrt(total) if kind == 2.0 else math.pow(total, 1 / kind)

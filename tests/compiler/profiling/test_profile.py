@@ -13,7 +13,11 @@ from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.program import StageProgram
 from pipecompile.compiler.kept.cache import default_cache_dir
 from pipecompile.compiler.kept.optimizers import Optimizers
-from pipecompile.compiler.memory.optimizer_cost import optimizer_memory, optimizer_seconds
+from pipecompile.compiler.memory.optimizer_cost import (
+    STEPS,
+    optimizer_memory,
+    optimizer_seconds,
+)
 from pipecompile.compiler.profiling import timing_cache
 from pipecompile.compiler.profiling.profile import Profiler, program_hash
 from pipecompile.compiler.profiling.timing_cache import TimingCache
@@ -276,6 +280,14 @@ def test_optimizer_seconds_grow_with_bytes() -> None:
     adamw = partial(torch.optim.AdamW, fused=True)
     small_s, large_s = (optimizer_seconds(adamw, params, CPU) for params in (small, large))
     assert 0 < small_s < large_s / 4
+
+
+def test_clipping_is_part_of_what_is_measured() -> None:
+    params = {f"p{i}": torch.empty(8, 4, device="meta") for i in range(3)}
+    seen: list[torch.Tensor] = []
+    assert optimizer_seconds(partial(torch.optim.SGD, lr=0.1), params, CPU, seen.append) > 0
+    assert len(seen) == 3 * (1 + STEPS)
+    assert {tuple(grad.shape) for grad in seen} == {(8, 4)}
 
 
 def test_times_that_are_none_are_left_out_and_written_over(tmp_path: Path) -> None:
