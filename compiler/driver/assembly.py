@@ -12,7 +12,7 @@ from torch import fx
 from ...passes.schedule.exchange import add_exchange
 from ..capture.capture import ForwardPass
 from ..costs.timing import Timing
-from ..ir.actions import Pace, Schedule, compute_only
+from ..ir.actions import Pace, Schedule, compute_only, homes_of, max_in_flight
 from ..ir.errors import OptionError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -106,6 +106,12 @@ class Assembly:
     pace: Pace
     graphed: bool
     work: Work
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """Per stage, the most microbatches between forward and backward at once."""
+        homes = sorted(homes_of(self.schedule).items())
+        return tuple(max_in_flight(self.schedule[rank], stage) for stage, rank in homes)
 
 
 def assemble(

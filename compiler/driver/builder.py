@@ -31,7 +31,6 @@ from ..ir.errors import (
 )
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality, locality_of
-from ..ir.program import PipelineProgram
 from ..ir.zero import Zero
 from ..kept.cache import Cache, default_cache_dir
 from ..losses.logits import Chunks
@@ -46,7 +45,7 @@ from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict
 from . import passes
-from .assembly import assemble, run
+from .assembly import Assembly, assemble, run
 from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Shared, Wanted
 from .closing import Closing
@@ -206,12 +205,12 @@ class Builder:
         if free and settings.schedule.searches and self.target.profiler is not None:
             drafts = replace(settings, drafts=True)
             draft = assemble(drafts, *work, decision, decided.order, None, Recorder(None))
-            decision = self._corrected(decision, draft.whole, batch)
+            decision = self._corrected(decision, draft, batch)
         assembly = decided.assembled(graph, locality, decision, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
-                decision = self._corrected(decision, assembly.whole, batch)
+                decision = self._corrected(decision, assembly, batch)
             of = self.skeleton.params, settings.zero, assembly.pace, decision
             tables = self._tables.names, self._tables.stepped
             layout = layout_of(placement, again, locality, assembly.program, *of, *tables)
@@ -437,13 +436,15 @@ class Builder:
                 raise OptionError(f"skip={name!r} has no effect: it has nothing to do here")
 
     def _corrected(
-        self, decision: Decision, program: PipelineProgram, batch: Sequence[torch.Tensor]
+        self, decision: Decision, assembly: Assembly, batch: Sequence[torch.Tensor]
     ) -> Decision:
-        """With the units' seconds scaled to what their stages take when they run as a whole."""
-        profiler = self.target.profiler
+        """With the units' seconds scaled to what their stages take when they run as a whole, with
+        as many microbatches under way as the schedule has."""
+        profiler, program = self.target.profiler, assembly.whole
         if profiler is None or not program.trains:
             return decision
         mine = self.team.stages(self.options.stage_count)
-        times = profiler.times([program.stages[s] for s in mine], batch)
+        in_flight = [assembly.in_flight[s] for s in mine]
+        times = profiler.times([program.stages[s] for s in mine], batch, in_flight)
         measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
         return decision.scaled(self.team.pool_stages(measured))

@@ -1,8 +1,9 @@
 """Measured seconds of programs on the device at hand.
 
 Programs run here as the executor runs them: boxed, under no_grad, all units forward and then
-backward in the reverse order, on the values that the forward made. Programs that are equal up to
-names are timed once: a transformer has few kinds of layers.
+backward in the reverse order, on the values that the forward made; a stage that has several
+microbatches under way runs the next one's forward first. Programs that are equal up to names are
+timed once: a transformer has few kinds of layers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .timing_cache import TimingCache
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 15  # after one to warm up
 STEADY = 0.1  # rounds end when the middle half of the samples lies this close to the median
+AHEAD = 2  # microbatches under way, if a stage has as many: each finds caches that others left
 GROUP_BYTES = 1 << 30  # of arguments: units that take turns, so that each finds cold caches
 RUNS = 5  # back to back on CUDA, where one run is too short for its clock
 
@@ -62,14 +64,24 @@ class _Unit:
 
     Attributes:
         keys: part -> the hash of its program.
+        in_flight: microbatches between their forward and their backward at once.
         runs: what the backend makes of its programs, as long as it is being timed.
         fixed: what goes into every run.
+        begun: what each microbatch under way has made.
     """
 
     program: StageProgram
     keys: dict[Kind, str]
+    in_flight: int = 1
     runs: StageProgram | None = None
     fixed: dict[Port, Any] = field(default_factory=dict)
+    begun: list[dict[Port, Any]] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Give memory back."""
+        self.runs = None
+        self.fixed.clear()
+        self.begun.clear()
 
 
 class Profiler:
@@ -112,15 +124,24 @@ class Profiler:
         return self._cache.name
 
     def times(
-        self, programs: Sequence[StageProgram], batch: Sequence[torch.Tensor] = ()
+        self,
+        programs: Sequence[StageProgram],
+        batch: Sequence[torch.Tensor] = (),
+        in_flight: Sequence[int] = (),
     ) -> list[UnitTimes]:
         """The seconds of each stage program.
 
         Args:
             batch: the leaves of one microbatch; where not given, indices are zero.
+            in_flight: per program, the most microbatches between forward and backward at once; 1
+                each where not given.
         """
         deadline = time.perf_counter() + self.budget_s
-        units = [_Unit(p, {q: program_hash(r) for q, r in p.parts.items()}) for p in programs]
+        counts = in_flight or [1] * len(programs)
+        units = [
+            _Unit(program, {k: program_hash(p) for k, p in program.parts.items()}, min(n, AHEAD))
+            for program, n in zip(programs, counts, strict=True)
+        ]
         every = {
             key: p
             for u in units
@@ -185,36 +206,36 @@ class Profiler:
             try:
                 unit.runs = self._backend.compiled(unit.program, self.device)
                 unit.fixed = _fixed(unit.program, synthesizer)
-                self._turn([unit], samples)
+                for _ in range(unit.in_flight):
+                    self._turn([unit], samples)
                 running.append(unit)
             except (RuntimeError, IndexError, ValueError, MemoryError) as error:
                 first_line = str(error).partition("\n")[0]
                 failures.append(f"{type(error).__name__}: {first_line}")
-                unit.fixed.clear()
-                unit.runs = None
+                unit.end()
         keys = {key for unit in running for key in unit.keys.values() if key in samples}
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
                 break
             self._turn(running, samples, until)
         for unit in group:
-            unit.fixed.clear()
-            unit.runs = None
+            unit.end()
 
     def _turn(
         self, units: Sequence[_Unit], samples: dict[str, list[float]], until: float = math.inf
     ) -> None:
         """One microbatch through some units, as `runtime.executor` computes it: backward finds what
-        the forward made as far from the processor as other units' forwards have moved it."""
-        begun: list[tuple[_Unit, dict[Port, Any]]] = []
+        the forward made as far from the processor as others' forwards have moved it."""
+        begun = []
         for unit in units:
             if time.perf_counter() > until:
                 break
-            begun.append((unit, {}))
-            self._run(*begun[-1], list(unit.program.parts)[:1], samples)
-        for unit, values in reversed(begun):
-            self._run(unit, values, list(unit.program.parts)[1:], samples)
-            values.clear()
+            unit.begun.append({})
+            self._run(unit, unit.begun[-1], list(unit.program.parts)[:1], samples)
+            begun.append(unit)
+        for unit in reversed(begun):
+            if len(unit.begun) == unit.in_flight:
+                self._run(unit, unit.begun.pop(0), list(unit.program.parts)[1:], samples)
 
     def _run(
         self,
@@ -351,7 +372,7 @@ def _groups(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
     group: list[_Unit] = []
     held = 0
     for unit in units:
-        nbytes = _argument_bytes(unit.program)
+        nbytes = _argument_bytes(unit.program) * unit.in_flight
         if group and held + nbytes > GROUP_BYTES:
             yield group
             group, held = [], 0

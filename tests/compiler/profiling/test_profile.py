@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.ir.actions import Kind
-from pipecompile.compiler.ir.program import StageProgram
+from pipecompile.compiler.ir.program import Program, StageProgram
 from pipecompile.compiler.kept.cache import default_cache_dir
 from pipecompile.compiler.kept.optimizers import Optimizers
 from pipecompile.compiler.memory.optimizer_cost import (
@@ -19,7 +19,7 @@ from pipecompile.compiler.memory.optimizer_cost import (
     optimizer_seconds,
 )
 from pipecompile.compiler.profiling import timing_cache
-from pipecompile.compiler.profiling.profile import Profiler, program_hash
+from pipecompile.compiler.profiling.profile import MIN_ROUNDS, Profiler, program_hash
 from pipecompile.compiler.profiling.timing_cache import TimingCache
 from support import models, units
 from support.matrix import quickly
@@ -105,6 +105,26 @@ def test_units_add_up_to_the_whole() -> None:
         times = Profiler(CPU, None, 5).times(programs)
         sums.append(sum(t.forward_s + t.backward_s for t in times))
     assert max(sums) < 2 * min(sums)
+
+
+@pytest.mark.parametrize(("in_flight", "order"), [(1, "FB"), (2, "FFB"), (8, "FFB")])
+def test_the_next_microbatch_begins_before_one_ends(
+    gpt2: list[StageProgram], monkeypatch: pytest.MonkeyPatch, in_flight: int, order: str
+) -> None:
+    """Where a stage has several under way, backward follows another one's forward."""
+    ran: list[str] = []
+    measure = Profiler._time
+
+    def noted(self: Profiler, program: Program, arguments: list[Any]) -> Any:
+        ran.append("F" if program is gpt2[1].forward else "B")
+        return measure(self, program, arguments)
+
+    monkeypatch.setattr(Profiler, "_time", noted)
+    (times,) = Profiler(CPU, None, 5).times(gpt2[1:2], (), [in_flight])
+    assert "".join(ran).startswith(order)
+    assert "BB" not in "".join(ran)
+    assert ran.count("B") > MIN_ROUNDS
+    assert min(times.forward_s, times.backward_s) > 0
 
 
 def test_a_used_up_budget_leaves_scaled_estimates(gpt2: list[StageProgram]) -> None:
