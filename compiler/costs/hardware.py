@@ -16,7 +16,7 @@ from ..calibration.forms import Form
 from ..calibration.table import Table
 from ..ir.errors import OptionError
 from .reserved import AMPERE, CARD, HOPPER, NOTHING, Reserved
-from .topology import Numbering, Placed, Topology, topology_of
+from .topology import Exchange, Numbering, Placed, Topology, topology_of
 
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 CHANGED = " with "
@@ -38,6 +38,7 @@ class Device:
         send_share: of the seconds of a message, or of an exchange between replicas, those in which
             its sender computes nothing: 0 where the device has engines for it, and where it was
             not measured.
+        exchange: between the replicas that there are; None where it was not measured.
         table: what kernels and links reach of all that; None for everything, the roofline.
         topology: of the machines that have such devices; None where all are on one, or on a network
             as fast as the link.
@@ -55,6 +56,7 @@ class Device:
     launch_s: float
     send_share: float = 0.0
     reserved: Reserved = NOTHING
+    exchange: Exchange | None = None
     table: Table | None = None
     topology: Topology | None = None
     placed: Placed | None = None
@@ -165,8 +167,11 @@ class Device:
         Args:
             nbytes: of all ranks' parts, of all messages.
         """
-        if self.placed is not None and (between := self.placed.exchange()) is not None:
-            bytes_per_s, latency_s = between
+        known = self.placed.exchange() if self.placed is not None else None
+        if self.exchange is not None:
+            known = self.exchange.bytes_per_s, self.exchange.latency_s
+        if known is not None:
+            bytes_per_s, latency_s = known
             return messages * latency_s + nbytes * (ranks - 1) / ranks / bytes_per_s
         if self.table is None:
             return nbytes * (ranks - 1) / ranks / self.link_bytes_per_s
@@ -178,8 +183,9 @@ class Device:
     def together_s(self, kernels_s: float, collectives_s: float) -> float:
         """Seconds of kernels with collectives beside them, which take the processor as messages do
         where it has no engines for them."""
-        if self.table is None:
-            return max(kernels_s + self.send_share * collectives_s, collectives_s)
+        if self.table is None or self.exchange is not None:
+            share = self.send_share if self.exchange is None else self.exchange.share
+            return max(kernels_s + share * collectives_s, collectives_s)
         return self.table.together_s(kernels_s, collectives_s)
 
     def waiting(self, ranks: int) -> float:

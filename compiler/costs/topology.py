@@ -115,6 +115,21 @@ def check_figure(what: str, name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """How the replicas at hand exchange gradients: measured.
+
+    Attributes:
+        bytes_per_s: of what a replica gives others, packed, sent and added up there.
+        latency_s: of one that is empty.
+        share: of the seconds, those in which a rank's processor is busy with it.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Placed:
     """The ranks of a run on machines."""
 

@@ -1,5 +1,5 @@
 """Measures the link between ranks: what a message of n bytes takes is latency + n / bandwidth, and
-some of that is the sender's own time."""
+some of that is the sender's own time; and what replicas exchange."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ...compiler.costs.hardware import Device
-from ...compiler.costs.topology import Topology
+from ...compiler.costs.topology import Exchange, Topology
 from ...compiler.ir.program import ValueSpec
 from ..transport.mesh import Mesh
-from ..transport.transport import Transport
+from ..transport.processes import Processes
+from ..transport.transport import Transport, add_mean_, ordered_sum_
 from .peers import host_name, machine
 
 SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)  # bytes
@@ -107,6 +108,48 @@ def measure_link(
     )
     shares = (sends / whole for sends, whole in zip(sends_s, whole_s, strict=True))
     return *fit(SIZES, whole_s), min(median(shares), 1.0)
+
+
+def measure_exchange(
+    transport: Processes, device: torch.device, gather: Callable[[Any], list[Any]]
+) -> Exchange:
+    """How fast the replicas of every stage exchange gradients, all at once, as a step does it: each
+    packs a share for every other one, and adds up what arrives; the same on every rank. A
+    collective of all ranks.
+
+    Args: as of `measure_link`.
+    """
+    assert transport.dp > 1, "one replica exchanges nothing"
+    gather(None)  # all start together
+    mine = [_exchanged_s(transport, nbytes, device) for nbytes in SIZES]
+    found = gather(mine)
+    whole_s = [median(ranks[i][0] for ranks in found) for i in range(len(SIZES))]
+    shares = [median(ranks[i][1] for ranks in found) for i in range(len(SIZES))]
+    given = [nbytes * (transport.dp - 1) // transport.dp for nbytes in SIZES]
+    return Exchange(*fit(given, whole_s), min(median(shares), 1.0))
+
+
+def _exchanged_s(transport: Processes, nbytes: int, device: torch.device) -> tuple[float, float]:
+    """Median seconds of one exchange of gradients of so many bytes, and the processor's share."""
+    replicas, dp, me = transport.replicas, transport.dp, transport.replica
+    grads = torch.zeros(dp, max(1, nbytes // 4 // dp), device=device)  # (replicas, elements)
+    total, seconds, shares = torch.zeros_like(grads[0]), [], []
+    for _ in range(1 + REPEATS):
+        start, busy = time.perf_counter(), time.process_time()
+        room = replicas.room([len(total)] * dp, total.dtype, device)
+        for block, rows in zip(room.blocks, grads, strict=True):
+            if block.numel():
+                block.copy_(rows)
+        parts = replicas.scatter(room).wait()
+        parts.insert(me, grads[me].clone())
+        add_mean_(total, ordered_sum_(parts[0], parts[1:]), dp, fresh=False)
+        del parts, room
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        shares.append((time.process_time() - busy) / seconds[-1])
+    share = 0.0 if device.type == "cuda" else median(shares[1:])  # which has engines for it
+    return median(seconds[1:]), share
 
 
 def _one_way_s(

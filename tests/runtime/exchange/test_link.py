@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from pipecompile.compiler.costs.hardware import CPU
+from pipecompile.compiler.costs.topology import Exchange
 from pipecompile.runtime.exchange import link
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.transport.mesh import connect, make_mesh
+from pipecompile.runtime.transport.neighbours import meet
 from pipecompile.runtime.transport.processes import Processes
 from support.gang import Gang
 
@@ -33,6 +37,41 @@ def test_two_processes_agree_on_their_link(gang: Callable[[int], Gang]) -> None:
     assert 1e-7 < latency_s < 0.1
     assert 0 < send_share <= 1
     assert seconds < 5  # most of a second at worst, were the machine quiet
+
+
+def exchanged(dp: int, n_stages: int, shared: bool) -> tuple[Exchange, float]:
+    device, mesh = torch.device("cpu"), make_mesh(n_stages, dp)
+    connect(mesh, device)
+    agreement = Agreement(mesh, device)
+    assert mesh.rank is not None
+    neighbours = meet(mesh.rank, agreement.gather) if shared else None
+    transport = Processes(mesh, device, neighbours)
+    start = time.perf_counter()
+    found = link.measure_exchange(transport, device, agreement.gather)
+    transport.flush()
+    return found, time.perf_counter() - start
+
+
+@pytest.mark.parametrize(("dp", "n_stages", "shared"), [(2, 1, True), (2, 1, False), (3, 1, True)])
+def test_replicas_agree_on_their_exchange(
+    gang: Callable[[int], Gang], dp: int, n_stages: int, shared: bool
+) -> None:
+    """Through memory, and over gloo."""
+    found = gang(dp * n_stages).run(exchanged, dp, n_stages, shared)
+    exchange, seconds = found[0]
+    assert {each for each, _ in found} == {exchange}
+    assert 1e7 < exchange.bytes_per_s < 1e12
+    assert 1e-7 < exchange.latency_s < 0.1
+    assert 0 < exchange.share <= 1
+    assert seconds < 10
+
+
+def test_what_was_measured_is_what_an_exchange_costs() -> None:
+    """A share of it is the processor's, so that programs are that much longer."""
+    device = replace(CPU, exchange=Exchange(1e9, 1e-3, 0.5))
+    assert device.collective_s(4e9, 4, 3) == pytest.approx(3 * 1e-3 + 3.0)
+    assert device.together_s(1.0, 0.5) == pytest.approx(1.25)
+    assert device.together_s(1.0, 4.0) == pytest.approx(4.0)
 
 
 def test_the_line_through_exact_times() -> None:
