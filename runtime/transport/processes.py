@@ -43,8 +43,8 @@ class Arrived:
 class _Receipt:
     """A message under way between processes."""
 
-    def __init__(self, src: int, works: list[dist.Work], data: Values, specs: Sequence[ValueSpec]):
-        self.src, self.works, self.data, self.specs = src, works, data, specs
+    def __init__(self, src: int, works: list[dist.Work], rooms: Values, bundle: wire.Bundle):
+        self.src, self.works, self.rooms, self.bundle = src, works, rooms, bundle
 
     def ready(self) -> bool:
         return True
@@ -53,7 +53,7 @@ class _Receipt:
         with HERE.waiting((self.src,)):
             for work in self.works:
                 work.wait()
-        return [wire.from_bytes(d, s) for d, s in zip(self.data, self.specs, strict=True)]
+        return self.bundle.unpack(self.rooms)
 
 
 class _Outbox:
@@ -77,9 +77,9 @@ class _Outbox:
         _open.add(self)
         _close_at_exit()
 
-    def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
+    def add(self, works: list[dist.Work], data: Values, dst: int) -> None:
         self._empty = False
-        self._queue.put([work, data, dst])
+        self._queue.put([works, data, dst])
 
     def close(self) -> None:
         """Nothing more is added."""
@@ -110,10 +110,17 @@ def _see_off(sent: queue.SimpleQueue[list[Any]], failures: list[RuntimeError]) -
             continue
         try:
             with HERE.waiting((item[2],)):
-                item[0].wait()
+                _wait_for_all(*item[:2])
         except RuntimeError as error:
             failures.append(error)
         del item
+
+
+def _wait_for_all(works: list[dist.Work], data: Values) -> None:
+    """Each piece is let go of once it has left."""
+    while works:
+        works[0].wait()
+        del works[0], data[0]
 
 
 _open: weakref.WeakSet[_Outbox] = weakref.WeakSet()
@@ -141,10 +148,10 @@ class _DeviceOutbox:
     def __init__(self) -> None:
         self._queue: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def add(self, work: dist.Work, data: torch.Tensor, dst: int) -> None:
+    def add(self, works: list[dist.Work], data: Values, dst: int) -> None:
         while self._queue and self._queue[0][0].is_completed():
             self._queue.popleft()[0].wait()
-        self._queue.append((work, data))
+        self._queue.extend(zip(works, data, strict=True))
 
     def flush(self) -> None:
         while self._queue:
@@ -180,6 +187,7 @@ class Processes:
         self.group = groups[mesh.position_of(mesh.rank)]
         self.replicas = self._replicas(mesh.rank, mesh.peers_of(mesh.rank))
         self.links: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self._bundles = wire.Known(wire.Bundle)
         self.abandoned = False
         self._sent_bytes = 0  # by what is neither memory nor an exchange between replicas
 
@@ -230,15 +238,15 @@ class Processes:
         if self._shared is not None and dst in self._beside:
             self._shared.send(dst, channel, values, specs)
             return
-        group = self.links.get((src, dst))
-        for value, spec in zip(values, specs, strict=True):
-            data = wire.to_bytes(value, spec)
-            if data.numel():
-                self._sent_bytes += data.numel()
-                work = dist.isend(data, dst, group=group, tag=channel)
-                assert work is not None
-                self.outbox.add(work, data, dst)
-                del work, data  # the outbox alone keeps them
+        group, bundle = self.links.get((src, dst)), self._bundles.of(specs)
+        self._sent_bytes += bundle.nbytes
+        pieces, works = bundle.pack(values), []
+        for piece in pieces:
+            work = dist.isend(piece, dst, group=group, tag=channel)
+            assert work is not None
+            works.append(work)
+        if pieces:
+            self.outbox.add(works, pieces, dst)  # it alone keeps them
 
     def receive(
         self,
@@ -250,15 +258,14 @@ class Processes:
     ) -> Pending:
         if self._shared is not None and src in self._beside:
             return self._shared.receive(src, channel, specs)
-        group = self.links.get((src, dst))
-        data = [wire.room_for(spec, device) for spec in specs]
-        works = []
-        for room in data:
+        group, bundle = self.links.get((src, dst)), self._bundles.of(specs)
+        rooms, works = bundle.rooms(device), []
+        for room in rooms:
             if room.numel():
                 work = dist.irecv(room, src, group=group, tag=channel)
                 assert work is not None
                 works.append(work)
-        return _Receipt(src, works, data, specs)
+        return _Receipt(src, works, rooms, bundle)
 
     def mean(self, rank: int, ranks: Sequence[int], bucket: torch.Tensor) -> Pending:
         self.replicas.mean_(bucket)

@@ -27,11 +27,9 @@ from .neighbours import Neighbours, Ticket
 
 Values = list[torch.Tensor]
 
-ALIGNED = 64  # bytes: as torch aligns what it allocates
 FREE, TAKEN = 0, 1
 IN_PACKET = neighbours.MOST_BYTES // 2  # values of so many bytes travel in the packet itself
 BLOCKS = 64  # of a segment; one that was never used has no memory yet
-MOST_FORMS = 4096  # of messages, that are kept
 IDLE = 512  # after so many messages to a rank a segment that none of them needed is given back
 _HEAD = struct.Struct("<qqq")  # segment, its block, how many numbers of closed segments follow
 _NONE = -1
@@ -57,33 +55,15 @@ class _Form:
     def __init__(self, specs: Sequence[ValueSpec]):
         self.specs = specs
         self.sizes = [wire.size_of(spec) for spec in specs]
-        self.places, end = [], ALIGNED
+        self.places, end = [], wire.ALIGNED
         for size in self.sizes:
-            self.places.append(-(-end // ALIGNED) * ALIGNED)
+            self.places.append(wire.aligned(end))
             end = self.places[-1] + size
-        self.total = -(-end // ALIGNED) * ALIGNED
+        self.total = wire.aligned(end)
         self.denses = [wire.is_dense(spec.shape, spec.stride) for spec in specs]
         self.dense, self.nbytes = all(self.denses) and all(self.sizes), sum(self.sizes)
         self.count = self.sizes[0] // specs[0].dtype.itemsize if specs else 0
         self.owner = _owner_type(self.total)
-
-
-class _Forms:
-    """Of the messages that are sent again and again: those whose specs are one tuple."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, _Form] = {}
-
-    def of(self, specs: Sequence[ValueSpec]) -> _Form:
-        form = self._known.get(id(specs))
-        if form is not None and form.specs is specs:
-            return form
-        form = _Form(specs)
-        if isinstance(specs, tuple):
-            if len(self._known) >= MOST_FORMS:
-                self._known.clear()
-            self._known[id(specs)] = form  # which keeps the tuple, so that no other has its id
-        return form
 
 
 @dataclass(eq=False)
@@ -108,7 +88,7 @@ class _Segment:
         """A block as the dense values of a message."""
         found = self.written.get((place, form))
         if found is None:
-            if len(self.written) >= MOST_FORMS:
+            if len(self.written) >= wire.MOST_KNOWN:
                 self.written.clear()
             start = place * self.size
             pairs = zip(form.specs, form.places, strict=True)
@@ -194,7 +174,7 @@ class SharedMemory:
         self._pools: dict[int, _Pool] = defaultdict(_Pool)
         self._maps: dict[tuple[int, int], mmap.mmap] = {}  # (rank, number of its segment)
         self._process = os.getpid()
-        self._forms = _Forms()
+        self._forms = wire.Known(_Form)
         self.sent_bytes = 0
 
     @property

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
 from ...compiler.ir.program import ValueSpec
+
+T = TypeVar("T")
+
+ALIGNED = 64  # bytes: as torch aligns what it allocates
+SMALL = 32 << 10  # bytes of a value that is copied for less than a message of its own costs
+MOST_KNOWN = 4096  # messages of which something is kept
 
 
 def conform(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
@@ -101,3 +109,85 @@ def _distinct_shape(spec: ValueSpec) -> tuple[int, ...]:
     return tuple(
         1 if step == 0 else size for size, step in zip(spec.shape, spec.stride, strict=True)
     )
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
+class Known(Generic[T]):
+    """What follows from the specs of messages that are sent again and again: those whose specs are
+    one tuple.
+
+    Args:
+        make: works it out.
+    """
+
+    def __init__(self, make: Callable[[Sequence[ValueSpec]], T]):
+        self._make = make
+        self._made: dict[int, tuple[Sequence[ValueSpec], T]] = {}
+
+    def of(self, specs: Sequence[ValueSpec]) -> T:
+        found = self._made.get(id(specs))
+        if found is not None and found[0] is specs:
+            return found[1]
+        made = self._make(specs)
+        if isinstance(specs, tuple):
+            if len(self._made) >= MOST_KNOWN:
+                self._made.clear()
+            self._made[id(specs)] = specs, made  # which keeps the tuple: no other has its id
+        return made
+
+
+class Bundle:
+    """How the values of a message travel: small ones in one piece, each other one where it lies.
+
+    Both ends work it out of the specs alone.
+
+    Attributes:
+        nbytes: of the values.
+    """
+
+    def __init__(self, specs: Sequence[ValueSpec]):
+        sizes = [size_of(spec) for spec in specs]
+        small = [i for i, size in enumerate(sizes) if 0 < size <= SMALL]
+        self._specs, self.nbytes = specs, sum(sizes)
+        self._together: dict[int, int] = {}  # number of a value -> where it begins in their piece
+        self._piece_bytes = 0
+        for i in small if len(small) > 1 else ():
+            self._together[i] = self._piece_bytes
+            self._piece_bytes += aligned(sizes[i])
+
+    def pack(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Pieces of bytes, in the order in which they are sent; none is empty."""
+        pieces = []
+        if self._together:
+            piece = torch.empty(self._piece_bytes, dtype=torch.uint8, device=values[0].device)
+            for i, at in self._together.items():
+                write(values[i], self._specs[i], piece, at)
+            pieces.append(piece)
+        for i, (value, spec) in enumerate(zip(values, self._specs, strict=True)):
+            if i not in self._together and (data := to_bytes(value, spec)).numel():
+                pieces.append(data)
+        return pieces
+
+    def rooms(self, device: torch.device) -> list[torch.Tensor]:
+        """Bytes to receive the pieces into; empty ones in the places of values without any."""
+        alone = [spec for i, spec in enumerate(self._specs) if i not in self._together]
+        rooms = [room_for(spec, device) for spec in alone]
+        if self._together:
+            rooms.insert(0, torch.empty(self._piece_bytes, dtype=torch.uint8, device=device))
+        return rooms
+
+    def unpack(self, rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The values, in rooms that are filled."""
+        rest = iter(rooms)
+        piece = next(rest) if self._together else None
+        found = []
+        for i, spec in enumerate(self._specs):
+            at = self._together.get(i)
+            if at is None or piece is None:
+                found.append(from_bytes(next(rest), spec))
+            else:
+                found.append(read(piece, spec, at))
+        return found

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.ir.program import ValueSpec
 from pipecompile.runtime.transport import shared_memory
 from pipecompile.runtime.transport.neighbours import SWITCH
-from pipecompile.runtime.transport.shared_memory import ALIGNED, BLOCKS, IN_PACKET, SharedMemory
-from support import jobs, plain
+from pipecompile.runtime.transport.shared_memory import BLOCKS, IN_PACKET, SharedMemory
+from pipecompile.runtime.transport.transport import Endpoint
+from pipecompile.runtime.transport.wire import ALIGNED
+from support import jobs, models, plain
 from support.connected import of, open_files
 from support.gang import Gang
 
@@ -166,3 +170,34 @@ def test_training_over_gloo_has_the_same_bits(
         strict=True,
     ):
         plain.assert_equal(near, far)
+
+
+def messages_of_a_step(name: str) -> tuple[plain.Trained, int, int, int]:
+    """A training over gloo, and of a run after it: values, sends, and messages."""
+    *batches, more = models.batches(name, 8, 3)
+    with mock.patch.dict(os.environ, {SWITCH: "off"}):
+        pipe = jobs.pipeline(name, 2, 1, 4, schedule="1f1b")
+        run = plain.train_pipeline(pipe, batches)
+    sent, send = [], Endpoint.send
+
+    def noted(end: Endpoint, src: int, dst: int, values: Any, specs: Any) -> None:
+        sent.append(len(values))
+        send(end, src, dst, values, specs)
+
+    with (
+        mock.patch.object(dist, "isend", wraps=dist.isend) as isend,
+        mock.patch.object(Endpoint, "send", noted),
+    ):
+        pipe.forward_backward(more)
+    return run, sum(sent), len(sent), isend.call_count
+
+
+def test_gloo_carries_one_message_per_action(gang: Callable[[int], Gang]) -> None:
+    """Of an encoder with a decoder, whose stages send several small values at once."""
+    expected = jobs.train_plainly("bart", 1, 4, "adamw", 2)
+    each = []
+    for run, values, sends, messages in gang(2).run(messages_of_a_step, "bart"):
+        plain.assert_equal(run, expected, whole=False)
+        assert messages == sends > 0
+        each.append(values / sends)
+    assert max(each) > 1, "several at once"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +55,62 @@ def test_other_strides_are_conformed(tensor: torch.Tensor) -> None:
     other = tensor.contiguous()
     assert wire.conform(other, spec).stride() == spec.stride
     assert torch.equal(wire.conform(other, spec), tensor)
+
+
+def arrived(values: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a receiver has of values that are sent, and the pieces in which they came."""
+    specs = tuple(map(spec_of, values))
+    pieces = wire.Bundle(specs).pack(values)
+    there = wire.Bundle(specs)
+    rooms = there.rooms(CPU)
+    filled = [room for room in rooms if room.numel()]
+    assert [each.shape for each in filled] == [each.shape for each in pieces]
+    for room, piece in zip(filled, pieces, strict=True):
+        room.copy_(piece)
+    return there.unpack(rooms), pieces
+
+
+@given(st.lists(tensors(), min_size=1, max_size=5), st.sampled_from([0, 20, 1 << 15]))
+def test_values_keep_bits_and_strides(values: list[torch.Tensor], small: int) -> None:
+    with mock.patch.object(wire, "SMALL", small):
+        found, pieces = arrived(values)
+        nbytes = wire.Bundle([spec_of(value) for value in values]).nbytes
+    for there, value in zip(found, values, strict=True):
+        assert torch.equal(there, value)
+        assert there.stride() == value.stride()
+        assert there.dtype is value.dtype
+    sizes = [wire.size_of(spec_of(value)) for value in values]
+    assert nbytes == sum(sizes)
+    together = sum(0 < size <= small for size in sizes)
+    apart = sum(size > small for size in sizes)
+    assert len(pieces) == apart + min(together, 1)
+
+
+def test_large_values_and_single_ones_are_sent_where_they_lie() -> None:
+    large, other = torch.randn(2, wire.SMALL)
+    _, pieces = arrived([large, other, torch.ones(3)])
+    assert {large.data_ptr(), other.data_ptr()} < {each.data_ptr() for each in pieces}
+    alone = torch.ones(3)
+    assert arrived([alone])[1][0].data_ptr() == alone.data_ptr()
+    narrow = large.view(-1, 8).t()
+    assert arrived([narrow])[1][0].data_ptr() == large.data_ptr(), "dense in another order"
+
+
+def test_small_values_are_aligned_as_torch_aligns_them() -> None:
+    found, pieces = arrived([torch.ones(3, dtype=torch.bool), torch.randn(5).double()])
+    first = pieces[0].data_ptr()
+    assert len(pieces) == 1
+    assert (found[1].data_ptr() - found[0].data_ptr()) % wire.ALIGNED == 0
+    assert first % wire.ALIGNED == 0
+
+
+def test_what_follows_from_specs_is_worked_out_once() -> None:
+    made: list[Any] = []
+    known = wire.Known(lambda specs: made.append(specs) or len(made))
+    specs = (ValueSpec("x", (2,), (1,), torch.float32),)
+    assert known.of(specs) == known.of(specs) == 1
+    assert known.of((*specs,)) == 2
+    assert known.of(list(specs)) == 3
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
