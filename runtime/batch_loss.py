@@ -96,18 +96,32 @@ class BatchLoss:
             BatchError: nothing counts in any of them, or what ``loss_weight`` returns is no
                 number that could; on all ranks.
         """
-        mesh, counts = self._world.mesh, self.counts(jobs, buffers)
-        try:
-            weights = weights_of(self._form, counts, self._step.sizes)
-        except ZeroDivisionError as error:
-            raise BatchError(
-                "nothing in this batch counts in the loss: all its labels are ignored, or "
-                "loss_weight returns 0 for all of it, and one device would divide zero by zero: "
-                "leave the batch out"
-            ) from error
-        for rank, job in jobs.items():
-            self._tell(job, weights, rank, mesh.replica_of(rank))
-        return weights
+        return self.weighing(jobs, buffers)()
+
+    def weighing(
+        self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]
+    ) -> Callable[[], Weights]:
+        """As `weigh`, which what is returned waits for, where programs of the forward do not depend
+        on it."""
+        mesh, counted = self._world.mesh, self._counting(jobs, buffers)
+
+        @functools.cache
+        def weighed() -> Weights:
+            try:
+                weights = weights_of(self._form, counted(), self._step.sizes)
+            except ZeroDivisionError as error:
+                raise BatchError(
+                    "nothing in this batch counts in the loss: all its labels are ignored, or "
+                    "loss_weight returns 0 for all of it, and one device would divide zero by "
+                    "zero: leave the batch out"
+                ) from error
+            for rank, job in jobs.items():
+                self._tell(job, weights, rank, mesh.replica_of(rank))
+            return weights
+
+        if self._form.factored or not self._counts or not mesh.distributed:
+            weighed()
+        return weighed
 
     def counts(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
         """What is kept in the microbatches of all replicas; of nothing, if nothing is asked for.
@@ -115,11 +129,22 @@ class BatchLoss:
         Raises:
             BatchError: as `weigh` does.
         """
+        return self._counting(jobs, buffers)()
+
+    def _counting(
+        self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]
+    ) -> Callable[[], Counts]:
+        """The same; what is returned waits for other ranks."""
         if not self._counts:
-            return [[[]] * len(replica) for replica in self._step.sizes]
-        counts = self._gathered(jobs, buffers)
-        self._check(counts)
-        return counts
+            return lambda: [[[]] * len(replica) for replica in self._step.sizes]
+        gathered = self._gathered(jobs, buffers)
+
+        def counted() -> Counts:
+            counts = gathered()
+            self._check(counts)
+            return counts
+
+        return counted
 
     def sums(self, before: Sums | None) -> Sums:
         """What this batch is added to; None if it is the first of a data set.
@@ -168,7 +193,7 @@ class BatchLoss:
         sizes = [self._step.sizes[replica] for replica in here]
         counts: Counts = [[[]] * len(replica) for replica in sizes]
         if self._counts:
-            everyone = self._gathered(jobs, buffers)
+            everyone = self._gathered(jobs, buffers)()
             counts = [everyone[replica] for replica in here]
         try:
             weights = weights_of(self._form, counts, sizes)
@@ -189,24 +214,32 @@ class BatchLoss:
         device = self._world.endpoints[rank].device
         return numbers_on(device, shares, dtype)
 
-    def _gathered(self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]) -> Counts:
-        """Per replica and microbatch; the ranks of the loss's stage count."""
-        mesh, mine = self._world.mesh, {}
+    def _gathered(
+        self, jobs: Mapping[int, Job], buffers: Mapping[int, Buffers]
+    ) -> Callable[[], Counts]:
+        """Per replica and microbatch; the ranks of the loss's stage count, and tell the others."""
+        mesh, stage = self._world.mesh, self._program.loss_stage
+        mine: dict[int, list[list[float]]] = {}
         obstacle = ""
         for rank, job in jobs.items():
-            if self._program.loss_stage in mesh.stages_of(rank):
+            if stage in mesh.stages_of(rank):
                 try:
                     mine[mesh.replica_of(rank)] = [
                         self._count(job, i, buffers[rank]) for i in range(len(job.kinds))
                     ]
                 except BatchError as error:
                     obstacle = str(error)
-        everyone = self._world.agreement.gather((mine, obstacle))
-        for _, told in everyone:
-            if told:
-                raise BatchError(told)
-        by_replica = {replica: found for each, _ in everyone for replica, found in each.items()}
-        return [by_replica[replica] for replica in range(mesh.dp)]
+        told = self._world.agreement.tell((mine, obstacle), mesh.replicas_of(stage))
+
+        def heard() -> Counts:
+            by_replica: dict[int, list[list[float]]] = {}
+            for found, why in told():
+                if why:
+                    raise BatchError(why)
+                by_replica |= found
+            return [by_replica[replica] for replica in range(mesh.dp)]
+
+        return heard
 
     def _check(self, counts: Counts) -> None:
         """Raises BatchError where a sum is divided by the number of items of a part."""

@@ -58,6 +58,7 @@ class BoundStage:
 
     Attributes:
         parts: the programs that a microbatch runs.
+        updates: whether its forward changes buffers.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class BoundStage:
         for program in (code.constants, *self._programs.values()):
             program.prepare()
         self._groups = self._grouped()
+        forward = code.parts.get(Kind.F)
+        self.updates = forward is not None and any(p.role is Role.BUFFER for p in forward.outputs)
         self.parts: dict[Kind, Bound] = {}
         self.refresh()
 

@@ -73,6 +73,9 @@ class Job:
         given: per microbatch, the batch leaves where the user had them.
         shares: per microbatch, those that follow: what terms of its loss are multiplied by.
         scale: what the user multiplies the loss by before it is differentiated.
+        awaited: waits for what ranks tell each other of the batch, ``weights`` among it, and raises
+            what they refuse it for; called before anything leaves the rank or is changed.
+        refused: whether it did.
         losses: per microbatch, on the stage that computes it.
         results: per microbatch, what the model returned, on the last stage.
         busy_s, begun_s, ended_s: what the calls of its programs took together, when the first one
@@ -88,11 +91,21 @@ class Job:
     weights: Sequence[float] = ()
     shares: Sequence[Sequence[torch.Tensor]] = ()
     scale: float = 1.0
+    awaited: Callable[[], object] | None = None
+    refused: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
     results: list[dict[int, torch.Tensor]] = field(default_factory=list)
     busy_s: float = 0.0
     begun_s: float = 0.0
     ended_s: float = 0.0
+
+    def agree(self) -> None:
+        """With all ranks that the batch is run."""
+        awaited, self.awaited = self.awaited, None
+        if awaited is not None:
+            self.refused = True
+            awaited()
+            self.refused = False
 
     def called(self, begun_s: float, ended_s: float) -> None:
         """A program was, from then to then."""
@@ -181,13 +194,12 @@ class Executor:
         made = [others[kind] for kind in job.kinds]
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
-        self.tied.restart()
-        for executor in dict.fromkeys(made):
-            executor.begin_graphs()
-        tangents = self._tangents(job)
+        tangents: Sequence[torch.Tensor] | None = None
         log, start = self.state.log, None
         for action, text in zip(self.actions, self._told, strict=True):
             HERE.act(text)
+            if tangents is None and not self._may_precede(action, job, made):
+                tangents = self._begun(job, made)
             if log is not None:
                 start = log.now()
             kind, stage, index = action.kind, action.stage, action.microbatch
@@ -221,7 +233,27 @@ class Executor:
                 yield from in_ranges(action, self._exchange(action))
             if log is not None:
                 log.add(action, start, self.messages.get((stage, action.peer, kind.phase)))
+        if tangents is None:
+            self._begun(job, made)
         HERE.act(NOTHING)
+
+    def _may_precede(self, action: Action, job: Job, made: Sequence[Executor]) -> bool:
+        """Whether an action leaves all as it is, so that ranks may yet refuse the batch: what a
+        forward makes for its own rank is let go of, and parameters are gathered as they are. All
+        replicas do it at the same place, or wait there."""
+        if job.awaited is None or self.state.log is not None or self._graphs is not None:
+            return False
+        if action.kind is not Kind.F:
+            return action.kind is Kind.UNSHARD
+        return not any(executor.stages[action.stage].updates for executor in made)
+
+    def _begun(self, job: Job, made: Sequence[Executor]) -> Sequence[torch.Tensor]:
+        """From here on it runs; the tangents."""
+        job.agree()
+        self.tied.restart()
+        for executor in dict.fromkeys(made):
+            executor.begin_graphs()
+        return self._tangents(job)
 
     def _tangents(self, job: Job) -> Sequence[torch.Tensor]:
         """Of the losses of the microbatches.
@@ -249,7 +281,7 @@ class Executor:
         index: int,
         values: Values,
         job: Job,
-        tangents: Sequence[torch.Tensor],
+        tangents: Sequence[torch.Tensor] | None,
     ) -> None:
         bound = self.stages[action.stage].parts[action.kind]
         arguments = bound.fixed.copy()
@@ -258,6 +290,7 @@ class Executor:
         for position, leaf in bound.batch:
             arguments[position] = job.argument(index, leaf)
         if bound.tangent is not None:
+            assert tangents is not None
             arguments[bound.tangent] = tangents[index]
         if bound.seed is not None:
             arguments[bound.seed] = job.seeds[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,3 +108,15 @@ def _order(compiled: Compiled) -> tuple[Any, ...]:
     ]
     held = [(stage.params, stage.groups, stage.grads) for stage in stages]
     return compiled.schedule, compiled.program.tied, within, held
+
+
+@contextlib.contextmanager
+def kept_generators(ready: Ready) -> Iterator[None]:
+    """The user's own random streams go on as if nothing had been drawn."""
+    devices = {each.state.device for each in ready.executors() if each.draws}
+    kept = [(ops.generator_of(d), ops.generator_of(d).get_state()) for d in devices]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)

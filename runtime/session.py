@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ import torch
 from ..compiler.capture.skeleton import Skeleton
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.ir.errors import BatchError, OptionError, StateError
-from ..compiler.ir.ops import generator_of
 from ..compiler.ir.program import Role
 from ..compiler.options.options import CompileOptions
 from ..compiler.options.schedulers import make_scheduler
@@ -25,7 +24,7 @@ from .graphs.choice import recorder_for
 from .loader import Request, Step
 from .monitor.reports import report_of
 from .outputs.parts import Part
-from .ready import Loaded, Ready, check_together
+from .ready import Loaded, Ready, check_together, kept_generators
 from .state.accumulation import Accumulation
 from .state.buffers import BufferUse, LatestBuffers
 from .state.model_state import ModelState
@@ -265,7 +264,7 @@ class Session:
             executor.run(jobs[rank], {n: each.executors[rank] for n, each in ready.graphs.items()})
             for rank, executor in ready.first.executors.items()
         ]
-        with self._abandoned_if_it_fails(), _kept_generators(ready):
+        with self._abandoned_if_it_fails(jobs), kept_generators(ready):
             drive(runs, self._world.transport.progress)
             self._world.transport.flush()
         for loaded in graphs:
@@ -275,11 +274,17 @@ class Session:
                     other.stale.update(loaded.buffers.updated)
 
     @contextlib.contextmanager
-    def _abandoned_if_it_fails(self) -> Iterator[None]:
-        """A run that fails leaves no gradients and, in one process, nothing else behind."""
+    def _abandoned_if_it_fails(self, jobs: Mapping[int, Job]) -> Iterator[None]:
+        """A run that fails leaves no gradients and, in one process, nothing else behind; one that
+        ranks refuse together has changed nothing."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                for job in jobs.values():
+                    job.agree()  # an error of all ranks comes before one of this
+            if any(job.refused for job in jobs.values()):
+                raise
             self._world.transport.abandon()
             for state in self.state.ranks.values():
                 state.grads.abandon()
@@ -313,9 +318,7 @@ class Session:
             factor: what the loss is multiplied by before it is differentiated.
         """
         sent_bytes = self._world.transport.sent_bytes
-        weights = self.weigh(ready, jobs)
-        for job in jobs.values():
-            job.scale = factor
+        weighed = ready.loss.weighing(jobs, self._buffers())
         scaler = self._scaler
         scale = 1.0 if scaler is None else scaler.scale
         for executor in ready.executors():
@@ -323,8 +326,15 @@ class Session:
         compressed = self.state.compressed.values()
         for each in compressed:
             each.scale = scale
-        self._sums.open(scale)
-        with self._left_alone(ready):
+
+        @cache
+        def agreed() -> None:
+            weighed()
+            self._sums.open(scale)  # last: a batch that is refused leaves gradients as they are
+
+        for job in jobs.values():
+            job.scale, job.awaited = factor, agreed
+        with self._left_alone(ready, jobs):
             self.run(ready, jobs)
         taken = scaler is None or self._unscaled(scaler)
         for each in compressed:
@@ -335,15 +345,17 @@ class Session:
             self._sums.drop()
         spans_s = [(job.busy_s, job.ended_s - job.begun_s) for job in jobs.values()]
         sent_bytes = self._world.transport.sent_bytes - sent_bytes
-        return ready.loss.total(jobs, weights, report_of(self._world.device, spans_s, sent_bytes))
+        return ready.loss.total(jobs, weighed(), report_of(self._world.device, spans_s, sent_bytes))
 
     @contextlib.contextmanager
-    def _left_alone(self, ready: Ready) -> Iterator[None]:
+    def _left_alone(self, ready: Ready, jobs: Mapping[int, Job]) -> Iterator[None]:
         """A run inside; parameters that no gradient has reached, on any rank, are as without it."""
         by_data = set().union(*(executor.by_data for executor in ready.executors()))
         if not by_data:
             yield
             return
+        for job in jobs.values():
+            job.agree()
         states, blank = self.state.ranks.values(), self._sums.blank(by_data)
         for state in states:
             state.reached.restart()
@@ -368,9 +380,11 @@ class Session:
 
     def evaluated(self, ready: Ready, jobs: Mapping[int, Job]) -> torch.Tensor:
         """Run a batch that has a loss; the loss, on every rank."""
-        weights = self.weigh(ready, jobs)
+        weighed = ready.loss.weighing(jobs, self._buffers())
+        for job in jobs.values():
+            job.awaited = weighed
         self.run(ready, jobs)
-        return ready.loss.total(jobs, weights).loss()
+        return ready.loss.total(jobs, weighed()).loss()
 
     def add_evaluated(self, ready: Ready, jobs: Mapping[int, Job], before: Sums | None) -> Sums:
         """Run one of the batches of a data set, and add its loss to that of those before.
@@ -433,15 +447,3 @@ class Session:
         }
         sizes = {replica: ready.step.sizes[replica] for replica in here}
         return Part(compiled.outputs, compiled.rebuild, sizes, weights, pieces)
-
-
-@contextlib.contextmanager
-def _kept_generators(ready: Ready) -> Iterator[None]:
-    """The user's own random streams go on as if nothing had been drawn."""
-    devices = {each.state.device for each in ready.executors() if each.draws}
-    kept = [(generator_of(d), generator_of(d).get_state()) for d in devices]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)

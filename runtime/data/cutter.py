@@ -12,7 +12,8 @@ from ...compiler.capture.batch import BatchSpec, Scales
 from ...compiler.ir.errors import BatchError
 from ...compiler.options.microbatches import pieces_per_replica
 from ...compiler.options.options import CompileOptions
-from ..exchange.agreement import Agreed, Pieces
+from ..exchange.agreement import Agreed
+from ..exchange.alike import Pieces
 from .cutting import Piece, merged, pieces_of
 
 Leaves = tuple[torch.Tensor, ...]

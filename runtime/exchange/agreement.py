@@ -7,7 +7,7 @@ import hashlib
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,11 +31,18 @@ from ..transport.joining import new_group
 from ..transport.mesh import Mesh
 from ..transport.neighbours import Neighbours
 from . import preemption
-from .alike import NO_PACE, Call, Pace, check_paces, differing
+from .alike import (
+    NO_PACE,
+    Call,
+    Pace,
+    Pieces,
+    check_paces,
+    described,
+    differing,
+    without_what_varies,
+)
 
 T = TypeVar("T")
-Pieces = tuple[BatchSpec | None, ...]
-"""The microbatches of a replica; None in the places of those without anything."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +119,12 @@ class Agreement:
 
     def tell(self, value: Any, speakers: Sequence[int]) -> Callable[[], list[Any]]:
         """What some ranks tell all others, as `gather` has it; what is returned waits for it."""
-        me = self._mesh.rank
-        if self.neighbours is None or me is None:
-            everyone = self.gather(value)
-            return lambda: [everyone[rank] for rank in speakers]
-        mine = (self.call, value)
+        me, mine = self._mesh.rank, (self.call, value)
+        if me is None:
+            return lambda: [value for _ in speakers]
+        if self.neighbours is None:
+            everyone = self._begun(mine)
+            return lambda: [self._compared(dict(enumerate(everyone())))[r] for r in speakers]
         told = self.neighbours.tell(mine, speakers)
 
         def heard() -> list[Any]:
@@ -141,25 +149,40 @@ class Agreement:
         return list
 
     def _exchanged(self, value: Any) -> list[Any]:
-        """Of every process, in one collective where it is small, whatever the ranks are about."""
+        """Of every process, whatever the ranks are about."""
         if self.neighbours is not None:
             return self.neighbours.gather(value)
+        return self._begun(value)()
+
+    def _begun(self, value: Any) -> Callable[[], list[Any]]:
+        """The same by collectives, one where it is small; what is returned waits, and has to before
+        this process begins another."""
         content = pickle.dumps(value)
         size = len(content).to_bytes(_SIZE, "little")
-        first = self._gathered((size + content)[:SMALL].ljust(SMALL, b"\0"))
-        most = max(int.from_bytes(each[:_SIZE], "little") for each in first)
-        rest = [b""] * len(first)
-        if most > SMALL - _SIZE:
-            rest = self._gathered(content[SMALL - _SIZE :].ljust(most, b"\0"))
-        return [pickle.loads(a[_SIZE:] + b) for a, b in zip(first, rest, strict=True)]
+        gathered = self._gathered((size + content)[:SMALL].ljust(SMALL, b"\0"))
 
-    def _gathered(self, content: bytes) -> list[bytes]:
-        """Of every process; all are of one size."""
+        def finished() -> list[Any]:
+            first = gathered()
+            most = max(int.from_bytes(each[:_SIZE], "little") for each in first)
+            rest = [b""] * len(first)
+            if most > SMALL - _SIZE:
+                rest = self._gathered(content[SMALL - _SIZE :].ljust(most, b"\0"))()
+            return [pickle.loads(a[_SIZE:] + b) for a, b in zip(first, rest, strict=True)]
+
+        return finished
+
+    def _gathered(self, content: bytes) -> Callable[[], list[bytes]]:
+        """Of every process; all are of one size. What is returned waits."""
         mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         everyone = [torch.empty_like(mine) for _ in range(self._mesh.size)]
-        with HERE.waiting(self._others):
-            dist.all_gather(everyone, mine, group=self.control)
-        return [ctypes.string_at(each.data_ptr(), each.numel()) for each in everyone]
+        work = dist.all_gather(everyone, mine, group=self.control, async_op=True)
+
+        def finished() -> list[bytes]:
+            with HERE.waiting(self._others):
+                work.wait()
+            return [ctypes.string_at(each.data_ptr(), each.numel()) for each in everyone]
+
+        return finished
 
     def _compared(self, told: Mapping[int, tuple[Call, Any]]) -> list[Any]:
         """The values of ranks, if all of these are in the same call."""
@@ -243,10 +266,10 @@ class Agreement:
         text, number, shape, count = "", _ABSENT, 0, 0
         mine = cuts[0] if cuts else None
         if spec is not None:
-            text, count = f"{mode} {_described(spec, mine)}", spec.rows
+            text, count = f"{mode} {described(spec, mine)}", spec.rows
             shape, numbers = _number(text), spec.numbers_in(values) if cuts is None else {}
             text += f" {numbers}" if numbers else ""
-            number = _number(f"{mode} {_alike(spec)} {runs} {numbers}")
+            number = _number(f"{mode} {without_what_varies(spec)} {runs} {numbers}")
         data = _number(" ".join(digest(sample(value)) for value in values))
         pace = self.pace if mode is Mode.TRAIN and runs else NO_PACE
         announced = self._announced(number, data, obstacle is not None, count, shape, *pace)
@@ -413,24 +436,6 @@ class Agreement:
                     "data: shard it by pipe.data_shards and pipe.data_shard, not by rank, and let "
                     "every rank read, or skip, the same batches"
                 )
-
-
-def _described(spec: BatchSpec, pieces: Pieces | None) -> str:
-    """What is not the same for all ranks of a run, but for those of a replica."""
-    if pieces is None:
-        return spec.with_rows(1).described()
-    known = next((each.scales for each in pieces if each is not None), None)
-    texts = [each.described() if each is not None else "nothing" for each in pieces]
-    return f"{'; '.join(texts)}{'' if known is None else f'; {known}'}"
-
-
-def _alike(spec: BatchSpec) -> str:
-    """What is the same for all ranks of a run; with ``cut`` numbers may be other ones."""
-    same = spec.without_sizes()
-    if spec.scales is not None:
-        constants = tuple(each for each in same.constants if type(each[1]) is not int)
-        same = replace(same, constants=constants)
-    return same.described()
 
 
 def _number(text: str) -> int:

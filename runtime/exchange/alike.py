@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from ...compiler.capture.batch import BatchSpec
 from ...compiler.ir.errors import RankMismatchError, StateError
 from ...compiler.tensors.facts import digest, sample
 from ..transport.mesh import Mesh
+
+Pieces = tuple[BatchSpec | None, ...]
+"""The microbatches of a replica; None in the places of those without anything."""
 
 
 class Call(NamedTuple):
@@ -96,3 +101,21 @@ def check_values(
                 f"{call} was given other values of {odd[0]!r} on rank {other} than on rank "
                 f"{rank}: give all ranks the same state dict"
             )
+
+
+def described(spec: BatchSpec, pieces: Pieces | None) -> str:
+    """What is not the same for all ranks of a run, but for those of a replica."""
+    if pieces is None:
+        return spec.with_rows(1).described()
+    known = next((each.scales for each in pieces if each is not None), None)
+    texts = [each.described() if each is not None else "nothing" for each in pieces]
+    return f"{'; '.join(texts)}{'' if known is None else f'; {known}'}"
+
+
+def without_what_varies(spec: BatchSpec) -> str:
+    """What is the same for all ranks of a run; with ``cut`` numbers may be other ones."""
+    same = spec.without_sizes()
+    if spec.scales is not None:
+        constants = tuple(each for each in same.constants if type(each[1]) is not int)
+        same = replace(same, constants=constants)
+    return same.described()

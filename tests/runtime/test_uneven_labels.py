@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pipecompile
 import pytest
 import torch
+from pipecompile.compiler.ir.actions import Action
 from pipecompile.errors import BatchError
-from support import jobs, models
+from pipecompile.runtime.batch_loss import BatchLoss
+from pipecompile.runtime.executor import Executor
+from pipecompile.runtime.transport.neighbours import SWITCH
+from support import jobs, models, plain
 from support.gang import Gang
 from support.matrix import quickly
 from support.weighed import IGNORED, Batch, accumulated
@@ -91,6 +99,88 @@ def refused(name: str, n_stages: int, dp: int) -> str:
 def test_every_rank_hears_that_nothing_counts(gang: Callable[[int], Gang]) -> None:
     for said in gang(2).run(refused, "gpt2", 2, 1):
         assert "nothing in this batch counts" in said
+
+
+def counted_late(marked: Path) -> tuple[torch.Tensor, Batch]:
+    """As `weighed`; the last stage counts once the first has computed a forward."""
+    compute, count = Executor._compute, BatchLoss._count
+    pipe, batch = jobs.pipeline("llama", 2, 1, 2), uneven("llama", 4)
+    pipe.compile_for(batch)
+
+    def computing(self: Executor, action: Action, *rest: Any) -> None:
+        compute(self, action, *rest)
+        if action.stage == 0:
+            marked.touch()
+
+    def counting(*given: Any) -> list[float]:
+        deadline = time.monotonic() + 30
+        while not marked.exists():
+            assert time.monotonic() < deadline, "the first stage waits for what is counted"
+            time.sleep(1e-3)
+        return count(*given)
+
+    with (
+        mock.patch.object(Executor, "_compute", computing),
+        mock.patch.object(BatchLoss, "_count", counting),
+    ):
+        loss = pipe.forward_backward(batch)
+    return loss, {n: p.grad for n, p in pipe.named_parameters() if p.grad is not None}
+
+
+def test_forwards_begin_while_labels_are_counted(
+    gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    expected, wanted = weighed("llama", 2, 1, 2)
+    for loss, grads in gang(2).run(counted_late, tmp_path / "computed"):
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(grad, wanted[name]) for name, grad in grads.items())
+
+
+def with_one_refused(n_stages: int, dp: int, switch: str, **options: Any) -> list[Any]:
+    """Two batches that count, and between them one in which nothing does; after each the loss, or
+    what is said, and the gradients."""
+    with mock.patch.dict(os.environ, {SWITCH: switch}):
+        pipe = jobs.pipeline("llama", n_stages, dp, 2, **options)
+        batch = uneven("llama", 4 * dp)
+        nothing = batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+        found: list[Any] = []
+        for each in (batch, nothing, batch):
+            share = {k: v.chunk(pipe.data_shards)[pipe.data_shard] for k, v in each.items()}
+            try:
+                found.append(pipe.forward_backward(share))
+            except BatchError as error:
+                found.append(str(error))
+            named = pipe.named_parameters()
+            found.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+    return found
+
+
+REFUSED: list[Any] = [
+    (2, 1, "", {}),
+    (2, 1, "off", {}),
+    (1, 2, "", {"zero": 1}),
+    pytest.param(2, 2, "off", {"zero": 1}, marks=pytest.mark.slow),
+    pytest.param(2, 2, "", {"zero": 3}, marks=pytest.mark.slow),
+    pytest.param(
+        2, 1, "", {"schedule": "interleaved", "virtual_stages": 2}, marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize(("n_stages", "dp", "switch", "options"), REFUSED)
+def test_a_batch_that_is_refused_changes_nothing(
+    gang: Callable[[int], Gang], n_stages: int, dp: int, switch: str, options: dict[str, Any]
+) -> None:
+    """Though its first forwards have run by then; and the pipeline goes on."""
+    for first, grads, said, kept, again, more in gang(n_stages * dp).run(
+        with_one_refused, n_stages, dp, switch, **options
+    ):
+        assert "nothing in this batch counts" in said
+        assert grads
+        assert plain.equal(kept, grads)
+        assert torch.equal(again, first)
+        assert not any(torch.equal(more[name], grads[name]) for name in grads)
+        assert all(torch.allclose(more[name], 2 * grads[name], atol=1e-6) for name in grads)
 
 
 def items(batch: Batch) -> torch.Tensor:
