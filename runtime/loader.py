@@ -23,11 +23,13 @@ from ..compiler.options.options import CompileOptions
 from ..compiler.tensors.fakes import is_fake
 from .data.cutter import Cutter, Parts, dealt
 from .data.numbers import Numbers
+from .exchange.agreement import Agreed
 from .executor import Job, PieceKind
 from .monitor.watching import reaches
 from .world import World
 
 Leaves = tuple[torch.Tensor, ...]
+MOST_KNOWN = 1024  # batches whose division is kept
 MOST_OUTCOMES = 8  # programs for microbatches of one shape
 
 
@@ -92,6 +94,7 @@ class Loader:
         self._world, self._builder, self._options = world, builder, options
         self._guards: dict[Request, Guards] = {}
         self._scalars: dict[Request, Scalars] = {}
+        self._known: dict[tuple[Mode, bool, tuple[BatchSpec, ...]], Step] = {}
         self._numbers = Numbers(options.dynamic != "off" and options.cut is None)
         self._cutter = None if options.cut is None else Cutter(options, world.replicas_here)
 
@@ -122,7 +125,7 @@ class Loader:
         """
         if mode is Mode.TRAIN or not self._options.training:
             reaches(whole, values)
-        agreement, mesh = self._world.agreement, self._world.mesh
+        agreement = self._world.agreement
         if whole is not None and runs and (inputs := self._numbers.inputs(mode)):
             whole, values = whole.opened(inputs, values)
         cuts = None
@@ -135,6 +138,25 @@ class Loader:
         if fresh := self._numbers.met(mode, specs[0], runs):
             specs = [spec.opened(fresh, ())[0] for spec in specs]
             shown = shown if whole is None else whole.opened(fresh, shown)[1]
+        plain = self._cutter is None and not agreed.absent
+        key = mode, several, tuple(specs)
+        step = self._known.get(key) if plain else None
+        if step is None:
+            step = self._dealt(mode, specs, agreed, several)
+            if plain:
+                if len(self._known) > MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = step
+        given = shown if runs or self._cutter is None else values
+        spare = self._spare(step.sizes, given, step.here)
+        if agreed.absent and step.first.spec.plain_leaves:
+            given = self._told(step.first.spec, tuple(given))
+        step = replace(step, spare=spare, given=tuple(given))
+        return self.answered(step) if runs else step
+
+    def _dealt(self, mode: Mode, specs: Sequence[BatchSpec], agreed: Agreed, several: bool) -> Step:
+        """Which microbatches replicas make of their batches, and the graphs for these."""
+        mesh = self._world.mesh
         parts = self._by_rows(specs) if self._cutter is None else self._cutter.parts(agreed)
         sizes, count = tuple(map(tuple, parts.sizes)), len(parts.sizes[0])
         shapes = parts.shapes
@@ -148,13 +170,8 @@ class Loader:
             kind: Request(mode, shapes[kind.shape].with_rows(kind.rows), count, weighs=weighs)
             for kind in sorted({kind for each in kinds for kind in each}, key=_most_rows)
         }
-        given = shown if runs or self._cutter is None else values
-        spare = self._spare(sizes, given, here)
-        if agreed.absent and shapes[0].plain_leaves:
-            given = self._told(shapes[0], tuple(given))
         unlike = self._cutter is None and len(shapes) > 1
-        step = Step(requests, sizes, kinds, here, spare, agreed.absent, tuple(given), unlike)
-        return self.answered(step) if runs else step
+        return Step(requests, sizes, kinds, here, absent=agreed.absent, unlike=unlike)
 
     def close(self, mode: Mode, error: NumberError) -> None:
         """Some numbers of batches are literals of their graphs again."""

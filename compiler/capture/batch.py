@@ -109,7 +109,7 @@ class BatchSpec:
 
     def with_rows(self, rows: int) -> BatchSpec:
         """The spec of a batch with so many rows; what a callable cuts is one, or is empty."""
-        if self.scales is not None and rows:
+        if rows and (self.scales is not None or rows == self.rows):
             return self
         leaves = tuple(
             replace(x, shape=(rows, *x.shape[1:])) if x.shape else x for x in self.leaves

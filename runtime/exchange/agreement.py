@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,10 +35,10 @@ from .alike import (
     Call,
     Pace,
     Pieces,
+    Texts,
     check_paces,
-    described,
     differing,
-    without_what_varies,
+    number_of,
 )
 
 T = TypeVar("T")
@@ -87,6 +86,7 @@ class Agreement:
         self.control = new_group(backend="gloo") if separate else None
         self._others = tuple(each for each in range(mesh.size) if each != mesh.rank)
         self._told: dict[int, tuple[BatchSpec, Pieces | None]] = {}  # of other ranks, by a hash
+        self._texts = Texts()
         self.neighbours: Neighbours | None = None
         self.call = Call()
         self.pace = NO_PACE
@@ -266,11 +266,11 @@ class Agreement:
         text, number, shape, count = "", _ABSENT, 0, 0
         mine = cuts[0] if cuts else None
         if spec is not None:
-            text, count = f"{mode} {described(spec, mine)}", spec.rows
-            shape, numbers = _number(text), spec.numbers_in(values) if cuts is None else {}
+            common, text, shape = self._texts.of(mode, spec, mine)
+            count, numbers = spec.rows, spec.numbers_in(values) if cuts is None else {}
             text += f" {numbers}" if numbers else ""
-            number = _number(f"{mode} {without_what_varies(spec)} {runs} {numbers}")
-        data = _number(" ".join(digest(sample(value)) for value in values))
+            number = number_of(f"{common} {runs} {numbers}")
+        data = number_of(" ".join(digest(sample(value)) for value in values))
         pace = self.pace if mode is Mode.TRAIN and runs else NO_PACE
         announced = self._announced(number, data, obstacle is not None, count, shape, *pace)
         programs, batches, stopped, rows, shapes, *paces = announced
@@ -308,7 +308,7 @@ class Agreement:
             RankMismatchError: another rank is about to do something else.
         """
         if self._mesh.distributed:
-            programs, *_ = self._announced(_number(what), 0, False, 0, 0)
+            programs, *_ = self._announced(number_of(what), 0, False, 0, 0)
             self._check_calls(programs, what)
 
     def _announced(self, *mine: Any) -> list[tuple[Any, ...]]:
@@ -436,11 +436,6 @@ class Agreement:
                     "data: shard it by pipe.data_shards and pipe.data_shard, not by rank, and let "
                     "every rank read, or skip, the same batches"
                 )
-
-
-def _number(text: str) -> int:
-    """A hash that fits into an int64."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
 def _digests(model: nn.Module) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ...compiler.capture.batch import BatchSpec
+from ...compiler.driver.compiled import Mode
 from ...compiler.ir.errors import RankMismatchError, StateError
 from ...compiler.tensors.facts import digest, sample
 from ..transport.mesh import Mesh
+
+MOST_KNOWN = 1024  # batches of which texts are kept
 
 Pieces = tuple[BatchSpec | None, ...]
 """The microbatches of a replica; None in the places of those without anything."""
@@ -103,7 +107,31 @@ def check_values(
             )
 
 
-def described(spec: BatchSpec, pieces: Pieces | None) -> str:
+class Texts:
+    """What batches are to ranks that compare them, worked out once for each that is not cut by a
+    callable."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Mode, BatchSpec], tuple[str, str, int]] = {}
+
+    def of(self, mode: Mode, spec: BatchSpec, pieces: Pieces | None) -> tuple[str, str, int]:
+        """What is the same for all ranks of a run; for those of a replica; and a hash of that.
+
+        Args:
+            pieces: its microbatches, where a callable has cut it.
+        """
+        known = None if pieces is not None else self._known.get((mode, spec))
+        if known is None:
+            text = f"{mode} {_described(spec, pieces)}"
+            known = f"{mode} {_alike(spec)}", text, number_of(text)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            if pieces is None:
+                self._known[mode, spec] = known
+        return known
+
+
+def _described(spec: BatchSpec, pieces: Pieces | None) -> str:
     """What is not the same for all ranks of a run, but for those of a replica."""
     if pieces is None:
         return spec.with_rows(1).described()
@@ -112,10 +140,15 @@ def described(spec: BatchSpec, pieces: Pieces | None) -> str:
     return f"{'; '.join(texts)}{'' if known is None else f'; {known}'}"
 
 
-def without_what_varies(spec: BatchSpec) -> str:
+def _alike(spec: BatchSpec) -> str:
     """What is the same for all ranks of a run; with ``cut`` numbers may be other ones."""
     same = spec.without_sizes()
     if spec.scales is not None:
         constants = tuple(each for each in same.constants if type(each[1]) is not int)
         same = replace(same, constants=constants)
     return same.described()
+
+
+def number_of(text: str) -> int:
+    """A hash that fits into an int64."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
