@@ -280,6 +280,27 @@ BITS = (
         "values arrive in other strides",
     ),
     Mutant(
+        "runtime/transport/wire.py",
+        "found.append(read(piece, spec, at))",
+        "found.append(read(piece, spec, 0))",
+        "test_wire.py::test_values_keep_bits_and_strides",
+        "small values of a message are all taken for the first",
+    ),
+    Mutant(
+        "runtime/executor.py",
+        "return action.kind is Kind.UNSHARD",
+        "return action.kind is not Kind.B",
+        "test_uneven_labels.py::test_a_batch_that_is_refused_changes_nothing",
+        "what a forward makes leaves the rank before the batch is agreed on",
+    ),
+    Mutant(
+        "runtime/session.py",
+        "            weighed()\n            self._sums.open(scale)",
+        "            self._sums.open(scale)\n            weighed()",
+        "test_uneven_labels.py::test_a_batch_that_is_refused_changes_nothing",
+        "gradients are taken up before the batch is agreed on",
+    ),
+    Mutant(
         "runtime/executor.py",
         "tangents = tangents / self.microbatches",
         "tangents = tangents / 1",
