@@ -241,11 +241,11 @@ class Executor:
         """Whether an action leaves all as it is, so that ranks may yet refuse the batch: what a
         forward makes for its own rank is let go of, and parameters are gathered as they are. All
         replicas do it at the same place, or wait there."""
-        if job.awaited is None or self.state.log is not None or self._graphs is not None:
+        if job.awaited is None or self.state.log is not None:
             return False
         if action.kind is not Kind.F:
             return action.kind is Kind.UNSHARD
-        return not any(executor.stages[action.stage].updates for executor in made)
+        return not any(each._graphs or each.stages[action.stage].updates for each in made)
 
     def _begun(self, job: Job, made: Sequence[Executor]) -> Sequence[torch.Tensor]:
         """From here on it runs; the tangents."""
