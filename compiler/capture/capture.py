@@ -30,11 +30,11 @@ from ..rows.forming import formed
 from ..rows.loss import LossForm
 from ..rows.outputs import LOSS, Output, outputs_of
 from ..rows.weighing import UNWEIGHED
-from ..tracing.kept import UNTRACED
+from ..tracing.kept import UNTRACED, nameless
 from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind, check_texts
-from .exporting import Traced, exported, nameless, tracing
+from .exporting import Traced, exported, tracing
 from .exports import Export, Exports
 from .joint import differentiated
 from .refusals import check_operands

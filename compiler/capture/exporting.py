@@ -257,7 +257,7 @@ def _briefly(
         try:
             return _exported(function, leaves, where)
         except Exception:
-            if not copies.count:
+            if not copies.count and not copies.stood:
                 raise
         finally:
             function.copies = None
@@ -301,18 +301,6 @@ def _exported(
     drop_metadata_checks(traced)
     traced.meta["as_untraced"] = function.denied == UNTRACED[0]
     return traced, results[-1]
-
-
-@contextlib.contextmanager
-def nameless() -> Iterator[None]:
-    """Inside, no node notes the lines of code that made it, which takes a tenth of an export
-    (from torch 2.12 on; an older one does not ask, and notes them)."""
-    before = getattr(fx.config, "do_not_emit_stack_traces", False)
-    fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx.config.do_not_emit_stack_traces = before
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ code can see is the same: the state of the layer (`likeness`), its arguments, th
 and what else forward can reach. All that is compared when the call comes; where anything differs,
 or cannot be compared, the call is traced as ever. So is one of a layer that changes anything
 besides its results, draws numbers in Python, asks a tensor for its values, or has operators on
-tensors that it was not given.
+tensors that it was not given. Of a cache that layers are given the methods are called for each of
+them (`helpers`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ from ..effects.contents import Contents
 from ..tensors.fakes import FakeTensor
 from ..tensors.pytree import tree_flatten
 from .constants import is_told
-from .likeness import ALL, PLAIN, Calls, differences, layers_of, noting_reads
+from .helpers import StandIn, Watch, is_helper, nodes_after
+from .likeness import ALL, PLAIN, Calls, Place, differences, layers_of, noting_reads
 from .templates import Call, Template, copied, template_of
 
 MOST = 4  # calls of layers of one shape that are looked at to copy them
@@ -41,13 +43,16 @@ class Copies:
 
     Attributes:
         count: calls that were copied.
+        stood: stand-ins that were handed out.
     """
 
     root: nn.Module
     known: Callable[[torch.Tensor], bool] = lambda _: False
     noted: Callable[[], object] = lambda: None
     count: int = 0
+    stood: int = 0
     _templates: dict[object, list[Template]] = field(default_factory=dict)
+    _alike: dict[object, list[nn.Module]] = field(default_factory=dict)
     _inside: bool = False
     _outside: Contents | None = None
 
@@ -68,6 +73,7 @@ class Copies:
         layers = {p: found for p, found in layers.items() if "forward" not in vars(found[0])}
         self._outside = Contents(self.root, tuple(layers))
         for path, (part, key) in layers.items():
+            self._alike.setdefault(key, []).append(part)
             vars(part)["forward"] = _Call(self, path, part, key)
         try:
             yield
@@ -97,13 +103,13 @@ class Copies:
             return copied(found, call)
         if len(templates) >= MOST:
             return forward(*args, **kwargs)
-        return self._traced(call, templates, forward, args, kwargs)
+        return self._traced(call, key, forward, args, kwargs)
 
     def _call(self, path: str, part: nn.Module, args: Any, kwargs: Any) -> Call | None:
         mode = proxy_mode()
         leaves, tree = tree_flatten((args, kwargs))
-        known = all(type(x) in PLAIN or type(x) is FakeTensor for x in leaves)
-        if mode is None or not known:
+        others = [x for x in leaves if type(x) not in PLAIN and type(x) is not FakeTensor]
+        if mode is None or len(others) > 1 or not all(map(is_helper, others)):
             return None
         told = [isinstance(x, torch.Tensor) and self._is_told(x) for x in leaves]
         state = [*part.parameters(), *part.buffers()]
@@ -121,11 +127,10 @@ class Copies:
         first = template.call
         if first.tree != call.tree or template.described != call.describe():
             return False
-        try:
-            different = differences(first.part, call.part)
-        except RecursionError:
-            return False
+        different = _differences(first.part, call.part)
         if different is None or different & template.reads:
+            return False
+        if any(type(vars(call.submodule(path))[name]) is not int for path, name in template.handed):
             return False
         if different and any(name == ALL for _, name in template.reads):
             return False
@@ -134,7 +139,7 @@ class Copies:
     def _traced(
         self,
         call: Call,
-        templates: list[Template],
+        key: object,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -145,18 +150,50 @@ class Copies:
         outside, own = self._outside.now(), Contents(call.part, ())
         described = call.describe()
         noted, last = self.noted(), next(reversed(graph.nodes), None)
+        used: set[Place] = set()
+        numbers = self._numbers(call, key, used)
+        watch = None if call.helper is None else Watch(call.helper, graph)
         self._inside = True
         try:
-            with noting_reads(call.part) as reads:
+            with (
+                noting_reads(call.part, numbers) as reads,
+                nullcontext() if watch is None else watch.watching(),
+            ):
                 output = forward(*args, **kwargs)
         finally:
             self._inside = False
-        nodes = _after(graph, last)
-        if self.noted() == noted and own.holds() and outside.holds():
-            template = template_of(call, described, reads, outside, nodes, output)
+        nodes = nodes_after(graph, last)
+        seen = watch is None or not watch.other
+        if seen and self.noted() == noted and own.holds() and outside.holds():
+            asked = [] if watch is None else watch.asked
+            template = template_of(call, described, reads | used, outside, nodes, output, asked)
             if template is not None:
-                templates.append(template)
+                self._templates[key].append(template)
         return output
+
+    def _numbers(self, call: Call, key: object, used: set[Place]) -> dict[Place, StandIn]:
+        """Stand-ins for numbers that tell layers apart, for one that may hand them to a helper.
+
+        Args:
+            used: gets those of which it makes anything else.
+        """
+        if call.helper is None:
+            return {}
+        other = next(part for part in self._alike[key] if part is not call.part)
+        found: dict[Place, StandIn] = {}
+        for path, name in _differences(call.part, other) or ():
+            value = vars(call.submodule(path))[name]
+            if type(value) is int:
+                found[path, name] = StandIn((path, name), value, used.add)
+        self.stood += len(found)
+        return found
+
+
+def _differences(one: nn.Module, other: nn.Module) -> set[Place] | None:
+    try:
+        return differences(one, other)
+    except RecursionError:
+        return None
 
 
 class _Call(Calls):
@@ -188,12 +225,3 @@ def _modes(state: Sequence[torch.Tensor]) -> tuple[object, ...]:
         *(kernels.math_sdp_enabled(), kernels.cudnn_sdp_enabled()),
         [id(mode) for mode in functions()],
     )
-
-
-def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    for node in reversed(graph.nodes):
-        if node is last:
-            break
-        found.append(node)
-    return found[::-1]

@@ -285,3 +285,15 @@ def kept_modules() -> Iterator[None]:
 def _converts(tensor: torch.Tensor) -> bool:
     """Whether `Module.to` gives a tensor another dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+@contextlib.contextmanager
+def nameless() -> Iterator[None]:
+    """Inside, no node notes the lines of code that made it, which takes a tenth of an export
+    (from torch 2.12 on; an older one does not ask, and notes them)."""
+    before = getattr(fx.config, "do_not_emit_stack_traces", False)
+    fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx.config.do_not_emit_stack_traces = before

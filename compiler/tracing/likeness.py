@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -130,8 +131,13 @@ class Calls:
 
 
 @contextmanager
-def noting_reads(layer: nn.Module) -> Iterator[set[Place]]:
+def noting_reads(
+    layer: nn.Module, instead: Mapping[Place, object] = MappingProxyType({})
+) -> Iterator[set[Place]]:
     """A call of a layer inside; yields the attributes that are read of it and of all below it.
+
+    Args:
+        instead: what is read of some of them, of which no note is made.
 
     Raises:
         TypeError: a class has its own way to read attributes.
@@ -144,7 +150,7 @@ def noting_reads(layer: nn.Module) -> Iterator[set[Place]]:
         raise TypeError(f"{own[0]} has its own way to read attributes")
     try:
         for kind in kinds:
-            _watch(kind, paths, found)
+            _watch(kind, paths, found, instead)
         yield found
     finally:
         for kind in kinds:
@@ -153,12 +159,16 @@ def noting_reads(layer: nn.Module) -> Iterator[set[Place]]:
                     delattr(kind, name)
 
 
-def _watch(kind: Any, paths: Mapping[int, str], found: set[Place]) -> None:
+def _watch(
+    kind: Any, paths: Mapping[int, str], found: set[Place], instead: Mapping[Place, object]
+) -> None:
     get, hashed = kind.__getattribute__, kind.__hash__
 
     def read(part: nn.Module, name: str) -> Any:
         path = paths.get(id(part))
         if path is not None:
+            if (path, name) in instead:
+                return instead[path, name]
             if name != "__dict__":
                 found.add((path, name))
             elif sys._getframe(1).f_code.co_filename != nn.modules.module.__file__:
