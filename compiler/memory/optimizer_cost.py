@@ -88,23 +88,46 @@ def on_cuda(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 _known: dict[Any, tuple[tuple[int, ...], int, int]] = {}
-"""(optimizer of torch, default dtype, layouts) -> bytes: states of each, shared, transient."""
+"""(how, optimizer of torch, default dtype, layouts) -> bytes: states of each, shared, transient."""
 _MOST_KNOWN = 1_000
 
 
 def _of_repeats(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
     """As `_memory`, for fake tensors."""
-    settings = _settings(factory)
-    if settings is None:
+    if _settings(factory) is None:
         return _memory(factory, params)
     layouts = tuple(map(layout_of, params.values()))
-    key = settings, torch.get_default_dtype(), layouts
+
+    def found() -> OptimizerMemory:
+        return _extended(factory, params, layouts) or _stepped(factory, params)
+
+    return _once(factory, params, found, "of repeats")
+
+
+def _stepped(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+    """As `_memory`, once for all parameters of the same layouts."""
+    return _once(factory, params, lambda: _memory(factory, params), "stepped")
+
+
+def _once(
+    factory: Factory,
+    params: Mapping[str, torch.Tensor],
+    found: Callable[[], OptimizerMemory],
+    how: str,
+) -> OptimizerMemory:
+    """What was found of parameters of the same layouts, in the same order, where torch's own
+    optimizer steps them."""
+    settings = _settings(factory)
+    if settings is None:
+        return found()
+    layouts = tuple(map(layout_of, params.values()))
+    key = how, settings, torch.get_default_dtype(), layouts
     if key not in _known:
-        found = _extended(factory, params, layouts) or _memory(factory, params)
+        memory = found()
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        states = tuple(found.state_bytes[name] for name in params)
-        _known[key] = states, found.shared_bytes, found.transient_bytes
+        states = tuple(memory.state_bytes[name] for name in params)
+        _known[key] = states, memory.shared_bytes, memory.transient_bytes
     states, shared, transient = _known[key]
     return OptimizerMemory(dict(zip(params, states, strict=True)), shared, transient)
 
@@ -150,13 +173,13 @@ def _extended(
     told, during, alone = [], [], []
     for count in (2, 3):
         kept = [names[i] for i in repeats.kept(count, len(names))]
-        found = _memory(factory, {name: params[name] for name in kept})
+        found = _stepped(factory, {name: params[name] for name in kept})
         states = [found.state_bytes[name] for name in kept]
         own = [states[repeats.twin(i, count)] for i in range(len(names))]
         told.append((own, found.shared_bytes))
         during.append(found.transient_bytes)
         pieces = {names[i]: params[names[i]] for i in run[: count * repeats.length]}
-        alone.append(_memory(factory, pieces).transient_bytes)
+        alone.append(_stepped(factory, pieces).transient_bytes)
     more = alone[1] - alone[0]
     proportional = 2 * alone[1] == 3 * alone[0]
     if told[0] != told[1] or during[1] - during[0] != more or not (proportional or not more):

@@ -86,6 +86,8 @@ def test_layers_that_repeat_are_not_all_stepped(monkeypatch: pytest.MonkeyPatch)
     assert sizes == told  # alike, under other names
     assert list(again.state_bytes) == list(named)
     assert list(again.state_bytes.values()) == list(found.state_bytes.values())
+    optimizer_memory(torch.optim.AdamW, layers(30))
+    assert sizes == told  # more or fewer of the same layers
     optimizer_memory(partial(torch.optim.AdamW, foreach=True), layers(10))
     assert sizes[4:] == told  # for all at once: that grows evenly
 
