@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from .compiler.cli.main import run
 
-from .compiler.cli.main import main
-
-sys.exit(main())
+run()

@@ -11,6 +11,7 @@ from ..ir.errors import OptionError
 from ..options.declaration import OUTPUT
 from ..options.parsing import parse_names
 from ..report.quiet import quiet
+from ..tracing.collecting import seldom_collected
 from .flags import add_command
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    with quiet():
+    with quiet(), seldom_collected():
         from ..subjects.script import is_script, run_script
         from .inspection import inspect
         from .request import Request

@@ -8,8 +8,10 @@ imported when a model is asked for, and not for ``--help``, ``solve`` or
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ... import __version__
 from ..ir.errors import OptionError, PipecompileError
@@ -31,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipecompileError as error:
         print(f"pipecompile: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def run() -> NoReturn:
+    """The process: it ends with the command, and nothing that it has made is taken apart first,
+    which takes a second after torch was imported."""
+    code = main()
+    gc.freeze()
+    sys.exit(code)
 
 
 def make_parser() -> Parser:

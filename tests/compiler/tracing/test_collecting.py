@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
 from pipecompile.compiler.capture.exporting import tracing
+from pipecompile.compiler.tracing.collecting import SELDOM, seldom_collected
 
 
 @pytest.mark.parametrize("collects", [True, False])
@@ -18,3 +20,12 @@ def test_nobody_looks_for_garbage_while_tracing(collects: bool) -> None:
         assert gc.isenabled() is collects
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_a_command_looks_for_garbage_seldom_and_afterwards_as_before() -> None:
+    before = gc.get_threshold()
+    with contextlib.suppress(ValueError), seldom_collected():
+        assert gc.isenabled()
+        assert gc.get_threshold() == (SELDOM, *before[1:])
+        raise ValueError
+    assert gc.get_threshold() == before
