@@ -1086,6 +1086,13 @@ LINKS = (
         "layers are copies of one that read something else",
     ),
     Mutant(
+        "compiler/tracing/copies.py",
+        "found[path, name] = StandIn((path, name), value, used.add)",
+        "found[path, name] = StandIn((path, name), value, len)",
+        "test_helpers.py::test_layers_that_use_more_than_what_the_cache_returns_are_traced",
+        "layers are copies of one that does something else with its number",
+    ),
+    Mutant(
         "compiler/layers/copies.py",
         "found[owners[other]] = self.copies[period][at]",
         "found[owners[other]] = self.copies[1][at]",
