@@ -6,7 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-SELDOM = 100_000  # objects more than there were, a hundred times as many as Python's own choice
+SELDOM = (50_000, 5, 5)  # so many objects more than there were, where Python has 700
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def seldom_collected() -> Iterator[None]:
     """Inside, Python looks for such cycles after so many more objects that it takes next to no
     time; afterwards it does as it did before. For processes that nobody else works in."""
     before = gc.get_threshold()
-    gc.set_threshold(SELDOM, *before[1:])
+    gc.set_threshold(*SELDOM)
     try:
         yield
     finally:
