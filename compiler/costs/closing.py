@@ -15,7 +15,7 @@ from .hardware import Device
 def exchange_s(
     program: PipelineProgram,
     stages: Sequence[int],
-    grad_bytes: float,
+    grad_bytes: int,
     footprint: Footprint,
     device: Device,
     clips: bool,
@@ -23,9 +23,9 @@ def exchange_s(
     """Seconds of tied gradients, of the exchange between replicas that nothing hides, of clipping.
 
     Without ZeRO the mean is an all-to-all and an all-gather. At level 1 the first half leaves
-    beside the last backward but for its last parcel, and the parameters are gathered; from
-    level 2 on gradients leave beside every backward. What is compressed, or travels as rows, takes
-    its own time.
+    beside the last backward (`Timing.late_s`) but for its last parcel, and the parameters are
+    gathered; from level 2 on gradients leave beside every backward. What is compressed, or travels
+    as rows, takes its own time.
 
     Args:
         stages: of a rank.
@@ -37,12 +37,13 @@ def exchange_s(
     tied_bytes: float = sum(footprint.size(name)[1] for name in tied)
     if zero.divides_states:
         tied_bytes /= dp if zero.streams else 1
-        last = min(grad_bytes * (dp if zero.streams else 1), shards.PARCEL_BYTES)
+        stepped = footprint.stepped_bytes(program, stages)[1]
+        last = min(stepped * dp, shards.PARCEL_BYTES)
         unshards = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
         brought = parcels(unshards * dp / (dp + 1))
         sizes = [last, *brought]
     else:
-        brought = []
+        brought, stepped = [], grad_bytes
         sizes = [*parcels(grad_bytes), *parcels(grad_bytes)]
     needs = footprint.compressed(program, stages)
     exchange_s = 0.0
@@ -51,7 +52,7 @@ def exchange_s(
         rest = footprint.as_they_are(program, stages)
         sizes = [*parcels(rest), *parcels(rest), *brought]
     exchange_s += device.collective_s(sum(sizes), dp, len(sizes))
-    moved = 3 * tied_bytes + (3 * grad_bytes if clips else 0)
+    moved = 3 * tied_bytes + (3 * stepped if clips else 0)
     return 2 * tied_bytes / device.link_bytes_per_s + exchange_s + device.moved_s(moved)
 
 
@@ -74,15 +75,19 @@ def parcels(nbytes: float) -> list[float]:
 
 
 def optimizer_s(
-    held: Static, frozen_bytes: int, footprint: Footprint, device: Device, left_bytes: int = 0
+    held: Static,
+    stepped: tuple[int, int],
+    footprint: Footprint,
+    device: Device,
+    left_bytes: int = 0,
 ) -> float:
-    """Seconds in which an optimizer reads and writes what it must.
+    """Seconds in which an optimizer reads and writes what it must: of what replicas divide, its
+    share.
 
     Args:
-        frozen_bytes: of the weights that are held and not stepped.
+        stepped: bytes of the weights that it has, and of their gradients.
         left_bytes: of weights and states that no step touches, as their rows have no gradient.
     """
-    readers = footprint.dp if footprint.zero.closes else 1  # each reads its share of the gradients
-    moved = 2 * (held.weights - frozen_bytes) + held.copies + held.grads / readers + 2 * held.states
-    moved -= 2 * left_bytes
-    return device.moved_s(moved)
+    weights, grads = stepped
+    copies = held.copies / (footprint.dp if footprint.zero.divides_states else 1)
+    return device.moved_s(2 * weights + copies + grads + 2 * held.states - 2 * left_bytes)

@@ -14,6 +14,7 @@ from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.graph import Phase, phase_of
 from ..ir.program import PipelineProgram
+from ..ir.shards import Entry
 from ..memory.footprint import Footprint
 from .cost import Cost, node_cost, total_cost
 from .hardware import Device
@@ -69,8 +70,42 @@ class Timing:
         other.seconds = self._seconds(units)
         return other
 
+    def of(self, program: PipelineProgram) -> Timing:
+        """Of programs that compute the same, and exchange something else."""
+        other = copy(self)
+        other.program = program
+        return other
+
     def compute_s(self) -> dict[tuple[int, Kind], float]:
-        """Of (stage, kind that computes)."""
+        """Of (stage, kind that computes), with what replicas exchange meanwhile with every
+        microbatch."""
+        return {key: each for key, (each, _) in self._together_s().items()}
+
+    def late_s(self) -> list[float]:
+        """Per stage, by what the last microbatch takes longer, as gradients leave that were added
+        up."""
+        found = [0.0] * len(self.seconds)
+        for (stage, _), (each, last) in self._together_s().items():
+            found[stage] += last - each
+        return found
+
+    def _together_s(self) -> dict[tuple[int, Kind], tuple[float, float]]:
+        """Of (stage, kind that computes): of any microbatch, and of the last one.
+
+        What replicas exchange during a program runs beside it.
+        """
+        beside_s, found = self._beside_s(), {}
+        waiting = self.rates.waiting(self.footprint.dp * len(set(self.home)))
+        for (stage, kind), alone_s in self._alone_s().items():
+            pair = (
+                waiting * (self._on(stage).together_s(alone_s, sent_s) if sent_s else alone_s)
+                for sent_s in beside_s.get((stage, kind), (0.0, 0.0))
+            )
+            found[stage, kind] = (next(pair), next(pair))
+        return found
+
+    def _alone_s(self) -> dict[tuple[int, Kind], float]:
+        """Of (stage, kind that computes), with no exchange between replicas."""
         found: dict[tuple[int, Kind], float] = {}
         for stage, seconds in enumerate(self.seconds):
             weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
@@ -80,10 +115,7 @@ class Timing:
             found[stage, Kind.B] = whole * (1 - split)
             found[stage, Kind.W] = whole * split
             self._launch(found, stage)
-            self._hide(found, stage)
-        ranks = self.footprint.dp * len(set(self.home))
-        waiting = self.rates.waiting(ranks)
-        return {key: seconds * waiting for key, seconds in found.items()}
+        return found
 
     def transfer_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another."""
@@ -101,28 +133,29 @@ class Timing:
         """The device of its rank."""
         return self.rates.at(self.home[stage])
 
-    def _hide(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
-        """What replicas exchange during each program runs beside it.
+    def _beside_s(self) -> dict[tuple[int, Kind], tuple[float, float]]:
+        """Of (stage, kind that computes) what replicas exchange meanwhile: with any microbatch, and
+        with the last one.
 
-        From level 2 on gradients leave with every microbatch, but for those that are kept; at
-        level 3 a program fetches its parameters.
+        At level 3 a program fetches its parameters. From level 2 on gradients leave with every
+        microbatch; those that add up whole leave with the last one.
         """
-        dp = self.footprint.dp
-        if not self.footprint.zero.streams or dp == 1:
-            return
-        traffic = self.footprint.traffic(self.program, stage, self.mates[stage])
-        for part, program in self.program.stages[stage].parts.items():
-            parcels = [
-                parcel.scatter_bytes[0]
-                for entries in traffic.departures.every.get(part, ())
-                for parcel, number in entries
-                if number == 0
-            ]
-            gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
-            sizes = parcels + [n.meta["whole_bytes"] for n in gathers]
-            key = stage, part
-            sent_s = self._on(stage).collective_s(sum(sizes), dp, len(sizes))
-            compute_s[key] = self._on(stage).together_s(compute_s[key], sent_s)
+        dp, found = self.footprint.dp, {}
+        if not self.footprint.zero.divides_states or dp == 1:
+            return {}
+        for stage, code in enumerate(self.program.stages):
+            device = self._on(stage)
+            leaves = self.footprint.traffic(self.program, stage, self.mates[stage]).departures
+            for part, program in code.parts.items():
+                gathers = [n for n in program.module.graph.nodes if n.target is ops.gather]
+                every = _scattered(leaves.every.get(part, ()))
+                every += [n.meta["whole_bytes"] for n in gathers]
+                last = every + _scattered(leaves.last.get(part, ()))
+                found[stage, part] = (
+                    device.collective_s(sum(every), dp, len(every)),
+                    device.collective_s(sum(last), dp, len(last)),
+                )
+        return found
 
     def _launch(self, compute_s: dict[tuple[int, Kind], float], stage: int) -> None:
         """By a device's table, what programs do besides their operators counts too: gradients are
@@ -162,3 +195,10 @@ class Timing:
         mine = [seconds for s, seconds in units if s == stage]
         forward, backward, recompute = (math.fsum(unit[i] for unit in mine) for i in range(3))
         return StageSeconds(forward, backward, recompute)
+
+
+def _scattered(leaving: Sequence[Sequence[Entry]]) -> list[int]:
+    """Bytes of the parcels in which gradients leave."""
+    return [
+        parcel.scatter_bytes[0] for entries in leaving for parcel, number in entries if number == 0
+    ]

@@ -164,8 +164,8 @@ def assemble(
     )
 
 
-def peaks_with(draft: Assembly, kept: Sequence[Kept]) -> list[int]:
-    """Per rank the most bytes, if ranks kept so much of a draft's whole over a step.
+def kept_with(draft: Assembly, kept: Sequence[Kept]) -> Assembly:
+    """A draft, if ranks kept so much of its whole over a step; its memory is that of the draft.
 
     Args:
         kept: per stage.
@@ -180,7 +180,8 @@ def peaks_with(draft: Assembly, kept: Sequence[Kept]) -> list[int]:
     inner = [[a for a in row if a.kind.computes or a.peer is not None] for row in draft.schedule]
     dp, zero = work.settings.options.dp, work.settings.zero
     schedule = add_exchange(tuple(map(tuple, inner)), work.made, dp, zero)
-    return [memory.needed_bytes for memory in work.memories(schedule)]
+    timing = draft.timing.of(work.made)
+    return replace(draft, program=work.made, schedule=schedule, timing=timing, work=work)
 
 
 def _tell_of_graphs(work: Work, recorder: Recorder) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from ...passes.schedule.simulate import simulate
 from ..costs.closing import exchange_s, optimizer_s
 from ..ir.actions import homes_of, placement_of
+from ..ir.zero import Kept
 from ..memory.optimizer_cost import Factory, optimizer_seconds
+from ..planning.keeping import Trial
 from ..planning.target import Target
 from ..planning.team import Team
 from ..tensors.norms import own_powers
-from .assembly import Assembly
+from .assembly import Assembly, kept_with
 from .work import Settings
 
 Norm = Callable[[torch.Tensor], Any] | None
@@ -34,14 +38,10 @@ class Closing:
         seconds = [0.0] * len(assembly.schedule)
         if not program.trains:
             return seconds
-        seconds = self._optimizer_s(assembly, settings)
+        stepping_s = self._optimizer_s(assembly, settings)
         measured = self._measured is not None  # the optimizer, with clipping
-        clips = settings.options.max_grad_norm is not None and not measured
-        for rank, stages in enumerate(_stages(assembly)):
-            grads = assembly.memory[rank].static.grads
-            device = settings.rates.at(rank)
-            seconds[rank] += exchange_s(program, stages, grads, settings.footprint, device, clips)
-        return seconds
+        exchange_s = exchanged(assembly, settings, clips=not measured)
+        return [sum(pair) for pair in zip(stepping_s, exchange_s, strict=True)]
 
     def _optimizer_s(self, assembly: Assembly, settings: Settings) -> list[float]:
         """Measured, or what the optimizer reads and writes at the peak rate of the memory."""
@@ -49,18 +49,7 @@ class Closing:
         if factory is None:
             return [0.0] * len(assembly.schedule)
         if self._target.profiler is None:
-            footprint, program = settings.footprint, assembly.program
-            pairs = zip(assembly.memory, _stages(assembly), strict=True)
-            return [
-                optimizer_s(
-                    memory.static,
-                    footprint.frozen_bytes(program, mine),
-                    footprint,
-                    settings.rates.at(rank),
-                    footprint.left_alone_bytes(program, mine),
-                )
-                for rank, (memory, mine) in enumerate(pairs)
-            ]
+            return worked_out(assembly, settings)
         if self._measured is None:
             footprint, program = settings.footprint, assembly.program
             params = [footprint.trainable(program, mine) for mine in _stages(assembly)]
@@ -84,6 +73,77 @@ def _norm(settings: Settings) -> Norm:
         return partial(own_powers, kind=2.0)
     norm: Norm = torch.linalg.vector_norm
     return norm
+
+
+def worked_out(assembly: Assembly, settings: Settings) -> list[float]:
+    """Per rank, in what an optimizer reads and writes what it must."""
+    if settings.options.optimizer is None:
+        return [0.0] * len(assembly.schedule)
+    footprint, program = settings.footprint, assembly.program
+    return [
+        optimizer_s(
+            footprint.static(program, mine, 0),
+            footprint.stepped_bytes(program, mine),
+            footprint,
+            settings.rates.at(rank),
+            footprint.left_alone_bytes(program, mine),
+        )
+        for rank, mine in enumerate(_stages(assembly))
+    ]
+
+
+def exchanged(
+    assembly: Assembly,
+    settings: Settings,
+    parts: Sequence[Sequence[int]] = (),
+    clips: bool = True,
+) -> list[float]:
+    """Per rank, what replicas exchange and nothing hides, and clipping.
+
+    Args:
+        parts: the stages of each; empty for those that it has.
+        clips: whether clipping counts, where there is any.
+    """
+    clips &= settings.options.max_grad_norm is not None
+    late_s = assembly.timing.late_s()
+    footprint, program, homes = settings.footprint, assembly.program, settings.shape.homes
+    found = []
+    for stages in parts or _stages(assembly):
+        device = settings.rates.at(homes[stages[0]])
+        grads = footprint.static(program, stages, 0).grads
+        exchange = exchange_s(program, stages, grads, footprint, device, clips)
+        found.append(exchange + math.fsum(late_s[s] for s in stages))
+    return found
+
+
+def trial_of(draft: Assembly, settings: Settings) -> Trial:
+    """What the programs of a draft take if ranks keep something."""
+    made: dict[tuple[Kept, ...], Assembly] = {}
+
+    def of(kept: Sequence[Kept]) -> Assembly:
+        if tuple(kept) not in made:
+            made[tuple(kept)] = kept_with(draft, kept)
+        return made[tuple(kept)]
+
+    def peaks(kept: Sequence[Kept]) -> list[int]:
+        found = of(kept)
+        return [memory.needed_bytes for memory in found.work.memories(found.schedule)]
+
+    def stages_s(kept: Sequence[Kept]) -> list[float]:
+        found, m = of(kept), settings.microbatches
+        seconds = exchanged(found, settings, [(s,) for s in range(settings.options.stage_count)])
+        for (stage, _), each in found.timing.compute_s().items():
+            seconds[stage] += m * each
+        return seconds
+
+    def step_s(kept: Sequence[Kept]) -> float:
+        found = of(kept)
+        pairs = zip(worked_out(found, settings), exchanged(found, settings), strict=True)
+        timing, closing_s = found.timing, [sum(pair) for pair in pairs]
+        of_all = timing.compute_s(), timing.transfer_s(), closing_s
+        return simulate(found.schedule, *of_all, send_s=timing.send_s()).step_s
+
+    return Trial(peaks, stages_s, step_s)
 
 
 def _stages(assembly: Assembly) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import fx
@@ -36,8 +35,9 @@ from ..planning.target import Target
 from ..planning.team import Team
 from ..profiling.optimizer_trial import Reach, Verdict, try_optimizer
 from ..units.pricing import UnitPrices, measured_prices, roofline
-from .assembly import Assembly, assemble, peaks_with
+from .assembly import Assembly, assemble
 from .capturing import Shared
+from .closing import trial_of
 from .record import PassRecord, Recorder
 from .work import Settings
 
@@ -307,7 +307,7 @@ class Deciding:
         raise refusal
 
     def _keeping(self, decision: Decision, settings: Settings, draft: Assembly) -> Decision:
-        """With what fits beside it whole over a step."""
+        """With what fits beside it whole over a step, and shortens it."""
         if not self.graph.trains:
             return decision
         footprint = settings.footprint
@@ -316,7 +316,7 @@ class Deciding:
             Division(settings.zero, settings.options.dp, settings.microbatches),
             placement_of([settings.shape.homes[s] for s in range(settings.options.stage_count)]),
             lambda name: footprint.size(name)[1],
-            partial(peaks_with, draft),
+            trial_of(draft, settings),
             settings.budgets,
         )
         return replace(decision, kept=kept)

@@ -71,6 +71,7 @@ class Footprint:
 
     Attributes:
         stepped_rows: FQNs.
+        buffer_bytes: of all buffers, which every rank has.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Footprint:
         named = dict(module.named_parameters())
         self._params = {name: param for name, param in named.items() if name not in updated}
         buffers = (*module.buffers(), *(named[name] for name in updated))
-        self._buffers = sum(b.numel() * b.element_size() for b in buffers)
+        self.buffer_bytes = sum(b.numel() * b.element_size() for b in buffers)
         self._memories: dict[tuple[str, ...], OptimizerMemory] = {}
 
     def size(self, name: str) -> tuple[int, int]:
@@ -149,6 +150,20 @@ class Footprint:
         )
         return read, sum(p.numel() * self._grad_dtype(p).itemsize for p in trained.values())
 
+    def stepping_bytes(self, copies: Collection[str] = ()) -> float:
+        """What a replica's optimizer reads and writes in a step, of all parameters; 0 for none."""
+        if self._optimizer is None:
+            return 0.0
+        names = self._trainable(self._params)
+        params = [self._stepped(name) for name in names]
+        grads = sum(p.numel() * self._grad_dtype(p).itemsize for p in params)
+        moved = 2 * sum(p.nbytes for p in params) + grads
+        moved += 2 * self._memory(names).total_state_bytes
+        copy = self._precision.compute.itemsize if self._precision else 0
+        made = copy * sum(self._params[name].numel() for name in names if name in copies)
+        shared = self.dp if self.zero.divides_states else 1
+        return moved / (self.dp if self.zero.matrices else 1) + made / shared
+
     def static(self, program: PipelineProgram, stages: Sequence[int], batch_bytes: int) -> Static:
         """What a rank holds all the time; where replicas divide it, that which holds most.
 
@@ -199,7 +214,7 @@ class Footprint:
             grads=bucket_bytes(grads, 1 if zero.streams else self.dp)
             + sum(self._table(n).bucket_bytes for n in names if n in self._tables),
             states=self._memory(self._stepped_by(names, owners, replica)).total_state_bytes,
-            buffers=self._buffers,
+            buffers=self.buffer_bytes,
             constants=sum(stage.constant_bytes for stage in stages),
             batch=batch_bytes,
         )
@@ -207,12 +222,17 @@ class Footprint:
     def optimizer_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
         """What a rank's optimizer needs for a moment, gradients in the weights' dtype too."""
 
-        def moment(names: tuple[str, ...]) -> int:
-            trained = [self._stepped(name) for name in names]
-            widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
-            return self._memory(names).transient_bytes + sum(widened)
+        return max(map(self._moment, self._steppers(program, stages)))
 
-        return max(map(moment, self._steppers(program, stages)))
+    @property
+    def whole_optimizer_bytes(self) -> int:
+        """The same of all parameters; 0 where replicas own some of them whole."""
+        return 0 if self.zero.matrices else self._moment(self._trainable(self._params))
+
+    def _moment(self, names: tuple[str, ...]) -> int:
+        trained = [self._stepped(name) for name in names]
+        widened = [p.nbytes for p in trained if self._grad_dtype(p) is not p.dtype]
+        return self._memory(names).transient_bytes + sum(widened)
 
     def traffic(self, program: PipelineProgram, stage: int, mates: Sequence[int]) -> Traffic:
         """What the exchange between replicas takes while a step runs.
@@ -361,17 +381,12 @@ class Footprint:
         found = ({n: self._stepped(n) for n in names} for names in self._steppers(program, stages))
         return max(found, key=lambda params: sum(p.nbytes for p in params.values()))
 
-    def frozen_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> int:
-        """What a rank holds of the weights that nobody steps."""
-        mine = [program.stages[s] for s in stages]
-        direct = {name for stage in mine for name in stage.direct}
-        total = 0
-        for name, param in self._named(_union(stage.params for stage in mine)):
-            if not param.requires_grad:
-                shard = self._is_shard(name, name in direct, mine[0].kept)
-                count = shard_numel(tuple(param.shape), self.dp) if shard else param.numel()
-                total += count * param.element_size()
-        return total
+    def stepped_bytes(self, program: PipelineProgram, stages: Sequence[int]) -> tuple[int, int]:
+        """Of some stages' parameters what the optimizer steps, and their gradients: of the replica
+        that has most."""
+        params = self.trainable(program, stages).values()
+        grads = sum(param.numel() * self._grad_dtype(param).itemsize for param in params)
+        return sum(param.nbytes for param in params), grads
 
     def saved_by_freezing(self) -> Frozen:
         """What parameters that are not trained do not need, of the whole model."""

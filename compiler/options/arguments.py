@@ -197,9 +197,9 @@ class Options(TrainingOptions):
         AUTO,
         help="what ``zero`` 2 and 3 keep whole over a step, so that it is exchanged once and not "
         'with every microbatch: "nothing"; "gradients", at 3; "auto": of parameters and gradients '
-        "what fits into ``memory``, without which that is nothing",
-        more="Layer by layer, after stages and recomputation are chosen. What is kept is as fast, "
-        "and as exact, as at a lower level; the plan's notes say how much it is.",
+        "what fits into ``memory`` and shortens the predicted step; without ``memory`` nothing",
+        more="Layer by layer, after stages and recomputation are chosen. What is kept is as exact "
+        "as at a lower level; the plan's notes say how much it is.",
         choices=(AUTO, "nothing", "gradients"),
         plan="keeps",
         compared=as_it_is,

@@ -558,7 +558,7 @@ SHARDING = (
         "compiler/planning/keeping.py",
         "if peak <= budgets[rank]:",
         "if True:",
-        "test_kept.py::test_a_rank_keeps_the_most_that_fits",
+        "test_keeping.py::test_a_rank_keeps_the_most_that_fits",
         "more is kept than fits",
     ),
     Mutant(
