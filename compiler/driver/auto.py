@@ -84,7 +84,8 @@ class Trial:
     Attributes:
         microbatches: per replica.
         step_s: predicted; None where it cannot be.
-        reason: why it cannot be, in one line.
+        reason: why it cannot be, in one line; beside a step, which is a sketch's then, why there is
+            no plan.
         bubble, peak_bytes: of its plan; the peak of the fullest rank.
         zero: the level of its plan.
         about: its numbers are a sketch's: no programs were made for it.
@@ -111,7 +112,7 @@ class Trial:
     def told(self, orders: bool) -> str:
         """In one line; ``orders``: with its schedule."""
         named = f"{self.way}, {self.way.order}" if orders else str(self.way)
-        return f"{named}: {self.reason}" if self.step_s is None else f"{named}: {self.step_s:.4g} s"
+        return f"{named}: {self.reason or f'{self.step_s:.4g} s'}"
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class Footprint:
         buffers = (*module.buffers(), *(named[name] for name in updated))
         self.buffer_bytes = sum(b.numel() * b.element_size() for b in buffers)
         self._memories: dict[tuple[str, ...], OptimizerMemory] = {}
+        self._stepping: dict[frozenset[str], float] = {}
 
     def size(self, name: str) -> tuple[int, int]:
         """(elements, bytes) of a parameter."""
@@ -152,6 +153,12 @@ class Footprint:
 
     def stepping_bytes(self, copies: Collection[str] = ()) -> float:
         """What a replica's optimizer reads and writes in a step, of all parameters; 0 for none."""
+        known = frozenset(copies)
+        if known not in self._stepping:
+            self._stepping[known] = self._moved_by_steps(known)
+        return self._stepping[known]
+
+    def _moved_by_steps(self, copies: Collection[str]) -> float:
         if self._optimizer is None:
             return 0.0
         names = self._trainable(self._params)

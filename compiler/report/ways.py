@@ -50,7 +50,7 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     """
     shown = [t for t in trials if t.step_s is not None]
     steps_s = [t.step_s or 0.0 for t in shown]
-    best_s = min(steps_s)
+    best_s = min(t.step_s or 0.0 for t in shown if not t.reason)
     taken = _shape_of(plan)
     rows = plan.microbatches * plan.microbatch_rows * plan.dp
     amount = plan.microbatches * plan.microbatch_tokens * plan.dp or rows
@@ -79,17 +79,28 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     if any(t.device_hours for t in shown):
         columns["hours\nfor 10⁹"] = [rate_text(t.device_hours) for t in shown]
     columns["to the\nbest"] = [
-        verdict_text(s, _shape(t, plan) == taken, best_s)
+        "no plan" if t.reason else verdict_text(s, _shape(t, plan) == taken, best_s)
         for t, s in zip(shown, steps_s, strict=True)
     ]
     devices = trials[0].way.n_stages * trials[0].way.dp
     title = f"ways to use {devices} devices" if several["dp"] else "schedules"
     if not several["dp"] and not several["order"] and len({t.way.placement for t in shown}) > 1:
         title = "which ranks share a machine"
-    refused = tuple(
-        f"not possible: {t.told(orders=several['order'])}" for t in trials if t.step_s is None
+    refused = (
+        *(f"no plan: {_named(t, several['order'])}: {_first(t.reason)}" for t in shown if t.reason),
+        *(f"not possible: {t.told(orders=several['order'])}" for t in trials if t.step_s is None),
     )
     return Ways(title, columns, refused=refused)
+
+
+def _named(trial: Trial, orders: bool) -> str:
+    order = f", {_order(trial)}" if orders else ""
+    return f"{trial.way}{order}, zero {trial.zero}, {trial.microbatches} microbatches"
+
+
+def _first(reason: str) -> str:
+    """What does not fit, without what would help."""
+    return reason.partition(": ")[0]
 
 
 def _order(trial: Trial) -> str:

@@ -5,6 +5,8 @@
 2. That one is planned, and the next best looked for in the same way, until the next sketch is more
    than `TIE` above the best one: sketches and plans differ by that much; or until as much has been
    planned as is worth it. The best plan is taken.
+3. Where the first `MOST_REFUSED` plans do not fit, those whose sketches need the least memory are
+   planned instead.
 
 How much is looked at is counted in operators, so that the answer is the same on every machine.
 """
@@ -31,6 +33,8 @@ TIE = 0.05
 MOST_PLANNED = 40_000  # operators of all graphs that programs are made of
 MOST_SKETCHED = 4_000_000  # operators of all graphs that sketches are made of
 SHOWN = 12  # ways of the table
+MOST_REFUSED = 12  # plans, one after the other, before those are tried that need the least memory
+ROOMIEST = 4  # of these
 
 
 class UntracedError(OptionError):
@@ -49,12 +53,14 @@ class Model:
         sketch: what is expected of its plan.
         plan: it.
         nodes: of a way's graph.
+        besides: what was not tried of the best way, in a line.
     """
 
     bound: Callable[[Way], float]
     sketch: Callable[[Way], Sketch]
     plan: Callable[[Way], Plan]
     nodes: Callable[[Way], int]
+    besides: Callable[[Way], str] = lambda _: ""
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,32 @@ class Found:
 
     Attributes:
         best: the way with the shortest step that was planned.
-        trials: the best dozen, those that were planned first; then one for each number of ranks
-            that is not possible at all.
-        ways, pruned, sketched, planned: how many there are; how many of these cannot be better than
-            the best by their bounds, were sketched, and were planned.
+        trials: the best dozen, those that were planned first; of the others in the order of their
+            sketches, with a reason those whose plans were refused; then one for each number of
+            ranks that is not possible at all.
+        ways, pruned, unfit, sketched, planned: how many there are; how many of these cannot be
+            better than the best by their bounds, cannot fit, were sketched, and were planned.
         stopped: what was left out as it would have taken too long; "" for nothing.
+        besides: what was not tried.
     """
 
     best: Trial
     trials: tuple[Trial, ...]
     ways: int
     pruned: int
+    unfit: int
     sketched: int
     planned: int
     stopped: str = ""
+    besides: str = ""
 
     @property
     def told(self) -> str:
         """In one line."""
-        ended = f"; {self.stopped}" if self.stopped else ""
+        ended = "".join(f"; {said}" for said in (self.stopped, self.besides) if said)
+        unfit = f"{self.unfit:,} cannot fit, " if self.unfit else ""
         return (
-            f"{self.ways:,} ways: {self.pruned:,} cannot be better by their bounds, "
+            f"{self.ways:,} ways: {self.pruned:,} cannot be better by their bounds, {unfit}"
             f"{self.sketched:,} sketched, {self.planned:,} planned{ended}"
         )
 
@@ -94,32 +105,84 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     Raises:
         OptionError: none is possible; with the reasons of some.
     """
-    looking = _Looking(ways, model)
-    planned: list[Trial] = []
-    spent, limit_s = 0, math.inf
+    looking, planning = _Looking(ways, model), _Planning(model)
+    limit_s = math.inf
     passed: list[tuple[Way, Sketch]] = []  # one that is as good, where no more are planned
-    while (pair := looking.next_best(limit_s if planned else math.inf)) is not None:
-        way, sketch = pair
-        limit_s = min(limit_s, sketch.step_s * (1 + TIE))
-        if planned and (spent + model.nodes(way) > MOST_PLANNED or len(planned) >= SHOWN):
+    while (pair := looking.next_best(limit_s if planning.planned else math.inf)) is not None:
+        limit_s = min(limit_s, pair[1].step_s * (1 + TIE))
+        if planning.full(pair[0]):
             passed.append(pair)
             break
-        spent += model.nodes(way)
-        try:
-            planned.append(_trial(way, model.plan(way)))
-        except REFUSALS as error:
-            looking.refuse(way, error)
-    refused = looking.refused
-    if not planned:
-        raise OptionError(f'"auto": no way to use the devices is possible: {_reasons(refused)}')
-    best = min(planned, key=lambda trial: trial.step_s or math.inf)
-    planned.sort(key=lambda trial: trial.step_s or math.inf)
-    about = [_expected(*pair) for pair in (*passed, *looking.rest())]
+        planning.plan(*pair)
+    stopped = ""
+    if passed and not planning.planned:
+        stopped = planning.roomiest([*passed, *looking.rest()])
+        passed = []
+    refused = [*looking.refused, *planning.refused]
+    if not planning.planned:
+        raise OptionError(
+            f'"auto": no way to use the devices is possible: {_reasons(refused)}'
+            f"{f' ({stopped})' if stopped else ''}"
+        )
+    planned = sorted(planning.planned, key=lambda trial: trial.step_s or math.inf)
+    best, done = planned[0], {trial.way for trial in (*planned, *planning.refused)}
+    rest = [pair for pair in (*passed, *looking.rest()) if pair[0] not in done]
+    about = [_expected(*pair) for pair in rest] + planning.declined
+    about.sort(key=lambda trial: trial.step_s or math.inf)
     shown = [*planned, *about][:SHOWN]
     trials = (*shown, *_samples([t for t in refused if t.way.n_stages not in looking.possible]))
     left = looking.left(best.step_s or math.inf)
-    counts = len(ways), left, looking.sketched, len(planned)
-    return Found(best, trials, *counts, looking.stopped(bool(passed), len(looking) - left))
+    counts = len(ways), left, looking.unfit, looking.sketched, len(planned)
+    others = looking.stopped(bool(passed), len(looking) - left)
+    said = "; ".join(filter(None, (stopped, others)))
+    return Found(best, trials, *counts, said, model.besides(best.way))
+
+
+class _Planning:
+    """Plans of the best sketches.
+
+    Attributes:
+        planned: those that fit.
+        refused: those that do not.
+        declined: these with the figures of their sketches.
+    """
+
+    def __init__(self, model: Model):
+        self._model, self._spent = model, 0
+        self.planned: list[Trial] = []
+        self.refused: list[Trial] = []
+        self.declined: list[Trial] = []
+
+    def full(self, way: Way) -> bool:
+        """Whether no more is worth it."""
+        if not self.planned:
+            return len(self.refused) >= MOST_REFUSED
+        much = self._spent + self._model.nodes(way) > MOST_PLANNED
+        return much or len(self.planned) >= SHOWN
+
+    def plan(self, way: Way, sketch: Sketch) -> None:
+        self._spent += self._model.nodes(way)
+        try:
+            self.planned.append(_trial(way, self._model.plan(way)))
+        except REFUSALS as error:
+            reason = _line(error)
+            self.refused.append(Trial(way, way.microbatches, None, reason))
+            self.declined.append(replace(_expected(way, sketch), reason=reason))
+
+    def roomiest(self, sketched: Sequence[tuple[Way, Sketch]]) -> str:
+        """Plan those that need the least memory by their sketches, until one fits; says so."""
+        count = len(self.refused)
+        ordered = sorted(sketched, key=lambda pair: pair[1].peak_bytes)
+        for pair in ordered[:ROOMIEST]:
+            self.plan(*pair)
+            if self.planned:
+                break
+        if not self.planned:
+            return f"of {len(sketched) + count} sketches the best and the smallest were planned"
+        return (
+            f"the plans of the best {count} sketches do not fit, so that those that need the least "
+            "memory were planned: others may be better"
+        )
 
 
 class _Looking:
@@ -134,13 +197,14 @@ class _Looking:
     Attributes:
         possible: numbers of ranks of those that were sketched.
         sketched: how many were.
+        unfit: how many were looked at that do not fit into memory.
     """
 
     def __init__(self, ways: Sequence[Way], model: Model):
         self._ways, self._model = ways, model
         self._refused: dict[tuple[float, int], Trial] = {}
         self.possible: set[int] = set()
-        self.sketched = 0
+        self.sketched = self.unfit = 0
         self._made: list[tuple[float, int, Sketch]] = []
         self._queue: list[tuple[float, int, int]] = []
         self._spent, self._missed = 0, 0
@@ -151,16 +215,13 @@ class _Looking:
                 self.refuse(way, error, 0.0, number)
         heapq.heapify(self._queue)
 
-    def refuse(
-        self, way: Way, error: Exception, bound_s: float = math.inf, number: int | None = None
-    ) -> None:
+    def refuse(self, way: Way, error: Exception, bound_s: float, number: int) -> None:
         """Note why it is not possible."""
-        place = bound_s, len(self._refused) if number is None else number
-        self._refused[place] = Trial(way, way.microbatches, None, _line(error))
+        self._refused[bound_s, number] = Trial(way, way.microbatches, None, _line(error))
 
     @property
     def refused(self) -> list[Trial]:
-        """Those that are not possible, by their bounds; those that were to be planned come last."""
+        """Those that are not possible, by their bounds."""
         return [self._refused[place] for place in sorted(self._refused)]
 
     def __len__(self) -> int:
@@ -220,6 +281,7 @@ class _Looking:
             self._missed += 1
         except REFUSALS as error:
             self.refuse(way, error, bound_s, number)
+            self.unfit += isinstance(error, MemoryBudgetError)
         else:
             heapq.heappush(self._made, (sketch.step_s, number, sketch))
             self.possible.add(way.n_stages)

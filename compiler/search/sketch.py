@@ -8,7 +8,7 @@ and takes a hundredth of the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -19,6 +19,7 @@ from ...passes.schedule.forward_only import forward_only
 from ...passes.schedule.load import Load, linked
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import simulate
+from ..compression.sizes import Needs
 from ..costs.closing import compressed_s, parcels
 from ..driver.work import Outline
 from ..ir import shards
@@ -28,7 +29,7 @@ from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning import refine
-from ..planning.planner import CLOSING, Planner
+from ..planning.planner import Planner
 from ..planning.refine import StepModel
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
@@ -36,7 +37,14 @@ from .bounds import Microbatch
 
 QUICK_S = 1.0  # of the solver, counted
 SLACK = 1.03  # of the budget: programs may need less than their prices say
+KEPT_STEPS = 4  # parts that are told apart of what is kept whole over a step
 DOUBTFUL = 1.5  # of the budget: where the nearest division is priced below this, its plan decides
+
+
+Part = tuple[float, float]
+"""Of what a stage reads, and of its gradients, the parts that are kept whole over a step."""
+Parts = Sequence[Part]
+Bytes = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,13 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
         footprint=footprint,
         read_bytes=read,
         grad_bytes=grads,
-        steps=options.optimizer is not None,
+        stepping_bytes=footprint.stepping_bytes(outline.graph.copies),
         clips=options.max_grad_norm is not None,
         trains=outline.graph.trains,
     )
-    return model.expected(found, devices)
+    rooms = zip(settings.budgets, found.ranks_bytes, strict=True)
+    spare = [max(0.0, budget - held) for budget, held in rooms] if settings.keeps else []
+    return model.expected(found, devices, spare)
 
 
 def _doubtful(found: Solution, budgets: Sequence[float]) -> bool:
@@ -164,14 +174,15 @@ class _Model(StepModel):
 
     Attributes:
         read_bytes, grad_bytes: of all that is trained, as programs read it and its gradients.
-        steps, clips: whether there is an optimizer, and clipping.
+        stepping_bytes: that the optimizer moves, of all; 0 for no optimizer.
+        clips: whether there is clipping.
         trains: whether there is a backward.
     """
 
     footprint: Footprint | None = None
     read_bytes: int = 0
     grad_bytes: int = 0
-    steps: bool = False
+    stepping_bytes: float = 0.0
     clips: bool = False
     trains: bool = True
 
@@ -204,70 +215,148 @@ class _Model(StepModel):
                     held[s] += kept.bytes
         return held
 
-    def _compute_s(
-        self, stage: Sequence[int], option: Sequence[int]
-    ) -> dict[tuple[int, Kind], float]:
-        """From level 2 of ZeRO on gradients leave, and at level 3 parameters come, beside it."""
-        found = super()._compute_s(stage, option)
-        assert self.footprint is not None
-        dp, zero = self.footprint.dp, self.footprint.zero
-        if dp == 1 or not zero.streams:
-            return found
-        for s, share in enumerate(self._shares(stage)):
-            brought = self.read_bytes * share if zero.divides_params else 0.0
+    def _exchanging(
+        self, alone_s: Mapping[tuple[int, Kind], float], shares: Sequence[float], kept: Parts
+    ) -> tuple[dict[tuple[int, Kind], float], list[float]]:
+        """Of (stage, kind) with what replicas exchange beside it, and per stage by what the last
+        microbatch takes longer.
+
+        From level 2 of ZeRO on gradients leave, and at level 3 parameters come, with every
+        microbatch; gradients that are whole leave with the last one.
+
+        Args:
+            alone_s: with no exchange.
+        """
+        found, late_s = dict(alone_s), [0.0] * len(shares)
+        zero = self._footprint.zero
+        if self._footprint.dp == 1 or not zero.divides_states:
+            return found, late_s
+        sends = zero.streams or not self._needs.messages
+        for s, (share, (params, grads)) in enumerate(zip(shares, kept, strict=True)):
+            brought = self.read_bytes * share * (1 - params) if zero.divides_params else 0.0
+            sent = self.grad_bytes * share if sends else 0.0
+            every = sent * (1 - grads) if zero.streams else 0.0
             last = Kind.W if self.shape.splits[s] else Kind.B
             for kind in (Kind.F, Kind.B, Kind.W):
-                sent = brought + (self.grad_bytes * share if kind is last else 0.0)
-                if found[s, kind]:
-                    parts = len(parcels(sent))
-                    beside_s = self.device.collective_s(sent, dp, parts) if parts else 0.0
-                    found[s, kind] = self.device.together_s(found[s, kind], beside_s)
-        return found
+                if not (one := alone_s[s, kind]):
+                    continue
+                found[s, kind] = self._beside_s(one, brought + (every if kind is last else 0.0))
+                if kind is last and sent > every:
+                    late_s[s] = self._beside_s(one, brought + sent) - found[s, kind]
+        return found, late_s
 
-    def _closing_s(self, stage: Sequence[int]) -> float:
-        held, homes = self._held(stage), self.problem.homes
-        whole = math.fsum(held) or 1.0
-        ranks = range(self.problem.n_ranks)
-        return max(
-            self._closed_s(
-                math.fsum(b for b, home in zip(held, homes, strict=True) if home == r), whole
-            )
-            for r in ranks
-        )
+    def _beside_s(self, alone_s: float, sent: float) -> float:
+        if not (count := len(parcels(sent))):
+            return alone_s
+        beside_s = self.device.collective_s(sent, self._footprint.dp, count)
+        return self.device.together_s(alone_s, beside_s)
 
-    def _closed_s(self, held: float, whole: float) -> float:
-        """Of a rank that holds so much of the whole."""
+    @property
+    def _footprint(self) -> Footprint:
         assert self.footprint is not None
-        dp, zero = self.footprint.dp, self.footprint.zero
-        read, grads = (size * held / whole for size in (self.read_bytes, self.grad_bytes))
+        return self.footprint
+
+    @cached_property
+    def _needs(self) -> Needs:
+        return self._footprint.compressed(None, ())
+
+    def _closed_s(self, held: float, whole: float, kept: float, late_s: float) -> float:
+        """Of a rank that holds so much of the whole.
+
+        Args:
+            kept: of what it reads, the part that is kept whole.
+        """
+        dp, zero = self._footprint.dp, self._footprint.zero
+        part = held / whole
+        read, grads = self.read_bytes * part, self.grad_bytes * part
         sizes = [*parcels(grads), *parcels(grads)]
-        brought = parcels(read) if zero.unshards else []
+        brought = parcels(read if zero.unshards else read * kept)
         if zero.divides_states:
             sizes = [min(grads, shards.PARCEL_BYTES), *brought]
-        exchange_s = 0.0
-        if (needs := self.footprint.compressed(None, ())).messages:
-            exchange_s = compressed_s(needs, dp, self.device, held / whole)
-            rest = self.footprint.as_they_are(None, ()) * held / whole
-            sizes = [*parcels(rest), *parcels(rest), *brought]
+        exchange_s = late_s
+        if self._needs.messages:
+            exchange_s += compressed_s(self._needs, dp, self.device, part)
+            rest = self._footprint.as_they_are(None, ()) * part
+            sizes = [*parcels(rest), *parcels(rest), *(brought if zero.divides_states else ())]
         exchange_s += self.device.collective_s(sum(sizes), dp, len(sizes)) if dp > 1 else 0.0
-        clipped = 3 * grads / (dp if zero.streams else 1) if self.clips else 0.0
-        stepped = CLOSING * held if self.steps else 0.0
-        return exchange_s + self.device.moved_s(clipped + stepped)
+        clipped = 3 * grads / (dp if zero.divides_states else 1) if self.clips else 0.0
+        return exchange_s + self.device.moved_s(clipped + self.stepping_bytes * part)
 
-    def expected(self, found: Solution, devices: int) -> Sketch:
+    def _keeping(
+        self, alone_s: Mapping[tuple[int, Kind], float], shares: Sequence[float], spare: Bytes
+    ) -> Parts:
+        """Per stage, which parts of its parameters and gradients to keep whole over a step, as far
+        as its share of what its rank has to spare goes."""
+        zero, dp, m = self._footprint.zero, self._footprint.dp, self.shape.microbatches
+        homes, kept = self.problem.homes, [(0.0, 0.0)] * len(shares)
+
+        def seconds(s: int, parts: Part) -> float:
+            tried = [*kept[:s], parts, *kept[s + 1 :]]
+            found, late_s = self._exchanging(alone_s, shares, tried)
+            brought = parcels(self.read_bytes * shares[s] * parts[0])
+            once_s = self.device.collective_s(sum(brought), dp, len(brought)) if brought else 0.0
+            return m * sum(found[s, k] for k in (Kind.F, Kind.B, Kind.W)) + late_s[s] + once_s
+
+        for s, share in enumerate(shares):
+            own = math.fsum(x for x, home in zip(shares, homes, strict=True) if home == homes[s])
+            left = spare[homes[s]] * share / own if own else 0.0
+            for place, whole, divides in (
+                (0, self.read_bytes * share, zero.divides_params),
+                (1, self.grad_bytes * share, zero.streams),
+            ):
+                most = min(1.0, left / (whole * (1 - 1 / dp))) if divides and whole else 0.0
+                tried = [most * n / KEPT_STEPS for n in range(KEPT_STEPS + 1)] if most else [0.0]
+                ways = [(x, kept[s][1]) if place == 0 else (kept[s][0], x) for x in tried]
+                kept[s] = min(ways, key=lambda parts: seconds(s, parts))
+                left -= kept[s][place] * whole * (1 - 1 / dp)
+        return kept
+
+    def expected(self, found: Solution, devices: int, spare: Bytes = ()) -> Sketch:
         """Of a division; the bubble is the share of the ranks' time in which they wait, as
         `Timeline.bubble` has it.
 
         Args:
             devices: of all replicas.
+            spare: per rank, bytes that may be used to exchange less; empty for none.
         """
-        compute_s = self._compute_s(found.stage, found.option)
-        transfer_s = self._transfer_s(found.stage)
-        send_s = self.device.send_s(transfer_s, self.problem.homes)
+        stage = found.stage
+        alone_s, shares = self._compute_s(stage, found.option), self._shares(stage)
+        nothing = [(0.0, 0.0)] * len(shares)
+        sketches = [self._sketched(found, devices, alone_s, shares, nothing)]
+        if spare and (kept := self._keeping(alone_s, shares, spare)) != nothing:
+            sketches.append(self._sketched(found, devices, alone_s, shares, kept))
+        return min(sketches, key=lambda sketch: sketch.step_s)
+
+    def _sketched(
+        self,
+        found: Solution,
+        devices: int,
+        alone_s: Mapping[tuple[int, Kind], float],
+        shares: Sequence[float],
+        kept: Parts,
+    ) -> Sketch:
+        stage, homes = found.stage, self.problem.homes
+        compute_s, late_s = self._exchanging(alone_s, shares, kept)
+        transfer_s = self._transfer_s(stage)
+        send_s = self.device.send_s(transfer_s, homes)
         few = simulate(self._schedule, compute_s, transfer_s, send_s=send_s)
-        step_s = self._whole_s(few, found.stage) * self.device.waiting(devices)
         busy = [few.busy_s(rank) for rank in range(self.few.ranks)]
+        more = self.shape.microbatches - self.few.microbatches
+        closing_s, held = [], self._held(stage)
+        whole, added = math.fsum(held) or 1.0, [0.0] * self.problem.n_ranks
+        for rank in range(self.problem.n_ranks):
+            mine = [s for s, home in enumerate(homes) if home == rank]
+            own = math.fsum(held[s] for s in mine)
+            parts = math.fsum(shares[s] * kept[s][0] for s in mine) / (own / whole) if own else 0.0
+            late = math.fsum(late_s[s] for s in mine)
+            closing_s.append(self._closed_s(own, whole, parts, late))
+            spared = 1 - 1 / self._footprint.dp
+            for s in mine:
+                sizes = self.read_bytes * kept[s][0] + self.grad_bytes * kept[s][1]
+                added[rank] += spared * shares[s] * sizes
+        step_s = few.step_s + more * max(busy) / self.few.microbatches + max(closing_s)
         times = self.shape.microbatches / self.few.microbatches
         span = few.makespan_s + (times - 1) * max(busy)
         bubble = 1 - times * math.fsum(busy) / (span * len(busy)) if span else 0.0
-        return Sketch(step_s, bubble, max(found.ranks_bytes))
+        peak = max(map(sum, zip(found.ranks_bytes, added, strict=True)))
+        return Sketch(step_s * self.device.waiting(devices), bubble, peak)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..capture.batch import BatchSpec
+from ..compression.methods import OFF
 from ..driver.auto import Way, chunks_of
 from ..driver.builder import Builder
 from ..driver.compiled import Compiled, main_mode
 from ..driver.work import Outline
-from ..ir.errors import MemoryBudgetError, PartitionError
+from ..ir.errors import PartitionError, PipecompileError
 from ..options.options import CompileOptions
 from ..plan.plan import Plan
-from ..planning.advice import gib
 from ..planning.target import Target
 from .bounds import Microbatch, least_compute_s
+from .room import Least, check_room
 from .scaling import least_row_s
 from .search import Model, UntracedError
-from .sketch import Prices, Sketch, sketch_of
+from .sketch import Prices, Sketch, load_for, sketch_of
 
 MOST_TRACED = 40_000
 """Operators of the graphs that are traced, one for each number of rows that is worth it."""
+
+NARROWED = {"gradients": "bf16"}, {"gradients": "int8"}, {"values": "bf16"}
+"""What is tried of compression, of the best way."""
+
+HELPS = 0.01  # of a step
 
 SOLVED_S = 2.0
 """Of the solver, counted, for each plan: what it finds later than that tells no two ways apart."""
@@ -57,12 +63,13 @@ class Subject:
         self._prices: dict[tuple[object, ...], Prices] = {}
         self._rows: dict[tuple[object, ...], tuple[int, float]] = {}
         self._outlines: dict[Way, Outline] = {}
+        self._least: dict[tuple[object, ...], Least] = {}
         self._unfit: dict[Way, tuple[dict[str, int], PartitionError]] = {}
         self.built: dict[Way, Compiled] = {}
 
     @property
     def model(self) -> Model:
-        return Model(self.bound, self.sketch, self._plan, self._nodes)
+        return Model(self.bound, self.sketch, self._plan, self._nodes, self.besides)
 
     def _of(self, way: Way) -> CompileOptions:
         return way.of(self.options, dump_dir=None)
@@ -124,25 +131,25 @@ class Subject:
                 f"n_stages={count}, but the model has only {most} units (runs of operators between "
                 f"good cut points): use n_stages={most} or fewer"
             )
-        least = sum(outline.held_bytes.values()) / way.n_stages
-        budgets = outline.settings.budgets
-        room = math.fsum(budgets) / len(budgets)
-        if (over := least - room) > 0:
-            raise MemoryBudgetError(
-                f"a rank needs {gib(least)} of {gib(room)} for weights"
-                f"{', gradients and optimizer states' if outline.graph.trains else ''} alone, "
-                f"{gib(over)} too much",
-                (),
-                None,
-                proven=True,
-            )
         self._check_unfit(way, outline)
+        self._check_room(way, outline)
         prices = self._prices[self._key(way)]
         try:
             return sketch_of(outline, prices, self.devices)
         except PartitionError as error:
             self._unfit[replace(way, zero=None)] = outline.held_bytes, error.with_traceback(None)
             raise
+
+    def _check_room(self, way: Way, outline: Outline) -> None:
+        """Raises MemoryBudgetError where no division fits, before one is looked for."""
+        held, key = outline.held_bytes, self._key(way)
+        known = key, way.dp, way.zero, tuple(held.values())
+        if known not in self._least:
+            self._least[known] = Least.of(outline)
+        options, load = outline.settings.options, None
+        if not options.kind.searches and options.virtual == 1 and outline.graph.trains:
+            load = load_for(options.kind, options.shape(outline.settings.microbatches))
+        check_room(outline, self._least[known], load)
 
     def _check_unfit(self, way: Way, outline: Outline) -> None:
         """Raises PartitionError where the way does not fit at a level of ZeRO that holds no more of
@@ -151,6 +158,29 @@ class Subject:
         held = outline.held_bytes
         if refusal is not None and all(held[name] >= size for name, size in least.items()):
             raise refusal
+
+    def besides(self, way: Way) -> str:
+        """What all ways have alike though it could be chosen, and what compression would make of
+        this one."""
+        options = self._of(way)
+        alike = f'all with backend="{options.backend}" and compress="{options.compression}"'
+        if options.compress != OFF or not options.training:
+            return alike
+        own_s, found = self.sketch(way).step_s, list[tuple[float, dict[str, str]]]()
+        for what in NARROWED:
+            with contextlib.suppress(PipecompileError):
+                tried = replace(options, compress=what)
+                tried.check_shared()
+                spec, m, values = self._divide(tried)
+                outline = self._builder(tried).outline(spec, m, values)
+                step_s = sketch_of(outline, self._prices[self._key(way)], self.devices).step_s
+                found.append((step_s, what))
+        if not found:
+            return alike
+        step_s, what = min(found, key=lambda pair: pair[0])
+        if (less := 1 - step_s / own_s) < HELPS:
+            return f"{alike}, which would be no faster"
+        return f"{alike}: {what} would take {less:.0%} less of a step, and change what is learned"
 
     def _nodes(self, way: Way) -> int:
         prices = self._prices.get(self._key(way))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,13 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipecompile.compiler.capture.batch import BatchSpec, flatten
-from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import CPU, H100, Device
 from pipecompile.compiler.costs.topology import ORDERS, Topology
 from pipecompile.compiler.driver.auto import Open, Trial, Way
 from pipecompile.compiler.driver.builder import Builder
-from pipecompile.compiler.driver.capturing import Shared
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.errors import (
     MemoryBudgetError,
@@ -28,9 +24,7 @@ from pipecompile.compiler.ir.errors import (
     PartitionError,
     PipecompileError,
 )
-from pipecompile.compiler.options.microbatches import divide
 from pipecompile.compiler.options.options import CompileOptions
-from pipecompile.compiler.planning.target import Target
 from pipecompile.compiler.search import subject
 from pipecompile.compiler.search.bounds import Microbatch, least_compute_s
 from pipecompile.compiler.search.search import MOST_PLANNED, SHOWN, TIE, Model, search
@@ -39,11 +33,7 @@ from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import SOLVED_S, Subject
 from pipecompile.passes.schedule.load import timed
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
-from support import models
-from torch import nn
-
-HOST = torch.device("cpu")
-
+from support.searched import of_gpt2, of_net
 
 # -- bounds -------------------------------------------------------------------------------------
 
@@ -237,54 +227,6 @@ def test_the_space_keeps_to_limits_of_sessions() -> None:
 # -- against brute force --------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """Small, quickly traced, and uneven."""
-
-    traced_once = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (32, 64, 32, 32, 96, 32)
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x).relu()
-        return x.square().mean()
-
-
-def subject_of(
-    options: CompileOptions,
-    devices: int,
-    rows: int,
-    device: Device,
-    model: nn.Module,
-    batch: dict[str, torch.Tensor],
-) -> Subject:
-    _, whole = flatten(batch)
-    skeleton = skeleton_of(model, HOST, options.dtypes, training=options.training)
-    shared = Shared()
-    target = Target(HOST, device, options.memory_bytes or math.inf)
-
-    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, tuple[()]]:
-        return *divide(whole, tried, tried.dp), ()
-
-    def builder(tried: CompileOptions) -> Builder:
-        return Builder(skeleton, tried, target, captured=shared)
-
-    return Subject(options, target, devices, builder, divided)
-
-
-def of_net(options: CompileOptions, devices: int, rows: int, device: Device) -> Subject:
-    return subject_of(options, devices, rows, device, Net(), {"x": torch.zeros(rows, 32)})
-
-
-def of_gpt2(options: CompileOptions, devices: int, rows: int, device: Device) -> Subject:
-    ids = torch.zeros(rows, 16, dtype=torch.long)
-    batch = {"input_ids": ids, "labels": ids}
-    return subject_of(options, devices, rows, device, models.build("gpt2"), batch)
-
-
 def check(asked: Subject, ways: Sequence[Way]) -> tuple[Trial, int]:
     """The search's step is at most `TIE` above the best of all plans; no bound is above a plan.
 
@@ -365,6 +307,7 @@ def sketched_again(asked: Subject, way: Way) -> Sketch:
     return asked.sketch(way)
 
 
+SENDING = replace(CPU, send_share=1.0)
 SLOW_LINK = H100.with_link(1e9, 1e-5)
 
 
@@ -415,14 +358,33 @@ def test_brute_force_over_everything(make: Any, device: Device) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1"])
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_sketches_are_near_plans(schedule: str, zero: int) -> None:
-    options = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW)
-    asked = of_gpt2(options, 4, 16, CPU)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("memory", [None, "1GiB"], ids=["divided", "kept"])
+def test_sketches_are_near_plans(schedule: str, zero: int, memory: str | None) -> None:
+    """Also where what is divided is kept whole over a step, as sending takes the processor."""
+    options = CompileOptions(
+        n_stages=1, zero="auto", optimizer=torch.optim.AdamW, memory=memory, max_grad_norm=1.0
+    )
+    device = CPU if memory is None else SENDING
+    asked = of_gpt2(options, 4, 16, device)
     virtual = 2 if schedule == "interleaved" else None
     way = Way(2, 2, schedule, virtual, zero=zero, microbatches=4)
     sketch = asked.sketch(way)
-    assert sketch.step_s == pytest.approx(asked.model.plan(way).step_s, rel=TIE)
+    more = 2 if memory and virtual else 1  # more messages, which take the processor
+    assert sketch.step_s == pytest.approx(asked.model.plan(way).step_s, rel=more * TIE)
+
+
+def test_sketches_know_what_is_kept_whole() -> None:
+    """In the memory that a way has left, where that shortens its step."""
+    given = {"n_stages": 1, "zero": "auto", "optimizer": torch.optim.AdamW}
+    steps_s = {}
+    for keep, memory in (("auto", "1GiB"), ("nothing", "1GiB"), ("auto", None)):
+        options = CompileOptions(**given, memory=memory, zero_keep=keep)
+        asked = of_net(options, 4, 16, SENDING)
+        way = Way(1, 4, "1f1b", zero=3, microbatches=4)
+        steps_s[keep, memory] = asked.sketch(way).step_s
+        assert steps_s[keep, memory] == pytest.approx(asked.model.plan(way).step_s, rel=TIE)
+    assert steps_s["auto", None] == steps_s["nothing", "1GiB"] > 1.2 * steps_s["auto", "1GiB"]
 
 
 @pytest.mark.parametrize(("rows", "order"), [(4, "replicas"), (4096, "pipeline")])

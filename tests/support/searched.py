@@ -1,0 +1,77 @@
+"""Models and devices as a search asks for them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from pipecompile.compiler.capture.batch import BatchSpec, flatten
+from pipecompile.compiler.capture.skeleton import skeleton_of
+from pipecompile.compiler.costs.hardware import Device
+from pipecompile.compiler.driver.builder import Builder
+from pipecompile.compiler.driver.capturing import Shared
+from pipecompile.compiler.options.microbatches import divide
+from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.search.subject import Subject
+from torch import nn
+
+from support import models
+
+HOST = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Small, quickly traced, and uneven."""
+
+    traced_once = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 32, 32, 96, 32)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.square().mean()
+
+
+def subject_of(
+    options: CompileOptions,
+    devices: int,
+    rows: int,
+    device: Device,
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    whole: bool = False,
+) -> Subject:
+    _, spec = flatten(batch)
+    skeleton = skeleton_of(model, HOST, options.dtypes, training=options.training)
+    shared = Shared()
+    budget = device.memory_bytes if whole else options.memory_bytes or math.inf
+    target = Target(HOST, device, budget, whole=whole)
+
+    def divided(tried: CompileOptions) -> tuple[BatchSpec, int, tuple[()]]:
+        return *divide(spec, tried, tried.dp), ()
+
+    def builder(tried: CompileOptions) -> Builder:
+        return Builder(skeleton, tried, target, captured=shared)
+
+    return Subject(options, target, devices, builder, divided)
+
+
+def of_net(
+    options: CompileOptions, devices: int, rows: int, device: Device, whole: bool = False
+) -> Subject:
+    batch = {"x": torch.zeros(rows, 32)}
+    return subject_of(options, devices, rows, device, Net(), batch, whole)
+
+
+def of_gpt2(
+    options: CompileOptions, devices: int, rows: int, device: Device, whole: bool = False
+) -> Subject:
+    ids = torch.zeros(rows, 16, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    return subject_of(options, devices, rows, device, models.build("gpt2"), batch, whole)
