@@ -1,10 +1,12 @@
 """What the planner brings over simple strategies, on models of real size. Prints Markdown.
 
 `make planner-table` runs it; names of models (gpt2, llama, bert, t5) as arguments choose among
-them. No weights are made and nothing is trained: seconds are those of the partitioning problem
-at an H100's peak rates in bf16, (m − 1) · slowest stage + Σ stages, without the optimizer. Bytes
-include AdamW's states, and are calibrated to the programs of the planner's own division, as
-`inspect --compare` does.
+them. No weights are made and nothing is trained: plans are those of `inspect --device h100
+--precision bf16`, within the memory that the device's driver reports, or less of it, of which it
+takes some for itself. Seconds are those of the partitioning problem, (m − 1) · slowest stage +
+Σ stages, without the optimizer: at peak rates, by which is planned, and of the same divisions by
+what kernels reach (`costs="calibrated"`). Bytes include AdamW's states, and are calibrated to the
+programs of the planner's own division, as `inspect --compare` does.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 
 import torch
 import transformers as hf
+from pipecompile.compiler.calibration.tables import table_of
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
-from pipecompile.compiler.costs.hardware import H100
+from pipecompile.compiler.costs.hardware import H100, Device
 from pipecompile.compiler.driver.assembly import assemble, forward_passes
 from pipecompile.compiler.driver.record import Recorder
 from pipecompile.compiler.driver.work import Settings
@@ -35,6 +38,12 @@ from pipecompile.compiler.ir.precision import Precision
 from pipecompile.compiler.ir.problem import Problem, Solution, fits, solution_of
 from pipecompile.compiler.ir.zero import WHOLE
 from pipecompile.compiler.memory.footprint import Footprint
+from pipecompile.compiler.memory.optimizer_cost import (
+    Factory,
+    OptimizerMemory,
+    on_cuda,
+    optimizer_memory,
+)
 from pipecompile.compiler.memory.rank_memory import RankMemory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
@@ -42,7 +51,7 @@ from pipecompile.compiler.planning import decide
 from pipecompile.compiler.planning.planner import Planner
 from pipecompile.compiler.report.compare import solution_in
 from pipecompile.compiler.tensors.fakes import weightless
-from pipecompile.compiler.units.pricing import roofline
+from pipecompile.compiler.units.pricing import repriced, roofline
 from pipecompile.passes.graph.casts import settle_casts
 from pipecompile.passes.partition import baselines
 from support.llama3 import llama3
@@ -52,7 +61,8 @@ HOST = torch.device("cpu")
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 BF16 = Precision(compute=torch.bfloat16)
 GIB = 2**30
-LOOSE = 80e9  # bytes
+LOOSE = H100.memory_bytes
+REACHED = replace(H100, table=table_of("h100"))
 
 STAGES = (4, 8)
 PER_STAGE = 4  # microbatches
@@ -106,16 +116,22 @@ class Planned:
     """What the planner decided for one budget.
 
     Attributes:
-        problem: calibrated to the programs of the decision.
-        peak_bytes: of the fullest stage, by these programs.
+        problem: its bytes are made those of the programs of the decision.
+        reached: the same in the seconds that kernels reach.
+        peak_bytes: of the fullest stage, by these programs, with what its device takes.
         seconds: that planning took, attempts of the memory model included.
     """
 
     problem: Problem
+    reached: Problem
     own: Solution
     decision: Decision
     peak_bytes: int
     seconds: float
+
+
+def _on_a_gpu(factory: Factory, params: Mapping[str, torch.Tensor]) -> OptimizerMemory:
+    return optimizer_memory(factory, on_cuda(params))
 
 
 class Study:
@@ -132,7 +148,7 @@ class Study:
         self.graph = captured.graph
         settle_casts(self.graph, BF16.compute)
         self.locality = locality_of(self.graph)
-        self.footprint = Footprint(skeleton.module, ADAMW, BF16)
+        self.footprint = Footprint(skeleton.module, ADAMW, BF16, measure=_on_a_gpu)
 
     def plan(self, n_stages: int, remat: str, budget_bytes: float) -> Planned:
         """Raises MemoryBudgetError where the planner finds nothing that fits."""
@@ -141,18 +157,18 @@ class Study:
         options = CompileOptions(
             n_stages=n_stages, microbatches=m, optimizer=ADAMW, remat=remat, precision=BF16
         )
-        settings = Settings(options, WHOLE, self.footprint, m, self.spec.nbytes, "cuda", H100)
-        planner = Planner(
-            self.graph,
-            self.locality,
+        settings = Settings(
             options,
-            H100,
-            self.footprint.held_bytes(self.graph.copies),
+            WHOLE,
+            self.footprint,
             m,
-            self.spec.rows,
+            self.spec.nbytes,
+            "cuda",
+            H100,
             budget_bytes,
-            {},
+            whole=True,
         )
+        planner = self._planner(options, H100, budget_bytes)
 
         def draft(decision: Decision) -> Sequence[RankMemory]:
             placement, again = decide.apply(decision, self.graph, self.locality)
@@ -164,8 +180,24 @@ class Study:
         memory = draft(decision)
         assert planner.solved is not None
         problem = _calibrated(planner.solved, decision, memory)
+        prices = repriced(planner.bodies, planner.menus, REACHED)
+        reached = self._planner(options, REACHED, budget_bytes, planner).problem(prices)
         own = solution_in(problem, decision)
-        return Planned(problem, own, decision, max(s.peak_bytes for s in memory), seconds)
+        peak = max(s.needed_bytes for s in memory)
+        return Planned(problem, reached, own, decision, peak, seconds)
+
+    def _planner(
+        self,
+        options: CompileOptions,
+        device: Device,
+        budget_bytes: float,
+        like: Planner | None = None,
+    ) -> Planner:
+        held = self.footprint.held_bytes(self.graph.copies)
+        m, parts = options.microbatches, None if like is None else like.parts
+        assert m is not None
+        of = self.graph, self.locality, options, device, held, m
+        return Planner(*of, self.spec.rows, budget_bytes, {}, parts)
 
     def scale(self, n_stages: int) -> tuple[int, int]:
         """Peaks of the best divisions that recompute everything, and nothing."""
@@ -177,7 +209,8 @@ def _calibrated(problem: Problem, decision: Decision, memory: Sequence[RankMemor
     """With reserves that make the problem's bytes of a decision those of its programs."""
     priced = solution_in(problem, decision).ranks_bytes
     rows = zip(memory, problem.reserve_bytes, priced, strict=True)
-    return replace(problem, reserve_bytes=tuple(s.peak_bytes - (p - held) for s, held, p in rows))
+    reserves = tuple(s.needed_bytes - (p - held) for s, held, p in rows)
+    return replace(problem, reserve_bytes=reserves)
 
 
 def _equal_full(problem: Problem) -> Solution:
@@ -200,7 +233,7 @@ STRATEGIES: Mapping[str, Callable[[Problem], Solution]] = {
 
 
 def _head(first: Iterable[str]) -> list[str]:
-    heads = [*first, "GiB", "slowest ms", "step s", *STRATEGIES, "solver"]
+    heads = [*first, "GiB", "slowest ms", "step s", "reached s", *STRATEGIES, "solver"]
     return [_line(heads), _line("---" for _ in heads)]
 
 
@@ -214,20 +247,31 @@ def _row(first: Iterable[str], study: Study, n_stages: int, budget_bytes: float)
         planned = study.plan(n_stages, "auto", budget_bytes)
     except MemoryBudgetError as error:
         text = " ".join(str(error).split()).partition(":")[0]
-        return _line([*start, "", "", *("" for _ in STRATEGIES), f"nothing found: {text}"])
+        return _line([*start, "", "", "", *("" for _ in STRATEGIES), f"nothing found: {text}"])
     own, search = planned.own, planned.decision.search
-    others = [_versus(planned.problem, own, find(planned.problem)) for find in STRATEGIES.values()]
+    others = [_versus(planned, find(planned.problem)) for find in STRATEGIES.values()]
     known = "proven" if search.proven else f"gap {search.gap:.2%}"
     solver = f"{known}, {search.solver}, {search.seconds:.2f} s of {planned.seconds:.1f} s"
-    return _line(
-        [*start, f"{max(own.stages_s) * 1e3:.1f}", f"{own.objective:.3f}", *others, solver]
+    steps = f"{own.objective:.3f}", f"{_reached_s(planned, own):.3f}"
+    return _line([*start, f"{max(own.stages_s) * 1e3:.1f}", *steps, *others, solver])
+
+
+def _reached_s(planned: Planned, found: Solution) -> float:
+    """The step of a division by what kernels reach."""
+    return planned.reached.objective(planned.reached.stages_s(found.stage, found.option))
+
+
+def _versus(planned: Planned, found: Solution) -> str:
+    """Slowest stage, step and reached step as multiples of the plan's; † does not fit."""
+    own = planned.own
+    ratios = (
+        max(found.stages_s) / max(own.stages_s),
+        found.objective / own.objective,
+        _reached_s(planned, found) / _reached_s(planned, own),
     )
-
-
-def _versus(problem: Problem, own: Solution, found: Solution) -> str:
-    """Slowest stage and step as multiples of the plan's; † does not fit."""
-    slowest, step = max(found.stages_s) / max(own.stages_s), found.objective / own.objective
-    return f"{slowest:.2f} / {step:.2f}" + ("" if fits(problem, found) else " †")
+    return " / ".join(f"{ratio:.2f}" for ratio in ratios) + (
+        "" if fits(planned.problem, found) else " †"
+    )
 
 
 def main(names: Sequence[str]) -> None:
@@ -235,7 +279,7 @@ def main(names: Sequence[str]) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tables: dict[str, list[str]] = {
         title: _head(("model", "stages"))
-        for title in ("80 GB per stage", *(f"Budget at {share:.0%}" for share in SHARES))
+        for title in ("All of the device", *(f"Budget at {share:.0%}" for share in SHARES))
     }
     loose, *tight = tables.values()
     swept = []
