@@ -391,11 +391,11 @@ def described(given: dict[str, Any], where: str) -> Device:
             f"{where}: a table cannot be read from it: give peak rates, and costs= says "
             "what is reached of them"
         )
-    later = ("table", "topology", "placed", "cluster", "ranks")
+    later = ("table", "topology", "placed", "exchange", "cluster", "ranks")
     told = [f for f in fields(Device) if f.name not in (*later, "reserved")]
     topology, reserved = given.pop("topology", None), _reserved(given.pop("reserved", {}), where)
     for name in later[2:]:  # of one that was written down: known later
-        if name == "placed" or not given.get(name):
+        if name in ("placed", "exchange") or not given.get(name):
             given.pop(name, None)
     known = [f.name for f in told]
     optional = [f.name for f in told if f.default is not MISSING]

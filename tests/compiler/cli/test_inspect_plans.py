@@ -105,7 +105,8 @@ def test_automatic_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert re.search(r"^[24] × [12] +\d.* chosen$", table, re.MULTILINE)
     said = " ".join(table.split())
     assert re.search(r"not possible: 1 × dp 4: .* needs .* of 2\.9 MiB", said)
-    assert re.search(r"\d+ ways: \d+ cannot be better by their bounds, \d+ sketched, \d+ pl", said)
+    counts = r"\d+ ways: \d+ cannot be better by their bounds, \d+ cannot fit, \d+ sketched, \d+ pl"
+    assert re.search(counts, said)
     assert "16 rows per step" in " ".join(report.split())
     assert len(list(tmp_path.iterdir())) == 1  # of the chosen division only
     unlimited = inspect(f"{command} 2", capsys)
