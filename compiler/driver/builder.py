@@ -438,13 +438,13 @@ class Builder:
     def _corrected(
         self, decision: Decision, assembly: Assembly, batch: Sequence[torch.Tensor]
     ) -> Decision:
-        """With the units' seconds scaled to what their stages take when they run as a whole, with
-        as many microbatches under way as the schedule has."""
+        """With the units' seconds scaled to what whole stages take, in the schedule's order."""
         profiler, program = self.target.profiler, assembly.whole
         if profiler is None or not program.trains:
             return decision
         mine = self.team.stages(self.options.stage_count)
         in_flight = [assembly.in_flight[s] for s in mine]
+        self.team.together(lambda: None)  # alone a rank would be faster than beside others
         times = profiler.times([program.stages[s] for s in mine], batch, in_flight)
         measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
         return decision.scaled(self.team.pool_stages(measured))

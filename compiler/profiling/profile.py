@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from .timing_cache import TimingCache
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 15  # after one to warm up
 STEADY = 0.1  # rounds end when the middle half of the samples lies this close to the median
+INTERRUPTED = 1.25  # times the median
 AHEAD = 2  # microbatches under way, if a stage has as many: each finds caches that others left
 GROUP_BYTES = 1 << 30  # of arguments: units that take turns, so that each finds cold caches
 RUNS = 5  # back to back on CUDA, where one run is too short for its clock
@@ -404,8 +405,10 @@ def _is_steady(times: Sequence[float]) -> bool:
 
 
 def _typical(times: Sequence[float]) -> float:
-    """The median without the first run, which warms up, unless there was no other."""
-    return median(times[1:] or times)
+    """The mean, as a step is the sum of what its programs take; without the first run, which warms
+    up, and those that the machine interrupted, unless there was no other."""
+    later = times[1:] or times
+    return fmean(each for each in later if each <= INTERRUPTED * median(later))
 
 
 def _ratio(seconds: dict[str, float], roofline: dict[str, float]) -> float:
