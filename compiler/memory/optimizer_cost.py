@@ -23,6 +23,7 @@ Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 # Of dummy parameters; gradients and states come on top. With less than this a large optimizer step
 # seems up to twice as fast as it is: its temporaries come from pages that are there already.
 SAMPLE_BYTES = 64 << 20
+OTHERS_BYTES = 256 << 20  # what microbatches touch between two steps: caches are theirs
 STEPS = 5
 _STEP = 100.0  # what a fake step counter reads: late enough for what optimizers do after a warm-up
 
@@ -271,7 +272,9 @@ def _step_seconds(
     optimizer = factory(list(parameters.items()))
     grads = [param.grad for param in parameters.values() if param.grad is not None]
     scale, seconds = torch.ones((), device=device), []
+    others = torch.empty(OTHERS_BYTES if device.type == "cpu" else 0, dtype=torch.uint8)
     for _ in range(1 + STEPS):
+        others.fill_(1)
         start = time.perf_counter()
         if norm is not None:
             for grad in grads:

@@ -21,6 +21,7 @@ from .peers import host_name, machine
 
 SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)  # bytes
 REPEATS = 7
+FRESH_BYTES = 32 << 20  # of gradients, so that those of each exchange are in no cache near by
 
 
 def measured(
@@ -121,7 +122,9 @@ def measure_exchange(
     """
     assert transport.dp > 1, "one replica exchanges nothing"
     gather(None)  # all start together
-    mine = [_exchanged_s(transport, nbytes, device) for nbytes in SIZES]
+    elements = FRESH_BYTES // 4
+    grads, totals = torch.ones(elements, device=device), torch.zeros(elements, device=device)
+    mine = [_exchanged_s(transport, max(1, n // 4 // transport.dp), grads, totals) for n in SIZES]
     found = gather(mine)
     whole_s = [median(ranks[i][0] for ranks in found) for i in range(len(SIZES))]
     shares = [median(ranks[i][1] for ranks in found) for i in range(len(SIZES))]
@@ -129,19 +132,27 @@ def measure_exchange(
     return Exchange(*fit(given, whole_s), min(median(shares), 1.0))
 
 
-def _exchanged_s(transport: Processes, nbytes: int, device: torch.device) -> tuple[float, float]:
-    """Median seconds of one exchange of gradients of so many bytes, and the processor's share."""
-    replicas, dp, me = transport.replicas, transport.dp, transport.replica
-    grads = torch.zeros(dp, max(1, nbytes // 4 // dp), device=device)  # (replicas, elements)
-    total, seconds, shares = torch.zeros_like(grads[0]), [], []
-    for _ in range(1 + REPEATS):
+def _exchanged_s(
+    transport: Processes, elements: int, grads: torch.Tensor, totals: torch.Tensor
+) -> tuple[float, float]:
+    """Median seconds of one exchange in which each gives each other one so many elements, and the
+    processor's share of them.
+
+    Args:
+        grads, totals: every time others of these are given and added to, as in a step.
+    """
+    replicas, dp, me, device = transport.replicas, transport.dp, transport.replica, grads.device
+    seconds, shares = [], []
+    for i in range(1 + REPEATS):
+        at = i * dp * elements % (len(grads) - dp * elements + 1)
+        given, total = grads[at:][: dp * elements].view(dp, elements), totals[at:][:elements]
         start, busy = time.perf_counter(), time.process_time()
-        room = replicas.room([len(total)] * dp, total.dtype, device)
-        for block, rows in zip(room.blocks, grads, strict=True):
+        room = replicas.room([elements] * dp, grads.dtype, device)
+        for block, rows in zip(room.blocks, given, strict=True):
             if block.numel():
                 block.copy_(rows)
         parts = replicas.scatter(room).wait()
-        parts.insert(me, grads[me].clone())
+        parts.insert(me, given[me].clone())
         add_mean_(total, ordered_sum_(parts[0], parts[1:]), dp, fresh=False)
         del parts, room
         if device.type == "cuda":
