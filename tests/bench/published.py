@@ -142,7 +142,8 @@ def memory_of(run: Run) -> int:
     """Bytes for tensors. FSDP's collectives gather and scatter, and have no buffers for each other
     device."""
     device = _device(run)
-    taken = device.reserved.total(links=0, replicas=run.n_gpus, beside=0)
+    own = device.reserved.parts(links=0, replicas=run.n_gpus, beside=0)
+    taken = sum(nbytes for _, nbytes in own)
     return int(device.memory_bytes - taken)
 
 
