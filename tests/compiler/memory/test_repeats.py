@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipecompile.compiler.memory import optimizer_cost
+from pipecompile.compiler.memory.meter import StorageMeter
 from pipecompile.compiler.memory.optimizer_cost import optimizer_memory
 from pipecompile.compiler.memory.repeats import ENOUGH, repeats_in
+from pipecompile.compiler.tensors.fakes import weightless
 
 ITEMS = st.lists(st.sampled_from("abc"), min_size=0, max_size=4)
 
@@ -90,6 +93,39 @@ def test_layers_that_repeat_are_not_all_stepped(monkeypatch: pytest.MonkeyPatch)
     assert sizes == told  # more or fewer of the same layers
     optimizer_memory(partial(torch.optim.AdamW, foreach=True), layers(10))
     assert sizes[4:] == told  # for all at once: that grows evenly
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        *FACTORIES,
+        *(partial(torch.optim.AdamW, **{how: True}) for how in ("fused", "maximize")),
+        partial(torch.optim.RMSprop, momentum=0.5, centered=True),
+        *(torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Adadelta),
+    ],
+)
+def test_operators_that_only_write_need_not_be_run(
+    factory: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+
+    def noted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run.append(func._schema.name)
+        return optimizer_cost.answering(func, args, kwargs)
+
+    with weightless():
+        params = {name: torch.empty_like(param, device=device) for name, param in layers(2).items()}
+        monkeypatch.setattr(optimizer_cost, "_settings", lambda _: None)
+        monkeypatch.setattr(optimizer_cost, "StorageMeter", lambda _: StorageMeter(noted))
+        all_run = optimizer_cost._memory(factory, params)
+        monkeypatch.undo()
+        found = optimizer_cost._memory(factory, params)
+    assert found == all_run
+    assert any(map(written_into.search, run))  # it has such operators
+
+
+written_into = re.compile("^aten::(_foreach_)?(add|mul|lerp|sqrt|div|sub|addcmul|_fused_adamw)_$")
 
 
 @pytest.mark.parametrize("width", [64, 4096])
