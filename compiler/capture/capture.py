@@ -26,6 +26,7 @@ from ..ir.errors import (
 )
 from ..ir.graph import JointGraph, storage_root
 from ..regions.regions import Regions
+from ..rows.fewer import Fewer, without
 from ..rows.forming import formed
 from ..rows.loss import LossForm
 from ..rows.outputs import LOSS, Output, outputs_of
@@ -34,7 +35,7 @@ from ..tracing.kept import UNTRACED, nameless
 from .batch import BatchSpec, repeated
 from .blame import data_dependent, explain, is_explained
 from .calling import LossFn, bind, check_texts
-from .exporting import Traced, exported, tracing
+from .exporting import Traced, exported, exported_without, tracing
 from .exports import Export, Exports
 from .joint import differentiated
 from .refusals import check_operands
@@ -172,11 +173,30 @@ def _capture(
         with nameless() if alone else nullcontext():
             return export(other, given)[0]
 
+    def fewer(traced: fx.GraphModule) -> tuple[Fewer, fx.GraphModule] | None:
+        """Without layers that are like others, and the same with twice the rows."""
+        bypass = function.bypass if exports is None and function.wants_loss else None
+        if bypass is None:
+            return None
+        short = without(traced, bypass.traced, bypass.kept, bypass.paths)
+        if short is None:
+            return None
+        other, given = function_of(skeleton, spec.repeat(2), loss_fn, device, wants, compute)
+        other.values = repeated(values, spec, 2)
+        other.denied, other.lazily = function.denied, function.lazily
+        try:
+            with nameless():
+                return short, exported_without(other, given, bypass)
+        except Exception:  # all layers tell
+            return None
+
     attempted = _with_numbers if spec.plain_leaves else _attempted
     with skeleton.computing():
         captured = attempted(
             function,
-            lambda: differentiated_of(skeleton, function, leaves, passes, more, weighs, export),
+            lambda: differentiated_of(
+                skeleton, function, leaves, passes, more, weighs, export, fewer
+            ),
         )
     if wants == "loss" and torch.is_grad_enabled() and not captured.graph.trains:
         raise LossError(
@@ -332,6 +352,7 @@ def differentiated_of(
     scaled: Callable[[fx.GraphModule, int], fx.GraphModule],
     weighs: bool,
     export: Callable[[Traced, Leaves], Export] = exported,
+    fewer: Callable[[fx.GraphModule], tuple[Fewer, fx.GraphModule] | None] = lambda _: None,
 ) -> Captured:
     """What is exported, changed by passes and differentiated.
 
@@ -339,6 +360,7 @@ def differentiated_of(
         scaled: the exported graph with so many times as many rows.
         weighs: tell how the losses of microbatches make that of the batch.
         export: makes the first one.
+        fewer: what tells the loss sooner, see `formed`.
     """
     traced, results = export(function, leaves)
     _check_taken(results.inputs.taken, function.spec)
@@ -351,7 +373,7 @@ def differentiated_of(
         outputs = outputs_of(results.names, more(1), more(2), cut)
     if weighs and (function.wants_loss or LOSS in results.names):
         which = 0 if function.wants_loss else results.names.index(LOSS)
-        found = formed(traced, more, names, which, cut)
+        found = formed(traced, more, names, which, cut, partial(fewer, traced))
     weighed = UNWEIGHED if found is None else found.weighed
     leaves = (*leaves, *(skeleton.fake((), each, leaves[0].device) for each in weighed.shares))
     try:

@@ -34,6 +34,7 @@ from ..ir.precision import autocast
 from ..regions.regions import Regions
 from ..tensors.fakes import is_symbol
 from ..tensors.pytree import tree_leaves
+from ..tracing.bypassed import Bypass, bypass_of
 from ..tracing.collecting import uncollected
 from ..tracing.constants import asked_masks, told_constants
 from ..tracing.copies import Copies
@@ -107,6 +108,8 @@ class Traced(nn.Module):
         answering: what forward had asked the batch when it could not be traced.
         sizes: the symbols that sizes of leaves are, if some are.
         copies: of layers that do what others did, where that may be.
+        bypass: layers that need not be done to tell how values grow with the rows, where it was
+            traced with copies.
         calls: of `torch.autograd.Function`s so far.
     """
 
@@ -140,6 +143,7 @@ class Traced(nn.Module):
         self.answering: Answering | None = None
         self.sizes: Sizes | None = None
         self.copies: Copies | None = None
+        self.bypass: Bypass | None = None
         self.calls: Sequence[object] = ()
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -255,13 +259,32 @@ def _briefly(
     if function.sizes is None and not function.spec.plain_leaves and not function.regions.why:
         function.copies = copies = Copies(function)
         try:
-            return _exported(function, leaves, where)
+            made = _exported(function, leaves, where)
+            function.bypass = bypass_of(copies.sources)
+            return made
         except Exception:
             if not copies.count and not copies.stood:
                 raise
         finally:
             function.copies = None
     return _exported(function, leaves, where)  # and what is wrong is told of all layers
+
+
+def exported_without(
+    function: Traced, leaves: tuple[torch.Tensor, ...], bypass: Bypass
+) -> fx.GraphModule:
+    """The graph of a call, without some layers: for nothing but to see how values grow.
+
+    Raises:
+        Exception: of any kind, where that cannot be.
+    """
+    function.copies = copies = Copies(function, bypass)
+    try:
+        with tracking_modules(function.whole) as where, copies.bypassing():
+            function.where = where
+            return _exported(function, leaves, where)[0]
+    finally:
+        function.copies = None
 
 
 def _exported(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from ..ir.errors import PipecompileError
 from ..ir.graph import behind
 from .coupling import coupled
+from .fewer import Fewer
 from .terms import Term, Way, terms_of
 from .ways import Ways, alike, returned
 from .weighing import UNWEIGHED, Weighed, weigh
@@ -39,6 +40,7 @@ def formed(
     names: Sequence[str],
     which: int = 0,
     cut: bool = False,
+    fewer: Callable[[], tuple[Fewer, fx.GraphModule] | None] = lambda: None,
 ) -> Formed:
     """Tell a loss by its graph, which is rewritten in place.
 
@@ -48,7 +50,14 @@ def formed(
         names: of the leaves of the batch.
         which: of the results is the loss.
         cut: a callable cuts batches, and not into rows.
+        fewer: the graph without layers that are like others, and the same with twice the rows,
+            which tell sooner; None where all layers are needed.
     """
+    if not cut and (short := fewer()) is not None:
+        graph, doubled = short
+        ways = graph.ways(doubled)
+        if ways is not None:
+            return _told(single, ways, returned(graph.module)[which], graph.moved, names, cut)
     try:
         ways = Ways(more(1), more(2), cut)
         if not ways.how:  # models do other things with one row
@@ -59,6 +68,21 @@ def formed(
     moved = {} if loss is None else _moved(single, more(1), ways, loss, which)
     if loss is None or not moved:
         return _unknown("forward runs other operators with twice the rows")
+    return _told(single, ways, loss, moved, names, cut)
+
+
+def _told(
+    single: fx.GraphModule,
+    ways: Ways,
+    loss: fx.Node,
+    moved: Mapping[fx.Node, fx.Node],
+    names: Sequence[str],
+    cut: bool,
+) -> Formed:
+    """Args:
+    loss: of the graph that was compared.
+    moved: its nodes -> those of the graph that is rewritten.
+    """
     where = coupled(ways, loss)
     terms = terms_of(ways, loss)
     try:

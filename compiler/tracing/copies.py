@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from ..answers.known import node_of, proxy_mode
 from ..effects.contents import Contents
 from ..tensors.fakes import FakeTensor
 from ..tensors.pytree import tree_flatten
+from .bypassed import Bypass, BypassError, Done, emptied
 from .constants import is_told
 from .helpers import StandIn, Watch, is_helper, nodes_after
 from .likeness import ALL, PLAIN, Calls, Place, differences, layers_of, noting_reads
@@ -40,17 +41,25 @@ class Copies:
 
     Args:
         root: what is traced, and has the model in it.
+        bypass: layers that are left out.
 
     Attributes:
         count: calls that were copied.
         stood: stand-ins that were handed out.
+        sources: the path of each layer that was copied, by call -> that of the one it was copied
+            from.
     """
 
     root: nn.Module
+    bypass: Bypass | None = None
     known: Callable[[torch.Tensor], bool] = lambda _: False
     noted: Callable[[], object] = lambda: None
     count: int = 0
     stood: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+    _layers: dict[str, tuple[nn.Module, object]] = field(default_factory=dict)
+    _different: Mapping[str, set[Place]] = field(default_factory=dict)
+    _done: Done | None = None
     _templates: dict[object, list[Template]] = field(default_factory=dict)
     _alike: dict[object, list[nn.Module]] = field(default_factory=dict)
     _inside: bool = False
@@ -68,9 +77,7 @@ class Copies:
                 something is not copied.
         """
         self.known, self.noted = known, noted
-        with torch._C.DisableTorchFunction():
-            layers = layers_of(self.root)
-        layers = {p: found for p, found in layers.items() if "forward" not in vars(found[0])}
+        layers = self._layers or self._found()
         self._outside = Contents(self.root, tuple(layers))
         for path, (part, key) in layers.items():
             self._alike.setdefault(key, []).append(part)
@@ -80,6 +87,25 @@ class Copies:
         finally:
             for part, _ in layers.values():
                 vars(part).pop("forward", None)
+
+    @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """Inside, layers that are to be left out are not there for what is traced.
+
+        Raises:
+            BypassError: they are not alike.
+        """
+        assert self.bypass is not None
+        self._layers = self._found()
+        if not self._layers.keys() >= {self.bypass.traced, self.bypass.kept, *self.bypass.paths}:
+            raise BypassError("layers have another forward")
+        with emptied(self.root, self.bypass) as self._different:
+            yield
+
+    def _found(self) -> dict[str, tuple[nn.Module, object]]:
+        with torch._C.DisableTorchFunction():
+            layers = layers_of(self.root)
+        return {p: found for p, found in layers.items() if "forward" not in vars(found[0])}
 
     def called(
         self,
@@ -92,6 +118,8 @@ class Copies:
     ) -> Any:
         """A layer is."""
         templates = self._templates.setdefault(key, [])
+        if path in self._different:
+            return self._bypassed(path, args, kwargs)
         with torch._C.DisableTorchFunction():  # to look at tensors calls modes, one by one
             call = None if self._inside else self._call(path, part, args, kwargs)
             like = (template for template in templates if call and self._repeats(template, call))
@@ -100,10 +128,24 @@ class Copies:
             return forward(*args, **kwargs)
         if found is not None:
             self.count += 1
-            return copied(found, call)
+            self.sources[path] = found.call.path
+            output = copied(found, call)
+            self._done = Done(found, call, output)
+            return output
         if len(templates) >= MOST:
             return forward(*args, **kwargs)
         return self._traced(call, key, forward, args, kwargs)
+
+    def _bypassed(self, path: str, args: Any, kwargs: Any) -> Any:
+        """What a layer returns that is left out: what it was given."""
+        if self._done is None or self._inside:
+            raise BypassError("a layer is called before the one that it is like")
+        with torch._C.DisableTorchFunction():
+            leaves, tree = tree_flatten((args, kwargs))
+            self._done.again(self._different[path], leaves, tree, self._is_told)
+            if _modes(self._done.call.state) != self._done.call.modes:
+                raise BypassError("torch is in another mode")
+        return self._done.output
 
     def _call(self, path: str, part: nn.Module, args: Any, kwargs: Any) -> Call | None:
         mode = proxy_mode()
