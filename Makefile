@@ -195,6 +195,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/pipecompile
 	MYPYPATH=.venv/typed $(BIN)/mypy
+	MYPYPATH=.venv/typed:tests $(BIN)/mypy --config-file tests/mypy.ini tests/bench tests/support examples
 
 # torch first, alone: the version that constraints.txt pins, before anything else asks for one.
 $(READY): pyproject.toml constraints.txt

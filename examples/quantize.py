@@ -41,8 +41,9 @@ def configs(
     if bits == 8:
         rounding = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
         return rounding, Int8WeightOnlyConfig()
-    rounding = IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True)
-    return rounding, IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(GROUP))
+    int4: torch.dtype = getattr(torch, "int4")  # noqa: B009 -- torch's stubs do not have it
+    rounding = IntxFakeQuantizeConfig(int4, group_size=GROUP, is_symmetric=True)
+    return rounding, IntxWeightOnlyConfig(int4, granularity=PerGroup(GROUP))
 
 
 def of_layers(module: nn.Module, name: str) -> bool:

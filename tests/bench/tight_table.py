@@ -76,7 +76,8 @@ class Case:
         made = decide.decision_of(
             planner.fingerprint, planner.units, planner.menus, self.model.prices, solution
         )
-        return max(rank.peak_bytes for rank in self.draft(made)) <= planner.budget_bytes
+        pairs = zip(self.draft(made), planner.budgets, strict=True)
+        return all(rank.peak_bytes <= budget for rank, budget in pairs)
 
     def step_s(self, solution: Solution) -> float:
         return self.model.searched_s(solution.stage, solution.option)
@@ -87,8 +88,8 @@ class Case:
         solved = self.planner.solved
         assert solved is not None
         for part in LESS:
-            less = part * self.planner.budget_bytes
-            problem = replace(solved, reserve_bytes=tuple(r - less for r in solved.reserve_bytes))
+            pairs = zip(solved.reserve_bytes, self.planner.budgets, strict=True)
+            problem = replace(solved, reserve_bytes=tuple(r - part * b for r, b in pairs))
             try:
                 found = solve(problem)
             except MemoryBudgetError:
