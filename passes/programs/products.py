@@ -41,7 +41,11 @@ class Factor:
     def emit(self, graph: fx.Graph, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """The matrix in another graph."""
         source = made[self.node]
-        return graph.call_function(_ATEN.t.default, (source,)) if self.turned else source
+        if not self.turned:
+            return source
+        turned = graph.call_function(_ATEN.t.default, (source,))
+        turned.meta["val"] = self.node.meta["val"].t()
+        return turned
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def compile_fusion(fusion: fx.GraphModule, device: torch.device) -> Boxed:
         _add_biases_apart(traced.graph)
         traced.recompile()
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-        # a CUDA graph's results are gone with its next call, and another microbatch's is next
-        alone = config.patch({"triton.cudagraphs": False})
+        # a CUDA graph's results are gone with its next call, and another microbatch's is next; what
+        # only leaves would be computed last, and all that it reads held until then
+        alone = config.patch({"triton.cudagraphs": False, "reorder_for_locality": False})
         with V.set_fake_mode(mode), tracing(TracingContext(mode)), alone:
             while True:
                 try:
