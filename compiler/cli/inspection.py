@@ -190,7 +190,7 @@ def _change(asked: _Asked, options: CompileOptions, compiled: Compiled) -> Chang
         return None
     own = {name: getattr(tried, name) for name in OWN}
     way = Way(**own, zero=compiled.layout.zero.level, microbatches=plan.microbatches)
-    roughly = not tried.fuses  # kernels are fused when programs are whole
+    roughly = not tried.fuses  # compiled kernels are timed when programs are whole
     searched = asked.searched(tried, FEW, roughly)
     near = better_than(way, plan, not options.pin, searched.model.bound, searched.model.sketch)
     models = [searched.model, *([asked.searched(tried, FEW).model] if roughly else [])]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...passes.programs.fusions import is_fusable
 from ..calibration.forms import Form
 from ..calibration.operators import form_of
 from ..ir import ops
@@ -21,7 +22,7 @@ from ..ir.region import Kernel
 from ..memory.inside import inside
 from ..tensors.facts import short_name
 from .formulas import flops_of, lacking
-from .fused import fused_bytes, is_fusable
+from .fused import fused_bytes
 from .hardware import Device
 from .told_pieces import told_pieces
 

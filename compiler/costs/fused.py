@@ -7,35 +7,10 @@ operators pass on stays in registers. Fusions do not reach over the borders of l
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from ...passes.programs.fusions import layer_of
+from ...passes.programs.fusions import is_fusable, layer_of
 from ..ir.graph import is_getitem, nbytes, phase_of, storage_root
-
-_DECOMPOSED = (
-    "native_layer_norm",
-    "_fused_rms_norm",
-    "_softmax",
-    "_log_softmax",
-    "gelu",
-    "silu",
-    "_to_copy",
-    "native_dropout",
-)
-"""What Inductor makes element-wise operators and reductions of; their backwards too."""
-_TAGS = {torch.Tag.pointwise, torch.Tag.reduction}
-
-
-def is_fusable(node: fx.Node) -> bool:
-    """Whether an operator becomes a part of a fusion."""
-    if node.op != "call_function" or is_getitem(node) or storage_root(node) is not node:
-        return False
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is None:
-        return False
-    name = str(packet).removeprefix("aten.")
-    return bool(_TAGS & set(node.target.tags)) or name.startswith(_DECOMPOSED)  # type: ignore[union-attr]
 
 
 def fused_bytes(node: fx.Node) -> tuple[int, int]:

@@ -173,7 +173,7 @@ def kept_with(draft: Assembly, kept: Sequence[Kept]) -> Assembly:
     work = replace(draft.work, program=draft.whole.keeping(kept), fused=None)
     run(
         "programs",
-        [each for each in passes.PROGRAMS if each.name == "gather"],
+        [each for each in passes.PROGRAMS if each.name in ("gather", "fusions")],
         work,
         Recorder(None),
     )

@@ -151,8 +151,7 @@ class Decided:
             decision: with what is known of it by now.
         """
         settings, draft = self.settings, self.draft
-        lacks = settings.schedule.searches or settings.options.fuses
-        lacks &= not settings.drafts
+        lacks = settings.schedule.searches and not settings.drafts
         if lacks or recorder.folder is not None:  # where passes write what they made
             draft = None
         if draft is not None and draft.decision is self.decision:

@@ -235,7 +235,7 @@ class Work:
 
     def memories(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """Of every rank, if its actions are these."""
-        settings, program = self.settings, self.made
+        settings, program = self.settings, self.running
         footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
         found, graphed = [], self.graphed
         for rank, actions in enumerate(schedule):

@@ -18,7 +18,7 @@ from ..ir.actions import Action, slots_of
 from ..ir.graph import tensors
 from ..ir.program import PipelineProgram, Program, Role, StageProgram
 from ..ir.region import work_of
-from .rank_memory import effect_of
+from .program_memory import effect_of
 
 _INDEXING = ("aten.index.Tensor", "aten.index_put", "aten._unsafe_index")
 """By numbers, or by a mask, of which they first find where it is."""

@@ -1,28 +1,23 @@
 """Peak memory of a rank: what it holds all the time, and what its actions hold at once.
 
-The programs are walked operator by operator. A value is freed after its last reader, as the
-generated code frees it; a view keeps the memory that it looks into; what a program leaves in a
-microbatch's environment stays until the step after which nothing needs it (`StageProgram.drops`).
-What kernels allocate inside themselves is not counted.
+The programs are walked operator by operator (`program_memory`). What one leaves in a microbatch's
+environment stays until the step after which nothing needs it (`StageProgram.drops`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from torch import fx
 
-from ..ir import ops
 from ..ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind
-from ..ir.graph import is_getitem, overwritten, tensors, viewed
-from ..ir.program import PipelineProgram, Program, Role
+from ..ir.program import PipelineProgram
 from ..ir.shards import Departures, Entry
-from .inside import inside
+from .program_memory import Block, Effect, effect_of, leave
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load: where gradients start
 SEGMENT_BYTES = 64 << 20  # how much of the gradients replicas exchange at once
@@ -150,148 +145,6 @@ def bucket_bytes(specs: Iterable[tuple[int, torch.dtype]], parts: int) -> int:
     return total
 
 
-# -- one part -------------------------------------------------------------------------------------
-
-Block = int | str
-"""A block of memory: the name of an input that lies in it, or a number if the program made it."""
-
-
-@dataclass
-class _Effect:
-    """What running a program does to memory.
-
-    Attributes:
-        extra_bytes: the most that it holds at once beyond what is there at its start.
-        made: output name -> the block in which it lies, None for one that is held anyway.
-        sizes: bytes of the blocks that it made.
-        flying_bytes: the parcel of gradients that is under way at the end.
-    """
-
-    extra_bytes: int = 0
-    made: dict[str, Block | None] = field(default_factory=dict)
-    sizes: dict[Block, int] = field(default_factory=dict)
-    flying_bytes: int = 0
-
-
-def effect_of(
-    program: Program,
-    dropped: Iterable[str],
-    inputs: Mapping[str, Block | None],
-    sizes: Mapping[Block, int],
-    leaving: Sequence[Sequence[Entry]] = (),
-    flying: int = 0,
-    packed: Collection[int] = (),
-) -> _Effect:
-    """Walk a program once.
-
-    Args:
-        dropped: values of the environment that only this program still reads.
-        inputs: value name -> block; several values may lie in one.
-        sizes: bytes of these blocks.
-        leaving: per gradient that it adds up, what leaves then.
-        flying: bytes of the parcel that is under way already.
-        packed: numbers of the gradients that are packed alone, and not added to slots.
-    """
-    nodes = list(program.module.graph.nodes)
-    gone = set(dropped)
-    refs = Counter(block for name, block in inputs.items() if name not in gone)
-    blocks: dict[fx.Node, tuple[Block | None, ...]] = {}
-    known = dict(sizes)
-    effect = _Effect()
-    numbers = itertools.count()
-    live = most = added = 0
-    for node, port in zip(nodes, program.inputs, strict=False):
-        blocks[node] = (inputs[str(port.key)],) if port.role is Role.VALUE else (None,)
-        refs.update(blocks[node])
-    frees = _frees(nodes)
-    for node in nodes[len(program.inputs) : -1]:
-        blocks[node], new = _made(node, blocks, numbers)
-        effect.sizes |= new
-        known |= new
-        refs.update(blocks[node])
-        live += sum(new.values())
-        most = max(most, live + _scratch(node, added in packed))
-        if node.target is ops.accumulate and leaving:
-            for entry in leaving[added]:
-                live, flying, peak = _leave(entry, live, flying)
-                most = max(most, peak)
-            added += 1
-        for value in frees.get(node, ()):
-            for block in blocks[value]:
-                refs[block] -= 1
-                if block is not None and refs[block] == 0:
-                    live -= known[block]
-    effect.extra_bytes, effect.flying_bytes = most, flying
-    for value, port in zip(nodes[-1].args[0], program.outputs, strict=True):
-        if port.role is Role.VALUE:
-            effect.made[str(port.key)] = blocks[value][0]
-    return effect
-
-
-def _leave(entry: Entry, live: int, flying: int) -> tuple[int, int, int]:
-    """A gradient is packed: (bytes now, of them under way, the most at once)."""
-    parcel, number = entry
-    sent, received = parcel.scatter_bytes
-    peak = live
-    if number == 0:
-        live += sent
-        peak = live
-    if number == len(parcel.items) - 1:
-        live += received - flying
-        return live, sent + received, max(peak, live)
-    return live, flying, peak
-
-
-def _made(
-    node: fx.Node, blocks: Mapping[fx.Node, tuple[Block | None, ...]], numbers: Iterator[int]
-) -> tuple[tuple[Block | None, ...], dict[Block, int]]:
-    """The blocks in which a node's value lies, and those of them that are new."""
-    source = viewed(node) or overwritten(node)
-    if source is not None:
-        return blocks[source], {}
-    if is_getitem(node):
-        whole, index = node.args
-        assert isinstance(whole, fx.Node)
-        assert isinstance(index, int)
-        return blocks[whole][index : index + 1], {}
-    if node.op == "get_attr" or node.target is ops.accumulate:
-        return (None,), {}
-    value = node.meta["val"]
-    items = value if isinstance(value, (tuple, list)) else (value,)
-    made = tuple(next(numbers) if tensors(item) else None for item in items)
-    pairs = zip(made, items, strict=True)
-    return made, {b: item.numel() * item.element_size() for b, item in pairs if b is not None}
-
-
-def _scratch(node: fx.Node, packed: bool) -> int:
-    """What runs eagerly has its own; a gradient in another layout than its slot is copied before
-    it is added."""
-    if (work := inside(node)) is not None:
-        return work.scratch_bytes
-    if node.target is not ops.accumulate or packed:
-        return 0
-    slot, grad = node.args
-    assert isinstance(slot, fx.Node)
-    assert isinstance(grad, fx.Node)
-    made: torch.Tensor = slot.meta["val"]
-    moved = grad.meta["val"].stride() != made.stride()
-    return made.numel() * made.element_size() if moved else 0
-
-
-def _frees(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the values that the generated code lets go after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node.op not in ("placeholder", "output"):
-            last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    frees: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for value, node in last.items():
-        frees[node].append(value)
-    return frees
-
-
 # -- one rank -------------------------------------------------------------------------------------
 
 Environment = dict[str, int | None]
@@ -320,7 +173,7 @@ class _Walk:
         self.live = 0
         self.numbers = itertools.count()
         # of all microbatches alike that find the same under way
-        self.effects: dict[tuple[int, Kind, bool, int], _Effect] = {}
+        self.effects: dict[tuple[int, Kind, bool, int], Effect] = {}
 
     def run(self, action: Action, dp: int, grad_bytes: int) -> int:
         """Apply an action; returns the most bytes that are held at once meanwhile."""
@@ -406,7 +259,7 @@ class _Walk:
         """The gradients that waited for their tied parts leave; then nothing is under way."""
         most = self.live
         for entry in traffic.closing:
-            self.live, self.flying, peak = _leave(entry, self.live, self.flying)
+            self.live, self.flying, peak = leave(entry, self.live, self.flying)
             most = max(most, peak)
         self.live -= self.flying
         self.flying = 0
@@ -414,7 +267,7 @@ class _Walk:
 
     def _effect(
         self, stage: int, kind: Kind, index: int, values: Environment, dropped: Iterable[str]
-    ) -> _Effect:
+    ) -> Effect:
         traffic = self.traffic[stage]
         ends = bool(traffic.departures.last) and index == self.last
         key = (stage, kind, ends, self.flying)

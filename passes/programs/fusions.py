@@ -25,7 +25,15 @@ import torch
 from torch import fx, nn
 
 from ...compiler.ir import ops
-from ...compiler.ir.graph import is_getitem, is_operator, is_random, module_of, tensors, viewed
+from ...compiler.ir.graph import (
+    is_getitem,
+    is_operator,
+    is_random,
+    module_of,
+    storage_root,
+    tensors,
+    viewed,
+)
 from ...compiler.ir.program import (
     ANY_STRIDES,
     FUSION,
@@ -66,6 +74,18 @@ _INDEXING = {
 """They say which index of a batch is out of range; those that add by index gain nothing either."""
 _PRODUCTS = {"addmm", "baddbmm", "bmm", "convolution", "convolution_backward", "mm"}
 """Kernels of a library, whoever calls them: a run of these alone is no fusion."""
+_DECOMPOSED = (
+    "native_layer_norm",
+    "_fused_rms_norm",
+    "_softmax",
+    "_log_softmax",
+    "gelu",
+    "silu",
+    "_to_copy",
+    "native_dropout",
+)
+"""What Inductor makes element-wise operators and reductions of; their backwards too."""
+_ELEMENTWISE = {torch.Tag.pointwise, torch.Tag.reduction}
 _TOLD_BY_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -254,6 +274,17 @@ def _is_worthwhile(nodes: Sequence[fx.Node] | dict[fx.Node, None]) -> bool:
     computing = [n for n in nodes if not is_getitem(n) and viewed(n) is None]
     names = {str(functional(n)[0]).split(".")[1] for n in computing}
     return len(computing) > 1 and not names <= _PRODUCTS
+
+
+def is_fusable(node: fx.Node) -> bool:
+    """Whether an operator becomes a part of the kernels that read what it makes."""
+    if node.op != "call_function" or is_getitem(node) or storage_root(node) is not node:
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None:
+        return False
+    name = str(packet).removeprefix("aten.")
+    return bool(_ELEMENTWISE & set(node.target.tags)) or name.startswith(_DECOMPOSED)  # type: ignore[union-attr]
 
 
 # -- what becomes of them -------------------------------------------------------------------------

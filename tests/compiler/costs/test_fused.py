@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pipecompile.compiler.costs.fused import fused_bytes, is_fusable
+from pipecompile.compiler.costs.fused import fused_bytes
 from pipecompile.compiler.tensors.fakes import weightless
+from pipecompile.passes.programs.fusions import is_fusable
 from torch import fx
 
 aten = torch.ops.aten

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from pipecompile.compiler.profiling.synthetic import Synthesizer
 from pipecompile.compiler.tensors.fakes import weightless
 from support import models, units
 from support.matrix import quickly
-from torch.profiler import ProfilerActivity, profile
+from support.measured import allocated
 
 KB = 1000  # bytes of 250 floats
 
@@ -116,19 +115,6 @@ def test_storages_of_dead_tensors_are_not_confused_with_new_ones() -> None:
         for _ in range(100):
             make().add_(1)
     assert (meter.peak_bytes, meter.current_bytes) == (KB, 0)
-
-
-def allocated(run: Callable[[], Any]) -> tuple[int, int, Any]:
-    """Peak and final bytes by what torch's allocator reports to its profiler, and the result."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    found: Any = profiler.profiler  # the events one by one have no public way out
-    events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, live, result
 
 
 @pytest.mark.parametrize("name", quickly(["gpt2"], ["gpt2", "mixtral"]))
