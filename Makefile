@@ -162,6 +162,7 @@ zero-table: $(READY)
 backend-table: $(READY)
 	$(BIN)/python tests/bench/backend_table.py
 	$(BIN)/python tests/bench/backend_table.py --compiling 4,24
+	$(BIN)/python tests/bench/backend_table.py --memory
 
 # Two calls of at most nine minutes each; what does not fit is skipped, and said.
 gpu:

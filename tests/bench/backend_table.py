@@ -6,29 +6,38 @@ figure is the median over the rounds, a ratio the median of the rounds' ratios.
 
     python tests/bench/backend_table.py [gpt2|llama|bert ...] [--dtypes fp32,bf16] [--rounds 15]
     python tests/bench/backend_table.py --compiling 4,24
+    python tests/bench/backend_table.py [gpt2|llama|bert ...] --memory
 
-The second prints how long a stage of so many layers takes to compile, with nothing kept on disk.
+The second prints how long a stage of so many layers takes to compile, with nothing kept on disk;
+the third what a step holds at most, planned and measured, of the models of `models.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 os.environ.setdefault("PIPECOMPILE_COSTS", "roofline")  # one stage: there is nothing to choose
 os.environ.setdefault("PIPECOMPILE_CACHE", "off")  # the first step is to be the first
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
+
 import pipecompile
 import torch
 import transformers as hf
+from bench import models
+from support import measured as meter
 from torch import nn
 
 LENGTH, ROWS, MICROBATCHES, WORDS = 128, 16, 8, 4096
@@ -160,6 +169,28 @@ def measured(name: str, dtype: str, rounds: int) -> str:
     return f"| {name} | {dtype} | {' | '.join(speeds)} | **{ratio:.2f}×** | {waits} |"
 
 
+def remembering(name: str, dtype: str, remat: str) -> str:
+    """One row: MB at a step's peak, in brackets without what is held all the time."""
+    given = models.batch(ROWS)
+    pipe = pipecompile.compile(
+        models.build(name),
+        1,
+        microbatches=4,
+        optimizer=ADAMW,
+        backend="inductor",
+        remat=remat,
+        precision="bf16" if dtype == "bf16" else None,
+        example_batch=given,
+    )
+    for _ in range(2):  # kernels keep what they make at first
+        pipe.step(given)
+    planned = pipe.plan.stages[0].memory.peak
+    found = meter.allocated_peak(pipe, given)
+    held = meter.distinct_bytes(meter.held(pipe, given))
+    cells = [f"{size / 1e6:.1f} ({(size - held) / 1e6:.1f})" for size in (planned, found)]
+    return f"| {name} | {dtype} | {remat} | {' | '.join(cells)} | {planned / found - 1:+.1%} |"
+
+
 def compiling(layers: int) -> str:
     """One row: seconds until the first step of a stage is ready, and its fusions.
 
@@ -189,6 +220,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiling", default="", metavar="LAYERS", help="such as 4,24")
+    parser.add_argument("--memory", action="store_true", help="bytes instead of seconds")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.compiling:
@@ -197,6 +229,13 @@ def main() -> None:
         for layers in map(int, given.compiling.split(",")):
             with get_context("spawn").Pool(1) as processes:
                 print(processes.apply(compiling, (layers,)), flush=True)
+        return
+    if given.memory:
+        print("| model | dtype | remat | planned | measured | apart |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name in given.models:
+            for dtype, remat in product(given.dtypes.split(","), ("none", "full")):
+                print(remembering(name, dtype, remat), flush=True)
         return
     print(
         "| model | dtype | eager | torch.compile | ours, eager | ours, inductor | inductor", end=""
