@@ -235,20 +235,20 @@ class Work:
 
     def memories(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """Of every rank, if its actions are these."""
-        settings, program = self.settings, self.running
+        settings, program = self.settings, self.made
         footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
         found, graphed = [], self.graphed
         for rank, actions in enumerate(schedule):
             mine = list(dict.fromkeys(action.stage for action in actions))
             memory = rank_memory(
-                program,
+                self.running,
                 actions,
                 footprint.static(program, mine, share),
                 settings.options.dp,
                 footprint.optimizer_bytes(program, mine) if program.trains else 0,
                 {stage: footprint.traffic(program, stage, mine) for stage in mine},
             )
-            most = memory.static.total + graphed_bytes(program, actions) if graphed else 0
+            most = memory.static.total + graphed_bytes(self.running, actions) if graphed else 0
             if most > memory.peak_bytes:
                 memory = replace(memory, peak_bytes=most, peak_at="GRAPHS")
             taken = sum(size for _, size in settings.taken(program, rank))

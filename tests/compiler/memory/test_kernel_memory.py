@@ -16,7 +16,7 @@ from pipecompile.compiler.memory.program_memory import effect_of
 from pipecompile.compiler.plan.plan import Plan
 from pipecompile.passes.programs.fusions import fused_stage
 from pipecompile.runtime.kernels import inductor
-from support import fused, measured, units
+from support import fused, jobs, measured, units
 from support import models as small
 from support.gang import Gang
 from torch import fx
@@ -136,6 +136,19 @@ def test_a_backward_frees_its_stash_within_fusions() -> None:
     freed = effect_of(stage.backward, list(given), given, sizes).extra_bytes
     held = effect_of(stage.backward, (), given, sizes).extra_bytes
     assert freed < held <= freed + sum(sizes.values())
+
+
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_plans_whose_gradients_leave_with_every_microbatch_know_products_too(zero: int) -> None:
+    batch = small.tokens(16, 16)
+    with fused.interpreted():
+        peaks = [
+            jobs.pipeline("gpt2", 1, 2, 4, example_batch=batch, zero=zero, backend=backend)
+            .plan.stages[0]
+            .memory.peak
+            for backend in ("inductor", "eager")
+        ]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.3)
 
 
 # -- beside what kernels allocate -----------------------------------------------------------------
