@@ -103,8 +103,8 @@ PLANNING = (
         "the transient of a stash's readers is forgotten",
     ),
     Mutant(
-        "compiler/costs/memory.py",
-        "live -= known[block]",
+        "compiler/memory/program_memory.py",
+        "self.live -= self.sizes[block]",
         "pass",
         "test_prices.py::test_prices_are_not_below_what_programs_hold",
         "the walk frees nothing within a program",

@@ -14,6 +14,7 @@ from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from support.layered import HOST, Layer, Stack, tokens
+from support.matrix import quickly
 from torch import nn
 
 LAYERS = 8
@@ -142,9 +143,7 @@ def bert() -> nn.Module:
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "build", [gpt2, pytest.param(llama, marks=pytest.mark.slow), bert], ids=lambda b: b.__name__
-)
+@pytest.mark.parametrize("build", quickly([gpt2], [gpt2, llama, bert]), ids=lambda b: b.__name__)
 def test_families(build: Callable[[], nn.Module], rows: int) -> None:
     ids = torch.zeros((rows, 8), dtype=torch.long)
     assert Told(build(), {"input_ids": ids, "labels": ids}).sooner
