@@ -83,7 +83,7 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
         model = capturing.skeleton.module
         loss_fn = capturing.options.loss_fn
         kinds = [*map(type, model.modules()), *([] if loss_fn is None else [loss_fn])]
-        if not all(map(_is_known, kinds)):
+        if not all(map(_is_known, kinds)) or capturing.options.eager_modules:
             return trace(capturing, wanted, records)
         key = (wanted.mode, wanted.spec, wanted.weighs, wanted.chunks, shape_of(model))
         key = (*key, *_told(capturing))
@@ -98,6 +98,8 @@ def _capturing(trace: Callable[..., Captured]) -> Callable[..., Captured]:
                 one = kept[-1] if _is_for(entry.captured, capturing, wanted) else None
             if one is None:
                 made = trace(capturing, wanted, records)
+                if capturing.skeleton.regions.patterns:  # calls of this model, and of no other
+                    return made
                 kept.append((_copied(made), list(records)))
                 if shares:
                     with suppress(UntoldError):
