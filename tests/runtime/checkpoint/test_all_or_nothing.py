@@ -29,7 +29,6 @@ from support.checkpoints import (
     steps,
 )
 from support.gang import Gang
-from support.matrix import quickly
 from support.plain import equal
 from torch import nn
 
@@ -205,7 +204,8 @@ def one_has_no_memory(directory: str, calls: Sequence[str]) -> list[Any]:
     return said
 
 
-@pytest.mark.parametrize("calls", quickly(LAST_PARTS[:1], LAST_PARTS), ids=" ".join)
+@pytest.mark.slow  # each begins processes of its own
+@pytest.mark.parametrize("calls", LAST_PARTS, ids=" ".join)
 def test_a_failure_in_the_last_part_is_told_by_who_has_it(
     tmp_path: Path, calls: Sequence[str]
 ) -> None:
