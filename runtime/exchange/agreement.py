@@ -124,7 +124,12 @@ class Agreement:
             return lambda: [value for _ in speakers]
         if self.neighbours is None:
             everyone = self._begun(mine)
-            return lambda: [self._compared(dict(enumerate(everyone())))[r] for r in speakers]
+
+            def heard_all() -> list[Any]:
+                values = self._compared(dict(enumerate(everyone())))
+                return [values[rank] for rank in speakers]
+
+            return heard_all
         told = self.neighbours.tell(mine, speakers)
 
         def heard() -> list[Any]:
