@@ -100,10 +100,12 @@ class Settings:
         homes = self.shape.homes
         ways = {(homes[a], homes[b]) for a, b in program.routes if homes[a] != homes[b]}
         links = sum(rank in ends for ends in ways)
-        beside = min(dp, reserved.SHARED) - 1
-        if device.placed is not None:
-            beside = device.placed.beside(rank)
-        return list(device.reserved.parts(links, dp, beside))
+        return list(device.reserved.parts(links, dp, self.beside(rank)))
+
+    def beside(self, rank: int) -> int:
+        """How many other replicas of a rank share its machine, at most."""
+        placed = self.rates.at(rank).placed
+        return min(self.options.dp, reserved.SHARED) - 1 if placed is None else placed.beside(rank)
 
     def along(self, decision: Decision) -> Settings:
         """With the devices of its ranks."""

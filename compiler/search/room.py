@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...passes.schedule.load import Load
-from ..costs import reserved
 from ..driver.work import Outline, Settings
 from ..ir.errors import MemoryBudgetError
 from ..ir.problem import Kept
@@ -123,10 +122,8 @@ def taken(settings: Settings) -> list[int]:
     for rank in range(options.n_stages):
         device = settings.rates.at(rank)
         links = 1 if options.n_stages > 1 else 0  # some stage may send no gradients
-        beside = min(options.dp, reserved.SHARED) - 1
-        if device.placed is not None:
-            beside = device.placed.beside(rank)
-        found.append(sum(size for _, size in device.reserved.parts(links, options.dp, beside)))
+        parts = device.reserved.parts(links, options.dp, settings.beside(rank))
+        found.append(sum(size for _, size in parts))
     return found
 
 
