@@ -277,7 +277,8 @@ class Loader:
         return replace(step, requests=requests, kinds=kinds)
 
     def _asks(self, request: Request) -> bool:
-        return bool(self._guards.get(replace(request, outcome=0)))
+        guards = self._guards.get(replace(request, outcome=0))
+        return guards is not None and guards.of_batch
 
     def _made_for(self, request: Request) -> list[Guards]:
         """What the graphs that there are for such microbatches ask, by their outcomes."""

@@ -1,12 +1,14 @@
 """What forward has asked the batch in Python, and the answers that a graph was made for.
 
 A graph is right for each batch that gives the same answers. They are asked again before every step,
-of each microbatch, by running the few operators that lead to them.
+of each microbatch, by running the few operators that lead to them; not where no batch could give
+another, as all comes of shapes and buffers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +86,7 @@ class Guards:
     def __bool__(self) -> bool:
         return bool(self.steps)
 
-    @property
+    @functools.cached_property
     def of_batch(self) -> bool:
         """Whether an answer depends on the batch, and not on constants and buffers alone."""
         nodes = [step for step in self.steps if isinstance(step, fx.Node)]

@@ -12,6 +12,7 @@ import pipecompile
 import pytest
 import torch
 from pipecompile import errors
+from pipecompile.compiler.answers.guards import Guards
 from pipecompile.compiler.capture.batch import flatten
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.runtime import loader
@@ -328,6 +329,22 @@ def test_a_buffer_that_is_loaded_with_another_answer_is_refused() -> None:
     pipe.load_state_dict(state | {"longest": torch.tensor(6)})
     with pytest.raises(errors.CaptureError, match="by the values of buffer 'longest', which are"):
         pipe.step(batch())
+
+
+def positions(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What transformers asks of positions that it has numbered itself: are rows packed?"""
+    places = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    packed = (places.diff(dim=1) != 1).any()
+    return model.loss(model.hidden(ids).mean(1), labels) * (2 if packed else 1)
+
+
+@pytest.mark.parametrize(("how", "asked"), [(positions, 0), (constant, 0), (branching, 2)])
+def test_what_no_batch_can_answer_otherwise_is_asked_once(how: Forward, asked: int) -> None:
+    pipe = compiled(built(how))
+    pipe.step(batch())
+    with mock.patch.object(Guards, "difference", autospec=True, return_value=None) as difference:
+        pipe.step(batch())
+    assert difference.call_count == asked  # per microbatch
 
 
 def test_results_of_a_forward_that_asks() -> None:
