@@ -11,7 +11,7 @@ from ..ir.errors import OptionError
 from ..options.declaration import OUTPUT
 from ..options.parsing import parse_names
 from ..report.quiet import quiet
-from ..tracing.collecting import seldom_collected
+from ..tracing.collecting import seldom_collected, settle, uncollected
 from .flags import add_command
 
 if TYPE_CHECKING:
@@ -78,10 +78,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     with quiet(), seldom_collected():
-        from ..subjects.script import is_script, run_script
-        from .inspection import inspect
-        from .request import Request
+        with uncollected():
+            from ..subjects.script import is_script, run_script
+            from .inspection import inspect
+            from .request import Request
 
+            settle()
         script = None
         if is_script(args.spec):
             script = run_script(Path(args.spec), args.script)

@@ -31,7 +31,6 @@ from ..ir.precision import computed_in
 from ..options.microbatches import divide
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
-from ..page.page import Page, write_page
 from ..plan.plan import Plan
 from ..planning.target import Target
 from ..report.compare import ORDERS, QUICK, compare, unit_names
@@ -45,6 +44,7 @@ from ..search.subject import Subject as Searched
 from ..subjects.spec import load
 from ..trace.planned import planned_trace
 from ..trace.writing import write_trace
+from ..tracing.collecting import settle, uncollected
 from ..verdict.verdict import Change, Judged, verdict_of
 from .request import Request
 
@@ -72,7 +72,9 @@ def inspect(request: Request) -> Inspection:
         PipecompileError: a mistake of the user's, of any kind.
     """
     prepare(request.options.dump_dir)
-    subject = request.subject or load(request.spec, request.model)
+    with uncollected():
+        subject = request.subject or load(request.spec, request.model)
+        settle()
     options = replace(request.options, loss_fn=subject.loss_fn)
     check_model(subject.model, subject.loss_fn)
     model = with_loss(subject.model, subject.loss_fn)
@@ -107,6 +109,8 @@ def inspect(request: Request) -> Inspection:
     said = verdict_of(_judged(asked, options, compiled))
     extras = Extras(seconds, trials, rows, tuple(hints(seen)), fp32, passes, said, told)
     if request.page is not None:
+        from ..page.page import Page, write_page
+
         shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
         page = Page(plan, compiled.timeline, replace(extras, comparison=shown), unit_names(problem))
         _written("--html", request.page, partial(write_page, page))

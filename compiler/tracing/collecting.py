@@ -28,7 +28,21 @@ def seldom_collected() -> Iterator[None]:
     time; afterwards it does as it did before. For processes that nobody else works in."""
     before = gc.get_threshold()
     gc.set_threshold(*SELDOM)
+    _alone.append(True)
     try:
         yield
     finally:
+        _alone.pop()
         gc.set_threshold(*before)
+        if not _alone:
+            gc.unfreeze()
+
+
+def settle() -> None:
+    """What there is now, modules and a model, is there to stay: inside `seldom_collected` nobody
+    looks at it again, which takes longer than all that comes of it."""
+    if _alone:
+        gc.freeze()
+
+
+_alone: list[bool] = []
