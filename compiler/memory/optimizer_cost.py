@@ -16,7 +16,7 @@ from ..tensors.facts import layout_of
 from ..tensors.fakes import is_fake, weightless
 from ..tensors.pytree import tree_leaves
 from .meter import StorageMeter
-from .repeats import repeats_in
+from .repeats import Repeats, repeats_in
 
 Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -25,6 +25,7 @@ Factory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 SAMPLE_BYTES = 64 << 20
 OTHERS_BYTES = 256 << 20  # what microbatches touch between two steps: caches are theirs
 STEPS = 5
+FEW = ((1, 2), (2, 3))  # of the pieces that repeat so many are stepped
 _STEP = 100.0  # what a fake step counter reads: late enough for what optimizers do after a warm-up
 
 
@@ -55,7 +56,7 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
     Runs two steps on fake tensors: the first makes the states, the second is measured. An optimizer
     that cannot run without data runs on small parameters instead, and their bytes are scaled.
     torch's own optimizers go by layouts alone: what is known of some is taken for all that are
-    alike, and two and three of the layers that repeat are stepped, which tell what all take.
+    alike, and one and two of the layers that repeat are stepped, which tell what all take.
 
     Args:
         factory: called with named parameters, as `pipecompile.compile` does.
@@ -160,19 +161,29 @@ def _typed(value: Any) -> Any:
 def _extended(
     factory: Factory, params: Mapping[str, torch.Tensor], layouts: tuple[object, ...]
 ) -> OptimizerMemory | None:
-    """From two and from three pieces of those that repeat; None where they do not tell the same,
-    or nothing repeats.
-
-    The peak of a step is the largest of several sums, each of which grows evenly with the pieces.
-    Without what does not repeat, the one that grows most is the largest: if the peak grows as that
-    one does, it goes on to.
-    """
-    repeats, names = repeats_in(layouts), list(params)
+    """From one and two pieces of those that repeat, or from two and three; None where they do not
+    tell the same, or nothing repeats."""
+    repeats = repeats_in(layouts)
     if repeats is None:
         return None
+    few = (_told_by(few, repeats, factory, params) for few in FEW)
+    return next((found for found in few if found is not None), None)
+
+
+def _told_by(
+    few: tuple[int, int], repeats: Repeats, factory: Factory, params: Mapping[str, torch.Tensor]
+) -> OptimizerMemory | None:
+    """The peak of a step is the largest of several sums, each of which grows evenly with the
+    pieces. Without what does not repeat, the one that grows most is the largest: if the peak grows
+    as that one does, it goes on to.
+
+    Args:
+        few: numbers of pieces, one after the other.
+    """
+    names = list(params)
     run = range(repeats.start, repeats.start + repeats.length * repeats.count)
     told, during, alone = [], [], []
-    for count in (2, 3):
+    for count in few:
         kept = [names[i] for i in repeats.kept(count, len(names))]
         found = _stepped(factory, {name: params[name] for name in kept})
         states = [found.state_bytes[name] for name in kept]
@@ -182,11 +193,11 @@ def _extended(
         pieces = {names[i]: params[names[i]] for i in run[: count * repeats.length]}
         alone.append(_stepped(factory, pieces).transient_bytes)
     more = alone[1] - alone[0]
-    proportional = 2 * alone[1] == 3 * alone[0]
+    proportional = few[0] * alone[1] == few[1] * alone[0]
     if told[0] != told[1] or during[1] - during[0] != more or not (proportional or not more):
         return None
     own, shared = told[0]
-    transient = during[1] + (repeats.count - 3) * more
+    transient = during[1] + (repeats.count - few[1]) * more
     return OptimizerMemory(dict(zip(names, own, strict=True)), shared, transient)
 
 

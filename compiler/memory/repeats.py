@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-ENOUGH = 8  # repeats that are worth being told from two and three of them
+ENOUGH = 4  # repeats that are worth being told from one and two of them
 LONGEST = 256  # of what is repeated
 
 
@@ -24,13 +24,13 @@ class Repeats:
 
     def twin(self, position: int, count: int) -> int:
         """Of an item of the whole list the position of its like, where so many pieces are left:
-        items of the pieces between have it in the last piece but one."""
+        items of the pieces between have it in the last piece but one, or in the only one."""
         length, gone = self.length, self.count - count
         piece = (position - self.start) // length
         if position < self.start or piece < count - 1:
             return position
         if piece < self.count - 1:
-            return self.start + (count - 2) * length + (position - self.start) % length
+            return self.start + max(0, count - 2) * length + (position - self.start) % length
         return position - gone * length
 
 
