@@ -20,7 +20,7 @@ from ..answers.inputs import LITERAL, NUMBER
 from ..effects.code import user_line
 from ..ir.errors import CaptureError
 from ..ir.graph import JointGraph, Phase, identifier, module_path, passed_on, phase_of, tensors
-from ..layers.copies import replicated
+from ..layers.copies import DifferentError, replicated
 from ..layers.runs import Run, runs_of, shortened
 from ..regions.operators import known_work
 from ..rows.loss import Counting, counting_of
@@ -71,7 +71,13 @@ def differentiated(
     known = skeleton, traced, tuple(leaves), wants_loss, replaced, counts, given, numbers
     if runs := runs_of(traced.graph):
         with contextlib.suppress(Exception):  # what is wrong is told of all layers
-            return _differentiated(*known, shortened(traced.graph, runs), runs)
+            try:
+                return _differentiated(*known, shortened(traced.graph, runs), runs)
+            except DifferentError:
+                if not any(run.ends for run in runs):
+                    raise
+                runs = [run.shorter() for run in runs]
+                return _differentiated(*known, shortened(traced.graph, runs), runs)
     return _differentiated(*known, traced.graph, ())
 
 

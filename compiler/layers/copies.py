@@ -321,14 +321,17 @@ def _forward(graph: JointGraph, run: Run) -> dict[tuple[Phase, int], list[fx.Nod
     paths = {moved(f"{run.container}.0", run.container, number): number for number in wanted}
     firsts: dict[int, int] = {}
     last = run.following + 2 * run.layers
-    paths[f"{run.container}.{last}"] = last
+    if not run.ends:
+        paths[f"{run.container}.{last}"] = last
     for i, node in enumerate(nodes):
         path = module_of(node)
         for start, number in paths.items():
             if number not in firsts and f"{path}.".startswith(f"{start}."):
                 firsts[number] = i
-    if any(number not in firsts for number in (*wanted[1:], last)):
+    if any(number not in firsts for number in [*paths.values()][1:]):
         raise DifferentError("a layer has no operators")
+    if run.ends:  # as long as the one before it
+        firsts[last] = 2 * firsts[wanted[LATER]] - firsts[wanted[NEXT]]
     starts = [firsts.get(number, firsts[run.kept]) for number in (*wanted, last)]
     if starts != sorted(starts):
         raise DifferentError("layers do not follow each other")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from ..ir.graph import module_path, tensors, written
+from ..ir.graph import behind, module_path, tensors, written
 from ..ir.region import is_region
 from ..tensors.facts import layout_of
 from ..tensors.fakes import is_symbol
@@ -39,6 +39,7 @@ class Run:
         pieces: operators of that one, and of those that are left out.
         states: per period that is left out, and for the next one, what it reads for what the kept
             one reads.
+        ends: but one period follows the next one.
     """
 
     container: str
@@ -46,6 +47,13 @@ class Run:
     kept: int
     pieces: Sequence[Sequence[fx.Node]]
     states: Sequence[Names]
+    ends: bool = False
+
+    def shorter(self) -> Run:
+        """With one period less that is left out, where but one follows the next one."""
+        if not self.ends:
+            return self
+        return replace(self, pieces=self.pieces[:-1], states=self.states[:-1], ends=False)
 
     @property
     def count(self) -> int:
@@ -63,7 +71,7 @@ class _Pieces:
     """The periods of one container.
 
     Attributes:
-        nodes: per period; the last ones of the last period are not known.
+        nodes: per period; those of the last one are not known, as nothing tells where it ends.
         own: per period but the first, what it reads for what the one before reads.
         shared: the state that the last period that was looked at shares with the next one.
     """
@@ -105,6 +113,37 @@ class _Pieces:
         """Whether what a period reads of its own for the one before is what the next one's is
         for: no two of the three share it."""
         return set(self.own[period].values()) == set(self.own[period + 1])
+
+    def ends_alike(self, first: int, moved: Sequence[str], behind: Sequence[fx.Node]) -> bool:
+        """Whether the last period goes on from the one before it as all from a first one on do, and
+        nothing but it reads what that one makes.
+
+        Args:
+            moved: as in `alike`.
+            behind: operators from the last period's first one on.
+        """
+        period = len(self.nodes) - 2
+        last = self.nodes[-1] = list(behind[: len(self.nodes[period])])
+        self.place |= {node: (period + 1, i) for i, node in enumerate(last)}
+        if not self.alike(period, moved) or self._shares_trained(period + 1):
+            return False
+        near = self.reads_before(period + 1, first) and self.read_inside(period)
+        return near and self.go_on(period)
+
+    def _shares_trained(self, period: int) -> bool:
+        """Whether what a period that was looked at shares with the one before it has a gradient:
+        that is a sum, in which the last period has the first term, and all others add to it."""
+        sources = {source for node in self.nodes[period] for source in node.all_input_nodes}
+        shared = [
+            node
+            for node in sources
+            if (self.place.get(node, (-1, 0))[0] < period - 1)
+            and (node.op != "get_attr" or str(node.target) in self.shared)
+        ]
+        states = {str(node.target) for node in behind(*shared) if node.op == "get_attr"}
+        owner = self.nodes[period][0].graph.owning_module
+        params = {} if owner is None else dict(owner.named_parameters(remove_duplicate=False))
+        return any(name in params and params[name].requires_grad for name in states)
 
     def _same(self, value: Any, other: Any, period: int, names: dict[str, str]) -> bool:
         if type(value) is not type(other):
@@ -191,12 +230,15 @@ def _run(container: str, starts: Mapping[int, int], operators: Sequence[fx.Node]
         found = _streak(_Pieces(parts), container, layers)
         if found is not None:
             pieces, (a, b) = found
+            ends = b == len(parts) - 2 and pieces.ends_alike(
+                a, _moved(pieces.nodes[b], container, layers), operators[firsts[-1] :]
+            )
             states: list[Names] = []
-            for period in range(a + 1, b):
+            for period in range(a + 1, b + ends):
                 last = states[-1] if states else {name: name for name in pieces.own[a + 1]}
                 states.append({name: pieces.own[period][now] for name, now in last.items()})
             kept = numbers[0] + a * layers
-            return Run(container, layers, kept, pieces.nodes[a : b - 1], states)
+            return Run(container, layers, kept, pieces.nodes[a : b - 1 + ends], states, ends)
     return None
 
 
@@ -204,7 +246,7 @@ def _streak(pieces: _Pieces, container: str, layers: int) -> tuple[_Pieces, tupl
     """The first and the last of most periods that are alike."""
     best, first = (0, 0), 0
     for period in range(len(pieces.nodes) - 2):
-        paths = [moved(module_path(node), container, layers) for node in pieces.nodes[period]]
+        paths = _moved(pieces.nodes[period], container, layers)
         alike = pieces.nodes[period] and pieces.alike(period, paths)
         while alike and first < period and not pieces.reads_before(period + 1, first):
             first += 1
@@ -215,6 +257,11 @@ def _streak(pieces: _Pieces, container: str, layers: int) -> tuple[_Pieces, tupl
         elif period + 1 - first > best[1] - best[0]:
             best = first, period + 1
     return (pieces, best) if best[1] - best[0] >= FEWEST - 3 else None
+
+
+def _moved(nodes: Sequence[fx.Node], container: str, by: int) -> list[str]:
+    """The paths of operators' modules so many layers further on."""
+    return [moved(module_path(node), container, by) for node in nodes]
 
 
 def moved(path: str, container: str, by: int) -> str:
