@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..answers.known import node_of
+from ..answers.known import node_of, proxy_mode
 from ..answers.number import How, Number
 from ..effects.code import is_foreign_module
 from ..tensors.fakes import FakeTensor
@@ -198,7 +198,7 @@ def asked_again(
         for each in asked.leaves
     ]
     args, kwargs = tree_unflatten(leaves, asked.tree)
-    with nameless():
+    with nameless(proxy_mode().tracer):
         results, tree = tree_flatten(getattr(helper, asked.name)(*args, **kwargs))
     nodes = nodes_after(graph, last)
     if tree != asked.results_tree or len(nodes) != len(asked.nodes):

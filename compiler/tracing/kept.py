@@ -288,12 +288,20 @@ def _converts(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def nameless() -> Iterator[None]:
+def nameless(tracer: fx.Tracer | None = None) -> Iterator[None]:
     """Inside, no node notes the lines of code that made it, which takes a tenth of an export
-    (from torch 2.12 on; an older one does not ask, and notes them)."""
-    before = getattr(fx.config, "do_not_emit_stack_traces", False)
-    fx.config.do_not_emit_stack_traces = True
+    (from torch 2.12 on; an older one does not ask, and notes them).
+
+    Args:
+        tracer: one that traces already: it has asked when it began.
+    """
+    asked: list[tuple[Any, str, bool]] = [(fx.config, "do_not_emit_stack_traces", True)]
+    asked += [] if tracer is None else [(tracer, "record_stack_traces", False)]
+    before = [getattr(owner, name, False) for owner, name, _ in asked]
+    for owner, name, value in asked:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        fx.config.do_not_emit_stack_traces = before
+        for (owner, name, _), value in zip(asked, before, strict=True):
+            setattr(owner, name, value)

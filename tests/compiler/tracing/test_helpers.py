@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
+from pipecompile.compiler.answers.known import proxy_mode
 from pipecompile.compiler.answers.number import plain
 from pipecompile.compiler.tracing import templates
 from pipecompile.compiler.tracing.helpers import StandIn, is_helper
@@ -109,6 +110,23 @@ def asked(model: nn.Module) -> tuple[int, int, int]:
 
 def test_a_cache_is_called_for_each_layer() -> None:
     assert asked(Cached()) == (LAYERS - 1, 2 * (LAYERS - 1), 2 * (LAYERS - 1))
+
+
+def test_operators_of_copies_have_the_lines_of_those_that_they_are_copies_of() -> None:
+    asks: list[bool] = []
+
+    class Noting(Cache):
+        def update(self, new: torch.Tensor, index: int, /, **more: Any) -> torch.Tensor:
+            asks.append(proxy_mode().tracer.record_stack_traces)
+            return super().update(new, index, **more)
+
+    class Noted(Cached):
+        def cache_of(self) -> Cache:
+            return Noting()
+
+    assert copied(Noted()) == LAYERS - 1
+    copies = [False] * (LAYERS - 1)
+    assert asks[:LAYERS] == [True, *copies]
 
 
 def _table(layer: Any, _: Any, y: torch.Tensor) -> torch.Tensor:
