@@ -83,8 +83,11 @@ class Capturing:
         """
         use = (wanted.mode, wanted.weighs, bool(wanted.batch), repr(wanted.chunks))
         found: list[Captured] = []
+        looked = False
 
         def look() -> Captured | None:
+            nonlocal looked
+            looked = True
             entry = self._store.find(use, wanted.spec, wanted.batch)
             if entry is None:
                 return None
@@ -93,10 +96,12 @@ class Capturing:
             return entry.captured
 
         def trace() -> Captured:
-            with self._store.noting():
+            with self._store.noting(looked):
                 return self._traced(wanted, records)
 
         def generalise(example: BatchSpec, varying: Varying) -> Template:
+            nonlocal looked
+            looked = False
             with self._store.noting():
                 return self._generalised(wanted, example, varying, records)
 

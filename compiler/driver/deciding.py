@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -194,7 +195,7 @@ class Deciding:
             MemoryBudgetError: none fits at the last of them.
             PlanError: the plan was made for something else.
         """
-        self.team.agree(self.graph.fingerprint())
+        self.team.agree(self._fingerprint)
         if self.given is not None:
             return self._from_plan(self.given, settings_of(levels[0]))
         told = self._told(settings_of(levels[0])) if len(levels) == 1 else ()
@@ -255,7 +256,7 @@ class Deciding:
         parts = None if like is None else like.parts
         if parts is None and self.shared is not None and not pinned:
             parts = self._parts(settings.options)
-        return Planner(
+        planner = Planner(
             self.graph,
             self.locality,
             settings.options,
@@ -267,6 +268,12 @@ class Deciding:
             pinned,
             parts,
         )
+        planner.fingerprint = self._fingerprint
+        return planner
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.graph.fingerprint()
 
     def _ordered(
         self,
@@ -352,7 +359,7 @@ class Deciding:
         except UntoldError:
             return ()
         return (
-            *(self.graph.fingerprint(), self.spec.described(), settings.microbatches),
+            *(self._fingerprint, self.spec.described(), settings.microbatches),
             *(options.n_stages, options.virtual, options.dp, options.in_plan(), chosen, optimizer),
             options.fuses,
             self.target.budget_bytes,
@@ -374,7 +381,7 @@ class Deciding:
         for name, (theirs, ours) in wanted.items():
             if theirs != ours:
                 raise PlanError(f"the plan has {name}={theirs}, this run {name}={ours}")
-        if plan.fingerprint != graph.fingerprint():
+        if plan.fingerprint != self._fingerprint:
             what = (
                 f"microbatches of ({plan.shape}), this run has ({self.spec})"
                 if plan.shape != str(self.spec)

@@ -96,9 +96,14 @@ class Store:
         return entry
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """A trace inside."""
-        self._check()
+    def noting(self, looked: bool = False) -> Iterator[None]:
+        """A trace inside.
+
+        Args:
+            looked: right after a look for it, and nothing has been done in between.
+        """
+        if not looked:
+            self._check()
         start = self._start = self._start or self._now
         before = plain_attributes(self._skeleton.module)
         with warnings.catch_warnings(record=True) as heard, opened() as files:
