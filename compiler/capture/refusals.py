@@ -181,10 +181,12 @@ def _odd(graph: JointGraph, node: fx.Node) -> tuple[torch.dtype, set[torch.dtype
     dtypes = [value.dtype for each in _given(node) for value in tensors(each.meta.get("val"))]
     if node.target in _COUNTS:
         return torch.int64, {dtypes[1]} - _COUNTS[node.target]
-    expected = _expected(graph, node, dtypes[-1]) if dtypes else torch.float32
-    mixes = node.target in _NORMS and dtypes[0] in REDUCED and set(dtypes[1:]) == {torch.float32}
-    if len(set(dtypes)) < 2 or mixes or node.target not in _ALIKE | _NORMS:
-        return expected, set()
+    normalises = node.target in _NORMS
+    if len(set(dtypes)) < 2 or not (normalises or node.target in _ALIKE):
+        return torch.float32, set()
+    if normalises and dtypes[0] in REDUCED and set(dtypes[1:]) == {torch.float32}:
+        return torch.float32, set()
+    expected = _expected(graph, node, dtypes[-1])
     return expected, set(dtypes) - {expected}
 
 

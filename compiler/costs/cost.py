@@ -6,8 +6,8 @@ FLOPs are those of matrix products (`formulas.py`); seconds are a device's (`Dev
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,13 +50,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a node does on any device; valid while it has these arguments and this value.
+    """What a node does on any device; valid while it has these arguments and this value, and for
+    one that calls the same operator on the same values in a copy of the graph.
 
     Attributes:
+        inputs: how many nodes are among the arguments.
         lacks, times, form: as of a `Kernel`.
     """
 
+    target: Any
     args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: int
     value: Any
     flops: int
     moved_bytes: int
@@ -64,6 +69,27 @@ class _Work:
     lacks: str = ""
     times: int = 1
     form: Form | None = None
+
+    def is_of(self, node: fx.Node) -> bool:
+        if self.value is not node.meta.get("val"):
+            return False
+        if self.args is node.args:
+            return True
+        same = self.target is node.target and self.inputs == len(node.all_input_nodes)
+        return same and _same(self.args, node.args) and _same(self.kwargs, node.kwargs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether operands are the same values, whichever nodes have them."""
+    if isinstance(one, fx.Node):
+        return isinstance(other, fx.Node) and one.meta.get("val") is other.meta.get("val")
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 def node_cost(node: fx.Node, device: Device) -> Cost:
@@ -175,19 +201,23 @@ def _launches(nodes: Iterable[fx.Node]) -> Iterator[_Work | Kernel]:
 
 
 def _work(node: fx.Node) -> _Work:
-    """Computed once per node and kept in its ``meta``: a compile asks for it several times."""
+    """Computed once per node and kept in its ``meta``, which its copies have too: a compile asks
+    for it several times, of many copies of a graph."""
     known = node.meta.get("work")
-    value = node.meta.get("val")
-    if isinstance(known, _Work) and known.args is node.args and known.value is value:
+    if isinstance(known, _Work) and known.is_of(node):
+        if known.args is not node.args:  # nothing keeps another graph's nodes
+            known = node.meta["work"] = replace(known, args=node.args, kwargs=node.kwargs)
         return known
+    own = node.target, node.args, node.kwargs, len(node.all_input_nodes)
     if is_getitem(node) or storage_root(node) is not node:
-        work = _Work(node.args, value, 0, 0, "")
+        work = _Work(*own, node.meta.get("val"), 0, 0, "")
     else:
         sources = [t for n in node.all_input_nodes for t in tensors(n.meta.get("val"))]
         dtype = short_name(sources[0].dtype) if sources else ""
         flops, form = _products(node)
         lacks = lacking(_called(node)[0])
-        work = _Work(node.args, value, flops, _moved_bytes(node), dtype, lacks, form=form)
+        moved = _moved_bytes(node)
+        work = _Work(*own, node.meta.get("val"), flops, moved, dtype, lacks, form=form)
     node.meta["work"] = work
     return work
 

@@ -159,7 +159,8 @@ class JointGraph:
 
 
 def phase_of(node: fx.Node) -> Phase:
-    return Phase(node.meta.get("phase", Phase.FORWARD))
+    phase = node.meta.get("phase", Phase.FORWARD)
+    return phase if isinstance(phase, Phase) else Phase(phase)  # looked up for every operator
 
 
 def module_of(node: fx.Node) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers as hf
-from pipecompile.compiler.costs.cost import node_flops, unpriced
+from pipecompile.compiler.costs import cost
+from pipecompile.compiler.costs.cost import node_cost, node_flops, unpriced
 from pipecompile.compiler.costs.hardware import CPU
 from pipecompile.compiler.ir.graph import Phase
 from support.matrix import quickly
@@ -312,3 +314,31 @@ def test_flops_of_a_family(family: Callable[[int], Family], s: int) -> None:
     assert forward == pytest.approx(work.forward, rel=0.005)
     assert backward == pytest.approx(work.backward, rel=0.005)
     assert unpriced(graph.ops(), CPU) == ""
+
+
+def test_what_copies_of_operators_cost_is_not_worked_out_again() -> None:
+    """Unless they call another operator, or have other operands."""
+    x = torch.randn(4, 8)
+    layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False))
+    graph = captured(Squared(layers), {"x": x})
+    before = [node_cost(node, CPU) for node in graph.ops()]
+    with mock.patch.object(cost, "flops_of", side_effect=AssertionError("worked out again")):
+        assert [node_cost(node, CPU) for node in graph.copy()[0].ops()] == before
+    copies = zip(graph.ops(), graph.copy()[0].ops(), strict=True)
+    products = [copy for node, copy in copies if node_flops(node)]
+    assert len(products) == 5  # the batch has no gradient
+    changed, wider = products[:2]
+    changed.target = torch.ops.aten.minimum.default
+    assert node_flops(changed) == 0
+    wider.all_input_nodes[0].meta["val"] = torch.empty((8, 8), device="meta")
+    assert node_flops(wider) == 2 * 8**3
+
+
+class Squared(nn.Module):
+    def __init__(self, layers: nn.Module):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        return y.square().mean()
