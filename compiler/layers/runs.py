@@ -230,15 +230,15 @@ def _run(container: str, starts: Mapping[int, int], operators: Sequence[fx.Node]
         found = _streak(_Pieces(parts), container, layers)
         if found is not None:
             pieces, (a, b) = found
-            ends = b == len(parts) - 2 and pieces.ends_alike(
+            alone = b == len(parts) - 2 and pieces.ends_alike(
                 a, _moved(pieces.nodes[b], container, layers), operators[firsts[-1] :]
             )
             states: list[Names] = []
-            for period in range(a + 1, b + ends):
+            for period in range(a + 1, b + alone):
                 last = states[-1] if states else {name: name for name in pieces.own[a + 1]}
                 states.append({name: pieces.own[period][now] for name, now in last.items()})
             kept = numbers[0] + a * layers
-            return Run(container, layers, kept, pieces.nodes[a : b - 1 + ends], states, ends)
+            return Run(container, layers, kept, pieces.nodes[a : b - 1 + alone], states, alone)
     return None
 
 
