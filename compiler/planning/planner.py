@@ -38,6 +38,8 @@ from .refine import LEAST_GAIN, StepModel, refine, smoothed
 
 ATTEMPTS = 6
 ROUGH_ATTEMPTS = 3
+HOPELESS = 1.25  # of the budget: what programs need so far above it is not found to fit later
+UNREAD = "planned roughly, without a look for what helps"
 QUICK_S = 5.0  # time limit of an attempt; the last one gets what the options say
 SHARED = 1 / 6  # of the time limit, where ranks hold several stages: the slowest is not all
 CLOSE = 0.02  # of the budget: with prices this near to the truth only a shorter step is worth more
@@ -207,6 +209,8 @@ class Planner:
             if settled and (problem.shares_ranks or self._roomy(drafted)):
                 break
             solution = self._nearest(problem, QUICK_S)
+            if roughly and best is None and self._hopeless(drafted, solution):
+                break
             if best is not None and settled and not _promises(solution, best.solution):
                 break
         if not roughly and (best is None or not best.solution.proven):
@@ -215,7 +219,7 @@ class Planner:
             drafted = self._drafted(last, prices, draft, solution)
             best = self._better(best, drafted)
         if best is None:
-            raise self._too_small(drafted)
+            raise self._too_small(drafted, roughly)
         self.solved = best.problem
         return best.decision if roughly else self._polished(best, prices, draft).decision
 
@@ -384,11 +388,23 @@ class Planner:
         roomy = all(held < ROOMY * budget for held, budget in pairs)
         return roomy and not drafted.decision.recomputed
 
-    def _too_small(self, drafted: Drafted) -> MemoryBudgetError:
+    def _hopeless(self, drafted: Drafted, nearest: Solution) -> bool:
+        """Whether programs need far more than there is, and no division fits at prices that have
+        learnt from them.
+
+        Args:
+            nearest: the one that comes next.
+        """
+        peaks = zip(drafted.peak_bytes, self.budgets, strict=True)
+        prices = zip(nearest.ranks_bytes, self.budgets, strict=True)
+        far = any(peak > HOPELESS * budget for peak, budget in peaks)
+        return far and any(held > budget for held, budget in prices)
+
+    def _too_small(self, drafted: Drafted, roughly: bool) -> MemoryBudgetError:
         over = drafted.over_bytes
         worst = max(range(len(over)), key=over.__getitem__)
         problem, solution = drafted.problem, drafted.solution
-        helps = advice(problem, solution, self.options, self.rows)
+        helps = [UNREAD] if roughly else advice(problem, solution, self.options, self.rows)
         stash = problem.ranks_stash(solution.stage, solution.option)[worst]
         who = "rank" if problem.shares_ranks else "stage"
         return MemoryBudgetError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,9 +13,11 @@ from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import H100
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.compiled import Compiled, Mode
+from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.options.options import CompileOptions
+from pipecompile.compiler.planning import planner
 from pipecompile.compiler.planning.ordering import Ordering
-from pipecompile.compiler.planning.planner import Planner
+from pipecompile.compiler.planning.planner import Drafted, Planner
 from pipecompile.compiler.planning.target import Target
 from support.matrix import quickly
 from torch import nn
@@ -52,3 +55,24 @@ def test_what_is_searched_for_is_no_longer(schedule: str, budget_bytes: float) -
     with searched, refined:
         rough = built(schedule, True, budget_bytes).plan
     assert whole.step_s <= rough.step_s <= 1.2 * whole.step_s
+
+
+@pytest.mark.parametrize("limit", [planner.HOPELESS, math.inf])
+def test_what_needs_far_more_than_there_is_is_drafted_once(limit: float) -> None:
+    peaks: list[int] = []
+    drafted = Planner._drafted
+
+    def counted(own: Planner, *given: Any) -> Drafted:
+        found = drafted(own, *given)
+        peaks.append(max(found.peak_bytes))
+        return found
+
+    budget = float(8 << 20)
+    with (
+        mock.patch.object(Planner, "_drafted", counted),
+        mock.patch.object(planner, "HOPELESS", limit),
+        pytest.raises(MemoryBudgetError, match="planned roughly"),
+    ):
+        built("1f1b", True, budget)
+    assert min(peaks) > planner.HOPELESS * budget
+    assert len(peaks) == 1 if limit < math.inf else len(peaks) > 1
