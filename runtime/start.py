@@ -14,7 +14,7 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.capture.exports import Exports
 from ..compiler.capture.skeleton import Skeleton, skeleton_of
 from ..compiler.capture.whole import with_loss
-from ..compiler.driver.auto import Open, listed
+from ..compiler.driver.auto import Open, listed, weighing
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.capturing import Shared
 from ..compiler.driver.record import prepare
@@ -98,11 +98,14 @@ def start_best(model: nn.Module, options: CompileOptions, open_: Open) -> Pipeli
         options.check_shared()
     mesh = make_mesh(count, 1) if open_.divides else make_mesh(options.n_stages, options.dp)
     device = choose_device(options.device, mesh)
+    named, own = options.backend != AUTO, options
     options, why = settled(choice.settled(options, device), device)
+    if options.fuses:
+        open_ = weighing(open_, own, device.type == "cpu")
     planning = Planning(mesh, device, options)
     with plain_torch(device), planning.guard():
         model = with_loss(model, options.loss_fn)
-        return _best(model, options, open_, planning, mesh, device, {"backend": why})
+        return _best(model, options, open_, planning, mesh, device, {"backend": why}, named)
 
 
 def _best(
@@ -113,7 +116,12 @@ def _best(
     mesh: Mesh,
     device: torch.device,
     notes: dict[str, str],
+    named: bool,
 ) -> Pipeline:
+    """Args:
+    notes: what was chosen before, and why.
+    named: whether the backend was.
+    """
     skeleton = _skeleton(model, device, options)
     agreement = Agreement(mesh, device)
     agreement.check_options(options)
@@ -142,7 +150,7 @@ def _best(
         return Builder(skeleton, tried, target, captured=captured)
 
     devices = mesh.size
-    asked = Subject(options, target, devices, builder, divided)
+    asked = Subject(options, target, devices, builder, divided, named=named)
     ways = ways_of(open_, options, devices, whole.rows)
     team = Ranks(mesh, agreement, model, options)
     only_places = not open_.divides and not open_.orders

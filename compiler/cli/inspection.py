@@ -89,6 +89,7 @@ def inspect(request: Request) -> Inspection:
     else:
         compiled, found = _chosen(asked, options, request.open)
         trials, told = found.trials, found.told
+        options = replace(options, backend=found.best.way.backend or options.backend)
     plan = compiled.plan
     if request.save is not None:
         _written("--save", request.save, plan.save)
@@ -240,6 +241,8 @@ def _chosen(asked: _Asked, options: CompileOptions, open_: Open) -> tuple[Compil
     made = searched.built[found.best.way]
     if options.dump_dir is not None:  # of the chosen one only
         made = replace(asked, captured=None).built(found.best.way.of(options))
+    if why := searched.weighed(found.best.way):
+        made = replace(made, plan=replace(made.plan, notes=(*made.plan.notes, ("backend", why))))
     peak = asked.request.device.mean_peak(computed_in(options.dtypes, asked.skeleton.module))
     return made, rated(found, made.plan, peak)
 

@@ -13,7 +13,7 @@ import torch
 
 from ..costs.cluster import Cluster, parse_hardware
 from ..costs.hardware import CHANGED, CPU, Device
-from ..driver.auto import Open
+from ..driver.auto import Open, weighing
 from ..ir.errors import OptionError, PlanError
 from ..kept.cache import default_cache_dir
 from ..options.arguments import Arguments
@@ -98,6 +98,7 @@ class Request:
         real = base.each(lambda each: calibrated(each, default_cache_dir(), options.fuses))
         real = with_settings(real, rates)
         device = real if options.costs == "calibrated" else with_settings(base, rates)
+        open_ = open_of(args, script, device.topology is not None)
         if device.is_cpu:  # which records nothing
             options = replace(options, cudagraphs=False)
         _check_device(device, given)
@@ -113,7 +114,7 @@ class Request:
             options,
             device,
             options.memory_bytes or limit,
-            open_of(args, script, device.topology is not None),
+            None if open_ is None else weighing(open_, options, device.is_cpu),
             args.compare,
             None if args.save is None else Path(args.save),
             given,

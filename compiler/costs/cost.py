@@ -98,9 +98,13 @@ def node_cost(node: fx.Node, device: Device) -> Cost:
         return Cost()
     if (work := inside(node)) is not None:
         return sum((_cost(kernel, device) for kernel in work.kernels), Cost())
-    if device.table is not None and device.table.fused and is_fusable(node):
+    if _in_fusion(node, device):
         return _fused(node, device)
     return _cost(_work(node), device)
+
+
+def _in_fusion(node: fx.Node, device: Device) -> bool:
+    return device.table is not None and device.table.fused and is_fusable(node)
 
 
 def _fused(node: fx.Node, device: Device) -> Cost:
@@ -129,6 +133,8 @@ def least_seconds(node: fx.Node, device: Device) -> float:
     if node.op != "call_function":
         return 0.0
     found = inside(node)
+    if found is None and _in_fusion(node, device):
+        return min(_work(node).moved_bytes, sum(fused_bytes(node))) / device.bytes_per_s
     works = [_work(node)] if found is None else found.kernels
     return sum(
         each.times * device.least_s(each.flops, each.moved_bytes, each.dtype, each.form)

@@ -98,6 +98,12 @@ class Device:
         """Changed; of a cluster every device, and its ranks are not known after that."""
         return change(self) if self.cluster is None else self.cluster.changed(change)
 
+    def fusing(self, fuses: bool) -> Device:
+        """As operators without products are compiled together, or run one by one."""
+        if self.table is None or self.table.fused == fuses:
+            return self
+        return self.each(lambda d: replace(d, table=d.table and replace(d.table, fused=fuses)))
+
     def link(self, src: int, dst: int) -> tuple[float, float]:
         """Bytes per second and latency from one rank of a replica to another, by their places in
         it; of the replica that has the least, and within a machine of the slower device."""

@@ -31,6 +31,9 @@ MOST_VIRTUAL = 3
 """Stages per rank that are tried; more send more, and the bubble is small already."""
 OWN = ("n_stages", "dp", *OF_SCHEDULE)
 """Options that every way has of its own."""
+BACKENDS = "inductor", "eager"
+"""Who may run operators: the one that is looked at first, as by what devices reach its kernels take
+no longer, and the other."""
 LEFT_OUT = ("gpipe", 2), ("gpipe", 3), ("interleaved", 1)
 """(schedule, stages per rank) that are not tried: ones that hold all microbatches and wait as often
 as interleaved does, and one that is another by its name."""
@@ -45,6 +48,7 @@ class Way:
         virtual_stages: on a rank; None for what is usual for the schedule.
         zero, microbatches, placement: a level, their number per replica, and what ranks that are
             neighbours have in common; None for what options say.
+        backend: who runs operators, where that is weighed; None for what options say.
     """
 
     n_stages: int
@@ -55,6 +59,7 @@ class Way:
     zero: int | None = None
     microbatches: int | None = None
     placement: str | None = None
+    backend: str | None = None
 
     def __str__(self) -> str:
         together = f", {self.placement} together" if self.placement else ""
@@ -69,7 +74,7 @@ class Way:
     def of(self, options: CompileOptions, **more: Any) -> CompileOptions:
         """Options that use them so."""
         given = dict(vars(self))
-        for name in ("zero", "microbatches", "placement"):
+        for name in ("zero", "microbatches", "placement", "backend"):
             if given[name] is None:
                 del given[name]
         if self.zero == 0:
@@ -128,6 +133,7 @@ class Open:
         global_microbatches: into how many the global batch is cut, whatever the replicas; None for
             a number of each replica's own.
         places: whether the ranks may be put on machines in either order.
+        weighs: whether the backend is.
     """
 
     divides: bool
@@ -138,6 +144,7 @@ class Open:
     stages: tuple[int, int] | None = None
     global_microbatches: int | None = None
     places: bool = False
+    weighs: bool = False
 
     def divisions(self, devices: int) -> list[tuple[int, int]]:
         """(ranks of a replica, replicas) of so many devices, of those that are allowed."""
@@ -150,7 +157,7 @@ class Open:
         """All of them."""
         own = Way(**{name: getattr(options, name) for name in OWN})
         whole, count = self.global_microbatches, options.microbatches
-        own = replace(own, microbatches=count)
+        own = replace(own, microbatches=count, backend=BACKENDS[0] if self.weighs else None)
         ways = [
             replace(own, n_stages=n, dp=dp, microbatches=whole // dp if whole else count)
             for n, dp in self.divisions(devices)
@@ -178,6 +185,14 @@ class Open:
                     yield replace(
                         way, schedule=kind.name, virtual_stages=several, schedule_memory=memory
                     )
+
+
+def weighing(open_: Open, options: CompileOptions, is_cpu: bool) -> Open:
+    """What is open, with the backend where that is weighed: nobody has named it, what is reached of
+    a device tells the seconds of compiled kernels from those of others, and no bits are promised,
+    as they are on CPUs."""
+    free = options.backend == AUTO and options.costs == "calibrated" and not is_cpu
+    return replace(open_, weighs=True) if free else open_
 
 
 Build = Callable[[Way, int], Compiled]

@@ -77,8 +77,8 @@ class Builder:
         captured: Shared | None = None,
     ):
         passes.check_skip(options.skip)
-        target = replace(target, spec=target.spec.with_ranks(options.numbering))
-        self.skeleton, self.options, self.target = skeleton, options, target
+        spec = target.spec.fusing(options.fuses).with_ranks(options.numbering)
+        self.skeleton, self.options, self.target = skeleton, options, replace(target, spec=spec)
         self.team: Team = team or Alone()
         self.notes = notes
         self._cache = cache or Cache(default_cache_dir(), searches=True)

@@ -283,7 +283,8 @@ def _fuses(work: Work) -> bool:
 def _fuse(work: Work) -> str:
     fused = fuse(work.made)
     work.fused = fused.program
-    return f"{fused}, compiled by Inductor; seconds that are not measured are eager kernels'"
+    whose = "eager kernels where not measured" if work.settings.rates.table is None else "these"
+    return f"{fused}, compiled by Inductor; seconds are those of {whose}"
 
 
 PROGRAMS: tuple[Pass[Work], ...] = (

@@ -29,7 +29,7 @@ class Ways:
 
     title: str
     columns: dict[str, Sequence[object]]
-    left: tuple[str, ...] = ("schedule", "machines\nshared by")
+    left: tuple[str, ...] = ("schedule", "machines\nshared by", "backend")
     refused: tuple[str, ...] = ()
 
     @property
@@ -51,7 +51,7 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     shown = [t for t in trials if t.step_s is not None]
     steps_s = [t.step_s or 0.0 for t in shown]
     best_s = min(t.step_s or 0.0 for t in shown if not t.reason)
-    taken = _shape_of(plan)
+    taken = _taken(plan, shown)
     rows = plan.microbatches * plan.microbatch_rows * plan.dp
     amount = plan.microbatches * plan.microbatch_tokens * plan.dp or rows
     about = ["≈ " if t.about else "" for t in shown]
@@ -64,6 +64,8 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
         columns["schedule"] = [_order(t) for t in shown]
     if len({t.way.placement for t in shown}) > 1:
         columns["machines\nshared by"] = [t.way.placement or "–" for t in shown]
+    if len({t.way.backend for t in shown}) > 1:
+        columns["backend"] = [t.way.backend or "–" for t in shown]
     if len({t.zero for t in shown}) > 1:
         columns["zero"] = [t.zero for t in shown]
     columns["micro-\nbatches"] = [t.microbatches or "–" for t in shown]
@@ -79,7 +81,7 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     if any(t.device_hours for t in shown):
         columns["hours\nfor 10⁹"] = [rate_text(t.device_hours) for t in shown]
     columns["to the\nbest"] = [
-        "no plan" if t.reason else verdict_text(s, _shape(t, plan) == taken, best_s)
+        "no plan" if t.reason else verdict_text(s, t is taken, best_s)
         for t, s in zip(shown, steps_s, strict=True)
     ]
     devices = trials[0].way.n_stages * trials[0].way.dp
@@ -109,6 +111,13 @@ def _order(trial: Trial) -> str:
 
 
 Shape = tuple[int, int, str, int, int | None, int, str]
+
+
+def _taken(plan: Plan, shown: Sequence[Trial]) -> Trial | None:
+    """The one that the plan is of: of those with other backends the best that was planned."""
+    own = _shape_of(plan)
+    alike = [t for t in shown if _shape(t, plan) == own and not t.reason]
+    return min(alike, key=lambda t: (t.about, t.step_s or 0.0), default=None)
 
 
 def _shape_of(plan: Plan) -> Shape:

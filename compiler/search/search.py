@@ -7,6 +7,8 @@
    planned as is worth it. The best plan is taken.
 3. Where the first `MOST_REFUSED` plans do not fit, those whose sketches need the least memory are
    planned instead.
+4. Where the backend is weighed all of that is done with the one whose kernels take no longer by the
+   prices, and the other is looked at for what was planned (`_Planning.weigh`).
 
 How much is looked at is counted in operators, so that the answer is the same on every machine.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..driver.auto import Trial, Way
@@ -54,6 +57,7 @@ class Model:
         plan: it.
         nodes: of a way's graph.
         besides: what was not tried of the best way, in a line.
+        twin: the same way with the other backend, where that is weighed.
     """
 
     bound: Callable[[Way], float]
@@ -61,6 +65,7 @@ class Model:
     plan: Callable[[Way], Plan]
     nodes: Callable[[Way], int]
     besides: Callable[[Way], str] = lambda _: ""
+    twin: Callable[[Way], Way | None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,10 @@ class Found:
 
     Attributes:
         best: the way with the shortest step that was planned.
-        trials: the best dozen, those that were planned first; of the others in the order of their
-            sketches, with a reason those whose plans were refused; then one for each number of
-            ranks that is not possible at all.
+        trials: the best dozen, those that were planned first; then the best one with the other
+            backend, where that is weighed; of the others in the order of their sketches, with a
+            reason those whose plans were refused; then one for each number of ranks that is not
+            possible at all.
         ways, pruned, unfit, sketched, planned: how many there are; how many of these cannot be
             better than the best by their bounds, cannot fit, were sketched, and were planned.
         stopped: what was left out as it would have taken too long; "" for nothing.
@@ -118,6 +124,7 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     if passed and not planning.planned:
         stopped = planning.roomiest([*passed, *looking.rest()])
         passed = []
+    planning.weigh()
     refused = [*looking.refused, *planning.refused]
     if not planning.planned:
         raise OptionError(
@@ -129,7 +136,8 @@ def search(ways: Sequence[Way], model: Model) -> Found:
     rest = [pair for pair in (*passed, *looking.rest()) if pair[0] not in done]
     about = [_expected(*pair) for pair in rest] + planning.declined
     about.sort(key=lambda trial: trial.step_s or math.inf)
-    shown = [*planned, *about][:SHOWN]
+    first = [*planned, *planning.twins]
+    shown = [*first, *about[: max(0, SHOWN - len(first))]]
     trials = (*shown, *_samples([t for t in refused if t.way.n_stages not in looking.possible]))
     left = looking.left(best.step_s or math.inf)
     counts = len(ways), left, looking.unfit, looking.sketched, len(planned)
@@ -145,13 +153,16 @@ class _Planning:
         planned: those that fit.
         refused: those that do not.
         declined: these with the figures of their sketches.
+        twins: the best one with the other backend, by its sketch, if its plan is not made.
     """
 
     def __init__(self, model: Model):
         self._model, self._spent = model, 0
+        self._sketches: dict[Way, Sketch] = {}
         self.planned: list[Trial] = []
         self.refused: list[Trial] = []
         self.declined: list[Trial] = []
+        self.twins: list[Trial] = []
 
     def full(self, way: Way) -> bool:
         """Whether no more is worth it."""
@@ -160,8 +171,31 @@ class _Planning:
         much = self._spent + self._model.nodes(way) > MOST_PLANNED
         return much or len(self.planned) >= SHOWN
 
+    def weigh(self) -> None:
+        """The other backend for what was planned: of ways that their bounds do not exclude sketches
+        are made, and plans of those that are as near to the best one as others that are planned.
+        Where no plan fits it is the first one's, as programs of one backend may hold what those of
+        the other do not."""
+        ordered = sorted(self.planned, key=lambda trial: trial.step_s or math.inf)
+        least_s = min((each.step_s for each in self._sketches.values()), default=0.0)
+        for number, trial in enumerate(ordered or self.refused[:1]):
+            twin = self._model.twin(trial.way)
+            if twin is None or twin in self._sketches:
+                continue
+            with suppress(*REFUSALS):
+                best_s = min((each.step_s or math.inf for each in self.planned), default=math.inf)
+                if number and self._model.bound(twin) >= best_s:
+                    continue
+                sketch = self._model.sketch(twin)
+                near = sketch.step_s <= least_s * (1 + TIE) and not self.full(twin)
+                if near or sketch.step_s < least_s or not ordered:
+                    self.plan(twin, sketch)
+                elif not number:
+                    self.twins.append(_expected(twin, sketch))
+
     def plan(self, way: Way, sketch: Sketch) -> None:
         self._spent += self._model.nodes(way)
+        self._sketches[way] = sketch
         try:
             self.planned.append(_trial(way, self._model.plan(way)))
         except REFUSALS as error:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..capture.batch import BatchSpec
 from ..compression.methods import OFF
-from ..driver.auto import Way, chunks_of
+from ..driver.auto import BACKENDS, Way, chunks_of
 from ..driver.builder import Builder
 from ..driver.compiled import Compiled, main_mode
 from ..driver.work import Outline
 from ..ir.errors import PartitionError, PipecompileError
 from ..options.options import CompileOptions
+from ..options.parsing import AUTO
 from ..plan.plan import Plan
+from ..planning.advice import gib
+from ..planning.refine import LEAST_GAIN
 from ..planning.target import Target
 from .bounds import Microbatch, least_compute_s
 from .room import Least, check_room
@@ -40,12 +43,33 @@ Divide = Callable[[CompileOptions], tuple[BatchSpec, int, Sequence[torch.Tensor]
 """(options) -> the spec of a microbatch, their number, and the leaves of one, if there are any."""
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """One graph.
+
+    Attributes:
+        nodes: of it.
+        row_s: whether runs of operators are compiled -> seconds of a row, at least.
+    """
+
+    nodes: int
+    row_s: Mapping[bool, float]
+
+
+def twin_of(way: Way) -> Way | None:
+    """The same way with the other backend, where that is weighed."""
+    if way.backend is None:
+        return None
+    return replace(way, backend=BACKENDS[1 - BACKENDS.index(way.backend)])
+
+
 class Subject:
     """Builders and graphs of ways, each made once.
 
     Args:
         builder: made for options; those of one subject share their graphs.
         most_traced: operators, for graphs of more numbers of rows than one; None for `MOST_TRACED`.
+        named: whether the backend is the user's own choice; None for what options say.
     """
 
     def __init__(
@@ -56,12 +80,14 @@ class Subject:
         builder: MakeBuilder,
         divide: Divide,
         most_traced: int | None = None,
+        named: bool | None = None,
     ):
+        self._named = options.backend != AUTO if named is None else named
         self._most_traced = MOST_TRACED if most_traced is None else most_traced
         self.options, self.target, self.devices = options, target, devices
         self._builder, self._divide = builder, divide
         self._prices: dict[tuple[object, ...], Prices] = {}
-        self._rows: dict[tuple[object, ...], tuple[int, float]] = {}
+        self._traced: dict[tuple[object, ...], _Traced] = {}
         self._outlines: dict[Way, Outline] = {}
         self._least: dict[tuple[object, ...], Least] = {}
         self._unfit: dict[Way, tuple[dict[str, int], PartitionError]] = {}
@@ -69,12 +95,16 @@ class Subject:
 
     @property
     def model(self) -> Model:
-        return Model(self.bound, self.sketch, self._plan, self._nodes, self.besides)
+        return Model(self.bound, self.sketch, self._plan, self._nodes, self.besides, twin_of)
 
     def _of(self, way: Way) -> CompileOptions:
         return way.of(self.options, dump_dir=None)
 
     def _key(self, way: Way) -> tuple[object, ...]:
+        """What the prices of a way depend on."""
+        return self._of(way).fuses, *self._graph(way)
+
+    def _graph(self, way: Way) -> tuple[object, ...]:
         """What the graph of a way depends on."""
         options = self._of(way)
         spec, m, _ = self._divide(options)
@@ -89,34 +119,39 @@ class Subject:
         spec, m, _ = self._divide(options)
         virtual, splits = options.virtual, options.kind.splits_backward
         prices = self._prices.get(key)
-        if prices is None and not self._rows:
+        known = [each for each in self._traced.values() if options.fuses in each.row_s]
+        if prices is None and not known:
             return 0.0  # the first is looked at to know the others
         if prices is not None:
             one = prices.microbatch
         else:
-            one = Microbatch(spec.rows * max(s for _, s in self._rows.values()))
+            one = Microbatch(spec.rows * max(each.row_s[options.fuses] for each in known))
         compute_s = least_compute_s(one, m, way.n_stages, virtual, splits)
         return compute_s * self.target.spec.waiting(self.devices)
 
     def _outline(self, way: Way) -> Outline:
         if way not in self._outlines:
-            options, key = self._of(way), self._key(way)
+            options, key, graph = self._of(way), self._key(way), self._graph(way)
             spec, m, values = self._divide(options)
-            if key not in self._prices and self._prices and self._traced() > self._most_traced:
+            if graph not in self._traced and self._traced and self._many():
                 raise UntracedError(
-                    f"not traced for {spec.rows} rows: {len(self._rows)} others are"
+                    f"not traced for {spec.rows} rows: {len(self._traced)} others are"
                 )
             outline = self._builder(options).outline(spec, m, values)
             if key not in self._prices:
                 self._prices[key] = Prices(outline)
-                self._rows[key] = spec.rows, least_row_s(outline.graph, spec.rows, self.target.spec)
+            if graph not in self._traced:
+                kinds = (False, True) if way.backend else (options.fuses,)
+                of, spec_of = (outline.graph, spec.rows), self.target.spec.fusing
+                row_s = {fuses: least_row_s(*of, spec_of(fuses)) for fuses in kinds}
+                self._traced[graph] = _Traced(self._prices[key].nodes, row_s)
             self._outlines[way] = outline
         return self._outlines[way]
 
-    def _traced(self) -> int:
-        """Operators of all graphs, and of one more like them."""
-        sizes = [prices.nodes for prices in self._prices.values()]
-        return sum(sizes) + max(sizes, default=0)
+    def _many(self) -> bool:
+        """Whether the operators of all graphs, and of one more like them, are too many."""
+        sizes = [each.nodes for each in self._traced.values()]
+        return sum(sizes) + max(sizes, default=0) > self._most_traced
 
     def sketch(self, way: Way) -> Sketch:
         """What is expected of its plan.
@@ -160,12 +195,56 @@ class Subject:
             raise refusal
 
     def besides(self, way: Way) -> str:
-        """What all ways have alike though it could be chosen, and what compression would make of
-        this one."""
+        """Why its backend, where that was weighed; what all ways have alike though it could be
+        chosen, and what that would make of this one."""
         options = self._of(way)
-        alike = f'all with backend="{options.backend}" and compress="{options.compression}"'
+        alike = [] if way.backend else [f'backend="{options.backend}"']
+        alike.append(f'compress="{options.compression}"')
+        brings = [each for each in (self._compiled(way), self._narrowed(way)) if each]
+        said = f"all with {' and '.join(alike)}{': ' * bool(brings)}{'; '.join(brings)}"
+        return f"{self.weighed(way)}; {said}" if way.backend else said
+
+    def weighed(self, way: Way) -> str:
+        """Why its backend: what the other one would make of it, by plans where there are both, else
+        by sketches. "" where that was not weighed."""
+        if (other := twin_of(way)) is None:
+            return ""
+        said = f'backend="{way.backend}", '
+        try:
+            theirs, own = self.sketch(other), self.sketch(way)
+        except PipecompileError:
+            return f'{said}as with "{other.backend}" it would not fit'
+        more, held = theirs.step_s / own.step_s - 1, theirs.peak_bytes - own.peak_bytes
+        if {way, other} <= self.built.keys():
+            more = self.built[other].plan.step_s / self.built[way].plan.step_s - 1
+        if more > LEAST_GAIN:
+            return f'{said}as with "{other.backend}" a step would take {more:.1%} longer'
+        if held > 0:
+            return f'{said}as with "{other.backend}" {gib(held)} more would be held'
+        return f'{said}though by its prices "{other.backend}" is as good: its programs are not'
+
+    def _compiled(self, way: Way) -> str:
+        """What Inductor would bring where it was not named, and is not weighed."""
+        options = self._of(way)
+        if self._named or way.backend or options.fuses:
+            return ""
+        with contextlib.suppress(PipecompileError):
+            own, theirs = (self.sketch(replace(way, backend=name)) for name in (None, BACKENDS[0]))
+            less_s, less = 1 - theirs.step_s / own.step_s, 1 - theirs.peak_bytes / own.peak_bytes
+            found = [f"{less_s:.0%} less of a step"] if less_s >= HELPS else []
+            found += [f"{less:.0%} less memory"] if less >= HELPS else []
+            roofline = self.target.spec.table is None
+            why = ', whose seconds are those of eager kernels by costs="roofline",' * roofline
+            if found:
+                return f'"{BACKENDS[0]}"{why} would take {" and ".join(found)}, and round otherwise'
+            return f'"{BACKENDS[0]}"{why} would bring nothing'
+        return ""
+
+    def _narrowed(self, way: Way) -> str:
+        """What compression would, where it was not asked for."""
+        options = self._of(way)
         if options.compress != OFF or not options.training:
-            return alike
+            return ""
         own_s, found = self.sketch(way).step_s, list[tuple[float, dict[str, str]]]()
         for what in NARROWED:
             with contextlib.suppress(PipecompileError):
@@ -176,15 +255,15 @@ class Subject:
                 step_s = sketch_of(outline, self._prices[self._key(way)], self.devices).step_s
                 found.append((step_s, what))
         if not found:
-            return alike
+            return ""
         step_s, what = min(found, key=lambda pair: pair[0])
         if (less := 1 - step_s / own_s) < HELPS:
-            return f"{alike}, which would be no faster"
-        return f"{alike}: {what} would take {less:.0%} less of a step, and change what is learned"
+            return "no compression would make it faster"
+        return f"{what} would take {less:.0%} less of a step, and change what is learned"
 
     def _nodes(self, way: Way) -> int:
-        prices = self._prices.get(self._key(way))
-        return 0 if prices is None else prices.nodes
+        traced = self._traced.get(self._graph(way))
+        return 0 if traced is None else traced.nodes
 
     def _plan(self, way: Way) -> Plan:
         options = self._of(way)
