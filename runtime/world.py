@@ -95,7 +95,7 @@ class Planning:
         """What to plan for, by peak rates; links between machines are measured, where there are
         several and seconds are."""
         mesh, gather = self._mesh, agreement.gather
-        target = target_of(options, self._device, mesh)
+        target = target_of(options, self._device, mesh, gather)
         if not mesh.distributed:
             return target
         if not options.measures or len(set(hosts_of(gather))) == 1:
@@ -185,7 +185,7 @@ class World:
     def target(self, options: CompileOptions) -> Target:
         """What to compile for; measures the link where there is one and prices are measured."""
         mesh = self.mesh
-        target = target_of(options, self._device, mesh)
+        target = target_of(options, self._device, mesh, self.agreement.gather)
         if options.costs == "calibrated" and mesh.distributed:  # all by the table of rank 0
             target = replace(target, spec=self.agreement.gather(target.spec)[0])
         if not options.measures:
@@ -196,11 +196,15 @@ class World:
             spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
         if isinstance(self.transport, Processes) and mesh.dp > 1:
             exchange = measure_exchange(self.transport, self._here, self.agreement.gather)
-            spec = replace(spec, exchange=exchange)
-        profiler = Profiler(
-            self._here, default_cache_dir(), beside=beside, backend=_backend(options)
-        )
-        return replace(target, spec=spec, profiler=profiler)
+            spec = spec.each(lambda each: replace(each, exchange=exchange))
+        members = spec.cluster.members if spec.cluster is not None else ()
+        profilers: dict[str, Profiler] = {}
+        for rank in mesh.local_ranks:
+            kind = members[rank].name if members else ""
+            if kind not in profilers:
+                here, folder = device_of(rank, self._device, mesh), default_cache_dir()
+                profilers[kind] = Profiler(here, folder, beside=beside, backend=_backend(options))
+        return replace(target, spec=spec, profilers=profilers)
 
     def plain(self) -> contextlib.AbstractContextManager[None]:
         """`plain_torch` for this device."""

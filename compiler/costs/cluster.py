@@ -3,6 +3,7 @@ which."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from ..ir.errors import OptionError
 from .hardware import CHANGED, Device, described, parse_device
 from .topology import Numbering, Placed, Topology, topology_of
 
+BOTH = " and "
 _NAMED = re.compile(r"[^:,]+:\d+(,[^:,]+:\d+)*")
 
 
@@ -30,6 +32,8 @@ class Cluster:
         devices: (a device or its name, how many).
         topology: of the machines, which they fill one after the other; None where all are in one.
         free: plans decide which rank has which; else rank r has the r-th.
+        mixes: ranks that are replicas of each other may have several kinds, and are as slow as the
+            slowest; else that is an error.
         numbering: of the ranks, where it is known.
         settings: what was changed of the machines, for the name.
     """
@@ -37,6 +41,7 @@ class Cluster:
     devices: tuple[tuple[Device | str, int], ...]
     topology: Topology | None = None
     free: bool = True
+    mixes: bool = False
     numbering: Numbering | None = None
     settings: tuple[str, ...] = ()
 
@@ -121,7 +126,7 @@ class Cluster:
             )
         counts = Counter(device.name for device in self.members)
         for name, count in counts.items():
-            if count % numbering.dp:
+            if count % numbering.dp and not self.mixes:
                 raise OptionError(
                     f"hardware={self.name!r}: replicas are alike, and dp={numbering.dp} does not "
                     f"divide {count} × {name}: use another number of replicas"
@@ -146,7 +151,8 @@ class Cluster:
         """
         counts = self.of_replica(numbering)
         order = tuple(order) or next(self.orders(numbering))
-        if Counter(order) != counts or (not self.free and order != self._listed(numbering)):
+        fits = Counter(order) == counts if self.free else order == self._listed(numbering)
+        if not fits:
             raise OptionError(
                 f"the plan has {', '.join(order)} in a replica, hardware={self.name!r} "
                 f"{', '.join(next(self.orders(numbering)))}: make a new plan"
@@ -158,12 +164,34 @@ class Cluster:
             hosts = topology.hosts or tuple(number // topology.devices for number in numbers)
             topology = replace(topology, hosts=hosts)
             placed = Placed(topology, numbering)
-        ranks = tuple(replace(self.kinds[name], topology=topology, placed=placed) for name in order)
+        ranks = tuple(replace(self._kind(name), topology=topology, placed=placed) for name in order)
         whole = replace(self.whole, topology=topology, placed=placed)
         return replace(whole, cluster=own, ranks=ranks)
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The kinds that ranks of a kind have: several where their replicas have."""
+        return (name,) if name in self.kinds else tuple(name.split(BOTH))
+
+    def _kind(self, name: str) -> Device:
+        """A kind, or what stands for several: the slower figures, and the smaller memory."""
+        first, *others = (self.kinds[part] for part in self.parts(name))
+        for other in others:
+            dtypes = {*first.flops_per_s, *other.flops_per_s}
+            slower = min(first, other, key=lambda device: device.peak("bfloat16"))
+            first = replace(
+                slower,
+                name=name,
+                flops_per_s={d: min(first.peak(d), other.peak(d)) for d in sorted(dtypes)},
+                bytes_per_s=min(first.bytes_per_s, other.bytes_per_s),
+                memory_bytes=min(first.memory_bytes, other.memory_bytes),
+                launch_s=max(first.launch_s, other.launch_s),
+            )
+        return first
+
     def _numbers(self, numbering: Numbering, order: Sequence[str]) -> list[int]:
         """Per rank of all replicas, its number among the members: the next of its kind."""
+        if not self.free:
+            return list(range(len(self.members)))
         left: dict[str, list[int]] = {name: [] for name in self.kinds}
         for number, device in enumerate(self.members):
             left[device.name].append(number)
@@ -178,6 +206,8 @@ class Cluster:
             )
             for replica in range(numbering.dp)
         ]
+        if self.mixes:
+            return tuple(BOTH.join(sorted(set(kinds))) for kinds in zip(*rows, strict=True))
         if len(set(rows)) > 1:
             other = next(row for row in rows if row != rows[0])
             raise OptionError(
@@ -186,6 +216,29 @@ class Cluster:
                 "another order, or choose placement="
             )
         return rows[0]
+
+
+def kinds_at(device: Device, rank: int) -> tuple[str, ...]:
+    """The kinds that a rank of a replica has, in all replicas; ("",) where all are alike."""
+    if device.cluster is None or not device.ranks:
+        return ("",)
+    return device.cluster.parts(device.ranks[rank].name)
+
+
+def cluster_of(devices: Sequence[Device]) -> Device:
+    """Of devices that are where they are, one for each rank; of one kind that alone.
+
+    Those of a name are alike, with the least memory that one of them has.
+    """
+    least: dict[str, Device] = {}
+    for device in devices:
+        known = least.setdefault(device.name, device)
+        least[device.name] = min(known, device, key=lambda each: each.memory_bytes)
+    if len(least) == 1:
+        return least[devices[0].name]
+    runs = itertools.groupby(device.name for device in devices)
+    pairs = tuple((least[name], len(list(run))) for name, run in runs)
+    return Cluster(pairs, free=False, mixes=True).whole
 
 
 def _in_runs(counts: Counter[str], runs: int, before: str) -> Iterator[tuple[str, ...]]:

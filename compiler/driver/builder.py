@@ -37,7 +37,6 @@ from ..losses.logits import Chunks
 from ..options.options import CompileOptions
 from ..options.parsing import AUTO
 from ..options.ranges import check_sizes, largest, ranges_of, stretched
-from ..plan.decision import Decision
 from ..plan.plan import Plan
 from ..planning.keeping import kept_notes
 from ..planning.tables import Tables
@@ -45,12 +44,12 @@ from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict
 from . import passes
-from .assembly import Assembly, assemble, run
+from .assembly import assemble, run
 from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Shared, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode, main_mode
-from .deciding import Decided, Deciding, divisions, tried
+from .deciding import Decided, Deciding, corrected, divisions, tried
 from .layout import Layout, check_memory, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary, placement_note, placement_text
@@ -202,15 +201,15 @@ class Builder:
         work = graph, locality, placement.stage, again
         decision = replace(decided.decision, chunk_rows=chunk_rows(graph.graph))
         free = not follows and not decided.planned
-        if free and settings.schedule.searches and self.target.profiler is not None:
+        if free and settings.schedule.searches and self.target.measures:
             drafts = replace(settings, drafts=True)
             draft = assemble(drafts, *work, decision, decided.order, None, Recorder(None))
-            decision = self._corrected(decision, draft, batch)
+            decision = corrected(decision, draft, self.target, self.team, batch)
         assembly = decided.assembled(graph, locality, decision, recorder)
         if layout is None:
             self._check_skipped(recorder.records)
             if free and not settings.schedule.searches:
-                decision = self._corrected(decision, assembly, batch)
+                decision = corrected(decision, assembly, self.target, self.team, batch)
             of = self.skeleton.params, settings.zero, assembly.pace, decision
             tables = self._tables.names, self._tables.stepped
             layout = layout_of(placement, again, locality, assembly.program, *of, *tables)
@@ -337,7 +336,7 @@ class Builder:
                 self._warn(captured.loss.warning)
         joint = Joint(graph, options.mixed, self.skeleton.held, splits)
         run("joint", passes.JOINT, joint, recorder, options.skip)
-        measures = self.target.profiler is not None
+        measures = self.target.measures
         for name, note in notes_on_costs(list(graph.ops()), self.target.spec, measures):
             with recorder.record("joint", name) as outcome:
                 outcome.note = note
@@ -434,17 +433,3 @@ class Builder:
         for name in self.options.skip:
             if name not in met:
                 raise OptionError(f"skip={name!r} has no effect: it has nothing to do here")
-
-    def _corrected(
-        self, decision: Decision, assembly: Assembly, batch: Sequence[torch.Tensor]
-    ) -> Decision:
-        """With the units' seconds scaled to what whole stages take, in the schedule's order."""
-        profiler, program = self.target.profiler, assembly.whole
-        if profiler is None or not program.trains:
-            return decision
-        mine = self.team.stages(self.options.stage_count)
-        in_flight = [assembly.in_flight[s] for s in mine]
-        self.team.together(lambda: None)  # alone a rank would be faster than beside others
-        times = profiler.times([program.stages[s] for s in mine], batch, in_flight)
-        measured = {s: (t.forward_s, t.backward_s) for s, t in zip(mine, times, strict=True)}
-        return decision.scaled(self.team.pool_stages(measured))

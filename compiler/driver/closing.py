@@ -12,12 +12,13 @@ import torch
 
 from ...passes.schedule.simulate import simulate
 from ..costs.closing import exchange_s, optimizer_s
+from ..costs.cluster import kinds_at
 from ..ir.actions import homes_of, placement_of
 from ..ir.zero import Kept
 from ..memory.optimizer_cost import Factory, optimizer_seconds
 from ..planning.keeping import Trial
 from ..planning.target import Target
-from ..planning.team import Team
+from ..planning.team import Team, worst
 from ..tensors.norms import own_powers
 from .assembly import Assembly, kept_with
 from .work import Settings
@@ -48,20 +49,29 @@ class Closing:
         factory = settings.options.optimizer
         if factory is None:
             return [0.0] * len(assembly.schedule)
-        if self._target.profiler is None:
+        if not self._target.measures:
             return worked_out(assembly, settings)
         if self._measured is None:
             footprint, program = settings.footprint, assembly.program
             params = [footprint.trainable(program, mine) for mine in _stages(assembly)]
-            norm = _norm(settings)
-            self._measured = self._team.pool([self._time(factory, each, norm) for each in params])
+            norm, rates = _norm(settings), settings.rates
+            own = {
+                kind: [_time(factory, each, profiler.device, norm) for each in params]
+                for kind, profiler in self._target.profilers.items()
+            }
+            pooled = self._team.pool(own)
+            pairs = [worst(pooled, kinds_at(rates, rank)) for rank in range(len(params))]
+            self._measured = [each[rank] for rank, each in enumerate(pairs)]
         return list(self._measured)
 
-    def _time(self, factory: Factory, params: dict[str, torch.Tensor], norm: Norm) -> float:
-        """0 for an optimizer that cannot be made: its error comes where it is needed."""
-        with contextlib.suppress(Exception):
-            return optimizer_seconds(factory, params, self._target.device, norm) if params else 0.0
-        return 0.0
+
+def _time(
+    factory: Factory, params: dict[str, torch.Tensor], device: torch.device, norm: Norm
+) -> float:
+    """0 for an optimizer that cannot be made: its error comes where it is needed."""
+    with contextlib.suppress(Exception):
+        return optimizer_seconds(factory, params, device, norm) if params else 0.0
+    return 0.0
 
 
 def _norm(settings: Settings) -> Norm:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from torch import fx
 from ...passes.graph.placement import Placement
 from ..capture.batch import BatchSpec
 from ..capture.skeleton import Skeleton
+from ..costs.cluster import kinds_at
 from ..ir.actions import Pace, Schedule, compute_only, from_text, placement_of
 from ..ir.errors import MemoryBudgetError, OptionError, PlanError
 from ..ir.graph import JointGraph
@@ -33,9 +35,9 @@ from ..planning.orders import ordered
 from ..planning.parts import Parts
 from ..planning.planner import Planner
 from ..planning.target import Target
-from ..planning.team import Team
+from ..planning.team import Team, worst
 from ..profiling.optimizer_trial import Reach, Verdict, try_optimizer
-from ..units.pricing import UnitPrices, measured_prices, roofline
+from ..units.pricing import UnitPrices, measured, measured_prices, roofline
 from .assembly import Assembly, assemble
 from .capturing import Shared
 from .closing import trial_of
@@ -99,6 +101,14 @@ def divisions(options: CompileOptions, verdict: Verdict | None) -> tuple[Zero, .
             "treats every element alone, such as AdamW"
         )
     return by_matrices if whole or options.zero_by == "matrices" else by_rows
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """Of all units; where ranks have several kinds of devices and they are measured, on each."""
+
+    units: Sequence[UnitPrices]
+    by_kind: Mapping[str, Sequence[UnitPrices]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,6 +234,8 @@ class Deciding:
         graph, locality = self.graph, self.locality
         planner = self._planner(settings)
         prices = self._prices(planner)
+        if prices.by_kind:
+            planner = self._planner(settings, planner, prices.by_kind)
         made, solved = list[Draft](), list[Problem | None]()
 
         def drafted(decision: Decision) -> Assembly:
@@ -235,7 +247,7 @@ class Deciding:
             return tried
 
         def decided() -> Decision:
-            decision, problem = self._ordered(settings, planner, prices, drafted)
+            decision, problem = self._ordered(settings, planner, prices.units, drafted)
             solved[:] = [problem]
             if not settings.keeps:
                 return decision
@@ -246,11 +258,17 @@ class Deciding:
         decision = self.team.share(decided)
         return decision, next(iter(solved), None), next(iter(made), None)
 
-    def _planner(self, settings: Settings, like: Planner | None = None) -> Planner:
+    def _planner(
+        self,
+        settings: Settings,
+        like: Planner | None = None,
+        measured: Mapping[str, Sequence[UnitPrices]] = MappingProxyType({}),
+    ) -> Planner:
         """For the devices of the settings' ranks.
 
         Args:
             like: one for the same ranks on other devices.
+            measured: as of `Planner`.
         """
         pinned = self._pinned(settings.options)
         parts = None if like is None else like.parts
@@ -267,6 +285,7 @@ class Deciding:
             settings.budgets,
             pinned,
             parts,
+            measured=measured,
         )
         planner.fingerprint = self._fingerprint
         return planner
@@ -297,7 +316,8 @@ class Deciding:
 
         def planner_of(order: tuple[str, ...]) -> Planner:
             rates = settings.rates.along(order)
-            return self._planner(replace(settings, rates=rates), planner)
+            own = replace(settings, rates=rates)
+            return self._planner(own, planner, planner.by_kind if self.target.measures else {})
 
         found = ordered(cluster.orders(cluster.numbering), planner_of, prices)
         refusal: MemoryBudgetError | None = None
@@ -332,13 +352,19 @@ class Deciding:
         ways = options.remat, options.fuses
         return self.shared.parts(self.graph, self.locality, self.target.spec, *ways)
 
-    def _prices(self, planner: Planner) -> Sequence[UnitPrices]:
-        bodies, menus, profiler = planner.bodies, planner.menus, self.target.profiler
-        if profiler is None:
-            return roofline(bodies, menus)
-        return measured_prices(
-            self.graph, self.locality, bodies, menus, profiler, self.batch, self.team.pool
-        )
+    def _prices(self, planner: Planner) -> _Prices:
+        bodies, menus, rates = planner.bodies, planner.menus, planner.device
+        if not self.target.measures:
+            return _Prices(roofline(bodies, menus))
+        of = self.graph, self.locality, bodies, menus
+        own = {k: measured(*of, each, self.batch) for k, each in self.target.profilers.items()}
+        pooled = self.team.pool(own)
+        places = {name: kinds_at(rates, rank) for rank, name in enumerate(rates.order)}
+        found = {
+            name: measured_prices(bodies, menus, worst(pooled, kinds))
+            for name, kinds in (places or {"": kinds_at(rates, 0)}).items()
+        }
+        return _Prices(next(iter(found.values())), found if len(found) > 1 else {})
 
     def _pinned(self, options: CompileOptions) -> dict[fx.Node, int]:
         module, canonical = self.skeleton.module, self.skeleton.canonical
@@ -348,7 +374,7 @@ class Deciding:
 
     def _told(self, settings: Settings) -> tuple[object, ...]:
         """All that a decision depends on; nothing where that cannot be told."""
-        options, profiler = settings.options, self.target.profiler
+        options, profilers = settings.options, self.target.profilers
         chosen = {
             name: repr(getattr(options, name))
             for name, option in declarations_of(type(options)).items()
@@ -364,7 +390,8 @@ class Deciding:
             options.fuses,
             self.target.budget_bytes,
             self.target.whole,
-            repr(self.target.spec) if profiler is None else profiler.told,
+            [each.told for each in profilers.values()] or repr(self.target.spec),
+            self.target.spec.order,
             None if self.target.spec.placed is None else self.target.spec.placed.numbering,
         )
 
@@ -395,3 +422,30 @@ class Deciding:
         return Decided(
             settings, plan.decision, *placed, closing_s=closing_s, planned=True, order=order
         )
+
+
+def corrected(
+    decision: Decision,
+    assembly: Assembly,
+    target: Target,
+    team: Team,
+    batch: Sequence[torch.Tensor],
+) -> Decision:
+    """With the units' seconds scaled to what whole stages take, in the schedule's order.
+
+    Args:
+        batch: the leaves of one microbatch.
+    """
+    program, timing = assembly.whole, assembly.timing
+    if not target.measures or not program.trains:
+        return decision
+    team.together(lambda: None)  # alone a rank would be faster than beside others
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for kind, profiler in target.profilers.items():
+        stages = team.stages(len(program.stages))
+        mine = [s for s in stages if kind in kinds_at(timing.rates, timing.home[s])]
+        in_flight = [assembly.in_flight[s] for s in mine]
+        times = profiler.times([program.stages[s] for s in mine], batch, in_flight)
+        pairs = zip(mine, times, strict=True)
+        found[kind] = {s: (each.forward_s, each.backward_s) for s, each in pairs}
+    return decision.scaled(team.pool_stages(found))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from torch import fx
 
@@ -135,6 +136,8 @@ class Planner:
         pinned: forward nodes whose stage is given.
         parts: of the graph, where they are known.
         load: of the schedule; None for what its kind asks of so many microbatches.
+        measured: the prices on each kind of device that ranks have, where there are several and
+            they were measured.
     """
 
     def __init__(
@@ -150,7 +153,9 @@ class Planner:
         pinned: Mapping[fx.Node, int],
         parts: Parts | None = None,
         load: Load | None = None,
+        measured: Mapping[str, Sequence[UnitPrices]] = MappingProxyType({}),
     ):
+        self._measured = measured
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
         if not isinstance(budget_bytes, Sequence):
@@ -276,11 +281,11 @@ class Planner:
         )
 
     @cached_property
-    def by_kind(self) -> dict[str, list[UnitPrices]]:
-        """The prices on each kind of device, at its rates; empty where there is one."""
+    def by_kind(self) -> Mapping[str, Sequence[UnitPrices]]:
+        """The prices on each kind of device, measured or at its rates; empty where there is one."""
         if len(set(self.device.order)) < 2:
             return {}
-        return self.parts.by_kind(self.device)
+        return self._measured or self.parts.by_kind(self.device)
 
     def _better(self, best: Drafted | None, drafted: Drafted) -> Drafted | None:
         """The better one of those that fit; of equals the newer, of which more is known."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +22,8 @@ class Target:
         budget_bytes: memory of a rank; infinity for no limit.
         whole: that is all that its device has, which takes some of it for itself; ranks on devices
             of several kinds have what each has.
-        profiler: measures instead; None for what the device's rates say.
+        profilers: kind of device -> measures on one that this process has; "" for the only kind.
+            Empty where the device's rates say what it takes.
         roughly: the first division that fits will do, in the order that is made for equal stages:
             the plan's step is no shorter than it can be, and found in a fraction of the time.
     """
@@ -29,14 +31,19 @@ class Target:
     device: torch.device
     spec: Device
     budget_bytes: float = math.inf
-    profiler: Profiler | None = None
+    profilers: Mapping[str, Profiler] = field(default_factory=dict)
     whole: bool = False
     roughly: bool = False
 
     @property
+    def measures(self) -> bool:
+        """Whether programs are timed."""
+        return bool(self.profilers)
+
+    @property
     def costs(self) -> str:
         """Where seconds come from."""
-        if self.profiler is not None:
+        if self.measures:
             return "profile"
         return "roofline" if self.spec.table is None else "calibrated"
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Protocol, TypeVar
 
 from ..answers.guards import Guards
 
 T = TypeVar("T")
+Measured = Mapping[str, list[float]]
+"""Kind of device -> seconds on it."""
+StagesMeasured = Mapping[str, Mapping[int, tuple[float, float]]]
+"""Kind of device -> stage -> its forward and its backward."""
 
 
 class Team(Protocol):
@@ -29,18 +35,16 @@ class Team(Protocol):
         """What rank 0 decides, on every rank; its error too."""
         ...
 
-    def pool(self, seconds: list[float]) -> list[float]:
-        """The medians over all ranks."""
+    def pool(self, seconds: Measured) -> Measured:
+        """The medians over the ranks that have a kind of device."""
         ...
 
     def stages(self, n_stages: int) -> Sequence[int]:
         """Those that this process plays."""
         ...
 
-    def pool_stages(
-        self, seconds: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
-        """Those of every stage, from the ranks that play it."""
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
+        """Those of every stage, from the ranks that play it; on the slowest kind of device."""
         ...
 
 
@@ -59,13 +63,30 @@ class Alone:
     def share(self, decide: Callable[[], T]) -> T:
         return decide()
 
-    def pool(self, seconds: list[float]) -> list[float]:
+    def pool(self, seconds: Measured) -> Measured:
         return seconds
 
     def stages(self, n_stages: int) -> Sequence[int]:
         return range(n_stages)
 
-    def pool_stages(
-        self, seconds: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
-        return seconds
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
+        return medians([seconds])
+
+
+def worst(seconds: Measured, kinds: Sequence[str]) -> list[float]:
+    """Of those of several kinds of devices the most."""
+    return [max(each) for each in zip(*(seconds[kind] for kind in kinds), strict=True)]
+
+
+def medians(ranks: Sequence[StagesMeasured]) -> dict[int, tuple[float, float]]:
+    """Per stage the medians over the ranks that have a kind of device; of kinds the most."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for kind in sorted({kind for each in ranks for kind in each}):
+        mine: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for each in ranks:
+            for stage, pair in each.get(kind, {}).items():
+                mine[stage].append(pair)
+        for stage, pairs in mine.items():
+            forward, backward = (median(each) for each in zip(*pairs, strict=True))
+            found[stage].append((forward, backward))
+    return {stage: (max(f for f, _ in p), max(b for _, b in p)) for stage, p in found.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -63,37 +62,43 @@ def repriced(
     ]
 
 
-class Pooled(Protocol):
-    """Seconds from those of all ranks, which measure at the same time."""
-
-    def __call__(self, seconds: list[float], /) -> list[float]: ...
-
-
-def measured_prices(
+def measured(
     graph: JointGraph,
     locality: Locality,
     bodies: Sequence[Body],
     menus: Sequence[Sequence[Stash]],
     profiler: Profiler,
     batch: Sequence[torch.Tensor],
-    pooled: Pooled,
-) -> list[UnitPrices]:
-    """Prices of all units and options.
+) -> list[float]:
+    """Seconds of all units with each of their options, for `measured_prices`.
 
-    What a forgetful option makes later units compute again is not in any one unit: it is priced
-    by the roofline, in proportion to what the unit's forward really takes. Where a backend compiles
-    units, each is compiled as it is when it keeps everything; what recomputing adds is timed with
-    eager kernels, and scaled by what the backend makes of the forward.
+    Where a backend compiles units, each is compiled as it is when it keeps everything; what
+    recomputing adds is timed with eager kernels, and scaled by what the backend makes of the
+    forward.
 
     Args:
         batch: the leaves of one microbatch.
     """
-    every, n = max(len(menu) for menu in menus), len(bodies)
     eager = profiler.eager
-    rows = [_times(graph, locality, bodies, menus, k, eager, batch) for k in range(every)]
+    ways = range(max(len(menu) for menu in menus))
+    rows = [_times(graph, locality, bodies, menus, k, eager, batch) for k in ways]
     compiled = profiler is not eager
     rows.append(_times(graph, locality, bodies, menus, 0, profiler, batch) if compiled else rows[0])
-    flat = pooled([x for row in rows for t in row for x in (t.forward_s, t.backward_s)])
+    return [x for row in rows for t in row for x in (t.forward_s, t.backward_s)]
+
+
+def measured_prices(
+    bodies: Sequence[Body], menus: Sequence[Sequence[Stash]], flat: Sequence[float]
+) -> list[UnitPrices]:
+    """Prices of all units and options.
+
+    What a forgetful option makes later units compute again is not in any one unit: it is priced
+    by the roofline, in proportion to what the unit's forward really takes.
+
+    Args:
+        flat: as `measured` has them.
+    """
+    every, n = max(len(menu) for menu in menus), len(bodies)
     *times, runs = [
         [UnitTimes(*flat[2 * (k * n + i) : 2 * (k * n + i) + 2]) for i in range(n)]
         for k in range(every + 1)

@@ -41,12 +41,18 @@ def measured(
     links = mesh, device, transport, gather
     hosts = hosts_of(gather)
     if len(set(hosts)) == 1:
-        return spec.with_link(*measure_link(*links))
+        return linked(spec, *measure_link(*links))
     between = measure_link(*links, between_hosts(hosts))
     near = within_hosts(hosts)
-    spec = spec.with_link(*(measure_link(*links, near) if near else between))
+    spec = linked(spec, *(measure_link(*links, near) if near else between))
     devices = max(map(hosts.count, hosts))
-    return replace(spec, topology=Topology(devices, *between[:2], hosts=hosts))
+    own = Topology(devices, *between[:2], hosts=hosts)
+    return spec.cluster.within(own) if spec.cluster is not None else replace(spec, topology=own)
+
+
+def linked(spec: Device, bytes_per_s: float, latency_s: float, send_share: float) -> Device:
+    """The device, or all of several kinds, on such a link."""
+    return spec.each(lambda each: each.with_link(bytes_per_s, latency_s, send_share))
 
 
 def hosts_of(gather: Callable[[Any], list[Any]]) -> tuple[int, ...]:

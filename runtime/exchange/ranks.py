@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import nn
 from ...compiler.answers.guards import Guards, unlike
 from ...compiler.ir.errors import BatchError, CaptureError, PipecompileError
 from ...compiler.options.options import CompileOptions
+from ...compiler.planning.team import Measured, StagesMeasured, medians
 from ..transport.mesh import Mesh
 from .agreement import Agreement
 
@@ -65,19 +65,15 @@ class Ranks:
         here = {stage for rank in self._mesh.local_ranks for stage in self._mesh.stages_of(rank)}
         return tuple(stage for stage in range(n_stages) if stage in here)
 
-    def pool_stages(
-        self, seconds: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
         """The medians over the replicas of each stage."""
-        found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        for theirs in self._agreement.gather(seconds):
-            for stage, pair in theirs.items():
-                found[stage].append(pair)
-        return {
-            stage: (median(f for f, _ in pairs), median(b for _, b in pairs))
-            for stage, pairs in found.items()
-        }
+        return medians(self._agreement.gather(seconds))
 
-    def pool(self, seconds: list[float]) -> list[float]:
-        """The medians over all ranks: they ran side by side, as they will when they train."""
-        return [median(each) for each in zip(*self._agreement.gather(seconds), strict=True)]
+    def pool(self, seconds: Measured) -> Measured:
+        """The medians over the ranks of each kind of device: they ran side by side, as they will
+        when they train."""
+        ranks = self._agreement.gather(seconds)
+        rows = {kind: [r[kind] for r in ranks if kind in r] for each in ranks for kind in each}
+        return {
+            kind: [median(each) for each in zip(*rows[kind], strict=True)] for kind in sorted(rows)
+        }

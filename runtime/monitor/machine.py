@@ -45,6 +45,8 @@ def machine_of(
     shared = device.type == "cuda" or not mesh.distributed
     devices = -(-mesh.size // ranks_per_device(here, mesh)) if shared else mesh.size
     # what a data sheet says, or the user: other GPUs, and CPUs, have careful figures
-    known = options.hardware is not None or (device.type == "cuda" and spec.name in DEVICES)
+    members = spec.cluster.members if spec.cluster is not None else (spec,)
+    listed = all(each.name in DEVICES for each in members)
+    known = options.hardware is not None or (device.type == "cuda" and listed)
     peak = spec.mean_peak(computed_in(options.dtypes, module)) if known else None
     return Machine(device, mesh.numbering if mesh.distributed else None, devices, peak)
