@@ -38,7 +38,7 @@ def exchange_s(
     if zero.divides_states:
         tied_bytes /= dp if zero.streams else 1
         stepped = footprint.stepped_bytes(program, stages)[1]
-        last = min(stepped * dp, shards.PARCEL_BYTES)
+        last = min(stepped * dp, shards.parcel_bytes(stepped * dp))
         unshards = sum(footprint.traffic(program, s, stages).unshard_total for s in stages)
         brought = parcels(unshards * dp / (dp + 1))
         sizes = [last, *brought]

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -66,29 +67,36 @@ class Timing:
 
     def priced(self, units: UnitSeconds) -> Timing:
         """The same programs, whose units take other seconds."""
-        other = copy(self)
+        other = self._fresh()
         other.seconds = self._seconds(units)
         return other
 
     def of(self, program: PipelineProgram) -> Timing:
         """Of programs that compute the same, and exchange something else."""
-        other = copy(self)
+        other = self._fresh()
         other.program = program
+        return other
+
+    def _fresh(self) -> Timing:
+        """The same with nothing worked out."""
+        other = copy(self)
+        other.__dict__.pop("_together_s", None)
         return other
 
     def compute_s(self) -> dict[tuple[int, Kind], float]:
         """Of (stage, kind that computes), with what replicas exchange meanwhile with every
         microbatch."""
-        return {key: each for key, (each, _) in self._together_s().items()}
+        return {key: each for key, (each, _) in self._together_s.items()}
 
     def late_s(self) -> list[float]:
         """Per stage, by what the last microbatch takes longer, as gradients leave that were added
         up."""
         found = [0.0] * len(self.seconds)
-        for (stage, _), (each, last) in self._together_s().items():
+        for (stage, _), (each, last) in self._together_s.items():
             found[stage] += last - each
         return found
 
+    @cached_property
     def _together_s(self) -> dict[tuple[int, Kind], tuple[float, float]]:
         """Of (stage, kind that computes): of any microbatch, and of the last one.
 

@@ -36,13 +36,11 @@ class Closing:
     def seconds(self, assembly: Assembly, settings: Settings) -> list[float]:
         """Per rank of a replica."""
         program = assembly.program
-        seconds = [0.0] * len(assembly.schedule)
         if not program.trains:
-            return seconds
+            return [0.0] * len(assembly.schedule)
         stepping_s = self._optimizer_s(assembly, settings)
         measured = self._measured is not None  # the optimizer, with clipping
-        exchange_s = exchanged(assembly, settings, clips=not measured)
-        return [sum(pair) for pair in zip(stepping_s, exchange_s, strict=True)]
+        return _closed(assembly, settings, stepping_s, clips=not measured)
 
     def _optimizer_s(self, assembly: Assembly, settings: Settings) -> list[float]:
         """Measured, or what the optimizer reads and writes at the peak rate of the memory."""
@@ -102,6 +100,14 @@ def worked_out(assembly: Assembly, settings: Settings) -> list[float]:
     ]
 
 
+def _closed(
+    assembly: Assembly, settings: Settings, stepping_s: Sequence[float], clips: bool = True
+) -> list[float]:
+    """Per rank, the optimizer and what is exchanged before it and after it."""
+    pairs = zip(stepping_s, exchanged(assembly, settings, clips=clips), strict=True)
+    return [sum(pair) for pair in pairs]
+
+
 def exchanged(
     assembly: Assembly,
     settings: Settings,
@@ -148,8 +154,7 @@ def trial_of(draft: Assembly, settings: Settings) -> Trial:
 
     def step_s(kept: Sequence[Kept]) -> float:
         found = of(kept)
-        pairs = zip(worked_out(found, settings), exchanged(found, settings), strict=True)
-        timing, closing_s = found.timing, [sum(pair) for pair in pairs]
+        timing, closing_s = found.timing, _closed(found, settings, worked_out(found, settings))
         of_all = timing.compute_s(), timing.transfer_s(), closing_s
         return simulate(found.schedule, *of_all, send_s=timing.send_s()).step_s
 

@@ -167,6 +167,11 @@ class Parcel:
         return count * self.dtype.itemsize
 
 
+def parcel_bytes(total: int) -> int:
+    """The most that a parcel has, but for single rows, of so much in all."""
+    return max(LEAST_BYTES, min(PARCEL_BYTES, total // SHARES))
+
+
 def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parcel]:
     """Items in their order, in parcels of one dtype.
 
@@ -178,7 +183,7 @@ def parcels_of(items: Iterable[Item], dp: int, whole: bool = False) -> list[Parc
         dtypes = dict.fromkeys(item.dtype for item in chosen)
         return [Parcel(tuple(x for x in chosen if x.dtype is d), dp) for d in dtypes]
     total = sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in chosen)
-    limit = max(LEAST_BYTES, min(PARCEL_BYTES, total // SHARES))
+    limit = parcel_bytes(total)
     made: list[list[Item]] = []
     held = 0
     for item in (piece for x in chosen for piece in _pieces(x, dp, limit)):
