@@ -286,6 +286,7 @@ class Deciding:
             pinned,
             parts,
             measured=measured,
+            stepping_bytes=settings.footprint.stepping_bytes(self.graph.copies),
         )
         planner.fingerprint = self._fingerprint
         return planner

@@ -47,7 +47,6 @@ CLOSE = 0.02  # of the budget: with prices this near to the truth only a shorter
 POLISHES = 3  # local searches, each knowing better what its moves take
 HIDDEN = "as if links were hidden, as computation hides most of what they carry"
 EVEN = "with even stages, as ranks of uneven ones would wait longer"
-CLOSING = 1.75  # AdamW's traffic as a multiple of weights, gradients and states
 ROOMY = 0.8  # of the budget: stages below it were not shaped by it
 
 Draft = Callable[[Decision], Sequence[RankMemory]]
@@ -138,6 +137,7 @@ class Planner:
         load: of the schedule; None for what its kind asks of so many microbatches.
         measured: the prices on each kind of device that ranks have, where there are several and
             they were measured.
+        stepping_bytes: that the optimizer of a replica moves, of all parameters.
     """
 
     def __init__(
@@ -154,8 +154,9 @@ class Planner:
         parts: Parts | None = None,
         load: Load | None = None,
         measured: Mapping[str, Sequence[UnitPrices]] = MappingProxyType({}),
+        stepping_bytes: float = 0.0,
     ):
-        self._measured = measured
+        self._measured, self._stepping_bytes = measured, stepping_bytes
         self.graph, self.locality, self.options, self.device = graph, locality, options, device
         counts = graph.trains or not options.training
         if not isinstance(budget_bytes, Sequence):
@@ -276,7 +277,7 @@ class Planner:
             prices,
             weight_works(self.bodies, self.places, self.device),
             self.device,
-            CLOSING / self.device.bytes_per_s if self.options.optimizer else 0.0,
+            self._stepping_bytes,
             tuple(self.by_kind.values()),
         )
 

@@ -7,6 +7,7 @@ and what stages that are not alike wait for.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from functools import cached_property
 from ...passes.generators.shape import PipelineShape, StageCosts, usual_limits
 from ...passes.integer.work import Work
 from ...passes.partition.baselines import most_even
-from ...passes.schedule.load import linked, timed
+from ...passes.schedule.load import far_of, linked
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import Timeline, simulate
 from ..costs.hardware import Device
@@ -32,6 +33,10 @@ LEAST_S = 2e-4  # nor is less than launching some kernels takes, which no price 
 FEW = 4  # microbatches per stage that are simulated; more repeat them
 
 
+Pairs = tuple[tuple[int, int], ...]
+"""Messages: from a stage, to a stage."""
+
+
 @dataclass(frozen=True)
 class StepModel:
     """A step from a solution, without its programs.
@@ -39,7 +44,7 @@ class StepModel:
     Attributes:
         prices, weights: of the problem's units.
         device: whose messages take what it says.
-        closing_s_per_byte: of what a rank holds all the time, after the last microbatch.
+        stepping_bytes: that the optimizer of a replica moves, of all parameters; 0 for none.
         by_kind: the prices on each kind of device, where there are several.
     """
 
@@ -49,7 +54,7 @@ class StepModel:
     prices: Sequence[UnitPrices]
     weights: Sequence[WeightWork]
     device: Device
-    closing_s_per_byte: float = 0.0
+    stepping_bytes: float = 0.0
     by_kind: Sequence[Sequence[UnitPrices]] = ()
 
     @cached_property
@@ -59,19 +64,30 @@ class StepModel:
         return replace(self.shape, microbatches=min(self.shape.microbatches, most))
 
     @cached_property
-    def _schedule(self) -> Schedule:
-        return linked(self.kind.order(self.few), self.few)
+    def _order(self) -> Schedule:
+        return self.kind.order(self.few)
+
+    @cached_property
+    def _schedules(self) -> dict[Pairs, Schedule]:
+        return {}
+
+    def _linked(self, far: Pairs) -> Schedule:
+        """The order with messages, some of them not between neighbours."""
+        if far not in self._schedules:
+            self._schedules[far] = linked(self._order, self.few, far)
+        return self._schedules[far]
 
     @property
     def n_actions(self) -> int:
         """That are simulated for a step."""
-        return sum(map(len, self._schedule))
+        return sum(map(len, self._linked(())))
 
     def step_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """Seconds of a step."""
         compute_s, transfer_s = self._compute_s(stage, option), self._transfer_s(stage)
         send_s = self.device.send_s(transfer_s, self.problem.homes)
-        return self._whole_s(simulate(self._schedule, compute_s, transfer_s, send_s=send_s), stage)
+        schedule = self._linked(far_of(transfer_s))
+        return self._whole_s(simulate(schedule, compute_s, transfer_s, send_s=send_s), stage)
 
     def searched_s(self, stage: Sequence[int], option: Sequence[int]) -> float:
         """The same with the order that is found for just these stages, if orders are searched."""
@@ -82,9 +98,10 @@ class StepModel:
         costs = StageCosts.of(compute_s, transfer_s, stash, self._carry_bytes(stage))
         if self.kind.takes_limit:
             costs = replace(costs, limit_bytes=usual_limits(self.few, costs))
-        schedule = self.kind.generate(replace(self.few, costs=costs))
+        order = self.kind.generate(replace(self.few, costs=costs))
+        schedule = linked(order, self.few, far_of(transfer_s))
         send_s = self.device.send_s(transfer_s, self.problem.homes)
-        return self._whole_s(timed(schedule, self.few, compute_s, transfer_s, send_s), stage)
+        return self._whole_s(simulate(schedule, compute_s, transfer_s, send_s=send_s), stage)
 
     def _whole_s(self, few: Timeline, stage: Sequence[int]) -> float:
         """Of all microbatches, from some."""
@@ -96,14 +113,27 @@ class StepModel:
         self, stage: Sequence[int], option: Sequence[int]
     ) -> dict[tuple[int, Kind], float]:
         found: dict[tuple[int, Kind], float] = defaultdict(float)
+        launches: dict[tuple[int, Kind], float] = defaultdict(float)
         for unit, (work, s, k) in enumerate(zip(self.weights, stage, option, strict=True)):
             prices = self.by_kind[self.problem.kind_of(s)] if self.by_kind else self.prices
             forward, backward, again = prices[unit].of(k)
-            weights = work.part * backward if self.shape.splits[s] else 0.0
+            part = work.part if self.shape.splits[s] else 0.0
             found[s, Kind.F] += forward
-            found[s, Kind.B] += backward - weights + again
-            found[s, Kind.W] += weights
-        return {(s, kind): found[s, kind] for s in range(self.shape.n_stages) for kind in Kind}
+            found[s, Kind.B] += (1 - part) * backward + again
+            found[s, Kind.W] += part * backward
+            first, second = prices[unit].launches
+            launches[s, Kind.F] += first
+            launches[s, Kind.B] += (1 - part) * second + (first * again / forward if again else 0)
+            launches[s, Kind.W] += part * second
+        return {
+            (s, kind): self._on(s).program_s(found[s, kind], round(launches[s, kind]))
+            for s in range(self.shape.n_stages)
+            for kind in Kind
+        }
+
+    def _on(self, stage: int) -> Device:
+        """The device of its rank."""
+        return self.device.at(self.problem.homes[stage])
 
     def _carry_bytes(self, stage: Sequence[int]) -> list[float]:
         found = [0.0] * self.shape.n_stages
@@ -123,14 +153,27 @@ class StepModel:
                 found[source, s] += value.receive_s * slower
         return found
 
-    def _closing_s(self, stage: Sequence[int]) -> float:
-        held = [0.0] * self.problem.n_ranks
+    def _held(self, stage: Sequence[int]) -> list[float]:
+        """Bytes that each stage holds all the time."""
+        problem = self.problem
+        held = [0.0] * problem.n_stages
         for unit, s in enumerate(stage):
-            held[self.problem.homes[s]] += self.problem.options[unit][0].static_bytes
-        rate = self.device.bytes_per_s  # of which ``closing_s_per_byte`` is
-        slower = (rate / self.device.at(rank).bytes_per_s for rank in range(len(held)))
-        pairs = zip(held, slower, strict=True)
-        return max(size * more for size, more in pairs) * self.closing_s_per_byte
+            held[s] += problem.options[unit][0].static_bytes
+        for kept in problem.kept:
+            if not kept.per_microbatch:
+                for s in {stage[unit] for unit, _ in kept.users}:
+                    held[s] += kept.bytes
+        return held
+
+    def _closing_s(self, stage: Sequence[int]) -> float:
+        """The optimizer of the slowest rank, in proportion to what ranks hold."""
+        if not self.stepping_bytes:
+            return 0.0
+        ranks, held = [0.0] * self.problem.n_ranks, self._held(stage)
+        for s, size in enumerate(held):
+            ranks[self.problem.homes[s]] += size
+        part = self.stepping_bytes / (math.fsum(held) or 1.0)
+        return max(self.device.at(r).moved_s(part * size) for r, size in enumerate(ranks))
 
 
 def refine(

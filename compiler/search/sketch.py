@@ -16,7 +16,7 @@ from ...passes.generators.shape import PipelineShape
 from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
 from ...passes.schedule.forward_only import forward_only
-from ...passes.schedule.load import Load, linked
+from ...passes.schedule.load import Load, far_of, linked
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import simulate
 from ..compression.sizes import Needs
@@ -30,7 +30,7 @@ from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning import refine
 from ..planning.planner import Planner
-from ..planning.refine import StepModel
+from ..planning.refine import Pairs, StepModel
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
 from .bounds import Microbatch
@@ -164,8 +164,13 @@ def load_for(kind: ScheduleKind, shape: PipelineShape) -> Load:
 
 
 @lru_cache(8)  # levels of ZeRO are looked at one after the other
-def _linked(kind: ScheduleKind, few: PipelineShape) -> Schedule:
-    return linked(kind.order(few), few)
+def _ordered(kind: ScheduleKind, few: PipelineShape) -> Schedule:
+    return kind.order(few)
+
+
+@lru_cache(8)
+def _with_messages(kind: ScheduleKind, few: PipelineShape, far: Pairs) -> Schedule:
+    return linked(_ordered(kind, few), few, far)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,6 @@ class _Model(StepModel):
 
     Attributes:
         read_bytes, grad_bytes: of all that is trained, as programs read it and its gradients.
-        stepping_bytes: that the optimizer moves, of all; 0 for no optimizer.
         clips: whether there is clipping.
         trains: whether there is a backward.
     """
@@ -182,7 +186,6 @@ class _Model(StepModel):
     footprint: Footprint | None = None
     read_bytes: int = 0
     grad_bytes: int = 0
-    stepping_bytes: float = 0.0
     clips: bool = False
     trains: bool = True
 
@@ -190,12 +193,11 @@ class _Model(StepModel):
     def few(self) -> PipelineShape:
         return shortened(self.kind, self.shape)
 
-    @cached_property
-    def _schedule(self) -> Schedule:
+    def _linked(self, far: Pairs) -> Schedule:
         if self.trains:
-            return _linked(self.kind, self.few)
+            return _with_messages(self.kind, self.few, far)
         pairs = ((s, s + 1) for s in range(self.few.n_stages - 1))
-        messages = [Message(a, b, Phase.FORWARD, ()) for a, b in pairs]
+        messages = [Message(a, b, Phase.FORWARD, ()) for a, b in (*pairs, *far)]
         return add_communication(forward_only(self.few), messages)
 
     def _shares(self, stage: Sequence[int]) -> list[float]:
@@ -203,17 +205,6 @@ class _Model(StepModel):
         held = self._held(stage)
         whole = math.fsum(held) or 1.0
         return [each / whole for each in held]
-
-    def _held(self, stage: Sequence[int]) -> list[float]:
-        problem = self.problem
-        held = [0.0] * problem.n_stages
-        for unit, s in enumerate(stage):
-            held[s] += problem.options[unit][0].static_bytes
-        for kept in problem.kept:
-            if not kept.per_microbatch:
-                for s in {stage[unit] for unit, _ in kept.users}:
-                    held[s] += kept.bytes
-        return held
 
     def _exchanging(
         self, alone_s: Mapping[tuple[int, Kind], float], shares: Sequence[float], kept: Parts
@@ -260,27 +251,27 @@ class _Model(StepModel):
     def _needs(self) -> Needs:
         return self._footprint.compressed(None, ())
 
-    def _closed_s(self, held: float, whole: float, kept: float, late_s: float) -> float:
+    def _closed_s(self, rank: int, held: float, whole: float, kept: float, late_s: float) -> float:
         """Of a rank that holds so much of the whole.
 
         Args:
             kept: of what it reads, the part that is kept whole.
         """
-        dp, zero = self._footprint.dp, self._footprint.zero
+        dp, zero, device = self._footprint.dp, self._footprint.zero, self.device.at(rank)
         part = held / whole
         read, grads = self.read_bytes * part, self.grad_bytes * part
         sizes = [*parcels(grads), *parcels(grads)]
         brought = parcels(read if zero.unshards else read * kept)
         if zero.divides_states:
-            sizes = [min(grads, shards.PARCEL_BYTES), *brought]
+            sizes = [min(grads, shards.parcel_bytes(int(grads))), *brought]
         exchange_s = late_s
         if self._needs.messages:
-            exchange_s += compressed_s(self._needs, dp, self.device, part)
+            exchange_s += compressed_s(self._needs, dp, device, part)
             rest = self._footprint.as_they_are(None, ()) * part
             sizes = [*parcels(rest), *parcels(rest), *(brought if zero.divides_states else ())]
-        exchange_s += self.device.collective_s(sum(sizes), dp, len(sizes)) if dp > 1 else 0.0
+        exchange_s += device.collective_s(sum(sizes), dp, len(sizes)) if dp > 1 else 0.0
         clipped = 3 * grads / (dp if zero.divides_states else 1) if self.clips else 0.0
-        return exchange_s + self.device.moved_s(clipped + self.stepping_bytes * part)
+        return exchange_s + device.moved_s(clipped + self.stepping_bytes * part)
 
     def _keeping(
         self, alone_s: Mapping[tuple[int, Kind], float], shares: Sequence[float], spare: Bytes
@@ -339,7 +330,8 @@ class _Model(StepModel):
         compute_s, late_s = self._exchanging(alone_s, shares, kept)
         transfer_s = self._transfer_s(stage)
         send_s = self.device.send_s(transfer_s, homes)
-        few = simulate(self._schedule, compute_s, transfer_s, send_s=send_s)
+        schedule = self._linked(far_of(transfer_s))
+        few = simulate(schedule, compute_s, transfer_s, send_s=send_s)
         busy = [few.busy_s(rank) for rank in range(self.few.ranks)]
         more = self.shape.microbatches - self.few.microbatches
         closing_s, held = [], self._held(stage)
@@ -349,7 +341,7 @@ class _Model(StepModel):
             own = math.fsum(held[s] for s in mine)
             parts = math.fsum(shares[s] * kept[s][0] for s in mine) / (own / whole) if own else 0.0
             late = math.fsum(late_s[s] for s in mine)
-            closing_s.append(self._closed_s(own, whole, parts, late))
+            closing_s.append(self._closed_s(rank, own, whole, parts, late))
             spared = 1 - 1 / self._footprint.dp
             for s in mine:
                 sizes = self.read_bytes * kept[s][0] + self.grad_bytes * kept[s][1]

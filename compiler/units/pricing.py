@@ -26,11 +26,13 @@ class UnitPrices:
 
     Attributes:
         recompute_s: of each option.
+        launches: of forward and backward; none where seconds are measured, which has them.
     """
 
     forward_s: float
     backward_s: float
     recompute_s: tuple[float, ...]
+    launches: tuple[int, int] = (0, 0)
 
     def of(self, option: int) -> tuple[float, float, float]:
         return self.forward_s, self.backward_s, float(self.recompute_s[option])
@@ -43,6 +45,7 @@ def roofline(bodies: Sequence[Body], menus: Sequence[Sequence[Stash]]) -> list[U
             body.unit.forward.seconds,
             body.unit.backward.seconds,
             tuple(stash.recompute_s for stash in menu),
+            (body.unit.forward.launches, body.unit.backward.launches),
         )
         for body, menu in zip(bodies, menus, strict=True)
     ]
@@ -52,14 +55,13 @@ def repriced(
     bodies: Sequence[Body], menus: Sequence[Sequence[Stash]], device: Device
 ) -> list[UnitPrices]:
     """The prices of another device than that which units and menus were made for, at its rates."""
-    return [
-        UnitPrices(
-            total_cost(body.forward, device).seconds,
-            total_cost(body.backward, device).seconds,
-            tuple(total_cost(stash.recomputed, device).seconds for stash in menu),
-        )
-        for body, menu in zip(bodies, menus, strict=True)
-    ]
+    found = []
+    for body, menu in zip(bodies, menus, strict=True):
+        forward, backward = total_cost(body.forward, device), total_cost(body.backward, device)
+        again = tuple(total_cost(stash.recomputed, device).seconds for stash in menu)
+        launches = forward.launches, backward.launches
+        found.append(UnitPrices(forward.seconds, backward.seconds, again, launches))
+    return found
 
 
 def measured(

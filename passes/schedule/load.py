@@ -61,14 +61,23 @@ def timed(
     return simulate(linked(schedule, shape), compute_s, transfer_s, send_s=send_s)
 
 
-def linked(schedule: Schedule, shape: PipelineShape) -> Schedule:
-    """With messages between neighbours."""
+def far_of(transfer_s: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The messages that are not between neighbours, of all: (from, to)."""
+    return tuple(sorted((a, b) for a, b in transfer_s if abs(a - b) > 1))
+
+
+def linked(
+    schedule: Schedule, shape: PipelineShape, far: Sequence[tuple[int, int]] = ()
+) -> Schedule:
+    """With messages between neighbours, and ``far`` others (`far_of`), such as a tied gradient's
+    from the last stage to the first."""
     from ...compiler.ir.program import Message  # which imports torch; the registry does not
     from .communication import add_communication
 
     pairs = [(s, s + 1) for s in range(shape.n_stages - 1)]
     messages = [Message(a, b, Phase.FORWARD, ()) for a, b in pairs]
     messages += [Message(b, a, Phase.BACKWARD, ()) for a, b in pairs]
+    messages += [Message(a, b, (Phase.BACKWARD, Phase.FORWARD)[a < b], ()) for a, b in far]
     return add_communication(schedule, messages)
 
 

@@ -110,7 +110,8 @@ def planner_of(device: Device, n_stages: int, order: tuple[str, ...]) -> Planner
     outline = Builder(skeleton, given, Target(HOST, device), captured=shared).outline(spec, M)
     rates = outline.settings.rates.along(order)
     known = outline.graph, outline.locality, given, rates, outline.held_bytes, M, outline.rows
-    return Planner(*known, float("inf"), {}, outline.parts)
+    stepping = outline.settings.footprint.stepping_bytes(outline.graph.copies)
+    return Planner(*known, float("inf"), {}, outline.parts, stepping_bytes=stepping)
 
 
 @pytest.mark.parametrize("topology", [None, Topology(1, 1e9, 1e-5), Topology(1, 2e8, 1e-4)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipecompile.compiler.calibration.tables import table_of
 from pipecompile.compiler.capture import batch as batches
 from pipecompile.compiler.capture.capture import capture_training
 from pipecompile.compiler.capture.skeleton import skeleton_of
@@ -28,6 +29,7 @@ from pipecompile.compiler.units.weights import WeightWork, weight_works
 from pipecompile.passes.graph.placement import place
 from pipecompile.passes.partition.solve import solve
 from pipecompile.passes.programs.lower import lower
+from pipecompile.passes.schedule.load import far_of
 from pipecompile.passes.schedule.registry import SCHEDULES
 from support import models
 from support.matrix import quickly
@@ -190,3 +192,43 @@ def test_a_cut_between_machines_moves_to_where_little_crosses() -> None:
     assert found.stage[3] == found.stage[4]
     elsewhere = replace(near, device=device.with_ranks(Numbering(4, 2, "replicas")))
     assert elsewhere.step_s(even.stage, even.option) > far.step_s(even.stage, even.option) * 0.99
+
+
+# -- what is not of a stage and its neighbours -----------------------------------------------------
+
+
+def test_the_optimizer_counts_by_what_the_fullest_rank_holds() -> None:
+    plain = model_of([1.0] * 6, [0.0] * 5, 2, 4)
+    stage, option = (0, 0, 0, 0, 1, 1), (0,) * 6
+    moved = 6e9
+    stepping = replace(plain, stepping_bytes=moved)
+    more = stepping.step_s(stage, option) - plain.step_s(stage, option)
+    assert more == pytest.approx(H100.moved_s(moved * 4 / 6))
+
+
+def test_launches_count_where_the_host_is_slower_than_kernels() -> None:
+    plain = model_of([1e-6] * 4, [0.0] * 3, 2, 4)
+    table = table_of("h100")
+    many = [replace(each, launches=(10, 20)) for each in plain.prices]
+    device = replace(plain.device, table=table)
+    priced = replace(plain, prices=many, device=device)
+    found = priced._compute_s((0, 0, 1, 1), (0,) * 4)
+    assert found[0, Kind.F] == pytest.approx(20 * table.host_s)
+    assert found[1, Kind.B] == pytest.approx(40 * table.host_s)
+    assert plain._compute_s((0, 0, 1, 1), (0,) * 4)[0, Kind.F] == pytest.approx(2e-6)
+
+
+def test_messages_between_stages_that_are_no_neighbours_are_simulated() -> None:
+    """A tied gradient leaves the last stage with every microbatch, which takes the processor."""
+    plain = model_of([1.0] * 4, [0.0] * 3, 4, 8)
+    tied = Value(3, (0,), receive_s=0.5)
+    device = replace(plain.device, send_share=1.0)
+    one, other = (
+        replace(plain, device=device, problem=replace(plain.problem, values=values))
+        for values in ((), (tied,))
+    )
+    stage, option = (0, 1, 2, 3), (0,) * 4
+    assert far_of(other._transfer_s(stage)) == ((3, 0),)
+    assert other.step_s(stage, option) >= one.step_s(stage, option) + 0.8 * 8 * 0.5
+    searched = [each.searched_s(stage, option) for each in (one, other)]
+    assert searched[1] >= searched[0] + 0.8 * 8 * 0.5
