@@ -155,7 +155,8 @@ class Options(TrainingOptions):
         'the bits of one device; "inductor": those that torch\'s Inductor fuses, layer by layer, '
         'equal up to rounding; "auto": "inductor" on CUDA where Triton is installed, else "eager"',
         more="Layers that are alike are compiled once. Where costs are measured, stages are "
-        "chosen by what compiled operators take.",
+        'chosen by what compiled operators take. With `costs="calibrated"` a search '
+        '(`n_stages="auto"`, `schedule="auto"`) weighs both on CUDA.',
         choices=("auto", "eager", "inductor"),
         compared=as_it_is,
         flag=Flag(group=PIPELINE, metavar="NAME"),
