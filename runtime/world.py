@@ -20,7 +20,7 @@ from .exchange.agreement import Agreement
 from .exchange.alike import Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
 from .exchange.heap import keep_heap
-from .exchange.link import hosts_of, measure_exchange, measured
+from .exchange.link import hosts_of, measure_agreement, measure_exchange, measured
 from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog
 from .kernels.kernels import compiled_stage
@@ -194,6 +194,8 @@ class World:
         spec = target.spec
         if mesh.distributed:
             spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
+            agree_s = measure_agreement(self._here, self.agreement.gather)
+            spec = replace(spec, agree_s=agree_s)
         if isinstance(self.transport, Processes) and mesh.dp > 1:
             exchange = measure_exchange(self.transport, self._here, self.agreement.gather)
             spec = spec.each(lambda each: replace(each, exchange=exchange))

@@ -59,12 +59,19 @@ FIELDS: dict[str, Set] = {
     "link.bytes_per_s": _network("link_bytes_per_s", "within_bytes_per_s", "between_bytes_per_s"),
     "link.latency_s": _network("link_latency_s", "within_latency_s", "between_latency_s"),
     "link.send_share": _field("send_share"),
+    "link.agree_s": _field("agree_s"),
     **{
         f"machine.{name}": _machine(name)
         for name in ("devices", "bytes_per_s", "latency_s", "oversubscription")
     },
 }
-MAY_BE_ZERO = ("device.launch_s", "link.latency_s", "link.send_share", "machine.latency_s")
+MAY_BE_ZERO = (
+    "device.launch_s",
+    "link.latency_s",
+    "link.send_share",
+    "link.agree_s",
+    "machine.latency_s",
+)
 
 
 def of_device(setting: str) -> bool:

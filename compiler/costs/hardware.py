@@ -38,6 +38,7 @@ class Device:
         send_share: of the seconds of a message, or of an exchange between replicas, those in which
             its sender computes nothing: 0 where the device has engines for it, and where it was
             not measured.
+        agree_s: seconds in which all ranks tell each other a small value; 0 where not measured.
         exchange: between the replicas that there are; None where it was not measured.
         table: what kernels and links reach of all that; None for everything, the roofline.
         topology: of the machines that have such devices; None where all are on one, or on a network
@@ -55,6 +56,7 @@ class Device:
     link_latency_s: float
     launch_s: float
     send_share: float = 0.0
+    agree_s: float = 0.0
     reserved: Reserved = NOTHING
     exchange: Exchange | None = None
     table: Table | None = None

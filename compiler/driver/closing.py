@@ -23,6 +23,7 @@ from ..tensors.norms import own_powers
 from .assembly import Assembly, kept_with
 from .work import Settings
 
+AGREEMENTS = 2  # of each step: on the batch, and on its loss
 Norm = Callable[[torch.Tensor], Any] | None
 
 
@@ -114,12 +115,15 @@ def exchanged(
     parts: Sequence[Sequence[int]] = (),
     clips: bool = True,
 ) -> list[float]:
-    """Per rank, what replicas exchange and nothing hides, and clipping.
+    """Per rank, what replicas exchange and nothing hides, what all ranks tell each other, and
+    clipping.
 
     Args:
         parts: the stages of each; empty for those that it has.
-        clips: whether clipping counts, where there is any.
+        clips: whether what clipping computes counts, where there is any.
     """
+    agreements = AGREEMENTS + (settings.options.max_grad_norm is not None)  # on the norm of all
+    agreed_s = agreements * settings.rates.agree_s
     clips &= settings.options.max_grad_norm is not None
     late_s = assembly.timing.late_s()
     footprint, program, homes = settings.footprint, assembly.program, settings.shape.homes
@@ -128,7 +132,7 @@ def exchanged(
         device = settings.rates.at(homes[stages[0]])
         grads = footprint.static(program, stages, 0).grads
         exchange = exchange_s(program, stages, grads, footprint, device, clips)
-        found.append(exchange + math.fsum(late_s[s] for s in stages))
+        found.append(exchange + math.fsum(late_s[s] for s in stages) + agreed_s)
     return found
 
 

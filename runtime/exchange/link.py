@@ -3,6 +3,7 @@ some of that is the sender's own time; and what replicas exchange."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,14 +15,19 @@ import torch
 from ...compiler.costs.hardware import Device
 from ...compiler.costs.topology import Exchange, Topology
 from ...compiler.ir.program import ValueSpec
+from ...compiler.ir.shards import Item, Parcel
 from ..transport.mesh import Mesh
 from ..transport.processes import Processes
-from ..transport.transport import Transport, add_mean_, ordered_sum_
+from ..transport.replicas import SharedReplicas
+from ..transport.transport import Transport, add_mean_
+from .parcels import Outgoing
 from .peers import host_name, machine
 
 SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)  # bytes
 REPEATS = 7
 FRESH_BYTES = 32 << 20  # of gradients, so that those of each exchange are in no cache near by
+TOGETHER = 4  # gradients in a parcel: a matrix or two, and vectors
+OTHERS_BYTES = 8 << 20  # what a program touches between messages: caches near by are its
 
 
 def measured(
@@ -93,7 +99,8 @@ def measure_link(
     which its sender does nothing else; the same on every rank.
 
     Ranks 0 and 1, 2 and 3, ... send messages to and fro, all pairs at once, in the way in which a
-    step sends values. Takes well under a second on loopback TCP. A collective: every rank calls it.
+    step sends values: with other work between. Takes well under a second on loopback TCP. A
+    collective: every rank calls it.
 
     Args:
         mesh: of two processes or more.
@@ -113,8 +120,7 @@ def measure_link(
     whole_s, sends_s = (
         [median(times[i][k] for times in found) for i in range(len(SIZES))] for k in (0, 1)
     )
-    shares = (sends / whole for sends, whole in zip(sends_s, whole_s, strict=True))
-    return *fit(SIZES, whole_s), min(median(shares), 1.0)
+    return *fit(SIZES, whole_s), share_of(sends_s, whole_s)
 
 
 def measure_exchange(
@@ -130,54 +136,83 @@ def measure_exchange(
     gather(None)  # all start together
     elements = FRESH_BYTES // 4
     grads, totals = torch.ones(elements, device=device), torch.zeros(elements, device=device)
-    mine = [_exchanged_s(transport, max(1, n // 4 // transport.dp), grads, totals) for n in SIZES]
-    found = gather(mine)
-    whole_s = [median(ranks[i][0] for ranks in found) for i in range(len(SIZES))]
-    shares = [median(ranks[i][1] for ranks in found) for i in range(len(SIZES))]
-    given = [nbytes * (transport.dp - 1) // transport.dp for nbytes in SIZES]
-    return Exchange(*fit(given, whole_s), min(median(shares), 1.0))
+    parcels = [_parcel(nbytes, transport.dp) for nbytes in SIZES]
+    found = gather([_exchanged_s(transport, parcel, grads, totals) for parcel in parcels])
+    whole_s, busy_s = (
+        [median(ranks[i][k] for ranks in found) for i in range(len(SIZES))] for k in (0, 1)
+    )
+    given = [4 * (sum(parcel.sizes) - parcel.sizes[0]) for parcel in parcels]
+    return Exchange(*fit(given, whole_s), share_of(busy_s, whole_s))
+
+
+def _parcel(nbytes: int, dp: int) -> Parcel:
+    """Of about so many bytes, in as many gradients as such have in a step: each is packed, and
+    added up, by itself."""
+    elements = dp * max(1, nbytes // 4 // dp // TOGETHER)
+    names = map(str, range(TOGETHER))
+    return Parcel(tuple(Item(name, (elements,), torch.float32) for name in names), dp)
+
+
+def share_of(busy_s: Sequence[float], whole_s: Sequence[float]) -> float:
+    """The part of what messages of several sizes take that is the processor's: of all their seconds
+    together, as a small one is nearly all waiting, and steps are made of large ones."""
+    return min(math.fsum(busy_s) / math.fsum(whole_s), 1.0)
 
 
 def _exchanged_s(
-    transport: Processes, elements: int, grads: torch.Tensor, totals: torch.Tensor
+    transport: Processes, parcel: Parcel, grads: torch.Tensor, totals: torch.Tensor
 ) -> tuple[float, float]:
-    """Median seconds of one exchange in which each gives each other one so many elements, and the
-    processor's share of them.
+    """Median seconds of a parcel of gradients that leaves and is added up, and those of them in
+    which its programs stand still.
+
+    Through memory these are all: nobody else moves anything, and who is there first waits, as at
+    every parcel of a step.
 
     Args:
         grads, totals: every time others of these are given and added to, as in a step.
     """
-    replicas, dp, me, device = transport.replicas, transport.dp, transport.replica, grads.device
-    seconds, shares = [], []
+    dp, device, others = transport.dp, grads.device, _others(grads.device)
+    whole, (mine, *_) = parcel.items[0].shape[0], parcel.sizes
+    now: list[torch.Tensor] = []
+
+    def settle(item: Item, total: torch.Tensor) -> None:
+        add_mean_(now[int(item.name)], total, dp, fresh=False)
+
+    outgoing = Outgoing(transport, settle, lambda item: now[int(item.name)])
+    seconds, busy_s = [], []
     for i in range(1 + REPEATS):
-        at = i * dp * elements % (len(grads) - dp * elements + 1)
-        given, total = grads[at:][: dp * elements].view(dp, elements), totals[at:][:elements]
+        at = i * sum(parcel.sizes) % (len(grads) - sum(parcel.sizes) + 1)
+        now[:] = totals[at:][:mine].chunk(len(parcel.items))
+        others.add_(1)
         start, busy = time.perf_counter(), time.process_time()
-        room = replicas.room([elements] * dp, grads.dtype, device)
-        for block, rows in zip(room.blocks, given, strict=True):
-            if block.numel():
-                block.copy_(rows)
-        parts = replicas.scatter(room).wait()
-        parts.insert(me, given[me].clone())
-        add_mean_(total, ordered_sum_(parts[0], parts[1:]), dp, fresh=False)
-        del parts, room
+        for number in range(len(parcel.items)):
+            outgoing.put(((parcel, number),), grads[at + number * whole :][:whole])
+        outgoing.drain()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-        shares.append((time.process_time() - busy) / seconds[-1])
-    share = 0.0 if device.type == "cuda" else median(shares[1:])  # which has engines for it
-    return median(seconds[1:]), share
+        busy_s.append(time.process_time() - busy)
+    whole_s = median(seconds[1:])
+    if device.type == "cuda":  # which has engines for it
+        return whole_s, 0.0
+    memory = isinstance(transport.replicas, SharedReplicas)
+    return whole_s, whole_s if memory else median(busy_s[1:])
 
 
 def _one_way_s(
     rank: int, peer: int, nbytes: int, device: torch.device, transport: Transport
 ) -> tuple[float, float]:
     """Half the median time of a message there and another back, and the median of what a send
-    takes until it returns."""
+    takes until it returns.
+
+    The one that answers is there first: it has come from its own message, and the other from the
+    receipt of that.
+    """
     specs = [ValueSpec("probe", (nbytes,), (1,), torch.uint8)]
-    probe = [torch.zeros(nbytes, dtype=torch.uint8, device=device)]
+    probe, others = [torch.zeros(nbytes, dtype=torch.uint8, device=device)], _others(device)
     seconds, sends = [], []
     for _ in range(1 + REPEATS):
+        others.add_(1)
         start = time.perf_counter()
         for sender in (min(rank, peer), max(rank, peer)):
             if rank == sender:
@@ -191,6 +226,28 @@ def _one_way_s(
         seconds.append(time.perf_counter() - start)
     transport.flush()
     return median(seconds[1:]) / 2, median(sends[1:])  # the first opens the connection
+
+
+def measure_agreement(device: torch.device, gather: Callable[[Any], list[Any]]) -> float:
+    """Seconds in which all ranks tell each other a small value, of the one that waits least; the
+    same on every rank. A collective.
+
+    Args: as of `measure_link`.
+    """
+    others, seconds = _others(device), []
+    for _ in range(1 + REPEATS):
+        others.add_(1)
+        start = time.perf_counter()
+        gather((0, 1.0))
+        seconds.append(time.perf_counter() - start)
+    least: list[float] = [min(each) for each in zip(*gather(seconds[1:]), strict=True)]
+    return median(least)
+
+
+def _others(device: torch.device) -> torch.Tensor:
+    """What is gone through between messages; nothing on a GPU, whose programs leave the host's
+    caches alone."""
+    return torch.zeros(OTHERS_BYTES if device.type == "cpu" else 0, dtype=torch.uint8)
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

@@ -39,7 +39,8 @@ def test_two_processes_agree_on_their_link(gang: Callable[[int], Gang]) -> None:
     assert seconds < 5  # most of a second at worst, were the machine quiet
 
 
-def exchanged(dp: int, n_stages: int, shared: bool) -> tuple[Exchange, float]:
+def exchanged(dp: int, n_stages: int, shared: bool) -> tuple[Exchange, float, float]:
+    """The figures, the seconds that measuring took, and those of an agreement."""
     device, mesh = torch.device("cpu"), make_mesh(n_stages, dp)
     connect(mesh, device)
     agreement = Agreement(mesh, device)
@@ -49,21 +50,37 @@ def exchanged(dp: int, n_stages: int, shared: bool) -> tuple[Exchange, float]:
     start = time.perf_counter()
     found = link.measure_exchange(transport, device, agreement.gather)
     transport.flush()
-    return found, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return found, seconds, link.measure_agreement(device, agreement.gather)
 
 
 @pytest.mark.parametrize(("dp", "n_stages", "shared"), [(2, 1, True), (2, 1, False), (3, 1, True)])
 def test_replicas_agree_on_their_exchange(
     gang: Callable[[int], Gang], dp: int, n_stages: int, shared: bool
 ) -> None:
-    """Through memory, and over gloo."""
+    """Through memory, where nobody but their processors does it, and over gloo."""
     found = gang(dp * n_stages).run(exchanged, dp, n_stages, shared)
-    exchange, seconds = found[0]
-    assert {each for each, _ in found} == {exchange}
+    exchange, seconds, agree_s = found[0]
+    assert {(each, agrees_s) for each, _, agrees_s in found} == {(exchange, agree_s)}
     assert 1e7 < exchange.bytes_per_s < 1e12
     assert 1e-7 < exchange.latency_s < 0.1
-    assert 0 < exchange.share <= 1
+    assert exchange.share == 1 if shared else 0 < exchange.share <= 1
     assert seconds < 10
+    assert 1e-6 < agree_s < 0.1
+
+
+def test_small_messages_do_not_tell_what_large_ones_take_of_the_processor() -> None:
+    """Of one that is empty nearly all is waiting."""
+    assert link.share_of([1e-6, 1e-6, 9e-3], [1e-4, 1e-4, 1e-2]) == pytest.approx(0.88, abs=0.005)
+    assert link.share_of([2e-3], [1e-3]) == 1.0
+
+
+def test_parcels_have_several_gradients_of_about_so_many_bytes() -> None:
+    for nbytes in link.SIZES[1:]:
+        parcel = link._parcel(nbytes, 3)
+        assert sum(parcel.sizes) * 4 == pytest.approx(nbytes, rel=0.02)
+        assert len(parcel.items) == link.TOGETHER
+        assert len(set(parcel.sizes)) == 1
 
 
 def test_what_was_measured_is_what_an_exchange_costs() -> None:
