@@ -28,6 +28,7 @@ REPEATS = 7
 FRESH_BYTES = 32 << 20  # of gradients, so that those of each exchange are in no cache near by
 TOGETHER = 4  # gradients in a parcel: a matrix or two, and vectors
 OTHERS_BYTES = 8 << 20  # what a program touches between messages: caches near by are its
+MEANWHILE_BYTES = 64 << 20  # what programs touch until a parcel's memory is needed again
 
 
 def measured(
@@ -171,7 +172,7 @@ def _exchanged_s(
     Args:
         grads, totals: every time others of these are given and added to, as in a step.
     """
-    dp, device, others = transport.dp, grads.device, _others(grads.device)
+    dp, device, others = transport.dp, grads.device, _others(grads.device, MEANWHILE_BYTES)
     whole, (mine, *_) = parcel.items[0].shape[0], parcel.sizes
     now: list[torch.Tensor] = []
 
@@ -244,10 +245,10 @@ def measure_agreement(device: torch.device, gather: Callable[[Any], list[Any]]) 
     return median(least)
 
 
-def _others(device: torch.device) -> torch.Tensor:
+def _others(device: torch.device, nbytes: int = OTHERS_BYTES) -> torch.Tensor:
     """What is gone through between messages; nothing on a GPU, whose programs leave the host's
     caches alone."""
-    return torch.zeros(OTHERS_BYTES if device.type == "cpu" else 0, dtype=torch.uint8)
+    return torch.zeros(nbytes if device.type == "cpu" else 0, dtype=torch.uint8)
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
