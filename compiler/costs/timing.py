@@ -40,6 +40,7 @@ class Timing:
         stage: of the graph's staged nodes.
         copies: a node of the backward -> the forward node that it computes again.
         units: nothing where no unit has seconds; the device's rates take their place.
+        weight_shares: per stage, of the backward; nothing where the rates say.
         mates: per stage, the stages of its rank.
 
     Attributes:
@@ -54,6 +55,7 @@ class Timing:
         stage: Mapping[fx.Node, int],
         copies: Mapping[fx.Node, fx.Node],
         units: UnitSeconds,
+        weight_shares: Sequence[float],
         rates: Device,
         footprint: Footprint,
         mates: Sequence[Sequence[int]],
@@ -63,12 +65,12 @@ class Timing:
         ranks = list(dict.fromkeys(map(tuple, mates)))  # of a replica, in order
         self.home = [ranks.index(tuple(each)) for each in mates]
         self.work = self._work(stage, copies)
-        self.seconds = self._seconds(units)
+        self.seconds, self.weight_shares = self._seconds(units), weight_shares
 
-    def priced(self, units: UnitSeconds) -> Timing:
+    def priced(self, units: UnitSeconds, weight_shares: Sequence[float]) -> Timing:
         """The same programs, whose units take other seconds."""
         other = self._fresh()
-        other.seconds = self._seconds(units)
+        other.seconds, other.weight_shares = self._seconds(units), weight_shares
         return other
 
     def of(self, program: PipelineProgram) -> Timing:
@@ -116,14 +118,20 @@ class Timing:
         """Of (stage, kind that computes), with no exchange between replicas."""
         found: dict[tuple[int, Kind], float] = {}
         for stage, seconds in enumerate(self.seconds):
-            weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
-            split = weight / (weight + rest) if weight else 0.0
+            split = self._weight_share(stage)
             whole = seconds.backward + seconds.recompute
             found[stage, Kind.F] = seconds.forward
             found[stage, Kind.B] = whole * (1 - split)
             found[stage, Kind.W] = whole * split
             self._launch(found, stage)
         return found
+
+    def _weight_share(self, stage: int) -> float:
+        """Of its backward, how much is weight gradients that are split off."""
+        if self.weight_shares:
+            return self.weight_shares[stage]
+        weight, rest = self.work[stage, "W"].seconds, self.work[stage, "B"].seconds
+        return weight / (weight + rest) if weight else 0.0
 
     def transfer_s(self) -> dict[tuple[int, int], float]:
         """Of a message from one stage to another."""

@@ -11,8 +11,9 @@ from torch import fx
 
 from ...passes.schedule.exchange import add_exchange
 from ..capture.capture import ForwardPass
+from ..costs.cluster import kinds_at
 from ..costs.timing import Timing
-from ..ir.actions import Pace, Schedule, compute_only, homes_of, max_in_flight
+from ..ir.actions import Pace, Schedule, compute_only
 from ..ir.errors import OptionError
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
@@ -22,6 +23,8 @@ from ..ir.zero import Kept
 from ..losses.logits import Chunks
 from ..memory.rank_memory import RankMemory
 from ..plan.decision import Decision
+from ..planning.target import Target
+from ..planning.team import StageSeconds, Team
 from . import passes
 from .passes import Pass
 from .record import PassRecord, Recorder
@@ -107,12 +110,6 @@ class Assembly:
     graphed: bool
     work: Work
 
-    @property
-    def in_flight(self) -> tuple[int, ...]:
-        """Per stage, the most microbatches between forward and backward at once."""
-        homes = sorted(homes_of(self.schedule).items())
-        return tuple(max_in_flight(self.schedule[rank], stage) for stage, rank in homes)
-
 
 def assemble(
     settings: Settings,
@@ -197,3 +194,35 @@ def _tell_of_graphs(work: Work, recorder: Recorder) -> None:
     with recorder.record("schedule", "cudagraphs") as outcome:
         shape = "programs for microbatches of this shape, the first, are recorded; others run as is"
         outcome.note = f"not recorded: {why}" if why else shape
+
+
+def corrected(
+    decision: Decision,
+    assembly: Assembly,
+    target: Target,
+    team: Team,
+    batch: Sequence[torch.Tensor],
+) -> Decision:
+    """With the units' seconds scaled to what whole stages take, in the schedule's order.
+
+    Args:
+        batch: the leaves of one microbatch.
+    """
+    program, timing = assembly.whole, assembly.timing
+    if not target.measures or not program.trains:
+        return decision
+    team.together(lambda: None)  # alone a rank would be faster than beside others
+    found: dict[str, dict[int, StageSeconds]] = {}
+    for kind, profiler in target.profilers.items():
+        stages = team.stages(len(program.stages))
+        mine = [s for s in stages if kind in kinds_at(timing.rates, timing.home[s])]
+        order = [
+            (mine.index(action.stage), action.kind, action.microbatch or 0)
+            for actions in compute_only(assembly.schedule)
+            for action in actions
+            if action.stage in mine
+        ]
+        times = profiler.times([program.stages[s] for s in mine], batch, order)
+        pairs = zip(mine, times, strict=True)
+        found[kind] = {s: (each.forward_s, each.backward_s, each.weight_s) for s, each in pairs}
+    return decision.scaled(team.pool_stages(found))

@@ -44,12 +44,12 @@ from ..planning.target import Target
 from ..planning.team import Alone, Team
 from ..profiling.optimizer_trial import Verdict
 from . import passes
-from .assembly import assemble, run
+from .assembly import assemble, corrected, run
 from .auto import check_pieces, chosen, chunks_of
 from .capturing import Capturing, Shared, Wanted
 from .closing import Closing
 from .compiled import Compiled, Mode, main_mode
-from .deciding import Decided, Deciding, corrected, divisions, tried
+from .deciding import Decided, Deciding, divisions, tried
 from .layout import Layout, check_memory, layout_of
 from .record import PassRecord, Recorder
 from .summary import Summary, placement_note, placement_text

@@ -423,30 +423,3 @@ class Deciding:
         return Decided(
             settings, plan.decision, *placed, closing_s=closing_s, planned=True, order=order
         )
-
-
-def corrected(
-    decision: Decision,
-    assembly: Assembly,
-    target: Target,
-    team: Team,
-    batch: Sequence[torch.Tensor],
-) -> Decision:
-    """With the units' seconds scaled to what whole stages take, in the schedule's order.
-
-    Args:
-        batch: the leaves of one microbatch.
-    """
-    program, timing = assembly.whole, assembly.timing
-    if not target.measures or not program.trains:
-        return decision
-    team.together(lambda: None)  # alone a rank would be faster than beside others
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    for kind, profiler in target.profilers.items():
-        stages = team.stages(len(program.stages))
-        mine = [s for s in stages if kind in kinds_at(timing.rates, timing.home[s])]
-        in_flight = [assembly.in_flight[s] for s in mine]
-        times = profiler.times([program.stages[s] for s in mine], batch, in_flight)
-        pairs = zip(mine, times, strict=True)
-        found[kind] = {s: (each.forward_s, each.backward_s) for s, each in pairs}
-    return decision.scaled(team.pool_stages(found))

@@ -53,7 +53,8 @@ class Summary:
         self.program, self.schedule = assembly.program, assembly.schedule
         self.homes = homes_of(self.schedule)
         self.closing_s = closing_s
-        self.timing = assembly.timing.priced(decision.stages_and_seconds)
+        units, shares = decision.stages_and_seconds, decision.weight_shares
+        self.timing = assembly.timing.priced(units, shares)
         self.work, self.seconds = self.timing.work, self.timing.seconds
 
     def timeline(self) -> Timeline:

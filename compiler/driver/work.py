@@ -226,7 +226,8 @@ class Work:
         """What the programs take, asked first when they are all made."""
         settings = self.settings
         mates = [settings.shape.mates(s) for s in range(settings.options.stage_count)]
-        of = self.made, self.stage, self.copies, self.decision.stages_and_seconds
+        units, shares = self.decision.stages_and_seconds, self.decision.weight_shares
+        of = self.made, self.stage, self.copies, units, shares
         return Timing(*of, settings.rates, settings.footprint, mates)
 
     def seconds(self) -> tuple[Mapping[tuple[int, Kind], float], Mapping[tuple[int, int], float]]:

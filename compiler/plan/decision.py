@@ -51,6 +51,8 @@ class Decision:
         devices: the name of that of each rank of a replica; empty where all are of one kind that
             nobody has counted.
         order_note: why these, in this order.
+        weight_shares: per stage, how much of the backward its weight gradients take that are split
+            off; empty where nobody measured it.
     """
 
     fingerprint: str
@@ -64,14 +66,16 @@ class Decision:
     kept: tuple[Kept, ...] = ()
     devices: tuple[str, ...] = ()
     order_note: str = ""
+    weight_shares: tuple[float, ...] = ()
 
     @property
     def stages_and_seconds(self) -> list[tuple[int, tuple[float, float, float]]]:
         """Per unit; nothing where no unit has seconds."""
         return list(zip(self.unit_stage, self.unit_seconds, strict=False))
 
-    def scaled(self, stages_s: Mapping[int, tuple[float, float]]) -> Decision:
-        """With seconds that add up to those of the stages: forward, and all of the backward."""
+    def scaled(self, stages_s: Mapping[int, tuple[float, float, float]]) -> Decision:
+        """With seconds that add up to those of the stages: forward, all of the backward, and of it
+        the weight gradients that are split off."""
         pairs = self.stages_and_seconds
         seconds: list[tuple[float, float, float]] = []
         for stage, unit in pairs:
@@ -79,13 +83,16 @@ class Decision:
             forward = stages_s[stage][0] / (math.fsum(f for f, _, _ in mine) or 1.0)
             backward = stages_s[stage][1] / (math.fsum(b + r for _, b, r in mine) or 1.0)
             seconds.append((unit[0] * forward, unit[1] * backward, unit[2] * backward))
-        return replace(self, unit_seconds=tuple(seconds))
+        shares = [weight / (all_ or 1.0) for _, (_, all_, weight) in sorted(stages_s.items())]
+        return replace(self, unit_seconds=tuple(seconds), weight_shares=tuple(shares))
 
     def check(self, n_stages: int) -> None:
         """Raises ValueError where the parts do not fit together."""
         lists = (self.unit_nodes, self.unit_stage, self.unit_recomputes, self.unit_seconds)
         if len({len(each) for each in lists}) > 1:
             raise ValueError("its lists of units differ in length")
+        if self.weight_shares and len(self.weight_shares) != n_stages:
+            raise ValueError(f"it has shares of {len(self.weight_shares)} of {n_stages} stages")
         if self.kept and len(self.kept) != n_stages:
             raise ValueError(f"it keeps parameters for {len(self.kept)} of {n_stages} stages")
         if not set(self.unit_stage) <= set(range(n_stages)) or min(self.unit_nodes, default=1) < 1:

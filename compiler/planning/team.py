@@ -12,8 +12,10 @@ from ..answers.guards import Guards
 T = TypeVar("T")
 Measured = Mapping[str, list[float]]
 """Kind of device -> seconds on it."""
-StagesMeasured = Mapping[str, Mapping[int, tuple[float, float]]]
-"""Kind of device -> stage -> its forward and its backward."""
+StageSeconds = tuple[float, float, float]
+"""Of a stage: its forward, its backward, and of that the weight gradients that are split off."""
+StagesMeasured = Mapping[str, Mapping[int, StageSeconds]]
+"""Kind of device -> stage -> its seconds on it."""
 
 
 class Team(Protocol):
@@ -43,7 +45,7 @@ class Team(Protocol):
         """Those that this process plays."""
         ...
 
-    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, StageSeconds]:
         """Those of every stage, from the ranks that play it; on the slowest kind of device."""
         ...
 
@@ -69,7 +71,7 @@ class Alone:
     def stages(self, n_stages: int) -> Sequence[int]:
         return range(n_stages)
 
-    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, StageSeconds]:
         return medians([seconds])
 
 
@@ -78,15 +80,20 @@ def worst(seconds: Measured, kinds: Sequence[str]) -> list[float]:
     return [max(each) for each in zip(*(seconds[kind] for kind in kinds), strict=True)]
 
 
-def medians(ranks: Sequence[StagesMeasured]) -> dict[int, tuple[float, float]]:
+def medians(ranks: Sequence[StagesMeasured]) -> dict[int, StageSeconds]:
     """Per stage the medians over the ranks that have a kind of device; of kinds the most."""
-    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for kind in sorted({kind for each in ranks for kind in each}):
-        mine: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    kinds = sorted({kind for each in ranks for kind in each})
+    found: dict[int, list[StageSeconds]] = defaultdict(list)
+    for kind in kinds:
+        mine: dict[int, list[StageSeconds]] = defaultdict(list)
         for each in ranks:
-            for stage, pair in each.get(kind, {}).items():
-                mine[stage].append(pair)
-        for stage, pairs in mine.items():
-            forward, backward = (median(each) for each in zip(*pairs, strict=True))
-            found[stage].append((forward, backward))
-    return {stage: (max(f for f, _ in p), max(b for _, b in p)) for stage, p in found.items()}
+            for stage, seconds in each.get(kind, {}).items():
+                mine[stage].append(seconds)
+        for stage, rows in mine.items():
+            found[stage].append(_each(median, rows))
+    return {stage: _each(max, rows) for stage, rows in found.items()}
+
+
+def _each(of: Callable[[tuple[float, ...]], float], rows: Sequence[StageSeconds]) -> StageSeconds:
+    forward, backward, weight = map(of, zip(*rows, strict=True))
+    return forward, backward, weight

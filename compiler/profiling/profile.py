@@ -1,19 +1,18 @@
 """Measured seconds of programs on the device at hand.
 
-Programs run here as the executor runs them: boxed, under no_grad, all units forward and then
-backward in the reverse order, on the values that the forward made; a stage that has several
-microbatches under way runs the next one's forward first. Programs that are equal up to names are
-timed once: a transformer has few kinds of layers.
+Programs run here as the executor runs them: boxed, under no_grad, on the values that those before
+have made; units all forward and then backward in the reverse order, stages in the order of a
+schedule, in which what a program reads is as far from the processor as it will be. Programs that
+are equal up to names are timed once: a transformer has few kinds of layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median, quantiles
@@ -36,17 +35,21 @@ from .timing_cache import TimingCache
 MIN_ROUNDS, MAX_ROUNDS = 5, 15  # after one to warm up
 STEADY = 0.1  # rounds end when the middle half of the samples lies this close to the median
 INTERRUPTED = 1.25  # times the median
-AHEAD = 2  # microbatches under way, if a stage has as many: each finds caches that others left
 GROUP_BYTES = 1 << 30  # of arguments: units that take turns, so that each finds cold caches
 RUNS = 5  # back to back on CUDA, where one run is too short for its clock
 
 
 @dataclass(frozen=True)
 class UnitTimes:
-    """Seconds of one microbatch; backward with the weight gradients."""
+    """Seconds of one microbatch; backward with the weight gradients.
+
+    Attributes:
+        weight_s: of the backward, those that are split off.
+    """
 
     forward_s: float
     backward_s: float
+    weight_s: float = 0.0
 
 
 class Backend(NamedTuple):
@@ -59,13 +62,12 @@ class Backend(NamedTuple):
 EAGER = Backend("eager", lambda stage, _: stage)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Unit:
     """A stage program that is being timed.
 
     Attributes:
         keys: part -> the hash of its program.
-        in_flight: microbatches between their forward and their backward at once.
         runs: what the backend makes of its programs, as long as it is being timed.
         fixed: what goes into every run.
         begun: what each microbatch under way has made.
@@ -73,10 +75,9 @@ class _Unit:
 
     program: StageProgram
     keys: dict[Kind, str]
-    in_flight: int = 1
     runs: StageProgram | None = None
     fixed: dict[Port, Any] = field(default_factory=dict)
-    begun: list[dict[Port, Any]] = field(default_factory=list)
+    begun: dict[int, dict[Port, Any]] = field(default_factory=dict)
 
     def end(self) -> None:
         """Give memory back."""
@@ -128,20 +129,19 @@ class Profiler:
         self,
         programs: Sequence[StageProgram],
         batch: Sequence[torch.Tensor] = (),
-        in_flight: Sequence[int] = (),
+        order: Sequence[tuple[int, Kind, int]] = (),
     ) -> list[UnitTimes]:
         """The seconds of each stage program.
 
         Args:
             batch: the leaves of one microbatch; where not given, indices are zero.
-            in_flight: per program, the most microbatches between forward and backward at once; 1
-                each where not given.
+            order: what a step computes: which program, which part of it, for which microbatch.
+                Where not given, one microbatch goes through all.
         """
         deadline = time.perf_counter() + self.budget_s
-        counts = in_flight or [1] * len(programs)
         units = [
-            _Unit(program, {k: program_hash(p) for k, p in program.parts.items()}, min(n, AHEAD))
-            for program, n in zip(programs, counts, strict=True)
+            _Unit(program, {k: program_hash(p) for k, p in program.parts.items()})
+            for program in programs
         ]
         every = {
             key: p
@@ -154,7 +154,8 @@ class Profiler:
         known = {key: s for key, s in self._cache.seconds.items() if key in every}
         nothing = {key: 0.0 for key, p in every.items() if not _computes(p)}
         chosen = _chosen(units, set(every) - set(known) - set(nothing), roofline)
-        samples, failures = self._measure(chosen, roofline, batch, deadline)
+        steps = [(units[i], part, microbatch) for i, part, microbatch in order]
+        samples, failures = self._measure(chosen, roofline, batch, deadline, steps)
         measured = {key: _typical(times) for key, times in samples.items() if key not in known}
         if measured:
             self._cache.add(measured)
@@ -171,6 +172,7 @@ class Profiler:
         roofline: dict[str, float],
         batch: Sequence[torch.Tensor],
         deadline: float,
+        order: Sequence[_Ran],
     ) -> tuple[dict[str, list[float]], list[str]]:
         """Samples per program, and what went wrong with units that could not be run."""
         samples: dict[str, list[float]] = defaultdict(list)
@@ -180,14 +182,14 @@ class Profiler:
         left = sum(_expected(unit, roofline) for unit in units)
         synthesizer = Synthesizer(self.device, batch)
         with torch.no_grad(), self._at_home():
-            for group in _groups(units):
+            for group in [units] if order else _groups(units):
                 now = time.perf_counter()
                 if now > deadline:
                     break
                 mine = sum(_expected(unit, roofline) for unit in group)
                 until = now + (deadline - now) * mine / max(left, 1e-9)
                 left -= mine
-                self._rounds(group, synthesizer, samples, failures, until, deadline)
+                self._rounds(group, synthesizer, samples, failures, until, deadline, order)
         return samples, failures
 
     def _rounds(
@@ -198,8 +200,9 @@ class Profiler:
         failures: list[str],
         until: float,
         deadline: float,
+        order: Sequence[_Ran],
     ) -> None:
-        """Run the units of a group in turn: each once, then until steady or ``until``."""
+        """Run the units of a group: each once, then in order until steady or ``until``."""
         running = []
         for unit in group:
             if time.perf_counter() > deadline:
@@ -207,64 +210,45 @@ class Profiler:
             try:
                 unit.runs = self._backend.compiled(unit.program, self.device)
                 unit.fixed = _fixed(unit.program, synthesizer)
-                for _ in range(unit.in_flight):
-                    self._turn([unit], samples)
+                for part in unit.keys:
+                    self._run(unit, part, 0, samples)
                 running.append(unit)
             except (RuntimeError, IndexError, ValueError, MemoryError) as error:
                 first_line = str(error).partition("\n")[0]
                 failures.append(f"{type(error).__name__}: {first_line}")
                 unit.end()
+        own = [each for each in order if each[0] in running] or _one_by_one(running)
         keys = {key for unit in running for key in unit.keys.values() if key in samples}
-        for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys):
-                break
-            self._turn(running, samples, until)
+        while keys and time.perf_counter() < until and not _suffices(samples, keys):
+            for unit, part, microbatch in own:
+                if time.perf_counter() > until or _least(samples, keys) >= MAX_ROUNDS:
+                    break
+                self._run(unit, part, microbatch, samples)
+            for unit in running:
+                unit.begun.clear()
         for unit in group:
             unit.end()
 
-    def _turn(
-        self, units: Sequence[_Unit], samples: dict[str, list[float]], until: float = math.inf
-    ) -> None:
-        """One microbatch through some units, as `runtime.executor` computes it: backward finds what
-        the forward made as far from the processor as others' forwards have moved it."""
-        begun = []
-        for unit in units:
-            if time.perf_counter() > until:
-                break
-            unit.begun.append({})
-            self._run(unit, unit.begun[-1], list(unit.program.parts)[:1], samples)
-            begun.append(unit)
-        for unit in reversed(begun):
-            if len(unit.begun) == unit.in_flight:
-                self._run(unit, unit.begun.pop(0), list(unit.program.parts)[1:], samples)
-
     def _run(
-        self,
-        unit: _Unit,
-        values: dict[Port, Any],
-        parts: Sequence[Kind],
-        samples: dict[str, list[float]],
+        self, unit: _Unit, part: Kind, microbatch: int, samples: dict[str, list[float]]
     ) -> None:
-        """Some parts of a unit.
-
-        Args:
-            values: that parts before have made, which are taken from and added to.
-        """
+        """A part of a unit, on what the parts before have made."""
         assert unit.runs is not None
-        for part in parts:
-            program = unit.runs.parts[part]
-            arguments = [values[p] if p in values else unit.fixed[p] for p in program.inputs]
-            for name in unit.program.drops.get((part.value, -1), ()):
-                values.pop(Port(Role.VALUE, name), None)
-            seconds, made = self._time(program, arguments)
-            if _computes(program):
-                samples[unit.keys[part]].append(seconds)
-            values |= {
-                port: value
-                for port, value in zip(program.outputs, made, strict=True)
-                if port.role is Role.VALUE
-            }
-            del made
+        program = unit.runs.parts[part]
+        values = unit.begun.setdefault(microbatch, {})
+        arguments = [values[p] if p in values else unit.fixed[p] for p in program.inputs]
+        for name in unit.program.drops.get((part.value, -1), ()):
+            values.pop(Port(Role.VALUE, name), None)
+        seconds, made = self._time(program, arguments)
+        if _computes(program):
+            samples[unit.keys[part]].append(seconds)
+        values |= {
+            port: value
+            for port, value in zip(program.outputs, made, strict=True)
+            if port.role is Role.VALUE
+        }
+        if part is list(unit.keys)[-1]:
+            del unit.begun[microbatch]
 
     def _time(self, program: Program, arguments: list[Any]) -> tuple[float, Sequence[Any]]:
         program.prepare()
@@ -339,7 +323,19 @@ def _layout(node: fx.Node) -> str:
 
 def _unit_times(unit: _Unit, seconds: dict[str, float]) -> UnitTimes:
     forward, *backward = (seconds[key] for key in unit.keys.values())
-    return UnitTimes(forward, sum(backward))
+    weight = seconds[unit.keys[Kind.W]] if Kind.W in unit.keys else 0.0
+    return UnitTimes(forward, sum(backward), weight)
+
+
+_Ran = tuple[_Unit, Kind, int]
+"""A unit, a part of it, and for which microbatch."""
+
+
+def _one_by_one(units: Sequence[_Unit]) -> list[_Ran]:
+    """A microbatch through all of them: backward finds what the forward made as far from the
+    processor as others' forwards have moved it."""
+    forward = [(unit, part, 0) for unit in units for part in list(unit.keys)[:1]]
+    return forward + [(unit, part, 0) for unit in reversed(units) for part in list(unit.keys)[1:]]
 
 
 def _fixed(unit: StageProgram, synthesizer: Synthesizer) -> dict[Port, Any]:
@@ -373,7 +369,7 @@ def _groups(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
     group: list[_Unit] = []
     held = 0
     for unit in units:
-        nbytes = _argument_bytes(unit.program) * unit.in_flight
+        nbytes = _argument_bytes(unit.program)
         if group and held + nbytes > GROUP_BYTES:
             yield group
             group, held = [], 0
@@ -395,6 +391,17 @@ def _argument_bytes(program: StageProgram) -> int:
 
 def _expected(unit: _Unit, roofline: dict[str, float]) -> float:
     return sum(roofline[key] for key in unit.keys.values())
+
+
+def _least(samples: Mapping[str, Sequence[float]], keys: Collection[str]) -> int:
+    """How often the rarest has run, without the first time."""
+    return min(len(samples[key]) for key in keys) - 1
+
+
+def _suffices(samples: Mapping[str, Sequence[float]], keys: Collection[str]) -> bool:
+    least = _least(samples, keys)
+    steady = least >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys)
+    return steady or least >= MAX_ROUNDS
 
 
 def _is_steady(times: Sequence[float]) -> bool:

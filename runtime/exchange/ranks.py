@@ -11,7 +11,7 @@ from torch import nn
 from ...compiler.answers.guards import Guards, unlike
 from ...compiler.ir.errors import BatchError, CaptureError, PipecompileError
 from ...compiler.options.options import CompileOptions
-from ...compiler.planning.team import Measured, StagesMeasured, medians
+from ...compiler.planning.team import Measured, StageSeconds, StagesMeasured, medians
 from ..transport.mesh import Mesh
 from .agreement import Agreement
 
@@ -65,7 +65,7 @@ class Ranks:
         here = {stage for rank in self._mesh.local_ranks for stage in self._mesh.stages_of(rank)}
         return tuple(stage for stage in range(n_stages) if stage in here)
 
-    def pool_stages(self, seconds: StagesMeasured) -> dict[int, tuple[float, float]]:
+    def pool_stages(self, seconds: StagesMeasured) -> dict[int, StageSeconds]:
         """The medians over the replicas of each stage."""
         return medians(self._agreement.gather(seconds))
 

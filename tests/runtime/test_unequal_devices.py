@@ -176,8 +176,8 @@ def test_ranks_whose_replicas_differ_have_the_slower_figures() -> None:
 
 def test_one_process_measures_every_kind_that_it_has() -> None:
     """Of several seconds of a stage the most counts, of ranks of a kind the median."""
-    told = {"a": {0: (1.0, 2.0)}, "b": {0: (3.0, 1.0), 1: (4.0, 4.0)}}
-    assert Alone().pool_stages(told) == {0: (3.0, 2.0), 1: (4.0, 4.0)}
-    several = [{"a": {0: (n, 10.0 * n)}} for n in (1.0, 2.0, 9.0)]
-    assert medians(several) == {0: (2.0, 20.0)}
+    told = {"a": {0: (1.0, 2.0, 1.0)}, "b": {0: (3.0, 1.0, 0.0), 1: (4.0, 4.0, 2.0)}}
+    assert Alone().pool_stages(told) == {0: (3.0, 2.0, 1.0), 1: (4.0, 4.0, 2.0)}
+    several = [{"a": {0: (n, 10.0 * n, n)}} for n in (1.0, 2.0, 9.0)]
+    assert medians(several) == {0: (2.0, 20.0, 2.0)}
     assert worst({"a": [1.0, 5.0], "b": [2.0, 3.0]}, ("a", "b")) == [2.0, 5.0]

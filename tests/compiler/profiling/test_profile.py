@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pipecompile.compiler.ir.actions import Kind
+from pipecompile.compiler.ir.errors import PlanError
 from pipecompile.compiler.ir.program import Program, StageProgram
 from pipecompile.compiler.kept.cache import default_cache_dir
 from pipecompile.compiler.kept.optimizers import Optimizers
@@ -18,10 +20,11 @@ from pipecompile.compiler.memory.optimizer_cost import (
     optimizer_memory,
     optimizer_seconds,
 )
+from pipecompile.compiler.plan.plan import Plan
 from pipecompile.compiler.profiling import timing_cache
-from pipecompile.compiler.profiling.profile import MIN_ROUNDS, Profiler, program_hash
+from pipecompile.compiler.profiling.profile import Profiler, program_hash
 from pipecompile.compiler.profiling.timing_cache import TimingCache
-from support import models, units
+from support import models, plans, units
 from support.matrix import quickly
 
 CPU = torch.device("cpu")
@@ -107,24 +110,54 @@ def test_units_add_up_to_the_whole() -> None:
     assert max(sums) < 2 * min(sums)
 
 
-@pytest.mark.parametrize(("in_flight", "order"), [(1, "FB"), (2, "FFB"), (8, "FFB")])
-def test_the_next_microbatch_begins_before_one_ends(
-    gpt2: list[StageProgram], monkeypatch: pytest.MonkeyPatch, in_flight: int, order: str
-) -> None:
-    """Where a stage has several under way, backward follows another one's forward."""
-    ran: list[str] = []
+def test_stages_run_in_the_order_of_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the values that their own microbatch has made, as often as it takes."""
+    graph = units.captured(models.gpt2(n_layer=2), models.tokens(2))
+    stages = units.programs(graph, split=True)[1:3]
+    order = [
+        (int(word[0]), Kind(word[1]), int(word[2]))
+        for word in [
+            "0F0",
+            "1F0",
+            "0F1",
+            "1B0",
+            "1F1",
+            "0B0",
+            "1B1",
+            "1W0",
+            "0B1",
+            "0W1",
+            "1W1",
+            "0W0",
+        ]
+    ]
+    names = {id(p): (i, k) for i, s in enumerate(stages) for k, p in s.parts.items()}
+    ran: list[tuple[int, Kind]] = []
     measure = Profiler._time
 
     def noted(self: Profiler, program: Program, arguments: list[Any]) -> Any:
-        ran.append("F" if program is gpt2[1].forward else "B")
+        ran.append(names[id(program)])
         return measure(self, program, arguments)
 
     monkeypatch.setattr(Profiler, "_time", noted)
-    (times,) = Profiler(CPU, None, 5).times(gpt2[1:2], (), [in_flight])
-    assert "".join(ran).startswith(order)
-    assert "BB" not in "".join(ran)
-    assert ran.count("B") > MIN_ROUNDS
-    assert min(times.forward_s, times.backward_s) > 0
+    times = Profiler(CPU, None, 5).times(stages, (), order)
+    warm, wanted = 6, [(i, kind) for i, kind, _ in order]
+    assert len(ran) > warm + len(wanted)
+    steps = ran[warm:]
+    assert steps == (wanted * len(steps))[: len(steps)]
+    assert all(0 < each.weight_s < each.backward_s for each in times)
+
+
+def test_split_weight_gradients_count_as_measured() -> None:
+    """And not by the device's rates; a plan's file has it."""
+    plan, _ = plans.hand_made()
+    decision = plan.decision.scaled({1: (1.0, 8.0, 2.0), 0: (1.0, 4.0, 0.0)})
+    assert decision.weight_shares == (0.0, 0.25)
+    assert sum(backward for _, (_, backward, _) in decision.stages_and_seconds) == 12.0
+    again = Plan.from_json(replace(plan, decision=decision).to_json())
+    assert again.decision.weight_shares == (0.0, 0.25)
+    with pytest.raises(PlanError, match="shares of 1 of 2 stages"):
+        Plan.from_json(replace(plan, decision=replace(decision, weight_shares=(0.5,))).to_json())
 
 
 def test_a_used_up_budget_leaves_scaled_estimates(gpt2: list[StageProgram]) -> None:
