@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,8 +33,9 @@ from ..ir.region import alike
 from .synthetic import Synthesizer
 from .timing_cache import TimingCache
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 15  # after one to warm up
-STEADY = 0.1  # rounds end when the middle half of the samples lies this close to the median
+MIN_ROUNDS, MAX_ROUNDS = 5, 30  # after one to warm up
+STEADY = 0.01  # rounds end when the mean is as sure as that, relative
+MIDDLE = 1.35  # standard deviations that the middle half of normal samples spans
 INTERRUPTED = 1.25  # times the median
 GROUP_BYTES = 1 << 30  # of arguments: units that take turns, so that each finds cold caches
 RUNS = 5  # back to back on CUDA, where one run is too short for its clock
@@ -400,15 +402,13 @@ def _least(samples: Mapping[str, Sequence[float]], keys: Collection[str]) -> int
 
 def _suffices(samples: Mapping[str, Sequence[float]], keys: Collection[str]) -> bool:
     least = _least(samples, keys)
-    steady = least >= MIN_ROUNDS and all(_is_steady(samples[key]) for key in keys)
-    return steady or least >= MAX_ROUNDS
+    enough = least >= MIN_ROUNDS
+    return least >= MAX_ROUNDS or (enough and all(_is_steady(samples[key]) for key in keys))
 
 
 def _is_steady(times: Sequence[float]) -> bool:
-    if len(times) <= MIN_ROUNDS:
-        return False
     low, middle, high = quantiles(times[1:], n=4)
-    return high - low <= STEADY * middle
+    return high - low <= STEADY * middle * MIDDLE * math.sqrt(len(times) - 1)
 
 
 def _typical(times: Sequence[float]) -> float:

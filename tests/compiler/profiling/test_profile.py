@@ -114,23 +114,8 @@ def test_stages_run_in_the_order_of_a_schedule(monkeypatch: pytest.MonkeyPatch) 
     """On the values that their own microbatch has made, as often as it takes."""
     graph = units.captured(models.gpt2(n_layer=2), models.tokens(2))
     stages = units.programs(graph, split=True)[1:3]
-    order = [
-        (int(word[0]), Kind(word[1]), int(word[2]))
-        for word in [
-            "0F0",
-            "1F0",
-            "0F1",
-            "1B0",
-            "1F1",
-            "0B0",
-            "1B1",
-            "1W0",
-            "0B1",
-            "0W1",
-            "1W1",
-            "0W0",
-        ]
-    ]
+    words = ["0F0", "1F0", "0F1", "1B0", "1F1", "0B0", "1B1", "1W0", "0B1", "0W1", "1W1", "0W0"]
+    order = [(int(stage), Kind(kind), int(microbatch)) for stage, kind, microbatch in words]
     names = {id(p): (i, k) for i, s in enumerate(stages) for k, p in s.parts.items()}
     ran: list[tuple[int, Kind]] = []
     measure = Profiler._time
