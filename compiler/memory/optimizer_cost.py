@@ -79,14 +79,15 @@ def optimizer_memory(factory: Factory, params: Mapping[str, torch.Tensor]) -> Op
 
 def on_cuda(params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same layouts on a GPU, which need not be there: torch's optimizers step all parameters at
-    once there, with temporaries as large as these."""
+    once there, with temporaries as large as these. Parameters that are alike get one tensor."""
+    made: dict[object, torch.Tensor] = {}
     with weightless():
-        return {
-            name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
-            if p.device.type == "cpu"
-            else p
-            for name, p in params.items()
-        }
+        for p in params.values():
+            if p.device.type == "cpu" and layout_of(p) not in made:
+                made[layout_of(p)] = torch.empty_strided(
+                    p.shape, p.stride(), dtype=p.dtype, device="cuda"
+                )
+    return {name: made.get(layout_of(p), p) for name, p in params.items()}
 
 
 _known: dict[Any, tuple[tuple[int, ...], int, int]] = {}
