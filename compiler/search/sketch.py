@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...passes.generators.shape import PipelineShape
-from ...passes.integer.excess import infeasible
 from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
 from ...passes.schedule.forward_only import forward_only
-from ...passes.schedule.limits import peaks_held
 from ...passes.schedule.load import Load, far_of, linked
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import simulate
@@ -28,7 +26,7 @@ from ..ir import shards
 from ..ir.actions import Kind, Phase, Schedule
 from ..ir.errors import MemoryBudgetError
 from ..ir.graph import nbytes
-from ..ir.problem import Solution, solution_of
+from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning import refine
@@ -41,8 +39,6 @@ from .bounds import Microbatch
 
 QUICK_S = 1.0  # of the solver, counted
 SLACK = 1.03  # of the budget: programs may need less than their prices say
-ROUNDS = 4  # to find out what gradients of weights wait with
-CLOSE = 0.02  # of the budget: what is found of that is not worth another round
 KEPT_STEPS = 4  # parts that are told apart of what is kept whole over a step
 DOUBTFUL = 1.5  # of the budget: where the nearest division is priced below this, its plan decides
 
@@ -132,6 +128,12 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
     )
     problem = planner.problem(prices.units)
     problem = replace(problem, reserve_bytes=(float(settings.batch_bytes * m),) * problem.n_ranks)
+    try:
+        found = solve(problem, time_limit_s=QUICK_S, solver="dynamic")
+    except MemoryBudgetError as error:
+        found = error.nearest
+        if found is None or _doubtful(found, settings.budgets):
+            raise
     read, grads = footprint.exchanged_bytes(outline.graph.copies)
     model = _Model(
         problem,
@@ -149,44 +151,9 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
         clips=options.max_grad_norm is not None,
         trains=outline.graph.trains,
     )
-    model, found = _divided(model, settings.budgets)
     rooms = zip(settings.budgets, found.ranks_bytes, strict=True)
     spare = [max(0.0, budget - held) for budget, held in rooms] if settings.keeps else []
     return model.expected(found, devices, spare)
-
-
-def _divided(model: _Model, budgets: Sequence[float]) -> tuple[_Model, Solution]:
-    """The best division by the prices, or the nearest one where none fits but programs might.
-
-    What gradients of weights that are split off wait with depends on the division, and prices know
-    nothing of it. So it is held in reserve, and the next division looked for beside it.
-
-    Returns:
-        The problem of the division has what it takes in reserve.
-
-    Raises:
-        MemoryBudgetError: none comes near.
-    """
-    problem, own = model.problem, model.problem.reserve_bytes
-    splits = model.trains and any(model.shape.splits)
-    for left in reversed(range(ROUNDS if splits else 1)):
-        refusal: MemoryBudgetError | None = None
-        try:
-            found = solve(problem, time_limit_s=QUICK_S, solver="dynamic")
-        except MemoryBudgetError as error:
-            refusal, found = error, error.nearest
-        before = problem.reserve_bytes
-        if splits:
-            reserves = tuple(map(sum, zip(own, model.carried_bytes(found), strict=True)))
-            problem = replace(problem, reserve_bytes=reserves)
-            found = solution_of(problem, found.stage, found.option, found.solver)
-        changes = zip(before, problem.reserve_bytes, problem.budget_bytes, strict=True)
-        settled = all(abs(a - b) <= CLOSE * budget for a, b, budget in changes)
-        if (refusal or settled or not left) and _doubtful(found, budgets):
-            raise infeasible(problem, found, proven=False) if splits or not refusal else refusal
-        if settled:
-            break
-    return replace(model, problem=problem), found
 
 
 def _doubtful(found: Solution, budgets: Sequence[float]) -> bool:
@@ -250,19 +217,6 @@ class _Model(StepModel):
         pairs = ((s, s + 1) for s in range(self.few.n_stages - 1))
         messages = [Message(a, b, Phase.FORWARD, ()) for a, b in (*pairs, *far)]
         return add_communication(forward_only(self.few), messages)
-
-    def carried_bytes(self, found: Solution) -> list[float]:
-        """Per rank, what microbatches hold beyond what the problem knows of.
-
-        It knows of what they keep from their forward to the end of their backward. Where that is
-        split, they keep what gradients of weights read from its first part on, some of which was
-        computed again for it.
-        """
-        stash = self.problem.stages_stash(found.stage, found.option)
-        order = _ordered(self.kind, self.few)
-        held = peaks_held(order, stash, self._carry_bytes(found.stage))
-        known = self.problem.ranks_stash(found.stage, found.option)
-        return [a - b for a, b in zip(held, known, strict=True)]
 
     def _shares(self, stage: Sequence[int]) -> list[float]:
         """Per stage, of all that is held."""
