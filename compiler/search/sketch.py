@@ -1,8 +1,8 @@
 """A plan without programs: units divided at their prices, the schedule simulated.
 
 What it leaves out are the programs: what they hold beyond the prices of units, what the order of a
-searched schedule is for just these stages, what fusions compute again. So its step is near that of
-the plan, and takes a hundredth of the time.
+searched schedule is for just these stages, what is launched. So its step is near that of the plan,
+and takes a hundredth of the time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from ..driver.work import Outline
 from ..ir import shards
 from ..ir.actions import Kind, Phase, Schedule
 from ..ir.errors import MemoryBudgetError
-from ..ir.graph import nbytes
 from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning import refine
 from ..planning.planner import Planner
 from ..planning.refine import Pairs, StepModel
-from ..tensors.facts import short_name
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
 from .bounds import Microbatch
@@ -72,7 +70,6 @@ class Prices:
         self.units: Sequence[UnitPrices] = roofline(parts.bodies, parts.menus)
         device = outline.settings.rates
         self.weights: Sequence[WeightWork] = weight_works(parts.bodies, parts.places, device)
-        self.adds = _adds(outline)
 
     @cached_property
     def microbatch(self) -> Microbatch:
@@ -81,20 +78,6 @@ class Prices:
             each.forward_s / whole for each, whole in zip(self.units, sums, strict=True) if whole
         )
         return Microbatch(math.fsum(sums), max(sums, default=0.0), min(forward, default=0.0))
-
-
-def _adds(outline: Outline) -> Sequence[tuple[float, int]]:
-    """As `StepModel` has them: by a device's table, as plans count them."""
-    device, parts = outline.settings.rates, outline.parts
-    if device.table is None:
-        return ()
-    found = [(0.0, 0)] * len(parts.units)
-    for node in outline.graph.grads.values():
-        if (unit := parts.places.get(node)) is not None:
-            dtype = short_name(node.meta["val"].dtype)
-            seconds, count = found[unit]
-            found[unit] = seconds + device.kernel_s(0, 3 * nbytes(node), dtype), count + 1
-    return found
 
 
 def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
@@ -143,7 +126,6 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
         prices.weights,
         device,
         by_kind=tuple(planner.by_kind.values()),
-        adds=prices.adds,
         footprint=footprint,
         read_bytes=read,
         grad_bytes=grads,
