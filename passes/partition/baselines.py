@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from ...compiler.ir.errors import MemoryBudgetError, PartitionError
+from ...compiler.ir.errors import PartitionError
 from ...compiler.ir.problem import Link, Problem, Solution, solution_of
 from ..integer.excess import infeasible
 from ..integer.solvers import PROVEN_GAP
@@ -27,9 +27,6 @@ from ..integer.work import Work
 from .knapsack import Knapsack
 from .lazy import CAPS, LineSearch
 from .segments import Division, Floats, Line, best_division, lower_bounds
-
-SHARINGS = 3  # ways to share a rank's memory among its stages
-ROOMY = 0.8  # of its share: stages below it were not shaped by it
 
 
 def solve_dynamic(
@@ -144,21 +141,17 @@ def _rows(problem: Problem, ranks: Sequence[int]) -> list[tuple[Link, ...]]:
     return [problem.links[rank] for rank in ranks] if problem.links else []
 
 
-def apart(problem: Problem, rooms: Sequence[float] = ()) -> Problem:
+def apart(problem: Problem) -> Problem:
     """The same units with a rank for each stage: what fits there fits where ranks hold several.
 
     The solvers here go from stage to stage, and know nothing of what two stages of one rank have
-    in common. So each stage gets its share of the rank's memory, and the slowest stage stands for
-    the slowest rank.
-
-    Args:
-        rooms: bytes per stage; by its microbatches in flight and one more for weights where they
-            are left out.
+    in common. So each stage gets its share of the rank's memory, by its microbatches in flight and
+    one more for weights, and the slowest stage stands for the slowest rank.
     """
     if not problem.shares_ranks:
         return numbered(problem)
-    budgets = list(rooms) or [math.inf] * problem.n_stages
-    for rank, stages in enumerate(problem.placement if not rooms else ()):
+    budgets = [math.inf] * problem.n_stages
+    for rank, stages in enumerate(problem.placement):
         room = problem.budget_bytes[rank] - problem.reserve_bytes[rank]
         whole = sum(problem.in_flight[s] + 1 for s in stages)
         for s in stages:
@@ -175,47 +168,6 @@ def apart(problem: Problem, rooms: Sequence[float] = ()) -> Problem:
         ),
         max_weight=problem.max_weight * problem.n_stages / problem.n_ranks,
     )
-
-
-def shared_divisions(problem: Problem, work: Work) -> Iterator[Solution]:
-    """Divisions where ranks hold several stages, each better than the one before or nearer to
-    fitting; they are evaluated by the problem, and need not fit.
-
-    What stages take `apart` may be less on one rank: they are not at their fullest in the same
-    moment, and have weights in common. What a division leaves of each rank is given to its stages,
-    and the next is looked for in that.
-
-    Raises:
-        PartitionError: the order, groups, pins and fewest units allow no division into runs.
-    """
-    rooms: list[float] = []
-    for _ in range(SHARINGS):
-        alone = apart(problem, rooms)
-        try:
-            found = solve_dynamic(alone, work=work)
-        except MemoryBudgetError as error:
-            found = error.nearest
-        held = found.ranks_bytes  # each stage's, with one rank for each
-        found = solution_of(problem, found.stage, found.option, "dynamic")
-        yield found
-        rooms = _rooms(problem, found, held)
-        roomy = all(
-            most <= ROOMY * room for most, room in zip(held, alone.budget_bytes, strict=True)
-        )
-        if roomy or work.over:
-            break
-
-
-def _rooms(problem: Problem, found: Solution, held: Sequence[float]) -> list[float]:
-    """Per stage, what it holds by itself and its share, by its microbatches in flight, of what its
-    rank has left."""
-    rooms = list(held)
-    for rank, stages in enumerate(problem.placement):
-        left = problem.budget_bytes[rank] - found.ranks_bytes[rank]
-        whole = sum(problem.in_flight[s] for s in stages) or 1
-        for s in stages:
-            rooms[s] += left * problem.in_flight[s] / whole
-    return rooms
 
 
 def in_order(problem: Problem) -> list[tuple[int, ...]]:
