@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensors.caches import other_memory
 from ..tensors.facts import layout_of
 from ..tensors.fakes import is_fake, weightless
 from ..tensors.pytree import tree_leaves
@@ -308,7 +309,7 @@ def _step_seconds(
     optimizer = factory(list(parameters.items()))
     grads = [param.grad for param in parameters.values() if param.grad is not None]
     scale, seconds = torch.ones((), device=device), []
-    others = torch.empty(OTHERS_BYTES if device.type == "cpu" else 0, dtype=torch.uint8)
+    others = other_memory(device, OTHERS_BYTES)
     for _ in range(1 + STEPS):
         others.fill_(1)
         start = time.perf_counter()

@@ -30,6 +30,7 @@ from ..ir.checks import unchecked
 from ..ir.graph import tensors
 from ..ir.program import Port, Program, Role, StageProgram
 from ..ir.region import alike
+from ..tensors.caches import other_memory
 from .synthetic import Synthesizer
 from .timing_cache import TimingCache
 
@@ -222,8 +223,7 @@ class Profiler:
                 unit.end()
         own = [each for each in order if each[0] in running] or _one_by_one(running)
         keys = {key for unit in running for key in unit.keys.values() if key in samples}
-        between = OPTIMIZER_BYTES if order and self.device.type == "cpu" else 0
-        others = torch.zeros(between, dtype=torch.uint8)
+        others = other_memory(self.device, OPTIMIZER_BYTES if order else 0)
         while keys and time.perf_counter() < until and not _suffices(samples, keys):
             others.add_(1)
             for unit, part, microbatch in own:

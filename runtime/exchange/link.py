@@ -16,6 +16,7 @@ from ...compiler.costs.hardware import Device
 from ...compiler.costs.topology import Exchange, Topology
 from ...compiler.ir.program import ValueSpec
 from ...compiler.ir.shards import Item, Parcel
+from ...compiler.tensors.caches import other_memory
 from ..transport.mesh import Mesh
 from ..transport.processes import Processes
 from ..transport.replicas import SharedReplicas
@@ -172,7 +173,7 @@ def _exchanged_s(
     Args:
         grads, totals: every time others of these are given and added to, as in a step.
     """
-    dp, device, others = transport.dp, grads.device, _others(grads.device, MEANWHILE_BYTES)
+    dp, device, others = transport.dp, grads.device, other_memory(grads.device, MEANWHILE_BYTES)
     whole, (mine, *_) = parcel.items[0].shape[0], parcel.sizes
     now: list[torch.Tensor] = []
 
@@ -210,7 +211,8 @@ def _one_way_s(
     receipt of that.
     """
     specs = [ValueSpec("probe", (nbytes,), (1,), torch.uint8)]
-    probe, others = [torch.zeros(nbytes, dtype=torch.uint8, device=device)], _others(device)
+    probe = [torch.zeros(nbytes, dtype=torch.uint8, device=device)]
+    others = other_memory(device, OTHERS_BYTES)
     seconds, sends = [], []
     for _ in range(1 + REPEATS):
         others.add_(1)
@@ -235,7 +237,7 @@ def measure_agreement(device: torch.device, gather: Callable[[Any], list[Any]]) 
 
     Args: as of `measure_link`.
     """
-    others, seconds = _others(device), []
+    others, seconds = other_memory(device, OTHERS_BYTES), []
     for _ in range(1 + REPEATS):
         others.add_(1)
         start = time.perf_counter()
@@ -243,12 +245,6 @@ def measure_agreement(device: torch.device, gather: Callable[[Any], list[Any]]) 
         seconds.append(time.perf_counter() - start)
     least: list[float] = [min(each) for each in zip(*gather(seconds[1:]), strict=True)]
     return median(least)
-
-
-def _others(device: torch.device, nbytes: int = OTHERS_BYTES) -> torch.Tensor:
-    """What is gone through between messages; nothing on a GPU, whose programs leave the host's
-    caches alone."""
-    return torch.zeros(nbytes if device.type == "cpu" else 0, dtype=torch.uint8)
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
