@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from pipecompile.compiler.capture.batch import BatchSpec, flatten
 from pipecompile.compiler.capture.skeleton import skeleton_of
 from pipecompile.compiler.costs.hardware import Device
+from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.capturing import Shared
+from pipecompile.compiler.ir.errors import PipecompileError
 from pipecompile.compiler.options.microbatches import divide
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
+from pipecompile.compiler.search.search import TIE, Found, search
 from pipecompile.compiler.search.subject import Subject
 from torch import nn
 
@@ -75,3 +79,27 @@ def of_gpt2(
     ids = torch.zeros(rows, 16, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids}
     return subject_of(options, devices, rows, device, models.build("gpt2"), batch, whole)
+
+
+def brute_forced(
+    asked: Subject, ways: Sequence[Way], every: Iterable[Way]
+) -> tuple[Found, dict[Way, float]]:
+    """The search's step is at most `TIE` above the best of all plans; no bound is above a plan.
+
+    Args:
+        every: those that are planned, one after the other.
+
+    Returns:
+        What is found of ``ways``, and the steps of all that have a plan.
+    """
+    found = search(ways, asked.model)
+    steps_s: dict[Way, float] = {}
+    for way in every:
+        try:
+            steps_s[way] = asked.model.plan(way).step_s
+        except PipecompileError:
+            continue
+        assert asked.bound(way) <= steps_s[way] * (1 + 1e-9), way
+    assert found.best.step_s is not None
+    assert found.best.step_s <= min(steps_s.values()) * (1 + TIE)
+    return found, steps_s
