@@ -195,7 +195,7 @@ class World:
         if mesh.distributed:
             spec = measured(spec, mesh, self._here, self.transport, self.agreement.gather)
             agree_s = measure_agreement(self._here, self.agreement.gather)
-            spec = replace(spec, agree_s=agree_s)
+            spec = spec.each(lambda each: replace(each, agree_s=agree_s))
         if isinstance(self.transport, Processes) and mesh.dp > 1:
             exchange = measure_exchange(self.transport, self._here, self.agreement.gather)
             spec = spec.each(lambda each: replace(each, exchange=exchange))

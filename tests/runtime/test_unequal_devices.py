@@ -123,6 +123,7 @@ def test_each_stage_has_the_seconds_of_its_device(gang: Callable[[int], Gang], a
     assert (seen.kinds, seen.products) == ((FAST, SLOW), (9, 3))
     assert seen.forward_s == pytest.approx((PRODUCT_S, SLOWER * PRODUCT_S))
     assert seen.closing_s == pytest.approx((STEP_S, SLOWER * STEP_S), rel=0.01)
+    assert min(seen.closing_s) > STEP_S  # what ranks tell each other counts too
     assert seen.notes["devices"] == f"ranks on 1 × {FAST}, 1 × {SLOW}"
     assert seen.losses == alike.losses == alone.losses
 
