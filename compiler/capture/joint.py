@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,22 +97,69 @@ def _differentiated(
     graph: that which is exported, without layers that are left out.
     runs: what these are.
     """
+    unread = _unread(skeleton, traced, graph) if runs else set()
+    whole = _Interpreted(_without(unread, traced, graph) if unread else traced, graph)
     with contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, _Interpreted(traced, graph), leaves)
-    reader = _Reader(skeleton, traced, joint.graph_module, replaced, given, numbers)
+        joint = aot_export_joint_with_descriptors(stack, whole, leaves)
+    reader = _Reader(skeleton, traced, joint.graph_module, replaced, given, numbers, unread)
     read = reader.read(wants_loss, counts)
     made = replicated(read, runs, reader.states, partial(_attribute, traced), reader.order())
     made.graph.eliminate_dead_code()
     return made, reader.counting
 
 
+def _state_of(node: fx.Node) -> str | None:
+    """What a placeholder of AOTAutograd's stands for, if that is a parameter or a buffer."""
+    desc = node.meta["desc"]
+    is_state = isinstance(desc, (ParamAOTInput, BufferAOTInput))
+    return desc.target.removeprefix(_TRACED) if is_state else None
+
+
+def _states(module: nn.Module) -> dict[str, tuple[bool, torch.Tensor]]:
+    """By all of their names, in AOTAutograd's order, whether it is a parameter, and the tensor."""
+    params = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    found = {name: (True, param) for name, param in params}
+    return found | {name: (False, buffer) for name, buffer in buffers}
+
+
+def _unread(skeleton: Skeleton, traced: nn.Module, graph: fx.Graph) -> set[str]:
+    """The model's parameters and buffers that a graph does not read under any of their names."""
+    first = skeleton.canonical
+    read = {first.get(_fqn(str(node.target))) for node in graph.find_nodes(op="get_attr")}
+    known = (name for name in _states(traced) if _fqn(name) in first)
+    return {name for name in known if first[_fqn(name)] not in read}
+
+
+def _without(unread: Collection[str], traced: nn.Module, graph: fx.Graph) -> nn.Module:
+    """What is exported without states that a graph does not read: AOTAutograd takes as long for a
+    state as for an operator."""
+    made = nn.Module()
+    states = {name: each for name, each in _states(traced).items() if name not in unread}
+    read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
+    for name in states | read:
+        *path, last = name.split(".")
+        parent = made
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if name in states and not states[name][0]:
+            parent.register_buffer(last, states[name][1])
+        else:
+            setattr(parent, last, _attribute(traced, name))
+    return made
+
+
 class _Interpreted(nn.Module):
     """Runs a graph of what is exported node by node, so that each keeps its module path."""
 
-    def __init__(self, traced: fx.GraphModule, graph: fx.Graph):
+    def __init__(self, traced: nn.Module, graph: fx.Graph):
         super().__init__()
         self.traced = traced
         self.graph = graph
+        for node in graph.nodes:  # torch copies in depth where it came from, for each operator
+            node.meta.pop("from_node", None)
 
     def forward(self, *leaves: torch.Tensor) -> Any:
         with preserve_node_meta():
@@ -130,9 +177,10 @@ class _Reader:
         replaced: Sequence[str],
         given: int,
         numbers: int,
+        unread: Collection[str],
     ):
         self.skeleton, self.traced, self.source = skeleton, traced, source
-        self.given, self.shift = given, numbers
+        self.given, self.shift, self.unread = given, numbers, unread
         self.replaced = [skeleton.canonical[name] for name in replaced]
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -146,8 +194,11 @@ class _Reader:
 
     def read(self, wants_loss: bool, counts: int) -> JointGraph:
         self.skeleton.updated.update(self._updated())
-        for node in self.source.graph.find_nodes(op="placeholder"):
-            self._read_placeholder(node)
+        placeholders = self.source.graph.find_nodes(op="placeholder")
+        self._read_states({_state_of(node): node for node in placeholders})
+        for node in placeholders:
+            if node not in self.env:
+                self._read_placeholder(node)
         for node in self.source.graph.find_nodes(op="call_function", target=NUMBER):
             self._read_number(node)
         for node in self.source.graph.nodes:
@@ -183,14 +234,22 @@ class _Reader:
                     raise _changes_parameter(name)
                 yield name
 
+    def _read_states(self, placeholders: Mapping[str | None, fx.Node]) -> None:
+        """Those of the graph, and in their places those that it does not read."""
+        for name, (is_param, value) in _states(self.traced).items():
+            if name in self.unread:
+                with torch.no_grad():
+                    self.states[name] = self._state(name, is_param, value.detach())
+            elif (node := placeholders.get(name)) is not None:
+                self.states[name] = self._state(name, is_param, node.meta["val"])
+                self.env[node] = self.states[name]
+
     def _read_placeholder(self, node: fx.Node) -> None:
         desc = node.meta["desc"]
-        if isinstance(desc, (ParamAOTInput, BufferAOTInput)):
-            self.env[node] = self._state(node, desc.target)
-            self.states[desc.target.removeprefix(_TRACED)] = self.env[node]
-        elif isinstance(desc, PlainAOTInput):
+        if isinstance(desc, PlainAOTInput):
             index = desc.idx if desc.idx < self.given else desc.idx + self.shift
-            self.env[node] = self.inputs[index] = self._placeholder(node, f"batch_{index}")
+            placeholder = self._placeholder(f"batch_{index}", node.meta["val"])
+            self.env[node] = self.inputs[index] = placeholder
         elif isinstance(desc, TangentAOTInput):
             if isinstance(desc.output, InputMutationAOTOutput):
                 if isinstance(desc.output.mutated_input, ParamAOTInput):
@@ -200,7 +259,7 @@ class _Reader:
                     f"forward changes {_fqn(mutated)!r} in place, and it needs a "
                     "gradient: compute a new tensor, or keep the value in a buffer"
                 )
-            self.env[node] = self._placeholder(node, "tangent")
+            self.env[node] = self._placeholder("tangent", node.meta["val"])
             self.env[node].meta["phase"] = Phase.BACKWARD
             self.tangent = self.env[node]
         elif "Token" in type(desc).__name__:
@@ -217,8 +276,7 @@ class _Reader:
         number: Any = node.args[1]
         index = self.given + number
         if index not in self.inputs:
-            self.inputs[index] = self._placeholder(node, f"batch_{index}")
-            self.inputs[index].meta["val"] = 1.0  # any
+            self.inputs[index] = self._placeholder(f"batch_{index}", 1.0)  # any
         self.env[node] = self.inputs[index]
         for user in list(node.users):
             if user.target not in LITERAL or len(user.args) != 2 or user.kwargs:
@@ -238,33 +296,33 @@ class _Reader:
                 )
         return "forward calls an operator with effects, whose order stages cannot keep"
 
-    def _state(self, node: fx.Node, target: str) -> fx.Node:
+    def _state(self, target: str, is_param: bool, val: object) -> fx.Node:
         name = self.skeleton.canonical.get(_fqn(target))
         if name is None:  # a tensor made while tracing, and stored by export
-            return self._constant(node, _attribute(self.traced, target.removeprefix(_TRACED)))
-        is_param = isinstance(node.meta["desc"], ParamAOTInput)
+            return self._constant(target, _attribute(self.traced, target), val)
         known = self.params if is_param and name not in self.skeleton.updated else self.buffers
         if name not in known:
-            known[name] = self._placeholder(node, identifier(name))
+            known[name] = self._placeholder(identifier(name), val)
         return known[name]
 
-    def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
+    def _placeholder(self, name: str, val: object) -> fx.Node:
         new = self.graph.placeholder(name)
-        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        new.meta.update(val=val, phase=Phase.FORWARD, module="")
         return new
 
-    def _constant(self, node: fx.Node, value: object) -> fx.Node:
+    def _constant(self, told: str, value: object, val: object) -> fx.Node:
         if not isinstance(value, torch.Tensor) or is_fake(value):
-            raise CaptureError(f"the constant {node.name} has no value that could be run")
+            raise CaptureError(f"the constant {told} has no value that could be run")
         name = f"constant_{len(self.root._buffers)}"
         self.root.register_buffer(name, value.detach())
         new = self.graph.get_attr(name)
-        new.meta.update(val=node.meta["val"], phase=Phase.FORWARD, module="")
+        new.meta.update(val=val, phase=Phase.FORWARD, module="")
         return new
 
     def _read_op(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self.env[node] = self._constant(node, _attribute(self.source, str(node.target)))
+            value = _attribute(self.source, str(node.target))
+            self.env[node] = self._constant(node.name, value, node.meta["val"])
             return
         if str(node.target).startswith("aten._assert_"):
             return  # shapes and dtypes are fixed here, so these hold
@@ -327,14 +385,17 @@ class _Reader:
     def order(self) -> list[str]:
         """Of the parameters, as their gradients are listed; also of those that have none."""
         (output,) = self.source.graph.find_nodes(op="output")
-        found: dict[bool, dict[str, int]] = {True: {}, False: {}}
-        for i, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"], strict=True)):
+        listed: dict[str, object] = dict.fromkeys(self.unread)
+        for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
             if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, ParamAOTInput):
-                name = self.skeleton.canonical[_fqn(desc.grad_of.target)]
-                if value is None:  # of several names the last one is read
-                    found[False][name] = i
-                else:
-                    found[True].setdefault(name, i)
+                listed[desc.grad_of.target.removeprefix(_TRACED)] = value
+        found: dict[bool, dict[str, int]] = {True: {}, False: {}}
+        for i, target in enumerate(each for each in _states(self.traced) if each in listed):
+            name = self.skeleton.canonical[_fqn(target)]
+            if listed[target] is None:  # of several names the last one is read
+                found[False][name] = i
+            else:
+                found[True].setdefault(name, i)
         places = found[False] | found[True]
         return sorted(places, key=places.__getitem__)
 

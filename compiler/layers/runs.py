@@ -273,7 +273,7 @@ def moved(path: str, container: str, by: int) -> str:
 
 
 def shortened(graph: fx.Graph, runs: Sequence[Run]) -> fx.Graph:
-    """The graph without the periods that are left out."""
+    """The graph without the periods that are left out, and what only these read."""
     instead: dict[fx.Node, fx.Node] = {}
     gone: set[fx.Node] = set()
     for run in runs:
@@ -282,7 +282,7 @@ def shortened(graph: fx.Graph, runs: Sequence[Run]) -> fx.Graph:
     made = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node in gone:
+        if node in gone or (node.op == "get_attr" and node.users and gone.issuperset(node.users)):
             continue
         if node.op == "output":
             made.output(fx.node.map_arg(node.args[0], lambda n: twin[instead.get(n, n)]))
