@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -50,20 +49,24 @@ def names_in(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(names), tuple(texts)
 
 
-def imports_in(code: CodeType, package: str) -> Iterator[str]:
+@cache
+def imports_in(code: CodeType, package: str) -> tuple[str, ...]:
     """The modules that it imports when it runs.
 
     Args:
         package: of the file that it is in.
     """
+    found: list[str] = []
     if _IMPORT in code.co_code[::2]:
         before: list[Any] = []
         for step in dis.get_instructions(code):
             if step.opcode == _IMPORT:
                 level = next((x for x in before[-2:] if isinstance(x, int)), 0)
                 name = "." * level + str(step.argval)
-                yield importlib.util.resolve_name(name, package) if level and package else name
+                told = importlib.util.resolve_name(name, package) if level and package else name
+                found.append(told)
             before.append(step.argval)
     for const in code.co_consts:
         if isinstance(const, CodeType):
-            yield from imports_in(const, package)
+            found += imports_in(const, package)
+    return tuple(found)

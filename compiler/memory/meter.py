@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..tensors.pytree import tree_leaves
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_DEVICE = torch.ops.prim.device.default
 
 
 class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,6 +63,8 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:  # which is asked of fake tensors more often than all else
+            return self._call(func, args, kwargs)
         if func is not torch.ops.aten.lift_fresh.default:  # which gets what `torch.tensor` made
             for storage in storages_of((args, kwargs)):
                 self._is_new(storage)
@@ -94,8 +98,19 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """As `tree_leaves` lists them, which takes longer for what operators are given."""
+    if type(values) in (tuple, list):
+        for each in values:
+            yield from _tensors(each)
+    elif isinstance(values, torch.Tensor):
+        yield values
+    elif type(values) not in _PLAIN:
+        yield from (x for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+
+
 def storages_of(values: Any) -> list[torch.UntypedStorage]:
     """Of the tensors in a tree of values, in order."""
-    found = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    found = list(_tensors(values))
     parts = [(x._indices(), x._values()) if x.is_sparse else (x,) for x in found]
     return [each.untyped_storage() for part in parts for each in part]

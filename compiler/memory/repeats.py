@@ -38,10 +38,12 @@ def repeats_in(items: Sequence[Hashable]) -> Repeats | None:
     """The run of at least `ENOUGH` equal pieces that has most of the items; None if there is none.
     Of equals the one with the shortest pieces."""
     best: Repeats | None = None
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(each, len(numbers)) for each in items]  # compared more quickly
     for length in range(1, min(LONGEST, len(items) // ENOUGH) + 1):
         same = 0  # items before this one that are equal to those a piece later
         for i in range(len(items) - length + 1):
-            if i < len(items) - length and items[i] == items[i + length]:
+            if i < len(items) - length and kinds[i] == kinds[i + length]:
                 same += 1
                 continue
             count = same // length + 1

@@ -258,8 +258,7 @@ def copied(template: Template, call: Call) -> Any:
         twin[step].meta = _moved(step.meta, first.path, call.path)
     results = {node: _standing_for(twin[node], like) for node, like in template.likes.items()}
     for position, node in template.renamed.items():
-        proxy = tracer.proxy(twin[node])
-        track_tensor_tree(given[position], proxy, constant=None, tracer=tracer)
+        _give_node(given[position], twin[node])
     known += ((node, twin[node]) for node in (*template.likes, *template.renamed.values()))
     _give_values(template.nodes, twin, known)
     leaves = [
@@ -295,9 +294,10 @@ def _again(
         raise CopyError(f"{kind}.{asked.name} does something else for {call.path}")
     for old, new in made[0].items():
         new.meta = {**_moved(old.meta, first.path, call.path), "val": new.meta.get("val")}
-    for old_tensor, new_tensor in zip(asked.made_tensors, made[1], strict=True):
-        if layout(old_tensor) != layout(new_tensor):
-            raise CopyError(f"{asked.name} returns {layout(new_tensor)}")
+    with torch._C.DisableTorchFunction():
+        for old_tensor, new_tensor in zip(asked.made_tensors, made[1], strict=True):
+            if layout(old_tensor) != layout(new_tensor):
+                raise CopyError(f"{asked.name} returns {layout(new_tensor)}")
     twin |= made[0]
     return made
 
@@ -306,9 +306,14 @@ def _standing_for(node: fx.Node, like: torch.Tensor) -> torch.Tensor:
     """A tensor that looks like another one, and has a node."""
     with outside_of_tracing(), torch._C.DisableTorchFunction():
         made = _made(like)
-    tracer = proxy_mode().tracer
-    track_tensor_tree(made, tracer.proxy(node), constant=None, tracer=tracer)
+    _give_node(made, node)
     return made
+
+
+def _give_node(tensor: torch.Tensor, node: fx.Node) -> None:
+    tracer = proxy_mode().tracer
+    with torch._C.DisableTorchFunction():  # each look at a tensor calls all modes
+        track_tensor_tree(tensor, tracer.proxy(node), constant=None, tracer=tracer)
 
 
 def _made(like: torch.Tensor) -> torch.Tensor:
@@ -352,9 +357,6 @@ def _give_values(
     """
     memory: dict[int, torch.UntypedStorage] = {}
     done = {node for node, _ in known}
-    for node, mine in known:
-        pairs = zip(tensors(node.meta["val"]), tensors(mine.meta["val"]), strict=True)
-        memory |= {storage_of(a): b.untyped_storage() for a, b in pairs}
 
     def valued(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -372,6 +374,9 @@ def _give_values(
         return FakeTensor(value.fake_mode, made, value.device)
 
     with _disable_current_modes(), outside_of_tracing(), torch._C.DisableTorchFunction():
+        for node, mine in known:
+            pairs = zip(tensors(node.meta["val"]), tensors(mine.meta["val"]), strict=True)
+            memory |= {storage_of(a): b.untyped_storage() for a, b in pairs}
         for node in nodes:
             if node not in done and "val" in node.meta:
                 twin[node].meta["val"] = valued(node.meta["val"])
