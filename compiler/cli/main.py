@@ -8,9 +8,13 @@ imported when a model is asked for, and not for ``--help``, ``solve`` or
 
 from __future__ import annotations
 
+import atexit
 import gc
+import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from ... import __version__
@@ -37,10 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The process: it ends with the command, and nothing that it has made is taken apart first,
-    which takes a second after torch was imported."""
-    code = main()
+    which takes a second after torch was imported. What others want done at the end is done."""
+    codes: list[int] = []
+    atexit.register(_leave, codes)  # the first one is called last
+    codes.append(main())
     gc.freeze()
-    sys.exit(code)
+    sys.exit(codes[0])
+
+
+def _leave(codes: Sequence[int]) -> None:
+    """End at once, where there is a code to end with and all that was written has arrived."""
+    with suppress(OSError, ValueError, AttributeError):  # Python says what is wrong with a stream
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if codes:
+            logging.shutdown()
+            os._exit(codes[0])
 
 
 def make_parser() -> Parser:
