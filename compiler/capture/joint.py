@@ -24,7 +24,7 @@ from ..layers.copies import DifferentError, replicated
 from ..layers.runs import Run, runs_of, shortened
 from ..regions.operators import known_work
 from ..rows.loss import Counting, counting_of
-from ..tensors.fakes import is_fake
+from ..tensors.fakes import FakeTensor, is_fake, on_memory
 from ..tracing.sizes import is_known, terms
 from .skeleton import Skeleton
 
@@ -127,7 +127,8 @@ def _unread(skeleton: Skeleton, traced: nn.Module, graph: fx.Graph) -> set[str]:
     """The model's parameters and buffers that a graph does not read under any of their names."""
     first = skeleton.canonical
     read = {first.get(_fqn(str(node.target))) for node in graph.find_nodes(op="get_attr")}
-    known = (name for name in _states(traced) if _fqn(name) in first)
+    fakes = (name for name, (_, value) in _states(traced).items() if isinstance(value, FakeTensor))
+    known = (name for name in fakes if _fqn(name) in first)
     return {name for name in known if first[_fqn(name)] not in read}
 
 
@@ -238,8 +239,9 @@ class _Reader:
         """Those of the graph, and in their places those that it does not read."""
         for name, (is_param, value) in _states(self.traced).items():
             if name in self.unread:
-                with torch.no_grad():
-                    self.states[name] = self._state(name, is_param, value.detach())
+                assert isinstance(value, FakeTensor)
+                same = on_memory(value, value.untyped_storage())
+                self.states[name] = self._state(name, is_param, same)
             elif (node := placeholders.get(name)) is not None:
                 self.states[name] = self._state(name, is_param, node.meta["val"])
                 self.env[node] = self.states[name]

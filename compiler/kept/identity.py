@@ -48,6 +48,7 @@ from .asking import asked_by, check_cache
 from .code import hash_of, imports_in, names_in
 
 MOST = 200_000  # values that are looked into
+_AT_ONCE = 1_000  # words that are hashed together
 _FEW = 500  # values in a container of a library's, such as sys.argv
 MOST_BYTES = 1 << 28  # of tensors and arrays that code reaches
 _CALLED_BACK = ("forward", "backward", "setup_context", "jvp", "vmap")  # by torch, by these names
@@ -76,6 +77,7 @@ def identity_of(*values: Any) -> str:
         walk.look_into(walk.pending.popleft())
     if walk.reads_environment:
         walk.say([(text, os.environ.get(text)) for text in sorted(walk.texts)])
+    walk.flush()
     return walk.digest.hexdigest()
 
 
@@ -99,9 +101,17 @@ class _Walk:
         self._seen: dict[int, int] = {}
         self._held: list[Any] = []  # while it goes on no other value gets the id of one of them
         self._bytes = 0
+        self._said: list[str] = []
 
     def say(self, *words: object) -> None:
-        self.digest.update(repr(words).encode())
+        self._said.append(repr(words))
+        if len(self._said) == _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hash what was said so far."""
+        self.digest.update("".join(self._said).encode())
+        self._said.clear()
 
     def describe(self, value: Any) -> None:
         """Write a value down; what is inside it follows later."""
@@ -138,6 +148,7 @@ class _Walk:
         self._bytes += data.nbytes
         if self._bytes > MOST_BYTES:
             raise UntoldError("more tensors than are read")
+        self.flush()
         self.digest.update(data.tobytes())
 
     def call(self, name: str) -> None:

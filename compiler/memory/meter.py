@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..tensors.pytree import tree_leaves
+from ..tensors.pytree import tensors_in
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -98,19 +97,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """As `tree_leaves` lists them, which takes longer for what operators are given."""
-    if type(values) in (tuple, list):
-        for each in values:
-            yield from _tensors(each)
-    elif isinstance(values, torch.Tensor):
-        yield values
-    elif type(values) not in _PLAIN:
-        yield from (x for x in tree_leaves(values) if isinstance(x, torch.Tensor))
-
-
 def storages_of(values: Any) -> list[torch.UntypedStorage]:
     """Of the tensors in a tree of values, in order."""
-    found = list(_tensors(values))
+    found = tensors_in(values)
     parts = [(x._indices(), x._values()) if x.is_sparse else (x,) for x in found]
     return [each.untyped_storage() for part in parts for each in part]

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @contextmanager
@@ -31,6 +32,15 @@ def with_data() -> Iterator[None]:
 def meta_like(tensor: torch.Tensor) -> torch.Tensor:
     """The same layout on the meta device, also of a fake tensor: no data and no mode."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def on_memory(like: FakeTensor, memory: torch.UntypedStorage) -> FakeTensor:
+    """A fake tensor of the same layout on other memory, or the same, that needs no gradient; made
+    below all modes, which takes a third of the time."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        made = torch.empty(0, dtype=like.dtype, device="meta")
+        made.set_(memory, like.storage_offset(), like.shape, like.stride())
+        return FakeTensor(like.fake_mode, made, like.device)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ them. It has no public name; this file is its home.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.export
@@ -23,6 +24,23 @@ from torch.utils._pytree import treespec_loads as treespec_loads
 def is_known(value: Any) -> bool:
     """Whether it is a structure, and no leaf."""
     return type(value) in SUPPORTED_NODES
+
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """As `tree_leaves` lists them, which takes longer for what operators are given."""
+    if type(values) in (tuple, list):
+        for each in values:
+            yield from tensors_in(each)
+    elif isinstance(values, torch.Tensor):
+        yield values
+    elif type(values) is dict:
+        for each in values.values():
+            yield from tensors_in(each)
+    elif type(values) not in _PLAIN:
+        yield from (x for x in tree_leaves(values) if isinstance(x, torch.Tensor))
 
 
 def register_dataclass(kind: type) -> None:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from .fakes import FakeTensor, weightless, with_data
-from .pytree import tree_leaves
+from .pytree import tensors_in
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _has_values(func: Any, args: Any, kwargs: Any) -> bool:
     """Of a list of numbers, of what is made of such lists alone, and of a file's bytes."""
     if func is torch.asarray:
         return isinstance(args[0], torch.UntypedStorage)
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    given = list(tensors_in((args, kwargs)))
     if func in _LISTS:
         if given or str(kwargs.get("device") or "cpu") != "cpu":
             return False

@@ -20,7 +20,7 @@ from ..answers.known import node_of, proxy_mode
 from ..effects.contents import Contents
 from ..ir.graph import tensors, written
 from ..tensors.facts import extent, storage_of
-from ..tensors.fakes import FakeTensor
+from ..tensors.fakes import FakeTensor, on_memory
 from ..tensors.pytree import TreeSpec, tree_flatten, tree_unflatten
 from .helpers import Asked, StandIn, asked_again, is_helper
 from .kept import outside_of_tracing
@@ -369,9 +369,7 @@ def _give_values(
         if place not in memory:
             room = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8, device="meta")
             memory[place] = room.untyped_storage()
-        made = torch.empty(0, dtype=value.dtype, device="meta")
-        made.set_(memory[place], value.storage_offset(), value.shape, value.stride())
-        return FakeTensor(value.fake_mode, made, value.device)
+        return on_memory(value, memory[place])
 
     with _disable_current_modes(), outside_of_tracing(), torch._C.DisableTorchFunction():
         for node, mine in known:
