@@ -42,6 +42,9 @@ class Layer(nn.Module):
         if kind == "adapters":
             self.inner.requires_grad_(False)
             self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        if kind == "unread":
+            self.spare = nn.Parameter(torch.zeros(3))
+            self.register_buffer("rest", torch.zeros(5))
         if kind == "half frozen" and index < 4:
             self.inner.requires_grad_(False)
 
@@ -100,7 +103,8 @@ def told(graph: JointGraph) -> list[object]:
     lines: list[object] = [list(graph.params), list(graph.buffers), list(graph.grads)]
     for node in graph.graph.nodes:
         looks = [
-            (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors(node.meta.get("val"))
+            (tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad)
+            for x in tensors(node.meta.get("val"))
         ]
         number = numbers.setdefault(node.meta.get("partner", -1), len(numbers))
         own = node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
@@ -141,6 +145,7 @@ KINDS = {
     "shared bias": 5,
     "constants": 6,
     "adapters": 6,
+    "unread": 6,
     "in place": 6,
     "reads its number": 0,
     "counts": 0,
@@ -217,6 +222,25 @@ def test_few_layers_are_all_differentiated(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_evaluation_has_no_backward_to_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out(lambda: Stack("plain"), TOKENS, False, monkeypatch) == 6
+
+
+def test_torch_is_not_given_the_parameters_of_layers_that_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[set[str]] = []
+    kept = joint.aot_export_joint_with_descriptors
+
+    def noted(stack: Any, module: nn.Module, leaves: Any) -> Any:
+        given.append({name for name, _ in module.named_parameters()})
+        return kept(stack, module, leaves)
+
+    monkeypatch.setattr(joint, "aot_export_joint_with_descriptors", noted)
+    graph = captured(lambda: Stack("plain", 20), TOKENS, True).graph
+    assert len(given) == 1
+    assert len(graph.params) == 3 + 20 * 2
+    layers = {name.split(".layers.")[1].split(".")[0] for name in given[0] if ".layers." in name}
+    assert layers == {"0", "1", "18", "19"}
+    assert len(given[0]) == 3 + 4 * 2
 
 
 def test_what_comes_out_different_is_differentiated_whole(monkeypatch: pytest.MonkeyPatch) -> None:
