@@ -58,7 +58,8 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
     scale = bytes_scale([t.peak_bytes for t in shown])
     several = {name: len({getattr(t.way, name) for t in shown}) > 1 for name in ("order", "dp")}
     columns: dict[str, Sequence[object]] = {}
-    if several["dp"] or not several["order"]:
+    divides = several["dp"] or not several["order"]
+    if divides:
         columns["ranks\n× dp"] = [f"{t.way.n_stages} × {t.way.dp}" for t in shown]
     if several["order"]:
         columns["schedule"] = [_order(t) for t in shown]
@@ -85,7 +86,7 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
         for t, s in zip(shown, steps_s, strict=True)
     ]
     devices = trials[0].way.n_stages * trials[0].way.dp
-    title = f"ways to use {devices} devices" if several["dp"] else "schedules"
+    title = f"ways to use {devices} devices" if divides else "schedules"
     if not several["dp"] and not several["order"] and len({t.way.placement for t in shown}) > 1:
         title = "which ranks share a machine"
     refused = (

@@ -293,6 +293,18 @@ def test_divisions(plan: Plan, one_s: float, two_s: float) -> None:
             assert close(line[3], one_s / min(one_s, two_s))
 
 
+@settings(max_examples=5)
+@given(plans(), SECONDS)
+def test_ways_of_one_division_are_no_schedules(plan: Plan, step_s: float) -> None:
+    """All others may be ruled out by their bounds, and have no rows then."""
+    ways = (Way(1, 8, "1f1b", zero=level) for level in (2, 3))
+    text = shown(plan, Extras(trials=tuple(Trial(way, 4, step_s) for way in ways)))
+    assert "ways to use 8 devices" in text
+    orders = (Way(1, 8, name) for name in ("1f1b", "gpipe"))
+    text = shown(plan, Extras(trials=tuple(Trial(way, 4, step_s) for way in orders)))
+    assert "ways to use" not in text
+
+
 @settings(max_examples=20)
 @given(plans(), plans())
 def test_what_precision_saves(plan: Plan, fp32: Plan) -> None:
