@@ -14,6 +14,7 @@ from ..compiler.ir.actions import Kind
 from ..compiler.ir.program import Port, Program, Role, StageProgram, fusions_of
 from .exchange.parcels import GatheredGroup, LocalGroup
 from .kernels.kernels import with_kernels
+from .kernels.rounding import adding
 from .state.rank_state import RankState
 
 
@@ -71,11 +72,8 @@ class BoundStage:
         for program in (code.constants, *code.parts.values()):
             for module in (program.module, *fusions_of(program).values()):
                 _retarget(module, state.device)
-        self._programs = {
-            kind: with_kernels(program, state.device) for kind, program in code.parts.items()
-        }
-        for program in (code.constants, *self._programs.values()):
-            program.prepare()
+        code.constants.prepare()
+        self._programs, self._threads = self._running()
         self._groups = self._grouped()
         forward = code.parts.get(Kind.F)
         self.updates = forward is not None and any(p.role is Role.BUFFER for p in forward.outputs)
@@ -86,6 +84,25 @@ class BoundStage:
     def draws(self) -> bool:
         """Whether a program has random ops."""
         return any(bound.seed is not None for bound in self.parts.values())
+
+    def settle(self) -> None:
+        """Before a run: how kernels round may depend on how many threads they have."""
+        if self._threads != torch.get_num_threads():
+            self._programs, self._threads = self._running()
+            self.refresh()
+
+    @torch.no_grad()
+    def _running(self) -> tuple[dict[Kind, Program], int]:
+        """The programs as they run, and with how many threads."""
+        device, inlets = self._state.device, self._state.grads.inlets
+        slots = {name: slot for name, slot in inlets.items() if name not in self._by_data}
+        made = {
+            kind: adding(with_kernels(program, device), slots, device)
+            for kind, program in self.code.parts.items()
+        }
+        for program in made.values():
+            program.prepare()
+        return made, torch.get_num_threads()
 
     @torch.no_grad()
     def refresh(self) -> None:

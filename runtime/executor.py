@@ -192,6 +192,8 @@ class Executor:
             others: kind of a microbatch -> the executor of the graph for it; this one included.
         """
         made = [others[kind] for kind in job.kinds]
+        for bound in {stage for each in made for stage in each.stages.values()}:
+            bound.settle()
         alive: dict[tuple[int, int], Values] = defaultdict(dict)
         arriving: dict[tuple[int, Kind, int], list[tuple[Message, Pending]]] = defaultdict(list)
         tangents: Sequence[torch.Tensor] | None = None

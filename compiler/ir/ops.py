@@ -8,10 +8,16 @@ from typing import Any, Protocol
 import torch
 
 PIECE = 1 << 16  # elements
+_TABLE = torch.ops.aten.embedding_dense_backward.default
 
 
 class Slot:
     """Where the gradient of one parameter adds up."""
+
+    @property
+    def sums(self) -> torch.Tensor | None:
+        """What is added to here and now, if the whole gradient is."""
+        return None
 
     def add(self, grad: torch.Tensor) -> None:
         raise NotImplementedError
@@ -19,6 +25,16 @@ class Slot:
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add a gradient that is the product of two matrices."""
         self.add(torch.mm(left, right))
+
+    def add_rows(
+        self, grad: torch.Tensor, ids: torch.Tensor, rows: int, padding: int, by_count: bool
+    ) -> None:
+        """Add a table's gradient, with the bits of one that is made first.
+
+        Args:
+            grad, ids, rows, padding, by_count: as ``aten.embedding_dense_backward`` has them.
+        """
+        self.add(_TABLE(grad, ids, rows, padding, by_count))
 
 
 def accumulate(slot: Slot, grad: torch.Tensor) -> None:
@@ -30,6 +46,38 @@ def accumulate_product(slot: Slot, left: torch.Tensor, right: torch.Tensor) -> N
     """The same with a gradient that is a product, which may be added while it is made; the sum is
     then rounded in another order."""
     slot.add_product(left, right)
+
+
+def accumulate_rows(
+    slot: Slot, grad: torch.Tensor, ids: torch.Tensor, rows: int, padding: int, by_count: bool
+) -> None:
+    """The same with the gradient of a table of which few rows are read."""
+    slot.add_rows(grad, ids, rows, padding, by_count)
+
+
+def rows_gradient(
+    grad: torch.Tensor, ids: torch.Tensor, padding: int, by_count: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``aten.embedding_dense_backward`` has in the rows that are read: the same kernel adds up
+    the same occurrences in their order, in a table of these rows alone.
+
+    Returns:
+        Their numbers, (rows,), rising, and what is in them, (rows, width).
+    """
+    numbers, places = torch.unique(ids, return_inverse=True)
+    where = (numbers == padding).nonzero()
+    at = int(where) if padding >= 0 and len(where) else -1
+    return numbers.long(), _TABLE(grad, places, len(numbers), at, by_count)
+
+
+def add_rows(
+    total: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor, padding: int, by_count: bool
+) -> None:
+    """Add a table's gradient to a sum, in the rows that are read."""
+    numbers, made = rows_gradient(grad, ids, padding, by_count)
+    rows = total.index_select(0, numbers)
+    add_gradient(rows, made)
+    total.index_copy_(0, numbers, rows)
 
 
 def add_gradient(total: torch.Tensor, grad: torch.Tensor) -> None:

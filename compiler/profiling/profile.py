@@ -118,7 +118,7 @@ class Profiler:
         self.device, self.budget_s = device, budget_s
         self.note = ""
         self.eager = self
-        if backend is not EAGER:
+        if backend.name != EAGER.name:
             self.eager = Profiler(device, cache_dir, budget_s, beside)
         self._spec = device_spec(device)
         self._cache = TimingCache(device, cache_dir, beside, backend.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import Slot, add_gradient
+from ..ir.ops import Slot, add_gradient, add_rows
 from ..ir.program import Port, Program, Role
 from ..tensors.facts import extent
 
@@ -30,6 +30,11 @@ class AddingSlot(Slot):
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         self.tensor.addmm_(left, right)
+
+    def add_rows(
+        self, grad: torch.Tensor, ids: torch.Tensor, rows: int, padding: int, by_count: bool
+    ) -> None:
+        add_rows(self.tensor, grad, ids, padding, by_count)
 
 
 class Synthesizer:

@@ -5,8 +5,9 @@
 
 A library's kernel multiplies and adds in one pass over the sum; apart, the gradient is written,
 read again, and copied first where it lies across. What is left out is the rounding in between, so
-this is for backends whose bits are not promised. A product is left as it is where what it reads
-and a fusion makes is larger than the gradient itself, which need not be held then.
+this is for backends whose bits are not promised, and for products that round alike either way
+(`sums`). A fusion's product is left as it is where what it reads and the fusion makes is larger
+than the gradient itself, which need not be held then.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Factor:
     node: fx.Node
     turned: bool
 
+    @property
+    def value(self) -> torch.Tensor:
+        value: torch.Tensor = self.node.meta["val"]
+        return value.t() if self.turned else value
+
     def across(self) -> Factor:
         return Factor(self.node, not self.turned)
 
@@ -44,7 +50,7 @@ class Factor:
         if not self.turned:
             return source
         turned = graph.call_function(_ATEN.t.default, (source,))
-        turned.meta["val"] = self.node.meta["val"].t()
+        turned.meta["val"] = self.value
         return turned
 
 
@@ -53,17 +59,31 @@ class Product:
     """What an ``accumulate`` adds.
 
     Attributes:
-        nodes: the product and transposes around it, which nothing else reads.
+        made: the product as the graph has it.
+        turned: whether it is the transpose of ``made`` that is added.
+        nodes: ``made`` and transposes around it, which nothing else reads.
     """
 
     slot: fx.Node
     left: Factor
     right: Factor
+    made: fx.Node
+    turned: bool
     nodes: tuple[fx.Node, ...]
 
     @property
     def reads(self) -> tuple[fx.Node, fx.Node]:
         return self.left.node, self.right.node
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes, strides and dtypes of both, without data."""
+        return self.left.value, self.right.value
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what it reads that the program makes."""
+        return sum(nbytes(node) for node in self.reads if node.op != "placeholder")
 
     def emit(self, graph: fx.Graph, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """Both in another graph, in the place of ``accumulate``."""
@@ -72,7 +92,20 @@ class Product:
 
 
 def products_of(graph: fx.Graph) -> dict[fx.Node, Product]:
-    """``accumulate`` -> the product that it can add."""
+    """``accumulate`` -> the product that it can add, where no more has to be held for that."""
+    return {
+        add: product
+        for add, product in _products(graph).items()
+        if product.held_bytes <= nbytes(product.made)
+    }
+
+
+def straight_products(graph: fx.Graph) -> dict[fx.Node, Product]:
+    """``accumulate`` -> the product that it adds as the graph has it, and not its transpose."""
+    return {add: each for add, each in _products(graph).items() if not each.turned}
+
+
+def _products(graph: fx.Graph) -> dict[fx.Node, Product]:
     adds = graph.find_nodes(op="call_function", target=ops.accumulate)
     found = {add: _product(*add.args) for add in adds}
     return {add: product for add, product in found.items() if product is not None}
@@ -89,10 +122,7 @@ def _product(slot: Any, gradient: Any) -> Product | None:
     left, right = (_factor(factor, chain) for factor in product.args)
     if turned:
         left, right = right.across(), left.across()
-    held = [f.node for f in (left, right) if f.node.op != "placeholder"]
-    if sum(map(nbytes, held)) > nbytes(product):
-        return None
-    return Product(slot, left, right, tuple(chain))
+    return Product(slot, left, right, product, turned, tuple(chain))
 
 
 def _factor(argument: Any, absorbed: list[fx.Node]) -> Factor:

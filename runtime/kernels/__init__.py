@@ -1,1 +1,1 @@
-"""What runs the fusions of programs: compiled by torch's Inductor, once for all that are alike."""
+"""What runs fusions, compiled once for all that are alike, and which gradients need no making."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...compiler.ir.ops import Slot, add_gradient
+from ...compiler.ir.ops import Slot, add_gradient, add_rows, rows_gradient
 from ...compiler.memory.rank_memory import ALIGNMENT_BYTES
 from ..transport.wire import is_dense
 
@@ -28,6 +28,10 @@ class GradSlot(Slot):
         self.tensor = self.owned = tensor
         self.fresh = True
         self.closes = False
+
+    @property
+    def sums(self) -> torch.Tensor:
+        return self.tensor
 
     def clear(self) -> None:
         """Begin with zeros, so that every gradient is added: recorded programs cannot choose."""
@@ -52,6 +56,17 @@ class GradSlot(Slot):
             self.fresh = False
         else:
             self.tensor.addmm_(left, right)
+
+    def add_rows(
+        self, grad: torch.Tensor, ids: torch.Tensor, rows: int, padding: int, by_count: bool
+    ) -> None:
+        """Where no row is read, a whole gradient would add zeros: that changes no number."""
+        if not self.fresh:
+            add_rows(self.tensor, grad, ids, padding, by_count)
+            return
+        self.clear()
+        numbers, made = rows_gradient(grad, ids, padding, by_count)
+        self.tensor.index_copy_(0, numbers, made.to(self.tensor.dtype))
 
 
 class Bucket:

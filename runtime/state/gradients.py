@@ -99,6 +99,9 @@ class WholeGradients(Bucket):
     def begin(self, departures: Departures, part: Kind, last: bool) -> None:
         """Before a backward program; ``last``: of the last microbatch."""
 
+    def leave(self, grad: torch.Tensor) -> None:
+        """A gradient that is complete, or the sum that it has been added to, goes to its owners."""
+
     def collect(self) -> Run:
         """After a backward program (REDUCE_B, REDUCE_W)."""
         yield from ()
@@ -158,8 +161,29 @@ class Inlet(Slot):
     def __init__(self, bucket: SentGradients | SharedGradients, name: str):
         self._bucket, self._name = bucket, name
 
+    @property
+    def sums(self) -> torch.Tensor | None:
+        slot = self._bucket.slots[self._name]
+        return slot.tensor if slot.closes else None
+
     def add(self, grad: torch.Tensor) -> None:
         self._bucket.take(self._name, grad)
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        if (slot := self._bucket.slots[self._name]).closes:
+            slot.add_product(left, right)
+            self._bucket.leave(slot.tensor)
+        else:
+            super().add_product(left, right)
+
+    def add_rows(
+        self, grad: torch.Tensor, ids: torch.Tensor, rows: int, padding: int, by_count: bool
+    ) -> None:
+        if (slot := self._bucket.slots[self._name]).closes:
+            slot.add_rows(grad, ids, rows, padding, by_count)
+            self._bucket.leave(slot.tensor)
+        else:
+            super().add_rows(grad, ids, rows, padding, by_count)
 
 
 class SentGradients(WholeGradients):
@@ -206,6 +230,9 @@ class SentGradients(WholeGradients):
         if slot.closes:
             slot.add(grad)
             grad = slot.tensor
+        self.leave(grad)
+
+    def leave(self, grad: torch.Tensor) -> None:
         if self._leaving:
             self._outgoing.put(self._leaving.pop(), grad)
 
