@@ -541,6 +541,27 @@ SHARDING = (
         "one step size for all parameters goes unnoticed",
     ),
     Mutant(
+        "runtime/kernels/rounding.py",
+        "return torch.equal(at_once.addmm_(*second), apart.add_(torch.mm(*second)))",
+        "return True",
+        "test_rounding.py::test_a_trial_sees_another_order_of_additions",
+        "products are added while they are made where that rounds otherwise",
+    ),
+    Mutant(
+        "runtime/binding.py",
+        "if self._threads != torch.get_num_threads():",
+        "if False:",
+        "test_rounding.py::test_other_threads_are_another_trial",
+        "kernels that were tried with fewer threads are trusted with more",
+    ),
+    Mutant(
+        "compiler/ir/ops.py",
+        "at = int(where) if padding >= 0 and len(where) else -1",
+        "at = -1",
+        "test_rows.py::test_a_slot_adds_rows_as_it_adds_gradients",
+        "a table's padding is trained where its gradient is added by rows",
+    ),
+    Mutant(
         "runtime/state/gradients.py",
         "slot.fresh = slot.fresh and item.piece < item.pieces - 1",
         "slot.fresh = False",
