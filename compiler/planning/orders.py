@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...passes.integer.work import Work
-from ...passes.partition.baselines import apart, quick_objective, solve_dynamic
+from ...passes.partition.baselines import quick_objective, solve_dynamic
+from ...passes.partition.sharing import apart
 from ..ir.errors import MemoryBudgetError, PartitionError
 from ..ir.problem import Problem, Solution
 from ..units.pricing import UnitPrices

@@ -18,7 +18,8 @@ from types import MappingProxyType
 from torch import fx
 
 from ...passes.integer.work import Work
-from ...passes.partition.baselines import apart, solve_dynamic
+from ...passes.partition.baselines import solve_dynamic
+from ...passes.partition.sharing import apart
 from ...passes.partition.solve import solve
 from ...passes.schedule.load import Load
 from ..costs.hardware import Device

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...passes.partition import baselines
+from ...passes.partition.sharing import apart
 from ..ir.errors import OptionError, PartitionError
 from ..ir.problem import Problem, Solution, fits, solution_of
 from ..plan.decision import Decision
@@ -77,7 +78,7 @@ def compare(problem: Problem, decision: Decision, names: Sequence[str]) -> tuple
     rows = [_row("this plan", problem, own, own.objective)]
     for name in names:
         try:
-            found = STRATEGIES[name](baselines.apart(problem))
+            found = STRATEGIES[name](apart(problem))
             found = solution_of(problem, found.stage, found.option, found.solver)
         except PartitionError as error:
             rows.append(Comparison(name, reason=" ".join(str(error).split())))

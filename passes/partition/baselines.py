@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from ...compiler.ir.errors import PartitionError
+from ...compiler.ir.errors import MemoryBudgetError, PartitionError
 from ...compiler.ir.problem import Link, Problem, Solution, solution_of
 from ..integer.excess import infeasible
 from ..integer.solvers import PROVEN_GAP
@@ -30,7 +30,11 @@ from .segments import Division, Floats, Line, best_division, lower_bounds
 
 
 def solve_dynamic(
-    problem: Problem, *, work: Work | None = None, positions: Sequence[Sequence[int]] = ()
+    problem: Problem,
+    *,
+    work: Work | None = None,
+    positions: Sequence[Sequence[int]] = (),
+    whole: Problem | None = None,
 ) -> Solution:
     """The best division of the units' order into runs, with the best options, within memory.
 
@@ -40,6 +44,9 @@ def solve_dynamic(
     Args:
         work: after which to take the best so far; 10 s where it is left out.
         positions: the units in another order that the edges allow, groups kept together.
+        whole: what the problem stands for, where its ranks hold several stages. Their slowest stage
+            tells little of the slowest rank, so that the most even of the divisions that are as
+            good is looked for too, and the one taken that is better there.
 
     Raises:
         MemoryBudgetError: no division into runs fits into memory, or none was found.
@@ -55,10 +62,11 @@ def solve_dynamic(
         if upper - search.bound <= PROVEN_GAP * abs(upper) or work.over:
             break
     if found is None:
-        nearest = _nearest(line)
-        if nearest is None:
-            raise PartitionError("no division into runs of units keeps to the pins and groups")
-        raise infeasible(problem, nearest, proven=chain and search.finished)
+        raise nothing_fits(line, proven=chain and search.finished)
+    if whole is not None and (even := search.evened()) is not None:
+        both = (solution_of(whole, stage, option, "") for stage, option in (found, even))
+        better = min(both, key=lambda each: each.objective)
+        found = better.stage, better.option
     stage, option = found
     result = solution_of(problem, stage, option, "dynamic", seconds=time.perf_counter() - started)
     bound = min(search.bound, result.objective) if chain else -math.inf
@@ -132,42 +140,13 @@ def numbered(problem: Problem) -> Problem:
         budget_bytes=tuple(problem.budget_bytes[rank] for rank in ranks),
         reserve_bytes=tuple(problem.reserve_bytes[rank] for rank in ranks),
         kinds=tuple(problem.kinds[rank] for rank in ranks),
-        links=tuple(tuple(row[rank] for rank in ranks) for row in _rows(problem, ranks)),
+        links=tuple(tuple(row[rank] for rank in ranks) for row in rows_of(problem, ranks)),
     )
 
 
-def _rows(problem: Problem, ranks: Sequence[int]) -> list[tuple[Link, ...]]:
+def rows_of(problem: Problem, ranks: Sequence[int]) -> list[tuple[Link, ...]]:
     """The links from some ranks; none where all are alike."""
     return [problem.links[rank] for rank in ranks] if problem.links else []
-
-
-def apart(problem: Problem) -> Problem:
-    """The same units with a rank for each stage: what fits there fits where ranks hold several.
-
-    The solvers here go from stage to stage, and know nothing of what two stages of one rank have
-    in common. So each stage gets its share of the rank's memory, by its microbatches in flight and
-    one more for weights, and the slowest stage stands for the slowest rank.
-    """
-    if not problem.shares_ranks:
-        return numbered(problem)
-    budgets = [math.inf] * problem.n_stages
-    for rank, stages in enumerate(problem.placement):
-        room = problem.budget_bytes[rank] - problem.reserve_bytes[rank]
-        whole = sum(problem.in_flight[s] + 1 for s in stages)
-        for s in stages:
-            budgets[s] = room * (problem.in_flight[s] + 1) / whole
-    return replace(
-        problem,
-        homes=(),
-        together_in_flight=(),
-        budget_bytes=tuple(budgets),
-        reserve_bytes=(),
-        kinds=tuple(problem.kinds[home] for home in problem.homes),
-        links=tuple(
-            tuple(row[home] for home in problem.homes) for row in _rows(problem, problem.homes)
-        ),
-        max_weight=problem.max_weight * problem.n_stages / problem.n_ranks,
-    )
 
 
 def in_order(problem: Problem) -> list[tuple[int, ...]]:
@@ -254,6 +233,18 @@ def _leanest(problem: Problem, unit: int, stage: int) -> int:
         range(len(each)),
         key=lambda k: each[k].static_bytes + problem.in_flight[stage] * each[k].stash_bytes,
     )
+
+
+def nothing_fits(line: Line, *, proven: bool) -> MemoryBudgetError:
+    """With the nearest division.
+
+    Raises:
+        PartitionError: there is none, memory apart.
+    """
+    nearest = _nearest(line)
+    if nearest is None:
+        raise PartitionError("no division into runs of units keeps to the pins and groups")
+    return infeasible(line.problem, nearest, proven=proven)
 
 
 def _nearest(line: Line) -> Solution | None:

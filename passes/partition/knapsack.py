@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...compiler.ir.problem import Kept
 from ..integer.work import Work
-from .segments import Floats, Segments, exchange_rates, option_table
+from .segments import Floats, Segments, option_table
 
 Ints = npt.NDArray[np.int_]
 State = tuple[tuple[int, bool], ...]
@@ -99,8 +99,8 @@ class Knapsack:
 
     def _least(self) -> list[tuple[float, Floats]]:
         """(rate, each unit's least seconds + rate · bytes); ∞: bytes alone."""
-        held, times = option_table(self.line.problem, self.stage)
-        rates = exchange_rates(held, times)
+        table = option_table(self.line, self.stage)
+        held, times, rates = table.held, table.times, table.rates
         chosen = rates[:: max(1, len(rates) // _RATES)]
         least = [(0.0, times.min(axis=1)), (math.inf, held.min(axis=1))]
         return least + [(rate, (times + rate * held).min(axis=1)) for rate in chosen]

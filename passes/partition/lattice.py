@@ -19,7 +19,7 @@ from ...compiler.ir.problem import Problem
 from ..integer.work import Work
 from .ideals import ideals_of
 from .lazy import CAPS, LazySearch, largest_stage_s
-from .segments import EARLIER, LATER, Division, Floats, Transfers, lower_bounds
+from .segments import EARLIER, LATER, Division, Floats, Table, Transfers, lower_bounds
 
 MOST_CELLS = 3e7  # of the tables of all stages together
 MOST_SUMS = 5e8  # numbers that are added up for one table
@@ -85,6 +85,7 @@ class Lattice:
     def __init__(self, problem: Problem, ideals: Sequence[int]) -> None:
         self.problem = problem
         self.positions: Sequence[Sequence[int]] = [(unit,) for unit in range(problem.n_units)]
+        self.tables: dict[tuple[int, int], Table] = {}
         width = (problem.n_units + 7) // 8
         data = b"".join(ideal.to_bytes(width, "little") for ideal in ideals)
         table = np.frombuffer(data, dtype=np.uint8).reshape(len(ideals), width)
@@ -186,9 +187,9 @@ class _Search(LazySearch):
         limit_s = largest_stage_s(self.line.problem, self.upper)
         news = False
         for s, i, j in found.segments():
-            sack = self.sacks[s]
-            if sack is None or (s, i, j) in self.known:
+            if not self.limited[s] or (s, i, j) in self.known:
                 continue
+            sack = self._sack(s)
             self.known.add((s, i, j))
             transfer_s = float(self.line.transfer_s[s][i, j])
             units, fixed = self.line.units(i, j), float(sack.fixed[i, j])
@@ -201,9 +202,7 @@ class _Search(LazySearch):
         return news
 
     def _options(self, s: int, i: int, j: int, limit_s: float) -> dict[int, int] | None:
-        sack = self.sacks[s]
-        if sack is None:
-            return {}
+        sack = self._sack(s)
         return sack.chosen(self.line.units(i, j), float(sack.fixed[i, j]), limit_s)
 
     def _units(self, i: int, j: int) -> Sequence[int]:

@@ -12,7 +12,16 @@ from ...compiler.ir.problem import Problem
 from ..integer.solvers import GAP
 from ..integer.work import Work
 from .knapsack import Knapsack
-from .segments import Division, Floats, Line, Segments, best_division, ends_within
+from .segments import (
+    Division,
+    Floats,
+    Line,
+    Segments,
+    best_division,
+    ends_within,
+    most_even,
+    option_table,
+)
 
 CAPS = (24, 1024, 16384)  # choices kept per segment, see Knapsack.cap
 
@@ -40,13 +49,11 @@ class LazySearch(ABC):
     ) -> None:
         problem = line.problem
         self.line, self.work, self.upper, self.lows = line, work, upper, lows
-        self.sacks = [
-            Knapsack(line, s, cap) if math.isfinite(budget) else None
-            for s, budget in enumerate(problem.budget_bytes)
-        ]
+        self._cap, self._sacks = cap, dict[int, Knapsack]()
+        self.limited = [math.isfinite(budget) for budget in problem.budget_bytes]
         self.costs = [
-            low if sack is None else np.full_like(low, math.inf)
-            for low, sack in zip(self.lows, self.sacks, strict=True)
+            np.full_like(low, math.inf) if limited else low
+            for low, limited in zip(self.lows, self.limited, strict=True)
         ]
         self.known: set[tuple[int, ...]] = set()
         self.best: Division | None = None
@@ -66,6 +73,17 @@ class LazySearch(ABC):
                 break
         return self._assignment(self.best) if self.best else None
 
+    def evened(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Stages and options of the most even division of those whose stages take no longer than
+        any may in one that is as good as ``upper``; None if none is found."""
+        limit_s = largest_stage_s(self.line.problem, self.upper)
+        while not self.work.over:
+            found = most_even(self.lows, limit_s)
+            self.work.spend(_CELL_S * sum(low.size for low in self.lows))
+            if found is None or not self._learn(found):
+                return self._assignment(found) if found else None
+        return None
+
     @property
     def closed(self) -> bool:
         """Whether nothing is better than ``upper``."""
@@ -78,6 +96,15 @@ class LazySearch(ABC):
     @abstractmethod
     def _options(self, s: int, i: int, j: int, limit_s: float) -> dict[int, int] | None:
         """The fastest options of a segment; None if none fit below a limit."""
+
+    def _light(self, s: int, i: int, j: int) -> bool:
+        """Whether a segment's fastest options are known to fit."""
+        return not self.limited[s]
+
+    def _sack(self, s: int) -> Knapsack:
+        if s not in self._sacks:
+            self._sacks[s] = Knapsack(self.line, s, self._cap)
+        return self._sacks[s]
 
     @abstractmethod
     def _units(self, i: int, j: int) -> Sequence[int]:
@@ -93,10 +120,11 @@ class LazySearch(ABC):
         problem = self.line.problem
         option, stage = [0] * problem.n_units, [0] * problem.n_units
         for s, i, j in best.segments():
-            kind = problem.kind_of(s)
+            fastest = option_table(self.line, s).fastest
             for unit in self._units(i, j):
-                times = [each.on(kind) for each in problem.options[unit]]
-                stage[unit], option[unit] = s, times.index(min(times))
+                stage[unit], option[unit] = s, fastest[unit]
+            if self._light(s, i, j):
+                continue
             seconds = float(self.costs[s][i, j] - self.line.transfer_s[s][i, j])
             limits = (seconds * (1 + 1e-9), seconds * 1.01, math.inf)
             tries = (self._options(s, i, j, limit_s) for limit_s in limits)
@@ -123,14 +151,23 @@ class LineSearch(LazySearch):
 
     line: Line
 
+    def __init__(self, line: Line, work: Work, upper: float, cap: int, lows: list[Floats]) -> None:
+        super().__init__(line, work, upper, cap, lows)
+        for s, limited in enumerate(self.limited):
+            if limited:
+                self.costs[s] = np.where(line.light(s), lows[s], math.inf)
+
+    def _light(self, s: int, i: int, j: int) -> bool:
+        return not self.limited[s] or bool(self.line.light(s)[i, j])
+
     def _learn(self, found: Division) -> bool:
         limit_s = largest_stage_s(self.line.problem, self.upper)
         ends = ends_within(self.lows, limit_s)
         news = False
-        for s, i, _ in found.segments():
-            sack, transfer_s = self.sacks[s], self.line.transfer_s[s][i]
-            if sack is None or (s, i) in self.known:
+        for s, i, j in found.segments():
+            if (s, i) in self.known or math.isfinite(self.costs[s][i, j]):
                 continue
+            sack, transfer_s = self._sack(s), self.line.transfer_s[s][i]
             self.known.add((s, i))
             room_s = limit_s - float(transfer_s[max(i, ends[s]) :].min())
             seconds, error = sack.seconds(i, ends[s], room_s, self.work)
@@ -141,8 +178,7 @@ class LineSearch(LazySearch):
         return news
 
     def _options(self, s: int, i: int, j: int, limit_s: float) -> dict[int, int] | None:
-        sack = self.sacks[s]
-        return {} if sack is None else sack.options(i, j, limit_s)
+        return self._sack(s).options(i, j, limit_s)
 
     def _units(self, i: int, j: int) -> Sequence[int]:
         return [unit for units in self.line.positions[i:j] for unit in units]

@@ -9,17 +9,36 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...compiler.ir.problem import Problem, Value
+from ...compiler.ir.problem import Kept, Problem, Value
 
 Floats = npt.NDArray[np.float64]
 _MULTIPLIERS = 24
+
+
+@dataclass(frozen=True)
+class Table:
+    """Of every unit's options on a stage, [unit, option].
+
+    Attributes:
+        held, times: bytes and seconds; infinite for options that a unit lacks.
+        rates: `exchange_rates`.
+        fastest: per unit the number of the fastest option; of several that which holds least.
+    """
+
+    held: Floats
+    times: Floats
+    rates: list[float]
+    fastest: list[int]
+
+
 PREVIOUS, EARLIER, NEXT, LATER = range(4)
 
 
@@ -38,25 +57,38 @@ class Line:
         self.positions: Sequence[Sequence[int]] = [tuple(units) for units in positions]
         self.place = {u: p for p, units in enumerate(self.positions) for u in units}
         self.n = len(self.positions)
+        self._alone = all(len(units) == 1 for units in self.positions)
+        self._order = [u for units in self.positions for u in units]
+        self.tables: dict[tuple[int, int], Table] = {}
+        self._lights: dict[int, npt.NDArray[np.bool_]] = {}
         self.transfer_s = self._transfers(problem.values).on_stages(problem)
         self.linked = [
             number
             for number, kept in enumerate(problem.kept)
             if kept.unless or any(which is not None for _, which in kept.users)
         ]
-        self.once_bytes = self._shared(per_microbatch=False)
-        self.microbatch_bytes = self._shared(per_microbatch=True)
+        decided = set(self.linked)
+        fixed = [kept for number, kept in enumerate(problem.kept) if number not in decided]
+        self.once_bytes = self._shared(kept for kept in fixed if not kept.per_microbatch)
+        self.microbatch_bytes = self._shared(kept for kept in fixed if kept.per_microbatch)
 
     def sums(self, per_unit: Sequence[float] | Floats) -> Floats:
         """[i, j]: the sum of a quantity over the segment's units."""
         total = np.zeros(self.n + 1)
-        total[1:] = np.cumsum([math.fsum(per_unit[u] for u in units) for units in self.positions])
+        if self._alone:
+            total[1:] = np.cumsum(np.asarray(per_unit)[self._order])
+        else:
+            each = [math.fsum(per_unit[u] for u in units) for units in self.positions]
+            total[1:] = np.cumsum(each)
         return total[None, :] - total[:, None]
 
     def largest(self, per_unit: Floats) -> Floats:
         """[i, j]: the largest of a quantity over the segment's units."""
         table = np.zeros((self.n + 1, self.n + 1))
-        each = np.array([max(per_unit[u] for u in units) for units in self.positions])
+        if self._alone:
+            each = per_unit[self._order]
+        else:
+            each = np.array([max(per_unit[u] for u in units) for units in self.positions])
         for i in range(self.n):
             table[i, i + 1 :] = np.maximum.accumulate(each[i:])
         return table
@@ -117,14 +149,32 @@ class Line:
             if r + 1 <= final:
                 yield LATER, 0, r, r + 1, final
 
-    def _shared(self, *, per_microbatch: bool) -> Floats:
+    def light(self, stage: int) -> npt.NDArray[np.bool_]:
+        """[i, j]: the segment's fastest options are sure to fit: no others need be looked at."""
+        if stage not in self._lights:
+            problem, table = self.problem, option_table(self, stage)
+            chosen = [each[k] for each, k in zip(problem.options, table.fastest, strict=True)]
+            peak = self.largest(np.array([each.transient_bytes for each in chosen]))
+            once, often = self._most_linked
+            held = self.sums(table.held[np.arange(problem.n_units), table.fastest])
+            most = held + peak + self.fixed_bytes(stage) + once + problem.in_flight[stage] * often
+            self._lights[stage] = most <= problem.budget_bytes[stage]
+        return self._lights[stage]
+
+    @cached_property
+    def _most_linked(self) -> tuple[Floats, Floats]:
+        """[i, j]: of shared bytes that options decide, all that these may be: held once, and by
+        every microbatch."""
+        linked = [self.problem.kept[number] for number in self.linked]
+        once, often = ([x for x in linked if x.per_microbatch is each] for each in (False, True))
+        return self._shared(once), self._shared(often)
+
+    def _shared(self, some: Iterable[Kept]) -> Floats:
         area = _Area(self.n)
-        decided = set(self.linked)
-        for number, kept in enumerate(self.problem.kept):
-            if kept.per_microbatch == per_microbatch and number not in decided:
-                users = sorted({self.place[unit] for unit, _ in kept.users})
-                for before, r in zip([-1, *users], users, strict=False):
-                    area.add(before + 1, r, r + 1, self.n, kept.bytes)
+        for kept in some:
+            users = sorted({self.place[unit] for unit, _ in kept.users})
+            for before, r in zip([-1, *users], users, strict=False):
+                area.add(before + 1, r, r + 1, self.n, kept.bytes)
         return area.total()
 
 
@@ -226,7 +276,7 @@ def best_division(costs: Sequence[Floats], max_weight: float, sum_weight: float)
         return Division(max_weight * max(each) + sum_weight * math.fsum(each), found.cuts)
 
     best = valued(best)
-    free = _smallest_sum(costs, math.inf) if sum_weight else None
+    free = _smallest_sum(costs) if sum_weight else None
     if free is None:
         return best
     slack = best.objective - sum_weight * free.objective
@@ -238,6 +288,12 @@ def best_division(costs: Sequence[Floats], max_weight: float, sum_weight: float)
         largest = max(costs[s][i, j] for s, i, j in found.segments())
         limit = largest * (1 - 1e-9)
     return best
+
+
+def most_even(costs: Sequence[Floats], limit: float) -> Division | None:
+    """The cuts with the smallest sum of squares where no segment costs more than a limit; None if
+    there are none."""
+    return _smallest_sum([np.where(cost <= limit, cost * cost, math.inf) for cost in costs])
 
 
 def ends_within(costs: Sequence[Floats], limit: float) -> list[int]:
@@ -258,7 +314,7 @@ def _smallest_max(costs: Sequence[Floats]) -> float:
     return float(reached[-1])
 
 
-def _smallest_sum(costs: Sequence[Floats], limit: float) -> Division | None:
+def _smallest_sum(costs: Sequence[Floats], limit: float = math.inf) -> Division | None:
     """The cuts with the smallest sum where no segment costs more than a limit."""
     reached = np.where(costs[0][0] <= limit, costs[0][0], math.inf)
     sources = []
@@ -282,6 +338,7 @@ class Segments(Protocol):
     positions: Sequence[Sequence[int]]
     transfer_s: list[Floats]
     linked: list[int]
+    tables: dict[tuple[int, int], Table]
 
     def sums(self, per_unit: Sequence[float] | Floats) -> Floats: ...
 
@@ -303,27 +360,57 @@ def lower_bounds(line: Segments, stage: int) -> Floats:
     budget = problem.budget_bytes[stage]
     if not math.isfinite(budget):
         return bounds + transfer_s
-    held, times = option_table(problem, stage)
+    table = option_table(line, stage)
     peak = np.array([min(o.transient_bytes for o in each) for each in problem.options])
     room = budget - line.fixed_bytes(stage) - line.largest(peak)
-    fewest = line.sums(held.min(axis=1))
+    fewest = line.sums(table.held.min(axis=1))
     bounds[fewest > room + 1e-9 * budget] = math.inf
-    for rate in exchange_rates(held, times):
-        relaxed = (times + rate * held).min(axis=1)
+    for rate in table.rates:
+        relaxed = (table.times + rate * table.held).min(axis=1)
         bounds = np.maximum(bounds, line.sums(relaxed) - rate * room)
     return bounds + transfer_s
 
 
-def option_table(problem: Problem, stage: int) -> tuple[Floats, Floats]:
-    """(bytes, seconds) of every unit's options; those that a unit lacks cost infinitely much."""
-    most = max(len(each) for each in problem.options)
-    held = np.full((problem.n_units, most), math.inf)
-    times, kind = held.copy(), problem.kind_of(stage)
-    for unit, each in enumerate(problem.options):
-        for k, option in enumerate(each):
-            held[unit, k] = option.static_bytes + problem.in_flight[stage] * option.stash_bytes
-            times[unit, k] = option.on(kind)
-    return held, times
+def priced(line: Line, division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Stages and options of a division, of each stage those to which that price of its bytes leads
+    which says most of its seconds, as `lower_bounds` has it."""
+    problem = line.problem
+    stage, option = [0] * problem.n_units, [0] * problem.n_units
+    for s, i, j in division.segments():
+        table, units = option_table(line, s), [u for some in line.positions[i:j] for u in some]
+        chosen = [table.fastest[u] for u in units]
+        if math.isfinite(problem.budget_bytes[s]) and units and not line.light(s)[i, j]:
+            times = table.times[units]  # infinite where there is no such option
+            held = np.where(np.isfinite(times), table.held[units], 0.0)
+            peak = max(min(o.transient_bytes for o in problem.options[u]) for u in units)
+            room = problem.budget_bytes[s] - float(line.fixed_bytes(s)[i, j]) - peak
+            rates = [0.0, *table.rates]
+            sums = [float((times + r * held).min(axis=1).sum()) - r * room for r in rates]
+            rate = rates[int(np.argmax(sums))]
+            chosen = [int(k) for k in (times + rate * held).argmin(axis=1)]
+        for unit, k in zip(units, chosen, strict=True):
+            stage[unit], option[unit] = s, k
+    return tuple(stage), tuple(option)
+
+
+def option_table(line: Segments, stage: int) -> Table:
+    """What is known of every unit's options on a stage."""
+    problem = line.problem
+    key = problem.in_flight[stage], problem.kind_of(stage)
+    if key not in line.tables:
+        most = max(len(each) for each in problem.options)
+        held = np.full((problem.n_units, most), math.inf)
+        times = held.copy()
+        for unit, each in enumerate(problem.options):
+            for k, option in enumerate(each):
+                held[unit, k] = option.static_bytes + key[0] * option.stash_bytes
+                times[unit, k] = option.on(key[1])
+        fastest = [
+            min(range(len(each)), key=lambda k: (times[u, k], held[u, k], each[k].transient_bytes))
+            for u, each in enumerate(problem.options)
+        ]
+        line.tables[key] = Table(held, times, exchange_rates(held, times), fastest)
+    return line.tables[key]
 
 
 def exchange_rates(held: Floats, times: Floats) -> list[float]:

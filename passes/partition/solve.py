@@ -25,9 +25,10 @@ from ..integer.solvers import GAP, PROVEN_GAP, SolverError
 from ..integer.windows import Window, seconds_within, windows
 from ..integer.work import Work
 from . import dominance, ideals, lattice
-from .baselines import apart, numbered, solve_dynamic
+from .baselines import numbered, solve_dynamic
 from .lazy import largest_stage_s
 from .presolve import Reduced, reduce
+from .sharing import shared_divisions
 
 LATE = "stopped by the clock after {:.0f} s: a machine with less to do may find another plan"
 SOLVERS = ("auto", "highs", "cbc", "dynamic")
@@ -128,18 +129,21 @@ class _Search:
 
     def contiguous(self) -> None:
         """The best divisions of the units' order; the optimum if that is the only order."""
+        small = self.small
         try:
-            found = solve_dynamic(apart(self.small), work=self.work.part(DYNAMIC_S))
-        except MemoryBudgetError as error:
-            if self.small.shares_ranks:  # not what is asked
+            if small.shares_ranks:
+                for found in shared_divisions(small, self.work.part(DYNAMIC_S)):
+                    self.offer(found.stage, found.option, "dynamic")
                 return
+            found = solve_dynamic(small, work=self.work.part(DYNAMIC_S))
+        except MemoryBudgetError as error:
             self.nearest = error.nearest
             self.hopeless = error.proven
             return
         except PartitionError:  # pins or groups that no run of units keeps to
             return
         self.offer(found.stage, found.option, "dynamic")
-        if found.proven and not self.small.shares_ranks:
+        if found.proven:
             self.bound = max(self.bound, found.objective)
 
     def all_ideals(self) -> None:

@@ -8,12 +8,19 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from pipecompile.compiler.ir.errors import PartitionError
-from pipecompile.compiler.ir.problem import Problem, fits, validate
+from pipecompile.compiler.ir.errors import MemoryBudgetError, PartitionError
+from pipecompile.compiler.ir.problem import Option, Problem, Solution, fits, validate
 from pipecompile.passes.partition import baselines
 from pipecompile.passes.partition.baselines import solve_dynamic
 from pipecompile.passes.partition.solve import solve
-from support.problems import check_dynamic, every_solution, optimum, problems, reduced_or_none
+from support.problems import (
+    check_dynamic,
+    every_solution,
+    optimum,
+    problems,
+    reduced_or_none,
+    shared_problems,
+)
 
 SIMPLE = [
     baselines.solve_uniform,
@@ -23,6 +30,15 @@ SIMPLE = [
 ]
 
 
+def in_runs(problem: Problem, every: list[Solution]) -> list[Solution]:
+    groups = baselines.in_order(problem)
+    return [
+        each
+        for each in every
+        if all(each.stage[a] <= each.stage[b] for (a, *_), (b, *_) in itertools.pairwise(groups))
+    ]
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems() | problems(chain=True))
 def test_the_dynamic_program_finds_the_best_division_into_runs(problem: Problem) -> None:
@@ -30,12 +46,7 @@ def test_the_dynamic_program_finds_the_best_division_into_runs(problem: Problem)
         return
     problem = reduced.problem
     every = every_solution(problem)
-    groups = baselines.in_order(problem)
-    runs = [
-        each
-        for each in every
-        if all(each.stage[a] <= each.stage[b] for (a, *_), (b, *_) in itertools.pairwise(groups))
-    ]
+    runs = in_runs(problem, every)
     try:
         found = solve_dynamic(problem)
     except PartitionError:
@@ -62,3 +73,40 @@ def test_simple_strategies_are_legal_and_never_better(problem: Problem) -> None:
         found = strategy(problem)
         validate(problem, found.stage, found.option)
         assert found.objective >= free.objective * (1 - 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared_problems())
+def test_ranks_that_hold_several_stages_lack_memory_and_not_divisions(problem: Problem) -> None:
+    """Where there are divisions into runs, one is found or named as the nearest."""
+    runs = in_runs(problem, every_solution(problem))
+    try:
+        found = solve(problem, solver="dynamic")
+    except MemoryBudgetError as error:
+        found = error.nearest
+        assert not fits(problem, found)
+    except PartitionError:
+        assert not runs
+        return
+    else:
+        assert fits(problem, found)
+    validate(problem, found.stage, found.option)
+
+
+@pytest.mark.parametrize(("room", "objective"), [(10.0, 10.0), (11.0, 10.0), (14.0, 6.0)])
+def test_stages_of_a_rank_share_its_memory_as_they_need(room: float, objective: float) -> None:
+    """The first holds more than its half; what both leave goes to what is faster for it."""
+    ways = Option(1.0, stash_bytes=3.0), Option(2.0, stash_bytes=1.0)
+    heavy = tuple(replace(each, static_bytes=8.0) for each in ways)
+    problem = Problem(
+        (heavy, *[ways] * 3),
+        tuple(itertools.pairwise(range(4))),
+        4,
+        homes=(0, 1, 0, 1),
+        budget_bytes=(room, room),
+        sum_weight=1.0,
+        min_units=1,
+    )
+    found = solve(problem, solver="dynamic")
+    assert fits(problem, found)
+    assert found.objective == solve(problem).objective == objective

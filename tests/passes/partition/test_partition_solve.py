@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError, PartitionError
 from pipecompile.compiler.ir.problem import Option, Problem, Value, fits, validate
 from pipecompile.passes.partition import baselines
+from pipecompile.passes.partition.sharing import apart
 from pipecompile.passes.partition.solve import solve
 from support.problems import (
     GIB,
@@ -59,7 +60,7 @@ def test_ranks_of_one_stage_may_be_numbered_in_any_order(
 def test_what_fits_stage_by_stage_fits_on_shared_ranks(
     problem: Problem, data: st.DataObject
 ) -> None:
-    narrow = baselines.apart(problem)
+    narrow = apart(problem)
     stage = [data.draw(st.integers(0, problem.n_stages - 1)) for _ in range(problem.n_units)]
     option = [data.draw(st.integers(0, len(each) - 1)) for each in problem.options]
     held = narrow.ranks_bytes(stage, option)
