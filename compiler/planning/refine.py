@@ -46,6 +46,8 @@ class StepModel:
         device: whose messages take what it says.
         stepping_bytes: that the optimizer of a replica moves, of all parameters; 0 for none.
         by_kind: the prices on each kind of device, where there are several.
+        adds: per unit, seconds and launches in which its gradients are added to sums, where that
+            counts.
     """
 
     problem: Problem
@@ -56,6 +58,7 @@ class StepModel:
     device: Device
     stepping_bytes: float = 0.0
     by_kind: Sequence[Sequence[UnitPrices]] = ()
+    adds: Sequence[tuple[float, int]] = ()
 
     @cached_property
     def few(self) -> PipelineShape:
@@ -125,6 +128,10 @@ class StepModel:
             launches[s, Kind.F] += first
             launches[s, Kind.B] += (1 - part) * second + (first * again / forward if again else 0)
             launches[s, Kind.W] += part * second
+        for (add_s, count), s in zip(self.adds, stage, strict=bool(self.adds)):
+            kind = Kind.W if self.shape.splits[s] else Kind.B
+            found[s, kind] += add_s
+            launches[s, kind] += count
         return {
             (s, kind): self._on(s).program_s(found[s, kind], round(launches[s, kind]))
             for s in range(self.shape.n_stages)

@@ -1,8 +1,8 @@
 """A plan without programs: units divided at their prices, the schedule simulated.
 
 What it leaves out are the programs: what they hold beyond the prices of units, what the order of a
-searched schedule is for just these stages, what is launched. So its step is near that of the plan,
-and takes a hundredth of the time.
+searched schedule is for just these stages, what fusions compute again. So its step is near that of
+the plan, and takes a hundredth of the time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...passes.generators.shape import PipelineShape
-from ...passes.partition.solve import solve
 from ...passes.schedule.communication import add_communication
 from ...passes.schedule.forward_only import forward_only
+from ...passes.schedule.limits import peaks_held
 from ...passes.schedule.load import Load, far_of, linked
 from ...passes.schedule.registry import ScheduleKind
 from ...passes.schedule.simulate import simulate
@@ -24,21 +24,20 @@ from ..costs.closing import compressed_s, parcels
 from ..driver.work import Outline
 from ..ir import shards
 from ..ir.actions import Kind, Phase, Schedule
-from ..ir.errors import MemoryBudgetError
+from ..ir.graph import nbytes
 from ..ir.problem import Solution
 from ..ir.program import Message
 from ..memory.footprint import Footprint
 from ..planning import refine
 from ..planning.planner import Planner
 from ..planning.refine import Pairs, StepModel
+from ..tensors.facts import short_name
 from ..units.pricing import UnitPrices, roofline
 from ..units.weights import WeightWork, weight_works
 from .bounds import Microbatch
+from .divisions import SLACK, divided, roughly_divided
 
-QUICK_S = 1.0  # of the solver, counted
-SLACK = 1.03  # of the budget: programs may need less than their prices say
 KEPT_STEPS = 4  # parts that are told apart of what is kept whole over a step
-DOUBTFUL = 1.5  # of the budget: where the nearest division is priced below this, its plan decides
 
 
 Part = tuple[float, float]
@@ -54,11 +53,14 @@ class Sketch:
     Attributes:
         step_s: with the optimizer.
         peak_bytes: of the fullest rank.
+        rough: memory was taken more lightly than it is: the sketch of the same way that is not
+            takes about as long or longer, or there is none.
     """
 
     step_s: float
     bubble: float
     peak_bytes: float
+    rough: bool = False
 
 
 class Prices:
@@ -70,6 +72,7 @@ class Prices:
         self.units: Sequence[UnitPrices] = roofline(parts.bodies, parts.menus)
         device = outline.settings.rates
         self.weights: Sequence[WeightWork] = weight_works(parts.bodies, parts.places, device)
+        self.adds = _adds(outline)
 
     @cached_property
     def microbatch(self) -> Microbatch:
@@ -80,11 +83,27 @@ class Prices:
         return Microbatch(math.fsum(sums), max(sums, default=0.0), min(forward, default=0.0))
 
 
-def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
+def _adds(outline: Outline) -> Sequence[tuple[float, int]]:
+    """As `StepModel` has them: by a device's table, as plans count them."""
+    device, parts = outline.settings.rates, outline.parts
+    if device.table is None:
+        return ()
+    found = [(0.0, 0)] * len(parts.units)
+    for node in outline.graph.grads.values():
+        if (unit := parts.places.get(node)) is not None:
+            dtype = short_name(node.meta["val"].dtype)
+            seconds, count = found[unit]
+            found[unit] = seconds + device.kernel_s(0, 3 * nbytes(node), dtype), count + 1
+    return found
+
+
+def sketch_of(outline: Outline, prices: Prices, devices: int, *, rough: bool = False) -> Sketch:
     """The best division by the prices, with recomputation, and its simulated step.
 
     Args:
         devices: of all replicas.
+        rough: in one go. Each of several stages of a rank may have all of its memory, and what
+            weight gradients that are split off wait with is left out.
 
     Raises:
         MemoryBudgetError: none comes near to fitting by the prices.
@@ -111,12 +130,6 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
     )
     problem = planner.problem(prices.units)
     problem = replace(problem, reserve_bytes=(float(settings.batch_bytes * m),) * problem.n_ranks)
-    try:
-        found = solve(problem, time_limit_s=QUICK_S, solver="dynamic")
-    except MemoryBudgetError as error:
-        found = error.nearest
-        if found is None or _doubtful(found, settings.budgets):
-            raise
     read, grads = footprint.exchanged_bytes(outline.graph.copies)
     model = _Model(
         problem,
@@ -126,6 +139,7 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
         prices.weights,
         device,
         by_kind=tuple(planner.by_kind.values()),
+        adds=prices.adds,
         footprint=footprint,
         read_bytes=read,
         grad_bytes=grads,
@@ -133,15 +147,16 @@ def sketch_of(outline: Outline, prices: Prices, devices: int) -> Sketch:
         clips=options.max_grad_norm is not None,
         trains=outline.graph.trains,
     )
+    rough = rough and (problem.shares_ranks or model.puts_off)
+    if rough:
+        found = roughly_divided(problem, settings.budgets)
+    else:
+        found = divided(problem, settings.budgets, model.carried_bytes if model.puts_off else None)
     rooms = zip(settings.budgets, found.ranks_bytes, strict=True)
     spare = [max(0.0, budget - held) for budget, held in rooms] if settings.keeps else []
-    return model.expected(found, devices, spare)
-
-
-def _doubtful(found: Solution, budgets: Sequence[float]) -> bool:
-    """Whether a rank is priced so far above its budget that no programs could fit."""
-    pairs = zip(found.ranks_bytes, budgets, strict=True)
-    return any(held > DOUBTFUL * budget for held, budget in pairs)
+    sketch = model.expected(found, devices, spare)
+    most = max(settings.budgets) if rough else math.inf
+    return replace(sketch, peak_bytes=min(sketch.peak_bytes, most), rough=rough)
 
 
 def shortened(kind: ScheduleKind, shape: PipelineShape) -> PipelineShape:
@@ -193,12 +208,30 @@ class _Model(StepModel):
     def few(self) -> PipelineShape:
         return shortened(self.kind, self.shape)
 
+    @property
+    def puts_off(self) -> bool:
+        """Whether gradients of weights are split off."""
+        return self.trains and any(self.shape.splits)
+
     def _linked(self, far: Pairs) -> Schedule:
         if self.trains:
             return _with_messages(self.kind, self.few, far)
         pairs = ((s, s + 1) for s in range(self.few.n_stages - 1))
         messages = [Message(a, b, Phase.FORWARD, ()) for a, b in (*pairs, *far)]
         return add_communication(forward_only(self.few), messages)
+
+    def carried_bytes(self, found: Solution) -> list[float]:
+        """Per rank, what microbatches hold beyond what the problem knows of.
+
+        It knows of what they keep from their forward to the end of their backward. Where that is
+        split, they keep what gradients of weights read from its first part on, some of which was
+        computed again for it.
+        """
+        stash = self.problem.stages_stash(found.stage, found.option)
+        order = _ordered(self.kind, self.few)
+        held = peaks_held(order, stash, self._carry_bytes(found.stage))
+        known = self.problem.ranks_stash(found.stage, found.option)
+        return [a - b for a, b in zip(held, known, strict=True)]
 
     def _shares(self, stage: Sequence[int]) -> list[float]:
         """Per stage, of all that is held."""

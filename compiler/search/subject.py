@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -22,9 +23,9 @@ from ..planning.advice import gib
 from ..planning.refine import LEAST_GAIN
 from ..planning.target import Target
 from .bounds import Microbatch, least_compute_s
+from .model import Model, UntracedError
 from .room import Least, check_room
 from .scaling import least_row_s
-from .search import Model, UntracedError
 from .sketch import Prices, Sketch, load_for, sketch_of
 
 MOST_TRACED = 40_000
@@ -95,7 +96,15 @@ class Subject:
 
     @property
     def model(self) -> Model:
-        return Model(self.bound, self.sketch, self._plan, self._nodes, self.besides, twin_of)
+        return Model(
+            self.bound,
+            self.sketch,
+            self._plan,
+            self._nodes,
+            self.besides,
+            twin_of,
+            partial(self.sketch, rough=True),
+        )
 
     def _of(self, way: Way) -> CompileOptions:
         return way.of(self.options, dump_dir=None)
@@ -153,8 +162,11 @@ class Subject:
         sizes = [each.nodes for each in self._traced.values()]
         return sum(sizes) + max(sizes, default=0) > self._most_traced
 
-    def sketch(self, way: Way) -> Sketch:
+    def sketch(self, way: Way, *, rough: bool = False) -> Sketch:
         """What is expected of its plan.
+
+        Args:
+            rough: as `sketch_of` has it.
 
         Raises:
             PipecompileError: it is not possible, or does not fit by the prices.
@@ -170,7 +182,7 @@ class Subject:
         self._check_room(way, outline)
         prices = self._prices[self._key(way)]
         try:
-            return sketch_of(outline, prices, self.devices)
+            return sketch_of(outline, prices, self.devices, rough=rough)
         except PartitionError as error:
             self._unfit[replace(way, zero=None)] = outline.held_bytes, error.with_traceback(None)
             raise

@@ -19,7 +19,8 @@ from pipecompile.compiler.driver.auto import BACKENDS, Open, Way, weighing
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.profiling.calibration import calibrated
-from pipecompile.compiler.search.search import TIE, Found, Model, search
+from pipecompile.compiler.search.model import Model
+from pipecompile.compiler.search.search import TIE, Found, search
 from pipecompile.compiler.search.sketch import Sketch
 from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import Subject, twin_of
@@ -176,9 +177,14 @@ def test_brute_force_over_both_backends() -> None:
 
 
 @pytest.mark.slow
-def test_brute_force_over_both_backends_and_everything() -> None:
+@pytest.mark.parametrize("memory", [None, 0.9], ids=["roomy", "tight"])
+def test_brute_force_over_both_backends_and_everything(memory: float | None) -> None:
     open_ = replace(OPEN, orders=True)
     options = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW)
+    if memory is not None:
+        ways = ways_of(open_, options, 2, 8)
+        peak = search(ways, of_gpt2(options, 2, 8, KERNELS).model).best.peak_bytes
+        options = replace(options, memory=f"{int(memory * peak)}B")
     check(of_gpt2(options, 2, 8, KERNELS), ways_of(open_, options, 2, 8))
 
 

@@ -11,7 +11,8 @@ import pytest
 from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.ir.errors import MemoryBudgetError, OptionError
 from pipecompile.compiler.report.ways import ways_of
-from pipecompile.compiler.search.search import MOST_REFUSED, ROOMIEST, TIE, Model, search
+from pipecompile.compiler.search.model import Model
+from pipecompile.compiler.search.search import MOST_REFUSED, ROOMIEST, TIE, search
 from pipecompile.compiler.search.sketch import Sketch
 
 WAYS = [Way(n + 1, 1, "1f1b") for n in range(40)]

@@ -26,7 +26,8 @@ from pipecompile.compiler.ir.errors import (
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.search import subject
 from pipecompile.compiler.search.bounds import Microbatch, least_compute_s
-from pipecompile.compiler.search.search import MOST_PLANNED, SHOWN, TIE, Model, search
+from pipecompile.compiler.search.model import Model
+from pipecompile.compiler.search.search import MOST_PLANNED, SHOWN, TIE, search
 from pipecompile.compiler.search.sketch import Sketch, sketch_of
 from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import SOLVED_S, Subject
@@ -268,9 +269,9 @@ def test_what_does_not_fit_is_not_divided_again_where_it_holds_more(
     asked = of_net(options, 4, 8, CPU)
     divided: list[Any] = []
 
-    def noted(*given: Any) -> Sketch:
+    def noted(*given: Any, **how: Any) -> Sketch:
         divided.append(given)
-        return sketch_of(*given)
+        return sketch_of(*given, **how)
 
     monkeypatch.setattr(subject, "sketch_of", noted)
     refused: list[Way] = []
