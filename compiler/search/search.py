@@ -4,8 +4,8 @@
    sketched (`sketch`), until the next bound is above the best sketch: no other is as good. Where
    sketches take time they are rough at first, and made anew where one is the best.
 2. That one is planned, and the next best looked for in the same way, until the next sketch is more
-   than `TIE` above the best one: sketches and plans differ by that much; or until as much has been
-   planned as is worth it. The best plan is taken.
+   than `TIE` above the best one, as sketches and plans differ by that much, and not below the best
+   plan; or until as much has been planned as is worth it. The best plan is taken.
 3. Where the first `MOST_REFUSED` plans do not fit, those whose sketches need the least memory are
    planned instead.
 4. Where the backend is weighed all of that is done with the one whose kernels take no longer by the
@@ -80,10 +80,10 @@ def search(ways: Sequence[Way], model: Model) -> Found:
         OptionError: none is possible; with the reasons of some.
     """
     looking, planning = Looking(ways, model), _Planning(model)
-    limit_s = math.inf
+    least_s = math.inf
     passed: list[tuple[Way, Sketch]] = []  # one that is as good, where no more are planned
-    while (pair := looking.next_best(limit_s if planning.planned else math.inf)) is not None:
-        limit_s = min(limit_s, pair[1].step_s * (1 + TIE))
+    while (pair := looking.next_best(max(least_s * (1 + TIE), planning.best_s))) is not None:
+        least_s = min(least_s, pair[1].step_s)
         if planning.full(pair[0]):
             passed.append(pair)
             break
@@ -133,6 +133,11 @@ class _Planning:
         self.declined: list[Trial] = []
         self.twins: list[Trial] = []
 
+    @property
+    def best_s(self) -> float:
+        """Of those that fit; infinite where there is none."""
+        return min((each.step_s or math.inf for each in self.planned), default=math.inf)
+
     def full(self, way: Way) -> bool:
         """Whether no more is worth it."""
         if not self.planned:
@@ -152,8 +157,7 @@ class _Planning:
             if twin is None or twin in self._sketches:
                 continue
             with suppress(*REFUSALS):
-                best_s = min((each.step_s or math.inf for each in self.planned), default=math.inf)
-                if number and self._model.bound(twin) >= best_s:
+                if number and self._model.bound(twin) >= self.best_s:
                     continue
                 sketch = self._model.sketch(twin)
                 near = sketch.step_s <= least_s * (1 + TIE) and not self.full(twin)

@@ -175,8 +175,12 @@ def test_what_is_planned_is_what_all_sketches_would_lead_to(case: Made, nodes: i
     if not sketches:
         return
     ordered = sorted(sketches, key=sketches.__getitem__)
-    near = [way for way in ordered if sketches[way] <= sketches[ordered[0]] * (1 + TIE)]
     most = min(SHOWN, max(1, MOST_PLANNED // nodes))
+    near, best_s = list[Way](), math.inf
+    for way in ordered:
+        if sketches[way] <= max(sketches[ordered[0]] * (1 + TIE), best_s):
+            near.append(way)
+            best_s = min([best_s, *(case.steps_s[each] for each in near[:most])])
     found = search(list(case.steps_s), case.model)
     assert {trial.way for trial in found.trials if trial.step_s and not trial.about} == {
         *near[:most]

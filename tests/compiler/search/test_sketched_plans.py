@@ -12,8 +12,12 @@ from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.ir.errors import MemoryBudgetError, PipecompileError
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.plan import Plan
+from pipecompile.compiler.search.divisions import DOUBTFUL
 from pipecompile.compiler.search.subject import Subject
+from pipecompile.passes.schedule.registry import SCHEDULES
 from support.searched import of_gpt2
+
+SLOW = pytest.mark.slow
 
 OPTIONS = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW, time_limit_s=3.0)
 NEAR_S = 0.2
@@ -48,18 +52,28 @@ def _check(way: Way, parts: Sequence[float], least: int) -> None:
     for asked, plan in _tighter(way, parts):
         sketch = asked.sketch(way)
         assert sketch.step_s == pytest.approx(plan.step_s, rel=NEAR_S), (found, way)
-        assert sketch.peak_bytes == pytest.approx(_peak(plan), rel=NEAR_BYTES), (found, way)
+        budget = asked.target.budget_bytes
+        assert sketch.peak_bytes <= budget * DOUBTFUL
+        assert sketch.peak_bytes >= _peak(plan) * (1 - NEAR_BYTES), (found, way)
         found += 1
     assert found >= least, way
 
 
 @pytest.mark.parametrize(
-    ("schedule", "virtual"),
-    [pytest.param("interleaved", 2, marks=pytest.mark.slow), ("1f1b", None)],
+    ("schedule", "virtual", "least"),
+    [
+        ("1f1b", None, 2),
+        pytest.param("interleaved", 2, 2, marks=SLOW),
+        *(
+            pytest.param(kind.name, 2 if kind.virtual == (2,) else None, 1, marks=SLOW)
+            for kind in SCHEDULES.values()
+            if kind.name not in ("1f1b", "interleaved")
+        ),
+    ],
 )
-def test_a_sketch_is_made_of_what_just_fits(schedule: str, virtual: int | None) -> None:
+def test_a_sketch_is_made_of_what_just_fits(schedule: str, virtual: int | None, least: int) -> None:
     """Ranks that hold several stages share their memory otherwise than half and half."""
-    _check(Way(2, 1, schedule, virtual, zero=0, microbatches=2), (0.9, 0.8), 2)
+    _check(Way(2, 1, schedule, virtual, zero=0, microbatches=2), (0.9, 0.8), least)
 
 
 def test_sketches_know_what_weight_gradients_wait_with() -> None:
