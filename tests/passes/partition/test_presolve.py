@@ -54,7 +54,7 @@ def costs(budgets: Sequence[float], solutions: Iterable[Solution]) -> npt.NDArra
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(problem=problems() | light_problems() | light_problems())
 def test_a_step_of_presolve_keeps_the_optimum(
     step: Callable[[Problem], Reduced], problem: Problem

@@ -214,7 +214,7 @@ def kill_at(folder: Path, moments: list[float | int]) -> None:
     assert f"survived {len(moments)}" in done.stdout
 
 
-@pytest.mark.parametrize("step", quickly([20], [1, 20]))
+@pytest.mark.parametrize("step", quickly([30], [1, 20, 30]))
 def test_killed_at_any_moment(tmp_path: Path, step: int) -> None:
     """Before every single file operation of saving anew, replacing and removing; and in time."""
     kill_at(tmp_path, [*range(1, 60, step), *(0.01, 0.02, 0.03, 0.05, 0.08)[::step]])
