@@ -14,7 +14,7 @@ from ..compiler.ir.actions import Kind
 from ..compiler.ir.program import Port, Program, Role, StageProgram, fusions_of
 from .exchange.parcels import GatheredGroup, LocalGroup
 from .kernels.kernels import with_kernels
-from .kernels.rounding import adding
+from .kernels.rounding import Kernels, adding, kernels_now
 from .state.rank_state import RankState
 
 
@@ -73,7 +73,7 @@ class BoundStage:
             for module in (program.module, *fusions_of(program).values()):
                 _retarget(module, state.device)
         code.constants.prepare()
-        self._programs, self._threads = self._running()
+        self._programs, self._kernels = self._running()
         self._groups = self._grouped()
         forward = code.parts.get(Kind.F)
         self.updates = forward is not None and any(p.role is Role.BUFFER for p in forward.outputs)
@@ -86,14 +86,14 @@ class BoundStage:
         return any(bound.seed is not None for bound in self.parts.values())
 
     def settle(self) -> None:
-        """Before a run: how kernels round may depend on how many threads they have."""
-        if self._threads != torch.get_num_threads():
-            self._programs, self._threads = self._running()
+        """Before a run: how kernels round may depend on how many threads they have, say."""
+        if self._kernels != kernels_now():
+            self._programs, self._kernels = self._running()
             self.refresh()
 
     @torch.no_grad()
-    def _running(self) -> tuple[dict[Kind, Program], int]:
-        """The programs as they run, and with how many threads."""
+    def _running(self) -> tuple[dict[Kind, Program], Kernels]:
+        """The programs as they run, and what they were made for."""
         device, inlets = self._state.device, self._state.grads.inlets
         slots = {name: slot for name, slot in inlets.items() if name not in self._by_data}
         made = {
@@ -102,7 +102,7 @@ class BoundStage:
         }
         for program in made.values():
             program.prepare()
-        return made, torch.get_num_threads()
+        return made, kernels_now()
 
     @torch.no_grad()
     def refresh(self) -> None:

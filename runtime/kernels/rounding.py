@@ -7,7 +7,8 @@
 A library multiplies in blocks of a sum's terms. If one block has all of them, the kernel that adds
 to what there is adds a whole product to it, just as an addition would. It does not say how long
 blocks are, so each shape is tried once, with random numbers and the kernels of this machine: the
-order of additions depends on the shape alone, and another one would show in many of the elements.
+order of additions depends on the shape alone, and another one would show in a fifth of the elements
+or more. Of few elements, or of numbers that a factor repeats, that may be none.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ FEW = 4
 """A table has at least so many times as many rows as a microbatch has ids."""
 MOST_TERMS = 512
 """Of an element: blocks are shorter, and with more the addition is a small part of the product."""
-MOST_ELEMENTS = 1 << 22
-"""Of a gradient: a trial takes four times its memory, for a moment before the first step."""
+LEAST_ELEMENTS, MOST_ELEMENTS = 256, 1 << 22
+"""Of a gradient: with fewer a trial tells too little, and there is nothing to gain; a trial takes
+four times its memory, for a moment before the first step."""
 _EXACT = (torch.float32, torch.float64)
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
+
+Kernels = tuple[int, str]
+"""How many threads they have, and the precision of products that the user has set."""
 
 
 def adding(program: Program, slots: Mapping[str, Slot], device: torch.device) -> Program:
@@ -87,25 +92,38 @@ def _alike(slots: Mapping[str, Slot], port: Port, product: Product) -> bool:
         return False
     if {left.dtype, right.dtype} != {sums.dtype}:
         return False
-    if left.shape[1] > MOST_TERMS or not 0 < sums.numel() <= MOST_ELEMENTS:
+    if left.shape[1] > MOST_TERMS or not LEAST_ELEMENTS <= sums.numel() <= MOST_ELEMENTS:
+        return False
+    if _repeats(left) or _repeats(right):
         return False
     layouts = (_layout(left), _layout(right), _layout(sums))
-    return rounds_alike(*layouts, sums.dtype, torch.get_num_threads())
+    return rounds_alike(*layouts, sums.dtype, kernels_now())
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    """Whether it has rows or columns that are one in memory (``expand``)."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and step == 0 for size, step in pairs)
 
 
 def _layout(tensor: torch.Tensor) -> Layout:
     return tuple(tensor.shape), tensor.stride()
 
 
+def kernels_now() -> Kernels:
+    """What decides, with the shape, which kernels multiply."""
+    return torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
+
+
 @cache
 def rounds_alike(
-    left: Layout, right: Layout, sums: Layout, dtype: torch.dtype, threads: int
+    left: Layout, right: Layout, sums: Layout, dtype: torch.dtype, kernels: Kernels
 ) -> bool:
     """Whether products that are written to sums, and then added to them, while they are made have
     the bits of those that are made first.
 
     Args:
-        threads: that kernels use, now.
+        kernels: `kernels_now`.
     """
     generator = torch.Generator().manual_seed(0)
 

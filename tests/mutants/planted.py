@@ -549,9 +549,9 @@ SHARDING = (
     ),
     Mutant(
         "runtime/binding.py",
-        "if self._threads != torch.get_num_threads():",
+        "if self._kernels != kernels_now():",
         "if False:",
-        "test_rounding.py::test_other_threads_are_another_trial",
+        "test_rounding.py::test_other_kernels_are_another_trial",
         "kernels that were tried with fewer threads are trusted with more",
     ),
     Mutant(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pipecompile
 import pytest
 import torch
 from pipecompile.compiler.ir import ops
@@ -15,10 +17,17 @@ from pipecompile.compiler.ir.ops import Slot
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.runtime import world
 from pipecompile.runtime.kernels import rounding
-from pipecompile.runtime.kernels.rounding import MOST_TERMS, rounds_alike
+from pipecompile.runtime.kernels.rounding import (
+    LEAST_ELEMENTS,
+    MOST_TERMS,
+    kernels_now,
+    rounds_alike,
+)
 from pipecompile.runtime.state.bucket import GradSlot
 from support import jobs, models, plain
 from support.gang import Gang
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 TRIED = (4, 32, 256, 384, 512)
 
@@ -30,7 +39,7 @@ def row_major(rows: int, columns: int) -> rounding.Layout:
 def alike(terms: int, rows: int = 48, columns: int = 40) -> bool:
     across = (rows, terms), (1, rows)  # xᵀ
     layouts = across, row_major(terms, columns), row_major(rows, columns)
-    return rounds_alike(*layouts, torch.float32, torch.get_num_threads())
+    return rounds_alike(*layouts, torch.float32, kernels_now())
 
 
 @pytest.fixture
@@ -120,18 +129,62 @@ def test_long_sums_and_narrow_dtypes_are_not_tried(monkeypatch: pytest.MonkeyPat
     assert not asked
 
 
-def test_other_threads_are_another_trial(anew: None) -> None:
+def more_threads() -> None:
+    torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+@pytest.mark.parametrize(
+    "change", [more_threads, lambda: torch.set_float32_matmul_precision("medium")]
+)
+def test_other_kernels_are_another_trial(anew: None, change: Callable[[], None]) -> None:
     batches = models.batches("gpt2", 4, 2)
     pipe = jobs.pipeline("gpt2", 1, 1, 2)
     pipe.step(batches[0])
     before, threads = rounds_alike.cache_info().misses, torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     assert before
-    torch.set_num_threads(threads + 1)
+    change()
     try:
         pipe.step(batches[1])
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
     assert rounds_alike.cache_info().misses == 2 * before
+
+
+class Asking(nn.Module):
+    """A learned query, the same for every row, and a gate of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query = nn.Parameter(torch.randn(1, 1, 16))
+        self.asks, self.reads = (nn.Linear(16, 16, bias=False) for _ in range(2))
+        self.gate = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> CausalLMOutput:
+        asked = self.asks(self.query.expand(len(x), 1, -1))
+        read = self.reads(x)
+        gate = self.gate((asked * read).mean(-1, keepdim=True))
+        return CausalLMOutput(loss=(asked + gate * read).square().mean())
+
+
+def test_what_a_trial_tells_little_of_is_made_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few elements, and factors that repeat their rows."""
+    asked: list[rounding.Layout] = []
+
+    def tried(*how: Any) -> bool:
+        asked.extend(how[:3])
+        return rounds_alike(*how)
+
+    monkeypatch.setattr(rounding, "rounds_alike", tried)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(12, 1, 16, generator=generator)} for _ in range(3)]
+    pipe = pipecompile.compile(Asking(), 1, microbatches=4, optimizer=jobs.SGD)
+    found = plain.train_pipeline(pipe, batches)
+    plain.assert_equal(found, plain.train(Asking(), batches, jobs.SGD, 1, 4))
+    assert len(asked) == 3  # of one product: its factors, and where it goes
+    assert math.prod(asked[2][0]) == LEAST_ELEMENTS
 
 
 def test_what_is_timed_adds_as_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
