@@ -26,6 +26,8 @@ def conform(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
     """The same values in exactly the strides of the spec (nearly always: the tensor itself)."""
     if tensor.stride() == spec.stride:
         return tensor
+    if 0 in spec.stride and 0 not in spec.shape:
+        return _expanded(_distinct(tensor, spec), spec)
     return empty(spec, tensor.device).copy_(tensor)
 
 
@@ -92,9 +94,7 @@ def from_bytes(data: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
     flat = data.view(spec.dtype)  # (bytes,) -> (elements,)
     if is_dense(spec.shape, spec.stride):
         return flat.as_strided(spec.shape, spec.stride)
-    shape = _distinct_shape(spec)
-    kept = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=data.device)
-    return kept.copy_(flat.view(shape)).expand(spec.shape)  # repeated dimensions from one
+    return _expanded(flat.view(_distinct_shape(spec)), spec)
 
 
 def _distinct(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
@@ -103,6 +103,13 @@ def _distinct(tensor: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
         if step == 0:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _expanded(distinct: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
+    """The inverse of `_distinct`, in memory of its own: repeated dimensions from one."""
+    shape, device = distinct.shape, distinct.device
+    kept = torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=device)
+    return kept.copy_(distinct).expand(spec.shape)
 
 
 def _distinct_shape(spec: ValueSpec) -> tuple[int, ...]:

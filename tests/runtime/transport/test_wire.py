@@ -49,9 +49,8 @@ def test_bytes_and_back(tensor: torch.Tensor) -> None:
 
 @given(tensors())
 def test_other_strides_are_conformed(tensor: torch.Tensor) -> None:
+    """Of expanded values too: a step of 1 and a step of 0 are alike where there is one element."""
     spec = spec_of(tensor)
-    if 0 in spec.stride:
-        return  # an expanded value cannot be written to; programs make it themselves
     other = tensor.contiguous()
     assert wire.conform(other, spec).stride() == spec.stride
     assert torch.equal(wire.conform(other, spec), tensor)
