@@ -371,28 +371,6 @@ def lower_bounds(line: Segments, stage: int) -> Floats:
     return bounds + transfer_s
 
 
-def priced(line: Line, division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Stages and options of a division, of each stage those to which that price of its bytes leads
-    which says most of its seconds, as `lower_bounds` has it."""
-    problem = line.problem
-    stage, option = [0] * problem.n_units, [0] * problem.n_units
-    for s, i, j in division.segments():
-        table, units = option_table(line, s), [u for some in line.positions[i:j] for u in some]
-        chosen = [table.fastest[u] for u in units]
-        if math.isfinite(problem.budget_bytes[s]) and units and not line.light(s)[i, j]:
-            times = table.times[units]  # infinite where there is no such option
-            held = np.where(np.isfinite(times), table.held[units], 0.0)
-            peak = max(min(o.transient_bytes for o in problem.options[u]) for u in units)
-            room = problem.budget_bytes[s] - float(line.fixed_bytes(s)[i, j]) - peak
-            rates = [0.0, *table.rates]
-            sums = [float((times + r * held).min(axis=1).sum()) - r * room for r in rates]
-            rate = rates[int(np.argmax(sums))]
-            chosen = [int(k) for k in (times + rate * held).argmin(axis=1)]
-        for unit, k in zip(units, chosen, strict=True):
-            stage[unit], option[unit] = s, k
-    return tuple(stage), tuple(option)
-
-
 def option_table(line: Segments, stage: int) -> Table:
     """What is known of every unit's options on a stage."""
     problem = line.problem

@@ -11,15 +11,26 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ...compiler.ir.errors import MemoryBudgetError
 from ...compiler.ir.problem import Problem, Solution, fits, solution_of
 from ..integer.work import Work
 from .baselines import in_order, nothing_fits, numbered, rows_of, solve_dynamic
 from .lazy import largest_stage_s
 from .presolve import reduce
-from .segments import Line, best_division, lower_bounds, most_even, priced
+from .segments import (
+    Division,
+    Floats,
+    Line,
+    best_division,
+    lower_bounds,
+    most_even,
+    option_table,
+)
 
 SHARINGS = 3  # ways to share a rank's memory among its stages
+_HALVINGS = 40  # of a price: more than doubles tell apart
 
 
 def apart(problem: Problem, rooms: Sequence[float] = ()) -> Problem:
@@ -116,7 +127,7 @@ def roomy_division(problem: Problem) -> Solution:
     """About the best division where each stage may have all of its rank's memory; it need not fit.
 
     Options are those that a price of memory leads to, the same for all units of a stage: together
-    they take a little less or more than the stage may have.
+    they take what the stage may have, or a little more, and no longer than any that fit.
 
     Raises:
         MemoryBudgetError: a stage does not fit even so; with the nearest division, whose bytes are
@@ -138,7 +149,63 @@ def roomy_division(problem: Problem) -> Solution:
     if small.shares_ranks:
         even = most_even(lows, largest_stage_s(alone, first.objective))
         cuts += [even] if even is not None else []
-    found = [priced(line, each) for each in cuts]
+    found = [_priced(line, each) for each in cuts]
     solutions = [solution_of(small, stage, option, "dynamic") for stage, option in found]
     best = min(solutions, key=lambda each: each.objective)
     return solution_of(problem, *reduced.lift(best.stage, best.option), best.solver)
+
+
+def _priced(line: Line, division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Stages and options of a division, which take no longer than any that fit: of each stage those
+    to which a price of its bytes leads at which they take its room, or a little more."""
+    problem = line.problem
+    stage, option = [0] * problem.n_units, [0] * problem.n_units
+    for s, i, j in division.segments():
+        table, units = option_table(line, s), [u for some in line.positions[i:j] for u in some]
+        chosen = [table.fastest[u] for u in units]
+        if math.isfinite(problem.budget_bytes[s]) and units and not line.light(s)[i, j]:
+            times = table.times[units]  # infinite where there is no such option
+            held = np.where(np.isfinite(times), table.held[units], 0.0)
+            peak = max(min(o.transient_bytes for o in problem.options[u]) for u in units)
+            room = problem.budget_bytes[s] - float(line.fixed_bytes(s)[i, j]) - peak
+            chosen = _filling(times, held, room, chosen, max(table.rates, default=0.0))
+        for unit, k in zip(units, chosen, strict=True):
+            stage[unit], option[unit] = s, k
+    return tuple(stage), tuple(option)
+
+
+def _filling(
+    times: Floats, held: Floats, room: float, fastest: list[int], limit: float
+) -> list[int]:
+    """Options that take at least the room if the fastest do, or all that can be had.
+
+    Lagrange: at a price of bytes others take more seconds, or fewer bytes than these.
+
+    Args:
+        limit: the price above which nothing changes.
+    """
+
+    def at(rate: float) -> list[int]:
+        return [int(k) for k in (times + rate * held).argmin(axis=1)]
+
+    def taken(chosen: list[int]) -> float:
+        return float(held[np.arange(len(held)), chosen].sum())
+
+    more, low, high = fastest, 0.0, 1.001 * limit
+    less = at(high)
+    if taken(more) <= room:
+        return more
+    if taken(less) >= room:
+        return less
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if taken(tried := at(middle)) >= room:
+            more, low = tried, middle
+        else:
+            less, high = tried, middle
+    over, chosen = taken(more) - room, list(more)
+    for unit, (a, b) in enumerate(zip(more, less, strict=True)):  # at that price they are alike
+        saved = float(held[unit, a] - held[unit, b])
+        if saved <= over:
+            chosen[unit], over = b, over - saved
+    return chosen

@@ -112,7 +112,8 @@ def _layout(tensor: torch.Tensor) -> Layout:
 
 def kernels_now() -> Kernels:
     """What decides, with the shape, which kernels multiply."""
-    return torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return torch.get_num_threads(), precision
 
 
 @cache

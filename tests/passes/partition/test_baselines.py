@@ -12,10 +12,12 @@ from pipecompile.compiler.ir.errors import MemoryBudgetError, PartitionError
 from pipecompile.compiler.ir.problem import Option, Problem, Solution, fits, validate
 from pipecompile.passes.partition import baselines
 from pipecompile.passes.partition.baselines import solve_dynamic
+from pipecompile.passes.partition.sharing import roomy_division
 from pipecompile.passes.partition.solve import solve
 from support.problems import (
     check_dynamic,
     every_solution,
+    light_problems,
     optimum,
     problems,
     reduced_or_none,
@@ -91,6 +93,28 @@ def test_ranks_that_hold_several_stages_lack_memory_and_not_divisions(problem: P
     else:
         assert fits(problem, found)
     validate(problem, found.stage, found.option)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems() | problems(chain=True) | light_problems())
+def test_a_roomy_division_takes_no_longer_than_with_options_that_fit(problem: Problem) -> None:
+    fit = [each for each in every_solution(problem) if fits(problem, each)]
+    try:
+        found = roomy_division(problem)
+    except PartitionError:
+        assert not in_runs(problem, fit)
+        return
+    same = (each.objective for each in fit if each.stage == found.stage)
+    assert all(found.objective <= objective * (1 + 1e-9) for objective in same)
+
+
+def test_a_roomy_division_fills_its_room() -> None:
+    """Three have to take their other option: the third, of which a part would do, keeps its own."""
+    ways = [(Option(1.0, 1.0), Option(1.0 + price, 0.0)) for price in (1.0, 1.5, 2.1, 2.15, 9.0)]
+    problem = Problem(tuple(ways), tuple(itertools.pairwise(range(5))), 1, budget_bytes=(2.5,))
+    found = roomy_division(problem)
+    assert found.ranks_bytes == (3.0,)
+    assert found.objective == 5.0 + 1.0 + 1.5 < solve(problem).objective
 
 
 @pytest.mark.parametrize(("room", "objective"), [(10.0, 10.0), (11.0, 10.0), (14.0, 6.0)])
