@@ -386,6 +386,7 @@ class Builder:
             self.target.budget_bytes,
             whole=self.target.whole,
             drafts=self.target.roughly,
+            runs=self.target.runs,
         )
 
     def _decided(

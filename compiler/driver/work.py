@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from ..ir.actions import Kind, Pace, Schedule
 from ..ir.graph import JointGraph
 from ..ir.locality import Locality
 from ..ir.precision import Precision
-from ..ir.program import PipelineProgram
+from ..ir.program import PipelineProgram, StageProgram
 from ..ir.zero import Zero
 from ..losses.logits import Chunks
 from ..memory.footprint import Footprint, Measure
@@ -71,6 +71,8 @@ class Settings:
         whole: that is all that its device has (`Target.whole`).
         drafts: the programs are made to learn what they take, or a step is to be known roughly;
             nothing is searched for them.
+        runs: what a stage's programs become where they run, as far as memory goes, if they are
+            measured there.
     """
 
     options: CompileOptions
@@ -83,6 +85,7 @@ class Settings:
     budget_bytes: float = math.inf
     drafts: bool = False
     whole: bool = False
+    runs: Callable[[StageProgram], StageProgram] | None = None
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -240,11 +243,14 @@ class Work:
         """Of every rank, if its actions are these."""
         settings, program = self.settings, self.made
         footprint, share = settings.footprint, settings.batch_bytes * settings.microbatches
-        found, graphed = [], self.graphed
+        found, graphed, running = [], self.graphed, self.running
+        if settings.runs is not None:
+            stages = tuple(map(settings.runs, running.stages))
+            running = replace(running, stages=stages)
         for rank, actions in enumerate(schedule):
             mine = list(dict.fromkeys(action.stage for action in actions))
             memory = rank_memory(
-                self.running,
+                running,
                 actions,
                 footprint.static(program, mine, share),
                 settings.options.dp,

@@ -55,6 +55,9 @@ def accumulate_rows(
     slot.add_rows(grad, ids, rows, padding, by_count)
 
 
+ADDING = accumulate, accumulate_product, accumulate_rows
+
+
 def rows_gradient(
     grad: torch.Tensor, ids: torch.Tensor, padding: int, by_count: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,7 +74,7 @@ def effect_of(
             walk.call(node, launches_of(fusion))
             continue
         walk.make(node, _scratch(node, added in packed))
-        if node.target in (ops.accumulate, ops.accumulate_product) and leaving:
+        if node.target in ops.ADDING and leaving:
             for entry in leaving[added]:
                 walk.live, flying, peak = leave(entry, walk.live, flying)
                 effect.extra_bytes = max(effect.extra_bytes, peak)
@@ -189,7 +189,7 @@ def _made(
         assert isinstance(whole, fx.Node)
         assert isinstance(index, int)
         return blocks[whole][index : index + 1], {}
-    if node.op == "get_attr" or node.target in (ops.accumulate, ops.accumulate_product):
+    if node.op == "get_attr" or node.target in ops.ADDING:
         return (None,), {}
     value = node.meta["val"]
     items = value if isinstance(value, (tuple, list)) else (value,)
@@ -200,16 +200,22 @@ def _made(
 
 def _scratch(node: fx.Node, packed: bool) -> int:
     """What runs eagerly has its own; a gradient in another layout than its slot is copied before
-    it is added, and a product that is in another dtype, or packed, is made before."""
+    it is added, a product that is in another dtype, or packed, is made before, and of a table the
+    rows that are read are added beside it."""
     if (work := inside(node)) is not None:
         return work.scratch_bytes
-    if node.target not in (ops.accumulate, ops.accumulate_product):
+    if node.target not in ops.ADDING:
         return 0
-    slot, grad, *_ = node.args
+    slot, grad, *rest = node.args
     assert isinstance(slot, fx.Node)
     assert isinstance(grad, fx.Node)
     made: torch.Tensor = slot.meta["val"]
     given: torch.Tensor = grad.meta["val"]
+    if node.target is ops.accumulate_rows:
+        ids = rest[0]
+        assert isinstance(ids, fx.Node)
+        numbers: torch.Tensor = ids.meta["val"]
+        return 2 * given.numel() * made.element_size() + 3 * numbers.numel() * torch.int64.itemsize
     if node.target is ops.accumulate_product:
         apart = packed or given.dtype is not made.dtype
         return made.numel() * given.element_size() if apart else 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ..costs.hardware import Device
+from ..ir.program import StageProgram
 from ..profiling.profile import Profiler
 
 
@@ -39,6 +40,13 @@ class Target:
     def measures(self) -> bool:
         """Whether programs are timed."""
         return bool(self.profilers)
+
+    @property
+    def runs(self) -> Callable[[StageProgram], StageProgram] | None:
+        """What is measured of a stage's programs, where none are compiled for that; None where
+        nothing is measured, or they run as they are."""
+        found = (each.runs for each in self.profilers.values())
+        return next(found, None)
 
     @property
     def costs(self) -> str:

@@ -123,6 +123,10 @@ class Profiler:
         self._spec = device_spec(device)
         self._cache = TimingCache(device, cache_dir, beside, backend.name)
         self._backend = backend
+        self.runs: Callable[[StageProgram], StageProgram] | None = None
+        """What the backend makes of a stage's programs, where that takes no time."""
+        if backend.name == EAGER.name and backend is not EAGER:
+            self.runs = lambda stage: backend.compiled(stage, device)
 
     @property
     def told(self) -> str:

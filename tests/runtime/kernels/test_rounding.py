@@ -26,6 +26,7 @@ from pipecompile.runtime.kernels.rounding import (
 from pipecompile.runtime.state.bucket import GradSlot
 from support import jobs, models, plain
 from support.gang import Gang
+from support.measured import peak_bytes
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -198,6 +199,20 @@ def test_what_is_timed_adds_as_what_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         (backward,) = (program for kind, program in parts.items() if kind is Kind.B)
         found = backward.module.graph.find_nodes(op="call_function", target=ops.accumulate_product)
         assert len(found) == (running(pipe)["accumulate_product"] if adds else 0)
+
+
+def test_peaks_of_measured_plans_are_those_of_what_runs() -> None:
+    """The largest gradient is not made where the step is at its fullest."""
+    batch = models.batches("llama", 4, 1)[0]
+    peaks = {}
+    for costs in ("roofline", "profile"):
+        pipe = jobs.pipeline("llama", 1, 1, 2, costs=costs, example_batch=batch)
+        pipe.step(batch)
+        assert running(pipe)["accumulate_product"]
+        peaks[costs] = pipe.plan.stages[0].memory.peak, peak_bytes(pipe, batch)
+    planned, found = peaks["profile"]
+    assert planned == pytest.approx(found, rel=0.003)
+    assert found == peaks["roofline"][1] < peaks["roofline"][0]
 
 
 def train(zero: int) -> tuple[plain.Trained, Counter[str]]:
