@@ -50,7 +50,7 @@ def plan_of_two_stages() -> Plan:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("llama", {}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
         pytest.param("gpt2", {"schedule": "zb_h1", "remat": "full"}, marks=pytest.mark.slow),
         pytest.param("t5", {"remat": "full", "tied_grads": "per_step"}, marks=pytest.mark.slow),
     ],

@@ -220,6 +220,7 @@ def test_what_is_not_weighed_is_told(device: Device, backend: str, told: str) ->
         assert re.search(told, said)
 
 
+@pytest.mark.slow
 def test_inspect_weighs_backends(capsys: pytest.CaptureFixture[str]) -> None:
     flags = f"{SMALL_GPT2} --stages auto --devices 2 --batch 4 --device h100 --costs calibrated"
     said = inspect(flags, capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pipecompile.compiler.search.room import Least, check_room
 from pipecompile.compiler.search.sketch import load_for
 from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import Subject
+from support.matrix import quickly
 from support.searched import of_gpt2, of_net
 
 OPTIONS = CompileOptions(n_stages=1, zero="auto", optimizer=torch.optim.AdamW)
@@ -61,8 +63,13 @@ def checked(asked: Subject, ways: Sequence[Way]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize(
+    ("remat", "precision"),
+    quickly(
+        [("full", "fp32"), ("none", "bf16_params")],
+        itertools.product(["full", "none"], ["fp32", "bf16_params"]),
+    ),
+)
 def test_no_plan_takes_less(remat: str, precision: str) -> None:
     options = replace(OPTIONS, remat=remat, precision=precision)
     ways = ways_of(OPEN, options, 4, 8)[:: 17 if remat == "full" else 23]
