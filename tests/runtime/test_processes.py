@@ -245,7 +245,11 @@ print("finished", rank)
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("inside", "ArithmeticError: the second stage is out of numbers"),
+        pytest.param(
+            "inside",
+            "ArithmeticError: the second stage is out of numbers",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "evaluating",
             "ArithmeticError: the second loader is out of data",

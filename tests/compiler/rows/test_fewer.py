@@ -143,7 +143,7 @@ def bert() -> nn.Module:
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("build", quickly([gpt2], [gpt2, llama, bert]), ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", quickly([], [gpt2, llama, bert]), ids=lambda b: b.__name__)
 def test_families(build: Callable[[], nn.Module], rows: int) -> None:
     ids = torch.zeros((rows, 8), dtype=torch.long)
     assert Told(build(), {"input_ids": ids, "labels": ids}).sooner
