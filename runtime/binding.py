@@ -87,7 +87,7 @@ class BoundStage:
 
     def settle(self) -> None:
         """Before a run: how kernels round may depend on how many threads they have, say."""
-        if self._kernels != kernels_now():
+        if self._state.device.type == "cpu" and self._kernels != kernels_now():
             self._programs, self._kernels = self._running()
             self.refresh()
 

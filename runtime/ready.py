@@ -104,7 +104,7 @@ def _order(compiled: Compiled) -> tuple[Any, ...]:
         for stage in stages
         for kind, program in stage.parts.items()
         for node in program.module.graph.nodes
-        if node.target in (ops.accumulate, ops.accumulate_product, ops.gather, ops.unshard)
+        if node.target in (*ops.ADDING, ops.gather, ops.unshard)
     ]
     held = [(stage.params, stage.groups, stage.grads) for stage in stages]
     return compiled.schedule, compiled.program.tied, within, held

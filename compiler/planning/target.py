@@ -43,8 +43,7 @@ class Target:
 
     @property
     def runs(self) -> Callable[[StageProgram], StageProgram] | None:
-        """What is measured of a stage's programs, where none are compiled for that; None where
-        nothing is measured, or they run as they are."""
+        """`Profiler.runs`; None where nothing is measured."""
         found = (each.runs for each in self.profilers.values())
         return next(found, None)
 

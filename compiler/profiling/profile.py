@@ -123,10 +123,12 @@ class Profiler:
         self._spec = device_spec(device)
         self._cache = TimingCache(device, cache_dir, beside, backend.name)
         self._backend = backend
-        self.runs: Callable[[StageProgram], StageProgram] | None = None
-        """What the backend makes of a stage's programs, where that takes no time."""
-        if backend.name == EAGER.name and backend is not EAGER:
-            self.runs = lambda stage: backend.compiled(stage, device)
+
+    def runs(self, stage: StageProgram) -> StageProgram:
+        """What is timed of a stage's programs; themselves where they have to be compiled for that,
+        which takes time."""
+        compiles = self._backend.name != EAGER.name
+        return stage if compiles else self._backend.compiled(stage, self.device)
 
     @property
     def told(self) -> str:

@@ -50,6 +50,7 @@ class Looking:
     def refuse(self, way: Way, error: Exception, bound_s: float, number: int) -> None:
         """Note why it is not possible."""
         self._refused[bound_s, number] = Trial(way, way.microbatches, None, in_a_line(error))
+        self.unfit += isinstance(error, MemoryBudgetError)
 
     @property
     def possible(self) -> set[int]:
@@ -96,7 +97,7 @@ class Looking:
             _, number, sketch = heapq.heappop(self._made)
             if not sketch.rough:
                 return self._ways[number], sketch
-            self._make(*self._settled(number))
+            self._settle(number)
 
     def rest(self, first: int) -> list[tuple[Way, Sketch]]:
         """What was sketched and not asked for, the best first, without what is still rough.
@@ -110,7 +111,7 @@ class Looking:
             if not made[2].rough:
                 sure.append(made)
             elif tries:
-                self._make(*self._settled(made[1]))
+                self._settle(made[1])
                 tries -= 1
         for made in sure:
             heapq.heappush(self._made, made)
@@ -130,29 +131,30 @@ class Looking:
                 self._make(number, sketch)
             elif tries:
                 tries -= 1
-                _, again = self._settled(number)
-                if again is not None:
+                if (again := self._settled(number)) is not None:
                     heapq.heappush(order, (again.peak_bytes, number, again))
-        for _, number, again in order:
-            self._make(number, again)
+        for _, number, sketch in order:
+            self._make(number, sketch)
         return found
 
-    def _make(self, number: int, sketch: Sketch | None) -> None:
-        if sketch is not None:
-            heapq.heappush(self._made, (sketch.step_s, number, sketch))
+    def _make(self, number: int, sketch: Sketch) -> None:
+        heapq.heappush(self._made, (sketch.step_s, number, sketch))
 
-    def _settled(self, number: int) -> tuple[int, Sketch | None]:
+    def _settle(self, number: int) -> None:
+        if (sketch := self._settled(number)) is not None:
+            self._make(number, sketch)
+
+    def _settled(self, number: int) -> Sketch | None:
         """The sketch of a way whose rough one is known; None where it does not fit after all."""
         way, model = self._ways[number], self._model
         self._spent += model.nodes(way)
         try:
-            return number, model.sketch(way)
+            return model.sketch(way)
         except REFUSALS as error:
             self.refuse(way, error, model.bound(way), number)
-            self.unfit += isinstance(error, MemoryBudgetError)
             self._possible[way.n_stages] -= 1
             self.sketched -= 1
-            return number, None
+            return None
 
     @property
     def _least_s(self) -> float:
@@ -172,7 +174,6 @@ class Looking:
             self._missed += 1
         except REFUSALS as error:
             self.refuse(way, error, bound_s, number)
-            self.unfit += isinstance(error, MemoryBudgetError)
         else:
             self._make(number, sketch)
             self._possible[way.n_stages] += 1

@@ -42,17 +42,11 @@ def apart(problem: Problem, rooms: Sequence[float] = ()) -> Problem:
     """
     if not problem.shares_ranks:
         return numbered(problem)
-    budgets = list(rooms) or [math.inf] * problem.n_stages
-    for rank, stages in enumerate(problem.placement if not rooms else ()):
-        room = problem.budget_bytes[rank] - problem.reserve_bytes[rank]
-        whole = sum(problem.in_flight[s] + 1 for s in stages)
-        for s in stages:
-            budgets[s] = room * (problem.in_flight[s] + 1) / whole
     return replace(
         problem,
         homes=(),
         together_in_flight=(),
-        budget_bytes=tuple(budgets),
+        budget_bytes=tuple(rooms or _by_flight(problem)),
         reserve_bytes=(),
         kinds=tuple(problem.kinds[home] for home in problem.homes),
         links=tuple(
@@ -89,6 +83,16 @@ def shared_divisions(problem: Problem, work: Work) -> Iterator[Solution]:
         rooms = _left(problem, found, held) if number else _needed(problem, found, held)
 
 
+def _by_flight(problem: Problem) -> list[float]:
+    """Per stage, of its rank's memory, by its microbatches in flight and one more for weights."""
+    rooms = _whole(problem)
+    for stages in problem.placement:
+        every = sum(problem.in_flight[s] + 1 for s in stages)
+        for s in stages:
+            rooms[s] *= (problem.in_flight[s] + 1) / every
+    return rooms
+
+
 def _whole(problem: Problem) -> list[float]:
     """Per stage, all of its rank's memory."""
     return [problem.budget_bytes[home] - problem.reserve_bytes[home] for home in problem.homes]
@@ -102,12 +106,15 @@ def _needed(problem: Problem, found: Solution, held: Sequence[float]) -> list[fl
     rooms = [0.0] * problem.n_stages
     for rank, stages in enumerate(problem.placement):
         whole = problem.budget_bytes[rank] - problem.reserve_bytes[rank]
-        fixed = math.fsum(held[s] - moving[s] for s in stages)
-        kept = moving if whole > fixed else held  # weights alone are too much
-        rest = whole - fixed if whole > fixed else whole
-        total = math.fsum(kept[s] for s in stages) or 1.0
-        for s in stages:
-            rooms[s] = rest * kept[s] / total + (held[s] - moving[s]) * (whole > fixed)
+        rest = whole - math.fsum(held[s] - moving[s] for s in stages)
+        if rest > 0:
+            total = math.fsum(moving[s] for s in stages) or 1.0
+            for s in stages:
+                rooms[s] = held[s] - moving[s] + rest * moving[s] / total
+        else:  # weights alone are too much
+            total = math.fsum(held[s] for s in stages) or 1.0
+            for s in stages:
+                rooms[s] = whole * held[s] / total
     return rooms
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from pipecompile.compiler.capture.batch import BatchSpec, flatten
@@ -13,7 +15,7 @@ from pipecompile.compiler.costs.hardware import Device
 from pipecompile.compiler.driver.auto import Way
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.driver.capturing import Shared
-from pipecompile.compiler.ir.errors import PipecompileError
+from pipecompile.compiler.ir.errors import MemoryBudgetError, PipecompileError
 from pipecompile.compiler.options.microbatches import divide
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.planning.target import Target
@@ -24,6 +26,19 @@ from torch import nn
 from support import models
 
 HOST = torch.device("cpu")
+
+
+def made_plan(step_s: float, peak: float = 1) -> Any:
+    """All that a search asks of a plan.
+
+    Raises:
+        MemoryBudgetError: it takes infinitely long, which stands for one that does not fit.
+    """
+    if math.isinf(step_s):
+        raise MemoryBudgetError("too much", (), None, proven=True)
+    stages = [SimpleNamespace(memory=SimpleNamespace(peak=peak))]
+    told = {"options": {"zero": "0"}, "bubble": 0.0, "microbatches": 4}
+    return SimpleNamespace(stages=stages, step_s=step_s, **told)
 
 
 class Net(nn.Module):

@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from pipecompile.compiler.costs.cost import least_seconds, node_cost
 from pipecompile.compiler.costs.hardware import CPU, H100, Device
 from pipecompile.compiler.driver.auto import BACKENDS, Open, Way, weighing
-from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.profiling.calibration import calibrated
 from pipecompile.compiler.search.model import Model
@@ -25,7 +23,7 @@ from pipecompile.compiler.search.sketch import Sketch
 from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import Subject, twin_of
 from support.commands import SMALL_GPT2, inspect, plan_of
-from support.searched import brute_forced, of_gpt2, of_net
+from support.searched import brute_forced, made_plan, of_gpt2, of_net
 
 FUSED, EAGER = BACKENDS
 REACHED = calibrated(H100, None)
@@ -68,11 +66,7 @@ def of_numbers(
     """Ways whose plans take so long; infinite is what does not fit."""
 
     def plan(way: Way) -> Any:
-        if math.isinf(planned_s[way]):
-            raise MemoryBudgetError("too much", (), None, proven=True)
-        stages = [SimpleNamespace(memory=SimpleNamespace(peak=1))]
-        told = {"options": {"zero": "0"}, "bubble": 0.0, "microbatches": 4}
-        return SimpleNamespace(stages=stages, step_s=planned_s[way], **told)
+        return made_plan(planned_s[way])
 
     def sketch(way: Way) -> Sketch:
         return Sketch(sketched_s[way], 0.0, 1.0)

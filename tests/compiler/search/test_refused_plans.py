@@ -14,6 +14,7 @@ from pipecompile.compiler.report.ways import ways_of
 from pipecompile.compiler.search.model import Model
 from pipecompile.compiler.search.search import MOST_REFUSED, ROOMIEST, TIE, search
 from pipecompile.compiler.search.sketch import Sketch
+from support.searched import made_plan
 
 WAYS = [Way(n + 1, 1, "1f1b") for n in range(40)]
 STEPS_S = {way: 1.0 + n * 4 * TIE for n, way in enumerate(WAYS)}
@@ -26,9 +27,7 @@ def model(refused: int, fits: Sequence[Way] = ()) -> Model:
     def planned(way: Way) -> Any:
         if way in WAYS[:refused] and way not in fits:
             raise MemoryBudgetError("too much: more ranks", (), None, proven=True)
-        stages = [SimpleNamespace(memory=SimpleNamespace(peak=1))]
-        told = {"options": {"zero": "0"}, "step_s": STEPS_S[way], "bubble": 0.0, "microbatches": 4}
-        return SimpleNamespace(stages=stages, **told)
+        return made_plan(STEPS_S[way])
 
     bounds = {way: step_s / 2 for way, step_s in STEPS_S.items()}
     sketch = lambda way: Sketch(STEPS_S[way], 0.0, 1.0 if way in fits else 2.0)  # noqa: E731

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.search.model import Model
 from pipecompile.compiler.search.search import SHOWN, Found, search
 from pipecompile.compiler.search.sketch import Sketch
-from support.searched import of_gpt2
+from support.searched import made_plan, of_gpt2
 
 
 @dataclass
@@ -43,13 +42,8 @@ class Case:
             return found
 
         def planned(way: Way) -> Any:
-            if not self.fits[way]:
-                raise MemoryBudgetError("too much", (), None, proven=True)
-            stages = [SimpleNamespace(memory=SimpleNamespace(peak=self.sketches[way].peak_bytes))]
-            step_s = self.sketches[way].step_s
-            return SimpleNamespace(
-                stages=stages, options={"zero": "0"}, step_s=step_s, bubble=0.0, microbatches=4
-            )
+            found = self.sketches[way]
+            return made_plan(found.step_s if self.fits[way] else math.inf, found.peak_bytes)
 
         rough = self.rough.__getitem__
         return Model(self.bounds.__getitem__, sketch, planned, lambda _: 1, rough=rough)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from pipecompile.compiler.driver.auto import Open, Trial, Way
 from pipecompile.compiler.driver.builder import Builder
 from pipecompile.compiler.ir.actions import Kind
 from pipecompile.compiler.ir.errors import (
-    MemoryBudgetError,
     OptionError,
     PartitionError,
 )
@@ -33,7 +31,7 @@ from pipecompile.compiler.search.space import ways_of
 from pipecompile.compiler.search.subject import SOLVED_S, Subject
 from pipecompile.passes.schedule.load import timed
 from pipecompile.passes.schedule.registry import SCHEDULES, ScheduleKind
-from support.searched import brute_forced, of_gpt2, of_net
+from support.searched import brute_forced, made_plan, of_gpt2, of_net
 
 # -- bounds -------------------------------------------------------------------------------------
 
@@ -96,14 +94,7 @@ class Made:
     @property
     def model(self) -> Model:
         def planned(way: Way) -> Any:
-            memory = SimpleNamespace(peak=1)
-            step_s = self.steps_s[way]
-            if math.isinf(step_s):
-                raise MemoryBudgetError("too much", (), None, proven=True)
-            stages = [SimpleNamespace(memory=memory)]
-            return SimpleNamespace(
-                stages=stages, options={"zero": "0"}, step_s=step_s, bubble=0.0, microbatches=4
-            )
+            return made_plan(self.steps_s[way])
 
         def sketch(way: Way) -> Sketch:
             return Sketch(planned(way).step_s * self.errors[way], 0.0, 1.0)
