@@ -198,7 +198,7 @@ def _watch(reference: weakref.ref[Watchdog], over: threading.Event) -> None:
         if failure is None or not failing:
             noticed = woken = now
             failing = failure is not None
-        elif now - noticed > 2 * GRACE_S:
+        elif now - noticed > 2 * GRACE_S and watchdog.working:  # it may have noticed meanwhile
             end(watchdog._doing, watchdog.rank, failure)
         elif now - woken > GRACE_S:
             woken = now + GRACE_S

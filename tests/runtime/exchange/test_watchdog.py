@@ -134,6 +134,25 @@ def test_a_rank_has_time_to_notice_by_itself(
     assert ended == []
 
 
+def test_a_rank_that_has_just_left_is_not_ended(
+    ranks: tuple[Rank, Rank], ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call ends while the watchdog looks for a failure, and finds one."""
+    dog, looks = ranks[0].watchdog, []
+
+    def found() -> str:
+        looks.append(dog.call)
+        dog.working = len(looks) < 2
+        return "rank 1 failed first"
+
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    monkeypatch.setattr(dog, "first_failure", found)
+    with dog.guard("step()"):
+        assert until(lambda: len(looks) == 2)
+        time.sleep(0.1)
+    assert ended == []
+
+
 def test_a_watchdog_ends_with_its_owner(ranks: tuple[Rank, Rank]) -> None:
     before = set(threading.enumerate())
     rank = Rank(2, ranks[0].store)
