@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .capture.refusals import check_model
+from .host.frames import with_room
 from .ir.errors import OptionError
 from .options.arguments import Arguments
 from .options.declaration import declarations_of
@@ -56,6 +57,7 @@ def compile(arguments: Arguments) -> Pipeline:
     return compile_among(arguments, open_)
 
 
+@with_room
 def compile_among(arguments: Arguments, open_: Open) -> Pipeline:
     """`compile` the best of what is left open; the arguments say what is not."""
     options = CompileOptions.of(arguments)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ..compiler.host.frames import with_room
 from ..compiler.ir.actions import COMPUTE_OF, RECV, SEND, Action, Kind, Phase
 from ..compiler.ir.errors import BatchError, VerificationError
 from ..compiler.ir.graph import module_of
@@ -418,6 +419,7 @@ def _table(node: fx.Node | None) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "its operand"
 
 
+@with_room
 def drive(runs: Iterable[Run], progress: Callable[[], int]) -> None:
     """Run the ranks of one process in turn until all are done.
 

@@ -16,6 +16,7 @@ from ..compiler.capture.batch import BatchSpec
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode
 from ..compiler.driver.layout import Layout
+from ..compiler.host.frames import with_room
 from ..compiler.ir.errors import BatchError, PipecompileError
 from ..compiler.ir.ops import mix
 from ..compiler.options.microbatches import cut, microbatches_of
@@ -304,6 +305,7 @@ class Loader:
 
     # -- compiling, and dealing out -----------------------------------------------------------
 
+    @with_room
     def compile(
         self, step: Step, kind: PieceKind, layout: Layout | None, values: Sequence[torch.Tensor]
     ) -> Compiled:

@@ -19,6 +19,7 @@ from ..compiler.capture.whole import LOSS
 from ..compiler.driver.builder import Builder
 from ..compiler.driver.compiled import Compiled, Mode, main_mode
 from ..compiler.driver.record import prepare
+from ..compiler.host.frames import with_room
 from ..compiler.ir.errors import BatchError, CaptureError, NotCompiledError, OptionError, StateError
 from ..compiler.ir.program import PipelineProgram
 from ..compiler.kept.cache import Cache, default_cache_dir
@@ -171,6 +172,7 @@ class Pipeline(Stepped, Evaluated):
         self.end_step()
         return loss
 
+    @with_room
     def _step(self, batch: Any) -> torch.Tensor:
         verifier = self._verifying(batch)
         with self._world.guard("step()"):

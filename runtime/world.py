@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..compiler.host.heap import keep_heap
 from ..compiler.ir.errors import OptionError, StateError
 from ..compiler.kept.cache import default_cache_dir
 from ..compiler.options.options import CompileOptions
@@ -19,7 +20,6 @@ from ..compiler.profiling.profile import EAGER, Backend, Profiler
 from .exchange.agreement import Agreement
 from .exchange.alike import Call
 from .exchange.devices import device_of, endpoints, ranks_here, target_of
-from .exchange.heap import keep_heap
 from .exchange.link import hosts_of, measure_agreement, measure_exchange, measured
 from .exchange.lookout import lookout_of
 from .exchange.watchdog import Watchdog

@@ -16,6 +16,7 @@ ROOT = TESTS.parent
 
 ROOMS = (
     "compiler/tensors",
+    "compiler/host",
     "compiler/calibration",
     "compiler/ir",
     "compiler/compression",

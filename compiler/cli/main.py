@@ -18,11 +18,13 @@ from contextlib import suppress
 from typing import NoReturn
 
 from ... import __version__
+from ..host.frames import with_room
 from ..ir.errors import OptionError, PipecompileError
 from . import calibrate, convert, diff, inspect, solve, verify, zoo
 from .flags import Parser
 
 
+@with_room
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 and one line on stderr for a mistake of the user's."""
     given = list(sys.argv[1:] if argv is None else argv)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tensors.caches import other_memory
+from ..host.caches import other_memory
 from ..tensors.facts import layout_of
 from ..tensors.fakes import is_fake, weightless
 from ..tensors.pytree import tree_leaves

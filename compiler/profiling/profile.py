@@ -24,13 +24,13 @@ from torch import fx
 
 from ..costs.at_hand import device_spec
 from ..costs.cost import total_cost
+from ..host.caches import other_memory
 from ..ir import ops
 from ..ir.actions import Kind
 from ..ir.checks import unchecked
 from ..ir.graph import tensors
 from ..ir.program import Port, Program, Role, StageProgram
 from ..ir.region import alike
-from ..tensors.caches import other_memory
 from .synthetic import Synthesizer
 from .timing_cache import TimingCache
 

@@ -14,9 +14,9 @@ import torch
 
 from ...compiler.costs.hardware import Device
 from ...compiler.costs.topology import Exchange, Topology
+from ...compiler.host.caches import other_memory
 from ...compiler.ir.program import ValueSpec
 from ...compiler.ir.shards import Item, Parcel
-from ...compiler.tensors.caches import other_memory
 from ..transport.mesh import Mesh
 from ..transport.processes import Processes
 from ..transport.replicas import SharedReplicas
