@@ -834,10 +834,24 @@ CHECKPOINTS = (
 WATCHDOG = (
     Mutant(
         "runtime/exchange/watchdog.py",
-        "elif now - noticed > 2 * GRACE_S:",
+        "elif now - noticed > 2 * GRACE_S and watchdog.working:",
         "elif False:",
         "test_watchdog.py",
         "a blocked rank waits for ever",
+    ),
+    Mutant(
+        "runtime/exchange/watchdog.py",
+        "GRACE_S and watchdog.working:",
+        "GRACE_S:",
+        "test_watchdog.py",
+        "a rank is ended though its call has just ended",
+    ),
+    Mutant(
+        "compiler/host/frames.py",
+        "co_stacksize=SLOTS",
+        "co_stacksize=16",
+        "test_frames.py",
+        "frames have no room",
     ),
     Mutant(
         "runtime/exchange/watchdog.py",
@@ -851,7 +865,7 @@ WATCHDOG = (
         "failure = watchdog.first_failure() if watchdog.working else None",
         "failure = watchdog.first_failure()",
         "test_watchdog.py",
-        "a rank is ended between its calls",
+        "time between calls counts as time to notice a failure",
     ),
     Mutant(
         "runtime/exchange/watchdog.py",

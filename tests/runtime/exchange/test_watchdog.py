@@ -134,6 +134,17 @@ def test_a_rank_has_time_to_notice_by_itself(
     assert ended == []
 
 
+def test_time_to_notice_begins_with_the_call(ranks: tuple[Rank, Rank], ended: list[int]) -> None:
+    """However long ago another rank has failed for good."""
+    first, second = ranks
+    second.watchdog.report(ArithmeticError("the data loader is empty"), watchdog._FATAL)
+    time.sleep(5 * watchdog.GRACE_S)
+    with first.watchdog.guard("step()"):
+        begun = time.monotonic()
+        assert until(lambda: ended)
+    assert time.monotonic() - begun > 2 * watchdog.GRACE_S
+
+
 def test_a_rank_that_has_just_left_is_not_ended(
     ranks: tuple[Rank, Rank], ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
