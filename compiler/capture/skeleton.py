@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -58,7 +59,12 @@ class Skeleton:
     @property
     def params(self) -> tuple[str, ...]:
         """Canonical parameter names, in ``named_parameters()`` order."""
-        return tuple(n for n, _ in self.module.named_parameters() if n not in self.updated)
+        return tuple(name for name in self._names if name not in self.updated)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Of all parameters; steps ask for them, and walking through a deep module takes long."""
+        return tuple(name for name, _ in self.module.named_parameters())
 
     @property
     def model(self) -> nn.Module:

@@ -98,9 +98,10 @@ def inspect(request: Request) -> Inspection:
         _written("--trace", request.trace, partial(write_trace, trace))
     if request.bare:
         return Inspection(plan, compiled.timeline, Extras(trials=trials, searched=told))
-    problem = None if compiled.problem is None else as_programs(compiled.problem, plan)
+    tried = compiled.problem
+    problem = None if tried is None else as_programs(tried, plan)
     names = [name for name in request.compare if name != ORDERS]
-    rows = compare(problem, plan.decision, names) if problem and names else ()
+    rows = compare(problem, plan.decision, names, tried) if problem and names else ()
     if ORDERS in request.compare and not (request.open and request.open.orders):
         trials = _in_every_order(asked, options, plan)
     seen = Subject(plan, compiled.timeline, request.device, problem, options.remat)
@@ -112,7 +113,7 @@ def inspect(request: Request) -> Inspection:
     if request.page is not None:
         from ..page.page import Page, write_page
 
-        shown = rows or (compare(problem, plan.decision, QUICK) if problem else ())
+        shown = rows or (compare(problem, plan.decision, QUICK, tried) if problem else ())
         page = Page(plan, compiled.timeline, replace(extras, comparison=shown), unit_names(problem))
         _written("--html", request.page, partial(write_page, page))
     return Inspection(plan, compiled.timeline, extras)

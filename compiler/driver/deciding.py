@@ -313,7 +313,7 @@ class Deciding:
 
         cluster, roughly = settings.rates.cluster, self.target.roughly
         if cluster is None or cluster.numbering is None:
-            return planner.decide(draft, prices, roughly), planner.solved
+            return planner.decide(draft, prices, roughly), planner.asked
 
         def planner_of(order: tuple[str, ...]) -> Planner:
             rates = settings.rates.along(order)
@@ -329,7 +329,7 @@ class Deciding:
                 refusal = refusal or error
                 continue
             taken = replace(found, best=found.best[number:])
-            return replace(decision, order_note=taken.note), each.planner.solved
+            return replace(decision, order_note=taken.note), each.planner.asked
         assert refusal is not None
         raise refusal
 

@@ -128,6 +128,8 @@ class Planner:
 
     Attributes:
         solved: the problem whose solution was taken; None before.
+        asked: the same, with the most that programs of a division that was tried need beyond their
+            prices.
 
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.
@@ -165,6 +167,7 @@ class Planner:
         self.budgets = tuple(budget_bytes) if counts else (math.inf,) * options.n_stages
         self.rows = rows
         self.solved: Problem | None = None
+        self.asked: Problem | None = None
         self.parts = parts = parts or Parts.of(
             graph, locality, device, options.remat, pinned, options.fuses
         )
@@ -198,7 +201,7 @@ class Planner:
         """
         problem = self.problem(prices)
         if all(map(math.isinf, self.budgets)):
-            self.solved = problem
+            self.solved = self.asked = problem
             found = self._solution(problem, self.options.time_limit_s)
             found = found if roughly else self._refined(problem, prices, found)
             return self._decision(prices, found)
@@ -228,6 +231,7 @@ class Planner:
         if best is None:
             raise self._too_small(drafted, roughly)
         self.solved = best.problem
+        self.asked = replace(best.problem, reserve_bytes=tuple(reserves.most))
         return best.decision if roughly else self._polished(best, prices, draft).decision
 
     def _polished(self, best: Drafted, prices: Sequence[UnitPrices], draft: Draft) -> Drafted:

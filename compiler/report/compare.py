@@ -3,8 +3,8 @@
 The prices are those of the partitioning problem (`compiler.ir.problem`): seconds of a step are
 m of the slowest rank and what the schedule waits, with every transfer counted in full and without
 the optimizer; for 1F1B (m − 1) · max T_s + Σ T_s. Bytes are
-those of the units, and what the plan's programs turned out to need beyond them (`calibrated`).
-The plan's own row is priced alike.
+those of the units, and what programs turned out to need beyond them: in the plan's own row its own
+(`calibrated`), in the others the most that those of any division did which the planner tried.
 """
 
 from __future__ import annotations
@@ -72,18 +72,26 @@ def check_names(names: Sequence[str]) -> None:
             raise OptionError(f"--compare names {name} twice")
 
 
-def compare(problem: Problem, decision: Decision, names: Sequence[str]) -> tuple[Comparison, ...]:
-    """The plan's own row, and one per strategy."""
+def compare(
+    problem: Problem, decision: Decision, names: Sequence[str], asked: Problem | None = None
+) -> tuple[Comparison, ...]:
+    """The plan's own row, and one per strategy.
+
+    Args:
+        problem: with the reserves of the plan's programs.
+        asked: the same with those of any that were tried; where not given, ``problem``.
+    """
     own = solution_in(problem, decision)
     rows = [_row("this plan", problem, own, own.objective)]
+    asked = asked or problem
     for name in names:
         try:
-            found = STRATEGIES[name](apart(problem))
-            found = solution_of(problem, found.stage, found.option, found.solver)
+            found = STRATEGIES[name](apart(asked))
+            found = solution_of(asked, found.stage, found.option, found.solver)
         except PartitionError as error:
             rows.append(Comparison(name, reason=" ".join(str(error).split())))
         else:
-            rows.append(_row(name, problem, found, own.objective))
+            rows.append(_row(name, asked, found, own.objective))
     return tuple(rows)
 
 

@@ -106,10 +106,11 @@ def _change(judged: Judged) -> Iterator[str]:
             yield "no single change that was tried would help much"
         return
     saved = 1 - change.step_s / change.instead_of_s
+    rates = " at peak rates" if judged.plan.costs == "roofline" else ""
     yield (
         f"most would help {change.flags}: {seconds_text(change.step_s)} instead of "
-        f"{seconds_text(change.instead_of_s)} per {'step' if judged.plan.training else 'batch'}, "
-        f"{saved:.0%} less"
+        f"{seconds_text(change.instead_of_s)} per {'step' if judged.plan.training else 'batch'}"
+        f"{rates}, {saved:.0%} less"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,13 +15,14 @@ from pipecompile.compiler.ir.actions import from_text
 from pipecompile.compiler.ir.errors import MemoryBudgetError
 from pipecompile.compiler.ir.graph import JointGraph, Phase
 from pipecompile.compiler.ir.locality import Locality, locality_of
-from pipecompile.compiler.ir.problem import Problem
+from pipecompile.compiler.ir.problem import Problem, fits, solution_of
 from pipecompile.compiler.memory.rank_memory import RankMemory, Static, rank_memory
 from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.compiler.plan.decision import Decision
 from pipecompile.compiler.planning import decide, planner
 from pipecompile.compiler.planning.formulation import Grounds, Terms, formulate
 from pipecompile.compiler.planning.planner import Planner
+from pipecompile.compiler.report.compare import solution_in
 from pipecompile.compiler.units import menus as menus_
 from pipecompile.compiler.units.menus import options_of
 from pipecompile.compiler.units.pricing import roofline
@@ -102,15 +104,17 @@ def test_what_is_forgotten_waits_for_the_most_that_a_reader_needs() -> None:
 
 
 class Drafts:
-    """Programs that need so many bytes more than the walk says."""
+    """Programs that need so many bytes more than the walk says; all, or those that recompute
+    nothing."""
 
-    def __init__(self, hidden_bytes: int) -> None:
-        self.hidden_bytes = hidden_bytes
+    def __init__(self, hidden_bytes: int, keeping: bool = False) -> None:
+        self.hidden_bytes, self.keeping = hidden_bytes, keeping
         self.peaks: list[int] = []
 
     def __call__(self, decision: Decision) -> list[RankMemory]:
         placement, again = decide.apply(decision, *graph())
-        self.peaks.append(held(placement, again).peak_bytes + self.hidden_bytes)
+        hidden = 0 if self.keeping and decision.recomputed else self.hidden_bytes
+        self.peaks.append(held(placement, again).peak_bytes + hidden)
         return [RankMemory(NOTHING, self.peaks[-1], "0B0", ())]
 
 
@@ -136,6 +140,24 @@ def test_what_prices_miss_is_held_in_reserve() -> None:
     assert min(drafts.peaks) <= budget
     assert made.solved is not None
     assert made.solved.reserve_bytes[0] > 0
+
+
+def test_what_programs_were_refused_for_is_known_afterwards() -> None:
+    """A strategy whose programs do not fit is not said to, as it would by those of the plan."""
+    everything = Drafts(0)
+    decided(1e12, everything)
+    budget = everything.peaks[0] + 100_000
+    made, decision = decided(budget, Drafts(200_000, keeping=True))
+    assert decision.recomputed
+    assert made.solved is not None
+    assert made.asked is not None
+    keeping = [0] * made.solved.n_units
+    own = solution_in(made.solved, decision)
+    needed = held(*decide.apply(decision, *graph())).peak_bytes
+    reserve = made.solved.reserve_bytes[0] + needed - own.ranks_bytes[0]
+    exact = replace(made.solved, reserve_bytes=(reserve,))
+    assert fits(exact, solution_of(exact, keeping, keeping, ""))
+    assert not fits(made.asked, solution_of(made.asked, keeping, keeping, ""))
 
 
 def test_the_solver_is_asked_so_many_times_and_once_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,18 @@ def test_budgets_are_checked() -> None:
     assert uniform.fits
 
 
+def test_others_have_the_reserves_of_all_that_was_tried() -> None:
+    limited = replace(CHAIN, budget_bytes=(470.0, 470.0))
+    asked = replace(limited, reserve_bytes=(0.0, 200.0))
+    own, uniform = compare(limited, BEST, ["uniform"])
+    assert own.fits
+    assert uniform.fits
+    again, refused = compare(limited, BEST, ["uniform"], asked)
+    assert again == own
+    assert not refused.fits
+    assert refused.peak_bytes == 320 + 200
+
+
 def test_what_is_impossible_says_why() -> None:
     pinned = replace(CHAIN, pins={1: 1})
     row = compare(pinned, decision((0, 1, 1, 1), (2.0, 4.0, 0.0)), ["uniform"])[1]

@@ -96,6 +96,11 @@ def test_the_change() -> None:
     assert said.endswith(
         "most would help --schedule zb_h1: 30.00 s instead of 40.00 s per step, 25% less."
     )
+    plan, timeline = planned()
+    bound = replace(plan, costs="roofline")
+    change = Change("--schedule zb_h1", 30.0, 40.0)
+    (said,) = verdict_of(Judged(bound, plan, timeline, plan.step_s / 2, 1e13, change))
+    assert "instead of 40.00 s per step at peak rates, 25% less." in said
     assert "no single change that was tried would help much" in judged()[0]
 
 

@@ -11,7 +11,7 @@ from pipecompile.compiler.ir.problem import Problem, fits, solution_of
 from pipecompile.passes.integer.work import Work
 from pipecompile.passes.partition import lattice
 from pipecompile.passes.partition.solve import solve
-from support.networks import resnet
+from support.networks import bert_operators, resnet
 from support.problems import (
     diamonds,
     every_solution,
@@ -76,6 +76,16 @@ def test_layers_with_residuals_are_proven_on_many_stages(case: tuple[int, float]
     assert fits(problem, found)
     assert {len(menu) for menu in problem.options} == {2}
     assert 0 < sum(found.option) < problem.n_units
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operators_of_a_whole_model_are_proven(training: bool) -> None:
+    """As an exporter writes them: joins of the batch with every layer, biases that are cast."""
+    problem = bert_operators(12, training=training)
+    found = solve(problem)
+    assert (found.proven, found.note) == (True, "")
+    assert found.solver == ("ideals" if training else "dynamic")
+    assert fits(problem, found)
 
 
 def test_orders_with_too_many_ideals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
