@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("pytest", "hypothesis")  # of the dev extra, what tests/gpu needs
+TORCHS = ("torch", "accelerate")  # which requires it: gigabytes, and only a Trainer needs it
 OLDEST = (2, 11)  # torch
 
 
@@ -30,7 +31,7 @@ def needed() -> list[str]:
     extras = project["optional-dependencies"]
     tests = [each for each in extras["dev"] if each.startswith(TESTS) and "xdist" not in each]
     every = [*project["dependencies"], *extras["hf"], *tests]
-    return [each for each in every if not each.startswith("torch")]
+    return [each for each in every if not each.startswith(TORCHS)]
 
 
 def download(wheels: Path, python: str) -> list[str]:
