@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ...passes.schedule.registry import DEFAULT, SCHEDULES
@@ -96,6 +96,7 @@ class Trial:
         about: its numbers are a sketch's: no programs were made for it.
         mfu, device_hours: model FLOPs utilization, and hours of all devices for 10⁹ tokens; 0 where
             that was not asked.
+        parts: of its plan, what the step's seconds go to on the rank that computes longest.
     """
 
     way: Way
@@ -108,16 +109,44 @@ class Trial:
     about: bool = False
     mfu: float = 0.0
     device_hours: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, way: Way, plan: Plan) -> Trial:
+        """One that was planned."""
+        peak = max(stage.memory.peak for stage in plan.stages)
+        figures = plan.bubble, peak, int(plan.options["zero"])
+        return cls(way, plan.microbatches, plan.step_s, "", *figures, parts=_parts(plan))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "way"}
-        return vars(self.way) | figures
+        return vars(self.way) | figures | {"parts": dict(self.parts)}
 
     def told(self, orders: bool) -> str:
         """In one line; ``orders``: with its schedule."""
         named = f"{self.way}, {self.way.order}" if orders else str(self.way)
         return f"{named}: {self.reason or f'{self.step_s:.4g} s'}"
+
+
+def _parts(plan: Plan) -> dict[str, float]:
+    """Waiting is the rest: for messages, in the bubble, for what replicas exchange."""
+    m = plan.microbatches
+    computing_s, again_s = max(
+        (
+            m * sum(s.forward_s + s.backward_s for s in stages),
+            m * sum(s.recompute_s for s in stages),
+        )
+        for stages in plan.ranks
+    )
+    end_s = max(stage.closing_s for stage in plan.stages)
+    waiting_s = max(0.0, plan.step_s - computing_s - again_s - end_s)
+    return {
+        "computing": computing_s,
+        "recomputing": again_s,
+        "waiting": waiting_s,
+        "exchange and optimizer at the end": end_s,
+    }
 
 
 @dataclass(frozen=True)
@@ -241,9 +270,7 @@ def _tried(way: Way, build: Build, finer: bool) -> Trial:
         else:
             if plan.step_s >= (best.step_s or math.inf):
                 break
-            peak = max(stage.memory.peak for stage in plan.stages)
-            zero = int(plan.options["zero"])
-            best = Trial(way, plan.microbatches, plan.step_s, "", plan.bubble, peak, zero)
+            best = Trial.of(way, plan)
             if not finer:
                 break
     return best

@@ -206,7 +206,7 @@ class _Report:
         """Ways to use the devices; which one was taken, and why."""
         ways = ways_of(self.plan, trials)
         parts = [self._lines(ways.title), self._table(ways.columns, left=ways.left)]
-        said = [*([searched] if searched else []), *ways.refused]
+        said = [*filter(None, (searched, ways.why)), *ways.refused]
         return Group(*parts, *([self._lines("tried", said)] if said else []))
 
     def _stages(self) -> RenderableType:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..driver.auto import Trial
 
 
+NOTABLE = 0.2  # of what a way takes longer: parts below that are not named
+
+
 @dataclass(frozen=True)
 class Ways:
     """A table, one row per way.
@@ -24,12 +27,14 @@ class Ways:
     Attributes:
         columns: head -> cells.
         left: heads of the columns that are texts.
+        why: what the next best loses to the best; "" where there is none.
         refused: ways that are not possible, with the reasons.
     """
 
     title: str
     columns: dict[str, Sequence[object]]
     left: tuple[str, ...] = ("schedule", "machines\nshared by", "backend")
+    why: str = ""
     refused: tuple[str, ...] = ()
 
     @property
@@ -93,7 +98,35 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
         *(f"no plan: {_named(t, several['order'])}: {_first(t.reason)}" for t in shown if t.reason),
         *(f"not possible: {t.told(orders=several['order'])}" for t in trials if t.step_s is None),
     )
-    return Ways(title, columns, refused=refused)
+    return Ways(title, columns, why=_why(shown, several["order"]), refused=refused)
+
+
+def _why(shown: Sequence[Trial], orders: bool) -> str:
+    """What the second of those that are possible takes longer for; of a sketch only what it waits
+    is known."""
+    able = sorted((t for t in shown if not t.reason), key=lambda t: (t.step_s or 0.0, t.about))
+    if len(able) < 2:
+        return ""
+    best, other = able[:2]
+    more_s = (other.step_s or 0.0) - (best.step_s or 0.0)
+    named = f"the next best ({_named(other, orders)})"
+    if best.about or not more_s > 0:
+        return f"{named} takes as long"
+    first, second = (t.parts or _waits(t) for t in (best, other))
+    both = [(second.get(name, 0.0) - own_s, name) for name, own_s in first.items()]
+    if not other.parts:
+        both = [(s - _waits(best)["waiting"], name) for name, s in second.items()]
+    told = [
+        f"{name} {seconds_text(abs(s))} {'more' if s > 0 else 'less'}"
+        for s, name in sorted(both, reverse=True)
+        if abs(s) >= NOTABLE * more_s
+    ]
+    of = f": {', '.join(told)}" if told else ""
+    return f"{named} takes {seconds_text(more_s)} longer{of}"
+
+
+def _waits(trial: Trial) -> dict[str, float]:
+    return {"waiting": trial.bubble * (trial.step_s or 0.0)}
 
 
 def _named(trial: Trial, orders: bool) -> str:

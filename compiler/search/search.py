@@ -170,7 +170,7 @@ class _Planning:
         self._spent += self._model.nodes(way)
         self._sketches[way] = sketch
         try:
-            self.planned.append(_trial(way, self._model.plan(way)))
+            self.planned.append(Trial.of(way, self._model.plan(way)))
         except REFUSALS as error:
             reason = in_a_line(error)
             self.refused.append(Trial(way, way.microbatches, None, reason))
@@ -194,12 +194,6 @@ class _Planning:
             f"the plans of the best {count} sketches do not fit, so that those that need the least "
             "memory were planned: others may be better"
         )
-
-
-def _trial(way: Way, plan: Plan) -> Trial:
-    peak = max(stage.memory.peak for stage in plan.stages)
-    zero = int(plan.options["zero"])
-    return Trial(way, plan.microbatches, plan.step_s, "", plan.bubble, peak, zero)
 
 
 def _expected(way: Way, sketch: Sketch) -> Trial:

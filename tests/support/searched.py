@@ -36,9 +36,10 @@ def made_plan(step_s: float, peak: float = 1) -> Any:
     """
     if math.isinf(step_s):
         raise MemoryBudgetError("too much", (), None, proven=True)
-    stages = [SimpleNamespace(memory=SimpleNamespace(peak=peak))]
+    seconds = {"forward_s": step_s / 4, "backward_s": 0.0, "recompute_s": 0.0, "closing_s": 0.0}
+    stages = [SimpleNamespace(memory=SimpleNamespace(peak=peak), **seconds)]
     told = {"options": {"zero": "0"}, "bubble": 0.0, "microbatches": 4}
-    return SimpleNamespace(stages=stages, step_s=step_s, **told)
+    return SimpleNamespace(stages=stages, ranks=[stages], step_s=step_s, **told)
 
 
 class Net(nn.Module):
