@@ -235,15 +235,17 @@ def _steps(graph: fx.Graph, absorbed: Collection[fx.Node]) -> Iterator[fx.Node |
 
 
 def _items_first(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes in order, but items of a result right after it."""
-    done: set[fx.Node] = set()
+    """The nodes in order, but items of a result right after it; before all arguments, some of which
+    may have items."""
+    done = dict.fromkeys(graph.find_nodes(op="placeholder"))
+    yield from done
     for node in graph.nodes:
         pending = [node]
         while pending:
             each = pending.pop()
             if each in done:
                 continue
-            done.add(each)
+            done[each] = None
             yield each
             pending += [user for user in reversed(list(each.users)) if is_getitem(user)]
 

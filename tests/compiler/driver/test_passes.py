@@ -92,7 +92,13 @@ def skipping(*skip: str) -> tuple[plain.Trained, dict[str, str]]:
     return plain.train_pipeline(pipe, models.batches("gpt2", 4, 1)), dict(pipe.plan.notes)
 
 
-@pytest.mark.parametrize("name", quickly(["boundary"], OPTIONAL))
+def test_a_pass_that_has_nothing_to_do_is_not_skipped() -> None:
+    """Attention's kernels are those of the CPU already."""
+    with pytest.raises(errors.OptionError, match="skip='kernels' has no effect"):
+        skipping("kernels")
+
+
+@pytest.mark.parametrize("name", quickly(["boundary"], sorted({*OPTIONAL} - {"kernels"})))
 def test_a_skipped_pass_is_said_to_be_and_changes_no_bit(name: str) -> None:
     (whole, _), (found, said) = skipping(), skipping(name)
     assert said[name] == "skipped"

@@ -23,6 +23,7 @@ from pipecompile.compiler.options.options import CompileOptions
 from pipecompile.passes.partition.solve import SOLVERS
 from pipecompile.runtime.exchange.agreement import Agreement
 from pipecompile.runtime.transport.mesh import Mesh
+from support import touching
 from support.matrix import quickly
 from support.options import FLAGS, SGD, differing
 from support.plans import hand_made
@@ -261,10 +262,10 @@ def test_what_a_plan_keeps(options: dict[str, Any], kept: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("name", quickly(["schedule"], KEEPS))
 def test_a_plan_is_used_with_the_options_that_it_keeps(name: str) -> None:
-    model = Classes if name == "chunked_loss" else Squares
+    model: Any = {"chunked_loss": Classes, "sparse_embeddings": touching.build}.get(name, Squares)
+    batch: Any = touching.batches(1)[0] if model is touching.build else torch.ones(8, 8)
 
     def compile_(**options: Any) -> Any:
-        batch = torch.ones(8, 8)
         return pipecompile.compile(model(), 2, 2, example_batch=batch, **options)
 
     text, value = FLAGS[name]

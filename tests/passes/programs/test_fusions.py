@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from operator import getitem
 from typing import Any
 
 import pipecompile
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from pipecompile.compiler.ir import ops
 from pipecompile.compiler.ir.graph import overwritten, storage_root
 from pipecompile.compiler.ir.program import Role, fusions_of
+from pipecompile.passes.programs.fusions import _items_first
 from support import jobs, models, plain
 from support.drawn import STEPS, Drawn
 from support.fused import calls, interpreted, programs
 from support.matrix import quickly
-from torch import nn
+from torch import fx, nn
 
 
 def trained(name: str, *shape: int, **options: Any) -> plain.Trained:
@@ -78,6 +80,14 @@ def test_random_programs_keep_their_bits(steps: list[tuple[int, int, int]]) -> N
     (sum(losses) / 2).backward()  # type: ignore[union-attr]
     for name, param in pipe.named_parameters():
         torch.testing.assert_close(param.grad, model.get_parameter(name).grad)
+
+
+def test_arguments_come_first_though_some_have_items() -> None:
+    graph = fx.Graph()
+    pair, other = graph.placeholder("pair"), graph.placeholder("other")
+    item = graph.call_function(getitem, (pair, 0))
+    graph.output((item, other))
+    assert [node.name for node in _items_first(graph)] == ["pair", "other", "getitem", "output"]
 
 
 def fused(name: str = "gpt2", n_stages: int = 1, **options: Any) -> Any:
