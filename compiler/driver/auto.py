@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -109,7 +109,7 @@ class Trial:
     about: bool = False
     mfu: float = 0.0
     device_hours: float = 0.0
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, way: Way, plan: Plan) -> Trial:
@@ -121,7 +121,7 @@ class Trial:
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "way"}
-        return vars(self.way) | figures | {"parts": dict(self.parts)}
+        return vars(self.way) | figures
 
     def told(self, orders: bool) -> str:
         """In one line; ``orders``: with its schedule."""

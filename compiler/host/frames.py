@@ -2,9 +2,8 @@
 
 CPython (from 3.11) takes memory for frames in pieces of 16 KiB. A call that does not fit into what
 is left of one maps another, and unmaps it when it returns. Where a loop happens to stand there each
-turn does that: an operator takes 12 microseconds to start and not 2, at one depth of the stack in
-a hundred, and a backward a tenth longer (https://github.com/python/cpython/issues/142183; late
-releases of 3.13 and 3.14 keep one piece).
+turn does that: at a few depths of the stack operators take several times as long to start
+(https://github.com/python/cpython/issues/142183; late releases of 3.13 and 3.14 keep one piece).
 """
 
 from __future__ import annotations

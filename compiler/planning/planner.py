@@ -128,8 +128,8 @@ class Planner:
 
     Attributes:
         solved: the problem whose solution was taken; None before.
-        asked: the same, with the most that programs of a division that was tried need beyond their
-            prices.
+        asked: the same, with the most that programs of any division which the solver led to need
+            beyond their prices.
 
     Args:
         held_bytes: parameter FQN -> weight, gradient and optimizer states.

@@ -4,7 +4,7 @@ The prices are those of the partitioning problem (`compiler.ir.problem`): second
 m of the slowest rank and what the schedule waits, with every transfer counted in full and without
 the optimizer; for 1F1B (m − 1) · max T_s + Σ T_s. Bytes are
 those of the units, and what programs turned out to need beyond them: in the plan's own row its own
-(`calibrated`), in the others the most that those of any division did which the planner tried.
+(`calibrated`), in the others the most that those of any division did which the solver led to.
 """
 
 from __future__ import annotations

@@ -102,27 +102,26 @@ def ways_of(plan: Plan, trials: Sequence[Trial]) -> Ways:
 
 
 def _why(shown: Sequence[Trial], orders: bool) -> str:
-    """What the second of those that are possible takes longer for; of a sketch only what it waits
-    is known."""
-    able = sorted((t for t in shown if not t.reason), key=lambda t: (t.step_s or 0.0, t.about))
+    """What the best of the others takes longer for than the best plan; of a sketch only what it
+    waits is known, and it may promise less than any plan takes."""
+    able = sorted((t for t in shown if not t.reason), key=lambda t: (t.about, t.step_s or 0.0))
     if len(able) < 2:
         return ""
-    best, other = able[:2]
-    more_s = (other.step_s or 0.0) - (best.step_s or 0.0)
+    best, *others = able
+    other = min(others, key=lambda t: t.step_s or 0.0)
     named = f"the next best ({_named(other, orders)})"
-    if best.about or not more_s > 0:
-        return f"{named} takes as long"
-    first, second = (t.parts or _waits(t) for t in (best, other))
-    both = [(second.get(name, 0.0) - own_s, name) for name, own_s in first.items()]
-    if not other.parts:
-        both = [(s - _waits(best)["waiting"], name) for name, s in second.items()]
-    told = [
+    more_s = (other.step_s or 0.0) - (best.step_s or 0.0)
+    if more_s <= 0:
+        return f"{named} takes {'no longer by its sketch' if other.about else 'as long'}"
+    known = bool(best.parts and other.parts)
+    own, theirs = (t.parts if known else _waits(t) for t in (best, other))
+    more = sorted(((theirs[name] - own_s, name) for name, own_s in own.items()), reverse=True)
+    told = ", ".join(
         f"{name} {seconds_text(abs(s))} {'more' if s > 0 else 'less'}"
-        for s, name in sorted(both, reverse=True)
+        for s, name in more
         if abs(s) >= NOTABLE * more_s
-    ]
-    of = f": {', '.join(told)}" if told else ""
-    return f"{named} takes {seconds_text(more_s)} longer{of}"
+    )
+    return f"{named} takes {seconds_text(more_s)} longer{f': {told}' if told else ''}"
 
 
 def _waits(trial: Trial) -> dict[str, float]:

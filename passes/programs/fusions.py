@@ -237,15 +237,16 @@ def _steps(graph: fx.Graph, absorbed: Collection[fx.Node]) -> Iterator[fx.Node |
 def _items_first(graph: fx.Graph) -> Iterator[fx.Node]:
     """The nodes in order, but items of a result right after it; before all arguments, some of which
     may have items."""
-    done = dict.fromkeys(graph.find_nodes(op="placeholder"))
-    yield from done
+    given = graph.find_nodes(op="placeholder")
+    yield from given
+    done = set(given)
     for node in graph.nodes:
         pending = [node]
         while pending:
             each = pending.pop()
             if each in done:
                 continue
-            done[each] = None
+            done.add(each)
             yield each
             pending += [user for user in reversed(list(each.users)) if is_getitem(user)]
 

@@ -46,5 +46,12 @@ def test_what_is_not_possible_is_no_reason(other: Trial) -> None:
     assert not why(BEST, other)
 
 
+def test_a_sketch_is_not_the_best_though_it_promises_less() -> None:
+    sketch = Trial(Way(1, 2, "1f1b"), 4, 9.9, bubble=0.2, about=True)
+    assert why(sketch, BEST) == (
+        "the next best (1 × dp 2, zero 0, 4 microbatches) takes no longer by its sketch"
+    )
+
+
 def test_of_equals_it_says_so() -> None:
     assert why(BEST, Trial(Way(1, 2, "1f1b"), 4, 10.0)).endswith("takes as long")
